@@ -1,0 +1,97 @@
+"""run_id and arm_id: the digest of everything that changes what a run computes, and a readable label.
+
+A digest covers the *full* scientific config, not its difference to the defaults: a changed default
+must not make an old and a new experiment share a name. Not for: anything that touches disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, get_args, get_type_hints
+
+from relora_core.config import RunConfig, applies, get, walk
+
+SCHEMA_VERSION = 1
+"""Part of every digest; raised when the meaning of an existing knob changes."""
+
+
+def scientific(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of every knob that changes what the run computes.
+
+    Left out: knobs marked `scientific=False`, knobs of methods and data kinds that are not selected,
+    evals that are off, and later-added knobs at the value that means "as before".
+    """
+    chosen = {}
+    for key, f, value in walk(config):
+        meta = f.metadata
+        if not meta.get("scientific", True) or not applies(meta, config):
+            continue
+        if "as_before" in meta and value == meta["as_before"]:
+            continue
+        if key.startswith("eval.") and not key.endswith(".enabled"):
+            section = key.rsplit(".", 1)[0]
+            if not get(config, f"{section}.enabled"):
+                continue
+        chosen[key] = value
+    return chosen
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps({"schema": SCHEMA_VERSION, **values}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]  # 64 bit
+
+
+def label(config: RunConfig) -> str:
+    """Readable part of the ids: model and method with what tells its runs apart at a glance."""
+    parts = [config.model.name, config.method.replace("_", "")]
+    if config.method in ("lora", "relora"):
+        parts.append(f"r{config.relora.r}")
+    if config.method == "relora":
+        parts.append(f"t{config.relora.reset_frequency}")
+    parts.append(config.data.kind)
+    safe = "-".join(parts)
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in safe)[:60]
+
+
+def arm_id(config: RunConfig) -> str:
+    """The setting regardless of seed."""
+    values = {k: v for k, v in scientific(config).items() if k != "seed"}
+    return f"{label(config)}-{_digest(values)}"
+
+
+def run_id(config: RunConfig) -> str:
+    """The setting at its seed; the name of the run's directory."""
+    return f"{label(config)}-s{config.seed}-{_digest(scientific(config))}"
+
+
+def config_to_json(config: RunConfig) -> str:
+    """The whole config, also what is outside the identity, as it is frozen in a run directory."""
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
+
+
+def config_from_json(text: str) -> RunConfig:
+    """Inverse of `config_to_json`. Knobs added since take their defaults; removed ones are refused."""
+    return _build(RunConfig, json.loads(text), "")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := set(values) - names:
+        raise ValueError(f"config.json holds unknown key {prefix}{sorted(unknown)[0]}")
+    built = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            built[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif isinstance(value, int) and not isinstance(value, bool) and _is_float(kind):
+            built[name] = float(value)
+        else:
+            built[name] = value
+    return cls(**built)
+
+
+def _is_float(kind: Any) -> bool:
+    return kind is float or (float in get_args(kind) and int not in get_args(kind))

@@ -1,0 +1,245 @@
+"""The only file that knows the layout of outputs/runs/<run_id>/. Not for: deciding a run's state.
+
+    config.json        frozen RunConfig, written once
+    status.json        state, step, heartbeat, attempts; replaced atomically
+    events.jsonl       the record: one Event per line, append-only, one writer
+    attempts/001.json  host, pid, start, code of each attempt;  attempts/001.log  its output
+    checkpoints/       step-00000060/ ... (relora_core/checkpoint.py)
+    result.json        final metrics, written when the run ended (finished or diverged)
+    error.txt          the newest attempt's traceback
+    mlflow.json        position of the sync (experiments/mlflow_sync.py)
+    lock               host, pid and process start of the attempt that is at work
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from experiments.identity import config_from_json, config_to_json
+from relora_core import atomic
+from relora_core.config import RunConfig
+from relora_core.events import Event
+
+STATES = ("planned", "queued", "running", "finished", "failed", "diverged", "cancelled")
+DONE = ("finished", "diverged")
+"""States that the same command again leaves alone: the run has its result."""
+
+
+class RunLocked(RuntimeError):
+    """Another living process is at work on this run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Status:
+    """status.json: what the run last said of itself."""
+
+    state: str = "planned"
+    attempts: int = 0
+    step: int = 0
+    """Optimizer steps completed."""
+    steps: int = 0
+    """Optimizer steps in all."""
+    loss: float | None = None
+    """Newest logged training loss, nats per token."""
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    """Seconds of training left at the newest rate."""
+    phase: str = ""
+    """`start`, `train`, `eval ...`, `checkpoint`."""
+    heartbeat: float = 0.0
+    """Seconds since the epoch of the newest word from the run."""
+    host: str = ""
+    pid: int = 0
+    job_id: str | None = None
+    """Of the scheduler, where there is one."""
+    error: str | None = None
+    """One line; the traceback is in error.txt."""
+
+
+class RunDir:
+    """One run's folder. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    config_path = property(lambda self: self.path / "config.json")
+    status_path = property(lambda self: self.path / "status.json")
+    events_path = property(lambda self: self.path / "events.jsonl")
+    result_path = property(lambda self: self.path / "result.json")
+    error_path = property(lambda self: self.path / "error.txt")
+    mlflow_path = property(lambda self: self.path / "mlflow.json")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    attempts = property(lambda self: self.path / "attempts")
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and freeze the config in it; an existing run keeps its config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.attempts.mkdir(exist_ok=True)
+        if not self.config_path.exists():
+            atomic.write_text(self.config_path, config_to_json(config))
+        if not self.status_path.exists():
+            self.write_status(Status(steps=config.train.steps))
+
+    def config(self) -> RunConfig:
+        return config_from_json(self.config_path.read_text(encoding="utf-8"))
+
+    # status -------------------------------------------------------------------------------------
+    def status(self) -> Status:
+        """The run's newest word; a run without status.json is `planned`."""
+        try:
+            raw = json.loads(self.status_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return Status()
+        known = {f.name for f in fields(Status)}
+        return Status(**{k: v for k, v in raw.items() if k in known})
+
+    def write_status(self, status: Status) -> None:
+        atomic.write_json(self.status_path, dataclasses.asdict(status))
+
+    def update_status(self, **changes: Any) -> Status:
+        """Change some fields of status.json and renew the heartbeat."""
+        status = dataclasses.replace(self.status(), heartbeat=time.time(), **changes)
+        self.write_status(status)
+        return status
+
+    # attempts -----------------------------------------------------------------------------------
+    def log_path(self, attempt: int) -> Path:
+        return self.attempts / f"{attempt:03d}.log"
+
+    def write_attempt(self, attempt: int, record: dict[str, Any]) -> None:
+        atomic.write_json(self.attempts / f"{attempt:03d}.json", record)
+
+    def attempt_records(self) -> list[dict[str, Any]]:
+        """What each attempt said of its host, process and code, oldest first."""
+        return [json.loads(p.read_text()) for p in sorted(self.attempts.glob("*.json"))]
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; RunLocked while another living process of this host, or another host, does."""
+        path = self.path / "lock"
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+        }
+        while True:
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    json.dump(me, file)
+                break
+            except FileExistsError:
+                holder = self.lock_holder()
+                if holder is not None:
+                    raise RunLocked(
+                        f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
+                    ) from None
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def lock_holder(self) -> dict[str, Any] | None:
+        """Who is at work on the run, or None. A lock of a dead process of this host does not count."""
+        try:
+            holder = json.loads((self.path / "lock").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:  # its writer died between creating and filling it
+            age = time.time() - (self.path / "lock").stat().st_mtime
+            return {"host": "?", "pid": 0} if age < 10 else None
+        if holder["host"] != socket.gethostname():
+            return holder
+        try:
+            alive = abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
+        except psutil.NoSuchProcess:
+            alive = False
+        return holder if alive else None
+
+    # events -------------------------------------------------------------------------------------
+    def raw_events(self) -> Iterator[dict[str, Any]]:
+        """Every complete line of events.jsonl; a torn last line (a kill in mid-write) is left out."""
+        try:
+            with open(self.events_path, encoding="utf-8") as file:
+                for line in file:
+                    if not line.endswith("\n"):
+                        return
+                    with contextlib.suppress(json.JSONDecodeError):
+                        yield json.loads(line)
+        except FileNotFoundError:
+            return
+
+    def events(self) -> list[dict[str, Any]]:
+        """The record as it counts: where attempts overlap, the newest one from its first step on."""
+        kept: list[dict[str, Any]] = []
+        for event in self.raw_events():
+            if event["kind"] == "start":
+                kept = [e for e in kept if e["step"] <= event["step"] and e["kind"] != "end"]
+            kept.append(event)
+        return kept
+
+    # result -------------------------------------------------------------------------------------
+    def result(self) -> dict[str, Any] | None:
+        """{"state", "metrics", "steps", "tokens", ...} once the run has ended."""
+        try:
+            return json.loads(self.result_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        atomic.write_json(self.result_path, result)
+
+
+class EventLog:
+    """Appends Events to events.jsonl with the attempt's number; each line is flushed as it is written."""
+
+    def __init__(self, run_dir: RunDir, attempt: int) -> None:
+        self.attempt = attempt
+        self._file = open(run_dir.events_path, "a+", encoding="utf-8")  # noqa: SIM115
+        self._end_torn_line()
+
+    def _end_torn_line(self) -> None:
+        """A kill in mid-write leaves half a line; end it, so that it spoils no other."""
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            with open(self._file.name, "rb") as file:
+                file.seek(size - 1)
+                torn = file.read(1) != b"\n"
+            if torn:
+                self._file.write("\n")
+                self._file.flush()
+
+    def emit(self, event: Event) -> None:
+        record = {"attempt": self.attempt, **dataclasses.asdict(event)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def runs_folder(output_dir: Path | str) -> Path:
+    return Path(output_dir) / "runs"
+
+
+def all_runs(output_dir: Path | str) -> list[RunDir]:
+    """Every run below `output_dir`, by name."""
+    folder = runs_folder(output_dir)
+    return [RunDir(p.parent) for p in sorted(folder.glob("*/config.json"))]

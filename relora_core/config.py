@@ -1,0 +1,453 @@
+"""Every knob of a run: type, unit, neutral default, bounds. Validation of one setting and across settings.
+
+Not for: choices of an experiment (those are YAML in `conf/`), nor for reading YAML
+(`experiments/schema.py`). Imports no torch, so that planning stays fast.
+
+Each field may carry metadata that `knob` writes:
+  ge, gt, le, lt   bounds of a number
+  choices          the allowed strings
+  methods          methods that the knob applies to; elsewhere it is left out of the identity
+  kinds            kinds of data that the knob applies to; likewise
+  scientific       False: where or how it runs, not what it computes; outside the identity
+  as_before        for a knob added later: the value that means "as before", left out of the hash
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+METHODS = ("full_rank", "lora", "relora")
+ADAPTERS = ("lora", "relora")
+DATA_KINDS = ("grammar", "pretokenized", "text")
+
+
+class ConfigError(ValueError):
+    """The user's mistake: one line that names key, value, what was expected and the nearest choice."""
+
+
+def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str:
+    """` Did you mean 'x'?`, or nothing where no choice is near."""
+    close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def knob(default: Any = MISSING, *, factory: Any = MISSING, **metadata: Any) -> Any:
+    """A dataclass field with bounds and scope in its metadata (see the module's docstring)."""
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The pico-decoder: a pre-norm Llama block with an untied head (Weiss et al. 2025, Tables 1, 6)."""
+
+    name: str = knob("custom", scientific=False)
+    """Label in run names and tables; says nothing that the sizes below do not."""
+    d_model: int = knob(ge=2)
+    """Width of the residual stream."""
+    d_ff: int = knob(ge=1)
+    """Inner width of SwiGLU (the paper's d_inter)."""
+    n_layers: int = knob(12, ge=1)
+    """Number of blocks."""
+    n_heads: int = knob(12, ge=1)
+    """Query heads; the head width is d_model / n_heads."""
+    n_kv_heads: int = knob(4, ge=1)
+    """Key/value heads (grouped-query attention); divides n_heads."""
+    max_seq_len: int = knob(2048, ge=1)
+    """Positions in the RoPE table; longer input is an error."""
+    rope_theta: float = knob(10000.0, gt=0)
+    """Base of the rotary angles."""
+    norm_eps: float = knob(1e-6, gt=0)
+    """RMSNorm's epsilon."""
+    vocab_size: int | None = knob(None, ge=2)
+    """Rows of embedding and head; None: the data's vocabulary, padded as the data says."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReLoRAConfig:
+    """Adapters and restarts (Lialin et al. 2023). `lora` uses the adapter knobs and never restarts."""
+
+    r: int = knob(16, ge=1, methods=ADAPTERS)
+    """Rank of B·A; at most the smaller side of every target."""
+    alpha: float = knob(16.0, gt=0, methods=ADAPTERS)
+    """The adapter is scaled by s = alpha / r."""
+    dropout: float = knob(0.0, ge=0, lt=1, methods=ADAPTERS)
+    """Dropout on the adapter's input only."""
+    target_modules: list[str] = knob(factory=lambda: ["attention", "swiglu"], methods=ADAPTERS)
+    """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
+    reset_frequency: int = knob(2000, ge=1, methods=("relora",))
+    """Optimizer steps between restarts (the paper's T)."""
+    prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",))
+    """Share of the adapters' optimizer state that a restart zeroes; 1 zeroes all of it."""
+    restart_warmup_steps: int = knob(0, ge=0, methods=("relora",))
+    """Steps over which the learning rate is re-warmed after a restart (jagged schedule)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning-rate factor as a pure function of the 0-based optimizer step (`schedule.py`)."""
+
+    name: str = knob("cosine", choices=("cosine", "linear"))
+    """Decay after the warm-up; `relora` makes it jagged at its restarts."""
+    warmup_steps: int = knob(0, ge=0)
+    """Linear warm-up from 0."""
+    min_ratio: float = knob(0.0, ge=0, le=1)
+    """Floor of the cosine, as a share of the peak. The linear decay ends at 0."""
+    total_steps: int | None = knob(None, ge=1)
+    """Horizon of the decay; None: train.steps. The published runs used 200,000 for 20,000 steps."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The optimisation: AdamW over all trainable parameters (SCIENCE: Weiss et al. 2025, Table 6)."""
+
+    steps: int = knob(ge=1)
+    """Optimizer steps."""
+    batch_size: int = knob(ge=1)
+    """Sequences per optimizer step, over all processes and accumulation."""
+    micro_batch_size: int | None = knob(None, ge=1, scientific=False)
+    """Sequences per process and forward pass; None: batch_size / processes (no accumulation)."""
+    lr: float = knob(3e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = knob(0.01, ge=0)
+    """AdamW's decoupled decay, on every trainable parameter (as published)."""
+    beta1: float = knob(0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    beta2: float = knob(0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    eps: float = knob(1e-8, gt=0)
+    """AdamW's epsilon."""
+    grad_clip: float | None = knob(None, gt=0)
+    """Largest global gradient norm; None: no clipping (as published)."""
+    precision: str = knob("fp32", choices=("fp32", "bf16"))
+    """`bf16`: matmuls under autocast; weights, moments, softmax and loss stay float32."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the tokens come from. A position in them is part of a checkpoint."""
+
+    kind: str = knob("grammar", choices=DATA_KINDS)
+    """`grammar`: our generator. `pretokenized`: parquet rows of ids. `text`: files + a tokenizer."""
+    path: str | None = knob(None, scientific=False, kinds=("pretokenized", "text"))
+    """Local folder or file, or a hub name (pretokenized only)."""
+    split: str = knob("train", kinds=("pretokenized",))
+    """Split of a pretokenized data set."""
+    tokenizer: str | None = knob(None, scientific=False, kinds=("pretokenized", "text"))
+    """tokenizer.json, a folder that holds one, or a hub name. Evals on text need it."""
+    text_field: str = knob("text", kinds=("text",))
+    """Key of the text in a jsonl record."""
+    vocab_size: int | None = knob(None, ge=2, kinds=("pretokenized",))
+    """Ids that rows may hold; None: the tokenizer's size padded to a multiple of 128."""
+    eos_id: int | None = knob(None, ge=0, kinds=("pretokenized", "text"))
+    """Id that ends a document; None: the tokenizer's `<|endoftext|>`, `</s>` or `<eos>`."""
+    seq_len: int = knob(ge=1)
+    """Tokens per training sequence (inputs; labels are shifted by one)."""
+    fingerprint: str | None = knob(None)
+    """Digest of the data and tokenizer files; filled in by the plan, stands for path and tokenizer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PalomaConfig:
+    """Perplexity per source and domain, in the layout of Paloma (Magnusson et al. 2023)."""
+
+    enabled: bool = knob(True)
+    path: str | None = knob(None, scientific=False)
+    """Folder <source>/<split>/*.jsonl.gz; None: the grammar's own registers (off for other data)."""
+    split: str = knob("val")
+    """Folder below each source."""
+    every_steps: int | None = knob(None, ge=1)
+    """Cadence in optimizer steps; None: only at the end. The end is always evaluated."""
+    max_documents: int | None = knob(None, ge=1)
+    """Documents per domain at most; None: all."""
+    fingerprint: str | None = knob(None)
+    """Digest of the files; filled in by the plan, stands for path."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BlimpConfig:
+    """Minimal-pair accuracy (BLiMP, Warstadt et al. 2020)."""
+
+    enabled: bool = knob(True)
+    path: str | None = knob(None, scientific=False)
+    """Folder or .tar.xz of <UID>.jsonl; None: the grammar's own pairs (off for other data)."""
+    every_steps: int | None = knob(None, ge=1)
+    """Cadence in optimizer steps; None: only at the end. The end is always evaluated."""
+    max_pairs: int | None = knob(None, ge=1)
+    """Pairs per paradigm at most (the first ones); None: all."""
+    fingerprint: str | None = knob(None)
+    """Digest of the files; filled in by the plan, stands for path."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    paloma: PalomaConfig = field(default_factory=PalomaConfig)
+    blimp: BlimpConfig = field(default_factory=BlimpConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class DynamicsConfig:
+    """Singular-value measures of the effective weights (`dynamics.py`)."""
+
+    every_steps: int | None = knob(None, ge=1)
+    """Cadence in optimizer steps; None: never."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Where a killed run resumes from."""
+
+    every_steps: int = knob(1000, ge=1, scientific=False)
+    """A hard kill costs at most this many optimizer steps."""
+    keep_last: int = knob(2, ge=1, scientific=False)
+    """Complete checkpoints kept while training."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """MLflow, a view of events.jsonl that can be rebuilt (`experiments/mlflow_sync.py`)."""
+
+    enabled: bool = knob(True, scientific=False)
+    uri: str | None = knob(None, scientific=False)
+    """sqlite:///, http(s)://, postgresql://, mysql:// ...; None: sqlite in output_dir/mlflow.db."""
+    experiment: str | None = knob(None, scientific=False)
+    """Name of the MLflow experiment; None: the sweep's name, else the experiment's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how it runs. Nothing here changes what is computed, up to rounding."""
+
+    device: str = knob("auto", choices=("auto", "cpu", "cuda"), scientific=False)
+    """`auto`: a GPU where there is one."""
+    threads: int | None = knob(None, ge=1, scientific=False)
+    """CPU threads of a run; None: the cores, shared between the runs at work."""
+    log_every_steps: int = knob(10, ge=1, scientific=False)
+    """Cadence of train/loss events and of the heartbeat."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """What a sweep is called; a name groups runs and changes none of them."""
+
+    name: str | None = knob(None, scientific=False)
+    """None: made of what varies."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One arm at one seed: everything that a run needs, frozen as RUN_DIR/config.json."""
+
+    experiment: str = knob("custom", scientific=False)
+    """Label of the experiment file."""
+    output_dir: str = knob("outputs", scientific=False)
+    """Everything goes there."""
+    seed: int = knob(0, ge=0, lt=2**31)
+    """Initialisation, dropout, restarts and data order. The arm is the setting without it."""
+    method: str = knob("relora", choices=METHODS)
+    """How the model is parametrised and updated."""
+    model: ModelConfig
+    relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig
+    data: DataConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+def applies(metadata: Any, config: RunConfig) -> bool:
+    """Whether a knob with this metadata has any effect in `config`."""
+    return config.method in metadata.get("methods", METHODS) and config.data.kind in metadata.get(
+        "kinds", DATA_KINDS
+    )
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """(dotted key, field, value) of every leaf, depth first."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f, value
+
+
+def get(config: RunConfig, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of the blocks, by the qualified name that `model.Decoder` gives it."""
+    head_dim = model.d_model // model.n_heads
+    kv = model.n_kv_heads * head_dim
+    d, ff = model.d_model, model.d_ff
+    block = {
+        "attention.q_proj": (d, d),
+        "attention.k_proj": (kv, d),
+        "attention.v_proj": (kv, d),
+        "attention.o_proj": (d, d),
+        "swiglu.w_0": (ff, d),
+        "swiglu.w_1": (ff, d),
+        "swiglu.w_2": (d, ff),
+    }
+    return {f"layers.{i}.{n}": s for i in range(model.n_layers) for n, s in block.items()}
+
+
+def adapted_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """The linears that carry an adapter; none for methods without adapters."""
+    if config.method not in ADAPTERS:
+        return {}
+    keys = [k.lower() for k in config.relora.target_modules]
+    return {
+        name: shape
+        for name, shape in linear_shapes(config.model).items()
+        if any(key in name.lower() for key in keys)
+    }
+
+
+def validate(config: RunConfig) -> None:
+    """Raise ConfigError at the first value out of bounds or at odds with another."""
+    for key, f, value in walk(config):
+        _check_value(key, value, f.metadata)
+    _check_model(config.model)
+    if config.method in ADAPTERS:
+        _check_adapters(config)
+    if config.method == "relora":
+        _check_restarts(config)
+    _check_train(config)
+    _check_data(config)
+
+
+def _bounds(metadata: Any) -> str:
+    words = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return " and ".join(f"{w} {metadata[k]:g}" for k, w in words.items() if k in metadata)
+
+
+def _clamp(value: float, metadata: Any) -> str:
+    if "ge" in metadata and value < metadata["ge"]:
+        return f"; nearest valid: {metadata['ge']:g}"
+    if "le" in metadata and value > metadata["le"]:
+        return f"; nearest valid: {metadata['le']:g}"
+    return ""
+
+
+def _check_value(key: str, value: Any, metadata: Any) -> None:
+    if value is None:
+        return
+    if choices := metadata.get("choices"):
+        if value not in choices:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(choices)}, got {value!r}.{nearest(value, choices)}"
+            )
+        return
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        outside = (
+            not math.isfinite(value)
+            or value < metadata.get("ge", -math.inf)
+            or value > metadata.get("le", math.inf)
+            or value <= metadata.get("gt", -math.inf)
+            or value >= metadata.get("lt", math.inf)
+        )
+        if outside:
+            expected = _bounds(metadata) or "finite"
+            raise ConfigError(f"{key} must be {expected}, got {value}{_clamp(value, metadata)}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.d_model % (2 * model.n_heads):
+        good = max(2 * model.n_heads, round(model.d_model / (2 * model.n_heads)) * 2 * model.n_heads)
+        raise ConfigError(
+            f"model.d_model must be a multiple of 2 * n_heads = {2 * model.n_heads} (RoPE rotates "
+            f"pairs), got {model.d_model}; nearest valid: {good}"
+        )
+    if model.n_heads % model.n_kv_heads:
+        divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
+        good = min(divisors, key=lambda n: abs(n - model.n_kv_heads))
+        raise ConfigError(
+            f"model.n_kv_heads must divide model.n_heads={model.n_heads}, got {model.n_kv_heads}; "
+            f"nearest valid: {good}"
+        )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    linears = linear_shapes(config.model)
+    parts = sorted({part for name in linears for part in name.split(".") if not part.isdigit()})
+    targets = config.relora.target_modules
+    if not targets:
+        raise ConfigError(
+            f"relora.target_modules must name at least one of {', '.join(parts)}, got []"
+        )
+    for target in targets:
+        if not target or not any(target.lower() in name.lower() for name in linears):
+            raise ConfigError(
+                f"relora.target_modules must name parts of {', '.join(parts)}, got {target!r}."
+                f"{nearest(target, parts)}"
+            )
+    adapted = adapted_shapes(config)
+    name, shape = min(adapted.items(), key=lambda item: min(item[1]))
+    if config.relora.r > min(shape):
+        raise ConfigError(
+            f"relora.r must be in [1, {min(shape)}] (the smaller side of {name}, "
+            f"{shape[0]} x {shape[1]}, in model={config.model.name}), got {config.relora.r}; "
+            f"nearest valid: {min(shape)}"
+        )
+
+
+def _check_restarts(config: RunConfig) -> None:
+    relora, schedule = config.relora, config.schedule
+    if relora.restart_warmup_steps > relora.reset_frequency:
+        raise ConfigError(
+            f"relora.restart_warmup_steps must be <= relora.reset_frequency="
+            f"{relora.reset_frequency}, got {relora.restart_warmup_steps}; nearest valid: "
+            f"{relora.reset_frequency}"
+        )
+    if schedule.warmup_steps > relora.reset_frequency:
+        raise ConfigError(
+            f"schedule.warmup_steps must be <= relora.reset_frequency={relora.reset_frequency} "
+            f"(the warm-up ends before the first restart), got {schedule.warmup_steps}; "
+            f"nearest valid: {relora.reset_frequency}"
+        )
+
+
+def _check_train(config: RunConfig) -> None:
+    train = config.train
+    total = config.schedule.total_steps or train.steps
+    if config.schedule.warmup_steps > total:
+        raise ConfigError(
+            f"schedule.warmup_steps must be <= the schedule's {total} steps, got "
+            f"{config.schedule.warmup_steps}; nearest valid: {total}"
+        )
+    micro = train.micro_batch_size
+    if micro is not None and train.batch_size % micro:
+        good = max(n for n in range(1, micro + 1) if train.batch_size % n == 0)
+        raise ConfigError(
+            f"train.micro_batch_size must divide train.batch_size={train.batch_size}, got {micro}; "
+            f"nearest valid: {good}"
+        )
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    if data.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"data.seq_len must be <= model.max_seq_len={config.model.max_seq_len}, got "
+            f"{data.seq_len}; nearest valid: {config.model.max_seq_len}"
+        )
+    if data.kind != "grammar" and not data.path:
+        raise ConfigError(f"data.path must name a folder or file for data={data.kind}, got nothing")
+    if data.kind == "text" and not data.tokenizer:
+        raise ConfigError("data.tokenizer must name a tokenizer for data=text, got nothing")

@@ -1,0 +1,34 @@
+"""Event and the Sink protocol: the trainer's only voice. Not for: files or servers (`experiments/`)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(kw_only=True, slots=True)
+class Event:
+    """One line of events.jsonl."""
+
+    kind: str
+    """`start`, `train`, `eval`, `restart`, `dynamics`, `checkpoint`, `table`, `diverged`, `end`."""
+    step: int
+    """Optimizer steps completed when it happened."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metric name (with `/` between group and name) -> value."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Anything else that is JSON: tables, texts, counts."""
+    time: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+class Sink(Protocol):
+    """Takes events; must not raise for reasons of its own, or a full disk kills the run in silence."""
+
+    def emit(self, event: Event) -> None: ...
+
+
+class NullSink:
+    def emit(self, event: Event) -> None:
+        pass
