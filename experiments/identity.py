@@ -52,7 +52,8 @@ def label(config: RunConfig) -> str:
         parts.append(f"t{config.relora.reset_frequency}")
     parts.append(config.data.kind)
     safe = "-".join(parts)
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in safe)[:60]
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in safe)
+    return safe[:60].lstrip(".-")
 
 
 def arm_id(config: RunConfig) -> str:

@@ -1,14 +1,14 @@
 """The only file that knows the layout of outputs/runs/<run_id>/. Not for: deciding a run's state.
 
-    config.json        frozen RunConfig, written once
-    status.json        state, step, heartbeat, attempts; replaced atomically
-    events.jsonl       the record: one Event per line, append-only, one writer
-    attempts/001.json  host, pid, start, code of each attempt;  attempts/001.log  its output
-    checkpoints/       step-00000060/ ... (relora_core/checkpoint.py)
-    result.json        final metrics, written when the run ended (finished or diverged)
-    error.txt          the newest attempt's traceback
-    mlflow.json        position of the sync (experiments/mlflow_sync.py)
-    lock               host, pid and process start of the attempt that is at work
+config.json        frozen RunConfig, written once
+status.json        state, step, heartbeat, attempts; replaced atomically
+events.jsonl       the record: one Event per line, append-only, one writer
+attempts/001.json  host, pid, start, code of each attempt;  attempts/001.log  its output
+checkpoints/       step-00000060/ ... (relora_core/checkpoint.py)
+result.json        final metrics, written when the run ended (finished or diverged)
+error.txt          the newest attempt's traceback
+mlflow.json        position of the sync (experiments/mlflow_sync.py)
+lock               host, pid and process start of the attempt that is at work
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class RunDir:
         kept: list[dict[str, Any]] = []
         for event in self.raw_events():
             if event["kind"] == "start":
-                kept = [e for e in kept if e["step"] <= event["step"] and e["kind"] != "end"]
+                resumed = event["data"].get("resumed", False)
+                kept = [e for e in kept if e["step"] <= event["step"]] if resumed else []
             kept.append(event)
         return kept
 
@@ -227,6 +228,8 @@ class EventLog:
                 self._file.flush()
 
     def emit(self, event: Event) -> None:
+        if event.kind == "phase":  # of interest only while it lasts
+            return
         record = {"attempt": self.attempt, **dataclasses.asdict(event)}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -157,7 +157,8 @@ class DataConfig:
 class PalomaConfig:
     """Perplexity per source and domain, in the layout of Paloma (Magnusson et al. 2023)."""
 
-    enabled: bool = knob(True)
+    enabled: bool = knob(False)
+    """Whether it runs."""
     path: str | None = knob(None, scientific=False)
     """Folder <source>/<split>/*.jsonl.gz; None: the grammar's own registers (off for other data)."""
     split: str = knob("val")
@@ -174,7 +175,8 @@ class PalomaConfig:
 class BlimpConfig:
     """Minimal-pair accuracy (BLiMP, Warstadt et al. 2020)."""
 
-    enabled: bool = knob(True)
+    enabled: bool = knob(False)
+    """Whether it runs."""
     path: str | None = knob(None, scientific=False)
     """Folder or .tar.xz of <UID>.jsonl; None: the grammar's own pairs (off for other data)."""
     every_steps: int | None = knob(None, ge=1)
@@ -213,7 +215,8 @@ class CheckpointConfig:
 class TrackingConfig:
     """MLflow, a view of events.jsonl that can be rebuilt (`experiments/mlflow_sync.py`)."""
 
-    enabled: bool = knob(True, scientific=False)
+    enabled: bool = knob(False, scientific=False)
+    """Whether runs are shown in MLflow; events.jsonl is written in any case."""
     uri: str | None = knob(None, scientific=False)
     """sqlite:///, http(s)://, postgresql://, mysql:// ...; None: sqlite in output_dir/mlflow.db."""
     experiment: str | None = knob(None, scientific=False)
@@ -369,7 +372,9 @@ def _check_value(key: str, value: Any, metadata: Any) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     if model.d_model % (2 * model.n_heads):
-        good = max(2 * model.n_heads, round(model.d_model / (2 * model.n_heads)) * 2 * model.n_heads)
+        good = max(
+            2 * model.n_heads, round(model.d_model / (2 * model.n_heads)) * 2 * model.n_heads
+        )
         raise ConfigError(
             f"model.d_model must be a multiple of 2 * n_heads = {2 * model.n_heads} (RoPE rotates "
             f"pairs), got {model.d_model}; nearest valid: {good}"

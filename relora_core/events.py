@@ -12,7 +12,8 @@ class Event:
     """One line of events.jsonl."""
 
     kind: str
-    """`start`, `train`, `eval`, `restart`, `dynamics`, `checkpoint`, `table`, `diverged`, `end`."""
+    """`start`, `train`, `restart`, `eval`, `table`, `dynamics`, `checkpoint`, `diverged`, `end`; and
+    `phase`, which says what a long wait is for and is not recorded."""
     step: int
     """Optimizer steps completed when it happened."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,192 @@
+"""Token streams by kind of data: `inspect` to plan, `prepare` once, `open_stream` in each rank.
+
+Not for: anything that needs torch; planning imports this room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from relora_core.config import ConfigError, DataConfig
+from relora_core.data import pretokenized, text
+from relora_core.data.base import DataError, DataInfo, Tokenizer, TokenStream
+from relora_core.data.tokenizer import HFTokenizer, padded_vocab
+
+__all__ = [
+    "DataError",
+    "DataInfo",
+    "TokenStream",
+    "Tokenizer",
+    "inspect",
+    "load_tokenizer",
+    "open_stream",
+    "prepare",
+]
+
+
+def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = None) -> DataInfo:
+    """What planning needs to know of the data. All that is wrong with them raises ConfigError here.
+
+    `full=False` reads no contents: names, schema, vocabulary and row length are checked, the
+    fingerprint stays None. With `cache_dir`, text that `prepare` has tokenised is not read again.
+    """
+    if data.kind == "grammar":
+        return _inspect_grammar()
+    tokenizer = _named_tokenizer(data)
+    vocab_size = _vocabulary(data, tokenizer)
+    digest = _tokenizer_digest(tokenizer)
+    if data.kind == "pretokenized":
+        return pretokenized.inspect(data, vocab_size=vocab_size, full=full, tokenizer_digest=digest)
+    assert tokenizer is not None
+    assert digest is not None
+    return text.inspect(
+        data,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        tokenizer_digest=digest,
+        full=full,
+        cache_dir=cache_dir,
+    )
+
+
+def prepare(
+    data: DataConfig, *, cache_dir: Path, progress: Callable[[str], None] | None = None
+) -> None:
+    """Work done once before any worker starts: tokenise text into `cache_dir`. Raises ConfigError.
+
+    Nothing to do for other kinds, or where the cache is there. Several processes may call it at
+    once.
+    """
+    if data.kind == "text":
+        _token_cache(data, cache_dir=cache_dir, progress=progress)
+
+
+def load_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of the data, for evals on text; None where pretokenized data name none."""
+    if data.kind == "grammar":
+        from relora_core.data import grammar
+
+        return grammar.GrammarTokenizer()
+    return _named_tokenizer(data)
+
+
+def open_stream(
+    data: DataConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+    rank: int = 0,
+    world: int = 1,
+    cache_dir: Path | None = None,
+) -> TokenStream:
+    """The stream of rank `rank` of `world`, at its first row.
+
+    `vocab_size` is the model's: a row with an id beyond it raises DataError. The seed orders text
+    and draws from the grammar; pretokenized rows come as stored. Text needs `cache_dir`, and is
+    tokenised now where `prepare` was not called.
+    """
+    if data.kind == "grammar":
+        from relora_core.data import grammar
+
+        if vocab_size < grammar.VOCAB_SIZE:
+            raise ConfigError(
+                f"model.vocab_size must be >= {grammar.VOCAB_SIZE} for data=grammar, got "
+                f"{vocab_size}; nearest valid: {grammar.VOCAB_SIZE}"
+            )
+        return grammar.GrammarStream(seq_len=data.seq_len, seed=seed, rank=rank, world=world)
+    if data.kind == "pretokenized":
+        on_hub = pretokenized.find_layout(data) is None
+        return pretokenized.PretokenizedStream(
+            data,
+            vocab_size=vocab_size,
+            rank=rank,
+            world=world,
+            cache_dir=cache_dir / "datasets" if cache_dir else None,
+            tokenizer_digest=_tokenizer_digest(_named_tokenizer(data)) if on_hub else None,
+        )
+    assert cache_dir is not None, "text is read from its cache"
+    folder = _token_cache(data, cache_dir=cache_dir, progress=None)
+    return text.TextStream(
+        text.Tokens(folder),
+        seq_len=data.seq_len,
+        seed=seed,
+        vocab_size=vocab_size,
+        rank=rank,
+        world=world,
+    )
+
+
+def _inspect_grammar() -> DataInfo:
+    from relora_core.data import grammar
+
+    return DataInfo(
+        vocab_size=grammar.VOCAB_SIZE,
+        fingerprint=None,
+        floor_nats=grammar.entropy_rate(),
+        unigram_nats=grammar.unigram_entropy(),
+    )
+
+
+def _named_tokenizer(data: DataConfig) -> HFTokenizer | None:
+    return HFTokenizer(data.tokenizer, eos_id=data.eos_id) if data.tokenizer else None
+
+
+def _tokenizer_digest(tokenizer: HFTokenizer | None) -> str | None:
+    """Stands for what the ids mean: the file, and the EOS that its folder or the config names."""
+    return f"{tokenizer.digest} {tokenizer.eos_id}" if tokenizer else None
+
+
+def _vocabulary(data: DataConfig, tokenizer: HFTokenizer | None) -> int:
+    """Ids that the model must know; ConfigError where nothing tells or the tokenizer has more."""
+    size = data.vocab_size if data.kind == "pretokenized" else None
+    if tokenizer is None:
+        if size is None:
+            raise ConfigError(
+                f"data.vocab_size must be set (or data.tokenizer, whose size it then is) for "
+                f"data={data.kind}, got neither"
+            )
+        if data.eos_id is not None and data.eos_id >= size:
+            raise ConfigError(
+                f"data.eos_id must be in [0, data.vocab_size={size}), got {data.eos_id}; "
+                f"nearest valid: {size - 1}"
+            )
+        return size
+    padded = padded_vocab(tokenizer.vocab_size)
+    if size is not None and size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"data.vocab_size must be >= {tokenizer.vocab_size} (the ids of data.tokenizer="
+            f"{data.tokenizer}), got {size}; nearest valid: {padded}"
+        )
+    return size or padded
+
+
+def _token_cache(
+    data: DataConfig, *, cache_dir: Path, progress: Callable[[str], None] | None
+) -> Path:
+    """The complete cache of text data, made now if need be. Raises ConfigError."""
+    if data.fingerprint and (folder := text.cache_folder(cache_dir, data.fingerprint)).exists():
+        return folder
+    tokenizer = _named_tokenizer(data)
+    assert tokenizer is not None, "validate() asks for one"
+    digest = _tokenizer_digest(tokenizer) or ""
+    try:
+        files = text.find_files(str(data.path))
+        found = text.fingerprint(files, text_field=data.text_field, tokenizer_digest=digest)
+        if data.fingerprint not in (None, found):
+            raise ConfigError(
+                f"data.path={data.path} (or data.tokenizer) has changed since the run was planned; "
+                f"plan it again, or put the old files back"
+            )
+        folder = text.cache_folder(cache_dir, found)
+        text.build(
+            folder,
+            files=files,
+            text_field=data.text_field,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+        text.Tokens(folder).rows(data.seq_len)
+    except DataError as error:
+        raise ConfigError(f"data.path: {error}") from None
+    return folder

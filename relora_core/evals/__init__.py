@@ -1,0 +1,358 @@
+"""Which evals a run has, and what they share: reading records, and log-probabilities of sequences.
+
+Loading and inspection import no torch. Not for: how often an eval runs (`train.py`), nor for the
+definition of any one measure (`paloma.py`, `blimp.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+
+from relora_core.config import ConfigError, RunConfig, nearest
+from relora_core.data.base import DataError, Tokenizer
+from relora_core.data.places import missing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from relora_core.model import Decoder
+
+GRAMMAR_DOCUMENTS = 40
+"""Held-out documents per register of the grammar."""
+GRAMMAR_PAIRS = 60
+"""Pairs per paradigm of the grammar."""
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens per forward pass; a CPU wants activations that stay in its caches."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalResult:
+    """What one evaluation found."""
+
+    metrics: dict[str, float]
+    """Name under `eval/` -> value."""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Table name -> rows, JSON-serialisable."""
+
+
+class Work(TypedDict, total=False):
+    """How an evaluation is shared and watched. By default one process does it all, silently."""
+
+    rank: int
+    world: int
+    reduce: Callable[[Tensor], Tensor] | None
+    """Sum of a float64 tensor over the ranks; needed where world > 1."""
+    progress: Callable[[int, int], None] | None
+    """Called with (done, total) sequences."""
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """One eval of a run. Texts are loaded and tokenised at the first `run` and kept."""
+
+    name: str
+    every_steps: int | None
+    """Cadence in optimizer steps; None: only at the end."""
+    build: Callable[[], Callable[..., EvalResult]]
+    """Loads and tokenises; gives the function of (model, **Work)."""
+
+    def run(self, model: Decoder, **work: Unpack[Work]) -> EvalResult:
+        """Evaluate `model` as it is: no RNG is used, and train/eval modes are put back."""
+        return self._evaluate(model, **work)
+
+    @functools.cached_property
+    def _evaluate(self) -> Callable[..., EvalResult]:
+        return self.build()
+
+
+def inspect(config: RunConfig) -> dict[str, str | None]:
+    """Section (`paloma`, `blimp`) -> digest of its texts, for the evals that this run has.
+
+    None stands for the grammar's own texts. Every record is read; the first bad one raises
+    ConfigError, one line with file and line number.
+    """
+    from relora_core.evals import blimp, paloma
+
+    digests = {}
+    for name in _active(config):
+        room = {"paloma": paloma, "blimp": blimp}[name]
+        section = getattr(config.eval, name)
+        digests[name] = room.inspect(section)
+        if section.path is not None and config.data.kind == "grammar":
+            _check_words(room.load(section), key=f"eval.{name}.path", path=section.path)
+        elif config.data.kind != "grammar" and config.data.tokenizer is None:
+            raise _no_tokenizer(name)
+    return digests
+
+
+def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
+    """The run's evals, nothing loaded yet. Raises ConfigError where the tokenizer does not fit."""
+    builders = {"paloma": _build_paloma, "blimp": _build_blimp}
+    evals = []
+    for name in _active(config):
+        if tokenizer is None:
+            raise _no_tokenizer(name)
+        _check_vocabulary(config, tokenizer)
+        evals.append(
+            Eval(
+                name=name,
+                every_steps=getattr(config.eval, name).every_steps,
+                build=functools.partial(builders[name], config, tokenizer),
+            )
+        )
+    return evals
+
+
+def _active(config: RunConfig) -> list[str]:
+    """Without a path an eval falls to the grammar's own texts, and is off for other data."""
+    sections = {"paloma": config.eval.paloma, "blimp": config.eval.blimp}
+    grammar = config.data.kind == "grammar"
+    return [n for n, s in sections.items() if s.enabled and (grammar or s.path is not None)]
+
+
+def _build_paloma(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
+    from relora_core.evals import paloma
+
+    section = config.eval.paloma
+    if section.path is None:
+        count = min(GRAMMAR_DOCUMENTS, section.max_documents or GRAMMAR_DOCUMENTS)
+        documents = paloma.grammar_documents(count)
+    else:
+        documents = paloma.load(section)
+    # Positions that training never reached would measure how RoPE extrapolates, not the language.
+    max_len = min(config.model.max_seq_len, config.data.seq_len, paloma.MAX_LEN)
+    return functools.partial(
+        paloma.evaluate,
+        documents=documents,
+        ids=encode([d.text for d in documents], tokenizer),
+        eos_id=tokenizer.eos_id,
+        max_len=max_len,
+    )
+
+
+def _build_blimp(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
+    from relora_core.evals import blimp
+
+    section = config.eval.blimp
+    if section.path is None:
+        pairs = blimp.grammar_pairs(min(GRAMMAR_PAIRS, section.max_pairs or GRAMMAR_PAIRS))
+    else:
+        pairs = blimp.load(section)
+    return functools.partial(
+        blimp.evaluate, pairs=pairs, windows=blimp.windows(pairs, tokenizer=tokenizer)
+    )
+
+
+def _no_tokenizer(name: str) -> ConfigError:
+    return ConfigError(
+        f"data.tokenizer must name a tokenizer, since eval.{name} scores text, got nothing; or set "
+        f"eval.{name}.enabled=false"
+    )
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
+    needed = max(tokenizer.vocab_size, tokenizer.eos_id + 1)
+    if config.model.vocab_size is not None and needed > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be >= {needed} (ids of data.tokenizer="
+            f"{config.data.tokenizer}), got {config.model.vocab_size}; nearest valid: {needed}"
+        )
+
+
+def _check_words(items: Iterable[Any], *, key: str, path: str) -> None:
+    """The grammar's tokenizer knows only its own words; say so before anything is queued."""
+    from relora_core.data.grammar import GrammarTokenizer
+
+    tokenizer = GrammarTokenizer()
+    for item in items:
+        try:
+            tokenizer.encode_batch(item.texts())
+        except DataError as error:
+            raise ConfigError(
+                f"{key} must hold words of the grammar for data=grammar, got {path}: {error}"
+            ) from None
+
+
+def existing(path: str, *, key: str) -> Path:
+    """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise missing(key, source=path, expected="an existing folder or file")
+    return found
+
+
+def records(
+    lines: Iterable[bytes], *, where: str, fields: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One dict per line that is not blank. ConfigError, with file and line, for a broken one.
+
+    Each of `fields` must be a string that can be written as UTF-8.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            # JSONDecodeError's own text counts lines within this one.
+            what = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise ConfigError(f"{where} line {number}: not JSON ({what})") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f"{where} line {number}: expected an object, got {line[:40]!r}")
+        for name in fields:
+            _check_string(record, name, where=f"{where} line {number}")
+        yield record
+
+
+def _check_string(record: dict[str, Any], name: str, *, where: str) -> None:
+    if name not in record:
+        has = ", ".join(sorted(record)) or "nothing"
+        raise ConfigError(
+            f"{where}: expected a field '{name}', got {has}.{nearest(name, [*record])}"
+        )
+    if not isinstance(record[name], str):
+        raise ConfigError(f"{where}: '{name}' must be a string, got {record[name]!r:.40}")
+    try:
+        record[name].encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: '{name}' must be Unicode text, got a lone surrogate") from None
+
+
+def digest(items: Iterable[tuple[Any, ...]]) -> str:
+    """sha256 of what is evaluated, in order: independent of folders, archives and compression."""
+    total = hashlib.sha256()
+    for item in items:
+        total.update(json.dumps(item).encode() + b"\n")
+    return total.hexdigest()
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """int32 ids of each text. In portions: lists of Python ints take nine times the memory."""
+    portions = (texts[i : i + 1000] for i in range(0, len(texts), 1000))
+    return [
+        np.array(ids, dtype=np.int32)
+        for portion in portions
+        for ids in tokenizer.encode_batch(list(portion))
+    ]
+
+
+class Window(NamedTuple):
+    """A sequence of which the last `scored` tokens are predicted, each from all before it."""
+
+    ids: np.ndarray
+    """(n,) int32; scored < n."""
+    scored: int
+
+
+def score(
+    model: Decoder,
+    windows: Sequence[Window],
+    *,
+    batch_tokens: int | None = None,
+    **work: Unpack[Work],
+) -> np.ndarray:
+    """Sum of log p(scored tokens) of each window in nats, float64, shape (len(windows),).
+
+    Equal windows are scored once, so they get equal sums. Batches are the same for any number of
+    ranks; rank r takes batches r, r + world, ..., and `reduce` brings the sums together.
+    """
+    import torch
+
+    keys = [(-len(w.ids), w.ids.tobytes(), w.scored) for w in windows]
+    index = {key: i for i, key in enumerate(keys)}
+    # Longest first, then by content: hardly any padding, and shared prefixes are neighbours.
+    order = sorted(index)
+    unique = [windows[index[key]] for key in order]
+    device = next(model.parameters()).device
+    budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    batches = list(_batches([len(w.ids) for w in unique], budget=budget))
+    rank, world = work.get("rank", 0), work.get("world", 1)
+    reduce, progress = work.get("reduce"), work.get("progress")
+    sums = torch.zeros(len(unique), dtype=torch.float64, device=device)
+    # no_grad and not inference_mode: what a module caches here must still serve training.
+    with _evaluating(model), torch.no_grad():
+        for start, stop in batches[rank::world]:
+            sums[start:stop] = _batch_sums(model, unique[start:stop])
+            if progress is not None:
+                progress(stop, len(unique))
+    if reduce is not None:
+        sums = reduce(sums)
+    place = {key: i for i, key in enumerate(order)}
+    return sums.cpu().numpy()[[place[key] for key in keys]]
+
+
+def _batches(lengths: Sequence[int], *, budget: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of at least one sequence, of at most `budget` padded tokens; lengths fall."""
+    start = 0
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, budget // max(1, lengths[start])))
+        yield start, stop
+        start = stop
+
+
+@contextlib.contextmanager
+def _evaluating(model: Decoder) -> Iterator[None]:
+    """Dropout off, and every module back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _batch_sums(model: Decoder, batch: Sequence[Window]) -> Tensor:
+    """(B,) float64 sums. Only positions that are scored reach the head, shared prefixes once."""
+    import torch
+
+    from relora_core.loss import target_log_probs
+
+    ids, scored = _pad(batch)
+    if not scored.any():
+        return torch.zeros(len(batch), dtype=torch.float64)
+    owner = _owner(ids, scored)
+    own = torch.from_numpy(scored & (owner == np.arange(len(batch))[:, None]))
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(ids).to(device)
+    hidden = model.hidden_states(tokens[:, :-1])[own.to(device)]  # (N, C)
+    targets = tokens[:, 1:][own.to(device)]  # (N,)
+    found = target_log_probs(hidden, model.de_embedding_proj.weight, targets)
+    table = torch.zeros(scored.shape, dtype=torch.float64)
+    table[own] = found.double().cpu()
+    shared = table.gather(0, torch.from_numpy(owner))  # (B, T)
+    return shared.masked_fill(torch.from_numpy(~scored), 0.0).sum(dim=1)
+
+
+def _pad(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """ids (B, T + 1) int64, padded with 0 on the right, and which of the T targets are scored."""
+    width = max(2, max(len(w.ids) for w in batch))
+    ids = np.zeros((len(batch), width), dtype=np.int64)
+    scored = np.zeros((len(batch), width - 1), dtype=bool)
+    for row, (tokens, count) in enumerate(batch):
+        ids[row, : len(tokens)] = tokens
+        scored[row, len(tokens) - 1 - count : max(0, len(tokens) - 1)] = True
+    return ids, scored
+
+
+def _owner(ids: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """(B, T): the row that computes a target, which is an earlier one with the same prefix if any.
+
+    A causal model gives both rows the same number, so the head (three quarters of the work of a
+    tiny model) need not see it twice. In BLiMP this saves a quarter of the positions.
+    """
+    same = np.zeros(ids.shape, dtype=bool)
+    same[1:] = np.logical_and.accumulate(ids[1:] == ids[:-1], axis=1)
+    repeats = same[:, 1:] & scored
+    repeats[1:] &= scored[:-1]
+    rows = np.arange(len(ids))[:, None]
+    return np.maximum.accumulate(np.where(repeats, 0, rows), axis=0)

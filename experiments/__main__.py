@@ -1,0 +1,166 @@
+"""`python -m experiments`: describe a run without training it, or show one that exists."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from experiments.identity import arm_id, run_id
+from experiments.run_dir import RunDir, all_runs, runs_folder
+from experiments.runner import complete, fail
+from relora_core import costs, schedule
+from relora_core.config import ConfigError, RunConfig, nearest, validate
+
+EPILOG = """examples:
+  python -m experiments describe model=small relora.r=32
+  python -m experiments describe experiment=paper --at-steps 0,1000,2000,2050 --json
+  python -m experiments show tiny-relora-r16 --json
+"""
+
+
+def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
+    """Everything that can be said of a run before it is trained."""
+    validate(config)
+    notes: list[str] = []
+    identity: dict[str, str | None] = {"run_id": None, "arm_id": None}
+    try:
+        config = complete(config)
+        identity = {"run_id": run_id(config), "arm_id": arm_id(config)}
+    except ConfigError as error:
+        vocabulary = config.model.vocab_size or config.data.vocab_size
+        if not str(error).startswith("data.") or vocabulary is None:
+            raise
+        notes.append(f"run_id is unknown, since the data could not be read: {error}")
+        model = dataclasses.replace(config.model, vocab_size=vocabulary)
+        config = dataclasses.replace(config, model=model)
+    flops = costs.flops_per_token(config)
+    return {
+        **identity,
+        "config": dataclasses.asdict(config),
+        "parameters": dataclasses.asdict(costs.parameters(config)),
+        "tokens": config.train.steps * config.train.batch_size * config.data.seq_len,
+        "flops_per_token": flops.train,
+        "flops_per_token_forward": flops.forward,
+        "memory_bytes": costs.memory_bytes(config),
+        "lr_factor": {str(k): schedule.lr_factor(k, config=config) for k in at_steps},
+        "restarts": schedule.restart_steps(config),
+        "notes": notes,
+    }
+
+
+def show(run_dir: RunDir) -> dict[str, Any]:
+    """State, attempts and final metrics of a run."""
+    from experiments.state import state_of
+
+    result = run_dir.result()
+    state = state_of(run_dir)
+    return {
+        **dataclasses.asdict(state),
+        "metrics": result["metrics"] if result else {},
+        "attempt_records": run_dir.attempt_records(),
+        "path": str(run_dir.path),
+    }
+
+
+def find_run(output_dir: str, wanted: str) -> RunDir:
+    """The one run whose id is, or holds, `wanted`; ConfigError where none or several do."""
+    runs = all_runs(output_dir)
+    exact = [r for r in runs if r.run_id == wanted]
+    found = exact or [r for r in runs if wanted in r.run_id]
+    if len(found) == 1:
+        return found[0]
+    ids = [r.run_id for r in runs]
+    if not found:
+        raise ConfigError(
+            f"RUN must name a run in {runs_folder(output_dir)}, got '{wanted}'.{nearest(wanted, ids)}"
+        )
+    some = ", ".join(r.run_id for r in found[:3])
+    raise ConfigError(f"RUN must name one run, got '{wanted}', which {len(found)} have: {some} ...")
+
+
+def _print_description(found: dict[str, Any]) -> None:
+    counted = found["parameters"]
+    print(f"run_id      {found['run_id']}")
+    print(f"parameters  {counted['total']:,} in all, {counted['trainable']:,} trained")
+    for group, number in counted["by_group"].items():
+        print(f"            {number:>14,} {group}")
+    print(f"tokens      {found['tokens']:,}")
+    print(f"FLOPs       {found['flops_per_token']:,} per token of training")
+    print(f"memory      {found['memory_bytes']['total'] / 2**20:,.0f} MiB (estimate)")
+    restarts = found["restarts"]
+    print(f"restarts    {len(restarts)}" + (f" at {restarts[:10]}" if restarts else ""))
+    for step, factor in found["lr_factor"].items():
+        print(f"lr factor   {step:>8}  {factor:.6f}")
+    for note in found["notes"]:
+        print(f"note        {note}")
+
+
+def _print_run(found: dict[str, Any]) -> None:
+    for key in ("run_id", "state", "reason", "attempts", "step", "steps", "path"):
+        if found.get(key) not in (None, ""):
+            print(f"{key:<10} {found[key]}")
+    for name, value in sorted(found["metrics"].items()):
+        print(f"  {name:<58} {value:>12.5g}")
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected steps like 0,1,2000, got {text!r}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    help_describe = (
+        "the resolved config, run_id, parameters, FLOPs, memory and schedule; no training"
+    )
+    one = commands.add_parser("describe", help=help_describe, description=help_describe)
+    one.add_argument(
+        "overrides", nargs="*", help="as for run.py, for example model=small relora.r=32"
+    )
+    one.add_argument("--at-steps", type=_steps, default=[], help="0-based updates, comma-separated")
+    two = commands.add_parser("show", help="state, attempts and final metrics of a run")
+    two.add_argument("run", help="run_id, or any part of it that only one run has")
+    for command in (one, two):
+        command.add_argument("--json", action="store_true", help="for scripts")
+        command.add_argument("--output-dir", help="where everything is (default: outputs)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 all well, 2 the user's mistake, 1 anything else."""
+    arguments = build_parser().parse_intermixed_args(argv)
+    try:
+        if arguments.command == "describe":
+            from experiments import schema
+
+            extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
+            config = schema.compose(arguments.overrides + extra)
+            found = describe(config, at_steps=arguments.at_steps)
+            printer = _print_description
+        else:
+            found = show(find_run(arguments.output_dir or "outputs", arguments.run))
+            printer = _print_run
+    except ConfigError as error:
+        fail(str(error), code=2)
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2, default=str)
+        print()
+    else:
+        printer(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

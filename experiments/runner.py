@@ -1,0 +1,274 @@
+"""RunConfig + RunDir -> sinks -> train() -> result.json. And what planning must know first.
+
+Not for: many runs (`sweeps/`). Imports torch only when a run starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from experiments.identity import run_id
+from experiments.run_dir import DONE, EventLog, RunDir, RunLocked, runs_folder
+from experiments.sinks import ConsoleSink, Fanout, StatusSink
+from relora_core import data, evals
+from relora_core.config import ConfigError, RunConfig, validate
+from relora_core.data.base import DataError, DataInfo
+from relora_core.events import Event, Sink
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cache_dir(output_dir: str | Path) -> Path:
+    """Where tokenised text is kept, shared by all runs."""
+    return Path(output_dir) / "cache"
+
+
+def complete(config: RunConfig, *, inspect: Callable[..., DataInfo] = data.inspect) -> RunConfig:
+    """The config with the data's vocabulary and fingerprints filled in, and validated.
+
+    Reads what planning may read (footers, tokenizers, eval files), trains nothing, writes nothing.
+    """
+    validate(config)
+    info = inspect(config.data)
+    vocabulary = config.model.vocab_size
+    if vocabulary is None:
+        vocabulary = info.vocab_size
+    elif vocabulary < info.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be >= {info.vocab_size} (the ids of data={config.data.kind}), "
+            f"got {vocabulary}; nearest valid: {info.vocab_size}"
+        )
+    filled = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=vocabulary),
+        data=dataclasses.replace(config.data, fingerprint=info.fingerprint),
+    )
+    prints = evals.inspect(filled)
+    paloma = dataclasses.replace(filled.eval.paloma, fingerprint=prints.get("paloma"))
+    blimp = dataclasses.replace(filled.eval.blimp, fingerprint=prints.get("blimp"))
+    filled = dataclasses.replace(
+        filled, eval=dataclasses.replace(filled.eval, paloma=paloma, blimp=blimp)
+    )
+    validate(filled)
+    return filled
+
+
+def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False) -> str:
+    """Run, or resume, one run in this process: `finished` or `diverged`.
+
+    Raises RunLocked while another process is at work on it. Any other failure is recorded in the run
+    directory (status.json, error.txt) and raised.
+    """
+    run_dir.create(config)
+    with run_dir.lock():
+        status = run_dir.status()
+        if status.state in DONE and run_dir.result() is not None:
+            return status.state
+        attempt = status.attempts + 1
+        run_dir.update_status(
+            state="running",
+            attempts=attempt,
+            steps=config.train.steps,
+            phase="start",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            error=None,
+        )
+        run_dir.write_attempt(attempt, attempt_record())
+        try:
+            state = _attempt(config, run_dir, attempt=attempt, console=console)
+        except BaseException as error:
+            _record_failure(run_dir, error)
+            raise
+        run_dir.update_status(state=state, phase="", eta_s=0.0)
+        return state
+
+
+def _attempt(config: RunConfig, run_dir: RunDir, *, attempt: int, console: bool) -> str:
+    from relora_core.train import train
+
+    log = EventLog(run_dir, attempt)
+    sinks: list[Sink] = [log, StatusSink(run_dir, steps=config.train.steps)]
+    bar = ConsoleSink(run_dir.run_id, steps=config.train.steps) if console else None
+    if bar:
+        sinks.append(bar)
+    started = time.time()
+    try:
+        state = train(
+            config,
+            checkpoints=run_dir.checkpoints,
+            cache_dir=cache_dir(config.output_dir),
+            sink=Fanout(sinks),
+        )
+        result = make_result(run_dir, state=state, attempt=attempt, seconds=time.time() - started)
+        log.emit(Event(kind="end", step=result["step"], data={"state": state}))
+        run_dir.write_result(result)
+    finally:
+        log.close()
+        if bar:
+            bar.close()
+    return state
+
+
+def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
+    """What the run came to, from its record: the newest value of every metric."""
+    metrics: dict[str, float] = {}
+    step = 0
+    for event in run_dir.events():
+        metrics.update(event["metrics"])
+        step = max(step, event["step"])
+    return {
+        "run_id": run_dir.run_id,
+        "state": state,
+        "step": step,
+        "attempts": attempt,
+        "attempt_seconds": round(seconds, 3),
+        "metrics": metrics,
+    }
+
+
+def _record_failure(run_dir: RunDir, error: BaseException) -> None:
+    """status.json and error.txt, as far as the disk lets us; the error itself is raised by the caller."""
+    line = one_line(error)
+    try:
+        run_dir.error_path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        run_dir.update_status(state="failed", phase="", error=line)
+    except OSError as trouble:
+        print(f"{run_dir.path}: could not record the failure: {trouble}", file=sys.stderr)
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line for tables and terminals."""
+    if isinstance(error, (ConfigError, DataError)):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command resumes it"
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+def fail(line: str, *, code: int) -> NoReturn:
+    """Print one line and exit: 2 for the user's mistake, 1 for anything else."""
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """ConfigError unless files can be made in `output_dir`; leaves nothing behind."""
+    folder = Path(output_dir)
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"0" * 65536)
+            probe.flush()
+    except OSError as error:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        raise ConfigError(
+            f"output_dir must be a folder that can be written to, got {str(output_dir)!r} "
+            f"({error.strerror})"
+        ) from None
+
+
+def run_here(config: RunConfig) -> int:
+    """`python run.py`: one run in this process, tracked, with a progress bar; the exit code."""
+    from experiments import mlflow_sync
+
+    config = complete(config)
+    mlflow_sync.check_uri(config.tracking)
+    check_output_dir(config.output_dir)
+    run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
+    result = run_dir.result()
+    if result is not None and result["state"] in DONE:
+        print(f"{run_dir.run_id} is {result['state']} already: nothing to do")
+        print_result(run_dir)
+        return 0 if result["state"] == "finished" else 1
+    run_dir.create(config)
+    data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    with contextlib.ExitStack() as stack:
+        if config.tracking.enabled:
+            stack.enter_context(mlflow_sync.follow([run_dir], config=config))
+        try:
+            state = run_experiment(config, run_dir, console=True)
+        except RunLocked as error:
+            fail(str(error), code=1)
+        except (ConfigError, DataError) as error:
+            fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt as error:
+            fail(one_line(error), code=130)
+        except Exception as error:
+            fail(f"{one_line(error)} (traceback: {run_dir.error_path})", code=1)
+    print_result(run_dir)
+    return 0 if state == "finished" else 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_result(run_dir: RunDir) -> None:
+    """The final metrics of a run as a small table, and where the rest is."""
+    result = run_dir.result()
+    if result is None:
+        return
+    print(f"\n{run_dir.run_id}: {result['state']} at step {result['step']}")
+    for name in sorted(result["metrics"]):
+        if not name.startswith("perf/"):
+            print(f"  {name:<58} {result['metrics'][name]:>12.5g}")
+    print(f"record: {run_dir.path}")
+
+
+def attempt_record() -> dict[str, Any]:
+    """Host, process and code of an attempt, for comparing and debugging."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.time(),
+        "python": platform.python_version(),
+        "code_hash": code_hash(),
+        **git_state(),
+    }
+
+
+@cache
+def code_hash() -> str:
+    """Digest of relora_core's sources: runs of different code are different experiments."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "relora_core").rglob("*.py")):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def git_state() -> dict[str, Any]:
+    """{"commit", "dirty"} of the checkout; empty where there is no git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

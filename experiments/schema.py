@@ -1,0 +1,173 @@
+"""The only file where Hydra and OmegaConf meet the dataclasses. Also: what a typo should have been."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relora_core.config import ConfigError, RunConfig, nearest, walk
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def register() -> None:
+    """Make the typed schema available to conf/config.yaml as `run_schema`."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def to_run_config(cfg: DictConfig) -> RunConfig:
+    """A composed config as dataclasses; ConfigError where a required value is missing or mistyped."""
+    try:
+        plain = {k: v for k, v in cfg.items() if k != "hydra"}
+        schema = OmegaConf.structured(RunConfig)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_value(error)) from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def compose(overrides: list[str]) -> RunConfig:
+    """What `python run.py OVERRIDES` would run; ConfigError with one line where it would refuse."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return to_run_config(hydra_compose("config", overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(diagnose(overrides, error)) from None
+
+
+def set_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """A copy of a composed config with typed values set at dotted keys."""
+    copy = cfg.copy()
+    try:
+        for key, value in values.items():
+            OmegaConf.update(copy, key, value, merge=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_value(error)) from None
+    return copy
+
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    key = error.full_key or str(error.key)
+    expected = _expected(key)
+    value = re.search(r"Value '(.*?)'", str(error.msg or error))
+    if value:
+        return f"{key} must be {expected}, got '{value.group(1)}'"
+    if "Missing mandatory value" in str(error):
+        return f"{key} must be set ({expected})"
+    return f"{key}: {str(error.msg or error).splitlines()[0]}"
+
+
+def schema_keys() -> list[str]:
+    """Every dotted key of RunConfig, leaves and sections."""
+    keys: list[str] = []
+
+    def visit(cls: type, prefix: str) -> None:
+        for name, kind in get_type_hints(cls).items():
+            keys.append(prefix + name)
+            if dataclasses.is_dataclass(kind):
+                visit(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+    visit(RunConfig, "")
+    return keys
+
+
+def _expected(key: str) -> str:
+    """A knob's type in words."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        part = part.split("[")[0]
+        if not dataclasses.is_dataclass(kind):
+            return "a value"
+        kind = get_type_hints(kind).get(part)  # type: ignore[arg-type]
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if kind in words:
+        return words[kind]
+    names = [words.get(k, "null") for k in get_args(kind)] if get_args(kind) else []
+    if "list" in str(kind):
+        return "a list of text, like [attention,swiglu]"
+    return " or ".join(dict.fromkeys(names)) or "a section"
+
+
+def options(group: str) -> list[str]:
+    """Names of the options of a config group in conf/."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """Config groups of conf/, by path."""
+    return sorted({str(p.parent.relative_to(CONF)) for p in CONF.glob("**/*.yaml")} - {"."})
+
+
+def diagnose(overrides: list[str], error: Exception) -> str:
+    """One line for an override that Hydra refused: key, value, what was expected, the nearest choice."""
+    for text in overrides:
+        if text.startswith("-"):
+            continue
+        line = _diagnose_one(text)
+        if line:
+            return line
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException):
+            return _explain_value(cause)
+        cause = cause.__cause__
+    return " ".join(str(error).split())
+
+
+def _diagnose_one(text: str) -> str | None:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return f"{text!r} is not an override: expected KEY=VALUE, for example relora.r=16"
+    key = override.key_or_group
+    if key.startswith("hydra"):
+        return None
+    if key in groups():
+        known = options(key)
+        values = (
+            [str(v) for v in override.sweep_iterator()]
+            if override.is_sweep_override()
+            else [str(override.value())]
+        )
+        for value in values:
+            if value not in known:
+                return f"{key} must be one of {', '.join(known)}, got '{value}'.{nearest(value, known)}"
+        return None
+    keys = schema_keys()
+    if key not in keys:
+        return f"{key} is not a known key ({text}).{_nearest_key(key, keys)}"
+    return None
+
+
+def _nearest_key(key: str, keys: list[str]) -> str:
+    """Nearest dotted key or group; prefers the same section."""
+    section = key.rpartition(".")[0]
+    same = [k for k in keys if section and k.startswith(f"{section}.")]
+    if hint := nearest(key, same):
+        return hint
+    by_leaf = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    if by_leaf:
+        return f" Did you mean '{by_leaf[0]}'?"
+    return nearest(key, keys + groups()) or (
+        f" {section} has {', '.join(k.rpartition('.')[2] for k in same)}." if same else ""
+    )
+
+
+def defaults_repeated(values: dict[str, Any]) -> list[str]:
+    """Keys of an option in conf/ that merely repeat a default of the dataclasses."""
+    defaults = {
+        key: f.default for key, f, _ in walk(OmegaConf.to_object(OmegaConf.structured(RunConfig)))
+    }
+    return [key for key, value in values.items() if key in defaults and defaults[key] == value]

@@ -1,0 +1,180 @@
+"""The porch: Hydra's Sweeper and Launcher as thin doors into `sweeps`.
+
+Hydra imports this module at every start, so everything heavy is imported where it is used. No
+`from __future__ import annotations` here: Hydra executes the module before it is in `sys.modules`,
+where dataclasses would look its annotations up.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from relora_core.config import ConfigError, RunConfig
+
+
+@dataclass
+class GridConf:
+    """`hydra/sweeper=relora_grid`: the product of all axes, planned as a whole."""
+
+    _target_: str = "hydra_plugins.relora_sweeps.plugins.GridSweeper"
+    params: dict[str, Any] | None = field(default_factory=dict)
+    """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
+
+
+@dataclass
+class LocalConf:
+    """`hydra/launcher=local`: worker processes on this machine."""
+
+    _target_: str = "hydra_plugins.relora_sweeps.plugins.LocalLauncher"
+    max_parallel: int | None = None
+    """Runs at a time; null: one per GPU, or per core where there is none."""
+
+
+_store = ConfigStore.instance()
+_store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
+_store.store(group="hydra/launcher", name="local", node=LocalConf, provider="relora_sweeps")
+
+
+class GridSweeper(Sweeper):
+    """Expands the axes with Hydra's own grammar and hands all points to the launcher at once."""
+
+    def __init__(self, params: dict[str, Any] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.loader = hydra_context.config_loader
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        texts = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        if not isinstance(self.launcher, LocalLauncher):
+            raise ConfigError("hydra/launcher must be local with hydra/sweeper=relora_grid")
+        self.launcher.launch(expand(texts, loader=self.loader), initial_job_idx=0)
+
+
+class LocalLauncher(Launcher):
+    """Composes every point, then plans, writes and runs them; ends the process where one failed."""
+
+    def __init__(self, max_parallel: int | None = None) -> None:
+        self.max_parallel = max_parallel
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.loader, self.config = hydra_context.config_loader, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from sweeps.grid import points_from
+        from sweeps.launch import run_sweep
+
+        configs = Composer(self.loader, self.config).all(job_overrides)
+        points = list(zip(points_from(job_overrides), configs, strict=True))
+        code = run_sweep(points, command=_command(), max_parallel=self.max_parallel)
+        if code:
+            raise SystemExit(code)
+        return []
+
+
+def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
+    """The overrides of each point of the product; ConfigError for axes that are no finite list."""
+    try:
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(texts)
+    except HydraException as error:
+        raise ConfigError(_explain(texts, error)) from None
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{override.key_or_group} must be a list, choice() or range() in a grid, got "
+                f"{override.input_line!r}; interval() is for a search"
+            )
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["python", *sys.argv])
+
+
+def _explain(texts: Sequence[str], error: Exception) -> str:
+    from experiments import schema
+
+    return schema.diagnose(list(texts), error)
+
+
+class Composer:
+    """Composes many points: files once per distinct choice of options, values on a copy of that.
+
+    Hydra takes some 60 ms for a point; a grid of a thousand mostly varies values.
+    """
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self.loader, self.master = loader, master
+        self.parse = cache(OverridesParser.create(config_loader=loader).parse_override)
+        self.is_group = cache(lambda key: bool(loader.get_group_options(key)))
+        self.known: frozenset[str] = frozenset()
+
+    def all(self, cells: Sequence[Sequence[str]]) -> list[RunConfig]:
+        """The config of each cell; ConfigError at the first that does not compose."""
+        from sweeps.grid import compose_all
+
+        plans = [self._split(cell) for cell in cells]
+        return compose_all(plans, base=self._base, change=self._change)
+
+    def _split(self, cell: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+        """(choices of options, plain `key=value`), or all of it and nothing.
+
+        The latter where anything is unusual (`+key`, `~key`, a section given as a dict): then Hydra
+        composes the cell alone.
+        """
+        chosen = [text for text in cell if self.is_group(self.parse(text).key_or_group)]
+        values = [text for text in cell if text not in chosen]
+        if any(isinstance(self.parse(text).value(), dict) for text in cell):
+            return tuple(cell), []
+        if any(not self._is_plain(self.parse(text)) for text in values):
+            return tuple(cell), []
+        return tuple(chosen), values
+
+    def _is_plain(self, override: Override) -> bool:
+        return override.type == OverrideType.CHANGE and override.package is None
+
+    def _base(self, texts: Any) -> DictConfig:
+        try:
+            config = self.loader.load_sweep_config(self.master, list(texts))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(texts, error)) from None
+        with open_dict(config):
+            config.pop("hydra")
+        return config
+
+    def _change(self, base: DictConfig, texts: Sequence[str]) -> RunConfig:
+        from experiments import schema
+
+        self.known = self.known or frozenset(schema.schema_keys())
+        for text in texts:
+            if self.parse(text).key_or_group not in self.known:
+                raise ConfigError(schema.diagnose([text], KeyError(text)))
+        values = {o.key_or_group: o.value() for o in map(self.parse, texts)}
+        return schema.to_run_config(schema.set_values(base, values))

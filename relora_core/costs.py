@@ -1,0 +1,82 @@
+"""Parameters, FLOPs and memory of a run from its shapes alone. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from relora_core.config import RunConfig, adapted_shapes, linear_shapes
+
+
+@dataclass(kw_only=True, slots=True)
+class Parameters:
+    """Number of parameters (Weiss et al. 2025, Table 1)."""
+
+    total: int
+    trainable: int
+    by_group: dict[str, int]
+    """embedding, head, norms, attention, swiglu (the linears' weights) and adapters (A and B)."""
+
+
+def _vocab(config: RunConfig) -> int:
+    if config.model.vocab_size is None:
+        raise ValueError("model.vocab_size is not set: it comes from the data")
+    return config.model.vocab_size
+
+
+def parameters(config: RunConfig) -> Parameters:
+    """Exact counts; with adapters, the weights that carry one are frozen."""
+    model, linears, adapted = config.model, linear_shapes(config.model), adapted_shapes(config)
+    table = _vocab(config) * model.d_model
+    groups = {
+        "embedding": table,
+        "head": table,
+        "norms": (2 * model.n_layers + 1) * model.d_model,
+        "attention": sum(o * i for n, (o, i) in linears.items() if ".attention." in n),
+        "swiglu": sum(o * i for n, (o, i) in linears.items() if ".swiglu." in n),
+        "adapters": sum(config.relora.r * (o + i) for o, i in adapted.values()),
+    }
+    total = sum(groups.values())
+    frozen = sum(o * i for o, i in adapted.values())
+    return Parameters(total=total, trainable=total - frozen, by_group=groups)
+
+
+@dataclass(kw_only=True, slots=True)
+class Flops:
+    """Floating-point operations per token of a full-length sequence; a multiply-add counts two."""
+
+    forward: int
+    train: int
+    """Forward, gradients of activations, gradients of the trainable weights."""
+
+
+def flops_per_token(config: RunConfig) -> Flops:
+    """Matmuls only; attention over the whole sequence as is customary (causality not deducted)."""
+    linears, adapted = linear_shapes(config.model), adapted_shapes(config)
+    head = _vocab(config) * config.model.d_model
+    base = sum(o * i for o, i in linears.values())
+    adapters = sum(config.relora.r * (o + i) for o, i in adapted.values())
+    attention = 4 * config.data.seq_len * config.model.d_model * config.model.n_layers
+    forward = 2 * (head + base + adapters) + attention
+    frozen = sum(o * i for o, i in adapted.values())
+    weight_gradients = 2 * (head + base + adapters - frozen)
+    activation_gradients = 2 * (head + base + adapters) + 2 * attention
+    return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
+
+
+def memory_bytes(config: RunConfig) -> dict[str, int]:
+    """Estimated peak memory of training, by cause, for one process. Not a bound: kernels add theirs."""
+    counted = parameters(config)
+    model, micro = config.model, config.train.micro_batch_size or config.train.batch_size
+    tokens = micro * config.data.seq_len
+    width = 2 if config.train.precision == "bf16" else 4
+    kv = model.n_kv_heads * (model.d_model // model.n_heads)
+    # Saved for the backward pass: per block norms, q, k, v rotated and not, attention, SwiGLU's three.
+    saved = tokens * model.n_layers * (9 * model.d_model + 4 * kv + 4 * model.d_ff) * width
+    estimate = {
+        "weights": 4 * counted.total,
+        "gradients": 4 * counted.trainable,
+        "moments": 8 * counted.trainable,
+        "activations": saved,
+        "head": 4 * (min(tokens * _vocab(config), 128 * 50304) + _vocab(config) * model.d_model),
+    }
+    return {**estimate, "total": sum(estimate.values())}

@@ -1,0 +1,464 @@
+"""Documents in txt or jsonl files, tokenised once into a memory-mapped cache, served as rows.
+
+    CACHE_DIR/tokens-<fingerprint>/
+        ids.bin         every document's ids and its EOS, one after the other; uint16 or uint32
+        documents.npy   where each document starts, int64, and the end of the last
+        meta.json       counts and types, to know a damaged cache by
+
+A `.txt` file is one document, a line of a `.jsonl` file another; either may be packed (.gz, .xz,
+.zst).
+Not for: rows that are already ids (`pretokenized.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+
+from relora_core import atomic
+from relora_core.config import ConfigError, DataConfig, nearest
+from relora_core.data import places
+from relora_core.data.base import DataError, DataInfo, Tokenizer
+
+KINDS = (".txt", ".jsonl")
+PACKINGS = ("", ".gz", ".xz", ".zst")
+BATCH_CHARACTERS = 2**21
+"""Text encoded at a time; bounds the memory that building a cache takes to some 100 MB."""
+CHECKED_CHARACTERS = 2**28
+"""Text that planning reads at most (some seconds); the rest is checked when it is tokenised."""
+COUNTED_CHARACTERS = 2**20
+"""Text up to which planning counts the tokens, to tell data that are shorter than one sequence."""
+
+_EXPECTED = "a folder, file or glob of txt or jsonl (.gz, .xz, .zst)"
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
+# files ------------------------------------------------------------------------------------------
+def find_files(path: str) -> list[tuple[str, Path]]:
+    """(name relative to the folder or to the glob's fixed part, file), sorted by name."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        if not _is_text(place):
+            raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}")
+        return [(place.name, place)]
+    if place.is_dir():
+        root, found = place, [p for p in place.rglob("*") if not _hidden(p.relative_to(place))]
+    elif glob.has_magic(path):
+        fixed = [part for part in place.parts if not glob.has_magic(part)]
+        first = next(i for i, part in enumerate(place.parts) if glob.has_magic(part))
+        root = Path(*fixed[:first])
+        found = [Path(p) for p in glob.glob(str(place), recursive=True)]
+    else:
+        raise places.missing("data.path", source=path, expected=_EXPECTED)
+    files = sorted(
+        (p.relative_to(root).as_posix(), p) for p in found if p.is_file() and _is_text(p)
+    )
+    if not files:
+        endings = sorted({"".join(p.suffixes[-2:]) or p.name for p in found if p.is_file()})
+        there = f"only {', '.join(endings[:5])}" if endings else "no file"
+        raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}: it holds {there}")
+    return files
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.lower().endswith(tuple(k + p for k in KINDS for p in PACKINGS))
+
+
+def fingerprint(files: list[tuple[str, Path]], *, text_field: str, tokenizer_digest: str) -> str:
+    """sha256 over relative names, sizes and contents (as packed), text_field and tokenizer."""
+    digest = hashlib.sha256(f"text 1 {tokenizer_digest} {text_field}".encode())
+    for name, file in files:
+        with _naming(file), open(file, "rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()
+        digest.update(f"\n{name}\0{file.stat().st_size}\0".encode() + content)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn whatever reading `file` raises into one line that names it."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise DataError(f"{file} is damaged or unreadable: {places.first_line(error)}") from None
+
+
+# documents --------------------------------------------------------------------------------------
+def documents(file: Path, *, text_field: str) -> Iterator[str]:
+    """The documents of one file, in order. Raises DataError, naming file and line."""
+    if not file.stat().st_size:
+        raise DataError(f"{file} is empty (0 bytes)")
+    count = 0
+    with _naming(file), _unpacked(file) as stream:
+        if _kind(file) == ".txt":
+            found: Iterable[str] = [_decoded(stream.read(), file=file)]
+        else:
+            found = _records(stream, file=file, text_field=text_field)
+        for count, text in enumerate(found, 1):  # noqa: B007 (read after the loop)
+            yield text
+    if not count:
+        raise DataError(f"{file} holds no document")
+
+
+def _kind(file: Path) -> str:
+    name = file.name.lower()
+    return next(k for k in KINDS if name.endswith(tuple(k + p for p in PACKINGS)))
+
+
+def _unpacked(file: Path) -> BinaryIO:
+    packing = file.suffix.lower()
+    if packing == ".gz":
+        return cast(BinaryIO, gzip.open(file, "rb"))
+    if packing == ".xz":
+        return cast(BinaryIO, lzma.open(file, "rb"))
+    if (
+        packing == ".zst"
+    ):  # Arrow's reader refuses a truncated frame, zstandard's takes it for the end
+        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd")))
+    return open(file, "rb")
+
+
+def _decoded(raw: bytes, *, file: Path) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file} line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
+        ) from None
+
+
+def _records(stream: Iterable[bytes], *, file: Path, text_field: str) -> Iterator[str]:
+    """The texts of a jsonl file; blank lines are passed over."""
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: bytes that are not UTF-8 ({error.reason})") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: no valid JSON: {places.first_line(error)}") from None
+        yield _text(record, where=where, text_field=text_field)
+
+
+def _text(record: Any, *, where: str, text_field: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if text_field not in record:
+        raise DataError(
+            f"{where}: no key {text_field!r} (data.text_field), got keys {', '.join(record)}."
+            f"{nearest(text_field, list(record))}"
+        )
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {text_field!r} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {text_field!r} holds half a surrogate pair") from None
+    return text
+
+
+# planning ---------------------------------------------------------------------------------------
+def inspect(
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    tokenizer_digest: str,
+    full: bool,
+    cache_dir: Path | None,
+) -> DataInfo:
+    """Check the files and their documents; see `relora_core.data.inspect`."""
+    files = find_files(str(data.path))
+    info = DataInfo(vocab_size=vocab_size, fingerprint=None)
+    if not full:
+        return info
+    try:
+        info.fingerprint = fingerprint(
+            files, text_field=data.text_field, tokenizer_digest=tokenizer_digest
+        )
+        if cache_dir is not None and (folder := cache_folder(cache_dir, info.fingerprint)).exists():
+            info.rows = Tokens(folder).rows(data.seq_len)
+        else:
+            info.notes += _check_documents(files, data=data, tokenizer=tokenizer)
+    except DataError as error:
+        raise ConfigError(f"data.path: {error}") from None
+    return info
+
+
+def _check_documents(
+    files: list[tuple[str, Path]], *, data: DataConfig, tokenizer: Tokenizer
+) -> list[str]:
+    """Read the documents, up to a budget; ConfigError where they are shorter than one sequence."""
+    characters, texts = 0, []
+    for name, file in files:
+        for text in documents(file, text_field=data.text_field):
+            characters += len(text) + 1
+            if characters <= COUNTED_CHARACTERS:
+                texts.append(text)
+            if characters > CHECKED_CHARACTERS:
+                return [f"documents from {name} on are checked when they are tokenised"]
+    if characters <= COUNTED_CHARACTERS:
+        tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
+        check_length(tokens, seq_len=data.seq_len)
+    return []
+
+
+def check_length(tokens: int, *, seq_len: int) -> None:
+    """ConfigError unless `tokens` (with EOS) give one row."""
+    if tokens < 2:
+        raise ConfigError(f"data.path must hold text of at least 2 tokens, got {tokens}")
+    if tokens - 1 < seq_len:
+        raise ConfigError(
+            f"data.seq_len must be in [1, {tokens - 1}] (data.path holds {tokens} tokens in all), "
+            f"got {seq_len}; nearest valid: {tokens - 1}"
+        )
+
+
+# cache ------------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class _Meta:
+    documents: int
+    tokens: int
+    """With one EOS per document."""
+    dtype: str
+    largest_id: int
+    eos_id: int
+    version: int = 1
+
+
+def cache_folder(cache_dir: Path, fingerprint: str) -> Path:
+    return cache_dir / f"tokens-{fingerprint[:32]}"
+
+
+class Tokens:
+    """A complete cache, memory-mapped: the `ids`, and where documents start (and the last ends)."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.meta = _Meta(**json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+            self.ids = np.memmap(folder / "ids.bin", dtype=self.meta.dtype, mode="r")
+            self.starts: np.ndarray = np.load(folder / "documents.npy", mmap_mode="r")
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(_damaged(folder, places.first_line(error))) from None
+        if len(self.ids) != self.meta.tokens or len(self.starts) != self.meta.documents + 1:
+            raise DataError(_damaged(folder, f"{len(self.ids)} of {self.meta.tokens} tokens"))
+
+    def rows(self, seq_len: int) -> int:
+        """Rows of seq_len + 1 in one pass; ConfigError where there is none."""
+        check_length(self.meta.tokens, seq_len=seq_len)
+        return (self.meta.tokens - 1) // seq_len
+
+
+def _damaged(folder: Path, what: str) -> str:
+    return f"the token cache {folder} is damaged ({what}); delete it, and it is made again"
+
+
+def build(
+    folder: Path,
+    *,
+    files: list[tuple[str, Path]],
+    text_field: str,
+    tokenizer: Tokenizer,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Tokenise `files` into `folder`, unless it is there. All of it appears at once, or nothing.
+
+    Two processes may build at once: the second waits for the first. Raises DataError for bad input,
+    ConfigError where the cache cannot be written (a full disk, a read-only folder).
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(folder) as alone:
+            if folder.exists():
+                return
+            if alone:  # what a killed process left; without the lock it may be a living one's
+                for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+                    shutil.rmtree(left, ignore_errors=True)
+            temporary = Path(
+                tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp")
+            )
+            try:
+                texts = _all_documents(files, text_field=text_field, progress=progress)
+                _write(temporary, texts=texts, tokenizer=tokenizer)
+                _publish(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the token cache {folder} cannot be written: {error.strerror or error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[bool]:
+    """Wait until no other process builds `folder`; False where the file system has no locks."""
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # then both build, and the first rename wins
+            yield False
+        else:
+            yield True  # the lock goes with the file, also when the process dies
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    for file in temporary.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    try:
+        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would hide it from the group
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    atomic.sync_folder(folder.parent)
+
+
+def _all_documents(
+    files: list[tuple[str, Path]], *, text_field: str, progress: Callable[[str], None] | None
+) -> Iterator[str]:
+    said, characters = time.monotonic(), 0
+    for i, (name, file) in enumerate(files, 1):
+        for text in documents(file, text_field=text_field):
+            yield text
+            characters += len(text)
+            if progress is not None and time.monotonic() - said > 2:
+                said = time.monotonic()
+                progress(f"tokenising {name} ({i}/{len(files)}): {characters / 1e6:.0f} MB of text")
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write(folder: Path, *, texts: Iterable[str], tokenizer: Tokenizer) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    lengths: list[int] = []
+    largest = 0
+    with open(folder / "ids.bin", "wb") as file:
+        for batch in _batches(texts):
+            for ids in tokenizer.encode_batch(batch):
+                ids.append(tokenizer.eos_id)
+                array = np.array(ids, dtype=dtype)
+                largest = max(largest, int(array.max()))
+                lengths.append(len(array))
+                file.write(array.data)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    np.save(folder / "documents.npy", starts)
+    meta = _Meta(
+        documents=len(lengths),
+        tokens=int(starts[-1]),
+        dtype=dtype.name,
+        largest_id=largest,
+        eos_id=tokenizer.eos_id,
+    )
+    atomic.write_json(folder / "meta.json", asdict(meta))
+
+
+# streaming --------------------------------------------------------------------------------------
+class TextStream:
+    """Rows of the documents joined in an order that (seed, epoch) alone decides.
+
+    Row j of a pass holds tokens [j * seq_len, (j + 1) * seq_len] of that order; the tail that fills
+    no row is left out of the pass. Any row is found directly, so the state is a number.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        seq_len: int,
+        seed: int,
+        vocab_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if tokens.meta.largest_id >= vocab_size:
+            raise DataError(
+                f"data.path holds id {tokens.meta.largest_id}, expected ids in [0, {vocab_size}) "
+                f"(model.vocab_size)"
+            )
+        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        self._rank, self._world = rank, world
+        self._rows = tokens.rows(seq_len)
+        self._row = 0
+        self._order_of = -1  # the epoch that order and ends are of
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that are complete."""
+        return self._row // self._rows
+
+    def next_rows(self, n: int) -> np.ndarray:
+        first = self._row + self._rank
+        rows = [self._read(first + i * self._world) for i in range(n)]
+        self._row += n * self._world
+        return np.stack(rows) if rows else np.empty((0, self._seq_len + 1), dtype=np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self._row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._row = int(state["row"])
+
+    def _shuffle(self, epoch: int) -> None:
+        """Order of the documents in `epoch`, and where each ends in it."""
+        if epoch == self._order_of:
+            return
+        # RandomState, because numpy has frozen what it draws; the newer generators may change
+        self._order = np.random.RandomState([self._seed, epoch]).permutation(
+            self._tokens.meta.documents
+        )
+        self._ends = np.cumsum(np.diff(self._tokens.starts)[self._order])
+        self._order_of = epoch
+
+    def _read(self, row: int) -> np.ndarray:
+        """Global row `row`, int64, shape (seq_len + 1,)."""
+        epoch, j = divmod(row, self._rows)
+        self._shuffle(epoch)
+        out = np.empty(self._seq_len + 1, dtype=np.int64)
+        position, filled = j * self._seq_len, 0
+        place = int(np.searchsorted(self._ends, position, side="right"))
+        while filled < len(out):
+            end = int(self._tokens.starts[self._order[place] + 1])
+            left = (
+                int(self._ends[place]) - position
+            )  # tokens of this document that are still to come
+            take = min(left, len(out) - filled)
+            out[filled : filled + take] = self._tokens.ids[end - left : end - left + take]
+            filled, position, place = filled + take, position + take, place + 1
+        return out

@@ -1,0 +1,166 @@
+"""Text to ids with a tokenizer.json, from disk or the hub. Not for: the grammar's own words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from relora_core.config import ConfigError
+from relora_core.data import places
+
+EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+"""Tokens that end a document, tried in this order where nothing names one."""
+
+_EXPECTED = "a tokenizer.json, a folder that holds one, or a hub name"
+
+
+def padded_vocab(size: int) -> int:
+    """`size` rounded up to a multiple of 128 (50,280 -> 50,304, as in Weiss et al. 2025)."""
+    return -(-size // 128) * 128
+
+
+class HFTokenizer:
+    """A tokenizer.json behind the `Tokenizer` protocol. No special token is ever added.
+
+    Text that spells a special token (`<|endoftext|>`) is encoded as that token, as the tokenizer
+    library does. Truncation and padding that the file asks for are switched off: they would cut
+    documents in silence. `digest` is the file's sha256.
+    """
+
+    def __init__(self, source: str, *, eos_id: int | None = None) -> None:
+        import tokenizers
+
+        _allow_forks()
+        file, config = _files(source)
+        raw = file.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(
+                f"data.tokenizer must be {_EXPECTED}, got {source!r}: {file.name} cannot be read: "
+                f"{places.first_line(error)}"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ConfigError(f"data.tokenizer must hold a vocabulary, got {source!r}: it is empty")
+        self.digest = hashlib.sha256(raw).hexdigest()
+        self.vocab_size = max(vocabulary.values()) + 1  # not len(): ids may have holes
+        self.eos_id = _eos_id(source, config, vocabulary, eos_id=eos_id, size=self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; the library's own threads share the work."""
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [e.ids for e in encoded]
+
+
+def _files(source: str) -> tuple[Path, Path | None]:
+    """(tokenizer.json, tokenizer_config.json beside it or None)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"data.tokenizer must be {_EXPECTED}, got {source!r}: a folder without one"
+            )
+    elif path.is_file():
+        file = path
+    else:
+        return _hub_files(source)
+    config = file.with_name("tokenizer_config.json")
+    return file, config if config.is_file() else None
+
+
+def _hub_files(source: str) -> tuple[Path, Path | None]:
+    """The hub's files; where it cannot be reached, the copies that an earlier run left here."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    options: dict[str, Any] = {}
+    unreachable = None
+    try:
+        options["revision"] = places.hub_commit(source, repo_type="model")
+    except LookupError as error:
+        unreachable = error
+        options["local_files_only"] = True
+    name, revision = places.hub_name(source) or ("", None)
+    if unreachable and revision:
+        options["revision"] = revision
+    try:
+        if not name:
+            raise FileNotFoundError
+        file = Path(hf_hub_download(name, "tokenizer.json", **options))
+    except Exception as error:
+        why = str(unreachable or f"the hub's copy has no tokenizer.json ({type(error).__name__})")
+        raise places.missing("data.tokenizer", source=source, expected=_EXPECTED, why=why) from None
+    try:
+        return file, Path(hf_hub_download(name, "tokenizer_config.json", **options))
+    except EntryNotFoundError:
+        return file, None
+
+
+def _eos_id(
+    source: str, config: Path | None, vocabulary: dict[str, int], *, eos_id: int | None, size: int
+) -> int:
+    """data.eos_id, else tokenizer_config.json's eos_token, else a usual name, else ConfigError."""
+    if eos_id is not None:
+        if eos_id >= size:
+            raise ConfigError(
+                f"data.eos_id must be in [0, {size}) (the ids of data.tokenizer={source}), got "
+                f"{eos_id}; nearest valid: {size - 1}"
+            )
+        return eos_id
+    if config is not None and (token := _configured_eos(config)) is not None:
+        if token not in vocabulary:
+            raise ConfigError(
+                f"data.eos_id must be set: {config.name} of data.tokenizer={source} names "
+                f"{token!r}, which its tokenizer.json does not hold"
+            )
+        return vocabulary[token]
+    for token in EOS_NAMES:
+        if token in vocabulary:
+            return vocabulary[token]
+    raise ConfigError(
+        f"data.eos_id must name the id that ends a document: data.tokenizer={source} holds none of "
+        f"{', '.join(EOS_NAMES)}"
+    )
+
+
+def _configured_eos(config: Path) -> str | None:
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError):
+        raise ConfigError(f"data.tokenizer: {config} is not a JSON object") from None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+@cache
+def _allow_forks() -> None:
+    """Let a process fork after encoding: the child encodes without threads, and says nothing.
+
+    The library's threads do not survive a fork: left alone it warns from the child, and under
+    TOKENIZERS_PARALLELISM=true the child hangs. The parent keeps what the user has set.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    saved: list[str | None] = []
+
+    def before() -> None:
+        saved.append(os.environ.get(name))
+        os.environ[name] = "false"
+
+    def after_in_parent() -> None:
+        value = saved.pop()
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+    os.register_at_fork(before=before, after_in_parent=after_in_parent)

@@ -1,0 +1,289 @@
+"""Perplexity per source and domain of texts in Paloma's layout (Magnusson et al. 2023).
+
+Two definitions stand side by side, and their numbers must not be compared with each other:
+
+- Paloma's own. Each document alone, after one end-of-document id; every token is scored once, no
+  end token is. Perplexity is exp(-sum of log p / tokens), pooled over a domain's or source's
+  documents.
+- `paper_perplexity`, as Weiss et al. (2025) report it: the arithmetic mean, over rows of max_len
+  tokens, of each row's exp(mean NLL). A source's documents are shuffled (seed 42), joined by end
+  ids and cut into rows, 100 per source at most; a row's first token is context only. It is the
+  larger of the two as a rule: an average of exponentials is ruled by the hardest rows. Rows cross
+  document borders, and sources weigh by their rows. The published pipeline decodes the rows and
+  tokenises them again; here the ids are scored.
+
+Not for: cadence and registry (`evals/__init__.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Unpack
+
+import numpy as np
+
+from relora_core.config import ConfigError, PalomaConfig, nearest
+from relora_core.data.base import DataError
+from relora_core.evals import EvalResult, Window, Work, digest, existing, records, score
+
+if TYPE_CHECKING:
+    from relora_core.model import Decoder
+
+KEY = "eval.paloma.path"
+MAX_LEN = 2048
+"""Paloma's guideline for the longest window."""
+PAPER_ROWS = 100
+"""Rows per source in the paper's figure."""
+PAPER_SEED = 42
+"""Order of a source's documents in the paper's rows."""
+GRAMMAR_SEED = 0
+"""Held-out documents of the grammar; the stream draws from another seed space."""
+
+
+class Document(NamedTuple):
+    """One text that is evaluated alone."""
+
+    source: str
+    """Folder it lies in."""
+    domain: str
+    """The record's `subdomain`, or the source where a source has none."""
+    text: str
+    id: str
+
+    def texts(self) -> list[str]:
+        return [self.text]
+
+
+def inspect(config: PalomaConfig) -> str | None:
+    """Digest of the documents; None without a path. ConfigError, one line, for any bad input."""
+    if config.path is None:
+        return None
+    files = _files(existing(config.path, key=KEY), split=config.split)
+    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _digest(config.path, config.split, stamps)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(path: str, split: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Kept per version of the files: the points of a grid mostly share their evals."""
+    return digest(_documents(Path(path).expanduser(), split=split))
+
+
+def load(config: PalomaConfig) -> list[Document]:
+    """The documents in order of files and lines, the first `max_documents` of each domain."""
+    if config.path is None:
+        raise ValueError("no path to load from: the grammar has grammar_documents")
+    root = existing(config.path, key=KEY)
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    kept = []
+    for document in _documents(root, split=config.split):
+        counts[document.source, document.domain] += 1
+        if counts[document.source, document.domain] <= (config.max_documents or math.inf):
+            kept.append(document)
+    return kept
+
+
+def grammar_documents(count: int) -> list[Document]:
+    """`count` held-out documents of each register of the grammar; the register is the source."""
+    from relora_core.data.grammar import REGISTERS, documents
+
+    return [
+        Document(register, register, text, f"{register}-{i}")
+        for register in REGISTERS
+        for i, text in enumerate(documents(register, count, seed=GRAMMAR_SEED))
+    ]
+
+
+def _files(root: Path, *, split: str) -> list[Path]:
+    """<source>/<split>/*.jsonl.gz; a source without that split is left out."""
+    if not root.is_dir():
+        raise ConfigError(f"{KEY} must be a folder of <source>/<split>/*.jsonl.gz, got {root}")
+    found = sorted(root.glob("*/*/*.jsonl.gz"))
+    files = [file for file in found if file.parent.name == split]
+    if not files:
+        splits = sorted({file.parent.name for file in found})
+        if splits:
+            raise ConfigError(
+                f"eval.paloma.split must be one of {', '.join(splits)} (the splits in {root}), got "
+                f"{split!r}.{nearest(split, splits)}"
+            )
+        raise ConfigError(f"{KEY} must hold <source>/{split}/*.jsonl.gz, found none in {root}")
+    return files
+
+
+def _documents(root: Path, *, split: str) -> Iterator[Document]:
+    """Every document that has a text; an empty one has nothing to predict."""
+    for file in _files(root, split=split):
+        source, where = file.parent.parent.name, f"{KEY}: {file.relative_to(root)}"
+        found = False
+        for record in records(_lines(file, where=where), where=where, fields=["text"]):
+            if record["text"]:
+                found = True
+                domain = record.get("subdomain") or source
+                yield Document(source, str(domain), record["text"], str(record.get("id", "")))
+        if not found:
+            raise ConfigError(f"{where} must hold at least one document, got none")
+
+
+def _lines(file: Path, *, where: str) -> Iterator[bytes]:
+    number = 0
+    try:
+        with gzip.open(file) as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 (read where reading fails)
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{where} line {number + 1}: broken gzip file ({error})") from None
+
+
+def document_windows(ids: np.ndarray, *, prefix: int, max_len: int) -> Iterator[Window]:
+    """Windows that score each token of a document once, as OLMo-Eval cuts them.
+
+    The first holds up to max_len tokens after `prefix`; each full one after it sees exactly one
+    token before its own; the last, shorter one keeps the max_len tokens before its last as context.
+    """
+    tokens = np.concatenate(([prefix], ids)).astype(np.int32)  # tokens[i + 1] = ids[i]
+    for start in range(0, len(ids), max_len):
+        stop = min(start + max_len, len(ids))
+        yield Window(tokens[max(0, stop - max_len) : stop + 1], stop - start)
+
+
+def paper_rows(ids: Sequence[np.ndarray], *, eos_id: int, length: int) -> Iterator[Window]:
+    """Up to PAPER_ROWS rows of `length` >= 2 tokens of one source, the first token unscored."""
+    order = np.random.default_rng(PAPER_SEED).permutation(len(ids))
+    pieces, held = [], 0
+    for i in order:
+        if held >= PAPER_ROWS * length:
+            break
+        pieces += [ids[i], np.array([eos_id], dtype=np.int32)]
+        held += len(ids[i]) + 1
+    tokens = np.concatenate(pieces).astype(np.int32)
+    for row in range(min(PAPER_ROWS, held // length)):
+        yield Window(tokens[row * length : (row + 1) * length], length - 1)
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Counts over some documents, and the nats that their tokens cost."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    nats: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / (self.bytes * math.log(2))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if not nats > 700 else math.inf
+
+
+def _total(sums: Iterable[_Sum]) -> _Sum:
+    total = _Sum()
+    for s in sums:
+        total.documents += s.documents
+        total.tokens += s.tokens
+        total.bytes += s.bytes
+        total.nats += s.nats
+    return total
+
+
+def evaluate(
+    model: Decoder,
+    *,
+    documents: Sequence[Document],
+    ids: Sequence[np.ndarray],
+    eos_id: int,
+    max_len: int | None = None,
+    **work: Unpack[Work],
+) -> EvalResult:
+    """Both perplexities of `documents`, whose tokens are `ids`. Metrics, under `eval/paloma/`:
+
+    perplexity, bits_per_byte: pooled over all tokens and bytes.
+    <source>/perplexity, <source>/bits_per_byte: pooled over a source.
+    macro_perplexity: domains averaged within each source, then sources (all sources weigh the same,
+        and within a source all domains do); the paper's macro average.
+    macro_domains_perplexity: all domains of all sources weigh the same.
+    macro_sources_perplexity: mean of the sources' pooled perplexities.
+    paper_perplexity: see the module; absent where no source fills one row of max_len >= 2.
+
+    max_len: longest input; None: the model's max_seq_len, 2048 at most. Table `paloma_domains`.
+    """
+    max_len = max_len or min(model.config.max_seq_len, MAX_LEN)
+    cut = [list(document_windows(x, prefix=eos_id, max_len=max_len)) for x in ids]
+    by_source = defaultdict(list)
+    for document, tokens in zip(documents, ids, strict=True):
+        by_source[document.source].append(tokens)
+    rows = [
+        row
+        for own in by_source.values()
+        for row in paper_rows(own, eos_id=eos_id, length=max_len)
+        if max_len > 1
+    ]
+    windows = [window for pieces in cut for window in pieces]
+    nats = -score(model, windows + rows, **work)
+    owner = np.repeat(np.arange(len(cut)), [len(pieces) for pieces in cut])
+    per_document = np.bincount(owner, weights=nats[: len(windows)], minlength=len(cut))
+    metrics, table = _summary(documents, ids, per_document)
+    if rows:
+        means = nats[len(windows) :] / (max_len - 1)
+        metrics["paper_perplexity"] = float(np.mean([_exp(m) for m in means]))
+    return EvalResult(
+        metrics={f"eval/paloma/{name}": value for name, value in metrics.items()},
+        tables={"paloma_domains": table},
+    )
+
+
+def _summary(
+    documents: Sequence[Document], ids: Sequence[np.ndarray], nats: np.ndarray
+) -> tuple[dict[str, float], list[dict[str, str | int | float]]]:
+    domains: dict[tuple[str, str], _Sum] = defaultdict(_Sum)
+    for document, tokens, cost in zip(documents, ids, nats, strict=True):
+        own = _Sum(1, len(tokens), len(document.text.encode()), float(cost))
+        key = document.source, document.domain
+        domains[key] = _total([domains[key], own])
+    for (source, domain), s in domains.items():
+        if not s.tokens:
+            raise DataError(f"eval.paloma: domain {source}/{domain} must hold tokens, got none")
+    sources: dict[str, list[_Sum]] = defaultdict(list)
+    for (source, _), s in sorted(domains.items()):
+        sources[source].append(s)
+    total = _total(domains.values())
+    metrics = {
+        "perplexity": total.perplexity,
+        "bits_per_byte": total.bits_per_byte,
+        "macro_perplexity": _mean(_mean(s.perplexity for s in own) for own in sources.values()),
+        "macro_domains_perplexity": _mean(s.perplexity for s in domains.values()),
+        "macro_sources_perplexity": _mean(_total(own).perplexity for own in sources.values()),
+    }
+    for source, own in sources.items():
+        metrics[f"{source}/perplexity"] = _total(own).perplexity
+        metrics[f"{source}/bits_per_byte"] = _total(own).bits_per_byte
+    table = [
+        {
+            "source": source,
+            "domain": domain,
+            "documents": s.documents,
+            "tokens": s.tokens,
+            "perplexity": s.perplexity,
+            "bits_per_byte": s.bits_per_byte,
+        }
+        for (source, domain), s in sorted(domains.items())
+    ]
+    return metrics, table
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

@@ -1,0 +1,54 @@
+"""The seam between the training loop and a method, and the method that does nothing: full rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora_core.config import RunConfig
+from relora_core.schedule import lr_factor
+
+
+class Method:
+    """How a model is parametrised and updated. Every part has a default: train all weights as they are.
+
+    The method owns restart and schedule, so that neither can be set without the other.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def adapt(self, model: nn.Module) -> None:
+        """Change the freshly drawn model in place, before the optimizer sees it."""
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups for the optimizer; each may set options of its own, such as `lr_ratio`."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def lr_multiplier(self, step: int) -> float:
+        """Factor of the peak learning rate for update `step` (0-based)."""
+        return lr_factor(step, config=self.config)
+
+    def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """Called when `step` updates are complete; may change weights and state; returns metrics."""
+        return {}
+
+    def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, matrix) of every block linear as the forward pass uses it."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith("layers."):
+                yield name, module.weight.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable state beyond weights and moments."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+
+
+class FullRank(Method):
+    """Ordinary training of every weight."""

@@ -1,0 +1,309 @@
+"""The training loop: one flat function, its phases as short named steps below it.
+
+Not for: files of a run (`experiments/runner.py`) or anything a method decides (`methods/`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+
+from relora_core import checkpoint, dynamics
+from relora_core.checkpoint import Progress
+from relora_core.config import ConfigError, RunConfig
+from relora_core.data import load_tokenizer, open_stream
+from relora_core.evals import Eval
+from relora_core.evals import prepare as prepare_evals
+from relora_core.events import Event, NullSink, Sink
+from relora_core.methods import build_method
+from relora_core.model import Decoder
+from relora_core.optim import build_adamw, set_lr_
+
+
+def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) -> str:
+    """Train, or go on from the newest complete checkpoint, to the end: `finished` or `diverged`.
+
+    Everything the run has to say goes to `sink` on rank 0. Bad settings raise ConfigError before the
+    first step, bad data DataError.
+    """
+    accelerator = make_accelerator(config)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sink = sink if accelerator.is_main_process else NullSink()
+    micro_batches = split_batch(config, world=world)
+
+    torch.manual_seed(config.seed)  # the weights: the same on every rank and for every method
+    model = Decoder(config.model)
+    method = build_method(config)
+    method.adapt(model)
+    model.to(accelerator.device)
+    optimizer = build_adamw(method.param_groups(model), train=config.train)
+    stream = open_stream(
+        config.data,
+        seed=config.seed,
+        vocab_size=model.embedding_proj.num_embeddings,
+        rank=rank,
+        world=world,
+        cache_dir=cache_dir,
+    )
+    evals = prepare_evals(config, load_tokenizer(config.data))
+    torch.manual_seed(rank_seed(config.seed, rank))  # dropout: different on every rank
+
+    progress = resume(checkpoints, model=model, optimizer=optimizer, rank=rank, config=config)
+    resumed = progress.step > 0
+    if resumed:
+        stream.load_state_dict(progress.stream)
+        method.load_state_dict(progress.method)
+    wrapped = accelerator.prepare(model)
+    sink.emit(Event(kind="start", step=progress.step, data={"resumed": resumed, "world": world}))
+    measure = Measures(config, accelerator=accelerator, model=model, evals=evals, sink=sink)
+    if not resumed:
+        measure.run(0, method=method)
+
+    clock = Clock(progress.seconds, step=progress.step)
+    for step in range(progress.step, config.train.steps):
+        set_lr_(optimizer, config.train.lr * method.lr_multiplier(step))
+        rows = stream.next_rows(config.train.batch_size // world)
+        loss = accumulate_gradients(accelerator, wrapped, rows=rows, micro_batches=micro_batches)
+        log = (step + 1) % config.runtime.log_every_steps == 0 or step + 1 == config.train.steps
+        grad_norm = clip(accelerator, wrapped, limit=config.train.grad_clip, measured=log)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        progress.step = step + 1
+        progress.loss_sum += loss
+        progress.loss_count += 1
+        if restart := method.after_step(step + 1, model, optimizer):
+            sink.emit(Event(kind="restart", step=step + 1, metrics=restart))
+        if log:
+            lr = optimizer.param_groups[0]["lr"]
+            mean = log_train(sink, progress, config=config, clock=clock, lr=lr, norm=grad_norm)
+            if not math.isfinite(mean):
+                sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
+                return "diverged"
+        with clock.paused():
+            measure.run(step + 1, method=method)
+        due = (step + 1) % config.checkpoint.every_steps == 0
+        if due or step + 1 == config.train.steps:
+            progress.seconds = clock.seconds
+            progress.stream, progress.method = stream.state_dict(), method.state_dict()
+            save(accelerator, checkpoints, model, optimizer, progress, config=config)
+            sink.emit(Event(kind="checkpoint", step=step + 1))
+    return "finished"
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Device, processes and precision; sharded optimizers are refused, since a restart edits state."""
+    AcceleratorState._reset_state()  # a second run in this process may want another precision
+    accelerator = Accelerator(
+        cpu=config.runtime.device == "cpu",
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+    )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise ConfigError(
+            f"distributed type must be DDP or a single process, got {accelerator.distributed_type}: "
+            "a restart edits weights and optimizer state that sharding keeps elsewhere"
+        )
+    if config.runtime.device == "cuda" and accelerator.device.type != "cuda":
+        raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
+    return accelerator
+
+
+def split_batch(config: RunConfig, *, world: int) -> int:
+    """Forward passes per optimizer step on each process."""
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if batch % world:
+        raise ConfigError(
+            f"train.batch_size must be divisible by the {world} processes, got {batch}; nearest "
+            f"valid: {max(world, round(batch / world) * world)}"
+        )
+    share = batch // world
+    micro = share if micro is None else micro
+    if share % micro:
+        good = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise ConfigError(
+            f"train.micro_batch_size must divide the {share} sequences of each of {world} "
+            f"processes, got {micro}; nearest valid: {good}"
+        )
+    return share // micro
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """Seed of a rank's dropout."""
+    digest = hashlib.sha256(f"{seed}/dropout/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def resume(
+    checkpoints: Path, *, model: nn.Module, optimizer: Any, rank: int, config: RunConfig
+) -> Progress:
+    """The newest complete checkpoint restored in place; a fresh Progress where there is none."""
+    if rank == 0:
+        checkpoint.discard_torn(checkpoints)
+    threads = config.runtime.threads or torch.get_num_threads()
+    found = checkpoint.complete(checkpoints)
+    if found:
+        progress = checkpoint.load(found[-1], model=model, optimizer=optimizer, rank=rank)
+    else:
+        progress = Progress(threads=threads)
+    torch.set_num_threads(progress.threads)
+    return progress
+
+
+def accumulate_gradients(
+    accelerator: Accelerator, wrapped: nn.Module, *, rows: Any, micro_batches: int
+) -> float:
+    """Forward and backward over this rank's rows (n, T + 1); the loss is their mean over all ranks."""
+    ids = torch.from_numpy(rows).to(accelerator.device, non_blocking=True)
+    total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    for index, chunk in enumerate(ids.chunk(micro_batches)):
+        last = index == micro_batches - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+            loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:])
+            accelerator.backward(loss / micro_batches)
+        total += loss.detach() / micro_batches
+    return accelerator.reduce(total, reduction="mean").item()  # type: ignore[union-attr]
+
+
+def clip(
+    accelerator: Accelerator, wrapped: nn.Module, *, limit: float | None, measured: bool
+) -> float | None:
+    """Global gradient norm before clipping, where it is limited or to be logged."""
+    if limit is None and not measured:
+        return None
+    # An infinite limit measures without changing a bit: the factor is clamped to exactly 1.
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), math.inf if limit is None else limit)
+    return float(norm)  # type: ignore[arg-type]
+
+
+class Clock:
+    """Training seconds of all attempts, without the time that evals and dynamics take."""
+
+    def __init__(self, seconds: float, *, step: int) -> None:
+        self._before, self._start = seconds, time.perf_counter()
+        self._logged_seconds, self._logged_step = seconds, step
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Any:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def lap(self, step: int) -> float:
+        """Steps per second since the last lap."""
+        seconds = self.seconds
+        rate = (step - self._logged_step) / max(seconds - self._logged_seconds, 1e-9)
+        self._logged_seconds, self._logged_step = seconds, step
+        return rate
+
+
+def log_train(
+    sink: Sink,
+    progress: Progress,
+    *,
+    config: RunConfig,
+    clock: Clock,
+    lr: float,
+    norm: float | None,
+) -> float:
+    """Emit the train event since the last one and return its mean loss, nats per token."""
+    mean = progress.loss_sum / progress.loss_count
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    tokens_per_step = config.train.batch_size * config.data.seq_len
+    metrics = {
+        "train/loss": mean,
+        "train/lr": lr,
+        "train/tokens": float(progress.step * tokens_per_step),
+        "perf/tokens_per_s": clock.lap(progress.step) * tokens_per_step,
+        "perf/train_seconds": clock.seconds,
+    }
+    if norm is not None:
+        metrics["train/grad_norm"] = norm
+    sink.emit(Event(kind="train", step=progress.step, metrics=metrics))
+    return mean
+
+
+class Measures:
+    """Evals and dynamics, each at its own cadence and at the end; they change neither model nor RNG."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        evals: list[Eval],
+        sink: Sink,
+    ) -> None:
+        self.config, self.accelerator, self.model = config, accelerator, model
+        self.evals, self.sink = evals, sink
+
+    def _due(self, step: int, every: int | None, *, at_end: bool) -> bool:
+        return (every is not None and step % every == 0) or (
+            at_end and step == self.config.train.steps
+        )
+
+    def run(self, step: int, *, method: Any) -> None:
+        """Whatever is due when `step` updates are complete."""
+        for evaluation in self.evals:
+            if self._due(step, evaluation.every_steps, at_end=True):
+                self._evaluate(evaluation, step)
+        if self._due(step, self.config.dynamics.every_steps, at_end=False):
+            metrics = dynamics.weight_metrics(method.effective_weights(self.model))
+            self.sink.emit(Event(kind="dynamics", step=step, metrics=metrics))
+
+    def _evaluate(self, evaluation: Eval, step: int) -> None:
+        def progress(done: int, total: int) -> None:
+            data = {"phase": f"{evaluation.name} {done}/{total}"}
+            self.sink.emit(Event(kind="phase", step=step, data=data))
+
+        result = evaluation.run(
+            self.model,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            reduce=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
+            progress=progress,
+        )
+        self.sink.emit(Event(kind="eval", step=step, metrics=result.metrics))
+        for name, rows in result.tables.items():
+            self.sink.emit(Event(kind="table", step=step, data={"name": name, "rows": rows}))
+
+
+def save(
+    accelerator: Accelerator,
+    folder: Path,
+    model: nn.Module,
+    optimizer: Any,
+    progress: Progress,
+    *,
+    config: RunConfig,
+) -> None:
+    """Checkpoint from rank 0 with the generators of every rank; the others wait until it is on disk."""
+    states = gather_object([checkpoint.rng_state()])
+    if accelerator.is_main_process:
+        checkpoint.save(
+            folder,
+            model=model,
+            optimizer=optimizer,
+            progress=progress,
+            rng=states,
+            keep_last=config.checkpoint.keep_last,
+        )
+    accelerator.wait_for_everyone()

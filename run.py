@@ -1,0 +1,39 @@
+"""Run one experiment, or with -m a sweep: compose -> RunConfig -> run it here, or launch them all.
+
+python run.py                                        the demo: minutes on a laptop
+python run.py model=small relora.r=32 seed=1         one run
+python run.py -m model=tiny,small relora.r=8,16,32   a sweep
+"""
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import schema
+from experiments.runner import fail, one_line, run_here
+from relora_core.config import ConfigError
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    sys.exit(run_here(schema.to_run_config(cfg)))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # exceptions reach us instead of Hydra's reporter
+    try:
+        main()
+    except ConfigError as error:
+        fail(str(error), code=2)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(schema.diagnose(sys.argv[1:], error), code=2)
+    except OSError as error:
+        fail(one_line(error), code=1)

@@ -1,0 +1,279 @@
+"""What people see of many runs: the plan, the progress and the closing table.
+
+Reads run directories and nothing else. Not for: numbers that scripts rely on (`--json`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from experiments.run_dir import RunDir, Status, runs_folder
+from experiments.sinks import clock
+from relora_core import costs
+from relora_core.config import RunConfig
+from sweeps.plan import Cell, Plan
+from sweeps.state import RunState
+
+PLAIN_EVERY_S = 10.0
+REFRESH_S = 0.5
+COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "failed": "red",
+    "diverged": "magenta",
+    "cancelled": "yellow",
+}
+METRICS = {
+    "loss": "train/loss",
+    "perplexity": "eval/paloma/perplexity",
+    "BLiMP": "eval/blimp/no_bos/accuracy",
+}
+"""Column of the closing table -> metric."""
+
+
+def make_console() -> Console:
+    """A terminal as wide as it is; a log file wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def count(number: float) -> str:
+    """1234567 -> `1.23M`."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def tokens(config: RunConfig) -> int:
+    """Training tokens of the whole run."""
+    return config.train.steps * config.train.batch_size * config.data.seq_len
+
+
+def error_line(run_dir: RunDir, *, attempts: int, reason: str | None) -> str:
+    """Why a run failed, and the file that says more."""
+    killed = (reason or "").startswith(("killed", "stopped"))
+    log = run_dir.log_path(max(attempts, 1))
+    detail = run_dir.error_path if run_dir.error_path.exists() and not killed else log
+    return f"{reason or 'failed'}" + (f" ({detail})" if detail.exists() else "")
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=COLOURS.get(state, ""))
+
+
+# plan -------------------------------------------------------------------------------------------
+def plan_words(state: RunState | None) -> str:
+    """A planned run's state from the point of view of the command: what will happen to it."""
+    if state is None or (state.state in ("planned", "cancelled") and not state.step):
+        return "new"
+    if state.state in ("finished", "diverged"):
+        return "done" if state.state == "finished" else "done (diverged)"
+    if state.state == "running":
+        return "in flight"
+    if state.state == "failed":
+        return (
+            f"failed -> resumes after step {state.step}" if state.step else "failed -> runs again"
+        )
+    return state.state
+
+
+def plan_table(plan: Plan, *, states: Mapping[str, RunState]) -> Table:
+    """Runs, sizes and what will happen to each."""
+    table = Table(title=f"sweep {plan.name}: {len(plan.cells)} runs", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in ("parameters", "trainable", "steps", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    for cell in plan.cells:
+        sizes = costs.parameters(cell.config)
+        table.add_row(
+            Text(cell.name),
+            count(sizes.total),
+            count(sizes.trainable),
+            str(cell.config.train.steps),
+            count(tokens(cell.config)),
+            plan_words(states.get(cell.run_id)),
+        )
+    return table
+
+
+def show_plan(plan: Plan, *, states: Mapping[str, RunState], console: Console) -> None:
+    """Print the plan and what fell together; hundreds of runs are cut to the first twenty."""
+    short = plan
+    if len(plan.cells) > 40:
+        short = Plan(name=plan.name, cells=plan.cells[:20], points=plan.points)
+    console.print(plan_table(short, states=states))
+    if short is not plan:
+        console.print(
+            f"... and {len(plan.cells) - 20} more runs (python -m sweeps plan {plan.name})"
+        )
+    for line in plan.collapsed:
+        console.print(line, markup=False, highlight=False)
+
+
+# progress ---------------------------------------------------------------------------------------
+class Progress:
+    """Running runs while they run: a live table on a terminal, plain lines elsewhere."""
+
+    def __init__(self, cells: Sequence[Cell], *, output_dir: Path, console: Console) -> None:
+        self.cells, self.console = cells, console
+        self.runs = runs_folder(output_dir)
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._shown = time.monotonic()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live:
+            self.live.update(Text(""), refresh=True)
+            self.live.stop()
+
+    def started(self, cell: Cell, *, attempt: int) -> None:
+        self._line(f"start    {cell.name}" + (f" (attempt {attempt})" if attempt > 1 else ""))
+
+    def ended(self, cell: Cell, *, state: str, reason: str | None) -> None:
+        self._line(f"{state:<8} {cell.name}" + (f": {reason}" if reason else ""))
+
+    def tick(self, active: Sequence[Cell], *, counts: Mapping[str, int]) -> None:
+        """Show the running runs, not more often than is readable."""
+        if time.monotonic() - self._shown < (REFRESH_S if self.live else PLAIN_EVERY_S):
+            return
+        self._shown = time.monotonic()
+        statuses = [(cell, RunDir(self.runs / cell.run_id).status()) for cell in active]
+        if self.live:
+            self.live.update(self._table(statuses, counts), refresh=True)
+            return
+        for cell, status in statuses:
+            self._line(progress_line(cell.name, status))
+        self._line(self._total(counts))
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _total(self, counts: Mapping[str, int]) -> str:
+        told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+        return f"{told} of {len(self.cells)} runs, {clock(time.monotonic() - self._began)}"
+
+    def _table(self, statuses: list[tuple[Cell, Status]], counts: Mapping[str, int]) -> Table:
+        table = Table(box=None, caption=self._total(counts), caption_justify="left")
+        table.add_column("run", overflow="ellipsis", no_wrap=True, ratio=3)
+        table.add_column("", width=16)
+        for name in ("step", "loss", "tokens/s", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for cell, status in statuses:
+            table.add_row(
+                Text(cell.name),
+                ProgressBar(total=max(status.steps, 1), completed=status.step, width=16),
+                f"{status.step}/{status.steps}",
+                "-" if status.loss is None else f"{status.loss:.3f}",
+                "-" if status.tokens_per_s is None else count(status.tokens_per_s),
+                status.phase if status.phase not in ("", "train") else clock(status.eta_s),
+            )
+        return table
+
+
+def progress_line(name: str, status: Status) -> str:
+    """`model=tiny  step 40/100  loss 5.123  12.3k tokens/s  0:31 left`."""
+    parts = [name, f"step {status.step}/{status.steps}"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.tokens_per_s is not None:
+        parts.append(f"{count(status.tokens_per_s)} tokens/s")
+    if status.phase not in ("", "train"):
+        parts.append(status.phase)
+    elif status.eta_s is not None:
+        parts.append(f"{clock(status.eta_s)} left")
+    return "  ".join(parts)
+
+
+# closing ----------------------------------------------------------------------------------------
+def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_dir: Path) -> Table:
+    """How each run ended, with its final figures; `states` holds run_id -> state."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for name in ("steps", *METRICS, "tokens/s", "time"):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
+        result, status = run_dir.result() or {}, run_dir.status()
+        rate = result.get("metrics", {}).get("perf/tokens_per_s", status.tokens_per_s)
+        table.add_row(
+            Text(cell.name),
+            _state(states[cell.run_id]),
+            f"{status.step}/{cell.config.train.steps}",
+            *_figures(result, status),
+            "-" if rate is None else count(rate),
+            clock(result.get("attempt_seconds")),
+        )
+    return table
+
+
+def _figures(result: Mapping[str, Any], status: Status) -> list[str]:
+    metrics = dict(result.get("metrics", {}))
+    if status.loss is not None:
+        metrics.setdefault("train/loss", status.loss)
+    return [f"{metrics[key]:.4g}" if key in metrics else "-" for key in METRICS.values()]
+
+
+def show_closing(
+    plan: Plan, *, states: Mapping[str, RunState], output_dir: Path, console: Console
+) -> None:
+    """Print the closing table, the errors, and where things are."""
+    ends = {id_: state.state for id_, state in states.items()}
+    console.print(closing_table(plan.cells, states=ends, output_dir=output_dir))
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for cell in plan.cells:
+        state = states[cell.run_id]
+        if state.state in ("failed", "diverged"):
+            run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
+            why = error_line(run_dir, attempts=state.attempts, reason=state.reason)
+            line(f"{state.state} {cell.name}: {why if state.state == 'failed' else run_dir.path}")
+    told = [f"{list(ends.values()).count(state)} {state}" for state in dict.fromkeys(ends.values())]
+    line(f"{', '.join(told)}; runs in {runs_folder(output_dir)}, plan in sweeps/{plan.name}")
+
+
+def status_table(rows: Sequence[tuple[str, RunState]], *, title: str) -> Table:
+    """One sweep's runs as they are now; rows are (name, state)."""
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for name in ("attempts", "step", "loss", "tokens/s", "left"):
+        table.add_column(name, justify="right")
+    table.add_column("", overflow="fold")
+    for name, state in rows:
+        running = state.state == "running"
+        table.add_row(
+            Text(name),
+            _state(state.state),
+            str(state.attempts),
+            f"{state.step}/{state.steps}",
+            "-" if state.loss is None else f"{state.loss:.3f}",
+            count(state.tokens_per_s) if running and state.tokens_per_s else "-",
+            clock(state.eta_s) if running else "-",
+            Text(state.reason or ""),
+        )
+    return table

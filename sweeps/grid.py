@@ -1,0 +1,81 @@
+"""A grid's points as the user wrote them: which axes vary, and what the sweep is called.
+
+Not for: composing configs (that is Hydra's, see `hydra_plugins/`) or naming runs (`plan.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+from relora_core.config import ConfigError
+
+Point = dict[str, str]
+"""Override key -> value, both as text; one cell of the product of the axes."""
+
+NAME_LIMIT = 60
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
+
+Base = TypeVar("Base")
+Made = TypeVar("Made")
+
+
+def points_from(cells: Iterable[Sequence[str]]) -> list[Point]:
+    """`["model=tiny", "+x=1"]` -> `{"model": "tiny", "x": "1"}`, for each cell."""
+    return [dict(_split(text) for text in cell) for cell in cells]
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    return key.lstrip("+~"), value
+
+
+def axes(points: Sequence[Point]) -> list[str]:
+    """Keys that take more than one value, in the order in which they were written."""
+    keys = dict.fromkeys(key for point in points for key in point)
+    return [key for key in keys if len({point.get(key) for point in points}) > 1]
+
+
+def safe_name(text: str) -> str:
+    """A folder name of at most 60 letters, digits and `._=-`; a digest keeps cut names apart."""
+    name = _UNSAFE.sub("-", text).strip("-.")
+    if name and len(text) <= NAME_LIMIT:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[: NAME_LIMIT - 9]}-{digest}".lstrip("-")
+
+
+def sweep_name(points: Sequence[Point], *, experiment: str) -> str:
+    """Made of what varies (`model-relora.r`); of the experiment where nothing does."""
+    return safe_name("-".join(axes(points)) or experiment)
+
+
+def check_name(name: str) -> str:
+    """The user's own sweep name, or ConfigError where it could not be a folder's name."""
+    if name and safe_name(name) == name:
+        return name
+    raise ConfigError(
+        f"sweep.name must be 1 to {NAME_LIMIT} letters, digits or . _ = -, got {name!r}; "
+        f"nearest valid: {safe_name(name)}"
+    )
+
+
+def compose_all(
+    keyed: Iterable[tuple[Hashable, Sequence[str]]],
+    *,
+    base: Callable[[Hashable], Base],
+    change: Callable[[Base, Sequence[str]], Made],
+) -> list[Made]:
+    """`change(base(choices), values)` for each pair, with one `base` per distinct choices.
+
+    `base` is the dear half (reading and merging files); `change` leaves its argument as it is.
+    """
+    bases: dict[Hashable, Base] = {}
+    made = []
+    for choices, values in keyed:
+        if choices not in bases:
+            bases[choices] = base(choices)
+        made.append(change(bases[choices], values))
+    return made

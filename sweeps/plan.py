@@ -1,0 +1,279 @@
+"""RunConfigs -> a deduplicated Plan: what a sweep will run, as a file to review before and after.
+
+    output_dir/sweeps/<name>/plan.json    every cell that a command of this name has planned
+    output_dir/sweeps/<name>/code.diff    the code at the newest planning (snapshot.py)
+
+Not for: deciding what still has to run (`state.py`, `launch.py`), nor for composing (`grid.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.identity import arm_id, config_from_json, run_id, scientific
+from relora_core import atomic
+from relora_core.config import ConfigError, RunConfig, SweepConfig, applies, get, validate, walk
+from sweeps.grid import Point, check_name, sweep_name
+
+LABELS = {"experiment": "experiment", "model.name": "model", "data.kind": "data"}
+"""Key -> the word that names its choice on the command line."""
+FIRST = ("experiment", "method", "model.name", "data.kind", "data.path")
+LAST = ("seed", "model.vocab_size")
+"""Order in which `cell_names` tries keys; those of LAST often follow from others."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Cell:
+    """One run of a plan."""
+
+    run_id: str
+    arm_id: str
+    name: str
+    """Made of what varies in the sweep: `model=tiny relora.r=8`."""
+    config: RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """The runs of one sweep, without duplicates."""
+
+    name: str
+    cells: list[Cell]
+    points: int
+    """Points of the grid before duplicates fell together."""
+    collapsed: list[str] = field(default_factory=list)
+    """Why there are fewer runs than points, one line each."""
+    commands: list[str] = field(default_factory=list)
+    """Command lines that planned these cells, oldest first."""
+    created: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+def make_plan(
+    points: Sequence[tuple[Point, RunConfig]], *, name: str | None = None, command: str = ""
+) -> Plan:
+    """Validate every point, give the sweep and its runs names, and let equal runs fall together.
+
+    Raises ConfigError at the first bad point; touches no disk.
+    """
+    if not points:
+        raise ConfigError("the sweep must have at least one point, got an empty axis")
+    for _, config in points:
+        validate(config)
+    name = _plan_name(points, name)
+    same: dict[str, list[RunConfig]] = {}
+    for _, config in points:
+        named = dataclasses.replace(config, sweep=SweepConfig(name=name))
+        same.setdefault(run_id(named), []).append(named)
+    cells = [
+        Cell(run_id=id_, arm_id=arm_id(configs[0]), name="", config=configs[0])
+        for id_, configs in same.items()
+    ]
+    _rename(cells)
+    return Plan(
+        name=name,
+        cells=cells,
+        points=len(points),
+        collapsed=_collapsed(list(same.values()), points=len(points)),
+        commands=[command] if command else [],
+    )
+
+
+def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
+    given = {config.sweep.name for _, config in points}
+    if name is None and len(given) > 1:
+        raise ConfigError(
+            f"sweep.name must be one name per command, got {', '.join(sorted(map(str, given)))}"
+        )
+    name = name or points[0][1].sweep.name
+    if name:
+        return check_name(name)
+    return sweep_name([point for point, _ in points], experiment=points[0][1].experiment)
+
+
+# names ------------------------------------------------------------------------------------------
+def varying(configs: Sequence[RunConfig]) -> list[str]:
+    """Scientific keys that differ, or that apply to some of the configs only."""
+    rows = [scientific(config) for config in configs]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if len({_hashable(row, key) for row in rows}) > 1]
+
+
+def cell_names(configs: Sequence[RunConfig]) -> list[str]:
+    """A name for each config from the fewest keys that tell all of them apart.
+
+    Keys are tried in a readable order (experiment, method, model, data, then as declared), and one
+    that says nothing new, such as a width that follows from the model's name, is left out.
+    """
+    rows = [_settings(config) for config in configs]
+    told: list[tuple[Any, ...]] = [() for _ in rows]
+    chosen = []
+    for key in _in_order(rows):
+        finer = [(*seen, _hashable(row, key)) for seen, row in zip(told, rows, strict=True)]
+        if len(set(finer)) > len(set(told)):
+            told = finer
+            chosen.append(key)
+    return [
+        _name(row, chosen) or config.experiment for row, config in zip(rows, configs, strict=True)
+    ]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The scientific settings and the labels that stand for many of them."""
+    labels = {key: get(config, key) for key in ("experiment", "model.name")}
+    for key in ("data.path", "eval.paloma.path", "eval.blimp.path"):
+        section = key.rsplit(".", 1)[0]
+        if get(config, key) and get(config, f"{section}.fingerprint"):
+            labels[key] = get(config, key)
+    return labels | scientific(config)
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[str]:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    digests = [key for key in keys if key.endswith(".fingerprint")]
+    ends = {*FIRST, *LAST, *digests}
+    middle = [key for key in keys if key not in ends]
+    middle.sort(key=lambda key: key.startswith("model."))  # the model's name says most of them
+    return [*FIRST, *middle, *LAST, *digests]
+
+
+def _hashable(row: dict[str, Any], key: str) -> str | None:
+    """The value as text; None where the key does not apply."""
+    return repr(row[key]) if key in row else None
+
+
+def _name(row: dict[str, Any], keys: list[str]) -> str:
+    return " ".join(f"{LABELS.get(key, key)}={_short(row[key])}" for key in keys if key in row)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _rename(cells: list[Cell]) -> None:
+    for cell, name in zip(cells, cell_names([cell.config for cell in cells]), strict=True):
+        cell.name = name
+
+
+# collapse ---------------------------------------------------------------------------------------
+def _collapsed(groups: list[list[RunConfig]], *, points: int) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for configs in groups:
+        for key, reason in _why_equal(configs):
+            keys = reasons.setdefault(reason, [])
+            if key not in keys:
+                keys.append(key)
+    if len(groups) == points:
+        return []
+    told = [_sentence(keys, reason) for reason, keys in reasons.items()]
+    return [f"{points} points -> {len(groups)} runs: {text}" for text in told]
+
+
+def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
+    """(key, reason) of each knob that differs between configs of one identity."""
+    if len(configs) < 2:
+        return
+    first, differs = configs[0], False
+    for key, f, _ in walk(first):
+        if len({repr(get(config, key)) for config in configs}) == 1:
+            continue
+        differs = True
+        meta = f.metadata
+        section = key.rsplit(".", 1)[0]
+        if not meta.get("scientific", True):
+            yield key, "not what is computed"
+        elif not applies(meta, first):
+            on = f"method={first.method}" if "methods" in meta else f"data={first.data.kind}"
+            yield key, f"to {on}"
+        else:
+            yield key, f"with {section}.enabled=false"
+    if not differs:
+        yield "", "twice"
+
+
+def _sentence(keys: list[str], reason: str) -> str:
+    if reason == "twice":
+        return "the same setting is there more than once"
+    does = "does" if len(keys) == 1 else "do"
+    verb = {"to": "apply", "with": "apply", "not": "change"}[reason.split()[0]]
+    if verb == "change":
+        return f"{', '.join(keys)} {does} not change what is computed"
+    return f"{', '.join(keys)} {does} not {verb} {reason}"
+
+
+# disk -------------------------------------------------------------------------------------------
+def plan_folder(output_dir: Path | str, *, name: str) -> Path:
+    return Path(output_dir) / "sweeps" / name
+
+
+def store(plan: Plan, *, output_dir: Path | str) -> Plan:
+    """Extend the stored plan of this name by `plan`; give `plan` with the names that it has there.
+
+    Cells that earlier commands planned stay in the file and out of the plan that is returned: a
+    command runs its own points only.
+    """
+    folder = plan_folder(output_dir, name=plan.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_writer(folder):
+        cells = {cell.run_id: cell for cell in plan.cells}
+        whole = dataclasses.replace(plan, cells=list(cells.values()))
+        if (folder / "plan.json").exists():
+            old = load(folder / "plan.json")
+            known = {cell.run_id for cell in old.cells}
+            new = [cell for cell in plan.cells if cell.run_id not in known]
+            whole = dataclasses.replace(
+                plan,
+                cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
+                commands=list(dict.fromkeys(old.commands + plan.commands)),
+                created=old.created,
+            )
+        _rename(whole.cells)
+        atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))
+    return dataclasses.replace(plan, cells=list(cells.values()))
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Two commands that extend one plan at the same time take turns."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load(path: Path) -> Plan:
+    """A stored plan; ConfigError where the file is not one."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        cells = [
+            Cell(**{**cell, "config": config_from_json(json.dumps(cell["config"]))})
+            for cell in raw["cells"]
+        ]
+        return Plan(**{**raw, "cells": cells})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} must be a plan as this version writes it ({error}); move it away to plan anew"
+        ) from None
+
+
+def stored_names(output_dir: Path | str) -> dict[str, dict[str, str]]:
+    """Sweep name -> run_id -> run name, for every stored plan, without building the configs."""
+    found = {}
+    for path in sorted((Path(output_dir) / "sweeps").glob("*/plan.json")):
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            found[path.parent.name] = {cell["run_id"]: cell["name"] for cell in cells}
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} must be a plan as this version writes it") from None
+    return found

@@ -1,0 +1,125 @@
+"""What is true of each run, from its directory: status, lock and heartbeat. Reads only.
+
+A run says of itself what it does; who holds its lock says whether it still can. Absence of word is
+not death: only a process of this host that is gone for certain makes a running run a failed one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from experiments.run_dir import DONE, RunDir, Status, all_runs
+from relora_core.config import ConfigError, nearest
+
+SILENT_AFTER_S = 300.0
+"""A running run without word for so long gets a note."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """One run as it is now."""
+
+    run_id: str
+    state: str
+    attempts: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    phase: str = ""
+    heartbeat: float = 0.0
+    host: str = ""
+    pid: int = 0
+    job_id: str | None = None
+    reason: str | None = None
+    """Why it failed, or what is odd about it; one line."""
+
+
+def state_of(run_dir: RunDir) -> RunState:
+    """The run as it is now; nothing on disk is changed."""
+    status = run_dir.status()
+    state, reason = _judge(run_dir, status)
+    again = run_dir.status()
+    if again.state != status.state:  # it ended between the two looks: judge what it left
+        status = again
+        state, reason = _judge(run_dir, status)
+    return RunState(
+        run_id=run_dir.run_id,
+        state=state,
+        attempts=status.attempts,
+        step=status.step,
+        steps=status.steps,
+        loss=status.loss,
+        tokens_per_s=status.tokens_per_s,
+        eta_s=status.eta_s,
+        phase=status.phase,
+        heartbeat=status.heartbeat,
+        host=status.host,
+        pid=status.pid,
+        job_id=status.job_id,
+        reason=reason,
+    )
+
+
+def _judge(run_dir: RunDir, status: Status) -> tuple[str, str | None]:
+    holder = run_dir.lock_holder()
+    if holder is not None:
+        return "running", _silence(status)
+    result = run_dir.result()
+    if result is not None and result.get("state") in DONE:
+        return result["state"], status.error
+    if status.state in DONE:
+        return "failed", f"says {status.state} but left no result"
+    if status.state == "running":
+        if status.host in ("", socket.gethostname()):
+            return "failed", f"killed (no process; last heartbeat {_ago(status)})"
+        return "running", _silence(status)
+    if status.state == "queued" and _abandoned(status):
+        return "planned", "its launcher is gone; the same command runs it"
+    return status.state, status.error
+
+
+def _abandoned(status: Status) -> bool:
+    """Queued by a process of this host that is gone, and by no scheduler."""
+    here = status.host in ("", socket.gethostname())
+    return here and status.job_id is None and not psutil.pid_exists(status.pid or os.getpid())
+
+
+def _silence(status: Status) -> str | None:
+    if not status.heartbeat or time.time() - status.heartbeat < SILENT_AFTER_S:
+        return None
+    where = f" from {status.host}" if status.host else ""
+    return f"no word{where} for {(time.time() - status.heartbeat) / 60:.0f} min"
+
+
+def _ago(status: Status) -> str:
+    if not status.heartbeat:
+        return "never"
+    return f"{max(0.0, time.time() - status.heartbeat):.0f} s ago"
+
+
+def states(output_dir: Path | str) -> list[RunState]:
+    """Every run below `output_dir`, by run_id."""
+    return [state_of(run_dir) for run_dir in all_runs(output_dir)]
+
+
+def find_run(output_dir: Path | str, *, word: str) -> RunDir:
+    """The only run whose id is, begins with or holds `word`; ConfigError where that is not one."""
+    runs = {run.run_id: run for run in all_runs(output_dir)}
+    if word in runs:
+        return runs[word]
+    hits = [id_ for id_ in runs if id_.startswith(word)] or [id_ for id_ in runs if word in id_]
+    if len(hits) == 1:
+        return runs[hits[0]]
+    if hits:
+        some = ", ".join(hits[:3]) + (", ..." if len(hits) > 3 else "")
+        raise ConfigError(f"RUN must name one run, got {word!r} that {len(hits)} match: {some}")
+    hint = nearest(word, list(runs)) or f" `python -m sweeps status` lists all {len(runs)}."
+    raise ConfigError(f"RUN must be (part of) the id of a run in {output_dir}, got {word!r}.{hint}")
