@@ -8,32 +8,31 @@ python run.py -m model=tiny,small relora.r=8,16,32   a sweep
 import os
 import sys
 
+# Waiting threads give their core away: where cores are shared with others, spinning ones make a step
+# ten times slower. Both must be set before torch and Hydra load.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of Hydra's reporter
+
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
-from experiments.runner import fail, one_line, run_here
-from relora_core.config import ConfigError
+from experiments.runner import fail, reporting, run_here
 
 schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    sys.exit(run_here(schema.to_run_config(cfg)))
+    with reporting():
+        sys.exit(run_here(schema.to_run_config(cfg)))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # exceptions reach us instead of Hydra's reporter
     try:
-        main()
-    except ConfigError as error:
-        fail(str(error), code=2)
+        with reporting():
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(schema.diagnose(sys.argv[1:], error), code=2)
-    except OSError as error:
-        fail(one_line(error), code=1)

@@ -9,10 +9,11 @@ import sys
 from typing import Any
 
 from experiments.identity import arm_id, run_id
-from experiments.run_dir import RunDir, all_runs, runs_folder
-from experiments.runner import complete, fail
+from experiments.run_dir import RunDir
+from experiments.runner import complete, reporting
+from experiments.state import find_run, state_of
 from relora_core import costs, schedule
-from relora_core.config import ConfigError, RunConfig, nearest, validate
+from relora_core.config import ConfigError, RunConfig, validate
 
 EPILOG = """examples:
   python -m experiments describe model=small relora.r=32
@@ -53,8 +54,6 @@ def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
 
 def show(run_dir: RunDir) -> dict[str, Any]:
     """State, attempts and final metrics of a run."""
-    from experiments.state import state_of
-
     result = run_dir.result()
     state = state_of(run_dir)
     return {
@@ -63,22 +62,6 @@ def show(run_dir: RunDir) -> dict[str, Any]:
         "attempt_records": run_dir.attempt_records(),
         "path": str(run_dir.path),
     }
-
-
-def find_run(output_dir: str, wanted: str) -> RunDir:
-    """The one run whose id is, or holds, `wanted`; ConfigError where none or several do."""
-    runs = all_runs(output_dir)
-    exact = [r for r in runs if r.run_id == wanted]
-    found = exact or [r for r in runs if wanted in r.run_id]
-    if len(found) == 1:
-        return found[0]
-    ids = [r.run_id for r in runs]
-    if not found:
-        raise ConfigError(
-            f"RUN must name a run in {runs_folder(output_dir)}, got '{wanted}'.{nearest(wanted, ids)}"
-        )
-    some = ", ".join(r.run_id for r in found[:3])
-    raise ConfigError(f"RUN must name one run, got '{wanted}', which {len(found)} have: {some} ...")
 
 
 def _print_description(found: dict[str, Any]) -> None:
@@ -141,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 all well, 2 the user's mistake, 1 anything else."""
     arguments = build_parser().parse_intermixed_args(argv)
-    try:
+    with reporting():
         if arguments.command == "describe":
             from experiments import schema
 
@@ -150,10 +133,8 @@ def main(argv: list[str] | None = None) -> int:
             found = describe(config, at_steps=arguments.at_steps)
             printer = _print_description
         else:
-            found = show(find_run(arguments.output_dir or "outputs", arguments.run))
+            found = show(find_run(arguments.output_dir or "outputs", word=arguments.run))
             printer = _print_run
-    except ConfigError as error:
-        fail(str(error), code=2)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2, default=str)
         print()

@@ -578,6 +578,7 @@ class Syncer:
                 return
 
     def _create(self, run: RunDir, tags: dict[str, str]) -> _View:
+        # MLflow never changes a start: made while planned, a run's duration includes its wait.
         first = next(run.raw_events(), None)
         started = int(first["time"] * 1000) if first else None
         config = run.config()
@@ -846,7 +847,7 @@ def _follow(
             problem = _complaint(report, total=len(runs))
             pause = spec["every_s"]
         except Exception as error:  # whatever it is: the runs go on, and the next pass may succeed
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
             known = isinstance(error, (TrackingUnreachable, ConfigError))
             problem = str(error) if known else str(TrackingUnreachable(spec["uri"]))
             pause = min(60.0, 2 * pause)

@@ -6,7 +6,6 @@ Not for: many runs (`sweeps/`). Imports torch only when a run starts.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import platform
@@ -16,7 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,34 +37,53 @@ def cache_dir(output_dir: str | Path) -> Path:
     return Path(output_dir) / "cache"
 
 
-def complete(config: RunConfig, *, inspect: Callable[..., DataInfo] = data.inspect) -> RunConfig:
+def complete(config: RunConfig) -> RunConfig:
     """The config with the data's vocabulary and fingerprints filled in, and validated.
 
     Reads what planning may read (footers, tokenizers, eval files), trains nothing, writes nothing.
     """
-    validate(config)
-    info = inspect(config.data)
-    vocabulary = config.model.vocab_size
-    if vocabulary is None:
-        vocabulary = info.vocab_size
-    elif vocabulary < info.vocab_size:
+    return complete_all([config])[0]
+
+
+def complete_all(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """`complete` of each; data and evals that several share are inspected once."""
+    for config in configs:
+        validate(config)
+    inspected: dict[str, DataInfo] = {}
+    prints: dict[str, dict[str, str | None]] = {}
+    filled = []
+    for config in configs:
+        key = repr((config.data, config.output_dir))
+        if key not in inspected:
+            inspected[key] = data.inspect(config.data, cache_dir=cache_dir(config.output_dir))
+        config = _with_data(config, inspected[key])
+        key = repr((config.data, config.eval, config.model.vocab_size))
+        if key not in prints:
+            prints[key] = evals.inspect(config)
+        config = _with_evals(config, prints[key])
+        validate(config)
+        filled.append(config)
+    return filled
+
+
+def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
+    vocabulary = config.model.vocab_size or info.vocab_size
+    if vocabulary < info.vocab_size:
         raise ConfigError(
             f"model.vocab_size must be >= {info.vocab_size} (the ids of data={config.data.kind}), "
             f"got {vocabulary}; nearest valid: {info.vocab_size}"
         )
-    filled = dataclasses.replace(
+    return replace(
         config,
-        model=dataclasses.replace(config.model, vocab_size=vocabulary),
-        data=dataclasses.replace(config.data, fingerprint=info.fingerprint),
+        model=replace(config.model, vocab_size=vocabulary),
+        data=replace(config.data, fingerprint=info.fingerprint),
     )
-    prints = evals.inspect(filled)
-    paloma = dataclasses.replace(filled.eval.paloma, fingerprint=prints.get("paloma"))
-    blimp = dataclasses.replace(filled.eval.blimp, fingerprint=prints.get("blimp"))
-    filled = dataclasses.replace(
-        filled, eval=dataclasses.replace(filled.eval, paloma=paloma, blimp=blimp)
-    )
-    validate(filled)
-    return filled
+
+
+def _with_evals(config: RunConfig, prints: dict[str, str | None]) -> RunConfig:
+    paloma = replace(config.eval.paloma, fingerprint=prints.get("paloma"))
+    blimp = replace(config.eval.blimp, fingerprint=prints.get("blimp"))
+    return replace(config, eval=replace(config.eval, paloma=paloma, blimp=blimp))
 
 
 def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False) -> str:
@@ -189,6 +208,19 @@ def check_output_dir(output_dir: str | Path) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """What goes wrong inside ends the process with one line: no traceback for a user's mistake."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error), code=2)
+    except (DataError, RunLocked, OSError) as error:
+        fail(one_line(error), code=1)
+    except KeyboardInterrupt as error:
+        fail(one_line(error), code=130)
+
+
 def run_here(config: RunConfig) -> int:
     """`python run.py`: one run in this process, tracked, with a progress bar; the exit code."""
     from experiments import mlflow_sync
@@ -202,22 +234,22 @@ def run_here(config: RunConfig) -> int:
         print(f"{run_dir.run_id} is {result['state']} already: nothing to do")
         print_result(run_dir)
         return 0 if result["state"] == "finished" else 1
-    run_dir.create(config)
     data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:
-            stack.enter_context(mlflow_sync.follow([run_dir], config=config))
+            follower = stack.enter_context(mlflow_sync.follow([run_dir], config=config))
+            follower.wait_ready(60)
         try:
             state = run_experiment(config, run_dir, console=True)
-        except RunLocked as error:
-            fail(str(error), code=1)
-        except (ConfigError, DataError) as error:
-            fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
-        except KeyboardInterrupt as error:
-            fail(one_line(error), code=130)
+        except (ConfigError, DataError, RunLocked, OSError):
+            raise
         except Exception as error:
             fail(f"{one_line(error)} (traceback: {run_dir.error_path})", code=1)
     print_result(run_dir)
+    if config.tracking.enabled:
+        uri = config.tracking.uri or mlflow_sync.default_uri(config.output_dir)
+        print(f"compare: {mlflow_sync.ui_command(uri, config.output_dir)}")
     return 0 if state == "finished" else 1
 
 

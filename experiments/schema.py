@@ -28,9 +28,11 @@ def register() -> None:
 def to_run_config(cfg: DictConfig) -> RunConfig:
     """A composed config as dataclasses; ConfigError where a required value is missing or mistyped."""
     try:
-        plain = {k: v for k, v in cfg.items() if k != "hydra"}
-        schema = OmegaConf.structured(RunConfig)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
+        if "hydra" in cfg:
+            cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+        if OmegaConf.get_type(cfg) is not RunConfig:  # composing keeps the type; a copy may lose it
+            cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), cfg)  # type: ignore[assignment]
+        config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_value(error)) from None
     assert isinstance(config, RunConfig)
@@ -132,8 +134,8 @@ def _diagnose_one(text: str) -> str | None:
     except HydraException:
         return f"{text!r} is not an override: expected KEY=VALUE, for example relora.r=16"
     key = override.key_or_group
-    if key.startswith("hydra"):
-        return None
+    if key.startswith("hydra."):
+        return _diagnose_launcher(key, text)
     if key in groups():
         known = options(key)
         values = (
@@ -149,6 +151,19 @@ def _diagnose_one(text: str) -> str | None:
     if key not in keys:
         return f"{key} is not a known key ({text}).{_nearest_key(key, keys)}"
     return None
+
+
+def _diagnose_launcher(key: str, text: str) -> str | None:
+    """A typo in an option of our own launchers."""
+    section, _, name = key.rpartition(".")
+    if section != "hydra.launcher":
+        return None
+    nodes = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    known = sorted({str(k) for o in nodes.values() for k in o.node if not str(k).startswith("_")})
+    if name in known:
+        return None
+    hint = nearest(name, known).replace("'", f"'{section}.", 1)
+    return f"{key} is not a known key ({text})." + (hint or f" It has {', '.join(known)}.")
 
 
 def _nearest_key(key: str, keys: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m sweeps`: the state of many runs, their logs, their plan, and MLflow kept up to date."""
+"""`python -m sweeps`: many runs' states, logs and plans, and MLflow brought up to date."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 from experiments.run_dir import RunDir, all_runs, runs_folder
+from experiments.state import RunState, find_run, state_of
 from relora_core.config import ConfigError, TrackingConfig, nearest
 from sweeps import display
 from sweeps.plan import load, plan_folder, stored_names
-from sweeps.state import RunState, find_run, state_of
 
 EPILOG = """examples:
   python run.py -m model=tiny,small relora.r=8,16,32   plan and run; again: only what is missing

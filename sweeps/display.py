@@ -19,10 +19,10 @@ from rich.text import Text
 
 from experiments.run_dir import RunDir, Status, runs_folder
 from experiments.sinks import clock
+from experiments.state import RunState
 from relora_core import costs
 from relora_core.config import RunConfig
 from sweeps.plan import Cell, Plan
-from sweeps.state import RunState
 
 PLAIN_EVERY_S = 10.0
 REFRESH_S = 0.5

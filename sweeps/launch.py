@@ -23,12 +23,12 @@ from types import FrameType
 from rich.console import Console
 
 from experiments.run_dir import DONE, RunDir, Status, runs_folder
+from experiments.state import RunState, state_of
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot
 from sweeps.grid import Point
 from sweeps.plan import Cell, Plan, make_plan, plan_folder, store
-from sweeps.state import RunState, state_of
 from sweeps.worker import LOCKED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,18 +66,21 @@ def run_sweep(
     max_parallel: int | None = None,
     console: Console | None = None,
 ) -> int:
-    """The whole of `run.py -m`: complete, plan, check, write, run, report. Gives the exit code.
+    """The whole of `run.py -m`: complete, plan, check, prepare, write, run, report; the exit code.
 
-    Raises ConfigError before anything is written where the user made a mistake.
+    Raises ConfigError, or DataError, before anything is queued where the user made a mistake.
     """
-    from experiments.runner import check_output_dir, complete
+    from experiments.runner import check_output_dir, complete_all
 
     check_parallel(max_parallel)
     console = console or display.make_console()
-    plan = make_plan([(p, complete(config)) for p, config in points], command=command)
+    configs = complete_all([config for _, config in points])
+    points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
+    plan = make_plan(points, command=command)
     output_dir = _one_output_dir(plan)
     check_tracking(plan)
     check_output_dir(output_dir)
+    prepare_data(plan, output_dir, console=console)
     with _written(output_dir):
         plan = store(plan, output_dir=output_dir)
         snapshot.record(plan_folder(output_dir, name=plan.name))
@@ -96,13 +99,12 @@ def launch_local(
     max_parallel: int | None = None,
     console: Console | None = None,
     worker: Sequence[str] = WORKER,
-    prepare: Callable[[Plan, Path], None] | None = None,
     track: Track | None = None,
 ) -> Summary:
     """Run what is not done and not at work elsewhere, at most `max_parallel` at a time.
 
-    `worker` is the command that RUN_DIR is appended to; `prepare` does one-off work on the data and
-    `track` follows the runs (default: `prepare_data`, and MLflow where tracking is on).
+    `worker` is the command that RUN_DIR is appended to; `track` follows the runs (default: MLflow,
+    where tracking is on). The data must be prepared.
     """
     check_parallel(max_parallel)
     output_dir, console = Path(output_dir), console or display.make_console()
@@ -114,7 +116,6 @@ def launch_local(
     if not todo:
         console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
         return Summary(states=states)
-    (prepare or prepare_data)(plan, output_dir)
     todo.sort(
         key=lambda cell: -cost(cell.config)
     )  # the longest first: none is left alone at the end
@@ -178,13 +179,14 @@ def check_tracking(plan: Plan) -> None:
             mlflow_sync.check_uri(tracking)
 
 
-def prepare_data(plan: Plan, output_dir: Path) -> None:
-    """One-off work on each distinct data set (tokenising), so that workers do not do it at once."""
+def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
+    """One-off work (tokenising) on each data set that a run still needs, before any worker."""
     from experiments.runner import cache_dir
     from relora_core import data
 
-    for config in {repr(c.config.data): c.config.data for c in plan.cells}.values():
-        data.prepare(config, cache_dir=cache_dir(output_dir))
+    todo = [c for c in plan.cells if state_of(_run_dir(output_dir, c)).state not in DONE]
+    for config in {repr(c.config.data): c.config.data for c in todo}.values():
+        data.prepare(config, cache_dir=cache_dir(output_dir), progress=console.out)
 
 
 @contextlib.contextmanager
@@ -259,7 +261,7 @@ class Slots:
     def environment(self, slot: int) -> dict[str, str]:
         """Environment of the worker in this slot: ours, with its share of the machine."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
         if self.gpus:
@@ -415,7 +417,7 @@ class Pool:
         self.progress.ended(cell, state=now.state, reason=reason)
 
     def _stop_all(self) -> None:
-        """Terminate, then kill, our own workers; a checkpoint is what they lose least by."""
+        """Terminate, then kill, our own workers; the same command resumes their runs."""
         for job in self.jobs:
             job.process.terminate()
         deadline = time.monotonic() + GRACE_S

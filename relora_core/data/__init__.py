@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relora_core.config import ConfigError, DataConfig
-from relora_core.data import pretokenized, text
+from relora_core.data import documents, parquet, pretokenized, text
 from relora_core.data.base import DataError, DataInfo, Tokenizer, TokenStream
 from relora_core.data.tokenizer import HFTokenizer, padded_vocab
 
@@ -96,7 +96,7 @@ def open_stream(
             )
         return grammar.GrammarStream(seq_len=data.seq_len, seed=seed, rank=rank, world=world)
     if data.kind == "pretokenized":
-        on_hub = pretokenized.find_layout(data) is None
+        on_hub = parquet.find_files(data) is None
         return pretokenized.PretokenizedStream(
             data,
             vocab_size=vocab_size,
@@ -171,8 +171,8 @@ def _token_cache(
     assert tokenizer is not None, "validate() asks for one"
     digest = _tokenizer_digest(tokenizer) or ""
     try:
-        files = text.find_files(str(data.path))
-        found = text.fingerprint(files, text_field=data.text_field, tokenizer_digest=digest)
+        files = documents.find_files(str(data.path))
+        found = documents.fingerprint(files, text_field=data.text_field, tokenizer_digest=digest)
         if data.fingerprint not in (None, found):
             raise ConfigError(
                 f"data.path={data.path} (or data.tokenizer) has changed since the run was planned; "

@@ -108,10 +108,11 @@ WORDS = {
     "Seem[sg]": "seems appears",
     "Seem[pl]": "seem appear",
 }
+# Lemmas that come first in their classes, in this order.
 FAVOURITES = {
-    "news": "mayor lady friend ring map market said says steals loses takes poet wolf heavy clara",
+    "news": "mayor lady friend ring map market says steals loses takes poet wolf heavy clara",
     "story": "king queen prince cat horse wolf bell golden castle forest brave says hides sleeps",
-    "letter": "sister brother mother friend letter cup mary garden tired likes misses waits smiles",
+    "letter": "sister brother mother friend letter cup mary garden tired likes trusts waits smiles",
     "lecture": "teacher woman man book map library school clever thinks knows draws new listens",
     "recipe": "cake potato pear loaf knife baker girl kitchen washes bakes tastes takes small",
     "interview": "poet child boy lady goose picture hat key knows chooses finds admires peter anna",
@@ -132,8 +133,11 @@ Nominative[n,g] = 10 NP[n,g]
 Nominative[sg,masc] = 3 he
 Nominative[sg,fem] = 3 she
 Nominative[pl,any] = 3 they
-Subject[n,g] = 12 Nominative[n,g] | 3 Common[n,g] Relative[n] | 2 Kin[n,g] | 1 Common[n,g] Where
+Subject[n,g] = 12 Nominative[n,g] | 3 Common[n,g] Relative[n] | 3 Kin[n,g] | 1 Common[n,g] Where
 Kin[n,g] = 1 the Kinsman[n,g] of NP[m,h]
+Focus[n,g] = 3 the Noun[n,g] | 1 the Kind Noun[n,g]
+Focus[sg,masc] = 2 Name[masc]
+Focus[sg,fem] = 2 Name[fem]
 Relative[n] = 1 who Vp[t,n] NP[m,h] | 1 that NP[m,h] Vp[t,m]
 Object = 8 NP[n,g] | 1 him | 1 her | 1 them
 It = 1 Item[n]
@@ -161,13 +165,15 @@ Action = 1 Subject[n,g] VP[t,n] .
 Reflexive = 1 Subject[n,g] Vp[t,n] Refl[n,g] .
 State = 3 Subject[n,g] Be[t,n] Kind . | 3 Item[n] Be[t,n] Quality . | 1 Item[n] Be[t,n] Where .
 Perfect = 2 Subject[n,g] Have[n] VP[part] . | 1 Subject[n,g] Have[n] Frequency VP[part] .
-Polarity = 3 only NP[n,g] Have[n] ever VP[part] . | 2 even NP[n,g] Have[n] Frequency VP[part] .
+Polarity = 3 only Focus[n,g] Have[n] ever VP[part] .
+Polarity = 2 even Focus[n,g] Have[n] Frequency VP[part] .
 Polarity = 3 Subject[n,g] Have[n] not ever VP[part] . | 1 Subject[n,g] Have[n] not VP[part] .
 Polarity = 1 no Noun[sg,g] has ever VP[part] .
 Report = 3 Subject[n,g] Say[t,n] that Clause . | 2 Subject[n,g] Know[t,n] that Clause .
 Report = 4 Subject[n,g] Know[t,n] what Gap .
-Clause = 5 Nominative[n,g] VP[t,n] | 1 Nominative[n,g] Vp[t,n] Refl[n,g]
-Gap = 4 Nominative[n,g] Vt[t,n] | 1 Nominative[n,g] Vt[t,n] Where
+Clause = 5 Inner[n,g] VP[t,n] | 1 Inner[n,g] Vp[t,n] Refl[n,g]
+Gap = 4 Inner[n,g] Vt[t,n] | 1 Inner[n,g] Vt[t,n] Where
+Inner[n,g] = 8 Nominative[n,g] | 1 Common[n,g] Relative[n]
 Tough = 1 Item[n] Be[t,n] Hard to Vt[base] .
 Raising = 1 Subject[n,g] Be[t,n] Likely to VP[base] . | 1 Subject[n,g] Seem[n] to VP[base] .
 Raising = 2 Subject[n,g] Hope[n] to VP[base] .
@@ -215,10 +221,11 @@ First          0     0     16       0      0         0
 LENGTH         6     8      5       7      6         5
 """
 
-# Minimal pairs: linguistics_term -> (field, lines of `UID method = template`). The method is BLiMP's
-# `one` or `two` (prefix) or `none`. A template is a row of symbols as in RULES; `good/bad` expands
-# both with the same random numbers, so parallel classes give one lemma in two forms; `-` is nothing;
-# `~n` is the other value of n; symbols with the same `#label` share their random numbers.
+# Minimal pairs: linguistics_term -> (field, lines of `UID method = template`). The method is `one`
+# or `two` (BLiMP's prefix methods) or `none`. A template is a row of symbols as in RULES;
+# `good/bad` expands both with the same random numbers, so parallel classes give one lemma in two
+# forms; `-` is nothing; `~n` is the other value of n; symbols with one `#label` are drawn alike.
+# A line that begins with a space continues the one before.
 PARADIGMS = {
     "anaphor_agreement": (
         "morphology",
@@ -241,7 +248,7 @@ transitive one = NP[n,g] Vt[t,n]/Vi[t,n] It .
 principle_A_case_1 one = NP[m,h] Say[t,m] that he/himself Vi[pres,sg] .
 principle_A_case_1 one = NP[m,h] Say[t,m] that she/herself Vi[pres,sg] .
 principle_A_case_1 one = NP[m,h] Say[t,m] that they/themselves Vi[pres,pl] .
-principle_A_c_command one = Common[n,g] who Vp[pres,n] NP[~n,h] Vp[pres,n] Refl[n,g]/Refl[~n,h] .
+principle_A_c_command one = Common[n,g] who Vp[past,n] NP[~n,h] Vp[past,n] Refl[n,g]/Refl[~n,h] .
 """,
     ),
     "control_raising": (
@@ -261,20 +268,23 @@ determiner_noun_agreement_with_adj_1 one = NP[m,h] Vt[t,m] Strong[n] Quality Thi
     "ellipsis": (
         "syntax",
         """
-ellipsis_n_bar_1 none = NP[n,g] Vt[t,n] Number Quality#1/- Thing[pl] and NP[m,h] Vt[t,m] Number -/Quality#1 .
+ellipsis_n_bar_1 none =
+    NP[n,g] Vt[t,n] Number Quality#1/- Thing[pl] and NP[m,h] Vt[t,m] Number -/Quality#1 .
 """,
     ),
     "filler_gap_dependency": (
         "syntax",
         """
 wh_vs_that_no_gap two = NP[n,g] Know[t,n] that/what NP[m,h] Vt[t,m] It .
-wh_vs_that_with_gap two = NP[n,g] Know[t,n] what/that NP[m,h] Vt[t,m] .
+wh_vs_that_with_gap_long_distance two =
+    NP[n,g] Know[t,n] what/that Common[m,h] Relative[m] Vt[t,m] .
 """,
     ),
     "irregular_forms": (
         "morphology",
         """
-irregular_past_participle_adjectives one = the Irregular[part]/Irregular[past] Thing[n] Be[t,n] Quality .
+irregular_past_participle_adjectives one =
+    the Irregular[part]/Irregular[past] Thing[n] Be[t,n] Quality .
 irregular_past_participle_verbs one = NP[n,g] Have[n] Irregular[part]/Irregular[past] It .
 """,
     ),
@@ -288,7 +298,7 @@ wh_island one = what did NP[n,g] Say[base] Pronoun[m]/who Vt[past,m] ?
     "npi_licensing": (
         "semantics",
         """
-only_npi_licensor_present two = only/even NP[n,g] Have[n] ever VP[part] .
+only_npi_licensor_present two = only/even Focus[n,g] Have[n] ever VP[part] .
 sentential_negation_npi_licensor_present two = NP[n,g] Have[n] not/Frequency ever VP[part] .
 """,
     ),
@@ -305,10 +315,13 @@ superlative_quantifiers_1 none = no Noun[sg,g] Vt[t,sg] more/at than/least Numbe
 adjacent_subject_verb_agreement one = Common[n,g] Vi[pres,n]/Vi[pres,~n] How .
 adjacent_subject_verb_agreement one = Common[n,g] Vp[pres,n]/Vp[pres,~n] NP[m,h] .
 adjacent_subject_verb_agreement one = Common[n,g] Have[n]/Have[~n] VP[part] .
-distractor_agreement_relational_noun one = the Kinsman[n,g] of Common[~n,h] Vi[pres,n]/Vi[pres,~n] How .
+distractor_agreement_relational_noun one =
+    the Kinsman[n,g] of Common[~n,h] Vi[pres,n]/Vi[pres,~n] How .
 distractor_agreement_relational_noun one = the Kinsman[n,g] of Common[~n,h] Be[t,n]/Be[t,~n] Kind .
-distractor_agreement_relative_clause one = Common[n,g] that Common[~n,h] Vp[pres,~n] Vi[pres,n]/Vi[pres,~n] How .
-distractor_agreement_relative_clause one = Common[n,g] who Vp[pres,n] Common[~n,h] Be[t,n]/Be[t,~n] Kind .
+distractor_agreement_relative_clause one =
+    Common[n,g] that Common[~n,h] Vp[pres,~n] Vi[pres,n]/Vi[pres,~n] How .
+distractor_agreement_relative_clause one =
+    Common[n,g] who Vp[pres,n] Common[~n,h] Be[t,n]/Be[t,~n] Kind .
 """,
     ),
 }
@@ -316,22 +329,27 @@ distractor_agreement_relative_clause one = Common[n,g] who Vp[pres,n] Common[~n,
 Rule = tuple[float, tuple[str, ...]]
 
 
+Words = list[tuple[str, str]]
+"""(lemma, word) of a class."""
+
+
 def _entries(text: str) -> list[list[str]]:
     return [entry.split("/") for entry in text.split()]
 
 
-def _lexical_rules() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(preterminal, [(lemma, word), ...]). All forms of a class keep the lemmas' order."""
+def _forms(entries: list[list[str]], **columns: int) -> Iterator[tuple[str, Words]]:
+    """(features, words) of each column; `_` in its name stands for the comma between features."""
+    for form, column in columns.items():
+        yield form.replace("_", ","), [(entry[0], entry[column]) for entry in entries]
 
-    def forms(entries: list[list[str]], **columns: int) -> Iterator[tuple[str, Any]]:
-        for form, column in columns.items():
-            yield form.replace("_", ","), [(entry[0], entry[column]) for entry in entries]
 
+def _lexical_rules() -> Iterator[tuple[str, Words]]:
+    """(preterminal, words). All forms of a class keep the lemmas' order."""
     for name, table in (("Noun", NOUNS), ("Kinsman", KIN)):
         for gender, text in table.items():
-            for form, words in forms(_entries(text), sg=0, pl=1):
+            for form, words in _forms(_entries(text), sg=0, pl=1):
                 yield f"{name}[{form},{gender}]", words
-    for form, words in forms(_entries(THINGS), sg=0, pl=1):
+    for form, words in _forms(_entries(THINGS), sg=0, pl=1):
         yield f"Thing[{form}]", words
     finite = {"pres_sg": 0, "pres_pl": 1, "past_sg": 2, "past_pl": 2, "base": 1}
     for name, text, other in (
@@ -341,10 +359,10 @@ def _lexical_rules() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         ("Say", SAYING, {}),
         ("Know", KNOWING, {}),
     ):
-        for form, words in forms(_entries(text), **finite, **other):
+        for form, words in _forms(_entries(text), **finite, **other):
             yield f"{name}[{form}]", words
     irregular = [e for e in _entries(TRANSITIVE) if e[2] != e[3]]
-    for form, words in forms(irregular, past=2, part=3):
+    for form, words in _forms(irregular, past=2, part=3):
         yield f"Irregular[{form}]", words
     for name, text in WORDS.items():
         yield name, [(word, word) for word in text.split()]
@@ -386,9 +404,9 @@ def _phrase_rules(prior: dict[str, float]) -> Iterator[tuple[str, Rule]]:
 
 def _body_rules(register: str) -> Iterator[tuple[str, Rule]]:
     """Documents of a register: an opening, a geometric number of sentences, the end token."""
-    registers, *lines = (line.split() for line in SENTENCES.strip().splitlines())
-    column = registers.index(register) + 1
-    table = {line[0]: float(line[column]) for line in lines}
+    lines = list(map(str.split, SENTENCES.strip().splitlines()))
+    column = lines[0].index(register) + 1
+    table = {line[0]: float(line[column]) for line in lines[1:]}
     length = table.pop("LENGTH")
     yield "Document", (1.0, (f"Opening[{register}]", "Body", EOS))
     yield "Body", (1 / length, ("Sentence",))
@@ -403,14 +421,11 @@ def _rules(register: str) -> dict[str, list[Rule]]:
     prior = PRIOR | {"past": PAST[register], "pres": 1 - PAST[register]}
     for left, rule in itertools.chain(_phrase_rules(prior), _body_rules(register)):
         rules[left].append(rule)
-    favourites = FAVOURITES[register].split()
+    early: dict[str, int] = {word: i for i, word in enumerate(FAVOURITES[register].split())}
     for left, words in _lexical_rules():
-        order = sorted(
-            range(len(words)),
-            key=lambda k: favourites.index(words[k][0]) if words[k][0] in favourites else 99 + k,
-        )
-        for rank, k in enumerate(order, start=1):
-            rules[left].append((rank ** -ZIPF[register], (words[k][1],)))
+        by_rank = sorted(words, key=lambda entry: early.get(entry[0], len(early)))  # stable
+        for rank, (_, word) in enumerate(by_rank, start=1):
+            rules[left].append((rank ** -ZIPF[register], (word,)))
     for left, alternatives in rules.items():
         total = sum(weight for weight, _ in alternatives)
         rules[left] = [(weight / total, right) for weight, right in alternatives]
@@ -428,6 +443,7 @@ _IDS = {word: i for i, word in enumerate(_WORDS)}
 VOCAB_SIZE = len(_WORDS)
 EOS_ID = _IDS[EOS]
 _SPOKEN = {word: i for word, i in _IDS.items() if word != EOS}
+_CAPITAL = {"i", *" ".join(NAMES.values()).split()}
 
 
 class Grammar:
@@ -595,7 +611,6 @@ class GrammarTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text with capitals and attached punctuation; EOS becomes a line break."""
-        names = {name for text in NAMES.values() for name in text.split()} | {"i"}
         out, capital = "", True
         for word in (_WORDS[i] for i in ids):
             if word == EOS:
@@ -604,13 +619,13 @@ class GrammarTokenizer:
                 out += word
             else:
                 out += " " if out and not out.endswith("\n") else ""
-                out += word.capitalize() if capital or word in names else word
+                out += word.capitalize() if capital or word in _CAPITAL else word
             capital = word in (".", ":", "?", EOS)
         return out
 
 
 def documents(register: str, count: int, *, seed: int) -> list[str]:
-    """Held-out documents of a register, without EOS. Never drawn by a `GrammarStream` of any seed."""
+    """Held-out documents of a register, without EOS, from a key space that no stream draws from."""
     decode = GrammarTokenizer().decode
     key = REGISTERS.index(register)
     return [
@@ -626,17 +641,16 @@ def minimal_pairs(*, pairs_per_paradigm: int, seed: int = 0) -> list[dict[str, A
 
     Words are drawn as in the text, each pair in one register, so what is rare there is rare here.
     """
-    records = []
+    records, decode = [], GrammarTokenizer().decode
     for number, (term, (field, table)) in enumerate(PARADIGMS.items()):
         paradigms: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for line in filter(None, table.splitlines()):
+        for line in filter(None, table.replace("\n ", " ").splitlines()):
             head, _, template = line.partition(" = ")
             uid, method = head.split()
             paradigms[uid, method].append(template)
         for i, ((uid, method), templates) in enumerate(paradigms.items()):
             rng = _generator(seed, PAIRS, number, i)
             for pair_id, (good, bad) in enumerate(_distinct(templates, pairs_per_paradigm, rng)):
-                decode = GrammarTokenizer().decode
                 records.append(
                     {
                         "sentence_good": decode(good),
@@ -658,11 +672,11 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _distinct(templates: list[str], count: int, rng: np.random.Generator) -> Iterator[Pair]:
-    """`count` pairs, new ones as long as ten draws in a row bring one."""
+    """`count` pairs, new ones as long as a hundred draws in a row bring one."""
     seen: set[Pair] = set()
     for _ in range(count):
         pair = _draw_pair(templates, rng)
-        for _ in range(10):
+        for _ in range(100):
             if pair not in seen:
                 break
             pair = _draw_pair(templates, rng)
@@ -679,7 +693,7 @@ def _draw_pair(templates: list[str], rng: np.random.Generator) -> Pair:
         weights = np.array([prior[v] for v in VALUES[name]])
         values[name] = str(rng.choice(VALUES[name], p=weights / weights.sum()))
     for name in "nm":
-        values[f"~{name}"] = _NUMBER[1 - _NUMBER.index(values[name])]
+        values[f"~{name}"] = "pl" if values[name] == "sg" else "sg"
     draws: dict[str, list[float]] = {}
     sides: tuple[list[int], list[int]] = ([], [])
     for position, item in enumerate(template.split()):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
-from relora_core.config import ConfigError, RunConfig, nearest
+from relora_core.config import ConfigError, RunConfig
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import missing
 
@@ -216,9 +216,7 @@ def records(
 def _check_string(record: dict[str, Any], name: str, *, where: str) -> None:
     if name not in record:
         has = ", ".join(sorted(record)) or "nothing"
-        raise ConfigError(
-            f"{where}: expected a field '{name}', got {has}.{nearest(name, [*record])}"
-        )
+        raise ConfigError(f"{where}: expected a field '{name}', got {has}")
     if not isinstance(record[name], str):
         raise ConfigError(f"{where}: '{name}' must be a string, got {record[name]!r:.40}")
     try:

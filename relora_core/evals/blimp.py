@@ -152,6 +152,9 @@ def _archive(root: Path) -> dict[str, bytes]:
                 for member in archive
                 if member.isfile() and re.fullmatch(r"(.*/)?[^./][^/]*\.jsonl", member.name)
             }
+            # tarfile takes a damaged header for the end; the checksums of xz and gzip tell.
+            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                pass
     except (tarfile.TarError, LZMAError, EOFError, OSError, zlib.error) as error:
         raise ConfigError(
             f"{KEY} must be a folder or a readable .tar.xz or .tar.gz of <UID>.jsonl, got {root} "

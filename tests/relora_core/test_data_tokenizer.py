@@ -1,0 +1,165 @@
+"""Tokenizers from disk and hub: ids without special tokens, and which id ends a document."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from data_files import write_bpe, write_words
+
+from relora_core.config import ConfigError, DataConfig
+from relora_core.data import load_tokenizer
+from relora_core.data.tokenizer import HFTokenizer, padded_vocab
+
+
+def error_line(source: Path | str, **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        HFTokenizer(str(source), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "padded"), [(50_280, 50_304), (128, 128), (129, 256), (1, 128)])
+def test_vocabularies_are_padded_to_multiples_of_128(size, padded):
+    assert padded_vocab(size) == padded
+
+
+def test_a_file_and_its_folder_are_the_same_tokenizer(tmp_path):
+    folder = write_bpe(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "a"}}')
+    one, two = HFTokenizer(str(folder)), HFTokenizer(str(folder / "tokenizer.json"))
+    assert (one.digest, one.vocab_size, one.eos_id) == (two.digest, two.vocab_size, two.eos_id)
+
+
+def test_batches_are_encoded_as_one_by_one_and_nothing_is_added_or_cut(tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    file = write_bpe(tmp_path) / "tokenizer.json"
+    raw = Tokenizer.from_file(str(file))
+    texts = ["the cat", "", " sat on\nthe mat" * 40, "Grüße, 世界"]
+    plain = [raw.encode(t, add_special_tokens=False).ids for t in texts]
+    raw.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    raw.enable_truncation(5)
+    raw.enable_padding(length=64)
+    raw.save(str(file))
+    tokenizer = HFTokenizer(str(file))
+    assert tokenizer.encode_batch(texts) == plain
+    assert [tokenizer.encode(t) for t in texts] == plain
+    assert len(plain[2]) > 64
+
+
+def test_the_vocabulary_reaches_the_largest_id_even_with_holes(tmp_path):
+    file = write_words(tmp_path, ["a", "b"]) / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["model"]["vocab"]["<eos>"] = 40
+    file.write_text(json.dumps(spec))
+    assert HFTokenizer(str(tmp_path)).vocab_size == 41
+
+
+def test_eos_is_what_is_configured_then_what_the_folder_says_then_a_usual_name(tmp_path):
+    folder = write_bpe(tmp_path)
+    assert HFTokenizer(str(folder)).eos_id == 0  # <|endoftext|> is trained as the first id
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "b"}')
+    said = HFTokenizer(str(folder)).eos_id
+    assert HFTokenizer(str(folder)).encode("b") == [said]
+    assert HFTokenizer(str(folder), eos_id=7).eos_id == 7
+
+
+def test_a_missing_eos_asks_for_one(tmp_path):
+    folder = write_bpe(tmp_path, eos="[END]")
+    assert "data.eos_id must name" in error_line(folder)
+    assert HFTokenizer(str(folder), eos_id=0).eos_id == 0
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "[STOP]"}')
+    assert "'[STOP]'" in error_line(folder)
+    assert "nearest valid: 269" in error_line(folder, eos_id=270)
+
+
+def test_what_is_no_tokenizer_is_one_line(tmp_path):
+    write_bpe(tmp_path / "tokenizer")
+    assert "Did you mean" in error_line(tmp_path / "tokeniser")
+    assert "data.tokenizer must be" in error_line(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    assert "tokenizer.json cannot be read" in error_line(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    assert "tokenizer.json cannot be read" in error_line(tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("[]")
+    assert "not a JSON object" in error_line(tmp_path / "tokenizer")
+
+
+def test_a_hub_name_is_downloaded_at_its_commit_and_unreachable_it_is_one_line(
+    tmp_path, monkeypatch
+):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = write_bpe(tmp_path)
+    asked: list[dict] = []
+
+    def download(name, file, **options):
+        asked.append({"name": name, **options})
+        if not (folder / file).exists():
+            raise EntryNotFoundError(file)
+        return str(folder / file)
+
+    def repo_info(self, name, **options):
+        return SimpleNamespace(sha="c" * 40)
+
+    def no_repo_info(self, name, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    assert HFTokenizer("owner/name").digest == HFTokenizer(str(folder)).digest
+    assert asked[0] == {"name": "owner/name", "revision": "c" * 40}
+    # offline: only what an earlier run has left on this machine
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", no_repo_info)
+    assert HFTokenizer("owner/name").digest == HFTokenizer(str(folder)).digest
+    assert asked[-1]["local_files_only"] is True
+    (folder / "tokenizer.json").unlink()
+    assert "the hub could not be reached (ConnectionError)" in error_line("owner/name")
+
+
+@pytest.mark.parametrize("setting", [None, "true"])
+def test_a_fork_after_encoding_encodes_on_and_says_nothing(tmp_path, monkeypatch, setting):
+    write_bpe(tmp_path)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if setting:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", setting)
+    code = (
+        "import os\n"
+        "from relora_core.data.tokenizer import HFTokenizer\n"
+        f"tokenizer = HFTokenizer({str(tmp_path)!r})\n"
+        "texts = ['the cat sat'] * 100\n"
+        "before = tokenizer.encode_batch(texts)\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    os._exit(tokenizer.encode_batch(texts) != before)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        f"assert os.environ.get('TOKENIZERS_PARALLELISM') == {setting!r}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pretokenized_data_may_name_no_tokenizer_and_the_grammar_has_its_own():
+    data = DataConfig(kind="pretokenized", path="x", vocab_size=9, seq_len=4)
+    assert load_tokenizer(data) is None
+    grammar = load_tokenizer(DataConfig(kind="grammar", seq_len=4))
+    assert grammar is not None
+    assert 0 <= grammar.eos_id < grammar.vocab_size
+
+
+def test_the_real_tokenizer_gives_the_published_ids(shared_data):
+    tokenizer = HFTokenizer(str(shared_data / "tokenizer"))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (50_280, 50_279)
+    assert tokenizer.encode("Hello world") == [12092, 1533]
+    assert tokenizer.encode_batch([" Hello world"]) == [[24387, 1533]]
+    assert tokenizer.digest.startswith("9ad33b4b39a9f839")

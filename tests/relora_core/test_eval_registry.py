@@ -1,0 +1,186 @@
+"""Which evals a run has, what planning learns of them, and that they run end to end."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from relora_core import evals
+from relora_core.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from relora_core.data.grammar import REGISTERS, GrammarTokenizer
+from relora_core.evals import blimp
+from relora_core.model import Decoder
+
+
+def make_config(kind: str = "grammar", *, tokenizer: str | None = None) -> RunConfig:
+    path = None if kind == "grammar" else "anywhere"
+    config = RunConfig(
+        model=ModelConfig(
+            d_model=16,
+            d_ff=32,
+            n_layers=2,
+            n_heads=4,
+            max_seq_len=256,
+            vocab_size=GrammarTokenizer().vocab_size,
+        ),
+        train=TrainConfig(steps=1, batch_size=1),
+        data=DataConfig(kind=kind, path=path, tokenizer=tokenizer, seq_len=64),
+    )
+    config.eval.paloma.enabled = config.eval.blimp.enabled = True
+    return config
+
+
+def write_paloma(folder: Path, text: str) -> str:
+    file = folder / "wiki" / "val" / "wiki.jsonl.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(json.dumps({"text": text}).encode() + b"\n"))
+    return str(folder)
+
+
+def write_blimp(folder: Path, content: str) -> str:
+    folder.mkdir()
+    (folder / "u.jsonl").write_text(content)
+    return str(folder)
+
+
+def test_on_the_grammar_both_evals_run_on_its_own_texts():
+    config = make_config()
+    config.eval.paloma.max_documents = 3
+    config.eval.blimp.max_pairs = 4
+    config.eval.blimp.every_steps = 5
+    assert evals.inspect(config) == {"paloma": None, "blimp": None}
+    torch.manual_seed(0)
+    model = Decoder(config.model)
+    found = {e.name: e for e in evals.prepare(config, GrammarTokenizer())}
+    assert {name: e.every_steps for name, e in found.items()} == {"paloma": None, "blimp": 5}
+
+    paloma = found["paloma"].run(model)
+    rows = paloma.tables["paloma_domains"]
+    assert {(row["source"], row["documents"]) for row in rows} == {(r, 3) for r in REGISTERS}
+    # Fresh weights know nothing: perplexity is near the vocabulary's size.
+    vocab_size = GrammarTokenizer().vocab_size
+    assert 0.5 * vocab_size < paloma.metrics["eval/paloma/perplexity"] < 2 * vocab_size
+    assert 0.5 * vocab_size < paloma.metrics["eval/paloma/paper_perplexity"] < 2 * vocab_size
+
+    pairs = found["blimp"].run(model)
+    assert {row["pairs"] for row in pairs.tables["blimp_paradigms"]} == {4}
+    phenomena = {n.split("/")[-1] for n in pairs.metrics if "/no_bos/" in n} - {"accuracy"}
+    assert len(phenomena) == 12
+    assert all(0 <= value <= 1 for value in pairs.metrics.values())
+
+
+def test_limits_only_lower_the_grammars_counts():
+    config = make_config()
+    config.eval.paloma.max_documents = 10**6
+    build = {e.name: e.build for e in evals.prepare(config, GrammarTokenizer())}
+    documents = build["paloma"]().keywords["documents"]
+    assert len(documents) == evals.GRAMMAR_DOCUMENTS * len(REGISTERS)
+
+
+def test_texts_are_tokenised_once_however_often_a_run_evaluates():
+    calls = []
+
+    class Counting(GrammarTokenizer):
+        def encode_batch(self, texts):
+            calls.append(len(texts))
+            return super().encode_batch(texts)
+
+    config = make_config()
+    config.eval.paloma.max_documents = config.eval.blimp.max_pairs = 2
+    model = Decoder(config.model)
+    found = evals.prepare(config, Counting())
+    assert calls == []
+    first = [e.run(model) for e in found]
+    once = len(calls)
+    assert [e.run(model) for e in found] == first
+    assert len(calls) == once > 0
+
+
+def test_windows_stay_within_the_positions_that_training_reached():
+    config = make_config()
+    (paloma,) = (e for e in evals.prepare(config, GrammarTokenizer()) if e.name == "paloma")
+    assert paloma.build().keywords["max_len"] == config.data.seq_len < config.model.max_seq_len
+
+
+def test_without_a_path_other_data_have_no_evals():
+    config = make_config("pretokenized")
+    assert evals.inspect(config) == {}
+    assert evals.prepare(config, None) == []
+
+
+def test_a_disabled_eval_is_not_even_looked_at():
+    config = make_config()
+    config.eval.blimp.enabled = False
+    config.eval.blimp.path = "/nowhere"
+    assert list(evals.inspect(config)) == ["paloma"]
+    assert [e.name for e in evals.prepare(config, GrammarTokenizer())] == ["paloma"]
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    config = make_config("pretokenized")
+    config.eval.paloma.path = write_paloma(tmp_path / "paloma", "Tom sleeps.")
+    message = r"^data\.tokenizer must name a tokenizer, since eval\.paloma [^\n]*$"
+    with pytest.raises(ConfigError, match=message):
+        evals.inspect(config)
+    with pytest.raises(ConfigError, match=message):
+        evals.prepare(config, None)
+    config.data.tokenizer = "named"
+    assert list(evals.inspect(config)) == ["paloma"]
+
+
+def test_a_tokenizer_must_fit_the_model():
+    config = make_config()
+    tokenizer = GrammarTokenizer()
+    config.model.vocab_size = tokenizer.vocab_size - 1
+    with pytest.raises(
+        ConfigError, match=rf"^model\.vocab_size must be >= {tokenizer.vocab_size} "
+    ):
+        evals.prepare(config, tokenizer)
+    config.model.vocab_size = tokenizer.vocab_size
+    assert len(evals.prepare(config, tokenizer)) == 2
+
+
+def test_words_beyond_the_grammar_are_found_while_planning(tmp_path):
+    config = make_config()
+    config.eval.paloma.path = write_paloma(tmp_path / "paloma", "Quaternions abound.")
+    with pytest.raises(
+        ConfigError, match=r"^eval\.paloma\.path must hold words of the grammar[^\n]*"
+    ):
+        evals.inspect(config)
+
+
+def test_pairs_of_the_grammar_may_come_from_a_folder(tmp_path):
+    pair = blimp.grammar_pairs(1)[0]
+    record = {
+        "sentence_good": pair.good,
+        "sentence_bad": pair.bad,
+        "field": pair.field,
+        "linguistics_term": pair.phenomenon,
+        "UID": "u",
+        "pairID": "0",
+    }
+    config = make_config()
+    config.eval.blimp.path = write_blimp(tmp_path / "pairs", json.dumps(record) + "\n")
+    assert len(evals.inspect(config)["blimp"] or "") == 64
+    config.eval.blimp.path = write_blimp(tmp_path / "cut", json.dumps(record)[:-9] + "\n")
+    with pytest.raises(ConfigError, match=r"^eval\.blimp\.path: u\.jsonl line 1: [^\n]*$"):
+        evals.inspect(config)
+
+
+def test_planning_loads_no_torch(tmp_path):
+    folder = write_paloma(tmp_path / "paloma", "x")
+    code = (
+        "import sys; from relora_core import evals; from relora_core.config import *\n"
+        "from relora_core.evals import blimp, paloma\n"
+        f"config = PalomaConfig(path={folder!r}); paloma.inspect(config); paloma.load(config)\n"
+        "blimp.grammar_pairs(1)\n"
+        "print(sorted({'torch', 'mlflow', 'hydra'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,235 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from relora_core import checkpoint
+from relora_core.config import ConfigError
+from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.events import Event
+from relora_core.train import split_batch, train
+
+TIMING = "perf/"
+
+
+class Recorder:
+    """Keeps events; optionally dies at one, as a kill would."""
+
+    def __init__(self, die_at: tuple[str, int] | None = None) -> None:
+        self.events: list[Event] = []
+        self.die_at = die_at
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if (event.kind, event.step) == self.die_at:
+            raise KeyboardInterrupt
+
+    def metrics(self) -> dict[tuple[int, str], float]:
+        return {
+            (e.step, name): value
+            for e in self.events
+            for name, value in e.metrics.items()
+            if not name.startswith(TIMING)
+        }
+
+
+def run(config, folder: Path, *, die_at=None) -> Recorder:
+    recorder = Recorder(die_at)
+    try:
+        train(config, checkpoints=folder / "checkpoints", cache_dir=folder / "cache", sink=recorder)
+    except KeyboardInterrupt:
+        assert die_at is not None
+    return recorder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.complete(folder / "checkpoints")[-1] / "model.safetensors")
+
+
+def moments(folder: Path) -> dict:
+    path = checkpoint.complete(folder / "checkpoints")[-1] / "optimizer.pt"
+    return torch.load(path, weights_only=True)["state"]
+
+
+@pytest.fixture
+def config(nano):
+    def make(**changes):
+        changes["model"] = {"vocab_size": VOCAB_SIZE, **changes.get("model", {})}
+        changes.setdefault("relora", {}).setdefault("dropout", 0.2)
+        changes.setdefault("checkpoint", {"every_steps": 3})
+        return nano(**changes)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora", "relora"])
+@pytest.mark.parametrize("die_at", [("train", 3), ("train", 4), ("train", 8), ("checkpoint", 9)])
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(config, tmp_path, method, die_at):
+    """Bit for bit: losses, weights, moments; restarts at 4 and 8, checkpoints at 3, 6, 9, 12."""
+    setting = config(method=method, train={"micro_batch_size": 2, "grad_clip": 0.5})
+    whole = run(setting, tmp_path / "whole")
+    first = run(setting, tmp_path / "killed", die_at=die_at)
+    second = run(setting, tmp_path / "killed")
+    start = second.events[0]
+    assert start.data["resumed"] == (die_at[1] > 3 or die_at[0] == "checkpoint")
+    merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
+    assert merged == whole.metrics()
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weight, weights(tmp_path / "killed")[name]), name
+    for index, state in moments(tmp_path / "whole").items():
+        for key, value in state.items():
+            assert torch.equal(value, moments(tmp_path / "killed")[index][key])
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(config, tmp_path):
+    one = run(config(seed=3), tmp_path / "1").metrics()
+    assert one == run(config(seed=3), tmp_path / "2").metrics()
+    assert one != run(config(seed=4), tmp_path / "3").metrics()
+
+
+def test_evals_and_dynamics_change_no_number(config, tmp_path):
+    plain = run(config(), tmp_path / "plain").metrics()
+    measured = run(
+        config(
+            eval={
+                "paloma": _on("paloma", every_steps=2, max_documents=1),
+                "blimp": _on("blimp", every_steps=3, max_pairs=2),
+            },
+            dynamics={"every_steps": 2},
+        ),
+        tmp_path / "measured",
+    ).metrics()
+    assert {k: measured[k] for k in plain} == plain
+    names = {name for _, name in measured}
+    assert "eval/paloma/perplexity" in names
+    assert "eval/blimp/no_bos/accuracy" in names
+    assert "dynamics/weight_per/w_2" in names
+
+
+def _on(name, **fields):
+    from relora_core.config import BlimpConfig, PalomaConfig
+
+    return {"paloma": PalomaConfig, "blimp": BlimpConfig}[name](enabled=True, **fields)
+
+
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
+    setting = {"relora": {"dropout": 0.0}}
+    whole = run(config(**setting), tmp_path / "1").metrics()
+    parts = run(config(train={"micro_batch_size": 1}, **setting), tmp_path / "2").metrics()
+    for key, value in whole.items():
+        assert parts[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+
+
+def test_restarts_happen_where_the_schedule_says(config, tmp_path):
+    recorder = run(config(), tmp_path)
+    assert [e.step for e in recorder.events if e.kind == "restart"] == [4, 8]
+    lr = {e.step: e.metrics["train/lr"] for e in recorder.events if e.kind == "train"}
+    assert lr[1] == 0.0
+    assert lr[5] == 0.0  # the update after a restart: its 0-based index is 4
+    assert lr[6] > 0.0
+
+
+def test_a_diverged_run_says_so(config, tmp_path):
+    recorder = run(config(method="full_rank", train={"lr": 1e30, "steps": 8}), tmp_path)
+    assert recorder.events[-1].kind == "diverged"
+
+
+def test_bf16_trains_near_fp32(config, tmp_path):
+    setting = {"relora": {"dropout": 0.0}}
+    exact = run(config(**setting), tmp_path / "1").metrics()
+    rough = run(config(train={"precision": "bf16"}, **setting), tmp_path / "2").metrics()
+    assert rough[12, "train/loss"] == pytest.approx(exact[12, "train/loss"], rel=0.02)
+    assert rough[12, "train/loss"] != exact[12, "train/loss"]
+
+
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
+    run(config(checkpoint={"every_steps": 2, "keep_last": 3}), tmp_path)
+    names = [p.name for p in checkpoint.complete(tmp_path / "checkpoints")]
+    assert names == ["step-00000008", "step-00000010", "step-00000012"]
+
+
+def test_a_torn_checkpoint_is_not_there(config, tmp_path, monkeypatch):
+    """A failure in mid-write leaves the one before, and nothing half-written."""
+    written = []
+
+    def full_disk(value, path):
+        written.append(path)
+        raise OSError(28, "No space left on device", str(path))
+
+    run(config(), tmp_path, die_at=("checkpoint", 3))
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(config(), tmp_path)
+    assert written
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_the_batch_must_divide(nano):
+    assert split_batch(nano(train={"batch_size": 8, "micro_batch_size": 2}), world=2) == 2
+    with pytest.raises(ConfigError, match=r"divisible by the 3 processes, got 4; nearest valid: 3"):
+        split_batch(nano(), world=3)
+    with pytest.raises(
+        ConfigError, match=r"must divide the 2 sequences .* got 4; nearest valid: 2"
+    ):
+        split_batch(nano(train={"micro_batch_size": 4}), world=2)
+
+
+RANK = """
+import sys
+from pathlib import Path
+from experiments.identity import config_from_json
+from relora_core.train import train
+
+class Say:
+    def emit(self, event):
+        if event.kind == "train":
+            print(event.step, event.metrics["train/loss"])
+
+folder = Path(sys.argv[1])
+config = config_from_json((folder / "config.json").read_text())
+print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Say()))
+"""
+
+
+def test_two_processes_equal_one(config, tmp_path):
+    """DDP over gloo, restarts included: the same global batches, the same adapters on both ranks."""
+    from experiments.identity import config_to_json
+
+    setting = config(relora={"dropout": 0.0}, train={"micro_batch_size": 1})
+    one = run(setting, tmp_path / "one")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "config.json").write_text(config_to_json(setting))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-W", "ignore", "-c", RANK, str(folder)]
+        root = Path(__file__).resolve().parents[2]
+        pipe = subprocess.PIPE
+        ranks.append(
+            subprocess.Popen(command, env=env, cwd=root, stdout=pipe, stderr=pipe, text=True)
+        )
+    outputs = [process.communicate(timeout=240) for process in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], outputs
+    assert outputs[1][0] == "finished\n"  # one voice
+    losses = {int(s): float(v) for s, v in map(str.split, outputs[0][0].splitlines()[:-1])}
+    for step, loss in losses.items():
+        assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
+    for name, weight in weights(folder).items():
+        torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-3, rtol=0)

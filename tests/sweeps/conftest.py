@@ -1,0 +1,92 @@
+"""Small configs, and a worker that takes milliseconds in place of one that trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from relora_core.config import (
+    DataConfig,
+    ModelConfig,
+    ReLoRAConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+FAKE = '''
+"""Behaves as a worker does towards its run directory; the seed says how it ends."""
+import os, signal, sys, time, traceback
+from experiments.run_dir import RunDir, RunLocked
+
+run = RunDir(sys.argv[1])
+seed = run.config().seed
+first = not (run.path / "tried").exists()
+if seed == 9 and first:  # killed before its first word
+    (run.path / "tried").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    with run.lock():
+        if run.result() is not None:
+            sys.exit(0)
+        attempts = run.status().attempts + 1
+        host = os.uname().nodename
+        run.update_status(state="running", attempts=attempts, host=host, pid=os.getpid())
+        executed = run.path.parent / "executed"
+        with open(executed, "a") as log:
+            print(run.run_id, "start", time.time(), file=log, flush=True)
+            time.sleep(float(os.environ.get("FAKE_S", "0.03")))
+            waited = time.monotonic() + 20  # for company, where a test wants workers to overlap
+            company = int(os.environ.get("FAKE_COMPANY", "1"))
+            while executed.read_text().count("start") < company and time.monotonic() < waited:
+                time.sleep(0.02)
+            print(run.run_id, "end", time.time(), file=log, flush=True)
+        if seed == 7 and first:
+            (run.path / "tried").touch()
+            run.error_path.write_text("Traceback: boom")
+            run.update_status(state="failed", error="RuntimeError: boom")
+            sys.exit(1)
+        state = "diverged" if seed == 5 else "finished"
+        run.write_result({"state": state, "metrics": {"train/loss": 1.5}, "step": 4})
+        run.update_status(state=state, step=4, loss=1.5)
+        print("threads", os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        sys.exit(3 if state == "diverged" else 0)
+except RunLocked as error:
+    print(error)
+    sys.exit(4)
+'''
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> list[str]:
+    """The command of a fake worker: seed 5 diverges, 7 first fails, 9 is first killed."""
+    script = tmp_path / "fake_worker.py"
+    script.write_text(FAKE)
+    return [sys.executable, str(script)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., RunConfig]:
+    """A small valid config below tmp_path; `r`, `method`, `seed`, ... change it."""
+
+    def build(
+        *, r: int = 4, method: str = "relora", seed: int = 0, steps: int = 4, **changes: object
+    ) -> RunConfig:
+        config = RunConfig(
+            experiment="test",
+            output_dir=str(tmp_path / "out"),
+            seed=seed,
+            method=method,
+            model=ModelConfig(name="nano", d_model=24, d_ff=48, vocab_size=64),
+            relora=ReLoRAConfig(r=r),
+            train=TrainConfig(steps=steps, batch_size=2),
+            data=DataConfig(seq_len=8),
+            tracking=TrackingConfig(enabled=False),
+        )
+        return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+    return build

@@ -1,0 +1,167 @@
+"""The porch: Hydra's grammar reaches `sweeps` as points, composed as Hydra itself would compose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext, RunMode
+
+from experiments import schema
+from hydra_plugins.relora_sweeps import plugins
+from hydra_plugins.relora_sweeps.plugins import Composer, GridSweeper, LocalLauncher, expand
+from relora_core.config import ConfigError
+from sweeps.launch import ROOT
+
+
+@pytest.fixture
+def loader():
+    schema.register()
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.fixture
+def master(loader):
+    return loader.load_configuration("config", ["seed=3"], run_mode=RunMode.MULTIRUN)
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("relora.r=4,8", ["4", "8"]),
+        ("relora.r=choice(4,8)", ["4", "8"]),
+        ("seed=range(0,3)", ["0", "1", "2"]),
+        ("model=glob(*)", schema.options("model")),
+        ("train.lr=1e-3", ["0.001"]),
+    ],
+)
+def test_axes_follow_hydras_grammar(loader, axis, values):
+    key = axis.split("=")[0]
+    assert expand([axis], loader=loader) == [[f"{key}={value}"] for value in values]
+
+
+def test_the_product_varies_the_last_axis_fastest_and_later_words_win(loader):
+    cells = expand(["model=tiny", "seed=0,1", "relora.r=4,8", "model=nano"], loader=loader)
+    assert cells[:2] == [
+        ["model=nano", "seed=0", "relora.r=4"],
+        ["model=nano", "seed=0", "relora.r=8"],
+    ]
+    assert len(cells) == 4
+
+
+@pytest.mark.parametrize("axis", ["train.lr=interval(0,1)", "seed=range(0,"])
+def test_what_is_no_finite_list_is_refused_in_one_line(loader, axis):
+    with pytest.raises(ConfigError) as caught:
+        expand([axis], loader=loader)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ["model=small", "relora.r=7", "train.lr=0.01"],
+        ["method=full_rank", "seed=2"],
+        ["experiment=paper", "train.steps=11", "train.precision=fp32"],
+        ["relora.target_modules=[attention]"],
+        ["relora={r: 3, alpha: 5.0}", "relora.r=5"],
+        ["relora.alpha=${relora.r}", "relora.r=6"],
+        ["train.grad_clip=null", "eval=none"],
+        ["sweep.name='a b'"],
+    ],
+)
+def test_values_on_a_copy_give_the_config_that_hydra_composes(loader, master, cell):
+    slow = schema.to_run_config(loader.load_sweep_config(master, cell))
+    composer = Composer(loader, master)
+    assert composer.all([["model=nano", "seed=1"], cell, cell])[1:] == [slow, slow]
+
+
+@pytest.mark.parametrize(
+    "text", ["model=tny", "relora.rr=8", "relora.r=eight", "modle=tiny", "relora.r=[1]"]
+)
+def test_a_bad_override_is_one_line_that_names_it(loader, master, text):
+    with pytest.raises(ConfigError) as caught:
+        Composer(loader, master).all([["seed=0"], [text]])
+    assert text.split("=")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_hands_over_all_points_at_once_and_its_exit_code(loader, monkeypatch):
+    calls = []
+
+    def run_sweep(points, **options):
+        calls.append((points, options))
+        return 1
+
+    monkeypatch.setattr("sweeps.launch.run_sweep", run_sweep)
+    config = loader.load_configuration(
+        "config",
+        ["relora.r=4,8", "+hydra.sweeper.params.seed='0,1'", "hydra.launcher.max_parallel=3"],
+        run_mode=RunMode.MULTIRUN,
+    )
+    from hydra.core.plugins import Plugins
+
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=config,
+        hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
+        task_function=lambda config: None,
+    )
+    assert type(sweeper).__name__ == GridSweeper.__name__
+    with pytest.raises(SystemExit) as ended:
+        sweeper.sweep(["relora.r=4,8"])
+    assert ended.value.code == 1
+    [(points, options)] = calls
+    assert [point for point, _ in points] == [
+        {"seed": s, "relora.r": r} for s in "01" for r in "48"
+    ]
+    assert [(c.seed, c.relora.r) for _, c in points] == [(0, 4), (0, 8), (1, 4), (1, 8)]
+    assert options["max_parallel"] == 3
+
+
+def test_both_plugins_live_where_hydra_looks_for_them():
+    for cls in (GridSweeper, LocalLauncher):
+        assert cls.__module__ == plugins.__name__ == "hydra_plugins.relora_sweeps.plugins"
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_one_bad_cell_of_a_grid_ends_the_command_and_leaves_nothing(tmp_path):
+    done = command("model=tiny", "relora.r=8,4096", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "relora.r must be in [1, " in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_real_sweep_from_any_folder_then_again_then_wider(tmp_path):
+    words = ["model=nano", "train.steps=4", "train.batch_size=2", "tracking=none", "eval=none"]
+    words += [
+        "schedule.warmup_steps=1",
+        "relora.restart_warmup_steps=1",
+        "relora.reset_frequency=2",
+    ]
+    done = command(*words, "method=full_rank,relora", "relora.r=2,4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 points -> 3 runs: relora.r does not apply to method=full_rank" in done.stdout
+    assert "3 finished" in done.stdout
+    again = command(*words, "method=full_rank,relora", "relora.r=2,4", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to run: all 3 runs are done" in again.stdout
+    wider = command(*words, "method=full_rank,relora", "relora.r=2,4,8", cwd=tmp_path)
+    assert wider.returncode == 0, wider.stderr
+    assert wider.stdout.count("\nstart ") == 1
+    assert len(list((tmp_path / "outputs" / "runs").glob("*/result.json"))) == 4
