@@ -8,9 +8,9 @@ python run.py -m model=tiny,small relora.r=8,16,32   a sweep
 import os
 import sys
 
-# Waiting threads give their core away: where cores are shared with others, spinning ones make a step
-# ten times slower. Both must be set before torch and Hydra load.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Waiting threads give their core away: where cores are shared with others, spinning ones make a
+# step ten times slower. Both must be set before torch and Hydra load.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of Hydra's reporter
 
 import hydra

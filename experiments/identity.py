@@ -1,4 +1,4 @@
-"""run_id and arm_id: the digest of everything that changes what a run computes, and a readable label.
+"""run_id and arm_id: digest of everything that changes what a run computes, and a readable label.
 
 A digest covers the *full* scientific config, not its difference to the defaults: a changed default
 must not make an old and a new experiment share a name. Not for: anything that touches disk.
@@ -20,8 +20,8 @@ SCHEMA_VERSION = 1
 def scientific(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of every knob that changes what the run computes.
 
-    Left out: knobs marked `scientific=False`, knobs of methods and data kinds that are not selected,
-    evals that are off, and later-added knobs at the value that means "as before".
+    Left out: knobs marked `scientific=False`, knobs of methods and data kinds that are not
+    selected, evals that are off, and later-added knobs at the value that means "as before".
     """
     chosen = {}
     for key, f, value in walk(config):
@@ -73,7 +73,7 @@ def config_to_json(config: RunConfig) -> str:
 
 
 def config_from_json(text: str) -> RunConfig:
-    """Inverse of `config_to_json`. Knobs added since take their defaults; removed ones are refused."""
+    """Inverse of `config_to_json`. Knobs added since take defaults; removed ones are refused."""
     return _build(RunConfig, json.loads(text), "")
 
 

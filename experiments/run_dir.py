@@ -130,7 +130,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; RunLocked while another living process of this host, or another host, does."""
+        """Hold the run; RunLocked if another living process of this host, or another host, does."""
         path = self.path / "lock"
         me = {
             "host": socket.gethostname(),
@@ -157,7 +157,7 @@ class RunDir:
                 path.unlink()
 
     def lock_holder(self) -> dict[str, Any] | None:
-        """Who is at work on the run, or None. A lock of a dead process of this host does not count."""
+        """Who works on the run, or None. A lock of a dead process of this host does not count."""
         try:
             holder = json.loads((self.path / "lock").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -175,7 +175,7 @@ class RunDir:
 
     # events -------------------------------------------------------------------------------------
     def raw_events(self) -> Iterator[dict[str, Any]]:
-        """Every complete line of events.jsonl; a torn last line (a kill in mid-write) is left out."""
+        """Every complete line of events.jsonl; a torn last line (killed mid-write) is left out."""
         try:
             with open(self.events_path, encoding="utf-8") as file:
                 for line in file:
@@ -187,7 +187,7 @@ class RunDir:
             return
 
     def events(self) -> list[dict[str, Any]]:
-        """The record as it counts: where attempts overlap, the newest one from its first step on."""
+        """The record as it counts: where attempts overlap, the newest from its first step on."""
         kept: list[dict[str, Any]] = []
         for event in self.raw_events():
             if event["kind"] == "start":
@@ -209,7 +209,7 @@ class RunDir:
 
 
 class EventLog:
-    """Appends Events to events.jsonl with the attempt's number; each line is flushed as it is written."""
+    """Appends Events to events.jsonl with the attempt's number; each line is flushed at once."""
 
     def __init__(self, run_dir: RunDir, attempt: int) -> None:
         self.attempt = attempt

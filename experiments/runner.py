@@ -89,8 +89,8 @@ def _with_evals(config: RunConfig, prints: dict[str, str | None]) -> RunConfig:
 def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False) -> str:
     """Run, or resume, one run in this process: `finished` or `diverged`.
 
-    Raises RunLocked while another process is at work on it. Any other failure is recorded in the run
-    directory (status.json, error.txt) and raised.
+    Raises RunLocked while another process is at work on it. Any other failure is recorded in the
+    run directory (status.json, error.txt) and raised.
     """
     run_dir.create(config)
     with run_dir.lock():
@@ -161,7 +161,7 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
 
 
 def _record_failure(run_dir: RunDir, error: BaseException) -> None:
-    """status.json and error.txt, as far as the disk lets us; the error itself is raised by the caller."""
+    """status.json and error.txt, as far as the disk allows; the caller raises the error itself."""
     line = one_line(error)
     try:
         run_dir.error_path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The only file where Hydra and OmegaConf meet the dataclasses. Also: what a typo should have been."""
+"""The only file where Hydra and OmegaConf meet dataclasses. Also: what a typo should have been."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def register() -> None:
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
-    """A composed config as dataclasses; ConfigError where a required value is missing or mistyped."""
+    """A composed config as dataclasses; ConfigError if a required value is missing or mistyped."""
     try:
         if "hydra" in cfg:
             cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
@@ -113,7 +113,7 @@ def groups() -> list[str]:
 
 
 def diagnose(overrides: list[str], error: Exception) -> str:
-    """One line for an override that Hydra refused: key, value, what was expected, the nearest choice."""
+    """One line for an override that Hydra refused: key, value, expectation, nearest choice."""
     for text in overrides:
         if text.startswith("-"):
             continue
@@ -145,7 +145,10 @@ def _diagnose_one(text: str) -> str | None:
         )
         for value in values:
             if value not in known:
-                return f"{key} must be one of {', '.join(known)}, got '{value}'.{nearest(value, known)}"
+                return (
+                    f"{key} must be one of {', '.join(known)}, got '{value}'."
+                    f"{nearest(value, known)}"
+                )
         return None
     keys = schema_keys()
     if key not in keys:

@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+UMASK = os.umask(0o022)  # can be read only by setting it: once, before there are threads
+os.umask(UMASK)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` through a temporary file beside it, flushed to disk, then renamed."""
@@ -16,6 +19,7 @@ def write_text(path: Path, text: str) -> None:
         dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
     )
     try:
+        os.fchmod(descriptor, 0o666 & ~UMASK)  # mkstemp's 0600 would shut a lab's group out
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -1,4 +1,4 @@
-"""Every knob of a run: type, unit, neutral default, bounds. Validation of one setting and across settings.
+"""Every knob of a run: type, unit, neutral default, bounds; validation of each and across them.
 
 Not for: choices of an experiment (those are YAML in `conf/`), nor for reading YAML
 (`experiments/schema.py`). Imports no torch, so that planning stays fast.
@@ -27,7 +27,7 @@ DATA_KINDS = ("grammar", "pretokenized", "text")
 
 
 class ConfigError(ValueError):
-    """The user's mistake: one line that names key, value, what was expected and the nearest choice."""
+    """The user's mistake: one line naming key, value, what was expected and the nearest choice."""
 
 
 def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str:
@@ -45,7 +45,7 @@ def knob(default: Any = MISSING, *, factory: Any = MISSING, **metadata: Any) -> 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The pico-decoder: a pre-norm Llama block with an untied head (Weiss et al. 2025, Tables 1, 6)."""
+    """The pico-decoder: a pre-norm Llama block, untied head (Weiss et al. 2025, Tables 1, 6)."""
 
     name: str = knob("custom", scientific=False)
     """Label in run names and tables; says nothing that the sizes below do not."""
@@ -71,7 +71,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ReLoRAConfig:
-    """Adapters and restarts (Lialin et al. 2023). `lora` uses the adapter knobs and never restarts."""
+    """Adapters and restarts (Lialin et al. 2023). `lora` uses the adapter knobs, never restarts."""
 
     r: int = knob(16, ge=1, methods=ADAPTERS)
     """Rank of B·A; at most the smaller side of every target."""
@@ -105,7 +105,7 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """The optimisation: AdamW over all trainable parameters (SCIENCE: Weiss et al. 2025, Table 6)."""
+    """Optimisation: AdamW over all trainable parameters (SCIENCE: Weiss et al. 2025, Table 6)."""
 
     steps: int = knob(ge=1)
     """Optimizer steps."""
@@ -134,7 +134,7 @@ class DataConfig:
     """Where the tokens come from. A position in them is part of a checkpoint."""
 
     kind: str = knob("grammar", choices=DATA_KINDS)
-    """`grammar`: our generator. `pretokenized`: parquet rows of ids. `text`: files + a tokenizer."""
+    """`grammar`: our generator. `pretokenized`: parquet rows of ids. `text`: files + tokenizer."""
     path: str | None = knob(None, scientific=False, kinds=("pretokenized", "text"))
     """Local folder or file, or a hub name (pretokenized only)."""
     split: str = knob("train", kinds=("pretokenized",))
@@ -150,7 +150,7 @@ class DataConfig:
     seq_len: int = knob(ge=1)
     """Tokens per training sequence (inputs; labels are shifted by one)."""
     fingerprint: str | None = knob(None)
-    """Digest of the data and tokenizer files; filled in by the plan, stands for path and tokenizer."""
+    """Digest of data and tokenizer files; filled in by the plan, stands for path and tokenizer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,7 +160,7 @@ class PalomaConfig:
     enabled: bool = knob(False)
     """Whether it runs."""
     path: str | None = knob(None, scientific=False)
-    """Folder <source>/<split>/*.jsonl.gz; None: the grammar's own registers (off for other data)."""
+    """Folder <source>/<split>/*.jsonl.gz; None: the grammar's own registers (other data: off)."""
     split: str = knob("val")
     """Folder below each source."""
     every_steps: int | None = knob(None, ge=1)
@@ -294,7 +294,7 @@ def get(config: RunConfig, key: str) -> Any:
 
 
 def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of the blocks, by the qualified name that `model.Decoder` gives it."""
+    """(out, in) of every linear of the blocks, by the qualified name `model.Decoder` gives it."""
     head_dim = model.d_model // model.n_heads
     kv = model.n_kv_heads * head_dim
     d, ff = model.d_model, model.d_ff
@@ -354,7 +354,8 @@ def _check_value(key: str, value: Any, metadata: Any) -> None:
     if choices := metadata.get("choices"):
         if value not in choices:
             raise ConfigError(
-                f"{key} must be one of {', '.join(choices)}, got {value!r}.{nearest(value, choices)}"
+                f"{key} must be one of {', '.join(choices)}, got {value!r}."
+                f"{nearest(value, choices)}"
             )
         return
     if isinstance(value, (int, float)) and not isinstance(value, bool):

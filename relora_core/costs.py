@@ -64,13 +64,13 @@ def flops_per_token(config: RunConfig) -> Flops:
 
 
 def memory_bytes(config: RunConfig) -> dict[str, int]:
-    """Estimated peak memory of training, by cause, for one process. Not a bound: kernels add theirs."""
+    """Estimated peak training memory of one process, by cause. Not a bound: kernels add theirs."""
     counted = parameters(config)
     model, micro = config.model, config.train.micro_batch_size or config.train.batch_size
     tokens = micro * config.data.seq_len
     width = 2 if config.train.precision == "bf16" else 4
     kv = model.n_kv_heads * (model.d_model // model.n_heads)
-    # Saved for the backward pass: per block norms, q, k, v rotated and not, attention, SwiGLU's three.
+    # Saved for backward: per block norms, q, k, v rotated and not, attention, SwiGLU's three.
     saved = tokens * model.n_layers * (9 * model.d_model + 4 * kv + 4 * model.d_ff) * width
     estimate = {
         "weights": 4 * counted.total,

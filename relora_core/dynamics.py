@@ -1,4 +1,4 @@
-"""Singular-value measures of learning dynamics: pure functions of matrices, and one pass over a model.
+"""Singular-value measures of learning dynamics: pure functions of matrices, one pass over a model.
 
 Not for: choosing when to measure (`train.py`), nor averaging over seeds.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """(..., m, n) -> (..., min(m, n)) in float64, descending; float32 would round small ones away."""
+    """(..., m, n) -> (..., min(m, n)) in float64, descending; float32 rounds small ones away."""
     return torch.linalg.svdvals(matrices.detach().double())
 
 
@@ -29,12 +29,12 @@ def effective_rank(sigma: Tensor) -> Tensor:
 
 
 def proportional_effective_rank(sigma: Tensor, *, size: int) -> Tensor:
-    """`effective_rank` / size; size is min(shape) in the published code, d_inter in the paper's text."""
+    """`effective_rank` / size: min(shape) in the published code, d_inter in the paper's text."""
     return effective_rank(sigma) / size
 
 
 def condition_number(sigma: Tensor) -> Tensor:
-    """Largest over smallest singular value: (..., k) -> (...). Singular: inf. A zero matrix: nan."""
+    """Largest over smallest singular value: (..., k) -> (...). Singular: inf. Zero matrix: nan."""
     return sigma[..., 0] / sigma[..., -1]
 
 

@@ -1,4 +1,4 @@
-"""Event and the Sink protocol: the trainer's only voice. Not for: files or servers (`experiments/`)."""
+"""Event and Sink protocol: the trainer's only voice. Not for: files or servers (`experiments/`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Event:
     """One line of events.jsonl."""
 
     kind: str
-    """`start`, `train`, `restart`, `eval`, `table`, `dynamics`, `checkpoint`, `diverged`, `end`; and
-    `phase`, which says what a long wait is for and is not recorded."""
+    """`start`, `train`, `restart`, `eval`, `table`, `dynamics`, `checkpoint`, `diverged`, `end`;
+    and `phase`, which says what a long wait is for and is not recorded."""
     step: int
     """Optimizer steps completed when it happened."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Event:
 
 
 class Sink(Protocol):
-    """Takes events; must not raise for reasons of its own, or a full disk kills the run in silence."""
+    """Takes events; must not raise for its own reasons, or a full disk kills the run in silence."""
 
     def emit(self, event: Event) -> None: ...
 

@@ -1,7 +1,8 @@
 """The pico-decoder, whole: a pre-norm Llama block with an untied head (Weiss et al. 2025, Table 6).
 
 Parameter names, shapes, initialisation and the order of drawing are pico-decoder's, so that its
-weights load here and give its logits. Not for: adapters (`methods/`) or the head's loss (`loss.py`).
+weights load here and give its logits. Not for: adapters (`methods/`) or the head's loss
+(`loss.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class RoPE(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key/value heads: query head h reads kv head h // (heads / kv)."""
+    """Causal attention, grouped key/value heads: query head h reads kv head h // (heads / kv)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def build_adamw(groups: list[dict[str, Any]], *, train: TrainConfig) -> AdamW:
 
 
 def set_lr_(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every group to `lr` times the group's own `lr_ratio`, if it has one."""
+    """Set the learning rate of every group to `lr` times its own `lr_ratio`, if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
 
@@ -38,12 +38,13 @@ def prune_state_(
     ratio: float,
     generator: Callable[[str], torch.Generator],
 ) -> float:
-    """Zero a random share of both Adam moments of `parameters` and reset their step counters, in place.
+    """Zero a random share of both Adam moments of `parameters`, reset the step counters; in place.
 
-    One mask serves both moments: an entry with its second moment zeroed and its first kept would move
-    by 29 learning rates at once. The counter is reset because pruned moments with an old counter are
-    not bias-corrected: under a constant gradient the updates after a restart rise to 6 learning rates.
-    Returns the share of entries that are zero afterwards; no other parameter's state is touched.
+    One mask serves both moments: an entry with its second moment zeroed and its first kept would
+    move by 29 learning rates at once. The counter is reset because pruned moments with an old
+    counter are not bias-corrected: under a constant gradient the updates after a restart rise to 6
+    learning rates. Returns the share of entries that are zero afterwards; no other parameter's
+    state is touched.
     """
     zero = total = 0
     for name, parameter in parameters.items():

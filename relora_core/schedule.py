@@ -30,8 +30,8 @@ def decay_factor(step: int, *, schedule: ScheduleConfig, total_steps: int) -> fl
 def lr_factor(step: int, *, config: RunConfig) -> float:
     """Factor of update `step` (0-based) of a run: jagged at the restarts of `relora`.
 
-    With F = reset_frequency and R = restart_warmup_steps, the R updates from a multiple of F on rise
-    linearly from 0 to the decay's value where the rise ends (Lialin et al. 2023, Sec. 3).
+    With F = reset_frequency and R = restart_warmup_steps, the R updates from a multiple of F on
+    rise linearly from 0 to the decay's value where the rise ends (Lialin et al. 2023, Sec. 3).
     """
     schedule = config.schedule
     n = schedule.total_steps or config.train.steps

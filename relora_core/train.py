@@ -33,8 +33,8 @@ from relora_core.optim import build_adamw, set_lr_
 def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) -> str:
     """Train, or go on from the newest complete checkpoint, to the end: `finished` or `diverged`.
 
-    Everything the run has to say goes to `sink` on rank 0. Bad settings raise ConfigError before the
-    first step, bad data DataError.
+    Everything the run has to say goes to `sink` on rank 0. Bad settings raise ConfigError before
+    the first step, bad data DataError.
     """
     accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -102,7 +102,7 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Device, processes and precision; sharded optimizers are refused, since a restart edits state."""
+    """Device, processes and precision; sharded optimizers are refused: a restart edits state."""
     AcceleratorState._reset_state()  # a second run in this process may want another precision
     accelerator = Accelerator(
         cpu=config.runtime.device == "cpu",
@@ -114,7 +114,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         DistributedType.MULTI_GPU,
     ):
         raise ConfigError(
-            f"distributed type must be DDP or a single process, got {accelerator.distributed_type}: "
+            "distributed type must be DDP or a single process, "
+            f"got {accelerator.distributed_type}: "
             "a restart edits weights and optimizer state that sharding keeps elsewhere"
         )
     if config.runtime.device == "cuda" and accelerator.device.type != "cuda":
@@ -166,7 +167,7 @@ def resume(
 def accumulate_gradients(
     accelerator: Accelerator, wrapped: nn.Module, *, rows: Any, micro_batches: int
 ) -> float:
-    """Forward and backward over this rank's rows (n, T + 1); the loss is their mean over all ranks."""
+    """Forward and backward over this rank's rows (n, T + 1); returns the mean loss of all ranks."""
     ids = torch.from_numpy(rows).to(accelerator.device, non_blocking=True)
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for index, chunk in enumerate(ids.chunk(micro_batches)):
@@ -241,14 +242,14 @@ def log_train(
 
 
 class Measures:
-    """Evals and dynamics, each at its own cadence and at the end; they change neither model nor RNG."""
+    """Evals and dynamics, each at its cadence, evals at the end too; model and RNG stay as they are."""
 
     def __init__(
         self,
         config: RunConfig,
         *,
         accelerator: Accelerator,
-        model: nn.Module,
+        model: Decoder,
         evals: list[Eval],
         sink: Sink,
     ) -> None:
@@ -274,11 +275,14 @@ class Measures:
             data = {"phase": f"{evaluation.name} {done}/{total}"}
             self.sink.emit(Event(kind="phase", step=step, data=data))
 
+        def summed(tensor: Tensor) -> Tensor:
+            return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
         result = evaluation.run(
             self.model,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
-            reduce=lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
+            reduce=summed,
             progress=progress,
         )
         self.sink.emit(Event(kind="eval", step=step, metrics=result.metrics))
@@ -295,7 +299,7 @@ def save(
     *,
     config: RunConfig,
 ) -> None:
-    """Checkpoint from rank 0 with the generators of every rank; the others wait until it is on disk."""
+    """Checkpoint from rank 0 with every rank's generators; the others wait until it is on disk."""
     states = gather_object([checkpoint.rng_state()])
     if accelerator.is_main_process:
         checkpoint.save(

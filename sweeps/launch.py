@@ -261,7 +261,7 @@ class Slots:
     def environment(self, slot: int) -> dict[str, str]:
         """Environment of the worker in this slot: ours, with its share of the machine."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
         if self.gpus:

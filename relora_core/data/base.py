@@ -24,8 +24,9 @@ class Tokenizer(Protocol):
 class TokenStream(Protocol):
     """Rows of `seq_len + 1` ids: inputs are row[:-1], labels row[1:].
 
-    A stream knows its rank and the number of ranks: of the next `n * world` global rows, rank i takes
-    rows i, i + world, ... The state counts global rows, so a run may resume on another number of ranks.
+    A stream knows its rank and the number of ranks: of the next `n * world` global rows, rank i
+    takes rows i, i + world, ... The state counts global rows, so a run may resume on another number
+    of ranks.
     """
 
     def next_rows(self, n: int) -> np.ndarray:
@@ -40,7 +41,7 @@ class TokenStream(Protocol):
 
 
 class DataError(RuntimeError):
-    """Data that turned out bad while reading: one line that names file, row and what was expected."""
+    """Data that turned out bad while reading: one line naming file, row and what was expected."""
 
 
 @dataclass(kw_only=True, slots=True)

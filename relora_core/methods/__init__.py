@@ -1,4 +1,4 @@
-"""The registry of methods. A new one: its file, its dataclass, one line here, conf/method/x.yaml."""
+"""The registry of methods. A new one: its file, dataclass, one line here, conf/method/x.yaml."""
 
 from relora_core.config import RunConfig
 from relora_core.methods.base import FullRank, Method

@@ -13,7 +13,7 @@ from relora_core.schedule import lr_factor
 
 
 class Method:
-    """How a model is parametrised and updated. Every part has a default: train all weights as they are.
+    """How a model is parametrised and updated. Every part's default: train all weights as they are.
 
     The method owns restart and schedule, so that neither can be set without the other.
     """
@@ -33,7 +33,7 @@ class Method:
         return lr_factor(step, config=self.config)
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """Called when `step` updates are complete; may change weights and state; returns metrics."""
+        """Called when `step` updates are done; may change weights and state; returns metrics."""
         return {}
 
     def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from relora_core.schedule import restart_steps
 
 
 def named_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing else, so that every rank and every resume draws alike."""
+    """A CPU generator that depends on nothing else, so every rank and every resume draws alike."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -46,7 +46,7 @@ class ReLoRALinear(nn.Module):
 
     @torch.no_grad()
     def draw_(self, generator: torch.Generator) -> None:
-        """A ~ U(±1/sqrt(in)) (Kaiming uniform with a = sqrt 5), B = 0: the adapter adds nothing yet."""
+        """A ~ U(±1/sqrt(in)) (Kaiming uniform, a = sqrt 5), B = 0: the adapter adds nothing yet."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         self.lora_A.copy_(drawn)
@@ -69,7 +69,7 @@ class LoRA(Method):
     """Adapters on a frozen base, from the first step to the last (Hu et al. 2021)."""
 
     def adapt(self, model: nn.Module) -> None:
-        """Wrap the target linears. Adapters are drawn after the whole base, which stays as it was."""
+        """Wrap target linears. Adapters are drawn after the whole base, which stays as it was."""
         relora = self.config.relora
         for name in adapted_shapes(self.config):
             parent, _, child = name.rpartition(".")

@@ -7,15 +7,24 @@ from relora_core.config import ConfigError, RunConfig, nearest, validate, walk
 BAD = [
     ({"relora": {"r": -1}}, "relora.r must be >= 1, got -1; nearest valid: 1"),
     ({"relora": {"r": 4096}}, "relora.r must be in [1, 16]"),
-    ({"relora": {"prune_ratio": 1.5}}, "relora.prune_ratio must be >= 0 and <= 1, got 1.5; nearest valid: 1"),
+    (
+        {"relora": {"prune_ratio": 1.5}},
+        "relora.prune_ratio must be >= 0 and <= 1, got 1.5; nearest valid: 1",
+    ),
     ({"relora": {"alpha": float("nan")}}, "relora.alpha must be > 0, got nan"),
     ({"relora": {"dropout": 1.0}}, "relora.dropout must be >= 0 and < 1, got 1.0"),
     ({"relora": {"target_modules": ["atention"]}}, "Did you mean 'attention'?"),
     ({"relora": {"target_modules": []}}, "relora.target_modules must name at least one of"),
     ({"relora": {"restart_warmup_steps": 5}}, "must be <= relora.reset_frequency=4, got 5"),
-    ({"schedule": {"warmup_steps": 5}}, "schedule.warmup_steps must be <= relora.reset_frequency=4"),
+    (
+        {"schedule": {"warmup_steps": 5}},
+        "schedule.warmup_steps must be <= relora.reset_frequency=4",
+    ),
     ({"schedule": {"name": "cosin"}}, "Did you mean 'cosine'?"),
-    ({"method": "rlora"}, "method must be one of full_rank, lora, relora, got 'rlora'. Did you mean"),
+    (
+        {"method": "rlora"},
+        "method must be one of full_rank, lora, relora, got 'rlora'. Did you mean",
+    ),
     ({"model": {"d_model": 30}}, "model.d_model must be a multiple of 2 * n_heads = 8"),
     ({"model": {"n_kv_heads": 3}}, "model.n_kv_heads must divide model.n_heads=4, got 3"),
     ({"train": {"micro_batch_size": 3}}, "must divide train.batch_size=4, got 3; nearest valid: 2"),

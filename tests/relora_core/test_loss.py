@@ -78,12 +78,13 @@ def test_no_gradient_is_made_without_need(problem):
     assert value.item() == pytest.approx(reference(*problem)[0].item(), abs=1e-6)
 
 
-def test_log_probs_equal_log_softmax(problem, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 13 * 211)
+@pytest.mark.parametrize("block", [(1, 1), (13, 50), (512, 1024)])
+def test_log_probs_equal_log_softmax(problem, monkeypatch, block):
+    monkeypatch.setitem(loss_module.LOG_PROB_BLOCK, "cpu", block)
     hidden, weight, targets = problem
-    want = F.log_softmax(hidden.double() @ weight.double().T, dim=1).gather(1, targets[:, None])[
-        :, 0
-    ]
-    got = target_log_probs(hidden, weight, targets)
-    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=0)
+    for scale in (1.0, 60.0):  # logits near 0, and far beyond what exp can hold
+        logits = scale * hidden.double() @ weight.double().T
+        want = F.log_softmax(logits, dim=1).gather(1, targets[:, None])[:, 0]
+        got = target_log_probs(scale * hidden, weight, targets)
+        torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-6)
     assert target_log_probs(hidden[:0], weight, targets[:0]).shape == (0,)

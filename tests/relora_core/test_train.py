@@ -197,7 +197,7 @@ print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=S
 
 
 def test_two_processes_equal_one(config, tmp_path):
-    """DDP over gloo, restarts included: the same global batches, the same adapters on both ranks."""
+    """DDP over gloo, restarts included: same global batches, the same adapters on both ranks."""
     from experiments.identity import config_to_json
 
     setting = config(relora={"dropout": 0.0}, train={"micro_batch_size": 1})

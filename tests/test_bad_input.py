@@ -1,0 +1,135 @@
+"""A user's mistake is one line that names key, value and what was expected; nothing is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import schema
+from experiments.runner import complete
+from relora_core.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+OVERRIDES = [
+    (["model=tny"], "model must be one of nano, small, tiny, got 'tny'. Did you mean 'tiny'?"),
+    (["relora.rr=8"], "relora.rr is not a known key (relora.rr=8). Did you mean 'relora.r'?"),
+    (["relora.r=eight"], "relora.r must be an integer, got 'eight'"),
+    (["relora.r=-1"], "relora.r must be >= 1, got -1; nearest valid: 1"),
+    (["relora.r=4096"], "nearest valid: 32"),
+    (["relora.prune_ratio=1.5"], "relora.prune_ratio must be >= 0 and <= 1, got 1.5"),
+    (["train.lr=fast"], "train.lr must be a number, got 'fast'"),
+    (["seed=1.5"], "seed must be an integer, got '1.5'"),
+    (["relora.target_modules=attention"], "relora.target_modules must be a list"),
+    (["trian.steps=3"], "trian.steps is not a known key (trian.steps=3). Did you mean"),
+    (["steps=3"], "steps is not a known key (steps=3). Did you mean 'train.steps'?"),
+    (["foo"], "'foo' is not an override: expected KEY=VALUE"),
+    (["train.steps=null"], "train.steps"),
+    (["+relora.q=1"], "relora.q"),
+    (["data=pretokenized", "data.path=/nowhere"], "data.path"),
+    (["data=text"], "data.path must name a folder or file for data=text"),
+    (["eval.paloma.path=/nowhere"], "eval.paloma.path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "words"), OVERRIDES)
+def test_one_line_says_what_is_wrong(overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        complete(schema.compose(overrides))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/train-0.parquet").touch()
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage/train-0.parquet").write_text("not parquet at all")
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp/some_pairs.jsonl").write_text('{"sentence_good": "a"\n')
+    return tmp_path
+
+
+CASES = {
+    "grid": ["-m", "relora.r=8,4096"],
+    "option in a grid": ["-m", "model=tny,small"],
+    "type in a grid": ["-m", "relora.r=8,eight"],
+    "launcher": ["-m", "seed=1,2", "hydra.launcher.max_paralel=2"],
+    "value": ["relora.r=-1"],
+    "empty parquet": ["data=pretokenized", "data.path={tmp}/empty", "data.tokenizer=null"],
+    "corrupted parquet": ["data=pretokenized", "data.path={tmp}/garbage", "data.tokenizer=null"],
+    "blimp line": ["eval.blimp.path={tmp}/blimp"],
+    "tracking": ["tracking.uri=ftp://host/x"],
+}
+WORDS = {
+    "grid": "got 4096; nearest valid: 32",
+    "option in a grid": "Did you mean 'tiny'?",
+    "type in a grid": "relora.r must be an integer, got 'eight'",
+    "launcher": "Did you mean 'hydra.launcher.max_parallel'?",
+    "value": "relora.r must be >= 1",
+    "empty parquet": "train-0.parquet is empty",
+    "corrupted parquet": "train-0.parquet",
+    "blimp line": "some_pairs.jsonl line 1",
+    "tracking": "tracking.uri must begin with one of",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_ends_with_one_line_and_writes_nothing(case, broken):
+    out = broken / "out"
+    words = [text.format(tmp=broken) for text in CASES[case]]
+    command = [sys.executable, "run.py", *words, f"output_dir={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert WORDS[case] in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named():
+    command = [sys.executable, "run.py", "output_dir=/proc/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "output_dir must be a folder that can be written to, got '/proc/nowhere'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["describe", "model=tny"], 2, "Did you mean 'tiny'?"),
+        (["show", "nothing"], 2, "nothing"),
+        (["describe", "--at-steps", "a"], 2, "expected steps like 0,1,2000"),
+    ],
+)
+def test_scripts_get_exit_codes_too(tmp_path, arguments, code, words):
+    command = [sys.executable, "-m", "experiments", *arguments, "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_describe_says_all_of_a_run_without_training_it(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments", "describe", "model=tiny", "model.vocab_size=50304"),
+        *("relora.reset_frequency=2000", "relora.restart_warmup_steps=100", "train.steps=20000"),
+        *("schedule.warmup_steps=2000", "--at-steps", "0,1,2000,2050", "--json"),
+        *("--output-dir", str(tmp_path / "out")),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["parameters"]["total"] == 11_682_144
+    assert found["parameters"]["trainable"] == 10_060_128
+    assert found["lr_factor"]["2000"] == 0.0
+    assert found["lr_factor"]["2050"] == pytest.approx(0.499966, abs=1e-6)
+    assert found["restarts"] == list(range(2000, 20000, 2000))
+    assert found["run_id"].startswith("tiny-relora-r16")
+    assert found["config"]["model"]["d_ff"] == 384
+    assert found["flops_per_token"] > found["flops_per_token_forward"] > 0
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,128 @@
+"""From a command to a tracked, evaluated run, as a user goes: real processes, real data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NANO = [
+    *("model=nano", "relora.r=4", "train.steps=60", "train.batch_size=4", "data.seq_len=16"),
+    *("relora.reset_frequency=15", "schedule.warmup_steps=5", "checkpoint.every_steps=10"),
+    *("relora.restart_warmup_steps=2", "relora.dropout=0.1", "runtime.log_every_steps=1"),
+    *("eval.blimp.max_pairs=2", "eval.paloma.max_documents=1", "eval.blimp.every_steps=30"),
+    *("runtime.threads=1", "runtime.device=cpu"),
+]
+
+
+def command(out: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "run.py", *overrides, f"output_dir={out}"]
+
+
+def run(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(out, *overrides), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def only_run(out: Path) -> Path:
+    (folder,) = (out / "runs").iterdir()
+    return folder
+
+
+def numbers(out: Path) -> dict[str, float]:
+    """Final metrics, less the timings."""
+    metrics = json.loads((only_run(out) / "result.json").read_text())["metrics"]
+    return {k: v for k, v in metrics.items() if not k.startswith("perf/")}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed 'twice'"
+    assert run(whole, *NANO, "tracking=none").returncode == 0
+    for step in (17, 40):
+        quoted = f"output_dir={json.dumps(str(killed))}"
+        process = subprocess.Popen(
+            [sys.executable, "run.py", *NANO, "tracking=none", quoted],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_step(killed, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(killed, *NANO, "tracking=none", f"output_dir={json.dumps(str(killed))}")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stderr
+    assert numbers(killed) == numbers(whole)
+    attempts = [json.loads(p.read_text()) for p in sorted(only_run(killed).glob("attempts/*.json"))]
+    assert len(attempts) == 3
+    again = run(whole, *NANO, "tracking=none")
+    assert "nothing to do" in again.stdout
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for events in out.glob("runs/*/events.jsonl"):
+            if f'"step": {step},' in events.read_text():
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+def test_real_text_tokenizer_and_evals_to_mlflow(shared_data, tmp_path):
+    """Real rows of Dolma-like text, the real tokenizer, Paloma's layout and BLiMP, in small."""
+    out = tmp_path / "out"
+    done = run(
+        out,
+        *("experiment=laptop", "model=nano", "relora.r=4", "data=pretokenized", "data.seq_len=64"),
+        f"data.path={shared_data}/pretokenized/dolma-mini",
+        f"data.tokenizer={shared_data}/tokenizer",
+        f"eval.paloma.path={shared_data}/paloma_standin",
+        f"eval.blimp.path={shared_data}/blimp/blimp_data.tar.xz",
+        *("eval.paloma.max_documents=1", "eval.blimp.max_pairs=2", "sweep.name=real"),
+        *("train.steps=12", "relora.reset_frequency=3", "relora.restart_warmup_steps=1"),
+        *("schedule.warmup_steps=2", "runtime.threads=1", "runtime.log_every_steps=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = numbers(out)
+    assert found["restart/count"] == 3
+    assert found["train/loss"] < 10.95  # ln 50304 + 1/6 at the start
+    assert {"eval/blimp/no_bos/accuracy", "eval/blimp/eos_prefix/accuracy"} <= set(found)
+    phenomena = {k for k in found if k.startswith("eval/blimp/no_bos/")} - {
+        "eval/blimp/no_bos/accuracy"
+    }
+    assert len(phenomena) == 12
+    sources = [k for k in found if k.endswith("/perplexity") and k.count("/") == 3]
+    assert len(sources) == 14
+    config = json.loads((only_run(out) / "config.json").read_text())
+    assert config["model"]["vocab_size"] == 50304
+    assert tracked(out / "mlflow.db", "real") == pytest.approx(found)
+
+
+def tracked(database: Path, experiment: str) -> dict[str, float]:
+    """Final metrics of the only run that MLflow has, less the timings; asked in a fresh process."""
+    code = (
+        "import json, sys; from mlflow import MlflowClient\n"
+        "client = MlflowClient('sqlite:///' + sys.argv[1])\n"
+        "found = client.get_experiment_by_name(sys.argv[2])\n"
+        "(run,) = client.search_runs([found.experiment_id])\n"
+        "assert run.info.status == 'FINISHED', run.info.status\n"
+        "print(json.dumps(run.data.metrics))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(database), experiment],
+        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    return {k: v for k, v in metrics.items() if not k.startswith("perf/")}
