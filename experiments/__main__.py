@@ -123,7 +123,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 all well, 2 the user's mistake, 1 anything else."""
-    arguments = build_parser().parse_intermixed_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "describe" and not any(word.startswith("-") for word in rest):
+        arguments.overrides += rest  # argparse takes positionals before the options only
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with reporting():
         if arguments.command == "describe":
             from experiments import schema

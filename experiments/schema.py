@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -35,6 +36,10 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_value(error)) from None
+    except AttributeError:  # a key that `+` forced in
+        keys = _leaves(OmegaConf.to_container(cfg))
+        unknown = next(key for key in keys if key not in schema_keys())
+        raise ConfigError(_unknown_key(unknown, f"+{unknown}")) from None
     assert isinstance(config, RunConfig)
     return config
 
@@ -47,6 +52,13 @@ def compose(overrides: list[str]) -> RunConfig:
             return to_run_config(hydra_compose("config", overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(diagnose(overrides, error)) from None
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
 
 
 def set_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
@@ -64,6 +76,8 @@ def _explain_value(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
     expected = _expected(key)
     value = re.search(r"Value '(.*?)'", str(error.msg or error))
+    if "is not a ListConfig" in str(error):
+        return f"{key} must be {expected}, got something else"
     if value:
         return f"{key} must be {expected}, got '{value.group(1)}'"
     if "Missing mandatory value" in str(error):
@@ -152,8 +166,12 @@ def _diagnose_one(text: str) -> str | None:
         return None
     keys = schema_keys()
     if key not in keys:
-        return f"{key} is not a known key ({text}).{_nearest_key(key, keys)}"
+        return _unknown_key(key, text)
     return None
+
+
+def _unknown_key(key: str, text: str) -> str:
+    return f"{key} is not a known key ({text}).{_nearest_key(key, schema_keys())}"
 
 
 def _diagnose_launcher(key: str, text: str) -> str | None:

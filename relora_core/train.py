@@ -242,7 +242,7 @@ def log_train(
 
 
 class Measures:
-    """Evals and dynamics, each at its cadence, evals at the end too; model and RNG stay as they are."""
+    """Evals (at the end, too) and dynamics, each at its cadence; they leave model and RNG alone."""
 
     def __init__(
         self,

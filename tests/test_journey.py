@@ -43,12 +43,11 @@ def numbers(out: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed 'twice'"
+    whole, killed = tmp_path / "whole", tmp_path / "killed twice"
     assert run(whole, *NANO, "tracking=none").returncode == 0
     for step in (17, 40):
-        quoted = f"output_dir={json.dumps(str(killed))}"
         process = subprocess.Popen(
-            [sys.executable, "run.py", *NANO, "tracking=none", quoted],
+            command(killed, *NANO, "tracking=none"),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -56,7 +55,7 @@ def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
         wait_for_step(killed, step)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = run(killed, *NANO, "tracking=none", f"output_dir={json.dumps(str(killed))}")
+    done = run(killed, *NANO, "tracking=none")
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stderr
     assert numbers(killed) == numbers(whole)

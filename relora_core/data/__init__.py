@@ -33,6 +33,8 @@ def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = Non
     """
     if data.kind == "grammar":
         return _inspect_grammar()
+    if data.kind == "pretokenized":
+        pretokenized.check_place(data)  # before the tokenizer: a wrong path is the likelier mistake
     tokenizer = _named_tokenizer(data)
     vocab_size = _vocabulary(data, tokenizer)
     digest = _tokenizer_digest(tokenizer)

@@ -51,6 +51,14 @@ def inspect(
     return info
 
 
+def check_place(data: DataConfig) -> None:
+    """ConfigError where `data.path` is neither here nor could be a name on the hub."""
+    source = str(data.path)
+    if parquet.find_files(data) is None and places.hub_name(source) is None:
+        why = "it is no hub name (owner/name) either"
+        raise places.missing("data.path", source=source, expected=parquet.EXPECTED, why=why)
+
+
 # hub --------------------------------------------------------------------------------------------
 def _hub_commit(data: DataConfig) -> str:
     source = str(data.path)
