@@ -115,9 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--at-steps", type=_steps, default=[], help="0-based updates, comma-separated")
     two = commands.add_parser("show", help="state, attempts and final metrics of a run")
     two.add_argument("run", help="run_id, or any part of it that only one run has")
-    for command in (one, two):
+    where = "where everything is (default: outputs)"
+    parser.add_argument("--output-dir", help=where)
+    for command in (one, two):  # before or after the command
         command.add_argument("--json", action="store_true", help="for scripts")
-        command.add_argument("--output-dir", help="where everything is (default: outputs)")
+        command.add_argument("--output-dir", default=argparse.SUPPRESS, help=where)
     return parser
 
 
@@ -140,11 +142,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             found = show(find_run(arguments.output_dir or "outputs", word=arguments.run))
             printer = _print_run
-    if arguments.json:
-        json.dump(found, sys.stdout, indent=2, default=str)
-        print()
-    else:
-        printer(found)
+        if arguments.json:
+            json.dump(found, sys.stdout, indent=2, default=str)
+            print(flush=True)
+        else:
+            printer(found)
+            sys.stdout.flush()
     return 0
 
 

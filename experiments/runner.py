@@ -215,6 +215,9 @@ def reporting() -> Iterator[None]:
         yield
     except ConfigError as error:
         fail(str(error), code=2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (DataError, RunLocked, OSError) as error:
         fail(one_line(error), code=1)
     except KeyboardInterrupt as error:

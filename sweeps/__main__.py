@@ -198,10 +198,10 @@ def build_parser() -> argparse.ArgumentParser:
     four = commands.add_parser("sync", help="bring MLflow up to date from the runs' records")
     four.add_argument("sweep", nargs="?", help="name of a sweep (default: all)")
     four.add_argument("--tracking-uri", help="another store than the runs' own")
-    for command in (one, two, three, four):
-        command.add_argument(
-            "--output-dir", default="outputs", help="where everything is (default: %(default)s)"
-        )
+    where = "where everything is (default: outputs)"
+    parser.add_argument("--output-dir", default="outputs", help=where)
+    for command in (one, two, three, four):  # before or after the command
+        command.add_argument("--output-dir", default=argparse.SUPPRESS, help=where)
     return parser
 
 
