@@ -1,4 +1,4 @@
-"""`python -m experiments`: describe a run without training it, or show one that exists."""
+"""`python -m experiments`: describe a run without training it, show or export one that exists."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from experiments.identity import arm_id, run_id
@@ -19,6 +20,7 @@ EPILOG = """examples:
   python -m experiments describe model=small relora.r=32
   python -m experiments describe experiment=paper --at-steps 0,1000,2000,2050 --json
   python -m experiments show tiny-relora-r16 --json
+  python -m experiments export tiny-relora-r16 exported/
 """
 
 
@@ -64,6 +66,37 @@ def show(run_dir: RunDir) -> dict[str, Any]:
     }
 
 
+def export(run_dir: RunDir, *, folder: Path, step: int | None) -> dict[str, Any]:
+    """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder."""
+    from relora_core import checkpoint
+    from relora_core.export import check_target, export_run
+
+    check_target(folder)
+    found = checkpoint.complete(run_dir.checkpoints)
+    steps = {int(path.name.removeprefix("step-")): path for path in found}
+    if not steps:
+        state = state_of(run_dir).state
+        raise ConfigError(f"RUN must have a checkpoint, got {run_dir.run_id} ({state}) without one")
+    step = max(steps) if step is None else step
+    if step not in steps:
+        has = ", ".join(str(k) for k in steps)
+        close = min(steps, key=lambda k: abs(k - step))
+        raise ConfigError(
+            f"--step must be one of {run_dir.run_id}'s checkpoints {has}, got {step}; nearest "
+            f"valid: {close}"
+        )
+    notes = export_run(run_dir.config(), checkpoint=steps[step], folder=folder)
+    return {"run_id": run_dir.run_id, "step": step, "path": str(folder), "notes": notes}
+
+
+def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[str, Any]:
+    """Write a pico-decoder or relora-pico checkpoint as a merged LlamaForCausalLM folder."""
+    from relora_core.export import import_model
+
+    notes = import_model(source, folder=folder, tokenizer=tokenizer)
+    return {"source": str(source), "path": str(folder), "notes": notes}
+
+
 def _print_description(found: dict[str, Any]) -> None:
     counted = found["parameters"]
     print(f"run_id      {found['run_id']}")
@@ -87,6 +120,13 @@ def _print_run(found: dict[str, Any]) -> None:
             print(f"{key:<10} {found[key]}")
     for name, value in sorted(found["metrics"].items()):
         print(f"  {name:<58} {value:>12.5g}")
+
+
+def _print_export(found: dict[str, Any]) -> None:
+    source = f"{found['run_id']} at step {found['step']}" if "run_id" in found else found["source"]
+    print(f"{source} -> {found['path']}")
+    for note in found["notes"]:
+        print(f"note        {note}")
 
 
 def _steps(text: str) -> list[int]:
@@ -115,9 +155,19 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--at-steps", type=_steps, default=[], help="0-based updates, comma-separated")
     two = commands.add_parser("show", help="state, attempts and final metrics of a run")
     two.add_argument("run", help="run_id, or any part of it that only one run has")
+    help_export = "write a run's model, adapters merged, as a LlamaForCausalLM folder"
+    three = commands.add_parser("export", help=help_export, description=help_export)
+    three.add_argument("run", help="run_id, or any part of it that only one run has")
+    three.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
+    three.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    help_import = "write a pico-decoder or relora-pico checkpoint as a LlamaForCausalLM folder"
+    four = commands.add_parser("import-pico", help=help_import, description=help_import)
+    four.add_argument("source", metavar="SOURCE", type=Path, help="config.json and *.safetensors")
+    four.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
+    four.add_argument("--tokenizer", help="as data.tokenizer (default: SOURCE's own, if any)")
     where = "where everything is (default: outputs)"
     parser.add_argument("--output-dir", help=where)
-    for command in (one, two):  # before or after the command
+    for command in (one, two, three, four):  # before or after the command
         command.add_argument("--json", action="store_true", help="for scripts")
         command.add_argument("--output-dir", default=argparse.SUPPRESS, help=where)
     return parser
@@ -139,6 +189,15 @@ def main(argv: list[str] | None = None) -> int:
             config = schema.compose(arguments.overrides + extra)
             found = describe(config, at_steps=arguments.at_steps)
             printer = _print_description
+        elif arguments.command == "export":
+            run_dir = find_run(arguments.output_dir or "outputs", word=arguments.run)
+            found = export(run_dir, folder=arguments.folder, step=arguments.step)
+            printer = _print_export
+        elif arguments.command == "import-pico":
+            found = import_pico(
+                arguments.source, folder=arguments.folder, tokenizer=arguments.tokenizer
+            )
+            printer = _print_export
         else:
             found = show(find_run(arguments.output_dir or "outputs", word=arguments.run))
             printer = _print_run

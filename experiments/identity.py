@@ -46,8 +46,9 @@ def _digest(values: dict[str, Any]) -> str:
 def label(config: RunConfig) -> str:
     """Readable part of the ids: model and method with what tells its runs apart at a glance."""
     parts = [config.model.name, config.method.replace("_", "")]
-    if config.method in ("lora", "relora"):
-        parts.append(f"r{config.relora.r}")
+    if config.method != "full_rank":
+        section = config.galore if config.method == "galore" else config.relora
+        parts.append(f"r{section.r}")
     if config.method == "relora":
         parts.append(f"t{config.relora.reset_frequency}")
     parts.append(config.data.kind)

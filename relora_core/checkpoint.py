@@ -6,6 +6,7 @@ Loading executes nothing: safetensors for weights, `weights_only` for the rest.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core import atomic
@@ -72,21 +74,25 @@ def save(
     progress: Progress,
     rng: list[dict[str, Any]],
     keep_last: int,
+    reference: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write step-<n>/ and remove all but the newest `keep_last`. `rng` holds one state per rank."""
+    """Write step-<n>/ and remove all but the newest `keep_last`. `rng` holds one state per rank.
+
+    `reference` weights are those that dynamics compare with.
+    """
     target = folder / f"step-{progress.step:08d}"
     temporary = folder / f".tmp-{target.name}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         temporary.mkdir()
         weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(rng, temporary / "rng.pt")
         record = {name: getattr(progress, name) for name in Progress.__slots__}
-        (temporary / "progress.json").write_text(json.dumps(record))
-        for file in temporary.iterdir():
-            _sync(file)
+        _write(temporary / "model.safetensors", safetensors.torch.save(weights))
+        _write(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
+        _write(temporary / "rng.pt", _packed(rng))
+        if reference:
+            _write(temporary / "reference.safetensors", safetensors.torch.save(reference))
+        _write(temporary / "progress.json", json.dumps(record).encode())
         if target.exists():  # left by an attempt that died after the rename
             shutil.rmtree(target)
         temporary.rename(target)
@@ -99,8 +105,17 @@ def save(
     return target
 
 
-def _sync(file: Path) -> None:
-    with open(file, "rb") as handle:
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _write(file: Path, content: bytes) -> None:
+    """To the disk itself. Python writes, so that a full disk is an OSError that says so."""
+    with open(file, "wb") as handle:
+        handle.write(content)
+        handle.flush()
         os.fsync(handle.fileno())
 
 
@@ -125,3 +140,9 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, rank: int = 0) -
     if rank < len(states):  # more ranks than before: the others keep their fresh generators
         set_rng_state(states[rank])
     return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def load_reference(path: Path) -> dict[str, Tensor]:
+    """The reference weights saved with a checkpoint; none where nothing compares with them."""
+    file = path / "reference.safetensors"
+    return load_file(file) if file.exists() else {}

@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-METHODS = ("full_rank", "lora", "relora")
+METHODS = ("full_rank", "lora", "relora", "galore")
 ADAPTERS = ("lora", "relora")
 DATA_KINDS = ("grammar", "pretokenized", "text")
+DYNAMICS = ("weight", "base", "gradient", "update_proxy", "update_restart", "update_total")
+DYNAMICS_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2", "ov")
 
 
 class ConfigError(ValueError):
@@ -71,22 +73,76 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ReLoRAConfig:
-    """Adapters and restarts (Lialin et al. 2023). `lora` uses the adapter knobs, never restarts."""
+    """Adapters and restarts (Lialin et al. 2023); `lora` has the adapter knobs alone.
+
+    The options of conf/relora combine these into the published procedures; each can be ablated.
+    """
 
     r: int = knob(16, ge=1, methods=ADAPTERS)
     """Rank of B·A; at most the smaller side of every target."""
     alpha: float = knob(16.0, gt=0, methods=ADAPTERS)
-    """The adapter is scaled by s = alpha / r."""
+    """Numerator of the adapter's scale s."""
+    scaling: str = knob("standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS)
+    """s: alpha / r; alpha / sqrt(r) (Kalajdzievski 2023); or tanh of a trained scalar."""
     dropout: float = knob(0.0, ge=0, lt=1, methods=ADAPTERS)
     """Dropout on the adapter's input only."""
     target_modules: list[str] = knob(factory=lambda: ["attention", "swiglu"], methods=ADAPTERS)
     """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
+    full_rank_modules: list[str] = knob(factory=list, methods=ADAPTERS)
+    """Targets that stay full rank: parts of names, or `last:n` for the last n layers."""
+    lr_ratio_b: float = knob(1.0, gt=0, methods=ADAPTERS)
+    """Learning rate of B over that of all else (LoRA+, Hayou et al. 2024)."""
+    init_a: str = knob("kaiming", choices=("kaiming", "zero"), methods=ADAPTERS)
+    """A at the start; `zero` as published: with B = 0, neither has a gradient before a restart."""
+    warm_start_steps: int = knob(0, ge=0, methods=ADAPTERS)
+    """Full-rank steps before the adapters begin (Lialin et al. 2023, Sec. 3)."""
+    full_rank_steps: int = knob(0, ge=0, methods=ADAPTERS)
+    """Duty cycle after the warm start: so many full-rank steps ..."""
+    low_rank_steps: int = knob(0, ge=0, methods=ADAPTERS)
+    """... then so many with adapters, in turn; both 0: adapters all the time."""
     reset_frequency: int = knob(2000, ge=1, methods=("relora",))
     """Optimizer steps between restarts (the paper's T)."""
-    prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",))
-    """Share of the adapters' optimizer state that a restart zeroes; 1 zeroes all of it."""
+    first_restart: int | None = knob(None, ge=1, methods=("relora",))
+    """No restart before this step; None: the first multiple of reset_frequency."""
+    restart_offset: int = knob(0, choices=(0, 1), methods=("relora",))
+    """Restart before (0) or after (1, as published) the update whose learning rate is 0."""
+    restart_groups: int = knob(1, ge=1, methods=("relora",))
+    """Partial restarts: the adapters take turns in so many groups; 1: all at every restart."""
     restart_warmup_steps: int = knob(0, ge=0, methods=("relora",))
     """Steps over which the learning rate is re-warmed after a restart (jagged schedule)."""
+    merge: str = knob("scaled", choices=("scaled", "unscaled"), methods=("relora",))
+    """W += s·BA (Weiss et al. 2025, Eq. 3), or 1·BA as the published trainer does."""
+    after_merge: str = knob("reinit", choices=("reinit", "restore"), methods=("relora",))
+    """New A and B; or, as very probably ran, the old ones back from the optimizer's masters after
+    one forward and backward pass with the new ones."""
+    base_dtype: str = knob("float32", choices=("float32", "bfloat16"), methods=("relora",))
+    """Precision that W is kept and merged in; the published runs' copies were bfloat16."""
+    optimizer_state: str = knob(
+        "zero", choices=("random", "magnitude", "zero", "keep"), methods=("relora",)
+    )
+    """What a restart does to the adapters' moments: zero a share, all or none of them."""
+    prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",))
+    """Share that `random` and `magnitude` zero."""
+    joint_mask: bool = knob(True, methods=("relora",))
+    """One mask for both moments; false: each its own, as published."""
+    reset_adam_step: bool = knob(True, methods=("relora",))
+    """Whether bias correction starts anew for pruned moments; false as published."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GaLoreConfig:
+    """Low-rank moments for full-rank weights (GaLore, Zhao et al. 2024, arXiv 2403.03507)."""
+
+    r: int = knob(16, ge=1, methods=("galore",))
+    """Rank of the projected gradient; at most the smaller side of every target."""
+    update_gap: int = knob(200, ge=1, methods=("galore",))
+    """Optimizer steps between projectors (the paper's T, which it finds best at 50 to 1000)."""
+    scale: float = knob(0.25, gt=0, methods=("galore",))
+    """Factor of a target's update (the paper's alpha); its weight decay is not scaled."""
+    moments: str = knob("keep", choices=("keep", "reset"), methods=("galore",))
+    """At a new projector: `keep` moments and step counter (as published) or `reset` both."""
+    target_modules: list[str] = knob(factory=lambda: ["attention", "swiglu"], methods=("galore",))
+    """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -195,10 +251,19 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DynamicsConfig:
-    """Singular-value measures of the effective weights (`dynamics.py`)."""
+    """Effective ranks and condition numbers of weights, gradients and updates (`dynamics.py`)."""
 
     every_steps: int | None = knob(None, ge=1)
-    """Cadence in optimizer steps; None: never."""
+    """Cadence in optimizer steps, before the restart where there is one; None: never."""
+    what: list[str] = knob(factory=lambda: ["weight"], as_before=["weight"])
+    """`weight` W + s·BA; `base` W without adapter, as published; `gradient` of W + s·BA;
+    `update_proxy` B·A, as published; and the true updates of W + s·BA: `update_restart` since the
+    newest restart, `update_total` since the start."""
+    kinds: list[str] = knob(
+        factory=lambda: ["v_proj", "o_proj", "w_2", "ov"],
+        as_before=["v_proj", "o_proj", "w_2", "ov"],
+    )
+    """Block linears, by default the paper's; `ov`: the circuit of v_proj and o_proj, four ways."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -257,6 +322,7 @@ class RunConfig:
     """How the model is parametrised and updated."""
     model: ModelConfig
     relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
+    galore: GaLoreConfig = field(default_factory=GaLoreConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
     data: DataConfig
@@ -310,15 +376,35 @@ def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return {f"layers.{i}.{n}": s for i in range(model.n_layers) for n, s in block.items()}
 
 
+def names_part(key: str, name: str, *, n_layers: int) -> bool:
+    """Whether `key` (part of a name, or `last:n`) names the linear `name` (`layers.<i>....`)."""
+    if key.startswith("last:") and key[5:].isdigit():
+        return int(name.split(".")[1]) >= n_layers - int(key[5:])
+    return key.lower() in name.lower()
+
+
 def adapted_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
     """The linears that carry an adapter; none for methods without adapters."""
     if config.method not in ADAPTERS:
         return {}
-    keys = [k.lower() for k in config.relora.target_modules]
+    layers, relora = config.model.n_layers, config.relora
     return {
         name: shape
         for name, shape in linear_shapes(config.model).items()
-        if any(key in name.lower() for key in keys)
+        if any(names_part(key, name, n_layers=layers) for key in relora.target_modules)
+        and not any(names_part(key, name, n_layers=layers) for key in relora.full_rank_modules)
+    }
+
+
+def projected_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """The linears whose moments are projected; none for methods other than galore."""
+    if config.method != "galore":
+        return {}
+    layers, targets = config.model.n_layers, config.galore.target_modules
+    return {
+        name: shape
+        for name, shape in linear_shapes(config.model).items()
+        if any(names_part(key, name, n_layers=layers) for key in targets)
     }
 
 
@@ -329,10 +415,14 @@ def validate(config: RunConfig) -> None:
     _check_model(config.model)
     if config.method in ADAPTERS:
         _check_adapters(config)
+    if config.method == "galore":
+        _check_names(config, "galore.target_modules")
+        _check_rank(config, "galore.r", projected_shapes(config))
     if config.method == "relora":
         _check_restarts(config)
     _check_train(config)
     _check_data(config)
+    _check_dynamics(config)
 
 
 def _bounds(metadata: Any) -> str:
@@ -354,7 +444,7 @@ def _check_value(key: str, value: Any, metadata: Any) -> None:
     if choices := metadata.get("choices"):
         if value not in choices:
             raise ConfigError(
-                f"{key} must be one of {', '.join(choices)}, got {value!r}."
+                f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}."
                 f"{nearest(value, choices)}"
             )
         return
@@ -390,31 +480,67 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_adapters(config: RunConfig) -> None:
+    _check_names(config, "relora.target_modules")
+    _check_names(config, "relora.full_rank_modules", some=False)
+    adapted = adapted_shapes(config)
+    if not adapted:
+        raise ConfigError(
+            f"relora.full_rank_modules must leave a target of {config.relora.target_modules} to "
+            f"adapt, got {config.relora.full_rank_modules}; for none, method=full_rank"
+        )
+    _check_phases(config)
+    _check_rank(config, "relora.r", adapted)
+
+
+def _check_names(config: RunConfig, key: str, *, some: bool = True) -> None:
+    """Every entry of a list of modules names a linear; with `some` there is one."""
     linears = linear_shapes(config.model)
     parts = sorted({part for name in linears for part in name.split(".") if not part.isdigit()})
-    targets = config.relora.target_modules
-    if not targets:
-        raise ConfigError(
-            f"relora.target_modules must name at least one of {', '.join(parts)}, got []"
-        )
-    for target in targets:
-        if not target or not any(target.lower() in name.lower() for name in linears):
+    entries = get(config, key)
+    if some and not entries:
+        raise ConfigError(f"{key} must name at least one of {', '.join(parts)}, got []")
+    layers = config.model.n_layers
+    for entry in entries:
+        if not entry or not any(names_part(entry, name, n_layers=layers) for name in linears):
             raise ConfigError(
-                f"relora.target_modules must name parts of {', '.join(parts)}, got {target!r}."
-                f"{nearest(target, parts)}"
+                f"{key} must name parts of {', '.join(parts)}, got {entry!r}."
+                f"{nearest(entry, parts)}"
             )
-    adapted = adapted_shapes(config)
-    name, shape = min(adapted.items(), key=lambda item: min(item[1]))
-    if config.relora.r > min(shape):
+
+
+def _check_rank(config: RunConfig, key: str, targets: dict[str, tuple[int, int]]) -> None:
+    """The rank fits the smallest target."""
+    name, shape = min(targets.items(), key=lambda item: min(item[1]))
+    if get(config, key) > min(shape):
         raise ConfigError(
-            f"relora.r must be in [1, {min(shape)}] (the smaller side of {name}, "
-            f"{shape[0]} x {shape[1]}, in model={config.model.name}), got {config.relora.r}; "
+            f"{key} must be in [1, {min(shape)}] (the smaller side of {name}, "
+            f"{shape[0]} x {shape[1]}, in model={config.model.name}), got {get(config, key)}; "
             f"nearest valid: {min(shape)}"
+        )
+
+
+def _check_phases(config: RunConfig) -> None:
+    relora = config.relora
+    if relora.warm_start_steps >= config.train.steps:
+        raise ConfigError(
+            f"relora.warm_start_steps must be < train.steps={config.train.steps}, got "
+            f"{relora.warm_start_steps}; nearest valid: {config.train.steps - 1}"
+        )
+    if bool(relora.full_rank_steps) != bool(relora.low_rank_steps):
+        raise ConfigError(
+            f"relora.full_rank_steps and relora.low_rank_steps must both be 0 or both be > 0, got "
+            f"{relora.full_rank_steps} and {relora.low_rank_steps}"
         )
 
 
 def _check_restarts(config: RunConfig) -> None:
     relora, schedule = config.relora, config.schedule
+    adapted = len(adapted_shapes(config))
+    if relora.restart_groups > adapted:
+        raise ConfigError(
+            f"relora.restart_groups must be <= {adapted} (the adapted linears), got "
+            f"{relora.restart_groups}; nearest valid: {adapted}"
+        )
     if relora.restart_warmup_steps > relora.reset_frequency:
         raise ConfigError(
             f"relora.restart_warmup_steps must be <= relora.reset_frequency="
@@ -457,3 +583,16 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError(f"data.path must name a folder or file for data={data.kind}, got nothing")
     if data.kind == "text" and not data.tokenizer:
         raise ConfigError("data.tokenizer must name a tokenizer for data=text, got nothing")
+
+
+def _check_dynamics(config: RunConfig) -> None:
+    for key, choices in (("dynamics.what", DYNAMICS), ("dynamics.kinds", DYNAMICS_KINDS)):
+        entries = get(config, key)
+        if not entries:
+            raise ConfigError(f"{key} must name at least one of {', '.join(choices)}, got []")
+        for entry in entries:
+            if entry not in choices:
+                raise ConfigError(
+                    f"{key} must name some of {', '.join(choices)}, got {entry!r}."
+                    f"{nearest(entry, choices)}"
+                )

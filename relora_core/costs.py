@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relora_core.config import RunConfig, adapted_shapes, linear_shapes
+from relora_core.config import RunConfig, adapted_shapes, linear_shapes, projected_shapes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,6 +63,16 @@ def flops_per_token(config: RunConfig) -> Flops:
     return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
 
 
+def _moment_bytes(config: RunConfig, *, trainable: int) -> int:
+    """Two float32 moments per trainable parameter; projected ones are r x longer side (galore).
+
+    A projector, r x shorter side, is counted with them.
+    """
+    r, shapes = config.galore.r, projected_shapes(config).values()
+    projected = sum(8 * r * max(shape) + 4 * r * min(shape) for shape in shapes)
+    return 8 * (trainable - sum(o * i for o, i in shapes)) + projected
+
+
 def memory_bytes(config: RunConfig) -> dict[str, int]:
     """Estimated peak training memory of one process, by cause. Not a bound: kernels add theirs."""
     counted = parameters(config)
@@ -75,7 +85,7 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
     estimate = {
         "weights": 4 * counted.total,
         "gradients": 4 * counted.trainable,
-        "moments": 8 * counted.trainable,
+        "moments": _moment_bytes(config, trainable=counted.trainable),
         "activations": saved,
         "head": 4 * (min(tokens * _vocab(config), 128 * 50304) + _vocab(config) * model.d_model),
     }

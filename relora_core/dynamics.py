@@ -1,20 +1,51 @@
-"""Singular-value measures of learning dynamics: pure functions of matrices, one pass over a model.
+"""Singular-value measures of learning dynamics: pure functions of matrices, and their recorder.
 
-Not for: choosing when to measure (`train.py`), nor averaging over seeds.
+Rounding noise. A matrix whose entries were rounded to a dtype is off by at most its eps / 2 times
+the Frobenius norm of what was rounded; `eps` times that norm is taken as the noise floor, to leave
+room for accumulation. A singular value below it may be nothing but rounding (Weyl's inequality), so
+it counts neither for `numerical_rank` nor for `condition_number`; `noise_fraction` says how many
+those are. `condition_number_all` is the published figure, noise and all.
+
+Not for: choosing when to measure (`train.py`), nor averaging over seeds (`experiments/stats.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from relora_core.config import RunConfig, linear_shapes
+from relora_core.methods.base import Method
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """(..., m, n) -> (..., min(m, n)) in float64, descending; float32 rounds small ones away."""
-    return torch.linalg.svdvals(matrices.detach().double())
+    """(..., m, n) -> (..., min(m, n)) in float64, descending; float32 rounds small ones away.
+
+    nan for a matrix that is not finite, so that a diverging run is not stopped by its measures.
+    """
+    matrices = matrices.detach().double()
+    finite = matrices.isfinite().all(dim=-1).all(dim=-1)[..., None]
+    sigma = torch.linalg.svdvals(torch.where(finite[..., None], matrices, 0.0))
+    return torch.where(finite, sigma, math.nan)
+
+
+def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Those of left @ right, (..., m, k) and (..., k, n) -> (..., min(m, n)), without forming it.
+
+    At most k are not zero; they come from a product of two triangles, which keeps the exact zeros.
+    """
+    outer = min(left.shape[-2], right.shape[-1])
+    r_left = torch.linalg.qr(left.double()).R
+    r_right = torch.linalg.qr(right.double().mT).R
+    sigma = singular_values(r_left @ r_right.mT)[..., :outer]
+    return torch.nn.functional.pad(sigma, (0, outer - sigma.shape[-1]))
 
 
 def effective_rank(sigma: Tensor) -> Tensor:
@@ -23,9 +54,9 @@ def effective_rank(sigma: Tensor) -> Tensor:
     Exact zeros add nothing (0 ln 0 = 0); a zero matrix has effective rank 0.
     """
     total = sigma.sum(dim=-1, keepdim=True)
-    p = sigma / torch.where(total > 0, total, 1.0)
+    p = sigma / torch.where(total == 0, 1.0, total)
     entropy = -torch.xlogy(p, p).sum(dim=-1)
-    return torch.where(total[..., 0] > 0, entropy.exp(), 0.0)
+    return torch.where(total[..., 0] == 0, 0.0, entropy.exp())
 
 
 def proportional_effective_rank(sigma: Tensor, *, size: int) -> Tensor:
@@ -33,26 +64,351 @@ def proportional_effective_rank(sigma: Tensor, *, size: int) -> Tensor:
     return effective_rank(sigma) / size
 
 
-def condition_number(sigma: Tensor) -> Tensor:
-    """Largest over smallest singular value: (..., k) -> (...). Singular: inf. Zero matrix: nan."""
-    return sigma[..., 0] / sigma[..., -1]
+def noise_floor(reference_norm: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Below this a singular value may be rounding: eps times the norm of what was rounded.
 
-
-def weight_metrics(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Mean over layers of PER (by min(shape)) and condition number of each kind of block linear.
-
-    `weights` are (name, effective weight) with names `layers.<i>.<kind>`; the matrices of one kind
-    have one shape and are decomposed in one batch.
+    That is the matrix itself, or, for a difference W - W_0, the larger W that it was taken from.
+    For float32 and coarser: float64 is the SVD's own precision.
     """
-    by_kind: dict[str, list[Tensor]] = {}
-    for name, weight in weights:
-        by_kind.setdefault(name.rsplit(".", 1)[-1], []).append(weight)
+    return torch.finfo(dtype).eps * reference_norm.double()
+
+
+def numerical_rank(sigma: Tensor, *, noise: Tensor) -> Tensor:
+    """Singular values (..., k) above their matrix's noise floor (...); a zero matrix has none."""
+    return (sigma > noise[..., None]).sum(dim=-1)
+
+
+def condition_number(sigma: Tensor, *, noise: Tensor | None = None) -> Tensor:
+    """Largest over smallest singular value: (..., k) -> (...). Singular: inf. Zero matrix: nan.
+
+    With `noise` (...) over those above it only: finite, and nan where none is above.
+    """
+    if noise is None:
+        return sigma[..., 0] / sigma[..., -1]
+    rank = numerical_rank(sigma, noise=noise)
+    smallest = sigma.gather(-1, (rank - 1).clamp(min=0)[..., None])[..., 0]
+    return torch.where(rank > 0, sigma[..., 0] / smallest, math.nan)
+
+
+def heads(v: Tensor, o: Tensor, *, n_heads: int) -> tuple[Tensor, Tensor]:
+    """V_h (L, H, hd, d) and O_h (L, H, d, hd) of v_proj (L, kv * hd, d) and o_proj (L, d, H * hd).
+
+    Query heads that share a value head repeat it.
+    """
+    head_dim = o.shape[-1] // n_heads
+    per_value = v.unflatten(-2, (-1, head_dim))
+    per_head = per_value.repeat_interleave(n_heads // per_value.shape[1], dim=1)
+    return per_head, o.unflatten(-1, (n_heads, head_dim)).movedim(-2, 1)
+
+
+def concatenated(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix (L, m, H * k') with the singular values of [left_1 right_1, ..., left_H right_H].
+
+    left (L, H, m, k), right (L, H, k, n): an orthonormal basis of each right_h is left out.
+    """
+    r_right = torch.linalg.qr(right.double().mT).R  # (L, H, k', k)
+    return (left.double() @ r_right.mT).movedim(1, -2).flatten(-2)
+
+
+@functools.lru_cache
+def t_quantile(df: int) -> float:
+    """t with P(|T| < t) = 0.95 for Student's T (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+
+    def inside(t: float) -> float:
+        theta = math.atan(t / math.sqrt(df))
+        cos, odd = math.cos(theta), df % 2
+        term, total = cos if odd else 1.0, 0.0
+        for k in range(1 + odd, df, 2):
+            total += term
+            term *= cos * cos * k / (k + 1)
+        total *= math.sin(theta)
+        return (theta + total) * 2 / math.pi if odd else total
+
+    low, high = 0.0, 16.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
+
+
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval of the finite values; nan, too, for the ends of a single one."""
+    finite = [v for v in values if math.isfinite(v)]
+    n = len(finite)
+    if not n:
+        return math.nan, math.nan, math.nan
+    mean = math.fsum(finite) / n
+    if n == 1:
+        return mean, math.nan, math.nan
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in finite) / (n - 1))
+    half = t_quantile(n - 1) * deviation / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+@dataclass(kw_only=True, slots=True)
+class Spectrum:
+    """Singular values of one kind of matrix in several layers, and perhaps heads."""
+
+    sigma: Tensor
+    """(layers, k) or (layers, heads, k), k = min(shape)."""
+    noise: Tensor
+    """(layers,) or (layers, heads)."""
+    layers: list[int]
+
+    def values(self, *, d_inter: int) -> dict[str, Tensor]:
+        """Every measure of each layer, (layers,): for heads, their mean where it is defined."""
+        size = self.sigma.shape[-1]
+        rank = numerical_rank(self.sigma, noise=self.noise)
+        values = {
+            "per": proportional_effective_rank(self.sigma, size=size),
+            "per_d_inter": proportional_effective_rank(self.sigma, size=d_inter),
+            "effective_rank": effective_rank(self.sigma),
+            "condition_number": condition_number(self.sigma, noise=self.noise),
+            "condition_number_all": condition_number(self.sigma),
+            "numerical_rank": rank.double(),
+            "noise_fraction": 1 - rank.double() / size,
+        }
+        return {name: v.nanmean(dim=-1) if v.ndim == 2 else v for name, v in values.items()}
+
+
+INTERVALS = ("per", "condition_number")
+"""Measures with an interval; per_d_inter and effective_rank are `per` times a constant."""
+
+
+def summary(values: dict[str, Tensor]) -> dict[str, float]:
+    """Means over layers, with intervals; what is undefined in every layer is left out."""
     metrics = {}
-    for kind, matrices in by_kind.items():
-        sigma = singular_values(torch.stack(matrices))  # (layers, k)
-        per = proportional_effective_rank(sigma, size=sigma.shape[-1]).mean().item()
-        metrics[f"dynamics/weight_per/{kind}"] = per
-        condition = condition_number(sigma).mean().item()
-        if math.isfinite(condition):
-            metrics[f"dynamics/weight_condition_number/{kind}"] = condition
-    return metrics
+    for name, value in values.items():
+        mean, low, high = mean_interval(value.tolist())
+        metrics[name] = mean
+        if name in INTERVALS:
+            metrics |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def table(
+    values: dict[str, Tensor], *, what: str, kind: str, layers: list[int]
+) -> list[dict[str, Any]]:
+    """A row per layer; what is undefined or infinite is None."""
+    rows = []
+    for index, layer in enumerate(layers):
+        numbers = {name: value[index].item() for name, value in values.items()}
+        finite = {n: v if math.isfinite(v) else None for n, v in numbers.items()}
+        rows.append({"what": what, "kind": kind, "layer": layer, **finite})
+    return rows
+
+
+class GradientTap:
+    """dL/dW_eff of linears, summed over the passes made while it is open.
+
+    Of y = W_eff x it needs x and dL/dy alone, so it is the same thing for every method; dropout on
+    an adapter's input is not part of W_eff. It reads, and leaves training bit for bit alone.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        self.gradients: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Start from nothing and listen."""
+        self.gradients = {}
+        handles = [
+            module.register_forward_hook(functools.partial(self._on_forward, name))
+            for name, module in self._modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _on_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        x = args[0].detach()
+        y.register_hook(lambda gradient: self._add(name, gradient, x))
+
+    def _add(self, name: str, gradient: Tensor, x: Tensor) -> None:
+        # (B, T, out), (B, T, in) -> (out, in); in float32 also where autocast made them bf16
+        product = gradient.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float()
+        known = self.gradients.get(name)
+        self.gradients[name] = product if known is None else known + product
+
+
+@dataclass(kw_only=True, slots=True)
+class Matrices:
+    """Matrices by name, with what they were rounded as: see `noise_floor`."""
+
+    values: dict[str, Tensor]
+    reference: dict[str, Tensor]
+    dtype: torch.dtype
+
+    def stack(self, names: dict[int, str]) -> tuple[Tensor, Tensor, list[int]]:
+        """Values and references (L, m, n) of the layers that have one."""
+        layers = [layer for layer, name in names.items() if name in self.values]
+        there = [names[layer] for layer in layers]
+        values = torch.stack([self.values[name] for name in there])
+        return values, torch.stack([self.reference[name] for name in there]), layers
+
+
+class Recorder:
+    """Measures what `config.dynamics` names, and keeps what that needs between measurements.
+
+    The initial weights are those of the model given, freshly drawn from the seed at every attempt:
+    they cost no disk. Those after the newest restart are part of a checkpoint.
+    """
+
+    def __init__(self, config: RunConfig, *, model: nn.Module, method: Method) -> None:
+        self.config, self.model, self.method = config, model, method
+        self.what = list(dict.fromkeys(config.dynamics.what))
+        self.kinds = list(dict.fromkeys(config.dynamics.kinds))
+        wanted = {"v_proj", "o_proj"} if "ov" in self.kinds else set()
+        wanted |= set(self.kinds)
+        names = [n for n in linear_shapes(config.model) if n.rpartition(".")[2] in wanted]
+        self._names = names
+        self._tap = GradientTap({name: model.get_submodule(name) for name in names})
+        on = config.dynamics.every_steps is not None
+        self._initial = self._copy() if on and "update_total" in self.what else {}
+        self._restarted = self._copy() if on and "update_restart" in self.what else {}
+
+    def _select(self, weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: weight for name, weight in weights if name in self._names}
+
+    def _copy(self) -> dict[str, Tensor]:
+        chosen = self._select(self.method.effective_weights(self.model))
+        return {name: weight.detach().clone() for name, weight in chosen.items()}
+
+    def due(self, step: int) -> bool:
+        """Whether to measure when `step` updates are complete."""
+        every = self.config.dynamics.every_steps
+        return every is not None and step % every == 0
+
+    def gradients(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward passes of the update that completes `step`."""
+        wanted = self.due(step) and "gradient" in self.what
+        return self._tap.open() if wanted else contextlib.nullcontext()
+
+    def after_restart(self) -> None:
+        """The effective weights from here on count as those since the last restart."""
+        if self._restarted:
+            self._restarted = self._copy()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: the effective weights after the newest restart."""
+        return self._restarted
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self._restarted |= {n: t.to(self._restarted[n].device) for n, t in state.items()}
+
+    def average_gradients_(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Mean over ranks of each rank's gradients; every rank calls it."""
+        self._tap.gradients = {n: mean(g) for n, g in self._tap.gradients.items()}
+
+    def measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics `dynamics/<what>/<kind>/<measure>`, and the table's rows. Draws no random number.
+
+        Gradients are those of the newest update, taken before it; at step 0 there are none. Kinds
+        without a matrix of that sort, such as the product BA of a full-rank method, are left out.
+        """
+        metrics: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
+        for what in self.what:
+            for kind, spectrum in self.spectra(what).items():
+                values = spectrum.values(d_inter=self.config.model.d_ff)
+                found = summary(values)
+                metrics |= {f"dynamics/{what}/{kind}/{name}": v for name, v in found.items()}
+                rows += table(values, what=what, kind=kind, layers=spectrum.layers)
+        self._tap.gradients = {}
+        return metrics, rows
+
+    def spectra(self, what: str) -> dict[str, Spectrum]:
+        """Singular values by kind of one sort of matrix as it is now."""
+        weights = self._select(self.method.effective_weights(self.model))
+        matrices = self._matrices(what, weights)
+        spectra: dict[str, Spectrum] = {}
+        for kind in self.kinds:
+            if kind == "ov":
+                spectra |= self._circuits(what, matrices, weights)
+            elif any(name in matrices.values for name in self._of_kind(kind).values()):
+                values, reference, layers = matrices.stack(self._of_kind(kind))
+                noise = noise_floor(_norm(reference), dtype=matrices.dtype)
+                sigma = singular_values(values)
+                spectra[kind] = Spectrum(sigma=sigma, noise=noise, layers=layers)
+        return spectra
+
+    def _of_kind(self, kind: str) -> dict[int, str]:
+        names = [name for name in self._names if name.endswith(f".{kind}")]
+        return {int(name.split(".")[1]): name for name in names}
+
+    def _matrices(self, what: str, weights: dict[str, Tensor]) -> Matrices:
+        relora, precision = self.config.relora, self.config.train.precision
+        base = getattr(torch, relora.base_dtype) if self._restarts else torch.float32
+        compute = torch.bfloat16 if precision == "bf16" else base
+        match what:
+            case "weight":
+                values, dtype = weights, torch.float32
+            case "base":
+                values = self._select(self.method.base_weights(self.model))
+                dtype = torch.float32
+            case "gradient":
+                values = self._tap.gradients
+                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            case "update_proxy":
+                factors = self.method.adapter_factors(self.model)
+                products = ((n, (b.to(compute) @ a.to(compute)).float()) for n, b, a in factors)
+                values, dtype = self._select(products), compute
+            case _:
+                since = self._initial if what == "update_total" else self._restarted
+                values = {name: weight - since[name] for name, weight in weights.items()}
+                return Matrices(values=values, reference=weights, dtype=base)
+        return Matrices(values=values, reference=values, dtype=dtype)
+
+    @property
+    def _restarts(self) -> bool:
+        return self.config.method == "relora"
+
+    def _circuits(
+        self, what: str, matrices: Matrices, weights: dict[str, Tensor]
+    ) -> dict[str, Spectrum]:
+        """The OV circuit of weights; of anything else its first-order change, O dV + dO V.
+
+        `ov_head` O_h V_h, (d, d), and `ov` these side by side; `vo_head` V_h O_h, (hd, hd), and
+        `vo` side by side, as published: of equal eigenvalues, not of equal singular values.
+        """
+        v_names, o_names = self._of_kind("v_proj"), self._of_kind("o_proj")
+        layers = [i for i in v_names if {v_names[i], o_names[i]} & set(matrices.values)]
+        if not layers:
+            return {}
+
+        def stacked(of: dict[str, Tensor], names: dict[int, str]) -> Tensor:
+            zeros = torch.zeros_like(weights[names[layers[0]]])  # where only the other has a change
+            return torch.stack([of.get(names[i], zeros).double() for i in layers])
+
+        def both(of: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            n_heads = self.config.model.n_heads
+            return heads(stacked(of, v_names), stacked(of, o_names), n_heads=n_heads)
+
+        dv, do = both(matrices.values)
+        whole = what in ("weight", "base")
+        v, o = (dv, do) if whole else both(weights)
+        v_rounded, o_rounded = both(matrices.reference)
+        # The error of a product is at most each factor's error times the other factor's norm.
+        norm = _norm(o) * _norm(v_rounded) + _norm(o_rounded) * _norm(v)
+        per_head = noise_floor(norm, dtype=matrices.dtype)  # (L, H)
+        beside = per_head.square().sum(dim=-1).sqrt()  # (L,)
+        left = o if whole else torch.cat((o, do), dim=-1)  # (L, H, d, hd or 2 hd)
+        right = v if whole else torch.cat((dv, v), dim=-2)  # (L, H, hd or 2 hd, d)
+        found = {
+            "ov_head": (product_singular_values(left, right), per_head),
+            "ov": (singular_values(concatenated(left, right)), beside),
+        }
+        if whole:
+            vo = v @ o  # (L, H, hd, hd)
+            found["vo_head"] = singular_values(vo), per_head
+            found["vo"] = singular_values(vo.movedim(1, -2).flatten(-2)), beside  # (L, hd, H * hd)
+        return {k: Spectrum(sigma=s, noise=n, layers=layers) for k, (s, n) in found.items()}
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms, (..., m, n) -> (...), in float64."""
+    return torch.linalg.matrix_norm(matrices.double())

@@ -12,8 +12,9 @@ class Event:
     """One line of events.jsonl."""
 
     kind: str
-    """`start`, `train`, `restart`, `eval`, `table`, `dynamics`, `checkpoint`, `diverged`, `end`;
-    and `phase`, which says what a long wait is for and is not recorded."""
+    """`start`, `train`, `restart`, `method` (another change that it made), `eval`, `table`,
+    `dynamics`, `checkpoint`, `diverged`, `end`; and `phase`, which says what a long wait is for
+    and is not recorded."""
     step: int
     """Optimizer steps completed when it happened."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from relora_core.config import TrainConfig
 
 
-def build_adamw(groups: list[dict[str, Any]], *, train: TrainConfig) -> AdamW:
+def build_adamw(
+    groups: list[dict[str, Any]], *, train: TrainConfig, kind: type[AdamW] = AdamW
+) -> AdamW:
     """torch's fused AdamW; weight decay on every parameter of the groups, as published."""
-    return AdamW(
+    return kind(
         groups,
         lr=train.lr,
         betas=(train.beta1, train.beta2),
@@ -35,27 +37,47 @@ def prune_state_(
     optimizer: Optimizer,
     parameters: dict[str, nn.Parameter],
     *,
+    policy: str,
     ratio: float,
+    joint_mask: bool = True,
+    reset_step: bool = True,
     generator: Callable[[str], torch.Generator],
 ) -> float:
-    """Zero a random share of both Adam moments of `parameters`, reset the step counters; in place.
+    """Prune both Adam moments of `parameters` in place; the share of entries that were zeroed.
 
-    One mask serves both moments: an entry with its second moment zeroed and its first kept would
-    move by 29 learning rates at once. The counter is reset because pruned moments with an old
-    counter are not bias-corrected: under a constant gradient the updates after a restart rise to 6
-    learning rates. Returns the share of entries that are zero afterwards; no other parameter's
+    policy: `zero` all, `keep` all, zero a `random` share `ratio`, or the share smallest in
+    `magnitude` (of each tensor; entries kept are counted, so ties lose nothing). With `joint_mask`
+    one mask serves both moments (by the first one's magnitude): an entry with its second moment
+    zeroed and its first kept would move by 29 learning rates at once. With `reset_step` the step
+    counter goes to 0: pruned moments with an old counter are not bias-corrected, and under a
+    constant gradient the updates after a restart rise to 6 learning rates. No other parameter's
     state is touched.
     """
-    zero = total = 0
+    zeroed = total = 0
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
             continue  # no update yet, hence nothing to prune
-        keep = torch.rand(parameter.shape, generator=generator(name)) >= ratio
-        keep = keep.to(parameter.device)
+        draws = generator(name)
+        keep = _kept(state["exp_avg"], policy=policy, ratio=ratio, generator=draws)
         for moment in ("exp_avg", "exp_avg_sq"):
+            if moment == "exp_avg_sq" and not joint_mask:
+                keep = _kept(state[moment], policy=policy, ratio=ratio, generator=draws)
             state[moment].mul_(keep)
-        state["step"].zero_()
-        zero += int((~keep).sum())
-        total += keep.numel()
-    return zero / total if total else 0.0
+            zeroed += int((~keep).sum())
+            total += keep.numel()
+        if reset_step:
+            state["step"].zero_()
+    return zeroed / total if total else 0.0
+
+
+def _kept(moment: Tensor, *, policy: str, ratio: float, generator: torch.Generator) -> Tensor:
+    """Boolean mask of the entries that a policy keeps."""
+    if policy in ("zero", "keep"):
+        return torch.full_like(moment, policy == "keep", dtype=torch.bool)
+    if policy == "random":
+        keep = torch.rand(moment.shape, generator=generator) >= ratio
+        return keep.to(moment.device)
+    size = moment.abs().flatten()
+    largest = size.topk(size.numel() - round(ratio * size.numel())).indices
+    return torch.zeros_like(size, dtype=torch.bool).index_fill_(0, largest, True).view_as(moment)

@@ -18,16 +18,17 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
-from relora_core import checkpoint, dynamics
+from relora_core import checkpoint
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
+from relora_core.dynamics import Recorder
 from relora_core.evals import Eval
 from relora_core.evals import prepare as prepare_evals
 from relora_core.events import Event, NullSink, Sink
 from relora_core.methods import build_method
 from relora_core.model import Decoder
-from relora_core.optim import build_adamw, set_lr_
+from relora_core.optim import set_lr_
 
 
 def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) -> str:
@@ -46,7 +47,8 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
     method = build_method(config)
     method.adapt(model)
     model.to(accelerator.device)
-    optimizer = build_adamw(method.param_groups(model), train=config.train)
+    recorder = Recorder(config, model=model, method=method)  # before a resume: initial weights
+    optimizer = method.build_optimizer(model)
     stream = open_stream(
         config.data,
         seed=config.seed,
@@ -55,6 +57,7 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
         world=world,
         cache_dir=cache_dir,
     )
+    probe = RestartProbe(model, config=config, cache_dir=cache_dir)
     evals = prepare_evals(config, load_tokenizer(config.data))
     torch.manual_seed(rank_seed(config.seed, rank))  # dropout: different on every rank
 
@@ -63,27 +66,51 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
     if resumed:
         stream.load_state_dict(progress.stream)
         method.load_state_dict(progress.method)
+        newest = checkpoint.complete(checkpoints)[-1]
+        recorder.load_state_dict(checkpoint.load_reference(newest))
+    method.set_phase(progress.step, model)
     wrapped = accelerator.prepare(model)
     sink.emit(Event(kind="start", step=progress.step, data={"resumed": resumed, "world": world}))
-    measure = Measures(config, accelerator=accelerator, model=model, evals=evals, sink=sink)
+    measure = Measures(
+        config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
+    )
     if not resumed:
-        measure.run(0, method=method)
+        measure.dynamics(0)
+        measure.evaluate(0)
 
     clock = Clock(progress.seconds, step=progress.step)
     for step in range(progress.step, config.train.steps):
         set_lr_(optimizer, config.train.lr * method.lr_multiplier(step))
         rows = stream.next_rows(config.train.batch_size // world)
-        loss = accumulate_gradients(accelerator, wrapped, rows=rows, micro_batches=micro_batches)
+        with recorder.gradients(step + 1):
+            loss = accumulate_gradients(
+                accelerator, wrapped, rows=rows, micro_batches=micro_batches
+            )
         log = (step + 1) % config.runtime.log_every_steps == 0 or step + 1 == config.train.steps
         grad_norm = clip(accelerator, wrapped, limit=config.train.grad_clip, measured=log)
+        method.before_update(step, model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         progress.step = step + 1
         progress.loss_sum += loss
         progress.loss_count += 1
-        if restart := method.after_step(step + 1, model, optimizer):
-            sink.emit(Event(kind="restart", step=step + 1, metrics=restart))
+        with clock.paused():
+            measure.dynamics(step + 1)  # before a restart, which may end what is to be measured
+        kind = "restart" if method.restarts(step + 1) else "method"
+        before = probe.look() if kind == "restart" else None
+        changes = method.after_step(step + 1, model, optimizer)
+        if before is not None:
+            recorder.after_restart()
+            changes |= probe.compare(before) | rank_spread(accelerator, model)
+        if method.restarts(step):
+            changes["restart/loss_next"] = probe.look()[1]
+        if changes:
+            sink.emit(Event(kind=kind, step=step + 1, metrics=changes))
+        if method.set_phase(step + 1, model):
+            wrapped = accelerator.prepare(
+                accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            )
         if log:
             lr = optimizer.param_groups[0]["lr"]
             mean = log_train(sink, progress, config=config, clock=clock, lr=lr, norm=grad_norm)
@@ -91,12 +118,21 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
                 sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
                 return "diverged"
         with clock.paused():
-            measure.run(step + 1, method=method)
+            measure.evaluate(step + 1)
         due = (step + 1) % config.checkpoint.every_steps == 0
         if due or step + 1 == config.train.steps:
             progress.seconds = clock.seconds
             progress.stream, progress.method = stream.state_dict(), method.state_dict()
-            save(accelerator, checkpoints, model, optimizer, progress, config=config)
+            reference = recorder.state_dict()
+            save(
+                accelerator,
+                checkpoints,
+                model,
+                optimizer,
+                progress,
+                reference=reference,
+                config=config,
+            )
             sink.emit(Event(kind="checkpoint", step=step + 1))
     return "finished"
 
@@ -190,6 +226,50 @@ def clip(
     return float(norm)  # type: ignore[arg-type]
 
 
+class RestartProbe:
+    """The model's function on one fixed batch: the run's first row, at most 64 tokens of it."""
+
+    TOKENS = 64
+
+    def __init__(self, model: Decoder, *, config: RunConfig, cache_dir: Path) -> None:
+        self.model = model
+        vocab_size = model.embedding_proj.num_embeddings
+        stream = open_stream(
+            config.data, seed=config.seed, vocab_size=vocab_size, cache_dir=cache_dir
+        )
+        self.ids = torch.from_numpy(stream.next_rows(1))[:, : self.TOKENS + 1]
+
+    @torch.no_grad()
+    def look(self) -> tuple[Tensor, float]:
+        """Logits (1, T, V) without dropout in float32, and the loss in nats per token."""
+        training = self.model.training
+        self.model.eval()
+        ids = self.ids.to(self.model.embedding_proj.weight.device)
+        with torch.autocast(ids.device.type, enabled=False):
+            logits = self.model.logits(ids[:, :-1])
+        self.model.train(training)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        return logits, loss.item()
+
+    def compare(self, before: tuple[Tensor, float]) -> dict[str, float]:
+        """What a restart has changed since `before`: 0 up to rounding where it merges rightly."""
+        logits, loss = self.look()
+        return {
+            "restart/logit_change_max": (logits - before[0]).abs().max().item(),
+            "restart/loss_before": before[1],
+            "restart/loss_after": loss,
+        }
+
+
+def rank_spread(accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
+    """Largest difference between ranks of the sum of all parameters; 0 where they agree."""
+    if accelerator.num_processes == 1:
+        return {}
+    total = sum(p.detach().double().sum() for p in model.parameters())
+    sums = accelerator.gather(torch.as_tensor(total, device=accelerator.device).reshape(1))
+    return {"restart/rank_spread": (sums.max() - sums.min()).item()}  # type: ignore[union-attr]
+
+
 class Clock:
     """Training seconds of all attempts, without the time that evals and dynamics take."""
 
@@ -251,24 +331,31 @@ class Measures:
         accelerator: Accelerator,
         model: Decoder,
         evals: list[Eval],
+        recorder: Recorder,
         sink: Sink,
     ) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.evals, self.sink = evals, sink
+        self.evals, self.recorder, self.sink = evals, recorder, sink
 
-    def _due(self, step: int, every: int | None, *, at_end: bool) -> bool:
-        return (every is not None and step % every == 0) or (
-            at_end and step == self.config.train.steps
-        )
-
-    def run(self, step: int, *, method: Any) -> None:
-        """Whatever is due when `step` updates are complete."""
+    def evaluate(self, step: int) -> None:
+        """The evals that are due when `step` updates are complete."""
         for evaluation in self.evals:
-            if self._due(step, evaluation.every_steps, at_end=True):
+            every = evaluation.every_steps
+            if step == self.config.train.steps or (every is not None and step % every == 0):
                 self._evaluate(evaluation, step)
-        if self._due(step, self.config.dynamics.every_steps, at_end=False):
-            metrics = dynamics.weight_metrics(method.effective_weights(self.model))
-            self.sink.emit(Event(kind="dynamics", step=step, metrics=metrics))
+
+    def dynamics(self, step: int) -> None:
+        """Singular-value measures, where due after the update that completes `step`: on rank 0."""
+        if not self.recorder.due(step):
+            return
+        start = time.perf_counter()
+        self.recorder.average_gradients_(lambda g: self.accelerator.reduce(g, reduction="mean"))  # type: ignore[arg-type,return-value]
+        if not self.accelerator.is_main_process:
+            return
+        metrics, rows = self.recorder.measure()
+        metrics["perf/dynamics_seconds"] = time.perf_counter() - start
+        self.sink.emit(Event(kind="dynamics", step=step, metrics=metrics))
+        self.sink.emit(Event(kind="table", step=step, data={"name": "dynamics", "rows": rows}))
 
     def _evaluate(self, evaluation: Eval, step: int) -> None:
         def progress(done: int, total: int) -> None:
@@ -297,6 +384,7 @@ def save(
     optimizer: Any,
     progress: Progress,
     *,
+    reference: dict[str, Tensor],
     config: RunConfig,
 ) -> None:
     """Checkpoint from rank 0 with every rank's generators; the others wait until it is on disk."""
@@ -309,5 +397,6 @@ def save(
             progress=progress,
             rng=states,
             keep_last=config.checkpoint.keep_last,
+            reference=reference,
         )
     accelerator.wait_for_everyone()

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.config import RunConfig
+from relora_core.config import RunConfig, linear_shapes
+from relora_core.optim import build_adamw
 from relora_core.schedule import lr_factor
 
 
@@ -28,9 +29,24 @@ class Method:
         """Groups for the optimizer; each may set options of its own, such as `lr_ratio`."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of the adapted model; all that it must remember is in its state_dict."""
+        return build_adamw(self.param_groups(model), train=self.config.train)
+
     def lr_multiplier(self, step: int) -> float:
         """Factor of the peak learning rate for update `step` (0-based)."""
         return lr_factor(step, config=self.config)
+
+    def set_phase(self, step: int, model: nn.Module) -> bool:
+        """Decide which parameters update `step` (0-based) trains; whether that changed anything."""
+        return False
+
+    def restarts(self, step: int) -> bool:
+        """Whether `after_step(step, ...)` is a restart, around which the function is compared."""
+        return False
+
+    def before_update(self, step: int, model: nn.Module) -> None:
+        """Called when `step` updates are complete and the gradients of the next one are there."""
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """Called when `step` updates are done; may change weights and state; returns metrics."""
@@ -41,6 +57,19 @@ class Method:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name.startswith("layers."):
                 yield name, module.weight.detach()
+
+    def base_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, matrix) of every block linear without the adapter that it may carry."""
+        for name in linear_shapes(self.config.model):
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            yield name, weight.detach()
+
+    def adapter_factors(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, B, A) of every linear that carries an adapter."""
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A"):
+                yield name, module.lora_B.detach(), module.lora_A.detach()  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable state beyond weights and moments."""

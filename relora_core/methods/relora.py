@@ -1,93 +1,91 @@
 """LoRA and ReLoRA: frozen base, trained adapters, and the restart that merges them.
 
-`corrected` semantics: the effective weight W + s B A is the same before and after a restart, the
-new adapter agrees on every rank, and no moment of the old adapter moves the new one.
+With the knobs of `corrected`, the effective weight W + s B A is the same before and after a
+restart, the new adapter agrees on every rank, and no moment of the old adapter moves the new one.
+The other options of conf/relora are the published procedures, a knob at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.config import adapted_shapes
+from relora_core.config import RunConfig, adapted_shapes
+from relora_core.methods.adapter import ReLoRALinear, named_generator
 from relora_core.methods.base import Method
 from relora_core.optim import prune_state_
-from relora_core.schedule import restart_steps
-
-
-def named_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing else, so every rank and every resume draws alike."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-class ReLoRALinear(nn.Module):
-    """y = W x + s B A dropout(x); W (out, in) frozen, A (r, in), B (out, r), s = alpha / r."""
-
-    def __init__(self, linear: nn.Linear, *, r: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        out_features, in_features = linear.weight.shape
-        self.scale, self.dropout = scale, dropout
-        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, **like))
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return F.linear(x, self.weight) + F.linear(low * self.scale, self.lora_B)
-
-    @torch.no_grad()
-    def draw_(self, generator: torch.Generator) -> None:
-        """A ~ U(±1/sqrt(in)) (Kaiming uniform, a = sqrt 5), B = 0: the adapter adds nothing yet."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
-        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        self.lora_A.copy_(drawn)
-        self.lora_B.zero_()
-
-    @torch.no_grad()
-    def merge_(self) -> Tensor:
-        """W += s B A; returns the squared Frobenius norm of what was added."""
-        update = self.scale * (self.lora_B @ self.lora_A)
-        self.weight += update
-        return update.square().sum()
-
-    @torch.no_grad()
-    def effective_weight(self) -> Tensor:
-        """W + s B A, (out, in)."""
-        return self.weight + self.scale * (self.lora_B @ self.lora_A)
+from relora_core.schedule import is_full_rank, restart_steps
 
 
 class LoRA(Method):
-    """Adapters on a frozen base, from the first step to the last (Hu et al. 2021)."""
+    """Adapters on a frozen base (Hu et al. 2021), at full rank in the phases that ask for it."""
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap target linears. Adapters are drawn after the whole base, which stays as it was."""
         relora = self.config.relora
+        if self.config.method != "relora":  # knobs of restarts have no say without them
+            relora = replace(relora, base_dtype="float32", after_merge="reinit")
         for name in adapted_shapes(self.config):
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
-            linear = ReLoRALinear(
-                owner.get_submodule(child),  # type: ignore[arg-type]
-                r=relora.r,
-                scale=relora.alpha / relora.r,
-                dropout=relora.dropout,
-            )
-            linear.draw_(named_generator(self.config.seed, 0, name))
+            linear = ReLoRALinear(owner.get_submodule(child), relora)  # type: ignore[arg-type]
+            zero_a = relora.init_a == "zero"
+            linear.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
             setattr(owner, child, linear)
+        self.set_phase(0, model)
 
     def adapters(self, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
         """(qualified name, module) of every adapted linear."""
         for name, module in model.named_modules():
             if isinstance(module, ReLoRALinear):
                 yield name, module
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """All that is trained in some phase; B in a group of its own where its rate differs."""
+        relora = self.config.relora
+        adapters = [module for _, module in self.adapters(model)]
+        phases = relora.warm_start_steps or relora.full_rank_steps
+        base = {id(m.weight) for m in adapters}
+        own = {id(m.lora_B) for m in adapters} if relora.lr_ratio_b != 1.0 else set()
+        rest = [p for p in model.parameters() if id(p) not in own and (phases or id(p) not in base)]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        if own:
+            fast = [m.lora_B for m in adapters]
+            groups.append({"params": fast, "lr_ratio": relora.lr_ratio_b})
+        return groups
+
+    def set_phase(self, step: int, model: nn.Module) -> bool:
+        """Let update `step` train the base or the adapters; whether anything changed."""
+        full = is_full_rank(step, config=self.config)
+        changed = False
+        for _, adapter in self.adapters(model):
+            changed |= adapter.weight.requires_grad != full
+            adapter.weight.requires_grad_(full)
+            for parameter in (adapter.lora_A, adapter.lora_B, adapter.scalar):
+                if parameter is not None:
+                    parameter.requires_grad_(not full)
+        return changed
+
+    def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """Between phases: fold the adapters into the base, or draw them anew on what it became."""
+        before = is_full_rank(step - 1, config=self.config)
+        if before == is_full_rank(step, config=self.config):
+            return {}
+        for name, adapter in self.adapters(model):
+            if before:
+                optimizer.state.pop(adapter.weight, None)  # of no use while the base is frozen
+                adapter.draw_(named_generator(self.config.seed, step, name))
+            else:
+                adapter.merge_()
+                adapter.lora_B.data.zero_()
+                for parameter in (adapter.lora_A, adapter.lora_B, adapter.scalar):
+                    optimizer.state.pop(parameter, None)
+        return {"phase/full_rank": float(not before)}
 
     def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, module in model.named_modules():
@@ -100,27 +98,52 @@ class LoRA(Method):
 class ReLoRA(LoRA):
     """LoRA with restarts: merge, draw anew, prune the optimizer's state (Lialin et al. 2023)."""
 
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self._restarts = {step: index for index, step in enumerate(restart_steps(config))}
+
+    def restarts(self, step: int) -> bool:
+        return step in self._restarts
+
+    def before_update(self, step: int, model: nn.Module) -> None:
+        """The masters overwrite what the restart drew, after one pass with it."""
+        if self.config.relora.after_merge == "restore" and step in self._restarts:
+            for _, adapter in self._due(step, model):
+                adapter.restore_masters_()
+
+    def _due(self, step: int, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
+        """The adapters whose turn it is at this restart."""
+        groups, turn = self.config.relora.restart_groups, self._restarts[step]
+        for index, (name, adapter) in enumerate(self.adapters(model)):
+            if index % groups == turn % groups:
+                yield name, adapter
+
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        if step not in restart_steps(self.config):
-            return {}
+        metrics = super().after_step(step, model, optimizer)
+        if step not in self._restarts:
+            return metrics
+        relora, seed = self.config.relora, self.config.seed
         merged, pruned = 0.0, {}
-        for name, adapter in self.adapters(model):
-            merged += adapter.merge_().item()
-            adapter.draw_(named_generator(self.config.seed, step, name))
+        for name, adapter in self._due(step, model):
+            if relora.after_merge == "restore":
+                adapter.keep_masters_()
+            merged += adapter.merge_(scaled=relora.merge == "scaled").item()
+            adapter.draw_(named_generator(seed, step, name))
             pruned[f"{name}.lora_A"] = adapter.lora_A
             pruned[f"{name}.lora_B"] = adapter.lora_B
+            if adapter.scalar is not None:
+                pruned[f"{name}.scalar"] = adapter.scalar
         zeroed = prune_state_(
             optimizer,
             pruned,
-            ratio=self.config.relora.prune_ratio,
-            generator=lambda name: named_generator(self.config.seed, step, f"{name}/prune"),
+            policy=relora.optimizer_state,
+            ratio=relora.prune_ratio,
+            joint_mask=relora.joint_mask,
+            reset_step=relora.reset_adam_step,
+            generator=lambda name: named_generator(seed, step, f"{name}/prune"),
         )
-        count = step // self.config.relora.reset_frequency
-        return {
-            "restart/count": float(count),
+        return metrics | {
+            "restart/count": float(self._restarts[step] + 1),
             "restart/merged_norm": math.sqrt(merged),
             "restart/state_zeroed": zeroed,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # restarts are a pure function of the step; A, B and W are weights

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from relora_core.config import ReLoRAConfig
 from relora_core.methods import build_method
-from relora_core.methods.relora import ReLoRALinear
+from relora_core.methods.adapter import ReLoRALinear
 from relora_core.model import Decoder
 from relora_core.optim import build_adamw, prune_state_, set_lr_
 
@@ -79,7 +80,7 @@ def test_restart_keeps_the_function_and_renews_the_adapter(nano):
 
 
 def test_merge_adds_s_times_b_a():
-    linear = ReLoRALinear(torch.nn.Linear(5, 3, bias=False), r=2, scale=2.5, dropout=0.0)
+    linear = ReLoRALinear(torch.nn.Linear(5, 3, bias=False), ReLoRAConfig(r=2, alpha=5.0))
     generator = torch.Generator().manual_seed(0)
     linear.draw_(generator)
     with torch.no_grad():
@@ -92,7 +93,7 @@ def test_merge_adds_s_times_b_a():
 
 
 def test_restart_prunes_adapter_state_only(nano):
-    config = nano(relora={"prune_ratio": 0.9})
+    config = nano(relora={"optimizer_state": "random", "prune_ratio": 0.9})
     model, method, optimizer = build(config)
     for seed in range(4):
         step(model, optimizer, seed)
@@ -124,6 +125,7 @@ def test_pruning_all_and_nothing(nano, ratio):
     zeroed = prune_state_(
         optimizer,
         {"B": adapter.lora_B},
+        policy="random",
         ratio=ratio,
         generator=lambda name: torch.Generator().manual_seed(1),
     )

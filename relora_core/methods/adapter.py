@@ -1,0 +1,96 @@
+"""The adapted linear of LoRA and ReLoRA, and how it is drawn and merged. Not for: when."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relora_core.config import ReLoRAConfig
+
+
+def named_generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on nothing else: every rank and every resume draws alike."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class ReLoRALinear(nn.Module):
+    """y = W x + s B A dropout(x); W (out, in) frozen, A (r, in), B (out, r)."""
+
+    scalar: nn.Parameter | None
+    master_A: Tensor | None
+    master_B: Tensor | None
+
+    def __init__(self, linear: nn.Linear, relora: ReLoRAConfig) -> None:
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.dropout, self.base_dtype = relora.dropout, getattr(torch, relora.base_dtype)
+        self.weight = nn.Parameter(self._rounded(linear.weight.detach()), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.empty(relora.r, in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(out_features, relora.r, **like))
+        root = math.sqrt(relora.r) if relora.scaling == "rslora" else relora.r
+        self.fixed_scale = relora.alpha / root
+        trainable = relora.scaling == "trainable"
+        self.scalar = nn.Parameter(torch.ones((), **like)) if trainable else None
+        # What the optimizer's masters hold between a merge and the next update, in that mode only.
+        masters = relora.after_merge == "restore"
+        self.register_buffer("master_A", torch.zeros_like(self.lora_A) if masters else None)
+        self.register_buffer("master_B", torch.zeros_like(self.lora_B) if masters else None)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """The nearest values that `base_dtype` holds, kept as float32."""
+        return weight.to(self.base_dtype).to(weight.dtype)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """s."""
+        return self.fixed_scale if self.scalar is None else self.scalar.tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return F.linear(x, self.weight) + F.linear(low * self.scale, self.lora_B)
+
+    @torch.no_grad()
+    def draw_(self, generator: torch.Generator, *, zero_a: bool = False) -> None:
+        """A ~ U(±1/sqrt(in)) (Kaiming uniform, a = sqrt 5) or 0, B = 0: nothing is added yet."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        self.lora_A.copy_(torch.zeros_like(drawn) if zero_a else drawn)
+        self.lora_B.zero_()
+        if self.scalar is not None:
+            self.scalar.fill_(1.0)
+
+    @torch.no_grad()
+    def merge_(self, *, scaled: bool = True) -> Tensor:
+        """W += s B A, or B A; in `base_dtype`. Gives the squared Frobenius norm of the update."""
+        factors = self.lora_B.to(self.base_dtype), self.lora_A.to(self.base_dtype)
+        update = (factors[0] @ factors[1]).to(self.weight.dtype)
+        update *= self.scale if scaled else 1.0
+        self.weight.copy_(self._rounded(self.weight + update))
+        return update.square().sum()
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W + s B A, (out, in)."""
+        return self.weight + self.scale * (self.lora_B @ self.lora_A)
+
+    @torch.no_grad()
+    def keep_masters_(self) -> None:
+        """Remember A and B as the optimizer's masters would, through a re-initialisation."""
+        assert self.master_A is not None
+        assert self.master_B is not None
+        self.master_A.copy_(self.lora_A)
+        self.master_B.copy_(self.lora_B)
+
+    @torch.no_grad()
+    def restore_masters_(self) -> None:
+        """Put the remembered A and B back; their gradients stay those of the new ones."""
+        assert self.master_A is not None
+        assert self.master_B is not None
+        self.lora_A.copy_(self.master_A)
+        self.lora_B.copy_(self.master_B)

@@ -1,0 +1,606 @@
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.identity import config_to_json
+from relora_core import checkpoint, dynamics
+from relora_core.config import ConfigError, validate
+from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.dynamics import GradientTap, Recorder
+from relora_core.events import Event
+from relora_core.methods import build_method
+from relora_core.model import Decoder
+from relora_core.optim import set_lr_
+from relora_core.train import train
+
+WHAT = ["weight", "base", "gradient", "update_proxy", "update_restart", "update_total"]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def build(config):
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model)
+    method = build_method(config)
+    method.adapt(model)
+    return model, method, method.build_optimizer(model)
+
+
+def batch(seed=0):
+    ids = torch.randint(0, 97, (4, 17), generator=generator(seed))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def advance(model, method, optimizer, *, steps, start=0):
+    for step in range(start, start + steps):
+        set_lr_(optimizer, 1e-2)
+        model(*batch(step)).backward()
+        method.before_update(step, model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# Singular values and what is made of them
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "rank"),
+    [
+        ([1.0] * 7, 7.0),
+        ([5.0, 0.0, 0.0], 1.0),
+        ([0.0, 0.0], 0.0),
+        ([2.0, 2.0, 0.0, 0.0], 2.0),
+        ([2.0, 1.0, 1.0], 2 * math.sqrt(2)),  # entropy of (1/2, 1/4, 1/4) is 1.5 ln 2
+        ([0.75, 0.25], math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4))),
+    ],
+)
+def test_effective_rank_of_known_spectra(spectrum, rank):
+    sigma = torch.tensor(spectrum, dtype=torch.float64)
+    assert dynamics.effective_rank(sigma).item() == pytest.approx(rank, rel=1e-14)
+    scaled = dynamics.effective_rank(sigma * 1e-30)
+    assert scaled.item() == pytest.approx(rank, rel=1e-12)
+
+
+def test_effective_rank_of_matrices():
+    assert dynamics.effective_rank(dynamics.singular_values(torch.eye(9))).item() == pytest.approx(
+        9
+    )
+    outer = normal(12, 1) @ normal(1, 5, seed=1)
+    sigma = dynamics.singular_values(outer)
+    assert dynamics.effective_rank(sigma).item() == pytest.approx(1, abs=1e-12)
+
+
+def test_a_zero_matrix_and_a_broken_one_have_defined_values():
+    broken = torch.full((3, 4), math.nan)
+    sigma = dynamics.singular_values(torch.stack((torch.zeros(3, 4), torch.ones(3, 4), broken)))
+    noise = dynamics.noise_floor(torch.linalg.vector_norm(sigma, dim=-1), dtype=torch.float32)
+    assert dynamics.effective_rank(sigma)[:2].tolist() == [0.0, pytest.approx(1.0)]
+    assert dynamics.effective_rank(sigma)[2].isnan()
+    assert dynamics.numerical_rank(sigma, noise=noise)[:2].tolist() == [0, 1]
+    above = dynamics.condition_number(sigma, noise=noise)
+    assert above[0].isnan()
+    assert above[1] == 1.0
+    assert above[2].isnan()
+    assert dynamics.condition_number(torch.zeros(2)).isnan()
+    assert dynamics.condition_number(torch.tensor([2.0, 1.0, 0.0])).item() == math.inf
+
+
+@pytest.mark.parametrize(("r", "shape"), [(4, (24, 96)), (16, (96, 384)), (1, (8, 8))])
+def test_the_per_of_a_low_rank_product_is_at_most_r_over_the_smaller_side(r, shape):
+    a, b = normal(r, shape[1]), normal(shape[0], r, seed=1)
+    size = min(shape)
+    for sigma in (dynamics.singular_values(b @ a), dynamics.product_singular_values(b, a)):
+        per = dynamics.proportional_effective_rank(sigma, size=size).item()
+        assert 0.5 * r / size < per <= r / size * (1 + 1e-9)
+
+
+def test_singular_values_of_a_product_need_not_form_it():
+    left, right = normal(3, 20, 4), normal(3, 4, 15, seed=1)
+    sigma = dynamics.product_singular_values(left, right)
+    assert sigma.shape == (3, 15)
+    torch.testing.assert_close(sigma[:, :4], torch.linalg.svdvals(left @ right)[:, :4])
+    assert torch.equal(sigma[:, 4:], torch.zeros(3, 11, dtype=torch.float64))
+    wide = dynamics.product_singular_values(normal(2, 9), normal(9, 3, seed=1))
+    torch.testing.assert_close(wide, torch.linalg.svdvals(normal(2, 9) @ normal(9, 3, seed=1)))
+
+
+def hilbert(n):
+    index = torch.arange(n, dtype=torch.float64)
+    return 1 / (index[:, None] + index + 1)
+
+
+def hilbert_condition(n):
+    """Norm of the matrix times the norm of its inverse, whose integers are known in closed form."""
+    inverse = [
+        [
+            (-1) ** (i + j)
+            * (i + j - 1)
+            * math.comb(n + i - 1, n - j)
+            * math.comb(n + j - 1, n - i)
+            * math.comb(i + j - 2, i - 1) ** 2
+            for j in range(1, n + 1)
+        ]
+        for i in range(1, n + 1)
+    ]
+    norms = [torch.linalg.matrix_norm(hilbert(n), 2)]
+    norms.append(torch.linalg.matrix_norm(torch.tensor(inverse, dtype=torch.float64), 2))
+    return (norms[0] * norms[1]).item()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_condition_numbers_of_hilbert_matrices(n):
+    condition = dynamics.condition_number(dynamics.singular_values(hilbert(n))).item()
+    assert condition == pytest.approx(hilbert_condition(n), rel=1e-5)
+    if n == 2:  # its eigenvalues are (4 ± sqrt 13) / 6
+        root = math.sqrt(13)
+        assert condition == pytest.approx((4 + root) / (4 - root), rel=1e-13)
+
+
+def test_what_float32_leaves_of_the_hilbert_matrix_of_order_twelve_is_said_to_be_noise():
+    rounded = hilbert(12).float()
+    sigma = dynamics.singular_values(rounded)
+    noise = dynamics.noise_floor(torch.linalg.matrix_norm(rounded), dtype=torch.float32)
+    assert 5 <= dynamics.numerical_rank(sigma, noise=noise).item() <= 7
+    assert dynamics.condition_number(sigma, noise=noise).item() < 1 / torch.finfo(torch.float32).eps
+    assert dynamics.condition_number(sigma).item() < 1e-4 * hilbert_condition(12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [(torch.float32, 1e6, 1e9), (torch.bfloat16, 1e3, 1e5)],
+)
+def test_the_published_condition_number_of_a_product_is_the_noise_of_its_precision(
+    dtype, low, high
+):
+    """96 x 384 of rank 16: sixteen singular values are real, the other eighty are rounding."""
+    b, a = normal(96, 16), normal(16, 384, seed=1)
+    product = b.to(dtype) @ a.to(dtype)
+    sigma = dynamics.singular_values(product)
+    noise = dynamics.noise_floor(torch.linalg.matrix_norm(product.double()), dtype=dtype)
+    assert dynamics.numerical_rank(sigma, noise=noise).item() == 16
+    assert low < dynamics.condition_number(sigma).item() < high
+    exact = torch.linalg.svdvals(b @ a)
+    true = (exact[0] / exact[15]).item()
+    found = dynamics.condition_number(sigma, noise=noise).item()
+    assert found == pytest.approx(true, rel=0.02)
+
+
+def test_rounding_is_always_below_the_noise_floor():
+    """The bound: no singular value of what rounding adds exceeds half of it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = normal(40, 60)
+        rounding = torch.linalg.svdvals(matrix.to(dtype).double() - matrix)[0]
+        assert rounding < dynamics.noise_floor(torch.linalg.matrix_norm(matrix), dtype=dtype) / 2
+
+
+# Intervals over layers
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 11, 12, 23, 200])
+def test_t_quantiles(df):
+    stats = pytest.importorskip("scipy.stats", reason="scipy has the reference values")
+    assert dynamics.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-9)
+
+
+def test_t_quantiles_of_the_printed_table():
+    """NIST/SEMATECH e-Handbook, 1.3.6.7.2: 0.975 at 1, 2 and 11 degrees of freedom."""
+    assert [round(dynamics.t_quantile(df), 3) for df in (1, 2, 11)] == [12.706, 4.303, 2.201]
+
+
+def test_interval_over_layers():
+    mean, low, high = dynamics.mean_interval([1.0, 2.0, 3.0, math.nan])
+    assert mean == 2.0
+    assert high - mean == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert mean - low == pytest.approx(high - mean)
+    assert dynamics.mean_interval([5.0])[0] == 5.0
+    assert all(math.isnan(end) for end in dynamics.mean_interval([5.0])[1:])
+    assert all(math.isnan(v) for v in dynamics.mean_interval([math.nan]))
+
+
+# The OV circuit
+
+
+def test_ov_and_vo_have_the_same_nonzero_eigenvalues_and_other_singular_values():
+    v, o = dynamics.heads(normal(1, 2 * 4, 24), normal(1, 24, 6 * 4, seed=1), n_heads=6)
+    assert v.shape == (1, 6, 4, 24)
+    assert o.shape == (1, 6, 24, 4)
+    for head in range(6):
+        vo, ov = v[0, head] @ o[0, head], o[0, head] @ v[0, head]
+        small = torch.linalg.eigvals(vo)
+        large = torch.linalg.eigvals(ov)
+        large = large[large.abs().argsort(descending=True)]
+        assert large[4:].abs().max() < 1e-9
+        for value in small:
+            assert (large[:4] - value).abs().min() < 1e-9
+        ratio = torch.linalg.svdvals(ov)[:4] / torch.linalg.svdvals(vo)
+        assert (ratio - 1).abs().max() > 0.1
+
+
+def test_query_heads_share_the_value_head_of_their_group():
+    """Head h reads value head h // (heads / kv), as attention does."""
+    v = torch.arange(2.0).repeat_interleave(4)[None, :, None].expand(1, 8, 24)
+    per_head, _ = dynamics.heads(v, torch.zeros(1, 24, 24), n_heads=6)
+    assert per_head[0, :, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_circuit_is_what_attention_to_one_position_computes(nano):
+    """With one token, attention returns sum_h O_h V_h x."""
+    model, _, _ = build(nano(method="full_rank"))
+    attention = model.layers[0].attention
+    v, o = dynamics.heads(attention.v_proj.weight[None], attention.o_proj.weight[None], n_heads=4)
+    x = torch.randn(1, 1, 32, generator=generator())
+    circuit = (o @ v).sum(dim=1)[0]
+    torch.testing.assert_close(attention(x)[0, 0], circuit @ x[0, 0], atol=1e-6, rtol=1e-5)
+
+
+def recorded(config, *, steps=0):
+    """The spectra of a recorder by what and kind, after a few updates with a measured gradient."""
+    model, method, optimizer = build(config)
+    recorder = Recorder(config, model=model, method=method)
+    advance(model, method, optimizer, steps=steps)
+    with recorder.gradients(config.dynamics.every_steps):
+        model(*batch(99)).backward()
+    weights = dict(method.effective_weights(model))
+    return {w: recorder.spectra(w) for w in config.dynamics.what}, weights
+
+
+def test_shapes_and_values_of_the_four_circuits(nano):
+    config = nano(dynamics={"every_steps": 1, "kinds": ["ov"], "what": ["weight", "gradient"]})
+    spectra, weights = recorded(config, steps=3)
+    names = [f"layers.1.attention.{k}" for k in ("v_proj", "o_proj")]
+    v_all, o_all = (weights[name].double() for name in names)
+    v = [v_all[8 * (h // 2) : 8 * (h // 2) + 8] for h in range(4)]  # (8, 32), two value heads
+    o = [o_all[:, 8 * h : 8 * h + 8] for h in range(4)]  # (32, 8)
+    pairs = list(zip(o, v, strict=True))
+    want = {
+        "ov": torch.cat([a @ b for a, b in pairs], dim=1),  # (32, 4 * 32)
+        "vo": torch.cat([b @ a for a, b in pairs], dim=1),  # (8, 4 * 8)
+        "ov_head": torch.stack([a @ b for a, b in pairs]),  # (4, 32, 32)
+        "vo_head": torch.stack([b @ a for a, b in pairs]),  # (4, 8, 8)
+    }
+    assert set(spectra["weight"]) == set(want)
+    for kind, matrix in want.items():
+        sigma = spectra["weight"][kind].sigma[1]
+        torch.testing.assert_close(sigma, torch.linalg.svdvals(matrix), atol=1e-12, rtol=1e-9)
+    assert set(spectra["gradient"]) == {"ov", "ov_head"}
+
+
+def test_the_change_of_a_circuit_is_its_derivative(nano):
+    """O dV + dO V against a difference quotient of O V in float64."""
+    config = nano(dynamics={"every_steps": 1, "kinds": ["ov"], "what": ["update_total"]})
+    spectra, weights = recorded(config, steps=3)
+    torch.manual_seed(config.seed)
+    initial = dict(Decoder(config.model).named_parameters())
+    names = [f"layers.0.attention.{k}" for k in ("v_proj", "o_proj")]
+    now = [weights[n].double() for n in names]
+    change = [w - initial[f"{n}.weight"].double() for n, w in zip(names, now, strict=True)]
+
+    def circuits(t):
+        moved = [(w + t * d)[None] for w, d in zip(now, change, strict=True)]
+        v, o = dynamics.heads(*moved, n_heads=4)
+        return torch.cat(list((o @ v)[0]), dim=-1)
+
+    quotient = (circuits(1e-3) - circuits(-1e-3)) / 2e-3  # exact for a quadratic
+    sigma = spectra["update_total"]["ov"].sigma[0]
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(quotient), atol=1e-7, rtol=1e-4)
+
+
+# Gradients of the effective weight
+
+
+def explicit_gradients(config, model, method, chunks):
+    """Autograd's gradient of plain linears that hold W + s B A."""
+    plain = Decoder(config.model)
+    state = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        for name, weight in method.effective_weights(model):
+            plain.get_submodule(name).weight.copy_(weight)
+    for ids, labels in chunks:
+        (plain(ids, labels) / len(chunks)).backward()
+    return {n: plain.get_submodule(n).weight.grad for n, _ in method.effective_weights(model)}
+
+
+@pytest.mark.parametrize("method_name", ["full_rank", "lora", "relora", "galore"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_hooks_give_autograds_gradient_of_the_effective_weight(nano, method_name, micro_batches):
+    config = nano(method=method_name, relora={"dropout": 0.0})
+    model, method, optimizer = build(config)
+    advance(model, method, optimizer, steps=3)
+    names = [name for name, _ in method.effective_weights(model)]
+    tap = GradientTap({name: model.get_submodule(name) for name in names})
+    ids, labels = batch(7)
+    pairs = zip(ids.chunk(micro_batches), labels.chunk(micro_batches), strict=True)
+    chunks = list(pairs)
+    with tap.open():
+        for part in chunks:
+            (model(*part) / micro_batches).backward()
+    want = explicit_gradients(config, model, method, chunks)
+    assert set(tap.gradients) == set(want)
+    assert len(want) == 14
+    for name, gradient in want.items():
+        scale = gradient.abs().max()
+        assert scale > 0
+        torch.testing.assert_close(tap.gradients[name], gradient, atol=1e-5 * scale, rtol=1e-5)
+    tapped = dict(tap.gradients)
+    model(*batch(8)).backward()  # closed: it listens no more
+    assert all(tap.gradients[n] is g for n, g in tapped.items())
+
+
+# The recorder
+
+
+def test_updates_are_of_the_rank_that_the_method_allows(nano):
+    """One cycle of rank 4 moves W by rank 4, two cycles by rank 8; full rank by more."""
+    changes = {"every_steps": 1, "what": ["update_total", "update_restart"], "kinds": ["w_2"]}
+    ranks = {}
+    for name in ("relora", "full_rank"):
+        config = nano(method=name, dynamics=changes)
+        model, method, optimizer = build(config)
+        recorder = Recorder(config, model=model, method=method)
+        for step in range(4):
+            advance(model, method, optimizer, steps=1, start=step)
+        first, _ = recorder.measure()
+        method.after_step(4, model, optimizer)
+        recorder.after_restart()
+        at_restart, _ = recorder.measure()
+        for step in range(4, 7):
+            advance(model, method, optimizer, steps=1, start=step)
+        second, _ = recorder.measure()
+        key = "dynamics/{}/w_2/numerical_rank"
+        ranks[name] = [
+            (m[key.format("update_restart")], m[key.format("update_total")])
+            for m in (first, at_restart, second)
+        ]
+    assert ranks["relora"] == [(4, 4), (0, 4), (4, 8)]
+    assert ranks["full_rank"][0][1] > 8
+
+
+def test_each_metric_is_the_mean_of_its_table_rows(nano):
+    config = nano(dynamics={"every_steps": 1, "what": WHAT, "kinds": [*LINEARS, "ov"]})
+    model, method, optimizer = build(config)
+    recorder = Recorder(config, model=model, method=method)
+    advance(model, method, optimizer, steps=2)
+    with recorder.gradients(1):
+        model(*batch(9)).backward()
+    metrics, rows = recorder.measure()
+    kinds = {(r["what"], r["kind"]) for r in rows}
+    circuits = {(w, k) for w in ("weight", "base") for k in ("ov", "vo", "ov_head", "vo_head")}
+    circuits |= {(w, k) for w in WHAT[2:] for k in ("ov", "ov_head")}
+    assert kinds == {(w, k) for w in WHAT for k in LINEARS} | circuits
+    assert [r["layer"] for r in rows[:2]] == [0, 1]
+    for what, kind in kinds:
+        here = [r for r in rows if (r["what"], r["kind"]) == (what, kind)]
+        assert len(here) == 2
+        for name in ("per", "per_d_inter", "effective_rank", "condition_number", "numerical_rank"):
+            mean = sum(r[name] for r in here) / 2
+            assert metrics[f"dynamics/{what}/{kind}/{name}"] == pytest.approx(mean), name
+        low, high = (metrics[f"dynamics/{what}/{kind}/per_ci_{end}"] for end in ("low", "high"))
+        assert (low + high) / 2 == pytest.approx(metrics[f"dynamics/{what}/{kind}/per"])
+    w_2 = {n: metrics[f"dynamics/weight/w_2/{n}"] for n in ("per", "per_d_inter", "effective_rank")}
+    assert w_2["per"] == pytest.approx(w_2["effective_rank"] / 32)  # min(32, 48)
+    assert w_2["per_d_inter"] == pytest.approx(w_2["effective_rank"] / 48)  # d_ff
+    assert metrics["dynamics/update_proxy/w_2/numerical_rank"] == 4
+    assert metrics["dynamics/update_proxy/w_2/noise_fraction"] == pytest.approx(1 - 4 / 32)
+    assert metrics["dynamics/update_proxy/w_2/per"] <= 4 / 32 * (1 + 1e-5)
+    assert metrics["dynamics/weight/w_2/noise_fraction"] == 0
+
+
+def test_before_the_first_update_nothing_has_moved(nano):
+    config = nano(dynamics={"every_steps": 1, "what": WHAT, "kinds": ["w_2", "ov"]})
+    model, method, _ = build(config)
+    metrics, rows = Recorder(config, model=model, method=method).measure()
+    assert not any("gradient" in name for name in metrics)
+    for what in WHAT[3:]:
+        assert metrics[f"dynamics/{what}/w_2/per"] == 0
+        assert metrics[f"dynamics/{what}/w_2/numerical_rank"] == 0
+        assert f"dynamics/{what}/w_2/condition_number" not in metrics
+        assert all(r["condition_number"] is None for r in rows if r["what"] == what)
+
+
+def test_partly_adapted_models_have_a_product_only_where_there_is_an_adapter(nano):
+    config = nano(
+        relora={"target_modules": ["layers.1.attention.v_proj"]},
+        dynamics={"every_steps": 1, "what": ["update_proxy", "base"]},
+    )
+    model, method, _ = build(config)
+    _, rows = Recorder(config, model=model, method=method).measure()
+    proxies = {(r["kind"], r["layer"]) for r in rows if r["what"] == "update_proxy"}
+    assert proxies == {("v_proj", 1), ("ov", 1), ("ov_head", 1)}
+    bases = {r["kind"] for r in rows if r["what"] == "base"}
+    assert bases == {"v_proj", "o_proj", "w_2", "ov", "ov_head", "vo", "vo_head"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_proxy_is_formed_in_the_precision_of_training_as_published(nano, precision):
+    config = nano(
+        train={"precision": precision},
+        dynamics={"every_steps": 1, "what": ["update_proxy"], "kinds": ["w_2"]},
+    )
+    model, method, optimizer = build(config)
+    recorder = Recorder(config, model=model, method=method)
+    advance(model, method, optimizer, steps=3)
+    _, rows = recorder.measure()
+    all_of_them = max(r["condition_number_all"] for r in rows)
+    assert (all_of_them > 1e6) == (precision == "fp32")
+    assert all(r["condition_number"] < 1e3 for r in rows)
+    assert all(r["numerical_rank"] <= 4 for r in rows)
+
+
+# In training
+
+
+class Log:
+    """Keeps what training says; optionally dies at one event, as a kill would."""
+
+    def __init__(self, die_at=None):
+        self.events: list[Event] = []
+        self.die_at = die_at
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if (event.kind, event.step) == self.die_at:
+            raise KeyboardInterrupt
+
+    def numbers(self):
+        """Of the newest event of each step and name, timings apart."""
+        found = {}
+        for event in self.events:
+            if event.kind == "table" and event.data["name"] == "dynamics":
+                found[event.step, "rows"] = event.data["rows"]
+            for name, value in event.metrics.items():
+                if not name.startswith("perf/"):
+                    found[event.step, name] = value
+        return found
+
+
+def run(config, folder: Path, *, die_at=None) -> Log:
+    log = Log(die_at)
+    try:
+        train(config, checkpoints=folder / "checkpoints", cache_dir=folder / "cache", sink=log)
+    except KeyboardInterrupt:
+        assert die_at is not None
+    return log
+
+
+@pytest.fixture
+def setting(nano):
+    def make(method, **changes):
+        return nano(
+            method=method,
+            model={"vocab_size": VOCAB_SIZE},
+            relora={"dropout": 0.2},
+            train={"micro_batch_size": 2},
+            checkpoint={"every_steps": 3},
+            **changes,
+        )
+
+    return make
+
+
+ON = {"every_steps": 2, "what": WHAT}
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora", "relora", "galore"])
+def test_measuring_changes_no_number_and_no_weight(setting, tmp_path, method):
+    plain = run(setting(method), tmp_path / "plain").numbers()
+    measured = run(setting(method, dynamics=ON), tmp_path / "measured").numbers()
+    assert {k: measured[k] for k in plain} == plain
+    assert all("dynamics/" in name or name == "rows" for _, name in set(measured) - set(plain))
+    one, two = (
+        checkpoint.complete(tmp_path / name / "checkpoints")[-1] / "model.safetensors"
+        for name in ("plain", "measured")
+    )
+    assert one.read_bytes() == two.read_bytes()
+    for what in ("weight", "base", "gradient", "update_restart", "update_total"):
+        assert measured[12, f"dynamics/{what}/w_2/per"] > 0
+
+
+@pytest.mark.parametrize("die_at", [("train", 5), ("checkpoint", 6), ("train", 8), ("train", 11)])
+def test_a_resumed_run_measures_the_same(setting, tmp_path, die_at):
+    """Restarts at 4 and 8, checkpoints at 3, 6, 9: killed after, at and between them."""
+    config = setting("relora", dynamics=ON)
+    whole = run(config, tmp_path / "whole").numbers()
+    first = run(config, tmp_path / "killed", die_at=die_at)
+    second = run(config, tmp_path / "killed")
+    start = second.events[0]
+    assert start.data["resumed"]
+    before = {k: v for k, v in first.numbers().items() if k[0] <= start.step}
+    assert before | second.numbers() == whole
+
+
+def test_a_restart_is_measured_before_it_happens(setting, tmp_path):
+    """Else every update since the newest restart would be zero at the steps that matter most."""
+    config = setting("relora", dynamics={"every_steps": 4, "what": ["update_restart", "base"]})
+    log = run(config, tmp_path)
+    kinds = [e.kind for e in log.events if e.step == 4 and e.kind in ("dynamics", "restart")]
+    assert kinds == ["dynamics", "restart"]
+    numbers = log.numbers()
+    assert numbers[4, "dynamics/update_restart/w_2/numerical_rank"] == 4
+    assert numbers[4, "dynamics/base/w_2/per"] == numbers[0, "dynamics/base/w_2/per"]
+    assert numbers[8, "dynamics/base/w_2/per"] != numbers[0, "dynamics/base/w_2/per"]
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+from experiments.identity import config_from_json
+from relora_core.train import train
+
+class Say:
+    def emit(self, event):
+        if event.kind == "dynamics":
+            print(json.dumps([event.step, event.metrics]))
+
+folder = Path(sys.argv[1])
+config = config_from_json((folder / "config.json").read_text())
+train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Say())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(setting, tmp_path):
+    """Gradients are those of the whole batch, and one rank speaks."""
+    config = setting("relora", dynamics={"every_steps": 3, "what": WHAT, "kinds": ["w_2"]})
+    config.relora.dropout, config.train.micro_batch_size = 0.0, 1
+    one = run(config, tmp_path / "one").numbers()
+    (tmp_path / "config.json").write_text(config_to_json(config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
+        root = Path(__file__).resolve().parents[2]
+        ranks.append(
+            subprocess.Popen(
+                command,
+                env=os.environ | ids | address,
+                cwd=root,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=240) for process in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], outputs
+    assert outputs[1][0] == ""
+    steps = dict(map(json.loads, outputs[0][0].splitlines()))
+    assert set(steps) == {0, 3, 6, 9, 12}
+    for name in (f"dynamics/{what}/w_2/per" for what in WHAT):
+        if "gradient" not in name:
+            assert steps[12][name] == pytest.approx(one[12, name], rel=1e-2), name
+    # Before rounding has grown, to the float32 digits that a different order of sums leaves.
+    assert steps[3]["dynamics/gradient/w_2/per"] == pytest.approx(
+        one[3, "dynamics/gradient/w_2/per"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"what": ["wieght"]}, r"dynamics.what must name some of .* got 'wieght'\. .*'weight'\?"),
+        ({"what": []}, r"dynamics.what must name at least one of weight, .* got \[\]"),
+        ({"kinds": ["w2"]}, r"dynamics.kinds must name some of .* got 'w2'\. Did you mean 'w_2'\?"),
+        ({"kinds": []}, r"dynamics.kinds must name at least one of q_proj, .* got \[\]"),
+    ],
+)
+def test_unknown_measures_are_refused(nano, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(nano(dynamics=changes))
