@@ -27,7 +27,7 @@ from experiments.sinks import ConsoleSink, Fanout, StatusSink
 from relora_core import data, evals
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
-from relora_core.events import Event, Sink
+from relora_core.events import Event, NullSink, Sink
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +92,8 @@ def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False)
     Raises RunLocked while another process is at work on it. Any other failure is recorded in the
     run directory (status.json, error.txt) and raised.
     """
+    if process_rank():
+        return _join(config, run_dir)
     run_dir.create(config)
     with run_dir.lock():
         status = run_dir.status()
@@ -115,6 +117,22 @@ def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False)
             raise
         run_dir.update_status(state=state, phase="", eta_s=0.0)
         return state
+
+
+def process_rank() -> int:
+    """This process's place among those that torchrun or a like launcher started for one run."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _join(config: RunConfig, run_dir: RunDir) -> str:
+    """Ranks above 0 compute; the lock, the record and the status are rank 0's."""
+    result = run_dir.result()
+    if result is not None and result["state"] in DONE:
+        return result["state"]
+    from relora_core.train import train
+
+    folder = cache_dir(config.output_dir)
+    return train(config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink())
 
 
 def _attempt(config: RunConfig, run_dir: RunDir, *, attempt: int, console: bool) -> str:
@@ -232,6 +250,8 @@ def run_here(config: RunConfig) -> int:
     mlflow_sync.check_uri(config.tracking)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
+    if process_rank():
+        return 0 if run_experiment(config, run_dir) == "finished" else 1
     result = run_dir.result()
     if result is not None and result["state"] in DONE:
         print(f"{run_dir.run_id} is {result['state']} already: nothing to do")

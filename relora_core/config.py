@@ -78,6 +78,8 @@ class ReLoRAConfig:
     The options of conf/relora combine these into the published procedures; each can be ablated.
     """
 
+    name: str = knob("custom", scientific=False, methods=("relora",))
+    """Label of the procedure in run names and tables; says nothing that the knobs do not."""
     r: int = knob(16, ge=1, methods=ADAPTERS)
     """Rank of B·A; at most the smaller side of every target."""
     alpha: float = knob(16.0, gt=0, methods=ADAPTERS)
@@ -106,6 +108,14 @@ class ReLoRAConfig:
     """No restart before this step; None: the first multiple of reset_frequency."""
     restart_offset: int = knob(0, choices=(0, 1), methods=("relora",))
     """Restart before (0) or after (1, as published) the update whose learning rate is 0."""
+    rank_schedule: list[list[int]] = knob(factory=list, methods=("relora",))
+    """[[step, rank], ...]: adapters that a restart draws from a step on have this rank, else r."""
+    adaptive_rank_energy: float | None = knob(None, gt=0, le=1, methods=("relora",))
+    """A restart gives each adapter the fewest ranks that hold this share of BA's squared singular
+    values, at most r or the schedule's; None: no adapting."""
+    nested_rank: bool = knob(False, methods=("relora",))
+    """Train with the first b ranks, b drawn anew at each pass (DyLoRA, Valipour et al. 2023), so
+    that the leading ones carry most."""
     restart_groups: int = knob(1, ge=1, methods=("relora",))
     """Partial restarts: the adapters take turns in so many groups; 1: all at every restart."""
     restart_warmup_steps: int = knob(0, ge=0, methods=("relora",))
@@ -519,6 +529,32 @@ def _check_rank(config: RunConfig, key: str, targets: dict[str, tuple[int, int]]
         )
 
 
+def _check_rank_changes(config: RunConfig) -> None:
+    relora = config.relora
+    steps = [entry[0] for entry in relora.rank_schedule if len(entry) == 2]
+    if (
+        len(steps) < len(relora.rank_schedule)
+        or steps != sorted(set(steps))
+        or min(steps, default=0) < 0
+    ):
+        raise ConfigError(
+            "relora.rank_schedule must be [[step, rank], ...] with rising steps, got "
+            f"{relora.rank_schedule}"
+        )
+    name, shape = min(adapted_shapes(config).items(), key=lambda item: min(item[1]))
+    for _, rank in relora.rank_schedule:
+        if not 1 <= rank <= min(shape):
+            raise ConfigError(
+                f"relora.rank_schedule must hold ranks in [1, {min(shape)}] (the smaller side of "
+                f"{name}), got {rank}; nearest valid: {max(1, min(rank, min(shape)))}"
+            )
+    if relora.after_merge == "restore" and (relora.rank_schedule or relora.adaptive_rank_energy):
+        raise ConfigError(
+            "relora.after_merge must be reinit where ranks change (the old A and B cannot come "
+            "back in another shape), got 'restore'"
+        )
+
+
 def _check_phases(config: RunConfig) -> None:
     relora = config.relora
     if relora.warm_start_steps >= config.train.steps:
@@ -534,6 +570,7 @@ def _check_phases(config: RunConfig) -> None:
 
 
 def _check_restarts(config: RunConfig) -> None:
+    _check_rank_changes(config)
     relora, schedule = config.relora, config.schedule
     adapted = len(adapted_shapes(config))
     if relora.restart_groups > adapted:

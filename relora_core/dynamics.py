@@ -16,13 +16,15 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from relora_core.config import RunConfig, linear_shapes
-from relora_core.methods.base import Method
+
+if TYPE_CHECKING:
+    from relora_core.methods.base import Method
 
 
 def singular_values(matrices: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data import HFTokenizer, load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.methods import build_method
+from relora_core.methods.adapter import ReLoRALinear
 from relora_core.model import Decoder
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ def merged_state(config: RunConfig, *, checkpoint: Path) -> dict[str, Tensor]:
         method = build_method(config)
         method.adapt(model)
     loaded = _read_tensors(checkpoint / "model.safetensors")
+    for name, module in model.named_modules():  # restarts may have changed ranks
+        if isinstance(module, ReLoRALinear) and f"{name}.lora_A" in loaded:
+            module.resize_(loaded[f"{name}.lora_A"].shape[0])
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     _check(loaded, expected, where=str(checkpoint))
     model.load_state_dict(loaded)

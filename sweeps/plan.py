@@ -23,9 +23,14 @@ from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, SweepConfig, applies, get, validate, walk
 from sweeps.grid import Point, check_name, sweep_name
 
-LABELS = {"experiment": "experiment", "model.name": "model", "data.kind": "data"}
+LABELS = {
+    "experiment": "experiment",
+    "model.name": "model",
+    "relora.name": "relora",
+    "data.kind": "data",
+}
 """Key -> the word that names its choice on the command line."""
-FIRST = ("experiment", "method", "model.name", "data.kind", "data.path")
+FIRST = ("experiment", "method", "model.name", "relora.name", "data.kind", "data.path")
 LAST = ("seed", "model.vocab_size")
 """Order in which `cell_names` tries keys; those of LAST often follow from others."""
 
@@ -129,6 +134,8 @@ def cell_names(configs: Sequence[RunConfig]) -> list[str]:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The scientific settings and the labels that stand for many of them."""
     labels = {key: get(config, key) for key in ("experiment", "model.name")}
+    if config.method == "relora":
+        labels["relora.name"] = config.relora.name
     for key in ("data.path", "eval.paloma.path", "eval.blimp.path"):
         section = key.rsplit(".", 1)[0]
         if get(config, key) and get(config, f"{section}.fingerprint"):

@@ -76,6 +76,24 @@ def wait_for_step(out: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+def test_torchrun_shares_one_run_between_processes(tmp_path):
+    """One record, and the losses of one process up to rounding (no dropout: masks differ)."""
+    settings = [*NANO, "relora.dropout=0.0", "tracking=none", "eval=none"]
+    assert run(tmp_path / "one", *settings).returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    free = ["--master-addr", "127.0.0.1", "--master-port", "0", "--rdzv-backend", "c10d"]
+    both = [*launcher, *free, *command(tmp_path / "two", *settings)[1:]]
+    done = subprocess.run(both, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+    assert two["restart/rank_spread"] == 0.0
+    record = (only_run(tmp_path / "two") / "events.jsonl").read_text()
+    kinds = [json.loads(line)["kind"] for line in record.splitlines()]
+    assert kinds.count("start") == 1
+
+
+@pytest.mark.slow
 def test_real_text_tokenizer_and_evals_to_mlflow(shared_data, tmp_path):
     """Real rows of Dolma-like text, the real tokenizer, Paloma's layout and BLiMP, in small."""
     out = tmp_path / "out"

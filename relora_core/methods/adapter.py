@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ class ReLoRALinear(nn.Module):
         self.weight = nn.Parameter(self._rounded(linear.weight.detach()), requires_grad=False)
         self.lora_A = nn.Parameter(torch.empty(relora.r, in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(out_features, relora.r, **like))
-        root = math.sqrt(relora.r) if relora.scaling == "rslora" else relora.r
-        self.fixed_scale = relora.alpha / root
+        self.alpha, self.rslora = relora.alpha, relora.scaling == "rslora"
+        self.nested = relora.nested_rank
         trainable = relora.scaling == "trainable"
         self.scalar = nn.Parameter(torch.ones((), **like)) if trainable else None
         # What the optimizer's masters hold between a merge and the next update, in that mode only.
@@ -47,13 +48,36 @@ class ReLoRALinear(nn.Module):
         return weight.to(self.base_dtype).to(weight.dtype)
 
     @property
+    def rank(self) -> int:
+        """r, which a restart may change."""
+        return self.lora_A.shape[0]
+
+    @property
     def scale(self) -> float | Tensor:
         """s."""
-        return self.fixed_scale if self.scalar is None else self.scalar.tanh()
+        if self.scalar is not None:
+            return self.scalar.tanh()
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return F.linear(x, self.weight) + F.linear(low * self.scale, self.lora_B)
+        a, b = self.lora_A, self.lora_B
+        if self.nested and self.training:
+            kept = int(torch.randint(1, self.rank + 1, ()))
+            a, b = a[:kept], b[:, :kept]
+        low = F.linear(F.dropout(x, self.dropout, self.training), a)
+        return F.linear(x, self.weight) + F.linear(low * self.scale, b)
+
+    def resize_(self, rank: int) -> None:
+        """Make room for another rank, before any pass: the parameters stay the same objects."""
+        self.lora_A.data = self.lora_A.data.new_zeros(rank, self.lora_A.shape[1])
+        self.lora_B.data = self.lora_B.data.new_zeros(self.lora_B.shape[0], rank)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
+        """A checkpoint says of itself which ranks its adapters had."""
+        saved = state_dict.get(f"{prefix}lora_A")
+        if saved is not None and saved.shape[0] != self.rank:
+            self.resize_(saved.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def draw_(self, generator: torch.Generator, *, zero_a: bool = False) -> None:

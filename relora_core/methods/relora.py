@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core.config import RunConfig, adapted_shapes
+from relora_core.dynamics import product_singular_values
 from relora_core.methods.adapter import ReLoRALinear, named_generator
 from relora_core.methods.base import Method
 from relora_core.optim import prune_state_
@@ -84,7 +85,8 @@ class LoRA(Method):
                 adapter.merge_()
                 adapter.lora_B.data.zero_()
                 for parameter in (adapter.lora_A, adapter.lora_B, adapter.scalar):
-                    optimizer.state.pop(parameter, None)
+                    if parameter is not None:
+                        optimizer.state.pop(parameter, None)
         return {"phase/full_rank": float(not before)}
 
     def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -100,7 +102,23 @@ class ReLoRA(LoRA):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
+        self._resized = False
         self._restarts = {step: index for index, step in enumerate(restart_steps(config))}
+
+    def set_phase(self, step: int, model: nn.Module) -> bool:
+        resized, self._resized = self._resized, False
+        return super().set_phase(step, model) or resized
+
+    def _next_rank(self, step: int, adapter: ReLoRALinear) -> int:
+        """The schedule's rank at `step`, or as much less as holds the energy of what is merged."""
+        relora = self.config.relora
+        most = [relora.r, *(rank for at, rank in relora.rank_schedule if at <= step)][-1]
+        if relora.adaptive_rank_energy is None:
+            return most
+        sigma = product_singular_values(adapter.lora_B.detach(), adapter.lora_A.detach())
+        energy = sigma.square().cumsum(dim=0)
+        needed = int((energy < relora.adaptive_rank_energy * energy[-1]).sum()) + 1
+        return min(needed, most)
 
     def restarts(self, step: int) -> bool:
         return step in self._restarts
@@ -127,7 +145,11 @@ class ReLoRA(LoRA):
         for name, adapter in self._due(step, model):
             if relora.after_merge == "restore":
                 adapter.keep_masters_()
+            rank = self._next_rank(step, adapter)
             merged += adapter.merge_(scaled=relora.merge == "scaled").item()
+            if rank != adapter.rank:
+                _change_rank(adapter, rank, optimizer)
+                self._resized = True
             adapter.draw_(named_generator(seed, step, name))
             pruned[f"{name}.lora_A"] = adapter.lora_A
             pruned[f"{name}.lora_B"] = adapter.lora_B
@@ -142,8 +164,28 @@ class ReLoRA(LoRA):
             reset_step=relora.reset_adam_step,
             generator=lambda name: named_generator(seed, step, f"{name}/prune"),
         )
+        if relora.rank_schedule or relora.adaptive_rank_energy:
+            ranks = [adapter.rank for _, adapter in self.adapters(model)]
+            metrics["restart/rank_mean"] = sum(ranks) / len(ranks)
+            metrics["restart/rank_min"], metrics["restart/rank_max"] = min(ranks), max(ranks)
         return metrics | {
             "restart/count": float(self._restarts[step] + 1),
             "restart/merged_norm": math.sqrt(merged),
             "restart/state_zeroed": zeroed,
         }
+
+
+def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> None:
+    """New parameters of another rank, in the old ones' places in module and optimizer.
+
+    Autograd remembers a parameter's shape for as long as DDP holds on to it, so its data alone
+    cannot be exchanged.
+    """
+    shapes = {"lora_A": (rank, adapter.lora_A.shape[1]), "lora_B": (adapter.lora_B.shape[0], rank)}
+    for name, shape in shapes.items():
+        old = getattr(adapter, name)
+        new = nn.Parameter(old.detach().new_zeros(shape))
+        optimizer.state.pop(old, None)
+        for group in optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        setattr(adapter, name, new)

@@ -345,9 +345,57 @@ def test_first_restart_moves_the_schedule_along(nano):
     assert lr_factor(8, config=config) == 0
 
 
+def test_a_rank_schedule_changes_shapes_at_restarts_and_not_the_function(trained):
+    settings = {"rank_schedule": [[5, 2], [8, 6]]}
+    model, method, optimizer, _ = trained(7, relora=settings)
+    assert {m.rank for _, m in method.adapters(model)} == {4}  # step 4 comes before the schedule
+    ids, _ = batch(70)
+    logits = model.logits(ids)
+    metrics = method.after_step(8, model, optimizer)
+    assert {m.lora_A.shape[0] for _, m in method.adapters(model)} == {6}
+    assert metrics["restart/rank_mean"] == 6
+    torch.testing.assert_close(model.logits(ids), logits, atol=2e-5, rtol=0)
+    assert method.set_phase(8, model)  # DDP must look at the parameters anew
+    assert not method.set_phase(9, model)
+    one_step(8, model, method, optimizer)
+    one_step(9, model, method, optimizer)
+    for _, adapter in method.adapters(model):
+        assert optimizer.state[adapter.lora_B]["exp_avg"].shape == adapter.lora_B.shape
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.5, 1), (0.9, 2), (0.99, 3), (1.0, 4)])
+def test_adaptive_rank_keeps_the_energy(trained, share, rank):
+    """Singular values 4, 3, 1, 0.5 hold 16, 25, 26 and 26.25 of 26.25 in squares."""
+    settings = {"adaptive_rank_energy": share}
+    model, method, optimizer, _ = trained(1, relora=settings)
+    for _, adapter in method.adapters(model):
+        with torch.no_grad():
+            adapter.lora_A.copy_(torch.eye(4, adapter.lora_A.shape[1]))
+            diagonal = torch.tensor([4.0, 3.0, 1.0, 0.5])
+            adapter.lora_B.copy_(torch.eye(adapter.lora_B.shape[0], 4) * diagonal)
+    method.after_step(4, model, optimizer)
+    assert {m.rank for _, m in method.adapters(model)} == {rank}
+
+
+def test_nested_ranks_train_the_leading_ones_most_and_score_with_all(trained):
+    model, method, _, _ = trained(8, relora={"nested_rank": True, "reset_frequency": 100})
+    norms = [m.lora_B.detach().norm(dim=0) for _, m in method.adapters(model)]
+    mean = torch.stack(norms).mean(dim=0)
+    assert mean[0] > mean[-1]
+    ids, _ = batch(80)
+    assert torch.equal(model.logits(ids), model.logits(ids))  # nothing is drawn in eval mode
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"rank_schedule": [[4, 99]]}, "must hold ranks in [1, 16]"),
+        ({"rank_schedule": [[4, 2], [4, 3]]}, "with rising steps, got [[4, 2], [4, 3]]"),
+        (
+            {"rank_schedule": [[4, 2]], "after_merge": "restore"},
+            "must be reinit where ranks change",
+        ),
+        ({"adaptive_rank_energy": 1.5}, "relora.adaptive_rank_energy must be > 0 and <= 1"),
         ({"merge": "scale"}, "relora.merge must be one of scaled, unscaled, got 'scale'"),
         ({"restart_offset": 2}, "relora.restart_offset must be one of 0, 1, got 2"),
         ({"full_rank_steps": 3}, "must both be 0 or both be > 0, got 3 and 0"),

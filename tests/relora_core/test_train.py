@@ -115,6 +115,8 @@ def test_resuming_around_a_restart_is_exact_in_every_mode(config, tmp_path, mode
         {"full_rank_steps": 2, "low_rank_steps": 3, "restart_groups": 3},
         {"scaling": "trainable", "lr_ratio_b": 4.0, "full_rank_modules": ["last:1"]},
         {"optimizer_state": "magnitude", "prune_ratio": 0.9},
+        {"rank_schedule": [[4, 2], [8, 6]]},
+        {"adaptive_rank_energy": 0.7, "nested_rank": True},
     ],
 )
 def test_resuming_is_exact_with_the_extensions(config, tmp_path, knobs):
@@ -272,7 +274,8 @@ def test_several_processes_equal_one(config, tmp_path, world):
     """DDP over gloo, restarts included: the same global batches, equal adapters on all ranks."""
     from experiments.identity import config_to_json
 
-    setting = config(relora={"dropout": 0.0}, train={"micro_batch_size": 1})
+    ranks = {"dropout": 0.0, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
+    setting = config(relora=ranks, train={"micro_batch_size": 1})
     one = run(setting, tmp_path / "one")
     folder = tmp_path / "two"
     folder.mkdir()
