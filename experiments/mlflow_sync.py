@@ -400,6 +400,7 @@ def _tags(run: RunDir, config: RunConfig, status: Status) -> dict[str, str]:
         "arm": arm_id(config),
         "seed": config.seed,
         "method": config.method,
+        **({"mode": config.relora.name} if config.method == "relora" else {}),
         "model": config.model.name,
         "state": status.state,
         "attempts": status.attempts,
