@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+import relora_core.train as train_module
 from experiments import schema
 from relora_core import checkpoint
 from relora_core.config import ConfigError
@@ -249,6 +251,19 @@ def test_the_batch_must_divide(nano):
         ConfigError, match=r"must divide the 2 sequences .* got 4; nearest valid: 2"
     ):
         split_batch(nano(train={"micro_batch_size": 4}), world=2)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_optimizers_are_refused(nano, monkeypatch, kind):
+    """Their state lies elsewhere: a restart would edit copies, as very probably happened."""
+
+    class Sharded:
+        def __init__(self, **options):
+            self.distributed_type = DistributedType[kind]
+
+    monkeypatch.setattr(train_module, "Accelerator", Sharded)
+    with pytest.raises(ConfigError, match=f"must be DDP or a single process, got .*{kind}"):
+        train_module.make_accelerator(nano())
 
 
 RANK = """
