@@ -100,6 +100,7 @@ def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False)
         if status.state in DONE and run_dir.result() is not None:
             return status.state
         attempt = status.attempts + 1
+        _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
         run_dir.update_status(
             state="running",
             attempts=attempt,
@@ -117,6 +118,21 @@ def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False)
             raise
         run_dir.update_status(state=state, phase="", eta_s=0.0)
         return state
+
+
+def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
+    """Say, or refuse, that a run goes on with other code than its newest attempt had."""
+    records = run_dir.attempt_records()
+    before = records[-1].get("code_hash") if records else None
+    if before in (None, code_hash()) or not any(run_dir.checkpoints.glob("step-*")):
+        return
+    line = f"{run_dir.run_id} began with other code of relora_core ({before}, now {code_hash()})"
+    if refuse:
+        raise ConfigError(
+            f"checkpoint.on_code_change must be warn to go on, got 'refuse': {line}; or move "
+            f"{run_dir.path} away to begin anew"
+        )
+    print(f"warning: {line}: its numbers may change where it resumes", file=sys.stderr)
 
 
 def process_rank() -> int:

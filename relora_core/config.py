@@ -284,6 +284,8 @@ class CheckpointConfig:
     """A hard kill costs at most this many optimizer steps."""
     keep_last: int = knob(2, ge=1, scientific=False)
     """Complete checkpoints kept while training."""
+    on_code_change: str = knob("warn", choices=("warn", "refuse"), scientific=False)
+    """What to do where a run would go on with other code of relora_core than it began with."""
 
 
 @dataclass(kw_only=True, slots=True)
