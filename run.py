@@ -31,8 +31,10 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with reporting():
+    # Hydra's parser wants -m before or after all overrides, not among them.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    with reporting():
+        try:
             main()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(schema.diagnose(sys.argv[1:], error), code=2)
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(schema.diagnose(sys.argv[1:], error), code=2)

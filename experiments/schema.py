@@ -134,6 +134,8 @@ def diagnose(overrides: list[str], error: Exception) -> str:
         line = _diagnose_one(text)
         if line:
             return line
+        if "Ambiguous value" in str(error) and text in str(error):
+            return f"{text} gives several values: expected one, or -m to run all of them"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
@@ -150,8 +152,8 @@ def _diagnose_one(text: str) -> str | None:
     key = override.key_or_group
     if key.startswith("hydra."):
         return _diagnose_launcher(key, text)
-    if key in groups():
-        known = options(key)
+    if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
+        known = options(key) or sorted(name.removesuffix(".yaml") for name in _stored(key))
         values = (
             [str(v) for v in override.sweep_iterator()]
             if override.is_sweep_override()
@@ -179,12 +181,20 @@ def _diagnose_launcher(key: str, text: str) -> str | None:
     section, _, name = key.rpartition(".")
     if section != "hydra.launcher":
         return None
-    nodes = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
-    known = sorted({str(k) for o in nodes.values() for k in o.node if not str(k).startswith("_")})
+    nodes = _stored("hydra/launcher").values()
+    known = sorted({str(k) for option in nodes for k in option.node if not str(k).startswith("_")})
     if name in known:
         return None
     hint = nearest(name, known).replace("'", f"'{section}.", 1)
     return f"{key} is not a known key ({text})." + (hint or f" It has {', '.join(known)}.")
+
+
+def _stored(group: str) -> dict[str, Any]:
+    """Options that plugins have registered: `<name>.yaml` -> node."""
+    repo: Any = ConfigStore.instance().repo
+    for part in group.split("/"):
+        repo = repo.get(part, {})
+    return repo
 
 
 def _nearest_key(key: str, keys: list[str]) -> str:
