@@ -51,7 +51,7 @@ class DataInfo:
     vocab_size: int
     """Rows that embedding and head need: the ids' range, padded as the data says."""
     fingerprint: str | None
-    """Digest that stands for path and tokenizer in the run's identity; None for the grammar."""
+    """Digest that stands for the data, not their path, in the run's identity."""
     rows: int | None = None
     """Rows of seq_len + 1 in one pass; None: unbounded or unknown."""
     floor_nats: float | None = None

@@ -368,3 +368,14 @@ def test_real_text_gives_the_counted_tokens(shared_data, tmp_path):
     info = inspect(data, cache_dir=tmp_path / "cache")
     assert info.vocab_size == 50_304
     assert info.rows == (182_542 - 1) // 1024  # the count in the data's own README
+
+
+def test_another_grammar_is_another_data_set(monkeypatch):
+    from relora_core.data import grammar
+
+    data = DataConfig(seq_len=64)
+    before = inspect(data).fingerprint
+    assert before == inspect(data).fingerprint
+    rows = grammar.GrammarStream.next_rows
+    monkeypatch.setattr(grammar.GrammarStream, "next_rows", lambda self, n: rows(self, n)[::-1])
+    assert inspect(data).fingerprint != before
