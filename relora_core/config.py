@@ -171,7 +171,7 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Optimisation: AdamW over all trainable parameters (SCIENCE: Weiss et al. 2025, Table 6)."""
+    """Optimisation: AdamW over all trainable parameters (Weiss et al. 2025, Table 6)."""
 
     steps: int = knob(ge=1)
     """Optimizer steps."""
