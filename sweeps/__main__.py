@@ -131,7 +131,7 @@ def sync(output_dir: str, *, sweep: str | None, tracking_uri: str | None) -> int
     from experiments import mlflow_sync
 
     if tracking_uri is not None:
-        mlflow_sync.check_uri(TrackingConfig(uri=tracking_uri))
+        mlflow_sync.check_uri(TrackingConfig(enabled=True, uri=tracking_uri))
     groups: dict[tuple[str, str], list[RunDir]] = {}
     names: dict[str, str] = {}
     for state, row in _rows(output_dir, sweep=sweep):

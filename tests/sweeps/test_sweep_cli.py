@@ -74,6 +74,7 @@ def test_no_runs_is_no_error(tmp_path, capsys):
         (["plan", "sed"], "Did you mean 'seed'?"),
         (["logs", "alon"], "no log yet"),
         (["logs", "nobody"], "got 'nobody'"),
+        (["sync", "--tracking-uri", "ftp://x"], "tracking.uri must begin with one of"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(out, capsys, command, line):
