@@ -159,6 +159,11 @@ def default_uri(output_dir: Path | str) -> str:
     return f"sqlite:///{Path(output_dir).absolute() / 'mlflow.db'}"
 
 
+def store_uri(config: RunConfig) -> str:
+    """The store that a run is tracked in."""
+    return config.tracking.uri or default_uri(config.output_dir)
+
+
 def experiment_name(config: RunConfig) -> str:
     """The MLflow experiment that holds the run."""
     return config.tracking.experiment or config.sweep.name or config.experiment
@@ -792,11 +797,14 @@ class Follower:
         self._settled.set()
 
 
-def follow(runs: Sequence[RunDir], *, config: RunConfig) -> Follower:
+def follow(
+    runs: Sequence[RunDir], *, config: RunConfig, names: Mapping[str, str] | None = None
+) -> Follower:
     """A Follower of runs that are tracked as `config` says."""
     return Follower(
         runs,
-        uri=config.tracking.uri or default_uri(config.output_dir),
+        names=names,
+        uri=store_uri(config),
         experiment=experiment_name(config),
         output_dir=config.output_dir,
     )

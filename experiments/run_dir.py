@@ -204,6 +204,11 @@ class RunDir:
         except FileNotFoundError:
             return None
 
+    def ended(self) -> str | None:
+        """`finished` or `diverged` where the run has its result, whatever its status says."""
+        state = (self.result() or {}).get("state")
+        return state if state in DONE else None
+
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_json(self.result_path, result)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiments.identity import run_id
-from experiments.run_dir import DONE, EventLog, RunDir, RunLocked, runs_folder
+from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
 from experiments.sinks import ConsoleSink, Fanout, StatusSink
 from relora_core import data, evals
 from relora_core.config import ConfigError, RunConfig, validate
@@ -97,8 +97,10 @@ def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False)
     run_dir.create(config)
     with run_dir.lock():
         status = run_dir.status()
-        if status.state in DONE and run_dir.result() is not None:
-            return status.state
+        if ended := run_dir.ended():
+            if status.state != ended:  # killed between its result and its last word
+                run_dir.update_status(state=ended, phase="", eta_s=0.0)
+            return ended
         attempt = status.attempts + 1
         _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
         run_dir.update_status(
@@ -142,9 +144,8 @@ def process_rank() -> int:
 
 def _join(config: RunConfig, run_dir: RunDir) -> str:
     """Ranks above 0 compute; the lock, the record and the status are rank 0's."""
-    result = run_dir.result()
-    if result is not None and result["state"] in DONE:
-        return result["state"]
+    if ended := run_dir.ended():
+        return ended
     from relora_core.train import train
 
     folder = cache_dir(config.output_dir)
@@ -268,11 +269,10 @@ def run_here(config: RunConfig) -> int:
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
     if process_rank():
         return 0 if run_experiment(config, run_dir) == "finished" else 1
-    result = run_dir.result()
-    if result is not None and result["state"] in DONE:
-        print(f"{run_dir.run_id} is {result['state']} already: nothing to do")
+    if ended := run_dir.ended():
+        print(f"{run_dir.run_id} is {ended} already: nothing to do")
         print_result(run_dir)
-        return 0 if result["state"] == "finished" else 1
+        return 0 if ended == "finished" else 1
     data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
@@ -287,7 +287,7 @@ def run_here(config: RunConfig) -> int:
             fail(f"{one_line(error)} (traceback: {run_dir.error_path})", code=1)
     print_result(run_dir)
     if config.tracking.enabled:
-        uri = config.tracking.uri or mlflow_sync.default_uri(config.output_dir)
+        uri = mlflow_sync.store_uri(config)
         print(f"compare: {mlflow_sync.ui_command(uri, config.output_dir)}")
     return 0 if state == "finished" else 1
 

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relora_core.config import ConfigError, RunConfig, nearest, walk
+from relora_core.config import ConfigError, RunConfig, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -209,11 +209,3 @@ def _nearest_key(key: str, keys: list[str]) -> str:
     return nearest(key, keys + groups()) or (
         f" {section} has {', '.join(k.rpartition('.')[2] for k in same)}." if same else ""
     )
-
-
-def defaults_repeated(values: dict[str, Any]) -> list[str]:
-    """Keys of an option in conf/ that merely repeat a default of the dataclasses."""
-    defaults = {
-        key: f.default for key, f, _ in walk(OmegaConf.to_object(OmegaConf.structured(RunConfig)))
-    }
-    return [key for key, value in values.items() if key in defaults and defaults[key] == value]

@@ -6,11 +6,13 @@ not death: only a process of this host that is gone for certain makes a running 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -22,22 +24,10 @@ SILENT_AFTER_S = 300.0
 
 
 @dataclass(kw_only=True, slots=True)
-class RunState:
-    """One run as it is now."""
+class RunState(Status):
+    """One run as it is now: what it last said of itself, judged."""
 
     run_id: str
-    state: str
-    attempts: int = 0
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    tokens_per_s: float | None = None
-    eta_s: float | None = None
-    phase: str = ""
-    heartbeat: float = 0.0
-    host: str = ""
-    pid: int = 0
-    job_id: str | None = None
     reason: str | None = None
     """Why it failed, or what is odd about it; one line."""
 
@@ -50,31 +40,17 @@ def state_of(run_dir: RunDir) -> RunState:
     if again.state != status.state:  # it ended between the two looks: judge what it left
         status = again
         state, reason = _judge(run_dir, status)
-    return RunState(
-        run_id=run_dir.run_id,
-        state=state,
-        attempts=status.attempts,
-        step=status.step,
-        steps=status.steps,
-        loss=status.loss,
-        tokens_per_s=status.tokens_per_s,
-        eta_s=status.eta_s,
-        phase=status.phase,
-        heartbeat=status.heartbeat,
-        host=status.host,
-        pid=status.pid,
-        job_id=status.job_id,
-        reason=reason,
-    )
+    said: dict[str, Any] = dataclasses.asdict(status) | {"state": state}
+    return RunState(**said, run_id=run_dir.run_id, reason=reason)
 
 
 def _judge(run_dir: RunDir, status: Status) -> tuple[str, str | None]:
     holder = run_dir.lock_holder()
     if holder is not None:
         return "running", _silence(status)
-    result = run_dir.result()
-    if result is not None and result.get("state") in DONE:
-        return result["state"], status.error
+    ended = run_dir.ended()
+    if ended is not None:
+        return ended, status.error
     if status.state in DONE:
         return "failed", f"says {status.state} but left no result"
     if status.state == "running":

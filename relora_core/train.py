@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +233,18 @@ class RestartProbe:
     TOKENS = 64
 
     def __init__(self, model: Decoder, *, config: RunConfig, cache_dir: Path) -> None:
-        self.model = model
-        vocab_size = model.embedding_proj.num_embeddings
+        self.model, self.config, self.cache_dir = model, config, cache_dir
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """(1, T + 1), read at the first restart: most methods have none."""
         stream = open_stream(
-            config.data, seed=config.seed, vocab_size=vocab_size, cache_dir=cache_dir
+            self.config.data,
+            seed=self.config.seed,
+            vocab_size=self.model.embedding_proj.num_embeddings,
+            cache_dir=self.cache_dir,
         )
-        self.ids = torch.from_numpy(stream.next_rows(1))[:, : self.TOKENS + 1]
+        return torch.from_numpy(stream.next_rows(1))[:, : self.TOKENS + 1]
 
     @torch.no_grad()
     def look(self) -> tuple[Tensor, float]:

@@ -198,24 +198,21 @@ def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
         return
     from experiments import mlflow_sync
 
-    tracking = tracked[0].config.tracking
-    with mlflow_sync.Follower(
+    with mlflow_sync.follow(
         [_run_dir(output_dir, cell) for cell in tracked],
+        config=tracked[0].config,
         names={cell.run_id: cell.name for cell in tracked},
-        uri=tracking.uri or mlflow_sync.default_uri(output_dir),
-        experiment=mlflow_sync.experiment_name(tracked[0].config),
-        output_dir=output_dir,
     ) as follower:
         follower.wait_ready(120)
         yield
 
 
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
-    tracking = plan.cells[0].config.tracking
-    if tracking.enabled:
+    config = plan.cells[0].config
+    if config.tracking.enabled:
         from experiments import mlflow_sync
 
-        uri = tracking.uri or mlflow_sync.default_uri(output_dir)
+        uri = mlflow_sync.store_uri(config)
         command = mlflow_sync.ui_command(uri, output_dir)
         console.print(f"compare: {command}", markup=False, highlight=False, soft_wrap=True)
 
@@ -442,9 +439,8 @@ class Pool:
 
 def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
     """Write down the end of a run whose worker could not: killed, or gone before its first word."""
-    result, status = run_dir.result(), run_dir.status()
-    ended = result is not None and result.get("state") in DONE
-    if ended or run_dir.lock_holder() is not None:
+    status = run_dir.status()
+    if run_dir.ended() or run_dir.lock_holder() is not None:
         return
     if status.state == "failed" and status.error and reason is None:
         return

@@ -37,6 +37,17 @@ def test_a_finished_run_is_left_alone(nano, tmp_path):
     assert run_dir.status().attempts == 1
 
 
+def test_a_result_counts_where_a_kill_came_before_the_last_word(nano, tmp_path):
+    """Every rank must judge by the same file, or one waits for the other for ever."""
+    config = nano(model={"vocab_size": VOCAB_SIZE})
+    run_dir = RunDir(tmp_path / "runs" / "a")
+    run_experiment(config, run_dir)
+    run_dir.update_status(state="running")
+    assert run_experiment(config, run_dir) == "finished"
+    status = run_dir.status()
+    assert (status.state, status.attempts) == ("finished", 1)
+
+
 def test_going_on_with_other_code_is_said(begun, capsys):
     config, run_dir = begun()
     assert run_experiment(config, run_dir) == "finished"
