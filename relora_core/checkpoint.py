@@ -124,6 +124,18 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def is_evaluated(folder: Path, *, step: int) -> bool:
+    """Whether the evals of this step are in the record; step 0 has no checkpoint to say so."""
+    return (folder / f"step-{step:08d}" / "evaluated").exists()
+
+
+def mark_evaluated(folder: Path, *, step: int, rank: int) -> None:
+    """The evals of this step's checkpoint are in the record: a resumed run need not repeat them."""
+    target = folder / f"step-{step:08d}"
+    if rank == 0 and target.exists():
+        (target / "evaluated").touch()
+
+
 def discard_torn(folder: Path) -> None:
     """Remove what a kill in mid-write left behind."""
     for torn in folder.glob(".tmp-step-*"):

@@ -282,6 +282,8 @@ class CheckpointConfig:
 
     every_steps: int = knob(1000, ge=1, scientific=False)
     """A hard kill costs at most this many optimizer steps."""
+    every_minutes: float | None = knob(None, gt=0, scientific=False)
+    """And at most this much time; None: steps alone count."""
     keep_last: int = knob(2, ge=1, scientific=False)
     """Complete checkpoints kept while training."""
     on_code_change: str = knob("warn", choices=("warn", "refuse"), scientific=False)
@@ -318,6 +320,26 @@ class SweepConfig:
 
     name: str | None = knob(None, scientific=False)
     """None: made of what varies."""
+    max_gpu_hours: float | None = knob(None, gt=0, scientific=False)
+    """A sweep whose runs are estimated to take more is refused before anything is queued."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ResourcesConfig:
+    """What a run needs of a scheduler where that is not what its launcher asks for."""
+
+    nodes: int | None = knob(None, ge=1, scientific=False)
+    """Machines of one run."""
+    tasks_per_node: int | None = knob(None, ge=1, scientific=False)
+    """Processes of a run on each node; None: one per GPU."""
+    gpus_per_node: int | None = knob(None, ge=0, scientific=False)
+    """0: the CPU."""
+    cpus_per_task: int | None = knob(None, ge=1, scientific=False)
+    """Cores of each process."""
+    mem_gb: float | None = knob(None, gt=0, scientific=False)
+    """Memory of each node."""
+    time: str | None = knob(None, scientific=False)
+    """Limit of one job in SLURM's notation: minutes, H:MM:SS, D-H."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -343,6 +365,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 

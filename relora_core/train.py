@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,22 @@ from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
 
+Stop = Callable[[], bool]
+"""Read between steps: whether this process has been asked to end. May raise, to end at once."""
 
-def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) -> str:
-    """Train, or go on from the newest complete checkpoint, to the end: `finished` or `diverged`.
 
-    Everything the run has to say goes to `sink` on rank 0. Bad settings raise ConfigError before
-    the first step, bad data DataError.
+def never() -> bool:
+    return False
+
+
+def train(
+    config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink, stop: Stop = never
+) -> str:
+    """Train, or go on from the newest complete checkpoint: `finished`, `diverged`, `interrupted`.
+
+    Everything the run has to say goes to `sink` on rank 0. The last means that a rank's `stop` said
+    so and that a checkpoint of this very step is on disk. Bad settings raise ConfigError before the
+    first step, bad data DataError.
     """
     accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -75,11 +87,16 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
     measure = Measures(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
     )
+    measure.stop = stop
     if not resumed:
         measure.dynamics(0)
-        measure.evaluate(0)
+    if not checkpoint.is_evaluated(checkpoints, step=progress.step):
+        if not measure.evaluate(progress.step):
+            return "interrupted"
+        checkpoint.mark_evaluated(checkpoints, step=progress.step, rank=rank)
 
     clock = Clock(progress.seconds, step=progress.step)
+    timer = Timer(config.checkpoint.every_minutes)
     for step in range(progress.step, config.train.steps):
         set_lr_(optimizer, config.train.lr * method.lr_multiplier(step))
         rows = stream.next_rows(config.train.batch_size // world)
@@ -118,10 +135,11 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
             if not math.isfinite(mean):
                 sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
                 return "diverged"
-        with clock.paused():
-            measure.evaluate(step + 1)
-        due = (step + 1) % config.checkpoint.every_steps == 0
-        if due or step + 1 == config.train.steps:
+        last = step + 1 == config.train.steps
+        regular = last or (step + 1) % config.checkpoint.every_steps == 0
+        stopping, overdue = agreed(accelerator, stop(), timer.due())
+        if regular or overdue or stopping or measure.evals_due(step + 1):
+            # Before the evals, which may take longer than a grace period lasts.
             progress.seconds = clock.seconds
             progress.stream, progress.method = stream.state_dict(), method.state_dict()
             reference = recorder.state_dict()
@@ -134,15 +152,27 @@ def train(config: RunConfig, *, checkpoints: Path, cache_dir: Path, sink: Sink) 
                 reference=reference,
                 config=config,
             )
+            timer.restart()
             sink.emit(Event(kind="checkpoint", step=step + 1))
+        if stopping:
+            return "interrupted"
+        if measure.evals_due(step + 1):
+            with clock.paused():
+                if not measure.evaluate(step + 1):
+                    return "interrupted"
+            checkpoint.mark_evaluated(checkpoints, step=step + 1, rank=rank)
     return "finished"
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Device, processes and precision; sharded optimizers are refused: a restart edits state."""
     AcceleratorState._reset_state()  # a second run in this process may want another precision
+    device = config.runtime.device
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     accelerator = Accelerator(
-        cpu=config.runtime.device == "cpu",
+        # Left to itself, it starts no process group where there is no GPU: every rank would train
+        # alone, with the whole batch.
+        cpu=device == "cpu" or (device == "auto" and not has_gpu),
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
     )
     if accelerator.distributed_type not in (
@@ -155,6 +185,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             f"got {accelerator.distributed_type}: "
             "a restart edits weights and optimizer state that sharding keeps elsewhere"
         )
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != wanted:
+        raise RuntimeError(f"{wanted} processes were started, {accelerator.num_processes} share it")
     if config.runtime.device == "cuda" and accelerator.device.type != "cuda":
         raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
     return accelerator
@@ -177,6 +210,28 @@ def split_batch(config: RunConfig, *, world: int) -> int:
             f"processes, got {micro}; nearest valid: {good}"
         )
     return share // micro
+
+
+def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Of each flag, whether any rank has it: the same answer on every rank, at the same step."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return [bool(vote) for vote in accelerator.reduce(votes, reduction="sum")]  # type: ignore[union-attr]
+
+
+class Timer:
+    """When the next checkpoint is due by the clock; never, without an interval."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.monotonic()
+
+    def due(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes
 
 
 def rank_seed(seed: int, rank: int) -> int:
@@ -328,8 +383,14 @@ def log_train(
     return mean
 
 
+class Interrupted(Exception):
+    """Asked to end in the midst of an eval."""
+
+
 class Measures:
     """Evals (at the end, too) and dynamics, each at its cadence; they leave model and RNG alone."""
+
+    stop: Stop = staticmethod(never)
 
     def __init__(
         self,
@@ -344,12 +405,26 @@ class Measures:
         self.config, self.accelerator, self.model = config, accelerator, model
         self.evals, self.recorder, self.sink = evals, recorder, sink
 
-    def evaluate(self, step: int) -> None:
+    def _due(self, step: int) -> list[Eval]:
         """The evals that are due when `step` updates are complete."""
-        for evaluation in self.evals:
-            every = evaluation.every_steps
-            if step == self.config.train.steps or (every is not None and step % every == 0):
+        end = step == self.config.train.steps
+        return [e for e in self.evals if end or (e.every_steps and step % e.every_steps == 0)]
+
+    def evals_due(self, step: int) -> bool:
+        return bool(self._due(step))
+
+    def evaluate(self, step: int) -> bool:
+        """Run what is due; False where it was asked to end instead.
+
+        A rank may leave alone, without the others' agreement: the checkpoint is on disk, and a
+        resumed run begins with these evals.
+        """
+        try:
+            for evaluation in self._due(step):
                 self._evaluate(evaluation, step)
+        except Interrupted:
+            return False
+        return True
 
     def dynamics(self, step: int) -> None:
         """Singular-value measures, where due after the update that completes `step`: on rank 0."""
@@ -368,6 +443,8 @@ class Measures:
         def progress(done: int, total: int) -> None:
             data = {"phase": f"{evaluation.name} {done}/{total}"}
             self.sink.emit(Event(kind="phase", step=step, data=data))
+            if self.stop():
+                raise Interrupted
 
         def summed(tensor: Tensor) -> Tensor:
             return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]

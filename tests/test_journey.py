@@ -91,6 +91,7 @@ def test_torchrun_shares_one_run_between_processes(tmp_path):
     record = (only_run(tmp_path / "two") / "events.jsonl").read_text()
     kinds = [json.loads(line)["kind"] for line in record.splitlines()]
     assert kinds.count("start") == 1
+    assert json.loads(record.splitlines()[0])["data"]["world"] == 2
 
 
 @pytest.mark.slow
