@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a run from its shapes alone. Imports no torch."""
+"""Parameters, FLOPs, memory and disk of a run from its shapes alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -90,3 +90,40 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
         "head": 4 * (min(tokens * _vocab(config), 128 * 50304) + _vocab(config) * model.d_model),
     }
     return {**estimate, "total": sum(estimate.values())}
+
+
+TENSOR_BYTES = 95
+"""What a tensor of a checkpoint takes beside its values: name, shape and place (safetensors)."""
+STATE_BYTES = 815
+"""Likewise of a parameter's state in optimizer.pt: two moments and a step count in a zip file."""
+GENERATORS_BYTES = 14_200
+"""rng.pt of one process."""
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """One checkpoint on disk, where it is largest: weights, moments, dynamics' reference weights.
+
+    Adapters count with rank `relora.r`, whatever a rank schedule makes of them.
+    """
+    counted, adapted = parameters(config), adapted_shapes(config)
+    adapters = counted.by_group["adapters"]
+    masters = config.method == "relora" and config.relora.after_merge == "restore"
+    plain = 3 + 9 * config.model.n_layers
+    tensors = plain + 2 * len(adapted) * (1 + masters)
+    states = _moment_bytes(config, trainable=counted.trainable)
+    states += STATE_BYTES * (plain + len(adapted))  # A and B have one, the weight has none
+    if adapted and (config.relora.warm_start_steps or config.relora.full_rank_steps):
+        base = 8 * (counted.total - adapters) + STATE_BYTES * plain
+        states = max(states, base)  # in a full-rank phase it is the base that has moments
+    weights = counted.total + masters * adapters + sum(_reference_sizes(config))
+    return 4 * weights + TENSOR_BYTES * tensors + states + GENERATORS_BYTES
+
+
+def _reference_sizes(config: RunConfig) -> list[int]:
+    """Sizes of the weights that a checkpoint keeps for `update_restart` of dynamics."""
+    dynamics = config.dynamics
+    if dynamics.every_steps is None or "update_restart" not in dynamics.what:
+        return []
+    kinds = {*dynamics.kinds, *(("v_proj", "o_proj") if "ov" in dynamics.kinds else ())}
+    shapes = linear_shapes(config.model).items()
+    return [o * i for name, (o, i) in shapes if name.rpartition(".")[2] in kinds]

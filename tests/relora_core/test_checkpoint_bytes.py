@@ -1,0 +1,42 @@
+"""The size of a checkpoint from shapes alone, against the files that training writes."""
+
+import pytest
+
+from relora_core import checkpoint, costs
+from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.events import NullSink
+from relora_core.train import train
+
+
+def written(config, folder) -> int:
+    """Bytes of the largest checkpoint that the run leaves."""
+    train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=NullSink())
+    found = checkpoint.complete(folder / "checkpoints")
+    return max(sum(file.stat().st_size for file in path.iterdir()) for path in found)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("method", ["full_rank", "lora", "relora", "galore"])
+def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, layers):
+    model = {"vocab_size": VOCAB_SIZE, "n_layers": layers}
+    config = nano(method=method, model=model, train={"steps": 2})
+    assert costs.checkpoint_bytes(config) == pytest.approx(written(config, tmp_path), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"relora": {"after_merge": "restore"}},
+        {"relora": {"full_rank_modules": ["attention"], "r": 8}},
+        {"method": "lora", "relora": {"warm_start_steps": 2}},
+        {"dynamics": {"every_steps": 2, "what": ["update_restart"]}},
+        {"dynamics": {"every_steps": 2, "what": ["update_restart"], "kinds": ["w_2", "q_proj"]}},
+        {"dynamics": {"every_steps": 2, "what": ["update_total", "weight"]}},
+    ],
+    ids=str,
+)
+def test_what_a_procedure_keeps_beside_weights_is_counted(nano, tmp_path, changes):
+    model = {"vocab_size": VOCAB_SIZE}
+    kept = {"every_steps": 1, "keep_last": 3}
+    config = nano(model=model, train={"steps": 3}, checkpoint=kept, **changes)
+    assert costs.checkpoint_bytes(config) == pytest.approx(written(config, tmp_path), rel=0.02)
