@@ -8,7 +8,9 @@ checkpoints/       step-00000060/ ... (relora_core/checkpoint.py)
 result.json        final metrics, written when the run ended (finished or diverged)
 error.txt          the newest attempt's traceback
 mlflow.json        position of the sync (experiments/mlflow_sync.py)
-lock               host, pid and process start of the attempt that is at work
+lock               host, pid, process start and job of the attempt that is at work
+cancel             there if the user wants the run to end; a new launch removes it
+evals/<name>/      evaluations apart from training (experiments/evaluate.py)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from relora_core import atomic
 from relora_core.config import RunConfig
 from relora_core.events import Event
 
-STATES = ("planned", "queued", "running", "finished", "failed", "diverged", "cancelled")
+STATES = ("planned", "queued", "running", "finished", "failed", "diverged", "cancelled", "lost")
+"""`lost` is judged, never written: no word from the run, and its scheduler knows no such job."""
 DONE = ("finished", "diverged")
 """States that the same command again leaves alone: the run has its result."""
 
@@ -83,6 +86,8 @@ class RunDir:
     result_path = property(lambda self: self.path / "result.json")
     error_path = property(lambda self: self.path / "error.txt")
     mlflow_path = property(lambda self: self.path / "mlflow.json")
+    cancel_path = property(lambda self: self.path / "cancel")
+    evals = property(lambda self: self.path / "evals")
     checkpoints = property(lambda self: self.path / "checkpoints")
     attempts = property(lambda self: self.path / "attempts")
 
@@ -129,13 +134,20 @@ class RunDir:
         return [json.loads(p.read_text()) for p in sorted(self.attempts.glob("*.json"))]
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run; RunLocked if another living process of this host, or another host, does."""
+    def lock(
+        self, *, gone: Callable[[dict[str, Any]], bool] = lambda holder: False
+    ) -> Iterator[None]:
+        """Hold the run; RunLocked if another living process of this host, or another host, does.
+
+        `gone` says of a holder on another host whether it is dead for certain; an earlier life of
+        this very job is.
+        """
         path = self.path / "lock"
         me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
+            "job_id": slurm_job_id(),
         }
         while True:
             try:
@@ -144,7 +156,7 @@ class RunDir:
                 break
             except FileExistsError:
                 holder = self.lock_holder()
-                if holder is not None:
+                if holder is not None and not _same_job(holder, me) and not gone(holder):
                     raise RunLocked(
                         f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
                     ) from None
@@ -153,8 +165,17 @@ class RunDir:
         try:
             yield
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            if self.is_mine():
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+
+    def is_mine(self) -> bool:
+        """Whether this process still holds the run: its scheduler may have given it to another."""
+        try:
+            holder = json.loads((self.path / "lock").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid())
 
     def lock_holder(self) -> dict[str, Any] | None:
         """Who works on the run, or None. A lock of a dead process of this host does not count."""
@@ -168,10 +189,19 @@ class RunDir:
         if holder["host"] != socket.gethostname():
             return holder
         try:
-            alive = abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
+            process = psutil.Process(holder["pid"])
+            alive = (
+                abs(process.create_time() - holder["started"]) < 1.0
+                and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
+            )
         except psutil.NoSuchProcess:
             alive = False
         return holder if alive else None
+
+    # checkpoints --------------------------------------------------------------------------------
+    def newest_step(self) -> int:
+        """Optimizer steps that are safe on disk: those of the newest complete checkpoint."""
+        return max((int(p.name[5:]) for p in self.checkpoints.glob("step-*")), default=0)
 
     # events -------------------------------------------------------------------------------------
     def raw_events(self) -> Iterator[dict[str, Any]]:
@@ -241,6 +271,21 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def slurm_job_id() -> str | None:
+    """`123_4` in an array, `123` in a job of its own, None outside SLURM.
+
+    The job id of an array's task would not do: that of its last task stands for the whole array.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:
+    """A requeued job runs once at a time: who holds the run in its name elsewhere has ended."""
+    other = holder["host"] != me["host"]
+    return other and me["job_id"] is not None and holder.get("job_id") == me["job_id"]
 
 
 def runs_folder(output_dir: Path | str) -> Path:

@@ -6,30 +6,27 @@ Not for: many runs (`sweeps/`). Imports torch only when a run starts.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import platform
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
-from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
+from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
 from experiments.sinks import ConsoleSink, Fanout, StatusSink
+from experiments.stopping import SIGNALS, StopFlag
 from relora_core import data, evals
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def cache_dir(output_dir: str | Path) -> Path:
@@ -86,22 +83,35 @@ def _with_evals(config: RunConfig, prints: dict[str, str | None]) -> RunConfig:
     return replace(config, eval=replace(config.eval, paloma=paloma, blimp=blimp))
 
 
-def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False) -> str:
-    """Run, or resume, one run in this process: `finished` or `diverged`.
+def run_experiment(
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    console: bool = False,
+    stop: StopFlag | None = None,
+    gone: Callable[[dict[str, Any]], bool] = lambda holder: False,
+) -> str:
+    """Run, or resume, one run in this process: `finished`, `diverged`, `interrupted`, `cancelled`.
 
-    Raises RunLocked while another process is at work on it. Any other failure is recorded in the
-    run directory (status.json, error.txt) and raised.
+    `stop` asks it to end early; then everything is on disk when this returns. `gone` judges who
+    holds the run's lock on another host. Raises RunLocked while another process is at work on it.
+    Any other failure is recorded in the run directory (status.json, error.txt) and raised.
     """
+    stop = stop or StopFlag()
     if process_rank():
-        return _join(config, run_dir)
+        return _join(config, run_dir, stop)
     run_dir.create(config)
-    with run_dir.lock():
+    with run_dir.lock(gone=gone):
         status = run_dir.status()
         if ended := run_dir.ended():
             if status.state != ended:  # killed between its result and its last word
                 run_dir.update_status(state=ended, phase="", eta_s=0.0)
             return ended
+        if run_dir.cancel_path.exists():
+            run_dir.update_status(state="cancelled", phase="", error=None)
+            return "cancelled"
         attempt = status.attempts + 1
+        stop.run_dir = run_dir
         _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
         run_dir.update_status(
             state="running",
@@ -110,16 +120,34 @@ def run_experiment(config: RunConfig, run_dir: RunDir, *, console: bool = False)
             phase="start",
             host=socket.gethostname(),
             pid=os.getpid(),
+            job_id=slurm_job_id(),
             error=None,
         )
-        run_dir.write_attempt(attempt, attempt_record())
+        import torch  # noqa: F401 - the record names the GPUs where it is loaded
+
+        record = attempt_record(start_step=run_dir.newest_step(), world=world_size())
+        run_dir.write_attempt(attempt, record)
         try:
-            state = _attempt(config, run_dir, attempt=attempt, console=console)
+            state = _attempt(config, run_dir, attempt=attempt, console=console, stop=stop)
+        except RunLocked:  # given to another process: the run's files are its from now on
+            raise
         except BaseException as error:
             _record_failure(run_dir, error)
             raise
+        if state == "interrupted":
+            return _interrupted(run_dir, reason=stop.reason or "asked to end")
         run_dir.update_status(state=state, phase="", eta_s=0.0)
         return state
+
+
+def _interrupted(run_dir: RunDir, *, reason: str) -> str:
+    """Write down an early end. Who started this process may have it go on, and says so then."""
+    if reason == "cancelled" or run_dir.cancel_path.exists():
+        run_dir.update_status(state="cancelled", step=run_dir.newest_step(), phase="", error=None)
+        return "cancelled"
+    line = f"stopped ({reason}); the same command resumes it"
+    run_dir.update_status(state="failed", step=run_dir.newest_step(), phase="", error=line)
+    return "interrupted"
 
 
 def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
@@ -142,17 +170,26 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _join(config: RunConfig, run_dir: RunDir) -> str:
+def world_size() -> int:
+    """Processes that share this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
     """Ranks above 0 compute; the lock, the record and the status are rank 0's."""
     if ended := run_dir.ended():
         return ended
     from relora_core.train import train
 
     folder = cache_dir(config.output_dir)
-    return train(config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink())
+    return train(
+        config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
+    )
 
 
-def _attempt(config: RunConfig, run_dir: RunDir, *, attempt: int, console: bool) -> str:
+def _attempt(
+    config: RunConfig, run_dir: RunDir, *, attempt: int, console: bool, stop: StopFlag
+) -> str:
     from relora_core.train import train
 
     log = EventLog(run_dir, attempt)
@@ -167,7 +204,10 @@ def _attempt(config: RunConfig, run_dir: RunDir, *, attempt: int, console: bool)
             checkpoints=run_dir.checkpoints,
             cache_dir=cache_dir(config.output_dir),
             sink=Fanout(sinks),
+            stop=stop,
         )
+        if state == "interrupted":
+            return state
         result = make_result(run_dir, state=state, attempt=attempt, seconds=time.time() - started)
         log.emit(Event(kind="end", step=result["step"], data={"state": state}))
         run_dir.write_result(result)
@@ -279,12 +319,17 @@ def run_here(config: RunConfig) -> int:
         if config.tracking.enabled:
             follower = stack.enter_context(mlflow_sync.follow([run_dir], config=config))
             follower.wait_ready(60)
+        stop = StopFlag()
+        stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
+        run_dir.cancel_path.unlink(missing_ok=True)
         try:
-            state = run_experiment(config, run_dir, console=True)
+            state = run_experiment(config, run_dir, console=True, stop=stop)
         except (ConfigError, DataError, RunLocked, OSError):
             raise
         except Exception as error:
             fail(f"{one_line(error)} (traceback: {run_dir.error_path})", code=1)
+    if state in ("interrupted", "cancelled"):
+        fail(f"{run_dir.run_id} {run_dir.status().error or state}", code=130)
     print_result(run_dir)
     if config.tracking.enabled:
         uri = mlflow_sync.store_uri(config)
@@ -306,40 +351,3 @@ def print_result(run_dir: RunDir) -> None:
         if not name.startswith("perf/"):
             print(f"  {name:<58} {result['metrics'][name]:>12.5g}")
     print(f"record: {run_dir.path}")
-
-
-def attempt_record() -> dict[str, Any]:
-    """Host, process and code of an attempt, for comparing and debugging."""
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": time.time(),
-        "python": platform.python_version(),
-        "code_hash": code_hash(),
-        **git_state(),
-    }
-
-
-@cache
-def code_hash() -> str:
-    """Digest of relora_core's sources: runs of different code are different experiments."""
-    digest = hashlib.sha256()
-    for file in sorted((ROOT / "relora_core").rglob("*.py")):
-        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def git_state() -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout; empty where there is no git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

@@ -153,7 +153,7 @@ def _diagnose_one(text: str) -> str | None:
     if key.startswith("hydra."):
         return _diagnose_launcher(key, text)
     if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
-        known = options(key) or sorted(name.removesuffix(".yaml") for name in _stored(key))
+        known = sorted({*options(key), *(name.removesuffix(".yaml") for name in _stored(key))})
         values = (
             [str(v) for v in override.sweep_iterator()]
             if override.is_sweep_override()
@@ -179,6 +179,8 @@ def _unknown_key(key: str, text: str) -> str:
 def _diagnose_launcher(key: str, text: str) -> str | None:
     """A typo in an option of our own launchers."""
     section, _, name = key.rpartition(".")
+    if section.startswith("hydra.launcher."):  # an entry of a dict: extra.licenses
+        section, _, name = section.rpartition(".")
     if section != "hydra.launcher":
         return None
     nodes = _stored("hydra/launcher").values()

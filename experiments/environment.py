@@ -1,0 +1,158 @@
+"""What an attempt runs with: code, packages, machine, the scheduler's job. Changes nothing.
+
+Not for: copying the code (`sweeps/snapshot.py`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SNAPSHOT = "SNAPSHOT.json"
+"""Marks a frozen copy of the code and says what it is a copy of."""
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "mlflow",
+    "submitit",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+_REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a git hook sets them for its own tree
+
+
+def attempt_record(**extra: Any) -> dict[str, Any]:
+    """Host, process, code and packages of an attempt, for comparing and debugging."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.time(),
+        "python": platform.python_version(),
+        "code_hash": code_hash(),
+        **git_state(),
+        "packages": dict(packages()),
+        "cpu": cpu(),
+        "cores": cores(),
+        "gpus": gpus(),
+        "job_id": job_id(),
+        "slurm": slurm(),
+        **extra,
+    }
+
+
+# code -------------------------------------------------------------------------------------------
+def code_hash(root: Path = ROOT) -> str:
+    """Digest of relora_core's sources: runs of different code are different experiments."""
+    digest = hashlib.sha256()
+    for file in sorted((root / "relora_core").rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def frozen(root: Path = ROOT) -> dict[str, Any] | None:
+    """What `root` is a frozen copy of; None for a checkout."""
+    try:
+        return json.loads((root / SNAPSHOT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+@cache
+def git_state(root: Path = ROOT) -> dict[str, Any]:
+    """{"commit", "dirty"}, and "tree_hash" of a frozen copy; empty where there is no git."""
+    copy = frozen(root)
+    if copy is not None:  # git would tell of the checkout around the copy
+        return {key: copy[key] for key in ("commit", "dirty", "tree_hash")}
+    commit = git(root, "rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    return {"commit": commit.strip(), "dirty": git(root, "status", "--porcelain", ".") != ""}
+
+
+def git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
+    """git's output at `root`, or None where it has none to give; not even its index is written."""
+    environment = {k: v for k, v in os.environ.items() if k not in _REDIRECTS}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            timeout=60,
+            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    text = done.stdout.decode("utf-8", "surrogateescape")
+    return text if done.returncode in ok else None
+
+
+# machine ----------------------------------------------------------------------------------------
+@cache
+def packages() -> Mapping[str, str]:
+    """Versions of the packages that numbers depend on; those not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu() -> str:
+    """The processor's name as the kernel gives it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.split(":", 1)[1] for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use, fewer than the machine's inside a job."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """Names of the visible GPUs, once torch has been imported; [] before."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+# scheduler --------------------------------------------------------------------------------------
+def job_id() -> str | None:
+    """This process's SLURM job, `123_4` in an array; None outside."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def slurm() -> dict[str, Any]:
+    """{"node", "partition", "restarts"} of this process's SLURM job; empty outside."""
+    if job_id() is None:
+        return {}
+    return {
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "partition": os.environ.get("SLURM_JOB_PARTITION"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }

@@ -1,0 +1,94 @@
+"""When a run is to end early: signals, its job's time limit, the user's cancel, a lost lock.
+
+A handler sets a flag and does nothing else; the training loop reads it between steps, saves, and
+leaves. Not for: what happens then (`runner.py`, `sweeps/worker.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from experiments.run_dir import RunDir, RunLocked
+
+LOOK_EVERY_S = 2.0
+"""How often the disk is asked whether the user has cancelled the run."""
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+"""What schedulers send. submitit's choice; USR1 is NCCL's."""
+
+
+class StopFlag:
+    """Whether this process should end at the next step, and why. Callable: `train(stop=flag)`."""
+
+    def __init__(self, *, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        """Seconds since the epoch by which everything must be on disk."""
+        self.run_dir: RunDir | None = None
+        """The run that this process holds; None where another rank does."""
+        self.reason: str | None = None
+        self._owner = os.getpid()
+        self._signal: int | None = None
+        self._looked = 0.0
+
+    def __call__(self) -> bool:
+        if self.reason is None:
+            self.reason = self._why()
+        return self.reason is not None
+
+    def _why(self) -> str | None:
+        if self._signal is not None:
+            return signal.Signals(self._signal).name
+        if self.deadline is not None and time.time() >= self.deadline:
+            return "time limit"
+        if self.run_dir is not None and time.monotonic() - self._looked >= LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            if not self.run_dir.is_mine():
+                raise RunLocked(f"{self.run_dir.run_id} has been given to another process")
+            if self.run_dir.cancel_path.exists():
+                return "cancelled"
+        return None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. A forked child inherits it: there it does as if there were none."""
+        if os.getpid() != self._owner:
+            if number != signal.SIGUSR2:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGINT:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+        self._signal = number
+
+    @contextlib.contextmanager
+    def installed(self, *numbers: int) -> Iterator[StopFlag]:
+        """Let the signals set the flag, and put the handlers back at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {n: signal.signal(n, self.handle) for n in numbers or SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started inside never get the scheduler's signals, which go to a whole job."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
