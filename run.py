@@ -3,6 +3,7 @@
 python run.py                                        the demo: minutes on a laptop
 python run.py model=small relora.r=32 seed=1         one run
 python run.py -m model=tiny,small relora.r=8,16,32   a sweep
+python run.py --plan model=tiny,small relora.r=8,16  what that sweep would do and cost; nothing else
 """
 
 import os
@@ -31,8 +32,12 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--plan"]
+    if len(words) < len(sys.argv) - 1:
+        words = ["-m", *(w for w in words if w not in ("-m", "--multirun"))]
+        words.append("hydra.sweeper.plan_only=true")
     # Hydra's parser wants -m before or after all overrides, not among them.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
     with reporting():
         try:
             main()

@@ -17,11 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from experiments.run_dir import RunDir, Status, runs_folder
+from experiments.run_dir import DONE, RunDir, Status, runs_folder
 from experiments.sinks import clock
 from experiments.state import RunState
 from relora_core import costs
 from relora_core.config import RunConfig
+from sweeps import budget
+from sweeps.budget import Estimate
 from sweeps.plan import Cell, Plan
 
 PLAIN_EVERY_S = 10.0
@@ -30,6 +32,7 @@ COLOURS = {
     "finished": "green",
     "running": "cyan",
     "failed": "red",
+    "lost": "red",
     "diverged": "magenta",
     "cancelled": "yellow",
 }
@@ -73,52 +76,125 @@ def _state(state: str) -> Text:
 
 
 # plan -------------------------------------------------------------------------------------------
-def plan_words(state: RunState | None) -> str:
-    """A planned run's state from the point of view of the command: what will happen to it."""
-    if state is None or (state.state in ("planned", "cancelled") and not state.step):
+def plan_words(state: RunState | None, *, after: int = 0) -> str:
+    """A planned run's state from the point of view of the command: what will happen to it.
+
+    `after` is the step of its newest checkpoint.
+    """
+    if state is None or (state.state == "planned" and not after):
         return "new"
-    if state.state in ("finished", "diverged"):
-        return "done" if state.state == "finished" else "done (diverged)"
-    if state.state == "running":
-        return "in flight"
-    if state.state == "failed":
-        return (
-            f"failed -> resumes after step {state.step}" if state.step else "failed -> runs again"
-        )
-    return state.state
+    if state.state in DONE:
+        return "done" if state.state == "finished" else f"done ({state.state})"
+    if not budget.to_run(state):
+        return "in flight" if state.state == "running" else state.state
+    return f"{state.state} -> " + (f"resumes after step {after}" if after else "runs again")
 
 
-def plan_table(plan: Plan, *, states: Mapping[str, RunState]) -> Table:
-    """Runs, sizes and what will happen to each."""
-    table = Table(title=f"sweep {plan.name}: {len(plan.cells)} runs", title_justify="left")
+def disk(config: RunConfig) -> int:
+    """Bytes of the checkpoints that a run keeps at most."""
+    return costs.checkpoint_bytes(config) * config.checkpoint.keep_last
+
+
+def plan_table(
+    plan: Plan,
+    *,
+    states: Mapping[str, RunState],
+    estimates: Mapping[str, Estimate | None] | None = None,
+    unit: str = "GPU",
+    output_dir: Path | str | None = None,
+) -> Table:
+    """Runs, sizes, what each will take and what will happen to it.
+
+    `estimates` holds the runs that the command would queue (`budget.estimates`); without it there
+    is no column of hours. `output_dir` is where the runs are, where that is not as planned.
+    """
+    title = f"sweep {plan.name}: {len(plan.cells)} runs"
+    table = Table(title=title, title_justify="left", box=None)
     table.add_column("run", overflow="fold")
-    for name in ("parameters", "trainable", "steps", "tokens"):
-        table.add_column(name, justify="right")
+    hours = [] if estimates is None else [f"{unit}-hours"]
+    for name in ("parameters", "trainable", "steps", "tokens", *hours, "disk"):
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("state")
     for cell in plan.cells:
-        sizes = costs.parameters(cell.config)
+        sizes, state = costs.parameters(cell.config), states.get(cell.run_id)
+        after = _planned_dir(cell, output_dir).newest_step() if budget.to_run(state) else 0
         table.add_row(
             Text(cell.name),
             count(sizes.total),
             count(sizes.trainable),
             str(cell.config.train.steps),
             count(tokens(cell.config)),
-            plan_words(states.get(cell.run_id)),
+            *([] if estimates is None else [_hours(cell, estimates)]),
+            f"{count(disk(cell.config))}B",
+            plan_words(state, after=after),
         )
     return table
 
 
-def show_plan(plan: Plan, *, states: Mapping[str, RunState], console: Console) -> None:
-    """Print the plan and what fell together; hundreds of runs are cut to the first twenty."""
+def _planned_dir(cell: Cell, output_dir: Path | str | None) -> RunDir:
+    return RunDir(runs_folder(output_dir or cell.config.output_dir) / cell.run_id)
+
+
+def _hours(cell: Cell, estimates: Mapping[str, Estimate | None]) -> str:
+    """`-` for a run that takes no more, `?` where nothing was measured."""
+    if cell.run_id not in estimates:
+        return "-"
+    one = estimates[cell.run_id]
+    return "?" if one is None else budget.interval(one)
+
+
+def totals_line(
+    plan: Plan,
+    *,
+    states: Mapping[str, RunState],
+    estimates: Mapping[str, Estimate | None] | None = None,
+    unit: str = "GPU",
+    max_hours: float | None = None,
+) -> str:
+    """`to run: 4 of 6 runs, 1.2M tokens, 2.1 (1.5-2.8) GPU-hours by ..., 90MB of checkpoints`."""
+    cells = [cell for cell in plan.cells if budget.to_run(states.get(cell.run_id))]
+    parts = [f"to run: {len(cells)} of {len(plan.cells)} runs"]
+    if cells:
+        parts.append(f"{count(sum(tokens(cell.config) for cell in cells))} tokens")
+        if estimates is not None:
+            parts.append(_total_hours([estimates.get(cell.run_id) for cell in cells], unit=unit))
+        parts.append(f"{count(sum(disk(cell.config) for cell in cells))}B of checkpoints")
+    if max_hours is not None:
+        parts.append(f"budget {max_hours:g} {unit}-hours")
+    return ", ".join(parts)
+
+
+def _total_hours(estimates: Sequence[Estimate | None], *, unit: str) -> str:
+    whole, unknown = budget.total(estimates), estimates.count(None)
+    if whole is None:
+        return f"{unit}-hours unknown (no finished run on such a device)"
+    more = f" and {unknown} runs not known" if unknown else ""
+    return f"{budget.interval(whole)} {unit}-hours by {whole.basis}{more}"
+
+
+def show_plan(
+    plan: Plan,
+    *,
+    states: Mapping[str, RunState],
+    console: Console,
+    estimates: Mapping[str, Estimate | None] | None = None,
+    unit: str = "GPU",
+    max_hours: float | None = None,
+    output_dir: Path | str | None = None,
+) -> None:
+    """Print the plan, what it takes in all and what fell together; hundreds of runs are cut."""
     short = plan
     if len(plan.cells) > 40:
         short = Plan(name=plan.name, cells=plan.cells[:20], points=plan.points)
-    console.print(plan_table(short, states=states))
+    console.print(
+        plan_table(short, states=states, estimates=estimates, unit=unit, output_dir=output_dir)
+    )
     if short is not plan:
         console.print(
             f"... and {len(plan.cells) - 20} more runs (python -m sweeps plan {plan.name})"
         )
-    for line in plan.collapsed:
+    told = totals_line(plan, states=states, estimates=estimates, unit=unit, max_hours=max_hours)
+    for line in [told, *plan.collapsed]:
         console.print(line, markup=False, highlight=False)
 
 
@@ -254,26 +330,3 @@ def show_closing(
             line(f"{state.state} {cell.name}: {why if state.state == 'failed' else run_dir.path}")
     told = [f"{list(ends.values()).count(state)} {state}" for state in dict.fromkeys(ends.values())]
     line(f"{', '.join(told)}; runs in {runs_folder(output_dir)}, plan in sweeps/{plan.name}")
-
-
-def status_table(rows: Sequence[tuple[str, RunState]], *, title: str) -> Table:
-    """One sweep's runs as they are now; rows are (name, state)."""
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("run", overflow="fold")
-    table.add_column("state")
-    for name in ("attempts", "step", "loss", "tokens/s", "left"):
-        table.add_column(name, justify="right")
-    table.add_column("", overflow="fold")
-    for name, state in rows:
-        running = state.state == "running"
-        table.add_row(
-            Text(name),
-            _state(state.state),
-            str(state.attempts),
-            f"{state.step}/{state.steps}",
-            "-" if state.loss is None else f"{state.loss:.3f}",
-            count(state.tokens_per_s) if running and state.tokens_per_s else "-",
-            clock(state.eta_s) if running else "-",
-            Text(state.reason or ""),
-        )
-    return table

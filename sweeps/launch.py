@@ -1,151 +1,151 @@
-"""Plan -> local worker processes: skips what is done or in flight, survives failures and Ctrl-C.
+"""The whole of `run.py -m`: plan, check, prepare, write, then hand the runs to a launcher.
 
-A worker is a process over a RUN_DIR (`worker.py`); nothing of this process is handed to it but
-environment variables. Two launchers at work on one plan are harmless: the run's lock decides.
+The order matters: everything that can be refused is refused before anything is written, and
+everything is on disk before anything is queued.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from experiments.run_dir import DONE, RunDir, Status, runs_folder
-from experiments.state import RunState, state_of
-from relora_core import costs
+from experiments.run_dir import DONE, RunDir, runs_folder
+from experiments.state import state_of
+from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig
-from sweeps import display, snapshot
+from sweeps import budget, display, snapshot
+from sweeps.budget import Estimate, Place
 from sweeps.grid import Point
+from sweeps.local import LocalLauncher, written
+from sweeps.options import SlurmOptions
 from sweeps.plan import Cell, Plan, make_plan, plan_folder, store
-from sweeps.worker import LOCKED
-
-ROOT = Path(__file__).resolve().parents[1]
-# -P: the current folder must not shadow our packages (an output folder holds a `sweeps`, too).
-WORKER = (sys.executable, "-P", "-m", "sweeps.worker")
-POLL_S = 0.2
-GRACE_S = 10.0
-"""From terminate to kill, when the sweep is stopped."""
-
-Track = Callable[[Plan, Path], contextlib.AbstractContextManager[object]]
-"""Something that follows the runs of a plan while they run, ready when entered."""
+from sweeps.slurm import SlurmLauncher
+from sweeps.state import survey
 
 
-@dataclass(kw_only=True, slots=True)
-class Summary:
-    """How the runs of a plan stand when the launcher returns."""
+class Launcher(Protocol):
+    """Where runs are run; `kind` and `options` say how to make it again."""
 
-    states: dict[str, RunState]
-    """run_id -> state."""
-    interrupted: bool = False
+    kind: str
 
     @property
-    def exit_code(self) -> int:
-        """130 when stopped, 1 when a run failed or diverged, else 0."""
-        if self.interrupted:
-            return 130
-        bad = ("failed", "diverged", "cancelled")
-        return int(any(state.state in bad for state in self.states.values()))
+    def options(self) -> Any: ...
+
+    @property
+    def unit(self) -> str:
+        """GPU or CPU: what its hours are hours of."""
+        ...
+
+    def place(self, config: RunConfig) -> Place:
+        """What a run is given."""
+        ...
+
+    def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
+        """ConfigError, before anything is written, where it could not run the plan."""
+        ...
+
+    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
+        """Run, or queue, what is not done and not in flight; the exit code."""
+        ...
 
 
 def run_sweep(
     points: Sequence[tuple[Point, RunConfig]],
     *,
+    launcher: Launcher,
     command: str = "",
-    max_parallel: int | None = None,
+    plan_only: bool = False,
     console: Console | None = None,
 ) -> int:
-    """The whole of `run.py -m`: complete, plan, check, prepare, write, run, report; the exit code.
+    """Plan the points and hand them to the launcher; with `plan_only` show what would be done.
 
     Raises ConfigError, or DataError, before anything is queued where the user made a mistake.
     """
     from experiments.runner import check_output_dir, complete_all
 
-    check_parallel(max_parallel)
     console = console or display.make_console()
     configs = complete_all([config for _, config in points])
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
     plan = make_plan(points, command=command)
     output_dir = _one_output_dir(plan)
     check_tracking(plan)
+    states = survey([_run_dir(output_dir, cell) for cell in plan.cells])
+    costs = budget.estimates(
+        plan.cells,
+        states=states,
+        output_dir=output_dir,
+        rates=budget.measured(output_dir),
+        place=launcher.place,
+    )
+    limit = plan.cells[0].config.sweep.max_gpu_hours
+
+    def show() -> None:
+        display.show_plan(
+            plan,
+            states=states,
+            console=console,
+            estimates=costs,
+            unit=launcher.unit,
+            max_hours=limit,
+            output_dir=output_dir,
+        )
+
+    if plan_only:
+        show()
+    launcher.check(plan, estimates=costs)
+    budget.check_budget(costs, max_gpu_hours=limit, unit=launcher.unit)
+    if plan_only:
+        return 0
     check_output_dir(output_dir)
     prepare_data(plan, output_dir, console=console)
-    with _written(output_dir):
+    with written(output_dir):
         plan = store(plan, output_dir=output_dir)
-        snapshot.record(plan_folder(output_dir, name=plan.name))
-    states = {cell.run_id: state_of(_run_dir(output_dir, cell)) for cell in plan.cells}
-    display.show_plan(plan, states=states, console=console)
-    summary = launch_local(plan, output_dir=output_dir, max_parallel=max_parallel, console=console)
-    display.show_closing(plan, states=summary.states, output_dir=output_dir, console=console)
+        snapshot.record(plan_folder(output_dir, name=plan.name), output_dir=output_dir)
+        store_launcher(launcher, plan_folder(output_dir, name=plan.name))
+    show()
+    with written(output_dir):
+        code = launcher.launch(plan, output_dir=output_dir, console=console)
     _show_ui(plan, output_dir=output_dir, console=console)
-    return summary.exit_code
+    return code
 
 
-def launch_local(
-    plan: Plan,
-    *,
-    output_dir: Path | str,
-    max_parallel: int | None = None,
-    console: Console | None = None,
-    worker: Sequence[str] = WORKER,
-    track: Track | None = None,
-) -> Summary:
-    """Run what is not done and not at work elsewhere, at most `max_parallel` at a time.
-
-    `worker` is the command that RUN_DIR is appended to; `track` follows the runs (default: MLflow,
-    where tracking is on). The data must be prepared.
-    """
-    check_parallel(max_parallel)
-    output_dir, console = Path(output_dir), console or display.make_console()
-    with _written(output_dir):
-        for cell in plan.cells:
-            _run_dir(output_dir, cell).create(cell.config)
-    states = {cell.run_id: state_of(_run_dir(output_dir, cell)) for cell in plan.cells}
-    todo = [cell for cell in plan.cells if states[cell.run_id].state not in DONE]
-    if not todo:
-        console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
-        return Summary(states=states)
-    todo.sort(
-        key=lambda cell: -cost(cell.config)
-    )  # the longest first: none is left alone at the end
-    slots = Slots.of(max_parallel, runs=len(todo), device=plan.cells[0].config.runtime.device)
-    with (
-        (track or follow)(plan, output_dir),
-        display.Progress(plan.cells, output_dir=output_dir, console=console) as progress,
-        _stop_requested() as stop,
-    ):
-        pool = Pool(output_dir=output_dir, worker=worker, slots=slots, progress=progress)
-        pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
-    states = {cell.run_id: state_of(_run_dir(output_dir, cell)) for cell in plan.cells}
-    return Summary(states=states, interrupted=stop.is_set())
+def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) -> int:
+    """Launch some runs of a stored plan again, as they were launched last; the exit code."""
+    output_dir, console = Path(output_dir), display.make_console()
+    launcher = load_launcher(plan_folder(output_dir, name=plan.name))
+    cells = [cell for cell in plan.cells if cell.run_id in run_ids]
+    part = dataclasses.replace(plan, cells=cells, collapsed=[])
+    launcher.check(part, estimates={})
+    prepare_data(part, output_dir, console=console)
+    with written(output_dir):
+        return launcher.launch(part, output_dir=output_dir, console=console)
 
 
-def cost(config: RunConfig) -> float:
-    """Training FLOPs of the whole run."""
-    return float(costs.flops_per_token(config).train) * display.tokens(config)
+def store_launcher(launcher: Launcher, folder: Path) -> None:
+    options = launcher.options
+    values = dataclasses.asdict(options) if isinstance(options, SlurmOptions) else options
+    atomic.write_json(folder / "launcher.json", {"kind": launcher.kind, "options": values})
 
 
+def load_launcher(folder: Path) -> Launcher:
+    """The launcher that the sweep in `folder` was launched with last; local where nothing says."""
+    try:
+        raw = json.loads((folder / "launcher.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return LocalLauncher()
+    if raw["kind"] == "slurm":
+        return SlurmLauncher(options=SlurmOptions(**raw["options"]))
+    return LocalLauncher(**raw["options"])
+
+
+# before the runs --------------------------------------------------------------------------------
 def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
     return RunDir(runs_folder(output_dir) / cell.run_id)
-
-
-# before the workers -----------------------------------------------------------------------------
-def check_parallel(max_parallel: int | None) -> None:
-    if max_parallel is not None and max_parallel < 1:
-        raise ConfigError(
-            f"hydra.launcher.max_parallel must be >= 1, got {max_parallel}; nearest valid: 1"
-        )
 
 
 def _one_output_dir(plan: Plan) -> Path:
@@ -155,19 +155,6 @@ def _one_output_dir(plan: Plan) -> Path:
             f"output_dir must be one folder per command, got {', '.join(sorted(folders))}"
         )
     return Path(folders.pop())
-
-
-@contextlib.contextmanager
-def _written(output_dir: Path) -> Iterator[None]:
-    """A folder that cannot be written to is the user's to mend: one line."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir must be a folder with room that can be written to, got {output_dir}: "
-            f"{error.strerror or error} ({error.filename or output_dir})"
-        ) from None
 
 
 def check_tracking(plan: Plan) -> None:
@@ -189,24 +176,6 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
         data.prepare(config, cache_dir=cache_dir(output_dir), progress=console.out)
 
 
-@contextlib.contextmanager
-def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """MLflow's store, made before any worker starts and kept in step by a child process."""
-    tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
-    if not tracked:
-        yield
-        return
-    from experiments import mlflow_sync
-
-    with mlflow_sync.follow(
-        [_run_dir(output_dir, cell) for cell in tracked],
-        config=tracked[0].config,
-        names={cell.run_id: cell.name for cell in tracked},
-    ) as follower:
-        follower.wait_ready(120)
-        yield
-
-
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
     config = plan.cells[0].config
     if config.tracking.enabled:
@@ -215,234 +184,3 @@ def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
         uri = mlflow_sync.store_uri(config)
         command = mlflow_sync.ui_command(uri, output_dir)
         console.print(f"compare: {command}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; the handlers do nothing else."""
-    stop = threading.Event()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# places to run ----------------------------------------------------------------------------------
-@dataclass(kw_only=True, slots=True)
-class Slots:
-    """How many workers run at once, and what each may use."""
-
-    parallel: int
-    threads: int
-    """CPU threads of each worker."""
-    gpus: list[str]
-    """Device ids to deal out in turn; empty: the CPU."""
-
-    @classmethod
-    def of(cls, max_parallel: int | None, *, runs: int, device: str) -> Slots:
-        """As many as there are GPUs, else cores; never more than there are runs."""
-        gpus = [] if device == "cpu" else visible_gpus()
-        cores = len(os.sched_getaffinity(0))
-        parallel = min(max_parallel or len(gpus) or cores, runs)
-        return cls(parallel=parallel, threads=max(1, cores // parallel), gpus=gpus)
-
-    def environment(self, slot: int) -> dict[str, str]:
-        """Environment of the worker in this slot: ours, with its share of the machine."""
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
-            share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
-        if self.gpus:
-            share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return {**os.environ, **share}
-
-
-def _whole(text: str | None, default: int) -> int:
-    return int(text) if text and text.isdigit() and int(text) else default
-
-
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, without loading torch."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.stdout.split()
-
-
-# workers ----------------------------------------------------------------------------------------
-@dataclass(kw_only=True, slots=True)
-class Job:
-    """A worker of ours that is alive."""
-
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    slot: int
-
-
-@dataclass(kw_only=True, slots=True)
-class Pool:
-    """Starts workers while there are runs and free slots, and settles what they leave behind."""
-
-    output_dir: Path
-    worker: Sequence[str]
-    slots: Slots
-    progress: display.Progress
-    pending: list[Cell] = field(default_factory=list)
-    jobs: list[Job] = field(default_factory=list)
-    elsewhere: list[Cell] = field(default_factory=list)
-    """Runs that another process of this host is at work on; awaited, not touched."""
-    before: dict[str, Status] = field(default_factory=dict)
-    """run_id -> status before it was queued."""
-    ends: list[str] = field(default_factory=list)
-
-    def run(self, cells: Sequence[Cell], *, done: int, stop: threading.Event) -> None:
-        """Run `cells` in this order until all have ended or `stop` is set."""
-        self.ends = ["done"] * done
-        self.pending = list(cells)
-        for cell in cells:
-            self._queue(cell)
-        try:
-            while (self.pending or self.jobs or self.elsewhere) and not stop.is_set():
-                self._start_some()
-                self._reap()
-                self._look_elsewhere()
-                active = [job.cell for job in self.jobs] + self.elsewhere
-                self.progress.tick(active, counts=self._counts())
-                stop.wait(POLL_S)
-        finally:
-            self._stop_all()
-
-    def _counts(self) -> dict[str, int]:
-        counts = {state: self.ends.count(state) for state in dict.fromkeys(self.ends)}
-        running = len(self.jobs) + len(self.elsewhere)
-        return counts | {"running": running, "queued": len(self.pending)}
-
-    def _dir(self, cell: Cell) -> RunDir:
-        return _run_dir(self.output_dir, cell)
-
-    def _queue(self, cell: Cell) -> None:
-        run_dir = self._dir(cell)
-        self.before[cell.run_id] = run_dir.status()
-        if run_dir.lock_holder() is None:
-            run_dir.update_status(
-                state="queued", error=None, host=socket.gethostname(), pid=os.getpid()
-            )
-
-    def _start_some(self) -> None:
-        while self.pending and len(self.jobs) < self.slots.parallel:
-            cell = self.pending.pop(0)
-            run_dir = self._dir(cell)
-            now = state_of(run_dir)
-            if run_dir.lock_holder() is not None:
-                self.elsewhere.append(cell)
-            elif now.state in DONE or self._failed_meanwhile(cell, now):
-                self._ended(cell, now)
-            else:
-                self._start(cell)
-
-    def _failed_meanwhile(self, cell: Cell, now: RunState) -> bool:
-        """Another launcher has tried it since we planned: its failure is an outcome."""
-        return now.state == "failed" and now.attempts > self.before[cell.run_id].attempts
-
-    def _start(self, cell: Cell) -> None:
-        run_dir = self._dir(cell)
-        attempt = run_dir.status().attempts + 1
-        free = set(range(self.slots.parallel)) - {job.slot for job in self.jobs}
-        slot = min(free)
-        with open(run_dir.log_path(attempt), "ab") as log:
-            process = subprocess.Popen(
-                [*self.worker, str(run_dir.path.absolute())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.slots.environment(slot),
-                start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
-            )
-        self.jobs.append(Job(cell=cell, process=process, slot=slot))
-        self.progress.started(cell, attempt=attempt)
-
-    def _reap(self) -> None:
-        for job in list(self.jobs):
-            code = job.process.poll()
-            if code is None:
-                continue
-            self.jobs.remove(job)
-            if code == LOCKED:
-                self.elsewhere.append(job.cell)
-            else:
-                settle(self._dir(job.cell), code=code)
-                self._ended(job.cell, state_of(self._dir(job.cell)))
-
-    def _look_elsewhere(self) -> None:
-        """Await runs of this host; leave those of other hosts alone."""
-        for cell in list(self.elsewhere):
-            run_dir = self._dir(cell)
-            holder = run_dir.lock_holder()
-            if holder is not None and holder["host"] in ("?", socket.gethostname()):
-                continue
-            self.elsewhere.remove(cell)
-            now = state_of(run_dir)
-            if holder is not None or now.state in (*DONE, "failed", "cancelled"):
-                self._ended(cell, now)
-            else:
-                self.pending.append(cell)
-
-    def _ended(self, cell: Cell, now: RunState) -> None:
-        self.ends.append(now.state)
-        failed = now.state == "failed"
-        reason = (
-            display.error_line(self._dir(cell), attempts=now.attempts, reason=now.reason)
-            if failed
-            else now.reason
-        )
-        self.progress.ended(cell, state=now.state, reason=reason)
-
-    def _stop_all(self) -> None:
-        """Terminate, then kill, our own workers; the same command resumes their runs."""
-        for job in self.jobs:
-            job.process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for job in self.jobs:
-            try:
-                job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-                job.process.wait()
-            code = job.process.returncode
-            settle(self._dir(job.cell), code=code, reason="stopped; the same command resumes it")
-        for cell in self.pending:
-            self._unqueue(cell)
-        self.jobs, self.pending = [], []
-
-    def _unqueue(self, cell: Cell) -> None:
-        now, before = self._dir(cell).status(), self.before[cell.run_id]
-        if now.state == "queued" and now.pid == os.getpid():
-            again = "planned" if before.state in ("queued", "running") else before.state
-            self._dir(cell).update_status(state=again, error=before.error)
-
-
-def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
-    """Write down the end of a run whose worker could not: killed, or gone before its first word."""
-    status = run_dir.status()
-    if run_dir.ended() or run_dir.lock_holder() is not None:
-        return
-    if status.state == "failed" and status.error and reason is None:
-        return
-    died = f"killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
-    run_dir.update_status(state="failed", phase="", error=reason or died)

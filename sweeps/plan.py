@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.identity import arm_id, config_from_json, run_id, scientific
 from relora_core import atomic
-from relora_core.config import ConfigError, RunConfig, SweepConfig, applies, get, validate, walk
+from relora_core.config import ConfigError, RunConfig, applies, get, validate, walk
 from sweeps.grid import Point, check_name, sweep_name
 
 LABELS = {
@@ -76,7 +76,7 @@ def make_plan(
     name = _plan_name(points, name)
     same: dict[str, list[RunConfig]] = {}
     for _, config in points:
-        named = dataclasses.replace(config, sweep=SweepConfig(name=name))
+        named = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
         same.setdefault(run_id(named), []).append(named)
     cells = [
         Cell(run_id=id_, arm_id=arm_id(configs[0]), name="", config=configs[0])

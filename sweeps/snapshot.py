@@ -1,25 +1,45 @@
-"""The code as it is when a sweep is planned: commit, digest of the science, and the diff.
+"""The code as it is now: recorded beside a plan, and frozen as a copy that queued jobs run.
 
-Works without git (then there is the digest alone). Not for: copying the tree for queued jobs.
+Works without git (then the project's own files are what is copied). Not for: what an attempt ran
+with (`experiments/environment.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import math
 import os
-import subprocess
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from experiments.runner import code_hash
+from experiments.environment import ROOT, SNAPSHOT, code_hash, frozen, git
 from relora_core import atomic
+from relora_core.config import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+PARTS = (
+    "run.py",
+    "pyproject.toml",
+    "README.md",
+    "conf",
+    "relora_core",
+    "experiments",
+    "sweeps",
+    "hydra_plugins",
+)
+"""What the project consists of, where no git can tell."""
+MB = 1e6
 
 
 @dataclass(kw_only=True, slots=True)
 class CodeState:
-    """What the code was; `diff` restores it from `commit`."""
+    """What the code was."""
 
     commit: str | None
     """None outside a git checkout."""
@@ -28,54 +48,231 @@ class CodeState:
     code_hash: str
     """Digest of relora_core, the same that each attempt records."""
     untracked: list[str]
-    diff: str
 
 
-def code_state(root: Path = ROOT) -> CodeState:
-    """Look at the checkout at `root`; changes nothing there, not even git's index."""
-    commit = _git(root, "rev-parse", "HEAD")
+@dataclass(kw_only=True, slots=True)
+class Entry:
+    """One file of a copy; `mode` is git's word: 100644, 100755 (executable) or 120000 (link)."""
+
+    name: str
+    mode: str
+    content: bytes
+    """Of a link: where it points."""
+
+
+# what the code is -------------------------------------------------------------------------------
+def code_state(root: Path = ROOT, *, output_dir: Path | str | None = None) -> CodeState:
+    """Look at the code at `root`, `output_dir` left out; changes nothing, not even git's index."""
+    if copy := frozen(root):
+        return CodeState(**{f.name: copy[f.name] for f in dataclasses.fields(CodeState)})
+    commit = git(root, "rev-parse", "HEAD")
     if commit is None:
-        return CodeState(commit=None, dirty=False, code_hash=code_hash(), untracked=[], diff="")
-    new = (_git(root, "ls-files", "-z", "--others", "--exclude-standard") or "").split("\0")
-    untracked = [name for name in new if name]
-    diff = _git(root, "diff", "--binary", "HEAD") or ""
-    diff += "".join(_as_added(root, name) for name in untracked)
+        return CodeState(commit=None, dirty=False, code_hash=code_hash(root), untracked=[])
+    untracked = _listed(root, "ls-files", "--others", "--exclude-standard") or []
+    untracked = _outside(untracked, root=root, output_dir=output_dir)
+    edited = _listed(root, "diff", "--name-only", "--relative", "HEAD")
+    kept = _outside(edited or [], root=root, output_dir=output_dir)
     return CodeState(
         commit=commit.strip(),
-        dirty=bool(diff or untracked),
-        code_hash=code_hash(),
+        dirty=edited is None or bool(kept or untracked),
+        code_hash=code_hash(root),
         untracked=untracked,
-        diff=diff,
     )
 
 
-def _as_added(root: Path, name: str) -> str:
-    """The diff that creates an untracked file."""
-    added = _git(root, "diff", "--binary", "--no-index", "--", "/dev/null", name, ok=(0, 1))
-    return added or ""
+def code_diff(root: Path = ROOT, *, untracked: list[str]) -> str:
+    """The patch from the commit to the code at `root`, `untracked` files as added ones."""
+    form = ("-c", "core.quotePath=false", "diff", "--binary", "--no-ext-diff", "--no-color")
+    form = (*form, "--src-prefix=a/", "--dst-prefix=b/")  # whatever the user's git prefers
+    added = [
+        git(root, *form, "--no-index", "--", "/dev/null", name, ok=(0, 1)) or ""
+        for name in untracked
+    ]
+    return (git(root, *form, "--no-renames", "--relative", "HEAD") or "") + "".join(added)
 
 
-def _git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
-    """git's output, or None where there is no git or `root` is in no checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            timeout=60,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    text = done.stdout.decode("utf-8", "surrogateescape")
-    return text if done.returncode in ok else None
-
-
-def record(folder: Path, *, root: Path = ROOT) -> CodeState:
-    """Write code.json and code.diff into `folder`."""
-    code = code_state(root)
-    facts = dataclasses.asdict(code)
-    diff = facts.pop("diff").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    atomic.write_json(folder / "code.json", facts)
-    atomic.write_text(folder / "code.diff", diff)
+def record(folder: Path, *, root: Path = ROOT, output_dir: Path | str | None = None) -> CodeState:
+    """Write code.json and code.diff into `folder`; the diff restores the code from the commit."""
+    code = code_state(root, output_dir=output_dir)
+    diff = "" if frozen(root) or code.commit is None else code_diff(root, untracked=code.untracked)
+    atomic.write_json(folder / "code.json", _facts(code))
+    atomic.write_text(folder / "code.diff", _readable(diff))
     return code
+
+
+def _facts(code: CodeState) -> dict[str, Any]:
+    return dataclasses.asdict(code) | {"untracked": [_readable(n) for n in code.untracked]}
+
+
+def _readable(text: str) -> str:
+    """Text that UTF-8 can hold; bytes that are none of it become question marks."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _listed(root: Path, command: str, *arguments: str) -> list[str] | None:
+    text = git(root, command, "-z", *arguments)
+    return None if text is None else [name for name in text.split("\0") if name]
+
+
+def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> list[str]:
+    """The names that are not `output_dir` nor below it, whatever links lead there."""
+    if output_dir is None:
+        return names
+    bases = {os.path.abspath(root), os.path.realpath(root)}
+    targets = {os.path.abspath(output_dir), os.path.realpath(output_dir)}
+    out = {os.path.relpath(target, base) for target in targets for base in bases}
+    return [n for n in names if not any(n == o or n.startswith(f"{o}/") for o in out)]
+
+
+# the copy ---------------------------------------------------------------------------------------
+def freeze(
+    folder: Path, *, output_dir: Path | str, root: Path = ROOT, limit_mb: float = 50
+) -> Path:
+    """Copy the code at `root` to folder/<tree_hash>, or find it there already; the copy's path.
+
+    Tracked and untracked-not-ignored files as they are now. Links inside the tree stay links,
+    links to files outside become files, links to folders outside stay and are absolute; submodules
+    and other checkouts inside are left out. ConfigError where the files exceed `limit_mb`.
+    """
+    _check_apart(root, output_dir=output_dir)
+    names = _outside(_names(root), root=root, output_dir=output_dir)
+    names = _outside(names, root=root, output_dir=folder)
+    _check_size(root, names, limit_mb=limit_mb)
+    code = code_state(root, output_dir=output_dir)
+    entries = _entries(root, names)
+    tree = tree_hash(entries)
+    if not (folder / tree).exists():
+        _write(entries, folder / tree, facts=_facts(code) | {"tree_hash": tree})
+    return folder / tree
+
+
+def tree_hash(entries: list[Entry]) -> str:
+    """Digest of names, modes and contents."""
+    digest = hashlib.sha256()
+    for entry in sorted(entries, key=lambda e: e.name):
+        name = os.fsencode(entry.name)
+        digest.update(f"{entry.mode} {len(name)} {len(entry.content)}\0".encode())
+        digest.update(name + entry.content)
+    return digest.hexdigest()[:16]
+
+
+def changed_files(one: Path, other: Path) -> list[str]:
+    """Names that two frozen copies do not have alike."""
+    left, right = ({e.name: e for e in _entries(c, list(_walk(c, ["."])))} for c in (one, other))
+    return sorted(n for n in left.keys() | right.keys() if left.get(n) != right.get(n))
+
+
+def _names(root: Path) -> list[str]:
+    """What belongs to the code at `root`; git may also name what is gone, and submodules."""
+    if frozen(root):
+        return list(_walk(root, ["."]))
+    names = _listed(root, "ls-files", "--cached", "--others", "--exclude-standard")
+    return sorted(set(names)) if names else list(_walk(root, PARTS))
+
+
+def _walk(root: Path, parts: tuple[str, ...] | list[str]) -> Iterator[str]:
+    """Every file and link below the parts of `root`, except what Python and the copy itself add."""
+    for part in parts:
+        top = root / part
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            name = str(path.relative_to(root))
+            added = name == SNAPSHOT or "__pycache__" in name.split(os.sep)
+            if (path.is_symlink() or path.is_file()) and not added:
+                yield name
+
+
+def _entries(root: Path, names: list[str]) -> list[Entry]:
+    return [entry for name in names if (entry := _read(root, name, names=names))]
+
+
+def _read(root: Path, name: str, *, names: list[str]) -> Entry | None:
+    """The file as it is now; None for one that is gone, a submodule or a checkout of its own."""
+    path = root / name
+    try:
+        if (target := _link(root, name, names=names)) is not None:
+            return Entry(name=name, mode="120000", content=os.fsencode(target))
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            return None
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return Entry(name=name, mode="100755" if mode & 0o100 else "100644", content=content)
+
+
+def _link(root: Path, name: str, *, names: list[str]) -> str | None:
+    """Where the copied link is to point; None for a file, and a link that becomes one."""
+    path = root / name
+    if not path.is_symlink():
+        return None
+    target = os.path.realpath(path)
+    if not os.path.exists(target):
+        return os.readlink(path)
+    inside = os.path.relpath(target, os.path.realpath(root))
+    if any(n == inside or n.startswith(f"{inside}/") for n in names):
+        return os.path.relpath(target, os.path.realpath(path.parent))
+    return target if os.path.isdir(target) else None
+
+
+def _write(entries: list[Entry], target: Path, *, facts: dict[str, Any]) -> None:
+    """All of it under a temporary name, then one rename; nothing remains of a failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        made.chmod(0o777 & ~atomic.UMASK)  # mkdtemp's 0700 would shut a lab's group out
+        for entry in entries:
+            _put(made / entry.name, entry)
+        atomic.write_json(made / SNAPSHOT, facts)
+        try:
+            made.rename(target)
+        except OSError:
+            if not (target / SNAPSHOT).exists():
+                raise  # else another process was first with the same copy
+        atomic.sync_folder(target.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            target.parent.rmdir()  # only an empty one goes
+
+
+def _put(path: Path, entry: Entry) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if entry.mode == "120000":
+        path.symlink_to(os.fsdecode(entry.content))
+        return
+    with open(path, "wb") as file:
+        file.write(entry.content)
+        file.flush()
+        os.fsync(file.fileno())  # a copy is used again by its name alone
+    if entry.mode == "100755":
+        path.chmod(0o777 & ~atomic.UMASK)
+
+
+def _check_apart(root: Path, *, output_dir: Path | str) -> None:
+    """Results among the code cannot be told from it."""
+    within = os.path.relpath(os.path.realpath(output_dir), os.path.realpath(root))
+    if within.split(os.sep)[0] in (".", *PARTS):
+        raise ConfigError(
+            f"output_dir must be apart from the code that is to be frozen, got "
+            f"{str(output_dir)!r}; nearest valid: 'outputs'"
+        )
+
+
+def _check_size(root: Path, names: list[str], *, limit_mb: float) -> None:
+    sizes: dict[str, int] = {}
+    for name in names:
+        if _link(root, name, names=names) is not None:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            found = (root / name).stat()
+            if stat.S_ISREG(found.st_mode):
+                sizes[name] = found.st_size
+    total = sum(sizes.values()) / MB
+    if total > limit_mb:
+        largest = sorted(sizes, key=lambda n: -sizes[n])[:3]
+        told = ", ".join(f"{_readable(n)} ({sizes[n] / MB:.1f} MB)" for n in largest)
+        raise ConfigError(
+            f"hydra.launcher.snapshot_limit_mb must be at least {math.ceil(total)}, the code to "
+            f"freeze is {total:.1f} MB, got {limit_mb:g}; largest files: {told} (.gitignore leaves "
+            f"files out)"
+        )

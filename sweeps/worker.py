@@ -1,8 +1,8 @@
-"""The job body: `python -m sweeps.worker RUN_DIR` runs or resumes one run from its frozen config.
+"""The body of every job: `python -m sweeps.worker RUN_DIR` runs or resumes one run, frozen there.
 
-Exit codes: 0 finished, 3 diverged, 1 failed (recorded in the run), 4 at work elsewhere. It knows
-nothing of sweeps, launchers or Hydra. A kill at any time is safe: the run resumes from its newest
-complete checkpoint.
+Exit codes: 0 finished, 3 diverged, 1 failed (recorded in the run), 4 at work elsewhere, 5 stopped
+and to be resumed, 6 cancelled. It knows nothing of sweeps, launchers or Hydra. A kill at any time
+is safe: the run resumes from its newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -13,22 +13,36 @@ import traceback
 from pathlib import Path
 
 from experiments.run_dir import RunDir, RunLocked
+from experiments.stopping import StopFlag
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
+from sweeps.state import gone
 
-FINISHED, FAILED, DIVERGED, LOCKED = 0, 1, 3, 4
+FINISHED, FAILED, DIVERGED, LOCKED, INTERRUPTED, CANCELLED = 0, 1, 3, 4, 5, 6
+CODES = {
+    "finished": FINISHED,
+    "diverged": DIVERGED,
+    "interrupted": INTERRUPTED,
+    "cancelled": CANCELLED,
+}
 
 
-def work(path: Path | str) -> int:
-    """Run the run at `path` in this process; the exit code says how it ended."""
+def work(path: Path | str, *, stop: StopFlag) -> int:
+    """Run the run at `path` in this process until it ends or `stop` says so; how it ended."""
     run_dir = RunDir(path)
     if not run_dir.config_path.exists():
         print(f"RUN_DIR must hold config.json, got {path}", file=sys.stderr)
         return FAILED
     from experiments.runner import run_experiment  # torch: only where a run is to be trained
 
+    heartbeat = run_dir.status().heartbeat
     try:
-        state = run_experiment(run_dir.config(), run_dir, console=False)
+        state = run_experiment(
+            run_dir.config(),
+            run_dir,
+            stop=stop,
+            gone=lambda holder: gone(holder, heartbeat=heartbeat),
+        )
     except RunLocked as error:
         print(error, file=sys.stderr)
         return LOCKED
@@ -38,12 +52,19 @@ def work(path: Path | str) -> int:
     except Exception:
         traceback.print_exc()
         return FAILED
-    return DIVERGED if state == "diverged" else FINISHED
+    return CODES[state]
+
+
+def main(argv: list[str]) -> int:
+    """`RUN_DIR`; the exit code."""
+    if len(argv) != 1:
+        print("usage: python -m sweeps.worker RUN_DIR", file=sys.stderr)
+        return 2
+    stop = StopFlag()
+    with stop.installed():
+        return work(argv[0], stop=stop)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        print("usage: python -m sweeps.worker RUN_DIR", file=sys.stderr)
-        sys.exit(2)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # for what the worker starts
-    sys.exit(work(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

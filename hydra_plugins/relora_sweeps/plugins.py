@@ -22,10 +22,11 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from relora_core.config import ConfigError, RunConfig
+from sweeps.options import SlurmOptions
 
 
 @dataclass
@@ -35,6 +36,8 @@ class GridConf:
     _target_: str = "hydra_plugins.relora_sweeps.plugins.GridSweeper"
     params: dict[str, Any] | None = field(default_factory=dict)
     """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
+    plan_only: bool = False
+    """Show what would be done, and its cost, and do nothing (`run.py --plan`)."""
 
 
 @dataclass
@@ -46,16 +49,24 @@ class LocalConf:
     """Runs at a time; null: one per GPU, or per core where there is none."""
 
 
+@dataclass(kw_only=True)
+class SlurmConf(SlurmOptions):
+    """`hydra/launcher=slurm`: job arrays; the command returns once they are submitted."""
+
+    _target_: str = "hydra_plugins.relora_sweeps.plugins.SlurmLauncher"
+
+
 _store = ConfigStore.instance()
 _store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
 _store.store(group="hydra/launcher", name="local", node=LocalConf, provider="relora_sweeps")
+_store.store(group="hydra/launcher", name="slurm", node=SlurmConf, provider="relora_sweeps")
 
 
 class GridSweeper(Sweeper):
     """Expands the axes with Hydra's own grammar and hands all points to the launcher at once."""
 
-    def __init__(self, params: dict[str, Any] | None = None) -> None:
-        self.params = params or {}
+    def __init__(self, params: dict[str, Any] | None = None, plan_only: bool = False) -> None:
+        self.params, self.plan_only = params or {}, plan_only
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -67,21 +78,27 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         texts = [f"{key}={value}" for key, value in self.params.items()] + arguments
-        if not isinstance(self.launcher, LocalLauncher):
-            raise ConfigError("hydra/launcher must be local with hydra/sweeper=relora_grid")
+        if not isinstance(self.launcher, OurLauncher):
+            raise ConfigError(
+                "hydra/launcher must be local or slurm with hydra/sweeper=relora_grid"
+            )
+        self.launcher.plan_only = self.plan_only
         self.launcher.launch(expand(texts, loader=self.loader), initial_job_idx=0)
 
 
-class LocalLauncher(Launcher):
-    """Composes every point, then plans, writes and runs them; ends the process where one failed."""
+class OurLauncher(Launcher):
+    """Composes every point and hands all to `sweeps`; ends the process where something failed."""
 
-    def __init__(self, max_parallel: int | None = None) -> None:
-        self.max_parallel = max_parallel
+    plan_only = False
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.loader, self.config = hydra_context.config_loader, config
+
+    def made(self) -> Any:
+        """The launcher of `sweeps` that this one stands for."""
+        raise NotImplementedError
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -91,10 +108,37 @@ class LocalLauncher(Launcher):
 
         configs = Composer(self.loader, self.config).all(job_overrides)
         points = list(zip(points_from(job_overrides), configs, strict=True))
-        code = run_sweep(points, command=_command(), max_parallel=self.max_parallel)
+        code = run_sweep(points, launcher=self.made(), command=_command(), plan_only=self.plan_only)
         if code:
             raise SystemExit(code)
         return []
+
+
+class LocalLauncher(OurLauncher):
+    """Worker processes on this machine."""
+
+    def __init__(self, max_parallel: int | None = None) -> None:
+        self.max_parallel = max_parallel
+
+    def made(self) -> Any:
+        from sweeps.local import LocalLauncher as Local
+
+        return Local(max_parallel=self.max_parallel)
+
+
+class SlurmLauncher(OurLauncher):
+    """SLURM job arrays."""
+
+    def __init__(self, **options: Any) -> None:
+        self.values: dict[str, Any] = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for key, value in options.items()
+        }
+
+    def made(self) -> Any:
+        from sweeps.slurm import SlurmLauncher as Slurm
+
+        return Slurm(options=SlurmOptions(**self.values))
 
 
 def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:

@@ -15,7 +15,7 @@ from experiments import schema
 from hydra_plugins.relora_sweeps import plugins
 from hydra_plugins.relora_sweeps.plugins import Composer, GridSweeper, LocalLauncher, expand
 from relora_core.config import ConfigError
-from sweeps.launch import ROOT
+from sweeps.local import ROOT
 
 
 @pytest.fixture
@@ -119,7 +119,8 @@ def test_a_sweep_hands_over_all_points_at_once_and_its_exit_code(loader, monkeyp
         {"seed": s, "relora.r": r} for s in "01" for r in "48"
     ]
     assert [(c.seed, c.relora.r) for _, c in points] == [(0, 4), (0, 8), (1, 4), (1, 8)]
-    assert options["max_parallel"] == 3
+    assert options["launcher"].max_parallel == 3
+    assert not options["plan_only"]
 
 
 def test_both_plugins_live_where_hydra_looks_for_them():

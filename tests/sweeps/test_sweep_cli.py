@@ -8,13 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from experiments.identity import arm_id
 from experiments.run_dir import STATES, RunDir
+from sweeps import cluster
 from sweeps.__main__ import main
-from sweeps.launch import ROOT
 from sweeps.plan import make_plan, store
+from sweeps.state import Submission, jobs_folder
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -53,6 +58,96 @@ def test_status_json_has_one_entry_per_run(out, capsys):
     assert told["alone"]["sweep"] is None
 
 
+def test_status_json_tells_arm_seed_and_job(out, make, capsys):
+    alone = RunDir(out / "runs" / "alone")
+    alone.update_status(state="failed", job_id="12_3")
+    main(["status", "--json", "--output-dir", str(out)])
+    runs = {run["run_id"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert {run["arm_id"] for run in runs.values()} == {arm_id(make())}  # seeds of one setting
+    assert sorted(run["seed"] for run in runs.values()) == [0, 1, 2]
+    assert [run["job_id"] for run in runs.values() if run["job_id"]] == ["12_3"]
+    assert runs["alone"]["job_id"] == "12_3"
+
+
+@pytest.fixture
+def many(make, tmp_path):
+    """A sweep of 8 arms with 2 seeds; the first arm is finished, one run of the second failed."""
+    folder = tmp_path / "out"
+    grid = [({"r": str(r), "seed": str(s)}, make(r=r, seed=s)) for r in range(1, 9) for s in (0, 1)]
+    plan = store(make_plan(grid, name="many"), output_dir=folder)
+    grid = {cell.name: RunDir(folder / "runs" / cell.run_id) for cell in plan.cells}
+    for cell in plan.cells:
+        grid[cell.name].create(cell.config)
+    for name, loss in (("relora.r=1 seed=0", 1.0), ("relora.r=1 seed=1", 2.0)):
+        metrics = {"train/loss": loss, "eval/paloma/perplexity": 10 * loss}
+        grid[name].write_result({"state": "finished", "metrics": metrics})
+        grid[name].update_status(state="finished", step=4, loss=9.0)
+    grid["relora.r=2 seed=0"].update_status(state="failed", error="RuntimeError: [boom]")
+    grid["relora.r=2 seed=0"].error_path.write_text("Traceback")
+    return folder
+
+
+def lines(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_few_runs_have_a_line_each_and_many_are_told_by_arm(many, make, capsys):
+    main(["status", "--output-dir", str(many)])
+    assert len(lines(capsys.readouterr().out, "relora.r=")) == 16
+    more = [({"seed": str(s)}, make(r=1, seed=s)) for s in range(2, 12)]
+    store(make_plan(more, name="many"), output_dir=many)
+    main(["status", "--output-dir", str(many)])
+    arms = lines(capsys.readouterr().out, "relora.r=")
+    assert len(arms) == 8
+    first, second = arms[:2]
+    assert first.split()[:2] == ["relora.r=1", "12"]  # seeds
+    assert "2 finished, 10 planned" in first
+    assert "1.5 ± 0.71" in first  # of 1 and 2: the result's losses, not the last ones logged
+    assert " 15 " in first  # mean perplexity
+    assert "0/4" in second
+    assert "1 failed, 1 planned" in second
+    assert "[boom]" in second
+    main(["status", "--runs", "--output-dir", str(many)])
+    assert len(lines(capsys.readouterr().out, "relora.r=")) == 26
+
+
+def test_failures_are_told_with_the_file_that_says_more(many, capsys):
+    main(["status", "--output-dir", str(many)])
+    (line,) = lines(capsys.readouterr().out.replace("\n(", " ("), "failed relora.r=2 seed=0")
+    assert "RuntimeError: [boom]" in line
+
+
+def test_columns_without_a_word_are_left_out(out, capsys):
+    main(["status", "--output-dir", str(out)])
+    text = capsys.readouterr().out
+    assert "loss" in text
+    assert "tokens/s" not in text
+    assert "job" not in text
+
+
+def test_looking_changes_nothing_on_disk(many):
+    def image():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in many.rglob("*")}
+
+    before = image()
+    for command in (["status"], ["status", "--json"], ["plan", "many"]):
+        assert main([*command, "--output-dir", str(many)]) == 0
+    assert image() == before
+
+
+def test_a_broken_plan_is_named(out, capsys):
+    for text in ("{", '{"cells": [{"run_id": "x"}]}', "[]"):
+        (out / "sweeps" / "seed" / "plan.json").write_text(text)
+        assert main(["status", "--output-dir", str(out)]) == 2
+        assert "plan.json" in capsys.readouterr().err
+
+
+def test_a_run_whose_config_is_unreadable_is_told_all_the_same(out, capsys):
+    (out / "runs" / "alone" / "config.json").write_text('{"from": "the future"}')
+    assert main(["status", "--json", "--output-dir", str(out)]) == 0
+    assert "alone" in capsys.readouterr().out
+
+
 def test_status_of_one_sweep_shows_its_runs_only(out, capsys):
     assert main(["status", "seed", "--output-dir", str(out)]) == 0
     text = capsys.readouterr().out
@@ -74,6 +169,14 @@ def test_no_runs_is_no_error(tmp_path, capsys):
         (["plan", "sed"], "Did you mean 'seed'?"),
         (["logs", "alon"], "no log yet"),
         (["logs", "nobody"], "got 'nobody'"),
+        (["logs", "sed"], "Did you mean 'seed'?"),
+        (["logs", "seed"], "RUN must name one run, got the sweep"),
+        (["logs", "alone", "--slurm"], "alone is planned"),
+        (["logs", "alone", "--slurm", "--attempt", "1"], "--attempt must be left out"),
+        (["cancel", "sed"], "Did you mean 'seed'?"),
+        (["retry", "nano"], "RUN must name one run"),
+        (["watch", "sed"], "Did you mean 'seed'?"),
+        (["watch", "--interval", "0"], "nearest valid: 1"),
         (["sync", "--tracking-uri", "ftp://x"], "tracking.uri must begin with one of"),
     ],
 )
@@ -119,6 +222,77 @@ def test_following_a_log_ends_with_the_run_and_misses_nothing(out, capsys):
     assert main(["logs", "alone", "-f", "--output-dir", str(out)]) == 0
     thread.join()
     assert capsys.readouterr().out == "a\nb\n"
+
+
+def test_following_goes_on_with_the_next_attempt(out, capsys):
+    run = RunDir(out / "runs" / "alone")
+    run.log_path(1).write_text("a\n")
+    run.update_status(state="running", host="elsewhere", attempts=1)
+
+    def requeued():
+        time.sleep(0.3)
+        run.update_status(state="queued", host="elsewhere", job_id=None)
+        run.log_path(2).write_text("b\n")
+        run.update_status(state="running", host="elsewhere", attempts=2)
+        time.sleep(0.7)
+        run.update_status(state="cancelled")
+
+    thread = threading.Thread(target=requeued)
+    thread.start()
+    assert main(["logs", "alone", "-f", "--output-dir", str(out)]) == 0
+    thread.join()
+    assert capsys.readouterr().out == "a\n==> 002.log <==\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "name"),
+    [([["alone"]], "12_0_log.out"), ([["x"], ["y", "alone"]], "12_1_0_log.out")],
+)
+def test_logs_of_slurm_are_those_of_the_runs_newest_job(
+    out, make, capsys, monkeypatch, tasks, name
+):
+    """SLURM's file while there is no attempt's, or when asked for."""
+    monkeypatch.setattr(cluster, "available", lambda: False)
+    plan = make_plan([({}, make(seed=2))], name="jobs")
+    plan.cells[0].run_id = "alone"
+    store(plan, output_dir=out)
+    folder = jobs_folder(out, name="jobs")
+    for created, job_id in ((1.0, "11"), (2.0, "12"), (3.0, None)):
+        one = Submission(submission=f"s{created:.0f}", name="n", created=created, job_id=job_id)
+        one.tasks = tasks
+        one.write(folder / one.submission)
+    (folder / "s1" / name.replace("12", "11")).write_text("old\n")
+    (folder / "s2" / name).write_text("from SLURM\n")
+    run = RunDir(out / "runs" / "alone")
+    run.update_status(state="failed", job_id=name.removesuffix("_0_log.out"))
+    assert main(["logs", "alone", "--output-dir", str(out)]) == 0
+    assert capsys.readouterr().out == "from SLURM\n"
+    run.log_path(1).write_text("its own\n")
+    assert main(["logs", "alone", "--output-dir", str(out)]) == 0
+    assert capsys.readouterr().out == "its own\n"
+    assert main(["logs", "alone", "--slurm", "--output-dir", str(out)]) == 0
+    assert capsys.readouterr().out == "from SLURM\n"
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "logs", "cancel", "retry", "plan", "sync"])
+def test_help_of_each_command_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"python -m sweeps {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.slow
+def test_status_of_500_runs_takes_less_than_two_seconds(make, tmp_path, capsys):
+    folder = tmp_path / "out"
+    grid = [({}, make(r=r, seed=s)) for r in range(1, 9) for s in range(63)]
+    plan = store(make_plan(grid, name="big"), output_dir=folder)
+    for cell in plan.cells:
+        RunDir(folder / "runs" / cell.run_id).create(cell.config)
+    start = time.monotonic()
+    assert main(["status", "--output-dir", str(folder)]) == 0
+    assert time.monotonic() - start < 2
+    assert "504 planned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["status", "--json"], ["plan", "seed"], ["--help"]])

@@ -21,7 +21,8 @@ from experiments.run_dir import RunDir
 from experiments.state import state_of
 from relora_core.config import ConfigError, EvalConfig, PalomaConfig
 from sweeps import display
-from sweeps.launch import ROOT, Slots, cost, launch_local, run_sweep, visible_gpus
+from sweeps.launch import run_sweep
+from sweeps.local import ROOT, LocalLauncher, Slots, cost, launch_local, visible_gpus
 from sweeps.plan import make_plan
 
 
@@ -181,7 +182,7 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from experiments.identity import config_from_json
-from sweeps.launch import launch_local
+from sweeps.local import launch_local
 from sweeps.plan import load
 plan = load(Path(sys.argv[1]))
 summary = launch_local(plan, output_dir=sys.argv[2], max_parallel=1, worker=sys.argv[3:])
@@ -301,6 +302,8 @@ def test_bad_data_ends_the_command_before_anything_is_planned(make, tmp_path, mo
     config = make(eval=EvalConfig(paloma=PalomaConfig(enabled=False)))
     config.model.vocab_size = None
     with pytest.raises(DataError, match="row 3 holds id 99"):
-        run_sweep([({"seed": "0"}, config)], console=Console(file=io.StringIO()))
+        run_sweep(
+            [({"seed": "0"}, config)], launcher=LocalLauncher(), console=Console(file=io.StringIO())
+        )
     assert not (tmp_path / "out" / "sweeps").exists()
     assert not (tmp_path / "out" / "runs").exists()

@@ -1,0 +1,314 @@
+"""What a plan will cost in device-hours, judged by finished runs; and the budget that refuses it.
+
+A run's hours are its training FLOPs over the FLOP/s that finished runs achieved, and its share of
+start-up, evals and dynamics as theirs. Not for: memory and disk (`relora_core/costs.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
+from experiments.state import RunState
+from relora_core import costs
+from relora_core.config import ConfigError, RunConfig
+from sweeps.plan import Cell
+
+CPU = "cpu"
+SPREAD = 0.3
+"""Margin of one measured run: equal runs on one machine were found 0.75 to 1.3 times as fast as
+their median, by what else it did. It falls with the root of their number."""
+SCALED = 3.0
+"""Factor either way where only FLOPs are known: a model of 11 M parameters reached half the FLOP/s
+of one of 65 M, and one of 40 k a fifth."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Rate:
+    """How fast a finished run was."""
+
+    run_id: str
+    label: str
+    """Name of its model."""
+    device: str
+    """Name of the GPU, or `cpu`."""
+    shape: str
+    forward_flops: int
+    """Per token."""
+    flops_per_s: float
+    """Training FLOPs of each process in a second of training."""
+    overhead_s: float | None
+    """Process-seconds of each look (start, eval, dynamics); None where it cannot be told."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Estimate:
+    """Device-hours of one run, or of several."""
+
+    hours: float
+    low: float
+    high: float
+    basis: str
+    """What it rests on, in words."""
+    bound: bool = False
+    """Nothing was measured: `hours` is what a time limit allows one attempt."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Place:
+    """What one run is to be given, over all its nodes."""
+
+    processes: int = 1
+    gpus: float = 0
+    """A share of one where runs are packed."""
+    time_limit_h: float | None = None
+    """Of one attempt."""
+
+
+# what was measured ------------------------------------------------------------------------------
+def measured(output_dir: Path | str) -> list[Rate]:
+    """The rate of every run below `output_dir` that has its result and says what it ran on."""
+    rates = (_rate(run_dir) for run_dir in all_runs(output_dir))
+    return [rate for rate in rates if rate is not None]
+
+
+def _rate(run_dir: RunDir) -> Rate | None:
+    result = run_dir.result() or {}
+    if result.get("state") not in DONE:
+        return None
+    try:
+        config, records = run_dir.config(), run_dir.attempt_records()
+        places = {(_device(record, config), int(record["world"])) for record in records}
+        tokens = result["metrics"]["train/tokens"]
+        seconds = result["metrics"]["perf/train_seconds"]
+    except (KeyError, TypeError, ValueError):  # written by a version that did not say
+        return None
+    if len(places) != 1 or not seconds > 0:  # attempts on unlike machines: which was how fast?
+        return None
+    device, world = places.pop()
+    flops = costs.flops_per_token(config)
+    overhead = None
+    if result["attempts"] == 1 and result["state"] == "finished":
+        overhead = max(result["attempt_seconds"] - seconds, 0.0) * world / looks(config)
+    return Rate(
+        run_id=run_dir.run_id,
+        label=config.model.name,
+        device=device,
+        shape=shape(config, processes=world),
+        forward_flops=flops.forward,
+        flops_per_s=flops.train * tokens / seconds / world,
+        overhead_s=overhead,
+    )
+
+
+def _device(record: Mapping[str, Any], config: RunConfig) -> str:
+    """Of an attempt; KeyError where its record does not say."""
+    gpus = record["gpus"]
+    return CPU if config.runtime.device == "cpu" or not gpus else str(gpus[0])
+
+
+def shape(config: RunConfig, *, processes: int) -> str:
+    """Runs that agree in this do the same work at the same speed, up to the FLOPs of their rank."""
+    model = dataclasses.replace(config.model, name="")
+    paloma = dataclasses.replace(config.eval.paloma, every_steps=None, path=None)
+    blimp = dataclasses.replace(config.eval.blimp, every_steps=None, path=None)
+    dynamics = config.dynamics if config.dynamics.every_steps else None
+    kinds = dynamics and (dynamics.what, dynamics.kinds)
+    micro = config.train.micro_batch_size or config.train.batch_size // processes
+    train = (config.method, config.data.seq_len, micro, config.train.precision, processes)
+    return repr((model, train, paloma, blimp, kinds))
+
+
+def looks(config: RunConfig, *, done: int = 0) -> int:
+    """What happens beside training after step `done`: the start, evals, measures of dynamics."""
+    steps, count = config.train.steps, 1
+    for section in (config.eval.paloma, config.eval.blimp):
+        every = section.every_steps
+        if section.enabled and every is None:
+            count += 1
+        elif section.enabled and every:
+            count += steps // every - done // every + bool(steps % every) + (done == 0)
+    if every := config.dynamics.every_steps:
+        count += steps // every - done // every + (done == 0)
+    return count
+
+
+# what is to come --------------------------------------------------------------------------------
+def estimate(
+    config: RunConfig,
+    *,
+    rates: Sequence[Rate],
+    processes: int = 1,
+    gpus: float = 0,
+    done: int = 0,
+    time_limit_h: float | None = None,
+) -> Estimate | None:
+    """Device-hours of a run from step `done` on: GPU-hours where it holds GPUs, else process-hours.
+
+    `processes` and `gpus` are those of the whole run, over all nodes. Without a measured run on
+    such a device it is what `time_limit_h` allows, and None without that.
+    """
+    devices = gpus or processes
+    alike, basis, factor = _alike(config, rates=rates, processes=processes, on_gpu=gpus > 0)
+    if not alike:
+        if time_limit_h is None:
+            return None
+        hours = time_limit_h * devices
+        return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
+    seconds = _predicted(config, alike, done=done)
+    middle = statistics.median(seconds)
+    margin = SPREAD / math.sqrt(len(seconds))
+    tenths = statistics.quantiles([*seconds, *seconds], n=10, method="inclusive")
+    low = min(tenths[0], middle * (1 - margin)) / factor
+    high = max(tenths[-1], middle * (1 + margin)) * factor
+    hours = devices / processes / 3600
+    return Estimate(hours=middle * hours, low=low * hours, high=high * hours, basis=basis)
+
+
+def _alike(
+    config: RunConfig, *, rates: Sequence[Rate], processes: int, on_gpu: bool
+) -> tuple[list[Rate], str, float]:
+    """Rates to go by, why in words, and the factor of doubt that they need."""
+    there = [rate for rate in rates if (rate.device != CPU) == on_gpu]
+    if not there:
+        return [], "", 1.0
+    own = shape(config, processes=processes)
+    if same := [rate for rate in there if rate.shape == own]:
+        return same, _told(same), 1.0
+    flops = costs.flops_per_token(config).forward
+    nearest = min(there, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
+    group = [rate for rate in there if rate.shape == nearest.shape]
+    return group, f"{_told(group)}, scaled by FLOPs", SCALED
+
+
+def _told(rates: Sequence[Rate]) -> str:
+    """`3 finished runs of tiny on cpu`."""
+    runs = f"{len(rates)} finished run{'s' if len(rates) > 1 else ''}"
+    devices = " and ".join(sorted({rate.device for rate in rates}))
+    return f"{runs} of {rates[0].label} on {devices}"
+
+
+def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[float]:
+    """Process-seconds of the run from step `done` on, as each of the rates has it."""
+    flops = costs.flops_per_token(config)
+    steps = max(config.train.steps - done, 0)
+    work = flops.train * steps * config.train.batch_size * config.data.seq_len
+    known = [r.overhead_s / r.forward_flops for r in rates if r.overhead_s is not None]
+    typical = statistics.median(known) if known else 0.0
+    beside = flops.forward * looks(config, done=done)
+    return [
+        work / rate.flops_per_s
+        + beside * (typical if rate.overhead_s is None else rate.overhead_s / rate.forward_flops)
+        for rate in rates
+    ]
+
+
+def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    """The sum of those that are there; None where none is.
+
+    Ends are added: runs that are judged by the same measurements err together.
+    """
+    known = [one for one in estimates if one is not None]
+    if not known:
+        return None
+    return Estimate(
+        hours=sum(one.hours for one in known),
+        low=sum(one.low for one in known),
+        high=sum(one.high for one in known),
+        basis="; ".join(dict.fromkeys(one.basis for one in known)),
+        bound=any(one.bound for one in known),
+    )
+
+
+# a plan -----------------------------------------------------------------------------------------
+def to_run(state: RunState | None) -> bool:
+    """Whether the command runs it: neither done nor in flight."""
+    return state is None or state.state not in (*DONE, "running", "queued")
+
+
+def estimates(
+    cells: Sequence[Cell],
+    *,
+    states: Mapping[str, RunState],
+    output_dir: Path | str,
+    rates: Sequence[Rate],
+    place: Callable[[RunConfig], Place] = lambda config: Place(),
+) -> dict[str, Estimate | None]:
+    """run_id -> what is left of each run that the command would queue; None: not known."""
+    folder, found = runs_folder(output_dir), {}
+    for cell in cells:
+        if to_run(states.get(cell.run_id)):
+            where, done = place(cell.config), RunDir(folder / cell.run_id).newest_step()
+            found[cell.run_id] = estimate(
+                cell.config,
+                rates=rates,
+                processes=where.processes,
+                gpus=where.gpus,
+                done=done,
+                time_limit_h=where.time_limit_h,
+            )
+    return found
+
+
+def check_budget(
+    estimates: Mapping[str, Estimate | None], *, max_gpu_hours: float | None, unit: str = "GPU"
+) -> None:
+    """ConfigError where the runs to queue are expected to take more than the budget.
+
+    The middle of the estimate decides. A run that nothing is known of is refused: a budget that
+    lets it pass would be none.
+    """
+    if max_gpu_hours is None or not estimates:
+        return
+    runs, key = len(estimates), "sweep.max_gpu_hours"
+    unknown = sum(one is None for one in estimates.values())
+    if unknown:
+        raise ConfigError(
+            f"{key} must be null while nothing is known of the cost of {unknown} of {runs} runs, "
+            f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
+        )
+    whole = total(estimates.values())
+    if whole is None or whole.hours <= max_gpu_hours:
+        return
+    fits = _fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
+    told = f"{interval(whole)} {unit}-hours by {whole.basis}"
+    raise ConfigError(
+        f"{key} must be >= {_rounded_up(whole.hours)} for {runs} runs ({told}), got "
+        f"{max_gpu_hours:g}; {fits} of them fit" + whole.bound * f"; {_how_to_measure(unit)}"
+    )
+
+
+def _how_to_measure(unit: str) -> str:
+    """What gives a plan an estimate."""
+    return f"finish one run on a {unit} first (fewer train.steps will do)"
+
+
+def _fitting(hours: Iterable[float], *, limit: float) -> int:
+    """How many runs fit at most: the cheapest ones."""
+    spent, count = 0.0, 0
+    for one in sorted(hours):
+        spent += one
+        count += spent <= limit
+    return count
+
+
+def _rounded_up(value: float) -> str:
+    """To three digits, so that what is advised suffices."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.12g}"
+
+
+def interval(one: Estimate) -> str:
+    """`1.2 (0.9-1.6)`, or `<= 48` where it is a bound; two digits of the middle."""
+    if one.high < 0.001:
+        return "< 0.001"
+    places = min(max(1 - math.floor(math.log10(one.hours)), 0), 4)
+    if one.bound:
+        return f"<= {one.high:.{places}f}"
+    return f"{one.hours:.{places}f} ({one.low:.{places}f}-{one.high:.{places}f})"

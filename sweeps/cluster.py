@@ -1,0 +1,376 @@
+"""Questions to SLURM and its answers, through its own command-line tools. Not for: what they mean.
+
+Only `-o` formats are read (JSON output differs between releases). A tool that does not answer is an
+error of its own, SlurmError: silence is never read as news about a job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_core.config import ConfigError, nearest
+
+ANSWER_S = 60.0
+"""How long a tool may take; a busy controller needs tens of seconds."""
+PAUSE_S = 2.0
+"""Between two tries at a controller that is busy or being restarted."""
+SACCT_DAYS = 30
+"""How far back a job is looked for by name."""
+SCONTROL_MAX = 8
+"""How many jobs that neither squeue nor sacct knows are asked for one by one."""
+
+OVER = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL")).union(
+    ("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
+)
+WAITING = frozenset(
+    ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+)
+
+BUSY = re.compile(
+    r"socket timed out|unable to contact|connection (refused|reset|timed out)|zero bytes|"
+    r"temporarily unable|resource temporarily|rate.?limit|backup controller|try again",
+    re.IGNORECASE,
+)
+"""What the tools say where the controller, not the request, is the trouble."""
+PENDING = re.compile(r"job is pending execution", re.IGNORECASE)
+"""Requeued already."""
+FORGOTTEN = re.compile(r"invalid job id|already complet|job/step already", re.IGNORECASE)
+SPAN = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+"""`1-02:03:04`, `2:03:04`, `3:04`; not `UNLIMITED`, `INVALID`."""
+
+
+class SlurmError(RuntimeError):
+    """SLURM did not answer, or refused; one line."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """One job, or one task of an array, as SLURM sees it."""
+
+    job_id: str
+    """`123`, or `123_4` for task 4 of an array."""
+    state: str
+    """One word, such as PENDING, RUNNING, NODE_FAIL."""
+    reason: str = ""
+    """Why it waits."""
+    name: str = ""
+    node: str = ""
+    source: str = "squeue"
+    """Which tool said so: squeue, sacct or scontrol."""
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+    @property
+    def alive(self) -> bool:
+        """It runs or may run yet; a word of a later release counts as alive."""
+        return not self.over
+
+    @property
+    def waiting(self) -> bool:
+        """It has no node: queued, requeued or held."""
+        return self.state in WAITING
+
+
+def available() -> bool:
+    """Can jobs be submitted and asked for from here?"""
+    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+# asking -----------------------------------------------------------------------------------------
+def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
+    """What SLURM knows of these jobs, one question for all; jobs nobody knows are left out.
+
+    SlurmError only where squeue does not answer: sacct is not everywhere, and its answer is older.
+    """
+    wanted = set(job_ids)
+    if not wanted:
+        return {}
+    found = {job.job_id: job for job in _squeue() if job.job_id in wanted}
+    for ask in (_sacct, _scontrol):
+        missing = wanted - found.keys()
+        if missing:
+            bases = sorted({job_id.partition("_")[0] for job_id in missing}, key=_number)
+            found |= {job.job_id: job for job in ask(bases) if job.job_id in missing}
+    return found
+
+
+def find(name: str) -> str | None:
+    """Id of the newest own job of that name (of an array: without the task), if SLURM has one."""
+    for listed in (_squeue, _sacct_recent):
+        # The accounting stores a double quote as a backtick.
+        same = (name, name.replace('"', "`"))
+        ids = {job.job_id.partition("_")[0] for job in listed() if job.name in same}
+        if ids:
+            return max(ids, key=_number)
+    return None
+
+
+def _number(job_id: str) -> tuple[int, str]:
+    return (int(job_id) if job_id.isdigit() else -1, job_id)
+
+
+def _squeue() -> list[Job]:
+    """Every own job that the controller still holds, ended ones too (about five minutes)."""
+    # The name comes last: it may hold the separator. -a: partitions may be hidden.
+    query = [
+        "squeue",
+        "-h",
+        "-a",
+        "-r",
+        "-t",
+        "all",
+        "-u",
+        str(os.getuid()),
+        "-o",
+        "%i|%T|%r|%N|%j",
+    ]
+    return [
+        Job(job_id=job_id, state=state, reason=rest[0], node=rest[1], name=rest[2])
+        for job_id, state, *rest in _rows(_ask(query), columns=5)
+    ]
+
+
+def _sacct(bases: Sequence[str]) -> list[Job]:
+    return _accounted(["-j", ",".join(bases)])
+
+
+def _sacct_recent() -> list[Job]:
+    return _accounted(["-u", str(os.getuid()), "-S", f"now-{SACCT_DAYS}days"])
+
+
+def _accounted(which: Sequence[str]) -> list[Job]:
+    """Of the accounting, newest record of each job; nothing where there is no accounting."""
+    query = ["sacct", "-X", "-n", "-P", *which, "-o", "JobID,State,NodeList,JobName"]
+    try:
+        answer = _ask(query, tries=1)
+    except SlurmError:
+        return []
+    return [
+        Job(job_id=job_id, state=state, node=node, name=name, source="sacct")
+        for job_id, state, node, name in _rows(answer, columns=4)
+    ]
+
+
+def _scontrol(bases: Sequence[str]) -> list[Job]:
+    """One question per job, so only for the newest few."""
+    found: list[Job] = []
+    for base in bases[-SCONTROL_MAX:]:
+        try:
+            answer = _ask(["scontrol", "-o", "show", "job", base], tries=1)
+        except SlurmError:
+            continue
+        for line in answer.splitlines():
+            found += _shown(line)
+    return found
+
+
+def _shown(line: str) -> Iterator[Job]:
+    """The tasks in one line of `scontrol -o show job`."""
+
+    def value(key: str, end: str = " ") -> str:
+        match = re.search(rf"(?:^| ){key}=(.*?)(?:{end}|$)", line)
+        return match[1] if match else ""
+
+    array = value("ArrayJobId")
+    task = value("ArrayTaskId")
+    ids = f"{array}_{task if task.isdigit() else f'[{task}]'}" if array else value("JobId")
+    state = value("JobState")
+    for job_id in _expand(ids) if state else []:  # a newline in the name cuts the line short
+        yield Job(
+            job_id=job_id,
+            state=state,
+            reason=value("Reason").replace("None", ""),
+            name=value("JobName", end=" UserId="),
+            node=value("NodeList"),
+            source="scontrol",
+        )
+
+
+def _rows(answer: str, *, columns: int) -> Iterator[list[str]]:
+    """Lines `id|STATE|...` with ids written out; steps and what newlines in names leave are not."""
+    for line in answer.splitlines():
+        cells = line.split("|", columns - 1)
+        if len(cells) == columns and cells[1]:
+            state = cells[1].split()[0].rstrip("+")  # `CANCELLED by 1000`, `CANCELLED+`
+            for job_id in _expand(cells[0].strip()):
+                yield [job_id, state, *cells[2:]]
+
+
+def _expand(word: str) -> list[str]:
+    """`12_[3-5,9%2]` -> 12_3, 12_4, 12_5, 12_9; no id (`12.batch`, `Reason`) -> none."""
+    if re.fullmatch(r"\d+(_\d+)?", word):
+        return [word]
+    match = re.fullmatch(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]", word)
+    if match is None:
+        return []
+    tasks: list[int] = []
+    for part in filter(None, match[2].split(",")):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        tasks += range(int(first), int(last or first) + 1, int(step or 1))
+    return [f"{match[1]}_{task}" for task in tasks]
+
+
+# the job at hand ----------------------------------------------------------------------------------
+def end_time(job_id: str) -> float | None:
+    """When the job's time limit ends it, seconds since the epoch; None: never, or SLURM is silent.
+
+    It can be moved at any time, so SLURM is asked before its environment variable is believed.
+    """
+    try:
+        left = _ask(["squeue", "-h", "-a", "-r", "-j", job_id, "-o", "%i|%L"], tries=1)
+    except SlurmError:
+        known = os.environ.get("SLURM_JOB_END_TIME", "")  # of our own job; since release 22.05
+        return float(known) if known.isdigit() else None
+    for id_, seconds in _rows(left, columns=2):
+        if id_ == job_id and (match := SPAN.fullmatch(seconds)):
+            days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+            return time.time() + ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    return None
+
+
+# the site ---------------------------------------------------------------------------------------
+def max_array_size() -> int | None:
+    """How many tasks an array may have, None where SLURM does not say."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.M)
+    return int(match[1]) if match else None
+
+
+def partitions() -> list[str]:
+    """Every partition's name."""
+    return sorted(set(_ask(["sinfo", "-h", "-a", "-o", "%R"]).split()))
+
+
+def test(script: Path) -> None:
+    """Would SLURM take this job? Queues nothing; ConfigError says in one line what it refuses."""
+    asked = directives(script.read_text(encoding="utf-8"))
+    try:
+        _ask(["sbatch", "--test-only", str(script)])
+    except SlurmError as error:
+        if BUSY.search(str(error)) or "did not answer" in str(error):
+            raise
+        raise ConfigError(_refusal(str(error), asked=asked)) from None
+
+
+def directives(script: str) -> dict[str, str]:
+    """The `#SBATCH --option=value` lines of a job's script."""
+    lines = re.findall(r"^#SBATCH\s+--([\w-]+)(?:[= ](.*))?$", script, re.M)
+    return {option: value.strip() for option, value in lines}
+
+
+ASKED = re.compile(
+    "account|qos|nodes|ntasks.*|cpus-per-task|mem.*|gpus.*|gres|time|constraint|reservation|"
+    "licenses|dependency|array|partition"
+)
+"""Options for which SLURM may refuse a job."""
+
+
+def _refusal(message: str, *, asked: dict[str, str]) -> str:
+    partition = asked.get("partition", "")
+    known = partitions()
+    if partition and not set(partition.split(",")) <= set(known):
+        return (
+            f"hydra.launcher.partition must be one of {', '.join(known)}, got {partition!r}."
+            + nearest(partition, known)
+        )
+    words = [f"{key}={value}" for key, value in asked.items() if ASKED.fullmatch(key)]
+    return (
+        f"hydra.launcher must ask for what SLURM can give, got "
+        f"{', '.join(words) or 'its defaults'}: {message}; {_offer(partition)}"
+    )
+
+
+def _offer(partition: str) -> str:
+    """What the nodes are, so that a user sees what to ask for."""
+    choice = ["-p", partition] if partition else []
+    rows = _ask(["sinfo", "-h", "-a", *choice, "-o", "%R|%D|%c|%m|%G|%l"]).splitlines()
+    kinds = []
+    for name, nodes, cpus, memory, gres, limit in (r.split("|", 5) for r in dict.fromkeys(rows)):
+        gpus = "" if gres == "(null)" else f", {gres}"
+        kinds.append(f"{name} has {nodes} nodes of {cpus} CPUs, {memory} MB{gpus}, time <= {limit}")
+    return "; ".join(kinds[:4]) or "there are no nodes"
+
+
+# acting -----------------------------------------------------------------------------------------
+def may_requeue(job_id: str) -> bool:
+    """Whether a job that has been told to end should requeue itself.
+
+    Yes while it runs (a warning, the grace of a preemption) and where its time is up. Otherwise
+    SLURM requeues it, or its user has cancelled it; and SLURM would requeue that one as well.
+    """
+    for _ in range(5):
+        told = _ask(["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]).split("\n")[0]
+        if told:
+            break
+        time.sleep(0.3)  # a controller that is just ending the job may say nothing at first
+    state, _, reason = told.partition("|")
+    return state == "RUNNING" or (state == "COMPLETING" and reason.startswith("TimeLimit"))
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    """End these jobs; those already over are no error."""
+    ids = sorted(set(job_ids), key=lambda job_id: _number(job_id.partition("_")[0]))
+    for start in range(0, len(ids), 500):  # bounds the command line
+        _ask(["scancel", "-Q", *ids[start : start + 500]], forgive=FORGOTTEN)
+
+
+def requeue(job_id: str) -> None:
+    """Put a job back into the queue; its processes are killed at once, so save first."""
+    _ask(["scontrol", "requeue", job_id], tries=3, forgive=PENDING)
+
+
+def _ask(command: Sequence[str], *, tries: int = 2, forgive: re.Pattern[str] | None = None) -> str:
+    """What the tool prints; tried again where the controller was busy."""
+    for left in reversed(range(tries)):
+        try:
+            return _once(command, forgive=forgive)
+        except SlurmError as error:
+            if not left or not BUSY.search(str(error)):
+                raise
+        time.sleep(PAUSE_S)
+    raise AssertionError("at least one try")
+
+
+def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
+    tool = command[0]
+    # A user's SQUEUE_PARTITION and the like would hide jobs from us.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_"))}
+    environment["SLURM_TIME_FORMAT"] = "standard"
+    environment["SLURM_BITSTR_LEN"] = "0"  # long lists of array tasks are cut to 64 characters
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=ANSWER_S,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{tool} did not answer within {ANSWER_S:.0f} s") from None
+    except OSError as error:
+        raise SlurmError(f"{tool} did not answer: {error.strerror or error}") from None
+    if done.returncode == 0:
+        return done.stdout
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if forgive is not None:
+        said = [line for line in said if not forgive.search(line)]
+        if not said:
+            return done.stdout
+    words = "; ".join(_plain(line, tool=tool) for line in said)
+    raise SlurmError(f"{tool}: {words or f'exit code {done.returncode}'}")
+
+
+def _plain(line: str, *, tool: str) -> str:
+    """`sbatch: error: Batch job ...` -> `Batch job ...`"""
+    return line.removeprefix(f"{tool}: ").removeprefix("error: ").removeprefix("fatal: ")

@@ -1,0 +1,178 @@
+"""`cancel`: ask runs to end, wherever they are; they keep their checkpoints.
+
+The marker in the run's folder is the request: whoever starts or works on the run reads it. Signals
+and scancel only make that sooner. Not for: deleting anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import psutil
+
+from experiments.run_dir import RunDir, RunLocked
+from experiments.state import RunState, state_of
+from relora_core.config import ConfigError
+from sweeps import cluster
+from sweeps.cluster import SlurmError
+from sweeps.commands import common
+from sweeps.commands.common import GOING, Run
+from sweeps.state import recover
+
+HELP = "end runs that are queued or running; they keep their checkpoints"
+EXAMPLES = """examples:
+  python -m sweeps cancel model-relora.r          a whole sweep; says what and asks first
+  python -m sweeps cancel r16-t60-grammar-s0 --yes
+The command that started a run, or `retry --cancelled`, goes on from its newest checkpoint.
+"""
+GRACE_S = 10.0
+"""How long we look at running runs end before we leave them to it."""
+TELL = 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="SWEEP|RUN", help="sweep, or part of a run_id")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when all were asked to end, 1 when SLURM did not take our word for some."""
+    chosen = common.resolve(args.output_dir, args.words)
+    before = common.survey(chosen)
+    going = [one for one in chosen if before[one.run_id].state in GOING]
+    alone = [before[one.run_id] for one in chosen if one not in going]
+    if alone:
+        print(f"left alone: {common.counts(alone)}")
+    if not going:
+        print("nothing to cancel: none of them is queued or running")
+        return 0
+    problem = None
+    try:
+        jobs = _jobs(going, before, output_dir=args.output_dir)
+    except SlurmError as error:
+        jobs, problem = _known_jobs(going, before), str(error)
+    whole = _wholly_ours(jobs, output_dir=args.output_dir)
+    if not _agreed(going, before, whole=whole, yes=args.yes):
+        print("nothing was cancelled")
+        return 0
+    for one in going:
+        one.dir.cancel_path.touch()
+    if whole:
+        try:
+            cluster.cancel(whole)
+        except SlurmError as error:
+            problem = str(error)
+    for one in going:
+        if before[one.run_id].job_id is None:
+            terminate(one.dir)
+    _settle(going, before)
+    _tell(going)
+    if problem:
+        print(f"SLURM: {problem}; the runs end once they see the request", file=sys.stderr)
+    return int(problem is not None)
+
+
+# what -------------------------------------------------------------------------------------------
+def _known_jobs(runs: Sequence[Run], states: Mapping[str, RunState]) -> dict[str, str]:
+    return {r.run_id: job for r in runs if (job := states[r.run_id].job_id) is not None}
+
+
+def _jobs(
+    runs: Sequence[Run], states: Mapping[str, RunState], *, output_dir: str
+) -> dict[str, str]:
+    """run_id -> its SLURM job; also where a submission died before the id was written down."""
+    jobs = _known_jobs(runs, states)
+    unknown = {run.run_id for run in runs} - jobs.keys()
+    for sweep in dict.fromkeys(s for r in runs if r.run_id in unknown for s in r.sweeps):
+        for submission in recover(output_dir, sweep):
+            if submission.state == "submitted" and not _written(submission.job_ids(), output_dir):
+                found = submission.job_ids().items()
+                jobs |= {run_id: job for run_id, job in found if run_id in unknown}
+    return jobs
+
+
+def _written(jobs: Mapping[str, str], output_dir: str) -> bool:
+    """Whether the runs themselves know their job: then it is no lost one."""
+    runs = [RunDir(f"{output_dir}/runs/{run_id}") for run_id in jobs]
+    return any(run.status().job_id is not None for run in runs)
+
+
+def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
+    """The jobs that hold no living run but those of `jobs`; a packed one with others goes on."""
+    if not jobs:
+        return []
+    ours = set(jobs.values())
+    others = [r for r in common.runs_of(output_dir) if r.run_id not in jobs]
+    shared = [r for r in others if r.dir.status().job_id in ours and not r.dir.ended()]
+    states = common.survey(shared)
+    kept = {states[r.run_id].job_id for r in shared if states[r.run_id].state in GOING}
+    return sorted(ours - kept)
+
+
+def _agreed(
+    runs: Sequence[Run], states: Mapping[str, RunState], *, whole: Sequence[str], yes: bool
+) -> bool:
+    print(f"to cancel: {common.counts([states[r.run_id] for r in runs])}")
+    for run in runs[:TELL]:
+        job = states[run.run_id].job_id
+        print(f"  {states[run.run_id].state:<8} {run.name}" + (f"  (job {job})" if job else ""))
+    if len(runs) > TELL:
+        print(f"  ... and {len(runs) - TELL} more")
+    if whole:
+        more = f" and {len(whole) - 10} more" if len(whole) > 10 else ""
+        print(f"SLURM jobs: {' '.join(whole[:10])}{more}")
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError("--yes must be given where nobody can be asked (stdin is no terminal)")
+    return input("cancel? [y/N] ").strip().lower() in ("y", "yes")
+
+
+# how --------------------------------------------------------------------------------------------
+def terminate(run_dir: RunDir) -> bool:
+    """SIGTERM to the process of this host that holds the run; False where there is none."""
+    holder = run_dir.lock_holder()
+    if holder is None or holder["host"] != socket.gethostname():
+        return False
+    try:
+        psutil.Process(holder["pid"]).terminate()
+    except psutil.Error:  # gone meanwhile, or another user's
+        return False
+    return True
+
+
+def _settle(runs: Sequence[Run], before: Mapping[str, RunState]) -> None:
+    """Look at the runs end, for a while; write the word of those that have nobody to say it."""
+    deadline = time.monotonic() + GRACE_S
+    waiting = list(runs)
+    while waiting:
+        for run in list(waiting):
+            silent = before[run.run_id].state == "queued" or before[run.run_id].job_id is None
+            if state_of(run.dir).state == "cancelled" or (silent and write_cancelled(run.dir)):
+                waiting.remove(run)
+        if not waiting or time.monotonic() >= deadline:
+            return
+        time.sleep(0.2)
+
+
+def write_cancelled(run_dir: RunDir) -> bool:
+    """Write `cancelled` unless somebody works on the run or it has ended; whether it is over."""
+    with contextlib.suppress(RunLocked), run_dir.lock():
+        if not run_dir.ended():
+            run_dir.update_status(state="cancelled", phase="", eta_s=None, error=None)
+        return True
+    return False
+
+
+def _tell(runs: Sequence[Run]) -> None:
+    after = common.survey(runs)
+    print(f"now: {common.counts(list(after.values()))}")
+    still = [run for run in runs if after[run.run_id].state in GOING]
+    for run in still[:TELL]:
+        where = after[run.run_id].host or "its host"
+        print(f"  {after[run.run_id].state} {run.name}: asked to end, on {where}")

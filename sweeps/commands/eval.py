@@ -1,0 +1,258 @@
+"""`python -m sweeps eval`: evaluate checkpoints that exist, with the runs' own evals or others."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
+from sweeps.commands import common
+from sweeps.commands.common import Run
+
+if TYPE_CHECKING:
+    from experiments.evaluate import Request
+
+HELP = "evaluate checkpoints again or with other evals, without training"
+EXAMPLES = """examples:
+  python -m sweeps eval model-relora.r --steps all           the runs' own evals, every checkpoint
+  python -m sweeps eval model-relora.r eval.blimp.path=DIR   one that they did not have
+  python -m sweeps eval RUN eval.paloma.split=test --as test    test/paloma/... beside eval/...
+  python -m sweeps eval model-relora.r eval=paloma_blimp --slurm --after    as jobs, after the runs'
+
+Settings choose the evals that they name and change the run's own value of that key (a new path
+begins from the defaults); eval=OPTION chooses those of conf/eval/OPTION.yaml. What has been
+evaluated already is not repeated. A run that is training goes on: its checkpoints are only read.
+"""
+COLUMNS = ("paloma/perplexity", "blimp/no_bos/accuracy", "blimp/eos_prefix/accuracy")
+GOING = ("queued", "running")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="SWEEP|RUN|eval.KEY=VALUE",
+        help="sweeps, (parts of) run ids, and settings",
+    )
+    parser.add_argument(
+        "--steps", default="last", help="of the checkpoints: last (default), all, or like 100,200"
+    )
+    parser.add_argument(
+        "--as", dest="name", default="eval", help="first part of the metrics' names (default: eval)"
+    )
+    parser.add_argument("--slurm", action="store_true", help="as jobs, like the sweep's own")
+    parser.add_argument(
+        "--after", action="store_true", help="with --slurm: when the runs' jobs have ended"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    words = [word for word in args.words if "=" not in word]
+    settings = eval_settings([word for word in args.words if "=" in word])
+    steps = _steps(args.steps)
+    if args.after and not args.slurm:
+        raise ConfigError("--after needs --slurm: here an evaluation waits for nothing")
+    if not words:
+        raise ConfigError("SWEEP|RUN must name runs to evaluate, got settings alone")
+    runs = common.resolve(args.output_dir, words)
+    waiting = _waiting(runs) if args.after else []
+    requests = _requests(runs, settings=settings, steps=steps, name=args.name, waiting=waiting)
+    todo = [pair for pair in requests if _wanted(*pair) or pair[0].run_id in waiting]
+    if args.slurm and todo:
+        return _submit(todo, words=words, output_dir=args.output_dir, after=args.after)
+    code = _here(todo)
+    _show(requests)
+    return code
+
+
+# what is asked for --------------------------------------------------------------------------------
+def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]:
+    """From a run's config to the evals that `overrides` ask for; ConfigError for a typo."""
+    from experiments import schema
+
+    keys = [text.partition("=")[0] for text in overrides]
+    known = [key for key in schema.schema_keys() if key.split(".")[0] == "eval"]
+    for key, text in zip(keys, overrides, strict=True):
+        if key in known:
+            continue
+        if key.startswith("eval."):
+            raise ConfigError(f"{key} is not a known key ({text}).{nearest(key, known)}")
+        raise ConfigError(
+            f"{key} must be eval or a key below it ({text}), since all else is frozen in the "
+            f"runs.{nearest(key, known)}"
+        )
+    if not overrides:
+        return lambda config: config.eval
+    composed = schema.compose(list(overrides))
+    return lambda config: _changed(config.eval, composed, keys=keys)
+
+
+def _changed(own: EvalConfig, composed: RunConfig, *, keys: Sequence[str]) -> EvalConfig:
+    """The evals that `keys` name, with the run's own values of all other keys.
+
+    Other texts begin from the defaults: the run's limits were chosen for its own.
+    """
+    given: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(own)}
+    for leaf, f, value in walk(composed.eval, "eval."):
+        named = any(leaf == key or leaf.startswith(f"{key}.") for key in keys if key != "eval")
+        if named or ("eval" in keys and f.name == "enabled"):
+            given[leaf.split(".")[1]][f.name] = value
+    sections = {}
+    for name, values in given.items():
+        base = getattr(EvalConfig() if "path" in values else own, name)
+        sections[name] = dataclasses.replace(base, **{"enabled": bool(values), **values})
+    return EvalConfig(**sections)
+
+
+def _absolute(eval: EvalConfig) -> EvalConfig:
+    """A job may begin in another folder."""
+    sections = {f.name: getattr(eval, f.name) for f in dataclasses.fields(eval)}
+    for name, section in sections.items():
+        if section.path is not None:
+            path = str(Path(section.path).expanduser().resolve())
+            sections[name] = dataclasses.replace(section, path=path)
+    return EvalConfig(**sections)
+
+
+def _steps(text: str) -> str | list[int]:
+    if text in ("last", "all"):
+        return text
+    try:
+        return sorted({int(part) for part in text.split(",") if part})
+    except ValueError:
+        hint = nearest(text, ("last", "all"))
+        raise ConfigError(
+            f"--steps must be last, all or like 100,200, got {text!r}.{hint}"
+        ) from None
+
+
+def _waiting(runs: Sequence[Run]) -> list[str]:
+    """Ids of the runs that a job of SLURM still has to end."""
+    going = {id_: s for id_, s in common.survey(runs).items() if s.state in GOING}
+    for id_, state in going.items():
+        if state.job_id is None:
+            raise ConfigError(
+                f"--after must name runs of SLURM jobs, got {id_} ({state.state} without one)"
+            )
+    return list(going)
+
+
+def _requests(
+    runs: Sequence[Run],
+    *,
+    settings: Callable[[RunConfig], EvalConfig],
+    steps: str | list[int],
+    name: str,
+    waiting: Sequence[str],
+) -> list[tuple[Run, Request]]:
+    """A request per run, all of them checked; runs without such a checkpoint are told."""
+    from experiments import evaluate
+
+    completed: dict[str, EvalConfig] = {}
+    requests = []
+    for run in runs:
+        there = evaluate.steps_of(run.dir)
+        some = there if isinstance(steps, str) else sorted(set(there) & set(steps))
+        done = not isinstance(steps, str) and set(steps) & set(evaluate.evaluations(run.dir))
+        if not some and not done and run.run_id not in waiting:
+            has = f" (it has {', '.join(map(str, there))})" if there else ""
+            print(f"{run.name}: no such checkpoint{has}: left out", file=sys.stderr)
+            continue
+        config = run.dir.config()
+        wanted = _absolute(settings(config))
+        key = repr((wanted, config.data, config.model))
+        if key not in completed:
+            completed[key] = evaluate.complete_eval(config, eval=wanted)
+        request = evaluate.Request(name=name, eval=completed[key], steps=steps)
+        evaluate.check(run.dir, request=request)
+        requests.append((run, request))
+    if not requests:
+        raise ConfigError(
+            "SWEEP|RUN must name runs with a checkpoint of --steps, got none among "
+            f"{len(runs)}; `--slurm --after` waits for runs that are at work"
+        )
+    return requests
+
+
+def _wanted(run: Run, request: Request) -> bool:
+    from experiments import evaluate
+
+    return bool(evaluate.missing(run.dir, request=request))
+
+
+# doing it -----------------------------------------------------------------------------------------
+def _here(todo: Sequence[tuple[Run, Request]]) -> int:
+    """One after another; what fails is told and the others go on."""
+    from experiments import evaluate
+    from experiments.runner import one_line
+    from relora_core.data.base import DataError
+
+    failed = 0
+    for number, (run, request) in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {run.name}", file=sys.stderr, flush=True)
+        evaluate.write_request(run.dir, request=request)
+        try:
+            evaluate.evaluate(run.dir, request=request, say=_say)
+        except (ConfigError, DataError, OSError) as error:
+            failed += 1
+            _say(f"{run.name}: {one_line(error)}")
+    return int(failed > 0)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _submit(
+    todo: Sequence[tuple[Run, Request]], *, words: Sequence[str], output_dir: str, after: bool
+) -> int:
+    """A submission for each sweep that the runs were named by, or else belong to."""
+    from experiments import evaluate
+
+    groups: dict[str, list[tuple[Run, Request]]] = {}
+    for run, request in todo:
+        sweep = next((name for name in run.sweeps if name in words), run.sweep)
+        if sweep is None:
+            raise ConfigError(f"--slurm needs runs of a sweep, got {run.run_id} of none")
+        groups.setdefault(sweep, []).append((run, request))
+    from sweeps import slurm
+
+    for sweep, pairs in groups.items():
+        paths = [evaluate.write_request(run.dir, request=request) for run, request in pairs]
+        slurm.submit_evals(paths, sweep=sweep, output_dir=Path(output_dir), after=after)
+    return 0
+
+
+def _show(requests: Sequence[tuple[Run, Request]]) -> None:
+    """The figures that the requests asked for, those of earlier evaluations included."""
+    from experiments import evaluate
+    from sweeps.display import make_console
+
+    rows: list[tuple[str, int, dict[str, float]]] = []
+    for run, request in requests:
+        found = {
+            step: own
+            for step, metrics in sorted(evaluate.evaluations(run.dir).items())
+            if (own := {k: v for k, v in metrics.items() if k.startswith(f"{request.name}/")})
+        }
+        steps = list(found)[-1:] if request.steps == "last" else found
+        if isinstance(request.steps, list):
+            steps = [step for step in found if step in request.steps]
+        rows += [(run.name, step, found[step]) for step in steps]
+    keys = [f"{request.name}/{name}" for _, request in requests[:1] for name in COLUMNS]
+    keys = [key for key in keys if any(key in metrics for _, _, metrics in rows)]
+    table = Table(box=None, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for name in ("step", *keys):
+        table.add_column(name, justify="right")
+    for name, step, metrics in rows:
+        figures = [f"{metrics[key]:.4g}" if key in metrics else "-" for key in keys]
+        table.add_row(Text(name), str(step), *figures)
+    make_console().print(table)

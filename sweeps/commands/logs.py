@@ -1,0 +1,128 @@
+"""`logs`: what a run prints, from its own attempts or from its SLURM job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from relora_core.config import ConfigError
+from sweeps.commands import common
+from sweeps.commands.common import GOING, Observer, Run
+from sweeps.state import jobs_folder, read_submissions
+
+HELP = "what a run prints"
+EXAMPLES = """examples:
+  python -m sweeps logs r16-t60-grammar-s0 -f     follow it to its end (any part of its run_id)
+  python -m sweeps logs r16-t60-grammar-s0 --attempt 1
+  python -m sweeps logs r16-t60-grammar-s0 --slurm    what its SLURM job printed, set-up lines too
+"""
+POLL_S = 0.5
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run_id, or any part of it that one run has")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--attempt", type=int, metavar="N", help="number of the attempt (newest)")
+    parser.add_argument("--slurm", action="store_true", help="the output of its SLURM job")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, or with --follow print until the run has ended, over its attempts."""
+    if args.slurm and args.attempt is not None:
+        raise ConfigError(f"--attempt must be left out with --slurm, got {args.attempt}")
+    found = common.resolve(args.output_dir, [args.run])
+    if len(found) != 1:
+        raise ConfigError(f"RUN must name one run, got the sweep {args.run!r} of {len(found)} runs")
+    log = _Log(found[0], output_dir=Path(args.output_dir), slurm=args.slurm, attempt=args.attempt)
+    path = log.newest()
+    if args.follow and (path or log.going()):
+        for text in log.follow():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        return 0
+    if path is None:
+        raise ConfigError(_no_log(found[0], slurm=args.slurm))
+    sys.stdout.write(path.read_text(encoding="utf-8", errors="replace"))
+    return 0
+
+
+def _no_log(run: Run, *, slurm: bool) -> str:
+    state = common.survey([run])[run.run_id]
+    if slurm:
+        return f"--slurm must name a run whose SLURM job has begun, {run.run_id} is {state.state}"
+    return f"RUN must have been started by a sweep, {run.run_id} ({state.state}) has no log yet" + (
+        "; -f waits for it" if state.state in GOING else ""
+    )
+
+
+class _Log:
+    """Where a run's words are, and whether there will be more."""
+
+    def __init__(self, run: Run, *, output_dir: Path, slurm: bool, attempt: int | None) -> None:
+        self.run, self.output_dir, self.slurm, self.attempt = run, output_dir, slurm, attempt
+        self._observer = Observer()
+
+    def newest(self) -> Path | None:
+        """The attempt that was asked for, or the newest; SLURM's file where there is none yet."""
+        numbers = self._attempts()
+        if self.attempt is not None and self.attempt not in numbers:
+            raise ConfigError(
+                f"--attempt must be one of {', '.join(map(str, numbers)) or 'none yet'}, got "
+                f"{self.attempt}"
+                + (f"; nearest valid: {min(numbers, key=self._distance)}" if numbers else "")
+            )
+        if numbers and not self.slurm:
+            return self.run.dir.log_path(self.attempt or numbers[-1])
+        return slurm_log(self.run, output_dir=self.output_dir)
+
+    def _attempts(self) -> list[int]:
+        return sorted(int(p.stem) for p in self.run.dir.attempts.glob("*.log") if p.stem.isdigit())
+
+    def _distance(self, number: int) -> int:
+        return abs(number - (self.attempt or 0))
+
+    def going(self) -> bool:
+        """Whether the run may still say something; its own last word is checked with SLURM."""
+        run_id = self.run.run_id
+        if self._observer.look([self.run])[run_id].state in GOING:
+            return True
+        return self._observer.look([self.run], ask=True)[run_id].state in GOING
+
+    def follow(self) -> Iterator[str]:
+        """Everything from the newest log on; a requeued run goes on with its next attempt's."""
+        path, read = self.newest(), 0
+        while True:
+            going = self.going()  # before the read: miss no word
+            newer = self.newest()
+            if path is not None:
+                text, read = _read_from(path, read)
+                yield text
+            if newer != path and newer is not None:
+                if path is not None:
+                    yield f"==> {newer.name} <==\n"
+                path, read = newer, 0
+            elif not going:
+                return
+            else:
+                time.sleep(POLL_S)
+
+
+def _read_from(path: Path, offset: int) -> tuple[str, int]:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        text = file.read()
+    return text.decode(errors="replace"), offset + len(text)
+
+
+def slurm_log(run: Run, *, output_dir: Path) -> Path | None:
+    """What SLURM caught of the run's newest job, as submitit names it; None before it begins."""
+    found = []
+    for sweep in run.sweeps:
+        folder = jobs_folder(output_dir, name=sweep)
+        for one in read_submissions(folder):
+            if (job_id := one.job_ids().get(run.run_id)) and one.kind == "train":
+                found.append((one.created, folder / one.submission / f"{job_id}_0_log.out"))
+    return max(((at, path) for at, path in found if path.exists()), default=(0, None))[1]

@@ -1,0 +1,28 @@
+"""`plan`: the stored plan of a sweep, with the state of each run."""
+
+from __future__ import annotations
+
+import argparse
+
+from sweeps import display
+from sweeps.commands import common
+from sweeps.plan import load, plan_folder
+
+HELP = "the stored plan of a sweep, and the commands that made it"
+EXAMPLES = """examples:
+  python -m sweeps plan model-relora.r
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep")
+
+
+def run(args: argparse.Namespace) -> int:
+    states = common.survey(common.runs_of(args.output_dir, sweep=args.sweep))
+    stored = load(plan_folder(args.output_dir, name=args.sweep) / "plan.json")
+    console = display.make_console()
+    console.print(display.plan_table(stored, states=states))
+    for line in [*stored.collapsed, *stored.commands]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,108 @@
+"""`retry`: launch again what failed or was lost, the way its sweep was launched."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+from experiments.run_dir import RunDir
+from experiments.state import RunState
+from sweeps.commands import common
+from sweeps.commands.common import Run
+from sweeps.plan import load, plan_folder
+
+HELP = "launch failed and lost runs again; they resume from their newest checkpoint"
+EXAMPLES = """examples:
+  python -m sweeps retry                          every failed or lost run
+  python -m sweeps retry model-relora.r --cancelled
+  python -m sweeps retry r16-t60-grammar-s0 --diverged    anew from step 0, after a change of code
+"""
+REST = {
+    "finished": "they have their results",
+    "running": "they are at work",
+    "queued": "they wait for their turn",
+    "planned": "never started: the command that planned them runs them",
+    "cancelled": "--cancelled runs them, too",
+    "diverged": "--diverged begins them anew",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="*", metavar="SWEEP|RUN", help="sweep, or part of a run_id (default: all)"
+    )
+    parser.add_argument("--cancelled", action="store_true", help="cancelled runs, too")
+    parser.add_argument(
+        "--diverged", action="store_true", help="diverged runs, too: anew, the old ones kept aside"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The launcher's exit code; 0 where there is nothing to do."""
+    where = args.output_dir
+    chosen = common.resolve(where, args.words) if args.words else common.runs_of(where)
+    states = common.survey(chosen)
+    wanted = {"failed", "lost"} | {s for s in ("cancelled", "diverged") if getattr(args, s)}
+    again = [one for one in chosen if _state(one, states) in wanted and one.sweep]
+    _tell(chosen, again, states)
+    if not again:
+        print("nothing to retry")
+        return 0
+    for one in again:
+        if states[one.run_id].state == "diverged":
+            begin_anew(one.dir)
+    return _relaunch(again, output_dir=where)
+
+
+def _state(run: Run, states: Mapping[str, RunState]) -> str:
+    """A lost run that the user had cancelled is no failure."""
+    state = states[run.run_id].state
+    return "cancelled" if state == "lost" and run.dir.cancel_path.exists() else state
+
+
+def _tell(chosen: Sequence[Run], again: Sequence[Run], states: Mapping[str, RunState]) -> None:
+    """What is launched again, and why the rest is not."""
+    for run in again:
+        state = states[run.run_id]
+        fresh = not state.step or state.state == "diverged"
+        what = "from step 0" if fresh else f"had reached step {state.step}"
+        why = f" ({state.reason.partition('; `')[0]})" if state.reason else ""  # without the advice
+        print(f"retry {run.name}: {state.state}, {what}{why}")
+    rest: dict[str, int] = {}
+    for run in chosen:
+        if run not in again:
+            state = _state(run, states)
+            why = REST.get(state, "of no sweep: `python run.py` with its settings resumes it")
+            rest[f"{state}: {why}"] = rest.get(f"{state}: {why}", 0) + 1
+    for why, n in rest.items():
+        print(f"not {n} {why}")
+
+
+def begin_anew(run_dir: RunDir) -> None:
+    """Set a diverged run's result and checkpoints aside, under the next free number.
+
+    From its checkpoints it would only diverge again; its record begins anew by itself.
+    """
+    with run_dir.lock():
+        result, checkpoints = run_dir.result_path, run_dir.checkpoints
+        taken = [*result.parent.glob("result-*.json"), *checkpoints.parent.glob("checkpoints-*")]
+        n = 1 + max((int(p.stem.rpartition("-")[2]) for p in taken), default=0)
+        if checkpoints.exists():
+            checkpoints.rename(checkpoints.with_name(f"checkpoints-{n}"))
+        result.rename(result.with_name(f"result-{n}.json"))  # last: until then it is as it was
+        run_dir.update_status(
+            state="planned", step=0, loss=None, tokens_per_s=None, eta_s=None, error=None
+        )
+
+
+def _relaunch(runs: Sequence[Run], *, output_dir: str) -> int:
+    from sweeps import launch
+
+    sweeps: dict[str, list[str]] = {}
+    for run in runs:
+        sweeps.setdefault(run.sweep or "", []).append(run.run_id)
+    codes = []
+    for sweep, run_ids in sweeps.items():
+        plan = load(plan_folder(output_dir, name=sweep) / "plan.json")
+        codes.append(launch.relaunch(plan, run_ids, output_dir=output_dir))
+    return max(codes)

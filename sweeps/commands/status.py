@@ -1,0 +1,239 @@
+"""`status`: every run, on one screen: arms of large sweeps, runs of small ones. Reads only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from experiments.run_dir import DONE
+from experiments.sinks import clock
+from experiments.state import RunState
+from sweeps import display
+from sweeps.commands import common
+from sweeps.commands.common import BAD, Run
+
+HELP = "state, step and loss of every run; changes nothing"
+EXAMPLES = """examples:
+  python -m sweeps status                        every sweep; one line per arm when runs are many
+  python -m sweeps status model-relora.r --runs  one line per run, with its SLURM job
+  python -m sweeps status --json                 {"runs": [...]} for scripts
+"""
+FEW = 20
+"""Up to so many runs each has its own line."""
+TELL = 10
+"""Failures that are told in words; --json has all."""
+States = Mapping[str, RunState]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    common.add_sweep(parser)
+    parser.add_argument("--runs", action="store_true", help="one line per run, however many")
+    parser.add_argument("--json", action="store_true", help='{"runs": [...]} for scripts')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the states; the exit code says only whether they could be read."""
+    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+    states = common.survey(runs)
+    if args.json:
+        json.dump({"runs": [entry(one, states[one.run_id]) for one in runs]}, sys.stdout, indent=2)
+        print()
+    elif not runs:
+        print(common.no_runs(args.output_dir))
+    else:
+        by_run = True if args.runs else None
+        display.make_console().print(view(runs, states, by_run=by_run))
+    return 0
+
+
+def entry(run: Run, state: RunState) -> dict[str, object]:
+    """A run in the JSON."""
+    said = ("name", "sweep", "sweeps", "arm_id", "seed")
+    return dataclasses.asdict(state) | {key: getattr(run, key) for key in said}
+
+
+# the view ---------------------------------------------------------------------------------------
+def view(
+    runs: Sequence[Run], states: States, *, by_run: bool | None = None, height: int | None = None
+) -> Group:
+    """Header, a table per sweep, and what went wrong; within `height` lines what is done is cut."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.sweep or "(single runs)", []).append(run)
+    by_run = len(runs) <= FEW if by_run is None else by_run
+    parts: list[RenderableType] = []
+    if len(groups) > 1:
+        parts.append(
+            Text.assemble(f"{len(runs)} runs: ", _counted([states[r.run_id] for r in runs]))
+        )
+    failures = [Text(line, overflow="fold") for line in failure_lines(runs, states)]
+    lines = None
+    if height is not None:
+        lines = max(3, (height - len(parts) - len(failures)) // len(groups) - 3)
+    for title, members in groups.items():
+        told = Text.assemble((f"{title}: ", "bold"), _counted([states[r.run_id] for r in members]))
+        parts.append(told)
+        parts.append((_run_table if by_run else _arm_table)(members, states, lines=lines))
+    return Group(*parts, *failures)
+
+
+def _counted(states: Sequence[RunState]) -> Text:
+    """`3 finished, 1 running`, coloured."""
+    words = [
+        Text(word, style=display.COLOURS.get(word.split()[1], ""))
+        for word in common.counts(states).split(", ")
+    ]
+    return Text(", ").join(words)
+
+
+def failure_lines(runs: Sequence[Run], states: States) -> list[str]:
+    """What went wrong with the first few, and where to read more."""
+    failed = [run for run in runs if states[run.run_id].state in ("failed", "lost")]
+    lines = [
+        f"{states[run.run_id].state} {run.name}: {_why(run, states[run.run_id])}"
+        for run in failed[:TELL]
+    ]
+    if len(failed) > TELL:
+        lines.append(f"... and {len(failed) - TELL} more (--json tells all)")
+    return lines
+
+
+def _why(run: Run, state: RunState) -> str:
+    why = display.error_line(run.dir, attempts=state.attempts, reason=state.reason or state.state)
+    if state.job_id and not run.dir.log_path(max(state.attempts, 1)).exists():
+        why += f" (python -m sweeps logs {run.run_id} --slurm)"
+    return why
+
+
+Row = tuple[int, list[str | Text]]
+"""(how much it needs attention: least first, cells)."""
+
+
+def _attention(states: Iterable[RunState]) -> int:
+    order = ("failed", "lost", "diverged", "running", "queued", "planned", "cancelled", "finished")
+    return min(order.index(state.state) for state in states)
+
+
+def _table(
+    heads: Sequence[str], rows: list[Row], *, lines: int | None, what: str
+) -> RenderableType:
+    """Rows below `heads` (a leading `<`: text, else numbers), without columns that say nothing."""
+    shown = rows
+    if lines is not None and len(rows) > lines:
+        shown = sorted(rows, key=lambda row: row[0])[: lines - 1]
+    used = [i for i in range(len(heads)) if i < 1 or any(cells[i] for _, cells in rows)]
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for i in used:
+        left = heads[i].startswith("<")
+        table.add_column(
+            heads[i].removeprefix("<"),
+            justify="left" if left else "right",
+            overflow="fold" if left else "ellipsis",
+            no_wrap=not left,
+        )
+    for _, cells in shown:
+        table.add_row(*(_text(cells[i], nothing="" if heads[i][0] == "<" else "-") for i in used))
+    if shown is rows:
+        return table
+    return Group(table, Text(f"... and {len(rows) - len(shown)} more {what}", style="dim"))
+
+
+def _text(cell: str | Text, *, nothing: str) -> Text:
+    """Names hold brackets, which must not be read as markup."""
+    return cell if isinstance(cell, Text) else Text(cell or nothing)
+
+
+def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> RenderableType:
+    heads = ("<run", "<state", "<job", "attempts", "step", "loss", "tokens/s", "left", "<note")
+    rows = []
+    for run in runs:
+        state = states[run.run_id]
+        rate = state.tokens_per_s if state.state == "running" else None
+        cells = [
+            run.name,
+            Text(state.state, style=display.COLOURS.get(state.state, "")),
+            state.job_id or "",
+            str(state.attempts),
+            f"{state.step}/{state.steps}",
+            "" if state.loss is None else f"{state.loss:.3f}",
+            display.count(rate) if rate else "",
+            _left([state]),
+            state.reason or "",
+        ]
+        rows.append((_attention([state]), cells))
+    return _table(heads, rows, lines=lines, what="runs")
+
+
+def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> RenderableType:
+    heads = ("<arm", "seeds", "<state", "step", *display.METRICS, "left", "word", "<note")
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(run.arm_id, []).append(run)
+    rows = []
+    for members in arms.values():
+        told = [states[run.run_id] for run in members]
+        cells = [
+            members[0].arm,
+            str(len(members)),
+            _counted(told),
+            f"{statistics.mean(s.step for s in told):.0f}/{max(s.steps for s in told)}",
+            *_figures(members, told),
+            _left(told),
+            _word(told),
+            _note(told),
+        ]
+        rows.append((_attention(told), cells))
+    return _table(heads, rows, lines=lines, what="arms")
+
+
+def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
+    """Of the seeds that are done: loss as mean +- sd, the other metrics as means."""
+    results = [
+        _last_loss(state) | (run.dir.result() or {}).get("metrics", {})
+        for run, state in zip(runs, states, strict=True)
+        if state.state == "finished"
+    ]
+    figures = []
+    for name, key in display.METRICS.items():
+        values = [metrics[key] for metrics in results if key in metrics]
+        text = f"{statistics.mean(values):.4g}" if values else ""
+        if name == "loss" and len(values) > 1:
+            text += f" ± {statistics.stdev(values):.2g}"
+        figures.append(text)
+    return figures
+
+
+def _last_loss(state: RunState) -> dict[str, float]:
+    return {} if state.loss is None else {"train/loss": state.loss}
+
+
+def _left(states: Sequence[RunState]) -> str:
+    """The longest time left of those that run."""
+    return _longest(states, lambda state: state.eta_s)
+
+
+def _word(states: Sequence[RunState]) -> str:
+    """Age of the oldest heartbeat of those that run."""
+    now = time.time()
+    return _longest(states, lambda state: now - state.heartbeat if state.heartbeat else None)
+
+
+def _longest(states: Sequence[RunState], of: Callable[[RunState], float | None]) -> str:
+    running = [of(state) for state in states if state.state == "running"]
+    known = [seconds for seconds in running if seconds is not None]
+    return clock(max(known)) if known else ""
+
+
+def _note(states: Sequence[RunState]) -> str:
+    """The first failure's reason, else the first thing that is odd."""
+    order = sorted(states, key=lambda state: state.state not in BAD)
+    return next((state.reason for state in order if state.reason and state.state not in DONE), "")

@@ -1,0 +1,276 @@
+"""One SLURM job: which runs are its own, their processes, and what happens when it must end.
+
+    python -m sweeps.job SUBMISSION            srun's task: trains, or evaluates, what is its own
+    python -m sweeps.job --after CODE SUBMISSION   the batch script, once srun has ended
+
+SUBMISSION is the submission.json written before sbatch was called; the task's number in the array
+says which of its entries this job is. Not for: submitting (`slurm.py`), training (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.run_dir import RunDir, runs_folder, slurm_job_id
+from experiments.stopping import StopFlag, shielded
+from sweeps import cluster, worker
+from sweeps.cluster import SlurmError
+from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
+
+SIGNALLED = 128
+"""Exit codes above are those of processes that a signal has ended."""
+WAIT_S = 120.0
+"""For an earlier life of this job to end, and for SLURM to end this one after a requeue."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Work:
+    """What this job is to do, read from its submission."""
+
+    runs: list[RunDir]
+    requests: list[Path]
+    """Of evaluations, where it is one of those."""
+    max_stalled: int
+    signal_delay_s: float
+
+
+def read(file: Path, *, index: int) -> Work:
+    """The entry of the submission that is this job's."""
+    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    output_dir = file.resolve().parents[4]  # output_dir/sweeps/NAME/jobs/ID/submission.json
+    names = raw["tasks"][index]
+    if raw["kind"] == "eval":
+        requests = [output_dir / name for name in names]
+        return Work(runs=[], requests=requests, max_stalled=0, signal_delay_s=0.0)
+    return Work(
+        runs=[RunDir(runs_folder(output_dir) / name) for name in names],
+        requests=[],
+        max_stalled=raw["max_stalled"],
+        signal_delay_s=raw["signal_delay_s"],
+    )
+
+
+def task_index() -> int:
+    return int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+
+
+def rank() -> int:
+    return int(os.environ.get("SLURM_PROCID", "0"))
+
+
+def run(work: Work) -> int:
+    """The task of srun: the exit code of its worst run."""
+    if work.requests:
+        return max(_evaluate(request) for request in work.requests)
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+    stop = StopFlag(deadline=_deadline(work) if rank() == 0 else None)
+    with stop.installed():
+        if len(work.runs) > 1:
+            codes = _packed(work, stop)
+        else:
+            codes = [_alone(work.runs[0], stop, max_stalled=work.max_stalled)]
+        if INTERRUPTED in codes and rank() == 0:
+            return _go_on_later(work, why=stop.reason or "stopped")
+    # A rank that leaves with an error would have srun kill rank 0, which is still at work.
+    return max(codes) if rank() == 0 or INTERRUPTED not in codes else FINISHED
+
+
+def _deadline(work: Work) -> float | None:
+    """When to save at the latest: SLURM's warning may not come, or not to every process."""
+    job_id = slurm_job_id()
+    end = cluster.end_time(job_id) if job_id else None
+    return None if end is None else end - work.signal_delay_s
+
+
+def _evaluate(request: Path) -> int:
+    return subprocess.call([sys.executable, "-P", "-m", "experiments.evaluate", str(request)])
+
+
+# one run ----------------------------------------------------------------------------------------
+def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
+    """The job's only run, in this process; rank 0 speaks for it."""
+    if rank():
+        return worker.work(run_dir.path, stop=stop)
+    if _give_up(run_dir, max_stalled=max_stalled):
+        return FAILED
+    _speak_to(run_dir)
+    waited = time.monotonic()
+    with _followed(run_dir):
+        while (code := worker.work(run_dir.path, stop=stop)) == LOCKED:
+            holder = run_dir.lock_holder() or {}
+            late = time.monotonic() - waited > WAIT_S
+            if holder.get("job_id") != slurm_job_id() or late or stop():
+                break
+            time.sleep(1.0)  # our own earlier life, which SLURM is still ending
+    return code
+
+
+@contextlib.contextmanager
+def _followed(run_dir: RunDir) -> Iterator[None]:
+    """MLflow kept in step where a server can be asked; a database file is no node's to write to."""
+    config = run_dir.config()
+    if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
+        yield
+        return
+    from experiments import mlflow_sync
+
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            stack.enter_context(mlflow_sync.follow([run_dir], config=config))
+        yield
+
+
+def _speak_to(run_dir: RunDir) -> None:
+    """What this process prints, natively too, goes to the log of the attempt to come."""
+    log = run_dir.log_path(run_dir.status().attempts + 1)
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def stalled(run_dir: RunDir, *, limit: int) -> bool:
+    """Whether the newest `limit` attempts were all of this job and none has left a checkpoint."""
+    newest = run_dir.attempt_records()[-limit:]
+    here = (slurm_job_id(), run_dir.newest_step())
+    return len(newest) == limit and all(
+        (r.get("job_id"), r.get("start_step")) == here for r in newest
+    )
+
+
+def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
+    if run_dir.ended() or not stalled(run_dir, limit=max_stalled):
+        return False
+    line = (
+        f"{max_stalled} attempts of this job ended at step {run_dir.newest_step()} without a new "
+        f"checkpoint; `python -m sweeps retry {run_dir.run_id}` tries again"
+    )
+    run_dir.update_status(state="failed", phase="", error=line)
+    return True
+
+
+# several runs -----------------------------------------------------------------------------------
+def _packed(work: Work, stop: StopFlag) -> list[int]:
+    """Small runs that share the job, each in a process of its own with its share of the devices."""
+    runs = [r for r in work.runs if not _give_up(r, max_stalled=work.max_stalled)]
+    children = []
+    for slot, run_dir in enumerate(runs):
+        with open(run_dir.log_path(run_dir.status().attempts + 1), "ab") as log, shielded():
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-m", "sweeps.worker", str(run_dir.path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=share(slot, of=len(work.runs)),
+                )
+            )
+    told = False
+    while any(child.poll() is None for child in children):
+        if stop() and not told:
+            told = True
+            for child in children:
+                child.terminate()
+        time.sleep(0.2)
+    codes = [child.returncode for child in children]
+    for run_dir, code in zip(runs, codes, strict=True):
+        settle(run_dir, code=code)
+    # One that was killed goes on later, too; those that have finished are skipped then.
+    codes = [INTERRUPTED if code < 0 else code for code in codes]
+    return codes + [FAILED] * (len(work.runs) - len(runs))
+
+
+def share(slot: int, *, of: int) -> dict[str, str]:
+    """Environment of the process in this slot: one of the job's GPUs, its part of the cores."""
+    environment = dict(os.environ)
+    gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // of)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
+        environment[name] = str(threads)
+    return environment
+
+
+# the end ----------------------------------------------------------------------------------------
+def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
+    """Write down the end of a run whose worker could not: killed, or gone before its first word."""
+    status = run_dir.status()
+    if run_dir.ended() or run_dir.lock_holder() is not None:
+        return
+    if status.state == "cancelled" or (status.state == "failed" and status.error and not reason):
+        return
+    if run_dir.cancel_path.exists():
+        run_dir.update_status(state="cancelled", phase="", error=None)
+        return
+    died = f"killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
+    run_dir.update_status(state="failed", phase="", error=reason or died)
+
+
+def _unfinished(work: Work) -> list[RunDir]:
+    return [r for r in work.runs if not r.ended() and not r.cancel_path.exists()]
+
+
+def _go_on_later(work: Work, *, why: str) -> int:
+    """Requeue this job, everything being on disk; INTERRUPTED where it is not to be."""
+    job_id, left = slurm_job_id(), _unfinished(work)
+    if job_id is None or not left:
+        return INTERRUPTED if left else CANCELLED
+    for run_dir in left:  # SLURM ends this process at once: its last word comes first
+        run_dir.update_status(state="queued", phase=f"stopped: {why}", error=None)
+    try:
+        with shielded():  # SLURM's signals to the job would end the question, too
+            if not cluster.may_requeue(job_id):
+                return INTERRUPTED  # cancelled, or SLURM requeues it: SLURM's word counts from here
+            cluster.requeue(job_id)
+    except SlurmError as error:
+        for run_dir in left:
+            line = f"stopped ({why}) and not requeued: {error}"
+            run_dir.update_status(state="failed", phase="", error=line)
+        return INTERRUPTED
+    time.sleep(WAIT_S)  # SLURM ends us now
+    return INTERRUPTED
+
+
+def after(work: Work, *, code: int) -> int:
+    """What the batch script does once srun has ended: the exit code of the job.
+
+    A task that was killed without a word (out of memory, kill -9) goes on from its checkpoint.
+    """
+    if work.requests or not (left := _unfinished(work)):
+        return code
+    killed = code - SIGNALLED if code > SIGNALLED else 0
+    for run_dir in left:
+        settle(run_dir, code=-killed if killed else code)
+    if not killed:
+        return code
+    if all(stalled(run_dir, limit=work.max_stalled) for run_dir in left):
+        return code
+    return _go_on_later(work, why=f"killed by signal {killed}")
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring."""
+    if len(argv) == 3 and argv[0] == "--after":
+        return after(read(Path(argv[2]), index=task_index()), code=int(argv[1]))
+    if len(argv) != 1:
+        print("usage: python -m sweeps.job [--after CODE] SUBMISSION", file=sys.stderr)
+        return 2
+    return run(read(Path(argv[0]), index=task_index()))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # for what the worker starts
+    sys.exit(main(sys.argv[1:]))

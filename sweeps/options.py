@@ -1,0 +1,184 @@
+"""What a job asks of SLURM: the launcher's options, a run's own wishes, and what no cluster grants.
+
+Hydra reads this module at every start, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from relora_core import costs
+from relora_core.config import ConfigError, RunConfig
+
+
+@dataclass(kw_only=True)
+class SlurmOptions:
+    """What a job asks of SLURM; `resources.*` of a run overrides the shape for that run."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    time: str = "1:00:00"
+    """Limit of one job: minutes, MM:SS, H:MM:SS, D-H, D-HH:MM:SS. A run may take several jobs."""
+    nodes: int = 1
+    """Machines of one run."""
+    gpus_per_node: int = 1
+    """0: the CPU."""
+    tasks_per_node: int | None = None
+    """Processes of a run on each node (DDP); null: one per GPU."""
+    cpus_per_task: int = 4
+    mem_gb: float | None = None
+    """Memory of each node; null: the partition's default."""
+    exclusive: bool = False
+    max_parallel: int | None = None
+    """Runs at a time; null: as many as SLURM lets."""
+    runs_per_job: int = 1
+    """Small runs that share a job, each with its part of the GPUs and cores."""
+    gpu_memory_gb: float | None = None
+    """Of one GPU: packing more runs than fit is refused. null: not checked."""
+    signal_delay_s: int = 120
+    """From SLURM's warning to its kill: time for the current step and a checkpoint."""
+    max_stalled: int = 5
+    """Attempts of one job without a new checkpoint, after which it is a failure."""
+    mail_type: str | None = None
+    """As sbatch's: END,FAIL, ARRAY_TASKS, ..."""
+    mail_user: str | None = None
+    dependency: str | None = None
+    """As sbatch's: afterok:123."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further options of sbatch: {gres: "gpu:a100:1", licenses: x}; true is a flag."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the run: module load ..., export ..."""
+    teardown: list[str] = field(default_factory=list)
+    """Shell lines after it."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further words for srun."""
+    python: str | None = None
+    """Command in place of this Python: `singularity exec --nv image.sif python`."""
+    snapshot_limit_mb: float = 50.0
+    """The frozen copy of the code is refused beyond that: something large is not git-ignored."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Shape:
+    """What one job asks for: runs of one shape share an array."""
+
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    cpus_per_task: int
+    mem_gb: float | None
+    minutes: int
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def minutes(text: str) -> int:
+    """SLURM's notation of a time limit in whole minutes, rounded up; ConfigError otherwise."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(text))
+    if match is None:
+        raise ConfigError(
+            f"hydra.launcher.time must be minutes, H:MM:SS or D-HH:MM:SS, got {text!r}; "
+            "for example 4:00:00"
+        )
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, mins, secs = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, mins, secs = numbers
+    else:  # M or M:S
+        hours, (mins, secs) = 0, [*numbers, 0][:2]
+    total = ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + secs
+    return -(-total // 60)
+
+
+def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
+    """The launcher's options with what the run itself asks for in their place."""
+    wants = config.resources
+
+    def pick(name: str) -> Any:
+        own = getattr(wants, name)
+        return getattr(options, name) if own is None else own
+
+    gpus = pick("gpus_per_node")
+    return Shape(
+        nodes=pick("nodes"),
+        gpus_per_node=gpus,
+        tasks_per_node=pick("tasks_per_node") or max(1, gpus),
+        cpus_per_task=pick("cpus_per_task"),
+        mem_gb=pick("mem_gb"),
+        minutes=minutes(pick("time")),
+    )
+
+
+# checks, before anything is written -------------------------------------------------------------
+def check_options(options: SlurmOptions) -> None:
+    """ConfigError for what no cluster could grant."""
+    for name in ("nodes", "cpus_per_task", "runs_per_job", "max_stalled", "max_parallel"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"hydra.launcher.{name} must be >= 1, got {value}; nearest valid: 1")
+    for name in ("gpus_per_node", "signal_delay_s"):
+        if getattr(options, name) < 0:
+            raise ConfigError(
+                f"hydra.launcher.{name} must be >= 0, got {getattr(options, name)}; "
+                "nearest valid: 0"
+            )
+    if options.max_parallel is not None and options.runs_per_job > options.max_parallel:
+        raise ConfigError(
+            f"hydra.launcher.runs_per_job must be <= max_parallel={options.max_parallel}, got "
+            f"{options.runs_per_job}; nearest valid: {options.max_parallel}"
+        )
+    _check_time(options.time, key="hydra.launcher.time", delay_s=options.signal_delay_s)
+
+
+def _check_time(text: str, *, key: str, delay_s: int) -> None:
+    if minutes(text) * 60 <= delay_s:
+        raise ConfigError(
+            f"{key} must be longer than signal_delay_s={delay_s} (the part of it that saving may "
+            f"take), got {text!r}; nearest valid: {delay_s // 60 + 5}"
+        )
+
+
+def check_cell(config: RunConfig, options: SlurmOptions) -> None:
+    """ConfigError where the run does not suit its processes or its time."""
+    shape = shape_of(config, options)
+    if config.resources.time is not None:
+        _check_time(config.resources.time, key="resources.time", delay_s=options.signal_delay_s)
+    if config.train.batch_size % shape.processes:
+        good = max(1, round(config.train.batch_size / shape.processes)) * shape.processes
+        raise ConfigError(
+            f"train.batch_size must be divisible by the {shape.processes} processes "
+            f"({shape.nodes} nodes of {shape.tasks_per_node}), got {config.train.batch_size}; "
+            f"nearest valid: {good}"
+        )
+    every = config.checkpoint.every_minutes
+    if every is not None and every >= shape.minutes:
+        raise ConfigError(
+            f"hydra.launcher.time must be longer than checkpoint.every_minutes={every:g}, got "
+            f"{shape.minutes} min; nearest valid: {int(2 * every) + 1}"
+        )
+    if options.runs_per_job == 1:
+        return
+    if shape.processes > max(1, shape.gpus_per_node) or shape.nodes > 1:
+        raise ConfigError(
+            "hydra.launcher.runs_per_job must be 1 for a run of several nodes or processes, got "
+            f"{options.runs_per_job} with {shape.nodes} x {shape.tasks_per_node}"
+        )
+    if options.gpu_memory_gb is not None and shape.gpus_per_node:
+        each = costs.memory_bytes(config)["total"] / 1e9
+        per_gpu = -(-options.runs_per_job // shape.gpus_per_node)
+        if each * per_gpu > options.gpu_memory_gb:
+            fits = max(1, int(options.gpu_memory_gb / each)) * shape.gpus_per_node
+            raise ConfigError(
+                f"hydra.launcher.runs_per_job must be <= {fits} ({each:.3g} GB for each run, "
+                f"{options.gpu_memory_gb:g} GB on each of {shape.gpus_per_node} GPUs), got "
+                f"{options.runs_per_job}; nearest valid: {fits}"
+            )

@@ -1,0 +1,217 @@
+"""Which checkpoints and code snapshots may go, and how they go: never by halves.
+
+A run that is at work, waits to be, or is lost is left alone; the newest checkpoint of a run that
+has not finished and the only one of any run stay. Not for: talking to people (`commands/gc.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.run_dir import RunDir
+from experiments.state import state_of
+from relora_core.config import ConfigError, nearest
+from sweeps import cluster
+from sweeps.plan import plan_folder
+from sweeps.state import jobs_folder, recover
+
+IN_USE = ("queued", "running", "lost")
+"""States in which somebody may be at work on the run."""
+PERPLEXITY, LOSS = "eval/paloma/perplexity", "train/loss"
+LOADABLE = ("model.safetensors", "progress.json")
+WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
+"""Files of a checkpoint. One that lacks the others (somebody kept the weights) is left alone."""
+SNAPSHOT_AGE_S = 3600.0
+"""A younger snapshot may belong to a launch that has not written its submission yet."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Policy:
+    """How many checkpoints of each run stay."""
+
+    keep_latest: int = 1
+    keep_best: int = 0
+    metric: str | None = None
+    """What `best` means; None: perplexity where the run has it, else the training loss."""
+    maximize: bool | None = None
+    """None: accuracies up, all else down."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Verdict:
+    """What would become of one run's checkpoints."""
+
+    run_id: str
+    keep: list[int] = field(default_factory=list)
+    """Steps."""
+    remove: list[Path] = field(default_factory=list)
+    """Whole checkpoints, oldest first."""
+    torn: list[Path] = field(default_factory=list)
+    """What kills in mid-write or mid-removal left."""
+    bytes: int = 0
+    """That all of this frees."""
+    note: str = ""
+    """Why it is left alone, or what ranking there was."""
+
+
+# checkpoints --------------------------------------------------------------------------------------
+def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
+    """What `policy` makes of a run in `state`. Reads only."""
+    found = {step_of(p): p for p in run.checkpoints.glob("step-*") if p.name[5:].isdigit()}
+    whole = {step: path for step, path in sorted(found.items()) if _has(path, WHOLE)}
+    if state in IN_USE:
+        return Verdict(run_id=run.run_id, keep=sorted(found), note=f"{state}: left alone")
+    keep, note = _kept(run, list(whole), state=state, policy=policy)
+    torn = [path for path in found.values() if not _has(path, LOADABLE)]
+    torn += sorted(run.checkpoints.glob(".tmp-step-*"))
+    verdict = Verdict(
+        run_id=run.run_id,
+        keep=sorted(keep),
+        remove=[path for step, path in whole.items() if step not in keep],
+        torn=torn,
+        note=note,
+    )
+    verdict.bytes = sum(size(path) for path in (*verdict.remove, *verdict.torn))
+    return verdict
+
+
+def step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _has(path: Path, names: Sequence[str]) -> bool:
+    return all((path / name).exists() for name in names)
+
+
+def _kept(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tuple[set[int], str]:
+    """(steps that stay, how they were ranked)."""
+    keep = set(steps[len(steps) - policy.keep_latest :] if policy.keep_latest else [])
+    if state != "finished" or len(steps) == 1:
+        keep |= set(steps[-1:])  # the run goes on from there
+    if not policy.keep_best or not steps:
+        return keep, ""
+    values = at_steps(run, steps)
+    metric = policy.metric or next((m for m in (PERPLEXITY, LOSS) if values.get(m)), PERPLEXITY)
+    ranked = values.get(metric, {})
+    if not ranked:
+        return set(steps), f"no {metric} at any checkpoint: all stay"
+    sign = -1.0 if _goes_up(metric, policy) else 1.0
+    best = sorted(ranked, key=lambda step: (sign * ranked[step], -step))[: policy.keep_best]
+    told = ", ".join(f"{ranked[step]:.5g} at {step}" for step in best)
+    return keep | set(best), f"best {metric}: {told}"
+
+
+def _goes_up(metric: str, policy: Policy) -> bool:
+    accuracy = "accuracy" in metric or "/blimp/" in metric
+    return accuracy if policy.maximize is None else policy.maximize
+
+
+def at_steps(run: RunDir, steps: Sequence[int] | None) -> dict[str, dict[int, float]]:
+    """Metric -> step -> finite value at that very step, of training and of evaluations since.
+
+    None stands for every step.
+    """
+    from experiments.evaluate import evaluations  # what it imports no other command needs
+
+    told = [(event["step"], event["metrics"]) for event in run.events()]
+    values: dict[str, dict[int, float]] = {}
+    for step, metrics in [*evaluations(run).items(), *told]:
+        for name, value in metrics.items():
+            if (steps is None or step in steps) and math.isfinite(value):
+                values.setdefault(name, {})[step] = value
+    return values
+
+
+def check(policy: Policy, *, runs: Sequence[RunDir]) -> None:
+    """ConfigError for a policy that keeps nothing or ranks by what no run has measured."""
+    for key, value in (("keep-latest", policy.keep_latest), ("keep-best", policy.keep_best)):
+        if value < 0:
+            raise ConfigError(f"--{key} must be >= 0, got {value}; nearest valid: 0")
+    if not policy.keep_latest and not policy.keep_best:
+        raise ConfigError(
+            "--keep-latest must be >= 1 where --keep-best is 0, got 0; nearest valid: 1"
+        )
+    if policy.metric is None:
+        return
+    if not policy.keep_best:
+        raise ConfigError("--metric needs --keep-best, got 0; nearest valid: --keep-best 1")
+    known = {name for run in runs for name in at_steps(run, None)}
+    if policy.metric not in known:
+        raise ConfigError(
+            f"--metric must be one that these runs have measured, got {policy.metric!r}."
+            f"{nearest(policy.metric, sorted(known))}"
+        )
+
+
+# removal ------------------------------------------------------------------------------------------
+def remove(verdict: Verdict, *, run: RunDir) -> None:
+    """Remove what the verdict says; nothing if somebody has begun to work on the run since."""
+    if verdict.torn or verdict.remove:
+        now = state_of(run).state
+        if now in IN_USE:
+            raise BlockingIOError(None, f"is {now} by now: left alone")
+    for path in verdict.torn:
+        shutil.rmtree(path, onerror=_make_writable)
+    for path in verdict.remove:
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that a kill at any moment leaves it whole or under another name."""
+    aside = path.with_name(f".tmp-{path.name}-gc-{os.getpid()}")
+    path.rename(aside)
+    shutil.rmtree(aside, onerror=_make_writable)
+
+
+def _make_writable(function: Callable[..., object], path: str, error: object) -> None:
+    """A frozen snapshot may be read-only; what is gone already is as good."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chmod(os.path.dirname(path), stat.S_IRWXU)
+        os.chmod(path, stat.S_IRWXU)
+        function(path)
+
+
+def size(path: Path) -> int:
+    """Bytes of the files below `path`."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+# snapshots ----------------------------------------------------------------------------------------
+def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, str]) -> list[Path]:
+    """Code snapshots of a sweep, and remains of removed ones, that no job can still read.
+
+    `states` holds run_id -> state of the sweep's runs. While any of them is in use, or any job of
+    the sweep may still run, all stay. SlurmError where SLURM must be asked and does not answer.
+    """
+    folder = plan_folder(output_dir, name=sweep) / "code"
+    young = time.time() - SNAPSHOT_AGE_S
+    found = [
+        path for path in sorted(folder.glob("*")) if path.is_dir() and path.stat().st_ctime < young
+    ]
+    if not found or any(state in IN_USE for state in states.values()):
+        return []
+    return [] if _jobs_alive(output_dir, sweep=sweep) else found
+
+
+def _jobs_alive(output_dir: Path | str, *, sweep: str) -> bool:
+    """Jobs of evaluations included, of which a run's state says nothing."""
+    if not jobs_folder(output_dir, name=sweep).exists():
+        return False
+    submissions = recover(output_dir, sweep)
+    if any(one.state == "submitting" and one.created > time.time() - 60 for one in submissions):
+        return True
+    ids = {job_id for one in submissions for job_id in one.job_ids().values()}
+    return bool(ids) and any(job.alive for job in cluster.jobs(ids).values())

@@ -1,0 +1,493 @@
+"""Plan -> SLURM job arrays, and back to the prompt: nothing stays behind that could be killed.
+
+One array per resource shape, split where SLURM's arrays end. What a job is to do is written before
+sbatch is called, so a crash at any point leaves either no job or one that is found again by name.
+Not for: what happens on the node (`job.py`), nor for what SLURM says (`cluster.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import os
+import shlex
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.run_dir import DONE, RunDir, runs_folder
+from relora_core.config import ConfigError, RunConfig
+from sweeps import cluster, snapshot
+from sweeps.budget import Estimate, Place
+from sweeps.cluster import SlurmError
+from sweeps.options import Shape, SlurmOptions, check_cell, check_options, shape_of
+from sweeps.plan import Cell, Plan, plan_folder
+from sweeps.state import Submission, jobs_folder, recover, survey
+
+IN_FLIGHT = ("running", "queued")
+TRIES = 4
+"""At sbatch, where the controller is busy."""
+
+
+# the script -------------------------------------------------------------------------------------
+def parameters(
+    options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path
+) -> dict[str, Any]:
+    """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
+    packed = options.runs_per_job > 1
+    sbatch = {k: getattr(options, k) for k in ("reservation",) if getattr(options, k)}
+    extra = {**sbatch, "requeue": True, **options.extra}
+    mine: dict[str, Any] = {
+        "job_name": name,
+        "time": shape.minutes,
+        "nodes": shape.nodes,
+        "ntasks_per_node": 1 if packed else shape.tasks_per_node,
+        "cpus_per_task": shape.cpus_per_task * (options.runs_per_job if packed else 1),
+        "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
+        "gpus_per_node": shape.gpus_per_node or None,
+        "signal_delay_s": options.signal_delay_s,
+        "stderr_to_stdout": True,
+        "exclusive": True if options.exclusive else None,
+        "additional_parameters": extra,
+        "setup": [*environment(code), *options.setup],
+        # One dead rank would leave the others waiting for it until the time limit.
+        "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
+        "teardown": [
+            "code=$?",
+            f'{python(options)} -m sweeps.job --after "$code" {shlex.quote(str(file))}',
+            "code=$?",
+            *options.teardown,
+            "exit $code",
+        ],
+    }
+    same = ("partition", "account", "qos", "constraint", "mail_type", "mail_user", "dependency")
+    mine |= {key: getattr(options, key) for key in same}
+    return {key: value for key, value in mine.items() if value is not None}
+
+
+def environment(code: Path) -> list[str]:
+    """Shell lines that make the job's Python use the frozen code and its own cores."""
+    return [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
+        "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
+        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
+        "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # since SLURM 22.05 srun asks anew
+        "ulimit -c 0",
+    ]
+
+
+def python(options: SlurmOptions) -> str:
+    return options.python or shlex.quote(sys.executable)
+
+
+def script(options: SlurmOptions, shape: Shape, *, tasks: int, name: str, file: Path) -> str:
+    """The text of the batch script, for `--test-only` and for the curious."""
+    executor = _executor(options, shape, name=name, code=Path("code"), file=file)
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks
+    return executor._make_submission_file_text(_command(options, file), "check")
+
+
+def _command(options: SlurmOptions, file: Path) -> str:
+    return f"{python(options)} -m sweeps.job {shlex.quote(str(file))}"
+
+
+def _executor(options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path) -> Any:
+    from submitit import SlurmExecutor
+
+    executor = SlurmExecutor(folder=file.parent)
+    executor.update_parameters(**parameters(options, shape, name=name, code=code, file=file))
+    executor.parameters["wckey"] = None  # submitit's own; many sites refuse unknown ones
+    return executor
+
+
+# launching --------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Runs that one sbatch submits."""
+
+    shape: Shape
+    tasks: list[list[Cell]]
+    """The runs of each task of the array."""
+    lane: int = 0
+    """Arrays of one lane run one after another, where `max_parallel` leaves no other way."""
+    at_once: int | None = None
+    """Tasks at a time."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for task in self.tasks for cell in task]
+
+
+def batches(
+    cells: Sequence[Cell], *, options: SlurmOptions, max_array_size: int | None
+) -> list[Batch]:
+    """One array per shape, split where arrays end; the cap is shared between them."""
+    by_shape: dict[Shape, list[Cell]] = {}
+    for cell in cells:
+        by_shape.setdefault(shape_of(cell.config, options), []).append(cell)
+    k, most = options.runs_per_job, max_array_size or 1000
+    made = []
+    for shape, members in by_shape.items():
+        tasks = [members[i : i + k] for i in range(0, len(members), k)]
+        made += [Batch(shape=shape, tasks=tasks[i : i + most]) for i in range(0, len(tasks), most)]
+    if options.max_parallel is not None:
+        _share_cap(made, jobs=max(1, options.max_parallel // k))
+    return made
+
+
+def _share_cap(made: list[Batch], *, jobs: int) -> None:
+    """At most `jobs` tasks at once over all arrays: SLURM caps each array alone."""
+    lanes = min(jobs, len(made))
+    for index, batch in enumerate(made):
+        batch.lane = index % lanes
+        batch.at_once = jobs // lanes + (batch.lane < jobs % lanes)
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmLauncher:
+    """`hydra/launcher=slurm`."""
+
+    options: SlurmOptions
+    kind: str = "slurm"
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if self.options.gpus_per_node else "CPU"
+
+    def place(self, config: RunConfig) -> Place:
+        shape = shape_of(config, self.options)
+        return Place(
+            processes=shape.processes,
+            gpus=shape.nodes * shape.gpus_per_node / self.options.runs_per_job,
+            time_limit_h=shape.minutes / 60,
+        )
+
+    def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
+        """ConfigError before anything is written, where SLURM or arithmetic would refuse."""
+        check_options(self.options)
+        for cell in plan.cells:
+            check_cell(cell.config, self.options)
+            self._check_pace(cell.config, estimates.get(cell.run_id))
+            if "%" in (place := os.path.abspath(cell.config.output_dir)):
+                raise ConfigError(
+                    f"output_dir must hold no % (SLURM's own sign in file names), got {place!r}; "
+                    f"nearest valid: {place.replace('%', '_')!r}"
+                )
+        if not cluster.available():
+            raise ConfigError(
+                "hydra/launcher must be local here: slurm needs sbatch and squeue on PATH"
+            )
+        try:
+            for shape in {shape_of(cell.config, self.options) for cell in plan.cells}:
+                self._ask(shape)
+        except SlurmError as error:
+            raise ConfigError(f"hydra/launcher=slurm needs SLURM's answer: {error}") from None
+
+    def _check_pace(self, config: RunConfig, cost: Estimate | None) -> None:
+        """A job that a kill without warning ends before its first checkpoint never gets on."""
+        if cost is None or cost.bound or config.checkpoint.every_minutes is not None:
+            return
+        shape, every = shape_of(config, self.options), config.checkpoint.every_steps
+        place = self.place(config)
+        wall_min = 60 * cost.hours / (place.gpus or place.processes)
+        interval = wall_min * min(1.0, every / config.train.steps)
+        if interval > shape.minutes:
+            good = max(1, int(every * shape.minutes / interval / 2))
+            raise ConfigError(
+                f"hydra.launcher.time must be longer than a checkpoint interval (checkpoint."
+                f"every_steps={every} take about {interval:.0f} min), got {shape.minutes} min; "
+                f"nearest valid: {int(interval) + 1}, or checkpoint.every_steps={good}"
+            )
+
+    def _ask(self, shape: Shape) -> None:
+        """`sbatch --test-only`: unknown partitions, nodes that do not exist."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "submission.json"
+            text = script(self.options, shape, tasks=1, name="check", file=file)
+            path = Path(folder) / "check.sh"
+            path.write_text(text, encoding="utf-8")
+            cluster.test(path)
+
+    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
+        """Submit what is not done and not in flight; the exit code. The jobs go on without us."""
+        output_dir = output_dir.absolute()
+        for cell in plan.cells:
+            _run_dir(output_dir, cell).create(cell.config)
+        with _only_submitter(output_dir, console):
+            try:
+                todo = self._todo(plan, output_dir)
+                self._tell_skipped(plan, todo, console)
+                if not todo:
+                    return 0
+                code = snapshot.freeze(
+                    plan_folder(output_dir, name=plan.name) / "code",
+                    output_dir=output_dir,
+                    limit_mb=self.options.snapshot_limit_mb,
+                )
+                _pre_create(plan, todo, output_dir, console=console)
+                done = self._submit_all(plan, todo, output_dir, code=code, console=console)
+                console.print(f"watch: python -m sweeps watch {plan.name}", highlight=False)
+                return done
+            except SlurmError as error:
+                raise ConfigError(
+                    f"SLURM does not answer, nothing was submitted: {error}"
+                ) from None
+
+    def _todo(self, plan: Plan, output_dir: Path) -> list[Cell]:
+        """Runs without a result that no job is to run."""
+        known = {
+            run_id: job_id
+            for one in recover(output_dir, plan.name, write=True)
+            for run_id, job_id in one.job_ids().items()
+        }
+        runs = {cell.run_id: _run_dir(output_dir, cell) for cell in plan.cells}
+        for run_id, run in runs.items():
+            job_id = known.get(run_id)
+            if job_id and run.status().job_id is None and run.status().state == "planned":
+                run.update_status(state="queued", job_id=job_id)  # its sbatch outlived its command
+        states = survey(list(runs.values()))
+        return [c for c in plan.cells if states[c.run_id].state not in (*DONE, *IN_FLIGHT)]
+
+    def _tell_skipped(self, plan: Plan, todo: list[Cell], console: Console) -> None:
+        if skipped := len(plan.cells) - len(todo):
+            rest = "nothing to submit" if not todo else f"{len(todo)} to submit"
+            console.print(f"{skipped} runs are done or in flight: {rest}", highlight=False)
+
+    def _submit_all(
+        self, plan: Plan, todo: list[Cell], output_dir: Path, *, code: Path, console: Console
+    ) -> int:
+        made = batches(todo, options=self.options, max_array_size=cluster.max_array_size())
+        lanes: dict[int, str] = {}
+        for number, batch in enumerate(made):
+            after = lanes.get(batch.lane)
+            try:
+                submission = self._submit(plan, batch, output_dir, code=code, after=after)
+            except SlurmError as error:
+                left = sum(len(b.cells) for b in made[number:])
+                console.print(
+                    f"error: sbatch refused job array {number + 1} of {len(made)}: {error}; "
+                    f"{len(todo) - left} runs are submitted and stay so, {left} are not: the same "
+                    "command submits them",
+                    style="red",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                return 1
+            lanes[batch.lane] = submission.job_id or ""
+            console.print(_told(submission, batch), highlight=False, soft_wrap=True)
+        return 0
+
+    def _submit(
+        self, plan: Plan, batch: Batch, output_dir: Path, *, code: Path, after: str | None
+    ) -> Submission:
+        one = Submission(
+            submission=uuid.uuid4().hex[:8],
+            name="",
+            created=time.time(),
+            tasks=[[cell.run_id for cell in task] for task in batch.tasks],
+            max_stalled=self.options.max_stalled,
+            signal_delay_s=self.options.signal_delay_s,
+        )
+        one.name = f"{plan.name}.{one.submission}"
+        folder = jobs_folder(output_dir, name=plan.name) / one.submission
+        one.write(folder)
+        options = self.options
+        if after:
+            waits = f"afterany:{after}"
+            both = f"{options.dependency},{waits}" if options.dependency else waits
+            options = dataclasses.replace(options, dependency=both)
+        runs = [_run_dir(output_dir, cell) for cell in batch.cells]
+        for run in runs:
+            run.cancel_path.unlink(missing_ok=True)
+            run.update_status(state="planned", phase="", job_id=None, error=None)
+        _send(one, folder, options=options, shape=batch.shape, at_once=batch.at_once, code=code)
+        for run_id, job_id in one.job_ids().items():
+            _queued(RunDir(runs_folder(output_dir) / run_id), job_id)
+        return one
+
+
+def _pre_create(plan: Plan, todo: list[Cell], output_dir: Path, *, console: Console) -> None:
+    """Show the runs in MLflow before they begin, and make its store before any job could.
+
+    A server that does not answer stops nothing: the records can be synced at any time.
+    """
+    tracked = [cell for cell in todo if cell.config.tracking.enabled]
+    if not tracked:
+        return
+    from experiments import mlflow_sync
+
+    config = tracked[0].config
+    uri, experiment = mlflow_sync.store_uri(config), mlflow_sync.experiment_name(config)
+    try:
+        id_ = mlflow_sync.ensure_store(uri, experiment=experiment, output_dir=output_dir)
+        mlflow_sync.sync(
+            [_run_dir(output_dir, cell) for cell in tracked],
+            uri=uri,
+            experiment_id=id_,
+            output_dir=output_dir,
+            names={cell.run_id: cell.name for cell in plan.cells},
+            final=True,
+        )
+    except mlflow_sync.TrackingUnreachable as error:
+        console.print(str(error), style="yellow", highlight=False, soft_wrap=True)
+
+
+def _queued(run: RunDir, job_id: str) -> None:
+    """Write down the run's job, unless the job has begun and speaks for itself."""
+    if run.lock_holder() is None and run.status().state == "planned":
+        run.update_status(state="queued", job_id=job_id)
+
+
+def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
+    return RunDir(runs_folder(output_dir) / cell.run_id)
+
+
+def _told(one: Submission, batch: Batch) -> str:
+    shape, jobs = batch.shape, len(batch.tasks)
+    array = f" (array of {jobs})" if jobs > 1 else ""
+    each = [
+        f"{number} {noun}{'s' * (number > 1)}"
+        for number, noun in (
+            (shape.nodes, "node"),
+            (shape.gpus_per_node * shape.nodes, "GPU"),
+            (shape.processes, "process"),
+            (shape.cpus_per_task * shape.processes, "core"),
+            (shape.minutes, "min"),
+        )
+        if number and (noun != "process" or number > 1)
+    ]
+    told = ", ".join(each).replace("processs", "processes").replace("mins", "min")
+    return f"submitted job {one.job_id}{array}: {len(batch.cells)} runs, each with {told}"
+
+
+def _send(
+    one: Submission,
+    folder: Path,
+    *,
+    options: SlurmOptions,
+    shape: Shape,
+    at_once: int | None,
+    code: Path,
+) -> None:
+    """sbatch for a submission that is on disk, and write down what came of it."""
+    try:
+        one.job_id = sbatch(
+            options, shape, tasks=len(one.tasks), at_once=at_once,
+            name=one.name, code=code, file=folder / "submission.json",
+        )  # fmt: skip
+    except SlurmError as error:
+        one.state, one.error = "refused", str(error)
+        one.write(folder)
+        raise
+    one.state = "submitted"
+    one.write(folder)
+
+
+def sbatch(
+    options: SlurmOptions,
+    shape: Shape,
+    *,
+    tasks: int,
+    at_once: int | None,
+    name: str,
+    code: Path,
+    file: Path,
+) -> str:
+    """Submit one array; its job id. A time-out is no refusal: the job is looked for first."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = _executor(options, shape, name=name, code=code, file=file)
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks
+        executor.parameters["array_parallelism"] = at_once or tasks
+    for left in reversed(range(TRIES)):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                return str(executor._submit_command(_command(options, file)).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            line = " ".join(str(error).split()).removeprefix("sbatch: error: ")
+            if not cluster.BUSY.search(line):
+                raise SlurmError(line) from None
+            if job_id := cluster.find(name):
+                return job_id
+            if not left:
+                raise SlurmError(line) from None
+        time.sleep(cluster.PAUSE_S)
+    raise AssertionError("at least one try")
+
+
+@contextlib.contextmanager
+def _only_submitter(output_dir: Path, console: Console) -> Iterator[None]:
+    """Two commands over one output_dir submit in turn, so that the second sees the first's jobs."""
+    folder = output_dir / "sweeps"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".submit.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("another command submits below this output_dir: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# evaluations ------------------------------------------------------------------------------------
+def submit_evals(requests: Sequence[Path], *, sweep: str, output_dir: Path, after: bool) -> None:
+    """One array, a request each, on what the sweep's runs were given; prints the job id.
+
+    With `after` it waits for the jobs of the runs that are still in flight.
+    """
+    from sweeps.launch import load_launcher
+
+    folder = plan_folder(output_dir, name=sweep)
+    launcher = load_launcher(folder)
+    if not isinstance(launcher, SlurmLauncher):
+        raise ConfigError(
+            f"--slurm must be left out for {sweep}, which was launched locally: nothing says what "
+            "to ask SLURM for"
+        )
+    output_dir = output_dir.absolute()
+    runs = [RunDir(request.absolute().parents[2]) for request in requests]
+    configs = [run.config() for run in runs]
+    options = launcher.options
+    if after:
+        waits = {run.status().job_id for run in runs if not run.ended()} - {None}
+        if waits:
+            ids = ":".join(sorted(str(job_id) for job_id in waits))
+            options = dataclasses.replace(options, dependency=f"afterany:{ids}")
+    # Scoring is not shared between processes: one of them, one GPU.
+    options = dataclasses.replace(options, runs_per_job=1)
+    shapes = {shape_of(config, options) for config in configs}
+    shape = dataclasses.replace(
+        max(shapes, key=lambda one: one.minutes), nodes=1, tasks_per_node=1,
+    )  # fmt: skip
+    shape = dataclasses.replace(shape, gpus_per_node=min(1, shape.gpus_per_node))
+    code = snapshot.freeze(
+        folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
+    )
+    names = [str(request.absolute().relative_to(output_dir)) for request in requests]
+    size = cluster.max_array_size() or 1000
+    for start in range(0, len(names), size):
+        one = Submission(
+            submission=uuid.uuid4().hex[:8],
+            name="",
+            created=time.time(),
+            tasks=[[name] for name in names[start : start + size]],
+            kind="eval",
+        )
+        one.name = f"{sweep}.{one.submission}"
+        place = folder / "jobs" / one.submission
+        one.write(place)
+        _send(one, place, options=options, shape=shape, at_once=options.max_parallel, code=code)
+        print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")

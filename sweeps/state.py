@@ -1,0 +1,244 @@
+"""What is true of each run of a sweep: its own word first, then SLURM's. Reads only.
+
+Absence from squeue is not death: a run is given up (`lost`) only when nobody in SLURM knows its
+job and the run itself has been silent for long; and even that is judged anew each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from experiments.run_dir import RunDir, Status
+from experiments.state import SILENT_AFTER_S, RunState, state_of
+from relora_core import atomic
+from sweeps import cluster
+from sweeps.cluster import Job, SlurmError
+from sweeps.plan import plan_folder
+
+HELD = re.compile(r"held|hold|special.?exit", re.IGNORECASE)
+
+
+def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
+    """run_id -> the run as it is now; SLURM is asked once, for the runs of its that have not ended.
+
+    Where SLURM does not answer the run's own word stands, with a note in `reason`.
+    """
+    states = {run.run_id: state_of(run) for run in runs}
+    unsure = {run: _jobs_of(run) for run in runs if _unsure(run, states[run.run_id])}
+    if not unsure:
+        return states
+    try:
+        jobs = _ask({job_id for job_ids in unsure.values() for job_id in job_ids})
+    except SlurmError as error:
+        for run in unsure:
+            states[run.run_id] = _noted(states[run.run_id], f"SLURM does not answer: {error}")
+        return states
+    for run in unsure:
+        # Read again: it may have ended while SLURM was asked.
+        own = state_of(run)
+        states[run.run_id] = judge(run, own=own, jobs=jobs) if _unsure(run, own) else own
+    return states
+
+
+def gone(holder: dict[str, Any], *, heartbeat: float) -> bool:
+    """Is the holder of a run's lock, on another host, certainly dead? In doubt: no.
+
+    `heartbeat` is the newest word of the run, seconds since the epoch.
+    """
+    job_id = holder.get("job_id")
+    if job_id is None or holder["host"] in ("?", socket.gethostname()):
+        return False  # RunDir.lock_holder() has looked for processes of this host
+    try:
+        job = _ask({job_id}).get(job_id)
+    except SlurmError:
+        return False
+    if job is None:
+        return time.time() - heartbeat > SILENT_AFTER_S
+    return job.over or job.waiting
+
+
+def _ask(job_ids: set[str]) -> dict[str, Job]:
+    if not cluster.available():
+        raise SlurmError("there is no squeue on this machine's PATH")
+    return cluster.jobs(job_ids)
+
+
+def _unsure(run: RunDir, own: RunState) -> bool:
+    return own.job_id is not None and run.ended() is None
+
+
+def _jobs_of(run: RunDir) -> list[str]:
+    """The job that the run was given to and the one that holds its lock: mostly the same."""
+    ids = (run.status().job_id, (run.lock_holder() or {}).get("job_id"))
+    return [job_id for job_id in ids if job_id is not None]
+
+
+# judging ----------------------------------------------------------------------------------------
+def judge(run: RunDir, *, own: RunState, jobs: dict[str, Job]) -> RunState:
+    """The run's own word in the light of what SLURM says of its job."""
+    holder = run.lock_holder()
+    if holder is not None:
+        at_work = jobs.get(holder.get("job_id", ""))
+        here = holder["host"] in ("?", socket.gethostname())
+        if (
+            here
+            or holder.get("job_id") is None
+            or (at_work and at_work.alive and not at_work.waiting)
+        ):
+            return own
+    word = run.status()  # `own` may be "running" only because of a dead holder's lock
+    job_id = own.job_id or ""
+    job = jobs.get(job_id)
+    if job is None:
+        return _unknown(run, own, word=word.state, job_id=job_id)
+    if word.state == "cancelled" and (job.over or not job.waiting or run.cancel_path.exists()):
+        return _said(own, "cancelled", word.error)
+    if job.waiting:
+        return _said(own, "queued", _waits(job, word=word, run=run))
+    if job.over:
+        return _over(run, own, word=word.state, error=word.error, job=job)
+    if word.state == "failed":
+        return _said(own, "failed", word.error)
+    if word.state == "running":
+        odd = own.reason if own.state == "running" else f"{own.reason}, but SLURM: {job.state}"
+        return _said(own, "running", odd)
+    where = f" on {job.node}" if job.node else ""
+    return _said(own, "queued", f"{'ending' if job.state == 'COMPLETING' else 'starting'}{where}")
+
+
+def _unknown(run: RunDir, own: RunState, *, word: str, job_id: str) -> RunState:
+    if word in ("failed", "cancelled", "planned"):
+        return _said(own, word, run.status().error)
+    if run.cancel_path.exists():
+        return _said(own, "cancelled", None)
+    silent = time.time() - own.heartbeat
+    if silent <= SILENT_AFTER_S:
+        return _noted(own, f"SLURM does not list job {job_id}")
+    since = f"no word for {silent / 60:.0f} min" if own.heartbeat else "no word ever"
+    return _said(
+        own,
+        "lost",
+        f"{since} and SLURM does not know job {job_id}; "
+        f"`python -m sweeps retry {run.run_id}` runs it again",
+    )
+
+
+def _over(run: RunDir, own: RunState, *, word: str, error: str | None, job: Job) -> RunState:
+    """The job has ended and left no result."""
+    if word == "failed":
+        return _said(own, "failed", error or f"SLURM: {job.state} (job {job.job_id})")
+    if job.state == "CANCELLED" or run.cancel_path.exists():
+        return _said(own, "cancelled", f"SLURM: {job.state} (job {job.job_id})")
+    if job.state == "COMPLETED":
+        return _said(own, "failed", f"its job {job.job_id} ended without a result")
+    if job.state == "PREEMPTED":
+        return _said(own, "failed", f"preempted and not requeued (job {job.job_id})")
+    return _said(own, "failed", f"SLURM: {job.state} (job {job.job_id})")
+
+
+def _waits(job: Job, *, word: Status, run: RunDir) -> str:
+    """Why it has no node; where it would wait for ever, what to do."""
+    why = job.reason if job.reason not in ("", "None") else job.state
+    if "admin" in why.lower():
+        return f"held by an administrator (SLURM: {why})"
+    if HELD.search(why) or HELD.search(job.state):
+        return f"held (SLURM: {why}); `scontrol release {job.job_id}` lets it go on"
+    if why == "DependencyNeverSatisfied":
+        return (
+            f"never starts (SLURM: {why}); `python -m sweeps cancel {run.run_id}`, "
+            "then launch it again"
+        )
+    if word.phase.startswith("requeued"):
+        return f"{word.phase}, SLURM: {why}"
+    return f"SLURM: {why}" if word.state in ("planned", "queued") else f"requeued, SLURM: {why}"
+
+
+def _said(own: RunState, state: str, reason: str | None) -> RunState:
+    return dataclasses.replace(own, state=state, reason=reason)
+
+
+def _noted(own: RunState, note: str) -> RunState:
+    return dataclasses.replace(own, reason=f"{own.reason}; {note}" if own.reason else note)
+
+
+# submissions ------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Submission:
+    """One sbatch: what was asked for, and the job that came of it."""
+
+    submission: str
+    """8 hexadecimal digits."""
+    name: str
+    """SLURM's name of the job, unique; written down before sbatch is called."""
+    created: float = 0.0
+    """Seconds since the epoch."""
+    state: str = "submitting"
+    """`submitting`, `submitted` or `refused`."""
+    job_id: str | None = None
+    """Of an array: without the task."""
+    tasks: list[list[str]] = field(default_factory=list)
+    """The run_ids of each task of the array."""
+    kind: str = "train"
+    max_stalled: int = 5
+    """Attempts without a new checkpoint after which the job gives a run up."""
+    signal_delay_s: float = 120.0
+    """Seconds between SLURM's warning and its kill."""
+    error: str | None = None
+    """One line, where SLURM refused."""
+
+    def job_ids(self) -> dict[str, str]:
+        """run_id -> its job; empty while there is none."""
+        if self.job_id is None:
+            return {}
+        array = len(self.tasks) > 1
+        return {
+            run_id: f"{self.job_id}_{index}" if array else self.job_id
+            for index, run_ids in enumerate(self.tasks)
+            for run_id in run_ids
+        }
+
+    def write(self, folder: Path) -> None:
+        """Into `folder`, which is this submission's own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(folder / "submission.json", dataclasses.asdict(self))
+
+
+def jobs_folder(output_dir: Path | str, *, name: str) -> Path:
+    return plan_folder(output_dir, name=name) / "jobs"
+
+
+def read_submissions(folder: Path) -> list[Submission]:
+    """Every `*/submission.json` below `folder`, oldest first."""
+    known = {f.name for f in fields(Submission)}
+    found = []
+    for path in folder.glob("*/submission.json"):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        found.append(Submission(**{k: v for k, v in raw.items() if k in known}))
+    return sorted(found, key=lambda one: (one.created, one.submission))
+
+
+def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[Submission]:
+    """Every submission of a sweep; job ids lost between sbatch and disk are found by job name.
+
+    What is found is written down only with `write` (the launcher's). SlurmError where an id is
+    missing and SLURM does not answer: nobody knows then whether the job exists.
+    """
+    folder = jobs_folder(output_dir, name=name)
+    submissions = read_submissions(folder)
+    for one in submissions:
+        if one.state != "submitting" or one.job_id is not None:
+            continue
+        one.job_id = cluster.find(one.name)
+        if one.job_id is not None:
+            one.state = "submitted"
+            if write:
+                one.write(folder / one.submission)
+    return submissions

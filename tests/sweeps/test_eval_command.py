@@ -1,0 +1,199 @@
+"""Which evaluations a command line asks for, and that nothing is written for a wrong one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+
+import pytest
+
+from experiments.evaluate import evaluations, read_request
+from experiments.identity import run_id
+from experiments.run_dir import RunDir
+from experiments.runner import run_experiment
+from relora_core.config import BlimpConfig, ConfigError, EvalConfig, PalomaConfig
+from relora_core.data.grammar import VOCAB_SIZE
+from sweeps.commands import eval as command
+from sweeps.plan import make_plan, store
+
+
+@pytest.fixture
+def out(nano, tmp_path):
+    """A sweep of three runs: two trained with checkpoints at 2 and 4, one not begun."""
+    points = []
+    for seed in range(3):
+        config = nano(
+            seed=seed,
+            model={"vocab_size": VOCAB_SIZE},
+            train={"steps": 4},
+            checkpoint={"every_steps": 2},
+            eval={"blimp": BlimpConfig(enabled=True, max_pairs=2)},
+        )
+        config.output_dir = str(tmp_path)
+        points.append(({"seed": str(seed)}, config))
+    plan = store(make_plan(points, name="s"), output_dir=tmp_path)
+    for cell in plan.cells[:2]:
+        run_experiment(cell.config, RunDir(tmp_path / "runs" / cell.run_id))
+    return tmp_path
+
+
+@pytest.fixture
+def runs(out):
+    return sorted(out.glob("runs/*"), key=lambda p: p.name.split("-s")[-1])
+
+
+@pytest.fixture
+def call(out):
+    def call(*words):
+        parser = argparse.ArgumentParser()
+        command.configure(parser)
+        args = parser.parse_args(words)
+        args.output_dir = str(out)
+        return command.run(args)
+
+    return call
+
+
+def files(out):
+    return sorted(out.rglob("*"))
+
+
+def test_a_sweep_is_evaluated_with_its_own_evals_and_shown(out, runs, call, capsys):
+    assert call("s", "--steps", "all") == 0
+    for path in runs:
+        assert list(evaluations(RunDir(path))) == [2, 4]
+        final = RunDir(path).result()["metrics"]
+        assert evaluations(RunDir(path))[4].items() <= final.items()
+    told = capsys.readouterr()
+    assert "seed=2: no such checkpoint: left out" in told.err
+    assert "eval/blimp/no_bos/accuracy" in told.out
+    assert told.out.count("seed=") == 4
+
+
+def test_repeating_does_nothing_and_shows_the_same(out, call, capsys):
+    assert call("s") == 0
+    before, shown = files(out), capsys.readouterr().out
+    stamps = [p.stat().st_mtime_ns for p in before]
+    assert call("s") == 0
+    assert files(out) == before
+    assert [p.stat().st_mtime_ns for p in before] == stamps
+    again = capsys.readouterr()
+    assert again.out == shown
+    assert "[1/" not in again.err
+
+
+def test_an_override_adds_the_eval_it_names_and_no_other(runs, call):
+    assert call(runs[0].name, "eval.paloma.max_documents=2", "--steps", "2") == 0
+    found = evaluations(RunDir(runs[0]))
+    assert list(found) == [2]
+    assert "eval/paloma/perplexity" in found[2]
+    assert not any("/blimp/" in name for name in found[2])
+    assert evaluations(RunDir(runs[1])) == {}
+
+
+def test_settings_other_than_the_runs_own_need_a_name(out, runs, call):
+    before = files(out)
+    with pytest.raises(ConfigError, match=r"--as must .*run's own eval\.blimp"):
+        call("s", "eval.blimp.max_pairs=1")
+    assert files(out) == before
+    assert call("s", "eval.blimp.max_pairs=1", "--as", "short") == 0
+    assert "short/blimp/no_bos/accuracy" in evaluations(RunDir(runs[0]))[4]
+
+
+def test_an_override_keeps_the_runs_other_values(nano):
+    own = PalomaConfig(enabled=True, path="/p", split="test")
+    config = nano(eval={"paloma": own})
+    changed = command.eval_settings(["eval.paloma.max_documents=3"])(config)
+    assert changed.paloma == PalomaConfig(enabled=True, path="/p", split="test", max_documents=3)
+    assert not changed.blimp.enabled
+    changed = command.eval_settings(["eval=paloma_blimp", "eval.blimp.max_pairs=1"])(config)
+    assert changed == EvalConfig(paloma=own, blimp=BlimpConfig(enabled=True, max_pairs=1))
+    assert command.eval_settings([])(config) == config.eval
+    changed = command.eval_settings(["eval.paloma.path=/q"])(config)
+    assert changed.paloma == PalomaConfig(enabled=True, path="/q")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["s", "eval.blmp.path=x"], "Did you mean 'eval.blimp.path'?"),
+        (["s", "eval.blimp.pth=x"], "Did you mean 'eval.blimp.path'?"),
+        (["s", "eval=paloma_blim"], "Did you mean 'paloma_blimp'?"),
+        (["s", "blimp.path=x"], "Did you mean 'eval.blimp.path'?"),
+        (["s", "relora.r=4"], "relora.r must be eval or a key below it"),
+        (["s", "eval.blimp.max_pairs=0"], "eval.blimp.max_pairs must be"),
+        (["s", "eval.blimp.max_pairs=1,2"], "several values"),
+        (["s", "eval.blimp.path=/no/such"], "eval.blimp.path must be"),
+        (["s", "eval=none"], "at least one eval must be on"),
+        (["s", "--steps", "lst"], "Did you mean 'last'?"),
+        (["s", "--steps", "3"], "must name runs with a checkpoint"),
+        (["s", "--as", "train"], "--as must be a name"),
+        (["s", "--after"], "--after needs --slurm"),
+        (["t"], "got 't'"),
+        (["eval=paloma_blimp"], "SWEEP|RUN must name"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(out, call, words, line):
+    before = files(out)
+    with pytest.raises(ConfigError) as error:
+        call(*words)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+    assert files(out) == before
+
+
+def test_one_bad_checkpoint_does_not_stop_the_others(runs, call, capsys):
+    (runs[0] / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"x" * 50)
+    assert call("s") == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert list(evaluations(RunDir(runs[1]))) == [4]
+
+
+# SLURM --------------------------------------------------------------------------------------------
+@pytest.fixture
+def submitted(monkeypatch):
+    """Stands in for sweeps.slurm and keeps what it is given."""
+    calls = []
+
+    def submit_evals(requests, *, sweep, output_dir, after):
+        calls.append(([read_request(path) for path in requests], sweep, after))
+
+    module = types.SimpleNamespace(submit_evals=submit_evals)
+    monkeypatch.setitem(sys.modules, "sweeps.slurm", module)
+    monkeypatch.setattr("sweeps.slurm", module, raising=False)
+    return calls
+
+
+def test_jobs_get_what_is_missing(runs, call, submitted):
+    assert call(runs[0].name) == 0
+    assert call("s", "--slurm") == 0
+    ((requests, sweep, after),) = submitted
+    assert [run.run_id for run, _ in requests] == [runs[1].name]
+    assert (sweep, after) == ("s", False)
+    assert requests[0][1].eval.blimp == BlimpConfig(enabled=True, max_pairs=2)
+
+
+def test_after_takes_runs_that_have_no_checkpoint_yet(out, call, submitted, monkeypatch):
+    from sweeps import cluster
+    from sweeps.plan import load
+
+    cell = load(out / "sweeps" / "s" / "plan.json").cells[2]
+    third = RunDir(out / "runs" / run_id(cell.config))
+    third.create(cell.config)
+    third.update_status(state="queued", job_id="7")
+    job = cluster.Job(job_id="7", state="PENDING", reason="", name="", node="", source="squeue")
+    monkeypatch.setattr(cluster, "available", lambda: True)
+    monkeypatch.setattr(cluster, "jobs", lambda ids: {"7": job})
+    assert call("s", "--slurm", "--after") == 0
+    assert third.run_id in [run.run_id for run, _ in submitted[0][0]]
+    third.update_status(state="running", job_id=None, host="elsewhere")
+    with pytest.raises(ConfigError, match="--after must name runs of SLURM jobs"):
+        call("s", "--slurm", "--after")
+
+
+def test_a_run_of_no_sweep_has_no_launcher(out, runs, call, submitted):
+    (out / "sweeps" / "s" / "plan.json").unlink()
+    with pytest.raises(ConfigError, match="--slurm needs runs of a sweep"):
+        call(runs[0].name, "--slurm")
+    assert not (runs[0] / "evals").exists()
