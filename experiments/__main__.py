@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.evaluate import all_metrics
 from experiments.identity import arm_id, run_id
 from experiments.run_dir import RunDir
 from experiments.runner import complete, reporting
@@ -56,11 +57,10 @@ def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
 
 def show(run_dir: RunDir) -> dict[str, Any]:
     """State, attempts and final metrics of a run."""
-    result = run_dir.result()
     state = state_of(run_dir)
     return {
         **dataclasses.asdict(state),
-        "metrics": result["metrics"] if result else {},
+        "metrics": all_metrics(run_dir),
         "attempt_records": run_dir.attempt_records(),
         "path": str(run_dir.path),
     }
