@@ -74,9 +74,12 @@ class StopFlag:
             yield self
             return
         before = {n: signal.signal(n, self.handle) for n in numbers or SIGNALS}
+        # Who started this process inside `shielded` speaks to it by these very signals.
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
         try:
             yield self
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

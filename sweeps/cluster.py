@@ -307,6 +307,7 @@ def may_requeue(job_id: str) -> bool:
     Yes while it runs (a warning, the grace of a preemption) and where its time is up. Otherwise
     SLURM requeues it, or its user has cancelled it; and SLURM would requeue that one as well.
     """
+    told = ""
     for _ in range(5):
         told = _ask(["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]).split("\n")[0]
         if told:

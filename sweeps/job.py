@@ -164,7 +164,7 @@ def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
 # several runs -----------------------------------------------------------------------------------
 def _packed(work: Work, stop: StopFlag) -> list[int]:
     """Small runs that share the job, each in a process of its own with its share of the devices."""
-    runs = [r for r in work.runs if not _give_up(r, max_stalled=work.max_stalled)]
+    runs = [r for r in _unfinished(work) if not _give_up(r, max_stalled=work.max_stalled)]
     children = []
     for slot, run_dir in enumerate(runs):
         with open(run_dir.log_path(run_dir.status().attempts + 1), "ab") as log, shielded():
@@ -186,10 +186,11 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
         time.sleep(0.2)
     codes = [child.returncode for child in children]
     for run_dir, code in zip(runs, codes, strict=True):
-        settle(run_dir, code=code)
-    # One that was killed goes on later, too; those that have finished are skipped then.
+        if code >= 0:  # one that was killed goes on later
+            settle(run_dir, code=code)
     codes = [INTERRUPTED if code < 0 else code for code in codes]
-    return codes + [FAILED] * (len(work.runs) - len(runs))
+    failed = any(run_dir.status().state == "failed" for run_dir in work.runs)
+    return [*codes, FAILED if failed else FINISHED]
 
 
 def share(slot: int, *, of: int) -> dict[str, str]:
@@ -220,7 +221,15 @@ def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
 
 
 def _unfinished(work: Work) -> list[RunDir]:
-    return [r for r in work.runs if not r.ended() and not r.cancel_path.exists()]
+    """Runs that this job still has to bring to an end. In a pack, one failure is not tried again
+    each time that the others are interrupted."""
+    left = [r for r in work.runs if not r.ended() and not r.cancel_path.exists()]
+    return [r for r in left if len(work.runs) == 1 or not _failed_here(r)]
+
+
+def _failed_here(run_dir: RunDir) -> bool:
+    status = run_dir.status()
+    return status.state == "failed" and status.job_id == slurm_job_id()
 
 
 def _go_on_later(work: Work, *, why: str) -> int:
@@ -249,7 +258,12 @@ def after(work: Work, *, code: int) -> int:
 
     A task that was killed without a word (out of memory, kill -9) goes on from its checkpoint.
     """
-    if work.requests or not (left := _unfinished(work)):
+    if work.requests or code == INTERRUPTED:  # whoever ended early has seen to the rest
+        return code
+    for run_dir in work.runs:
+        if run_dir.cancel_path.exists():
+            settle(run_dir, code=code)
+    if not (left := _unfinished(work)):
         return code
     killed = code - SIGNALLED if code > SIGNALLED else 0
     for run_dir in left:

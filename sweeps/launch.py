@@ -154,7 +154,11 @@ def _one_output_dir(plan: Plan) -> Path:
         raise ConfigError(
             f"output_dir must be one folder per command, got {', '.join(sorted(folders))}"
         )
-    return Path(folders.pop())
+    output_dir = Path(folders.pop())
+    nearest = next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output_dir must be a folder, got {output_dir} and {nearest} is a file")
+    return output_dir
 
 
 def check_tracking(plan: Plan) -> None:

@@ -108,10 +108,11 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
         return getattr(options, name) if own is None else own
 
     gpus = pick("gpus_per_node")
+    each = 1 if options.runs_per_job > 1 else max(1, gpus)  # runs that share a job are single
     return Shape(
         nodes=pick("nodes"),
         gpus_per_node=gpus,
-        tasks_per_node=pick("tasks_per_node") or max(1, gpus),
+        tasks_per_node=pick("tasks_per_node") or each,
         cpus_per_task=pick("cpus_per_task"),
         mem_gb=pick("mem_gb"),
         minutes=minutes(pick("time")),
@@ -167,7 +168,7 @@ def check_cell(config: RunConfig, options: SlurmOptions) -> None:
         )
     if options.runs_per_job == 1:
         return
-    if shape.processes > max(1, shape.gpus_per_node) or shape.nodes > 1:
+    if shape.processes > 1:
         raise ConfigError(
             "hydra.launcher.runs_per_job must be 1 for a run of several nodes or processes, got "
             f"{options.runs_per_job} with {shape.nodes} x {shape.tasks_per_node}"

@@ -10,17 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import io
 import os
-import shlex
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -32,87 +28,11 @@ from sweeps.cluster import SlurmError
 from sweeps.options import Shape, SlurmOptions, check_cell, check_options, shape_of
 from sweeps.plan import Cell, Plan, plan_folder
 from sweeps.state import Submission, jobs_folder, recover, survey
+from sweeps.submit import script, send
 
 IN_FLIGHT = ("running", "queued")
-TRIES = 4
-"""At sbatch, where the controller is busy."""
 
 
-# the script -------------------------------------------------------------------------------------
-def parameters(
-    options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path
-) -> dict[str, Any]:
-    """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
-    packed = options.runs_per_job > 1
-    sbatch = {k: getattr(options, k) for k in ("reservation",) if getattr(options, k)}
-    extra = {**sbatch, "requeue": True, **options.extra}
-    mine: dict[str, Any] = {
-        "job_name": name,
-        "time": shape.minutes,
-        "nodes": shape.nodes,
-        "ntasks_per_node": 1 if packed else shape.tasks_per_node,
-        "cpus_per_task": shape.cpus_per_task * (options.runs_per_job if packed else 1),
-        "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
-        "gpus_per_node": shape.gpus_per_node or None,
-        "signal_delay_s": options.signal_delay_s,
-        "stderr_to_stdout": True,
-        "exclusive": True if options.exclusive else None,
-        "additional_parameters": extra,
-        "setup": [*environment(code), *options.setup],
-        # One dead rank would leave the others waiting for it until the time limit.
-        "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
-        "teardown": [
-            "code=$?",
-            f'{python(options)} -m sweeps.job --after "$code" {shlex.quote(str(file))}',
-            "code=$?",
-            *options.teardown,
-            "exit $code",
-        ],
-    }
-    same = ("partition", "account", "qos", "constraint", "mail_type", "mail_user", "dependency")
-    mine |= {key: getattr(options, key) for key in same}
-    return {key: value for key, value in mine.items() if value is not None}
-
-
-def environment(code: Path) -> list[str]:
-    """Shell lines that make the job's Python use the frozen code and its own cores."""
-    return [
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
-        "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
-        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
-        "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
-        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # since SLURM 22.05 srun asks anew
-        "ulimit -c 0",
-    ]
-
-
-def python(options: SlurmOptions) -> str:
-    return options.python or shlex.quote(sys.executable)
-
-
-def script(options: SlurmOptions, shape: Shape, *, tasks: int, name: str, file: Path) -> str:
-    """The text of the batch script, for `--test-only` and for the curious."""
-    executor = _executor(options, shape, name=name, code=Path("code"), file=file)
-    if tasks > 1:
-        executor.parameters["map_count"] = tasks
-    return executor._make_submission_file_text(_command(options, file), "check")
-
-
-def _command(options: SlurmOptions, file: Path) -> str:
-    return f"{python(options)} -m sweeps.job {shlex.quote(str(file))}"
-
-
-def _executor(options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path) -> Any:
-    from submitit import SlurmExecutor
-
-    executor = SlurmExecutor(folder=file.parent)
-    executor.update_parameters(**parameters(options, shape, name=name, code=code, file=file))
-    executor.parameters["wckey"] = None  # submitit's own; many sites refuse unknown ones
-    return executor
-
-
-# launching --------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """Runs that one sbatch submits."""
@@ -120,7 +40,7 @@ class Batch:
     shape: Shape
     tasks: list[list[Cell]]
     """The runs of each task of the array."""
-    lane: int = 0
+    lane: int | None = None
     """Arrays of one lane run one after another, where `max_parallel` leaves no other way."""
     at_once: int | None = None
     """Tasks at a time."""
@@ -269,9 +189,9 @@ class SlurmLauncher:
         self, plan: Plan, todo: list[Cell], output_dir: Path, *, code: Path, console: Console
     ) -> int:
         made = batches(todo, options=self.options, max_array_size=cluster.max_array_size())
-        lanes: dict[int, str] = {}
+        lanes: dict[int, str] = {}  # lane -> its newest job
         for number, batch in enumerate(made):
-            after = lanes.get(batch.lane)
+            after = None if batch.lane is None else lanes.get(batch.lane)
             try:
                 submission = self._submit(plan, batch, output_dir, code=code, after=after)
             except SlurmError as error:
@@ -285,7 +205,8 @@ class SlurmLauncher:
                     soft_wrap=True,
                 )
                 return 1
-            lanes[batch.lane] = submission.job_id or ""
+            if batch.lane is not None:
+                lanes[batch.lane] = submission.job_id or ""
             console.print(_told(submission, batch), highlight=False, soft_wrap=True)
         return 0
 
@@ -312,7 +233,7 @@ class SlurmLauncher:
         for run in runs:
             run.cancel_path.unlink(missing_ok=True)
             run.update_status(state="planned", phase="", job_id=None, error=None)
-        _send(one, folder, options=options, shape=batch.shape, at_once=batch.at_once, code=code)
+        send(one, folder, options=options, shape=batch.shape, at_once=batch.at_once, code=code)
         for run_id, job_id in one.job_ids().items():
             _queued(RunDir(runs_folder(output_dir) / run_id), job_id)
         return one
@@ -355,77 +276,23 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
 
 
 def _told(one: Submission, batch: Batch) -> str:
+    """What was submitted, in the units that people think in."""
     shape, jobs = batch.shape, len(batch.tasks)
-    array = f" (array of {jobs})" if jobs > 1 else ""
-    each = [
-        f"{number} {noun}{'s' * (number > 1)}"
-        for number, noun in (
-            (shape.nodes, "node"),
-            (shape.gpus_per_node * shape.nodes, "GPU"),
-            (shape.processes, "process"),
-            (shape.cpus_per_task * shape.processes, "core"),
-            (shape.minutes, "min"),
-        )
-        if number and (noun != "process" or number > 1)
+    runs, most = len(batch.cells), max(len(task) for task in batch.tasks)
+    words = [
+        _count(shape.nodes, "node"),
+        *([_count(shape.gpus_per_node * shape.nodes, "GPU")] if shape.gpus_per_node else []),
+        *([_count(shape.processes, "process", "processes")] if shape.processes > 1 else []),
+        _count(shape.cpus_per_task * shape.processes * most, "core"),
+        f"{shape.minutes} min",
     ]
-    told = ", ".join(each).replace("processs", "processes").replace("mins", "min")
-    return f"submitted job {one.job_id}{array}: {len(batch.cells)} runs, each with {told}"
+    array = f" (array of {jobs})" if jobs > 1 else ""
+    packed = f", up to {most} in a job" if most > 1 else ""
+    return f"submitted job {one.job_id}{array}: {_count(runs, 'run')}{packed}; {', '.join(words)}"
 
 
-def _send(
-    one: Submission,
-    folder: Path,
-    *,
-    options: SlurmOptions,
-    shape: Shape,
-    at_once: int | None,
-    code: Path,
-) -> None:
-    """sbatch for a submission that is on disk, and write down what came of it."""
-    try:
-        one.job_id = sbatch(
-            options, shape, tasks=len(one.tasks), at_once=at_once,
-            name=one.name, code=code, file=folder / "submission.json",
-        )  # fmt: skip
-    except SlurmError as error:
-        one.state, one.error = "refused", str(error)
-        one.write(folder)
-        raise
-    one.state = "submitted"
-    one.write(folder)
-
-
-def sbatch(
-    options: SlurmOptions,
-    shape: Shape,
-    *,
-    tasks: int,
-    at_once: int | None,
-    name: str,
-    code: Path,
-    file: Path,
-) -> str:
-    """Submit one array; its job id. A time-out is no refusal: the job is looked for first."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    executor = _executor(options, shape, name=name, code=code, file=file)
-    if tasks > 1:
-        executor.parameters["map_count"] = tasks
-        executor.parameters["array_parallelism"] = at_once or tasks
-    for left in reversed(range(TRIES)):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
-                return str(executor._submit_command(_command(options, file)).job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
-            line = " ".join(str(error).split()).removeprefix("sbatch: error: ")
-            if not cluster.BUSY.search(line):
-                raise SlurmError(line) from None
-            if job_id := cluster.find(name):
-                return job_id
-            if not left:
-                raise SlurmError(line) from None
-        time.sleep(cluster.PAUSE_S)
-    raise AssertionError("at least one try")
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 @contextlib.contextmanager
@@ -489,5 +356,5 @@ def submit_evals(requests: Sequence[Path], *, sweep: str, output_dir: Path, afte
         one.name = f"{sweep}.{one.submission}"
         place = folder / "jobs" / one.submission
         one.write(place)
-        _send(one, place, options=options, shape=shape, at_once=options.max_parallel, code=code)
+        send(one, place, options=options, shape=shape, at_once=options.max_parallel, code=code)
         print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")

@@ -169,17 +169,18 @@ class FakeSlurm:
             values |= {"SLURM_TASKS_PER_NODE": "1", "SLURM_NTASKS_PER_NODE": "1"}
             if task:
                 values |= {"SLURM_ARRAY_JOB_ID": base, "SLURM_ARRAY_TASK_ID": task}
-            done = subprocess.run(
-                ["bash"],
-                input=job["script"],
-                text=True,
-                cwd=job["cwd"],
-                env={**os.environ, **values, **environment},
-                timeout=timeout,
-                stdout=self._output(job, own=own),
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
+            with self._output(job, own=own) as output:
+                done = subprocess.run(
+                    ["bash"],
+                    input=job["script"],
+                    text=True,
+                    cwd=job["cwd"],
+                    env={**os.environ, **values, **environment},
+                    timeout=timeout,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                )
             if self.jobs()[job["id"]]["state"] == "RUNNING":  # it may have been requeued meanwhile
                 self.set_state(job["id"], "FAILED" if done.returncode else "COMPLETED")
 

@@ -1,0 +1,381 @@
+"""Asked to end, a run is on disk at that very step and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from experiments import stopping
+from experiments.identity import config_to_json
+from experiments.run_dir import RunDir
+from experiments.runner import run_experiment
+from experiments.stopping import StopFlag
+from relora_core import checkpoint
+from relora_core.config import BlimpConfig
+from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.events import Event
+from relora_core.train import Timer, train
+
+STEPS = 12
+EVALS = {"blimp": BlimpConfig(enabled=True, every_steps=4, max_pairs=2)}
+
+
+class Record:
+    """Keeps events; optionally dies at one, as a kill would."""
+
+    def __init__(self, *, die_at: tuple[str, int] | None = None) -> None:
+        self.events: list[Event] = []
+        self.die_at = die_at
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if (event.kind, event.step) == self.die_at:
+            raise KeyboardInterrupt
+
+    def of(self, kind: str) -> list[int]:
+        return [event.step for event in self.events if event.kind == kind]
+
+    def metrics(self) -> dict[tuple[int, str], float]:
+        return {
+            (e.step, name): value
+            for e in self.events
+            for name, value in e.metrics.items()
+            if not name.startswith("perf/")
+        }
+
+
+def run(config, folder: Path, *, stop=lambda: False, die_at=None) -> tuple[str, Record]:
+    record, state = Record(die_at=die_at), "killed"
+    try:
+        state = train(
+            config,
+            checkpoints=folder / "checkpoints",
+            cache_dir=folder / "cache",
+            sink=record,
+            stop=stop,
+        )
+    except KeyboardInterrupt:
+        assert die_at is not None
+    return state, record
+
+
+def at_look(number: int):
+    """A stop that becomes true when it is asked for the `number`-th time, from 1."""
+    looks = itertools.count(1)
+    return lambda: next(looks) >= number
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.complete(folder / "checkpoints")[-1]
+    found = load_file(newest / "model.safetensors")
+    moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
+    for index, state in moments.items():
+        found |= {f"{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
+    return found
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    one, two = final(folder), final(other)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, two[name]), name
+
+
+@pytest.fixture
+def config(nano):
+    def make(**changes):
+        changes.setdefault("checkpoint", {"every_steps": 1000})
+        changes.setdefault("train", {"steps": STEPS})
+        changes.setdefault("relora", {"dropout": 0.2})
+        return nano(model={"vocab_size": VOCAB_SIZE}, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Method -> (events, folder) of a run that nobody stopped."""
+    made: dict[str, tuple[Record, Path]] = {}
+
+    def get(method, setting):
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method)
+            made[method] = (run(setting, folder)[1], folder)
+        return made[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", ["relora", "full_rank"])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(stops=st.lists(st.integers(1, STEPS), min_size=1, max_size=3))
+def test_stopped_and_resumed_equals_undisturbed(
+    config, undisturbed, tmp_path_factory, method, stops
+):
+    """Bit for bit, at any step, several times; restarts are at 4 and 8, a warm-up after each."""
+    setting, folder = config(method=method), tmp_path_factory.mktemp("stopped")
+    whole, expected = undisturbed(method, setting)
+    seen, done = {}, 0
+    for after in stops:
+        left = STEPS - done
+        state, record = run(setting, folder, stop=at_look(min(after, max(left, 1))))
+        seen |= record.metrics()
+        if not left:
+            assert state == "finished"
+            break
+        done += min(after, left)
+        assert state == "interrupted"
+        assert record.of("train")[-1] == done  # not a step more
+        assert checkpoint.complete(folder / "checkpoints")[-1].name == f"step-{done:08d}"
+    state, record = run(setting, folder)
+    assert state == "finished"
+    assert record.events[0].step == done
+    assert seen | record.metrics() == whole.metrics()
+    assert_same(folder, expected)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 8])
+def test_around_a_restart(config, undisturbed, tmp_path, step):
+    setting = config(method="relora")
+    whole, expected = undisturbed("relora", setting)
+    assert whole.of("restart") == [4, 8]
+    _, first = run(setting, tmp_path, stop=at_look(step))
+    _, second = run(setting, tmp_path)
+    assert first.of("restart") + second.of("restart") == [4, 8]
+    assert first.metrics() | second.metrics() == whole.metrics()
+    assert_same(tmp_path, expected)
+
+
+def evaluations(record):
+    return [e.step for e in record.events if e.kind == "eval"]
+
+
+class StopInEval:
+    """True from the first progress of the eval at `step` on."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.begun = step, False
+
+    def watch(self, event: Event) -> None:
+        self.begun |= event.kind == "phase" and event.step == self.step
+
+    def __call__(self) -> bool:
+        return self.begun
+
+
+@pytest.mark.parametrize("step", [0, 4, STEPS])
+def test_a_stop_during_an_eval(config, tmp_path, monkeypatch, step):
+    """The checkpoint is there already; the resumed run begins with the evals of that step."""
+    setting = config(eval=EVALS)
+    _, whole = run(setting, tmp_path / "whole")
+    assert evaluations(whole) == [0, 4, 8, STEPS]
+    stop, emit = StopInEval(step), Record.emit
+
+    def watched(self, event):
+        stop.watch(event)
+        emit(self, event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "emit", watched)
+        state, first = run(setting, tmp_path / "run", stop=stop)
+    assert state == "interrupted"
+    assert step not in evaluations(first)
+    state, second = run(setting, tmp_path / "run")
+    assert state == "finished"
+    assert second.events[0].step == step
+    assert evaluations(first) + evaluations(second) == evaluations(whole)
+    assert first.metrics() | second.metrics() == whole.metrics()
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("die_at", [("checkpoint", STEPS), ("phase", STEPS), ("eval", STEPS)])
+def test_a_kill_between_the_last_checkpoint_and_the_result(config, tmp_path, die_at):
+    setting = config(eval=EVALS)
+    _, whole = run(setting, tmp_path / "whole")
+    _, first = run(setting, tmp_path / "run", die_at=die_at)
+    state, second = run(setting, tmp_path / "run")
+    assert state == "finished"
+    assert (second.events[0].step, evaluations(second)) == (STEPS, [STEPS])
+    assert first.metrics() | second.metrics() == whole.metrics()
+
+
+def test_evals_that_are_in_the_record_are_not_repeated(config, tmp_path):
+    setting = config(eval=EVALS)
+    run(setting, tmp_path, die_at=("train", 6))  # evals of 4 done
+    _, second = run(setting, tmp_path)
+    assert (second.events[0].step, evaluations(second)) == (4, [8, STEPS])
+
+
+def test_checkpoints_by_the_clock(config, tmp_path, monkeypatch):
+    """A minute passes with each step: 2.5 minutes are over at every third."""
+    setting = config(checkpoint={"every_steps": 1000, "every_minutes": 2.5, "keep_last": 99})
+    now = [0.0]
+    monkeypatch.setattr("relora_core.train.time.monotonic", lambda: now[0])
+
+    def stop():
+        now[0] += 60.0
+        return False
+
+    state, record = run(setting, tmp_path, stop=stop)
+    assert state == "finished"
+    assert record.of("checkpoint") == [3, 6, 9, STEPS]
+
+
+def test_the_clock_of_checkpoints(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("relora_core.train.time.monotonic", lambda: now[0])
+    never, timer = Timer(None), Timer(2.5)
+    for seconds, due in ((149, False), (151, True), (400, True)):
+        now[0] = 100.0 + seconds
+        assert timer.due() is due
+        assert not never.due()
+    timer.restart()
+    assert not timer.due()
+    now[0] += 150
+    assert timer.due()
+
+
+# the whole run ----------------------------------------------------------------------------------
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.0)
+    return RunDir(tmp_path / "runs" / "a")
+
+
+class Deadline(StopFlag):
+    """Its time is up when it is asked for the fourth time."""
+
+    looks = 0
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        self.deadline = 0.0 if self.looks >= 4 else None
+        return super().__call__()
+
+
+def in_folder(config, tmp_path, **changes):
+    made = config(**changes)
+    made.output_dir = str(tmp_path)
+    return made
+
+
+def test_an_early_end_is_told_and_the_same_again_finishes(config, run_dir, tmp_path):
+    setting = in_folder(config, tmp_path)
+    assert run_experiment(setting, run_dir, stop=Deadline()) == "interrupted"
+    status = run_dir.status()
+    assert (status.state, status.step, run_dir.newest_step()) == ("failed", 4, 4)
+    assert status.error == "stopped (time limit); the same command resumes it"
+    assert run_dir.lock_holder() is None
+    assert run_dir.result() is None
+    assert run_experiment(setting, run_dir, stop=StopFlag()) == "finished"
+    status = run_dir.status()
+    assert (status.state, status.attempts, status.error) == ("finished", 2, None)
+    other = RunDir(tmp_path / "runs" / "b")
+    run_experiment(setting, other)
+    one, two = (
+        {k: v for k, v in (r.result() or {})["metrics"].items() if not k.startswith("perf/")}
+        for r in (run_dir, other)
+    )
+    assert one == two
+
+
+class Canceller(StopFlag):
+    """The user cancels the run while it is at its third step."""
+
+    looks = 0
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        if self.looks == 3:
+            assert self.run_dir is not None
+            self.run_dir.cancel_path.touch()
+        return super().__call__()
+
+
+def test_a_cancelled_run_says_so_and_stays_so(config, run_dir, tmp_path):
+    setting = in_folder(config, tmp_path)
+    assert run_experiment(setting, run_dir, stop=Canceller()) == "cancelled"
+    status = run_dir.status()
+    assert (status.state, status.error, run_dir.newest_step()) == ("cancelled", None, 3)
+    assert run_dir.lock_holder() is None
+    assert run_experiment(setting, run_dir, stop=StopFlag()) == "cancelled"
+    assert run_dir.status().attempts == 1
+    run_dir.cancel_path.unlink()  # as a new launch does
+    assert run_experiment(setting, run_dir, stop=StopFlag()) == "finished"
+    steps = [e["step"] for e in run_dir.events() if e["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1))
+
+
+# several processes ------------------------------------------------------------------------------
+RANK = """
+import itertools, os, sys
+from pathlib import Path
+from experiments.identity import config_from_json
+from relora_core.train import train
+
+class Silent:
+    def emit(self, event):
+        pass
+
+folder, looks = Path(sys.argv[1]), itertools.count(1)
+config = config_from_json((folder / "config.json").read_text())
+stops = os.environ["RANK"] == "1" and len(sys.argv) > 2
+stop = lambda: stops and next(looks) >= 5
+print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Silent(), stop=stop))
+"""
+
+
+def two_processes(folder: Path, *words: str) -> list[str]:
+    """What each rank said last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        command = [sys.executable, "-W", "ignore", "-c", RANK, str(folder), *words]
+        ranks.append(
+            subprocess.Popen(
+                command,
+                env=os.environ | {key: str(value) for key, value in place.items()},
+                cwd=Path(__file__).resolve().parents[2],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        told = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [p.returncode for p in ranks] == [0, 0], told
+    return [output.split()[-1] for output, _ in told]
+
+
+@pytest.mark.slow
+def test_one_rank_that_is_told_stops_all_at_the_same_step(config, tmp_path):
+    setting = config()
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config_to_json(setting))
+    assert two_processes(tmp_path / "run", "stop") == ["interrupted"] * 2
+    newest = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]
+    assert json.loads((newest / "progress.json").read_text())["step"] == 5
+    assert two_processes(tmp_path / "run") == ["finished"] * 2
+    assert two_processes(tmp_path / "whole") == ["finished"] * 2
+    assert_same(tmp_path / "run", tmp_path / "whole")

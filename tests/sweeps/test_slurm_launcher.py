@@ -1,0 +1,698 @@
+"""What is submitted, and that nothing is submitted twice, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fake_slurm import FakeSlurm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from submitit import SlurmExecutor
+
+from experiments.run_dir import RunDir, all_runs
+from relora_core.config import CheckpointConfig, ConfigError, ResourcesConfig, TrainConfig
+from sweeps import cluster, snapshot
+from sweeps.budget import Estimate
+from sweeps.launch import relaunch, run_sweep
+from sweeps.options import SlurmOptions, check_cell, check_options, minutes, shape_of
+from sweeps.plan import load, make_plan, plan_folder
+from sweeps.slurm import SlurmLauncher, batches, script, submit_evals
+from sweeps.state import read_submissions, survey
+
+CPU = {"gpus_per_node": 0, "partition": "main"}
+BIG = ResourcesConfig(cpus_per_task=8)
+HUGE = ResourcesConfig(nodes=2)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "PAUSE_S", 0.0)
+    return FakeSlurm.install(tmp_path / "slurm", monkeypatch)
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A project of one file, so that freezing it takes no time."""
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "run.py").write_text("print('code')\n")
+    for name in ("freeze", "record"):
+        monkeypatch.setattr(snapshot, name, functools.partial(getattr(snapshot, name), root=root))
+    return root
+
+
+@pytest.fixture
+def submit(make, code):
+    """run_sweep over seeds, or (seed, resources), as sweep `s`; (exit code, what was said)."""
+
+    def go(runs, *, plan_only=False, changes=None, **options):
+        points = []
+        for run in runs:
+            seed, resources = run if isinstance(run, tuple) else (run, ResourcesConfig())
+            config = make(seed=seed, resources=resources, **(changes or {}))
+            config.model.vocab_size, config.sweep.name = None, "s"
+            points.append(({"seed": str(seed)}, config))
+        console = Console(file=io.StringIO(), width=400)
+        launcher = SlurmLauncher(options=SlurmOptions(**{**CPU, **options}))
+        done = run_sweep(points, launcher=launcher, plan_only=plan_only, console=console)
+        return done, console.file.getvalue()  # type: ignore[attr-defined]
+
+    return go
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def arrays(slurm) -> Counter[str]:
+    """Base id -> number of tasks."""
+    return Counter(job_id.partition("_")[0] for job_id in slurm.jobs())
+
+
+def job_ids(out) -> dict[int, str | None]:
+    """Seed -> job."""
+    return {run.config().seed: run.status().job_id for run in all_runs(out)}
+
+
+def planned(make, count, **changes):
+    return make_plan([({}, make(seed=s, **changes)) for s in range(count)], name="s").cells
+
+
+def tree(folder):
+    return sorted(folder.rglob("*")) if folder.exists() else []
+
+
+# what is asked for ------------------------------------------------------------------------------
+def test_runs_of_one_shape_share_an_array_and_others_have_their_own(submit, slurm, out):
+    done, text = submit([0, (1, BIG), 2, (3, HUGE), (4, BIG), 5])
+    assert done == 0
+    assert sorted(arrays(slurm).values()) == [1, 2, 3]
+    asked = {}
+    for seed, job_id in job_ids(out).items():
+        given_ = slurm.options(job_id)
+        asked[seed] = (given_["nodes"], given_["cpus-per-task"])
+    small, big, huge = ("1", "4"), ("1", "8"), ("2", "4")
+    assert asked == {0: small, 1: big, 2: small, 3: huge, 4: big, 5: small}
+    assert set(job_ids(out).values()) == set(slurm.jobs())
+    assert {run.status().state for run in all_runs(out)} == {"queued"}
+    assert all(base in text for base in arrays(slurm))
+
+
+def test_arrays_end_where_slurms_do(submit, slurm, out):
+    slurm.config(max_array_size=3)
+    submit(range(7))
+    assert sorted(arrays(slurm).values()) == [1, 3, 3]
+    assert sorted(job_ids(out).values()) == sorted(slurm.jobs())
+
+
+def test_each_task_finds_its_own_run(submit, slurm, out):
+    """The submission's entry of a task is the run whose status names that task."""
+    submit(range(3))
+    (one,) = read_submissions(plan_folder(out, name="s") / "jobs")
+    assert one.name in {job["name"] for job in slurm.jobs().values()}
+    assert one.name == f"s.{one.submission}"
+    for index, (run_id,) in enumerate(one.tasks):
+        assert RunDir(out / "runs" / run_id).status().job_id == f"{one.job_id}_{index}"
+
+
+shapes = st.builds(
+    ResourcesConfig,
+    nodes=st.sampled_from([None, 2]),
+    cpus_per_task=st.sampled_from([None, 2, 3]),
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    wants=st.lists(shapes, min_size=1, max_size=12),
+    max_parallel=st.none() | st.integers(1, 9),
+    packed=st.integers(1, 3),
+    size=st.none() | st.integers(1, 5),
+)
+def test_the_cap_holds_over_all_arrays_and_no_run_is_lost(make, wants, max_parallel, packed, size):
+    points = [({}, make(seed=i, resources=want)) for i, want in enumerate(wants)]
+    cells = make_plan(points, name="s").cells
+    packed = min(packed, max_parallel or packed)  # more is refused
+    options = SlurmOptions(gpus_per_node=0, max_parallel=max_parallel, runs_per_job=packed)
+    made = batches(cells, options=options, max_array_size=size)
+    assert Counter(c.run_id for b in made for c in b.cells) == Counter(c.run_id for c in cells)
+    for batch in made:
+        assert {shape_of(cell.config, options) for cell in batch.cells} == {batch.shape}
+        assert len(batch.tasks) <= (size or 1000)
+        assert all(len(task) <= packed for task in batch.tasks)
+    if max_parallel is None:
+        assert {b.at_once for b in made} == {None}
+        return
+    lanes: dict[int, int] = {}
+    for batch in made:
+        assert batch.at_once is not None
+        assert batch.at_once >= 1
+        lanes[batch.lane] = max(lanes.get(batch.lane, 0), batch.at_once)
+    assert sum(lanes.values()) * packed <= max_parallel
+
+
+def test_the_cap_reaches_slurm(submit, slurm):
+    """Three shapes and two at a time: two lanes of one, the third array after the first."""
+    submit([0, 1, (2, BIG), (3, BIG), (4, HUGE), (5, HUGE)], max_parallel=2)
+    first, second, third = sorted(arrays(slurm), key=int)
+    assert [slurm.options(i)["array"] for i in (first, second, third)] == ["0-1%1"] * 3
+    assert "dependency" not in slurm.options(first)
+    assert "dependency" not in slurm.options(second)
+    assert slurm.options(third)["dependency"] == f"afterany:{first}"
+
+
+def test_a_cap_below_the_runs_of_one_job_is_refused(submit, slurm, out):
+    with pytest.raises(ConfigError, match=r"runs_per_job must be <= max_parallel=2, got 3"):
+        submit(range(6), max_parallel=2, runs_per_job=3)
+    assert not out.exists()
+
+
+@given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 90), st.integers(0, 90))
+def test_time_limits_in_all_of_slurms_notations(days, hours, mins, secs):
+    def up(seconds):
+        return seconds // 60 + (seconds % 60 > 0)
+
+    assert minutes(f"{mins}") == mins
+    assert minutes(f"{mins}:{secs:02}") == up(60 * mins + secs)
+    assert minutes(f"{hours}:{mins}:{secs}") == up(3600 * hours + 60 * mins + secs)
+    assert minutes(f"{days}-{hours}") == 60 * (24 * days + hours)
+    assert minutes(f"{days}-{hours}:{mins:02}") == 60 * (24 * days + hours) + mins
+    whole = 86400 * days + 3600 * hours + 60 * mins + secs
+    assert minutes(f"{days}-{hours}:{mins}:{secs}") == up(whole)
+
+
+@pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "1-2:3:4:5", "-5", "1.5", "1:", "1--2", "x"])
+def test_other_time_limits_are_refused(text):
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.time must be minutes, .*got") as error:
+        minutes(text)
+    assert "\n" not in str(error.value)
+
+
+def test_small_runs_share_jobs(submit, slurm, out):
+    submit(range(5), runs_per_job=2, cpus_per_task=3)
+    (one,) = read_submissions(plan_folder(out, name="s") / "jobs")
+    assert sorted(map(len, one.tasks)) == [1, 2, 2]
+    assert Counter(job_ids(out).values()) == Counter(
+        f"{one.job_id}_{i}" for i, task in enumerate(one.tasks) for _ in task
+    )
+    given_ = slurm.options(str(one.job_id))
+    assert (given_["ntasks-per-node"], given_["cpus-per-task"]) == ("1", "6")
+
+
+def test_the_script_holds_every_option(submit, slurm):
+    submit(
+        [0],
+        partition="gpu", account="a b", qos="high", constraint="a100&ib", reservation="r1",
+        time="1-02", gpus_per_node=2, cpus_per_task=5, mem_gb=1.5, exclusive=True,
+        signal_delay_s=90, mail_type="END,FAIL", mail_user="me@x.org", dependency="afterok:7",
+        extra={"licenses": "x", "hold": True}, setup=["module load cuda"],
+        teardown=["echo bye"], srun_args=["--cpu-bind=none"], python="box exec i.sif python",
+    )  # fmt: skip
+    (job_id,) = slurm.jobs()
+    given_, text = slurm.options(job_id), slurm.script(job_id)
+    expected = {
+        "partition": "gpu", "account": "a b", "qos": "high", "constraint": "a100&ib",
+        "reservation": "r1", "time": "1560", "gpus-per-node": "2", "ntasks-per-node": "2",
+        "cpus-per-task": "5", "mem": "1536M", "exclusive": "", "mail-type": "END,FAIL",
+        "mail-user": "me@x.org", "dependency": "afterok:7", "licenses": "x", "hold": "",
+        "requeue": "", "open-mode": "append", "signal": "USR2@90", "nodes": "1",
+    }  # fmt: skip
+    assert expected.items() <= given_.items()
+    assert "wckey" not in given_
+    lines = text.splitlines()
+    order = ("module load cuda", "srun ", "sweeps.job --after", "echo bye")
+    at = [next(n for n, line in enumerate(lines) if word in line) for word in order]
+    assert at == sorted(at)
+    assert "--cpu-bind=none" in lines[at[1]]
+    assert "box exec i.sif python -m sweeps.job " in lines[at[1]]
+    assert "box exec i.sif python -m sweeps.job --after" in lines[at[2]]
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Stands for Python on the node: writes down its words, and ends as the test wants it to."""
+    path, log = tmp_path / "a python", tmp_path / "words.jsonl"
+    path.write_text(
+        "#!/bin/sh\n"
+        f'exec /usr/bin/env -u PYTHONPATH SEEN="$PYTHONPATH" python3 -S -c \''
+        "import json, os, sys; "
+        f'print(json.dumps([os.environ["SEEN"], *sys.argv[1:]]), file=open(sys.argv[1], "a")); '
+        'sys.exit(int(os.environ.get("CODE", 0)) if "--after" not in sys.argv else '
+        "int(sys.argv[5]))' "
+        f'{shlex.quote(str(log))} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path, lambda: [json.loads(line) for line in log.read_text().splitlines()]
+
+
+NAMES = ["plain", 'it\'s 3 "dirs"', "$HOME `id` $(id) & # ; | *", "back\\slash é~"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_paths_survive_the_shell_on_the_node(submit, slurm, python, tmp_path, name):
+    runs = 1 + NAMES.index(name) % 2  # a job of its own, or an array
+    path, words = python
+    out = tmp_path / name
+    submit(range(runs), changes={"output_dir": str(out)}, python=shlex.quote(str(path)))
+    (base,) = arrays(slurm)
+    text = slurm.script(base)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    slurm.run(base)
+    (file,) = out.glob("sweeps/s/jobs/*/submission.json")
+    (frozen,) = out.glob("sweeps/s/code/*")
+    seen = words()
+    assert [w[2:] for w in seen] == [
+        ["-m", "sweeps.job", str(file)],
+        ["-m", "sweeps.job", "--after", "0", str(file)],
+    ] * runs
+    assert all(w[0].split(os.pathsep)[0] == str(frozen) for w in seen)
+    assert {job["state"] for job in slurm.jobs().values()} == {"COMPLETED"}
+    assert len(list(file.parent.glob("*log.out"))) == runs
+
+
+def test_the_jobs_exit_code_is_that_of_the_run(submit, slurm, python):
+    path, words = python
+    submit([0], python=shlex.quote(str(path)), teardown=["true"])
+    (job_id,) = slurm.jobs()
+    slurm.run(job_id, CODE="137")
+    assert words()[1][4:6] == ["--after", "137"]
+    assert slurm.jobs()[job_id]["state"] == "FAILED"
+
+
+# submitted once ---------------------------------------------------------------------------------
+def test_submitting_twice_submits_nothing(submit, slurm, out):
+    submit([0, 1])
+    before, calls = slurm.jobs(), len(slurm.calls("sbatch"))
+    done, text = submit([0, 1])
+    assert (done, slurm.jobs()) == (0, before)
+    assert "2 runs are done or in flight: nothing to submit" in text
+    real = [c for c in slurm.calls("sbatch")[calls:] if "--test-only" not in c]
+    assert real == []
+
+
+def test_a_widened_grid_submits_what_is_new(submit, slurm, out):
+    submit([0, 1])
+    before = job_ids(out)
+    submit([0, 1, 2])
+    assert sorted(arrays(slurm).values()) == [1, 2]
+    assert before.items() <= job_ids(out).items()
+
+
+@pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
+def test_failed_and_cancelled_runs_are_submitted_again(submit, slurm, out, end):
+    submit([0, 1, 2])
+    lost = RunDir(next(r.path for r in all_runs(out) if r.config().seed == 1))
+    job_id = str(lost.status().job_id)
+    lost.cancel_path.touch()
+    slurm.set_state(job_id, end)
+    assert submit([0, 1, 2])[0] == 0
+    assert sorted(arrays(slurm).values()) == [1, 3]
+    assert lost.status().job_id not in (None, job_id)
+    assert (lost.status().state, lost.cancel_path.exists()) == ("queued", False)
+
+
+def test_done_runs_are_left_alone(submit, slurm, out):
+    submit([0, 1])
+    for run in all_runs(out):
+        run.write_result({"state": "finished", "step": 4, "metrics": {}})
+        run.update_status(state="finished")
+    slurm.set_state(next(iter(arrays(slurm))), "COMPLETED")
+    submit([0, 1, 2])
+    assert sorted(arrays(slurm).values()) == [1, 2]
+
+
+def test_retry_launches_as_before(submit, slurm, out):
+    submit([0, 1], partition="gpu", time="7")
+    slurm.set_state(next(iter(arrays(slurm))), "FAILED")
+    plan = load(plan_folder(out, name="s") / "plan.json")
+    assert relaunch(plan, [plan.cells[0].run_id], output_dir=out) == 0
+    new = [i for i, job in slurm.jobs().items() if job["state"] == "PENDING"]
+    assert len(new) == 1
+    assert (slurm.options(new[0])["partition"], slurm.options(new[0])["time"]) == ("gpu", "7")
+
+
+def test_a_refusal_half_way_is_told_and_mended_by_the_same_command(submit, slurm, out):
+    runs = [0, (1, BIG), (2, BIG), (3, HUGE)]
+    refusal = "Batch job submission failed: Job violates accounting/QOS policy"
+    slurm.fail("sbatch", refusal, at=5)  # three questions, then the second array
+    done, text = submit(runs)
+    assert done == 1
+    assert "refused job array 2 of 3" in text
+    assert "Job violates accounting/QOS policy" in text
+    assert "1 runs are submitted and stay so, 3 are not" in text
+    (first,) = slurm.jobs()
+    assert f"submitted job {first}" in text
+    assert job_ids(out) == {0: first, 1: None, 2: None, 3: None}
+    states = survey(all_runs(out))
+    assert Counter(s.state for s in states.values()) == {"queued": 1, "planned": 3}
+    refused = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.error]
+    assert [(s.state, s.job_id) for s in refused] == [("refused", None)]
+    done, text = submit(runs)
+    assert done == 0
+    assert sorted(arrays(slurm).values()) == [1, 1, 2]
+    assert job_ids(out)[0] == first
+
+
+def test_a_time_out_after_acceptance_is_no_second_job(submit, slurm, out):
+    slurm.fail("sbatch", "Socket timed out on send/recv operation", at=2, after=True)
+    done, _ = submit([0, 1])
+    assert (done, list(arrays(slurm).values())) == (0, [2])
+    assert set(job_ids(out).values()) == set(slurm.jobs())
+
+
+def test_a_busy_controller_is_asked_again(submit, slurm, out):
+    for at in (2, 3):
+        slurm.fail("sbatch", "Unable to contact slurm controller (connect failure)", at=at)
+    done, _ = submit([0, 1])
+    assert (done, list(arrays(slurm).values())) == (0, [2])
+    assert set(job_ids(out).values()) == set(slurm.jobs())
+
+
+def test_a_controller_that_stays_away_is_a_refusal(submit, slurm, out):
+    for at in range(2, 7):
+        slurm.fail("sbatch", "Unable to contact slurm controller (connect failure)", at=at)
+    done, text = submit([0, 1])
+    assert (done, slurm.jobs()) == (1, {})
+    assert "0 runs are submitted and stay so, 2 are not" in text
+    slurm.heal()
+    assert submit([0, 1])[0] == 0
+    assert list(arrays(slurm).values()) == [2]
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_ctrl_c_before_the_job_id_is_written_down(submit, slurm, out, monkeypatch, accounting):
+    slurm.config(accounting=accounting)
+    real = SlurmExecutor._submit_command
+
+    def interrupted(self, command):
+        real(self, command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit([0, 1])
+    assert len(slurm.jobs()) == 2
+    assert set(job_ids(out).values()) == {None}
+    monkeypatch.setattr(SlurmExecutor, "_submit_command", real)
+    done, text = submit([0, 1, 2])
+    assert done == 0
+    assert sorted(arrays(slurm).values()) == [1, 2]
+    assert set(job_ids(out).values()) == set(slurm.jobs())
+    assert "2 runs are done or in flight: 1 to submit" in text
+
+
+def test_ctrl_c_before_sbatch_leaves_nothing_behind_that_blocks(submit, slurm, out, monkeypatch):
+    def interrupted(self, command):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlurmExecutor, "_submit_command", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            submit([0, 1])
+    assert submit([0, 1])[0] == 0
+    assert list(arrays(slurm).values()) == [2]
+
+
+def test_no_answer_to_whether_runs_are_in_flight_submits_nothing(submit, slurm, out, monkeypatch):
+    """A lost job id and a silent squeue: the job may exist."""
+    real = SlurmExecutor._submit_command
+
+    def interrupted(self, command):
+        real(self, command)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlurmExecutor, "_submit_command", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            submit([0])
+    slurm.fail("squeue", "Unable to contact slurm controller (connect failure)")
+    with pytest.raises(ConfigError, match=r"nothing was submitted: .*Unable to contact"):
+        submit([0])
+    slurm.heal()
+    submit([0])
+    assert len(slurm.jobs()) == 1
+
+
+def test_two_commands_at_once_submit_once(submit, slurm, out):
+    slurm.fail("sbatch", sleep=0.3, code=0)
+    done = []
+    threads = [threading.Thread(target=lambda: done.append(submit([0, 1]))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [code for code, _ in done] == [0, 0]
+    assert list(arrays(slurm).values()) == [2]
+    assert sum("nothing to submit" in text for _, text in done) == 1
+
+
+def test_a_second_command_says_that_it_waits(submit, slurm, out):
+    (out / "sweeps").mkdir(parents=True)
+    done = []
+    with open(out / "sweeps" / ".submit.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: done.append(submit([0])))
+        thread.start()
+        thread.join(timeout=1.0)
+        assert thread.is_alive()
+        assert slurm.jobs() == {}
+    thread.join(timeout=60)
+    assert "another command submits below this output_dir: waiting" in done[0][1]
+    assert len(slurm.jobs()) == 1
+
+
+# refused before anything is written -------------------------------------------------------------
+LAUNCHER = r"hydra\.launcher\."
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": "gpus"}, LAUNCHER + r"partition .*got 'gpus'\. Did you mean 'gpu'\?"),
+        ({"gpus_per_node": 9, "tasks_per_node": 1}, r"gpus-per-node=9.*main has 2 nodes"),
+        ({"time": "2", "signal_delay_s": 120}, LAUNCHER + r"time .*signal_delay_s=120.*: 7$"),
+        ({"time": "4h"}, LAUNCHER + r"time must be minutes"),
+        ({"tasks_per_node": 3}, r"train\.batch_size .* 3 processes .*got 2; nearest valid: 3"),
+        ({"nodes": 0}, LAUNCHER + r"nodes must be >= 1, got 0; nearest valid: 1"),
+        ({"max_parallel": 0}, LAUNCHER + r"max_parallel must be >= 1, got 0"),
+        ({"signal_delay_s": -1}, LAUNCHER + r"signal_delay_s must be >= 0, got -1"),
+        ({"runs_per_job": 2, "nodes": 2}, LAUNCHER + r"runs_per_job must be 1 for a run of"),
+        ({"runs_per_job": 9, "gpus_per_node": 2, "tasks_per_node": 1, "gpu_memory_gb": 1e-3},
+         LAUNCHER + r"runs_per_job must be <= \d+ .*got 9; nearest valid: \d+"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_and_nothing_written(submit, slurm, out, options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        submit([0, 1], **options)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+    assert slurm.jobs() == {}
+
+
+def test_a_runs_own_time_must_leave_room_for_saving(submit, slurm, out):
+    with pytest.raises(ConfigError, match=r"resources\.time must be longer than .*120.* got '2'"):
+        submit([0, (1, ResourcesConfig(time="2"))])
+    assert not out.exists()
+
+
+def test_a_clock_slower_than_the_time_limit_is_refused(submit, slurm, out):
+    every = {"checkpoint": CheckpointConfig(every_minutes=30)}
+    with pytest.raises(ConfigError, match=r"time must be longer than checkpoint\.every_minutes=30"):
+        submit([0], time="20", changes=every)
+    assert not out.exists()
+    assert submit([0], time="61", changes=every)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "devices"),
+    [
+        ({"gpus_per_node": 0}, 1),
+        ({"gpus_per_node": 1}, 1),
+        ({"gpus_per_node": 4, "tasks_per_node": 1}, 4),
+        ({"gpus_per_node": 2}, 2),
+        ({"gpus_per_node": 1, "runs_per_job": 4}, 0.25),
+    ],
+)
+def test_a_checkpoint_interval_must_fit_into_the_time_limit(make, slurm, options, devices):
+    """10 h on the clock for 1000 steps, a checkpoint every 500: 5 h; however many devices."""
+    config = make(
+        train=TrainConfig(steps=1000, batch_size=4), checkpoint=CheckpointConfig(every_steps=500)
+    )
+    plan = make_plan([({}, config)], name="s")
+    cost = Estimate(hours=10 * devices, low=1, high=99, basis="test")
+    for time_, good in (("4:50:00", False), ("5:10:00", True)):
+        launcher = SlurmLauncher(options=SlurmOptions(time=time_, **options))
+        context = pytest.raises(ConfigError, match=r"interval .*about 300 min\).* 301, or checkp")
+        with contextlib.nullcontext() if good else context:
+            launcher.check(plan, estimates={plan.cells[0].run_id: cost})
+
+
+def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code):
+    (code / "conf").mkdir()
+    (code / "conf" / "large.bin").write_bytes(b"0" * 1_200_000)
+    with pytest.raises(ConfigError, match=r"snapshot_limit_mb must be at least 2.*large\.bin"):
+        submit([0], snapshot_limit_mb=1.0)
+    assert slurm.jobs() == {}
+    assert submit([0], snapshot_limit_mb=2.0)[0] == 0
+
+
+def test_an_output_dir_that_cannot_be_written_to(submit, slurm):
+    with pytest.raises(ConfigError, match=r"output_dir must be a folder that can be written to"):
+        submit([0], changes={"output_dir": "/proc/relora/out"})
+    assert slurm.jobs() == {}
+
+
+def test_a_disk_that_fills_up_while_submitting(submit, slurm, out, monkeypatch):
+    """One line, and what SLURM took before is known to the next command."""
+    real, left = RunDir.write_status, [2]
+
+    def full(self, status):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device", str(self.status_path))
+        real(self, status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "write_status", full)
+        with pytest.raises(ConfigError, match=r"output_dir .*No space left on device"):
+            submit([0])
+        left[0] = 0
+        with pytest.raises(ConfigError, match=r"No space left"):
+            submit([0, 1])
+    assert submit([0, 1])[0] == 0
+    assert len(slurm.jobs()) == 2
+
+
+def test_a_per_cent_sign_in_the_path_is_refused(submit, slurm, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"output_dir must hold no %"):
+        submit([0], changes={"output_dir": str(tmp_path / "100%")})
+    (tmp_path / "50%").mkdir()
+    monkeypatch.chdir(tmp_path / "50%")
+    with pytest.raises(ConfigError, match=r"output_dir must hold no %"):
+        submit([0], changes={"output_dir": "out"})
+    assert tree(tmp_path / "50%") == []
+    assert not (tmp_path / "100%").exists()
+
+
+def test_without_slurm_the_launcher_says_so(submit, slurm, out, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match=r"hydra/launcher must be local here: slurm needs sbatch"):
+        submit([0])
+    assert not out.exists()
+
+
+def test_the_plan_alone_writes_nothing_and_queues_nothing(submit, slurm, out):
+    with pytest.raises(ConfigError, match=r"Did you mean 'gpu'\?"):
+        submit([0], plan_only=True, partition="gpus")
+    done, text = submit([0, (1, BIG)], plan_only=True)
+    assert (done, slurm.jobs(), tree(out)) == (0, {}, [])
+    assert "2 runs" in text
+    assert all("--test-only" in call for call in slurm.calls("sbatch"))
+    submit([0, 1])
+    before, jobs = {p: p.stat().st_mtime_ns for p in tree(out)}, slurm.jobs()
+    submit([0, 1, 2], plan_only=True)
+    assert ({p: p.stat().st_mtime_ns for p in tree(out)}, slurm.jobs()) == (before, jobs)
+
+
+def test_refusals_have_valid_neighbours():
+    """What an error calls valid is."""
+    for delay in (1, 59, 60, 61, 120, 1000):
+        with pytest.raises(ConfigError) as error:
+            check_options(SlurmOptions(time="0", signal_delay_s=delay))
+        good = re.findall(r"nearest valid: (\d+)", str(error.value))[0]
+        check_options(SlurmOptions(time=good, signal_delay_s=delay))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.integers(1, 64), nodes=st.integers(1, 4), tasks=st.integers(1, 5))
+def test_a_batch_that_divides_is_offered(nano, batch, nodes, tasks):
+    options = SlurmOptions(nodes=nodes, tasks_per_node=tasks)
+    try:
+        check_cell(nano(train={"batch_size": batch}), options)
+    except ConfigError as error:
+        assert batch % (nodes * tasks)
+        good = int(re.findall(r"nearest valid: (\d+)", str(error))[0])
+        check_cell(nano(train={"batch_size": good}), options)
+    else:
+        assert batch % (nodes * tasks) == 0
+
+
+def test_the_script_of_an_array_that_was_not_submitted(make, tmp_path, slurm):
+    """What --test-only asks about is what would be submitted, but for the paths."""
+    options = SlurmOptions(**CPU)
+    text = script(
+        options, shape_of(make(), options), tasks=3, name="x", file=tmp_path / "submission.json"
+    )
+    assert "#SBATCH --array=0-2" in text
+
+
+# evaluations ------------------------------------------------------------------------------------
+@pytest.fixture
+def requests(submit, slurm, out):
+    """Of evaluations of a sweep of three runs, one of them finished."""
+    submit([0, 1, (2, HUGE)])
+    paths = []
+    for run in all_runs(out):
+        if run.config().seed == 0:
+            run.write_result({"state": "finished", "step": 4, "metrics": {}})
+        path = run.evals / "again" / "request.json"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        paths.append(path)
+    return paths
+
+
+def eval_job(slurm, out):
+    (one,) = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
+    return one, slurm.options(str(one.job_id))
+
+
+def test_evaluations_are_an_array_on_one_process_each(requests, slurm, out):
+    before = job_ids(out)
+    submit_evals(requests, sweep="s", output_dir=out, after=False)
+    one, asked = eval_job(slurm, out)
+    assert arrays(slurm)[str(one.job_id)] == 3
+    assert [out / name for (name,) in one.tasks] == requests
+    assert (asked["nodes"], asked["ntasks-per-node"]) == ("1", "1")
+    assert "dependency" not in asked
+    assert job_ids(out) == before
+
+
+def test_evaluations_wait_for_the_runs_that_are_in_flight(requests, slurm, out):
+    before = job_ids(out)
+    submit_evals(requests, sweep="s", output_dir=out, after=True)
+    _, asked = eval_job(slurm, out)
+    kind, *waits = asked["dependency"].split(":")
+    assert kind == "afterany"
+    assert sorted(waits) == sorted([str(before[1]), str(before[2])])
+
+
+def test_a_refused_evaluation_is_written_down_as_refused(requests, slurm, out):
+    slurm.fail("sbatch", "Batch job submission failed: Invalid qos specification")
+    with pytest.raises(cluster.SlurmError, match="Invalid qos"):
+        submit_evals(requests, sweep="s", output_dir=out, after=False)
+    (one,) = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
+    assert (one.state, one.job_id) == ("refused", None)
+    assert "Invalid qos" in (one.error or "")
+
+
+def test_evaluations_of_a_local_sweep_are_refused(requests, out):
+    Path(plan_folder(out, name="s") / "launcher.json").unlink()
+    with pytest.raises(ConfigError, match=r"--slurm must be left out for s"):
+        submit_evals(requests, sweep="s", output_dir=out, after=False)
