@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fast format ui clean
+.PHONY: help install demo test test-slurm check fast format ui clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -23,6 +23,9 @@ demo: $(READY)  ## six runs, trained, evaluated and tracked, in some minutes on 
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+test-slurm: $(READY)  ## real jobs on a private SLURM cluster; installs its packages where it may
+	RELORA_SLURM=require $(BIN)/python -m pytest tests/slurm
 
 fast: $(READY)  ## the tests that take no more than seconds
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow and not slurm and not browser and not gpu'

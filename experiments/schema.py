@@ -179,7 +179,9 @@ def _unknown_key(key: str, text: str) -> str:
 def _diagnose_launcher(key: str, text: str) -> str | None:
     """A typo in an option of our own launchers."""
     section, _, name = key.rpartition(".")
-    if section.startswith("hydra.launcher."):  # an entry of a dict: extra.licenses
+    if section == "hydra.launcher.extra" and not text.startswith("+"):
+        return f"{key} must be added with a plus: +{text}"
+    if section.startswith("hydra.launcher."):  # an entry of a dict
         section, _, name = section.rpartition(".")
     if section != "hydra.launcher":
         return None

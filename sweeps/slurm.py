@@ -40,7 +40,7 @@ class Batch:
     shape: Shape
     tasks: list[list[Cell]]
     """The runs of each task of the array."""
-    lane: int | None = None
+    lane: int = 0
     """Arrays of one lane run one after another, where `max_parallel` leaves no other way."""
     at_once: int | None = None
     """Tasks at a time."""
@@ -191,7 +191,7 @@ class SlurmLauncher:
         made = batches(todo, options=self.options, max_array_size=cluster.max_array_size())
         lanes: dict[int, str] = {}  # lane -> its newest job
         for number, batch in enumerate(made):
-            after = None if batch.lane is None else lanes.get(batch.lane)
+            after = lanes.get(batch.lane) if batch.at_once else None  # no cap, no waiting
             try:
                 submission = self._submit(plan, batch, output_dir, code=code, after=after)
             except SlurmError as error:
@@ -205,8 +205,7 @@ class SlurmLauncher:
                     soft_wrap=True,
                 )
                 return 1
-            if batch.lane is not None:
-                lanes[batch.lane] = submission.job_id or ""
+            lanes[batch.lane] = submission.job_id or ""
             console.print(_told(submission, batch), highlight=False, soft_wrap=True)
         return 0
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from relora_core.config import (
     DataConfig,
@@ -29,6 +31,20 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real data is not here: no ../shared/data beside the checkout")
     return SHARED
+
+
+class OneCluster(LoadScopeScheduling):
+    """As loadscope, with all of tests/slurm on one worker, which starts its clusters once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        slurm = nodeid.startswith("tests/slurm/")
+        return "tests/slurm" if slurm else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    one = config.getoption("dist") == "loadscope"
+    return OneCluster(config, log) if one else None
 
 
 def nano_config(**changes: object) -> RunConfig:

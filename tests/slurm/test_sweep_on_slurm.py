@@ -1,0 +1,173 @@
+"""`run.py -m hydra/launcher=slurm` and `python -m sweeps` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from jobs import HELD, Sweep
+
+from experiments.evaluate import evaluations
+from experiments.run_dir import RunDir
+
+
+def spans(run: RunDir) -> tuple[float, float]:
+    """From the start of the run's work to its end, seconds since the epoch."""
+    times = [event["time"] for event in run.events()]
+    return times[0], times[-1]
+
+
+def most_at_once(runs: list[RunDir]) -> int:
+    edges = [(t, sign) for run in runs for t, sign in zip(spans(run), (1, -1), strict=True)]
+    now, most = 0, 0
+    for _, sign in sorted(edges):
+        now += sign
+        most = max(most, now)
+    return most
+
+
+def mlflow_runs(out: Path) -> dict[str, tuple[str, float | None]]:
+    """Name -> (status, final loss) of each run in the sweep's MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{out}/mlflow.db")
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(ids, max_results=100)
+    return {
+        run.info.run_name or "": (run.info.status, run.data.metrics.get("train/loss"))
+        for run in found
+    }
+
+
+def test_a_grid_becomes_finished_runs_in_mlflow(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["relora.r=2,4,8", "seed=0,1", "train.steps=30", "tracking=mlflow"]
+    cap = "hydra.launcher.max_parallel=2"
+    sweep = Sweep(cluster=cluster, out=tmp_path / "out", words=[*words, cap])
+    printed = sweep.launch()
+    (submission,) = sweep.submissions()
+    assert f"submitted job {submission['job_id']} (array of 6)" in printed
+    before = mlflow_runs(sweep.out)
+    assert Counter(status for status, _ in before.values()) == {"SCHEDULED": 6}
+    sweep.open()
+    runs = [sweep.out / "runs" / run_id for (run_id,) in submission["tasks"]]
+    cluster.wait_until(lambda: all((run / "result.json").exists() for run in runs), 120, sweep.told)
+    assert most_at_once([RunDir(run) for run in runs]) <= 2
+    sweep.tool("sync")
+    after = mlflow_runs(sweep.out)
+    assert after.keys() == before.keys()
+    assert {status for status, _ in after.values()} == {"FINISHED"}
+    losses = [
+        json.loads((run / "result.json").read_text())["metrics"]["train/loss"] for run in runs
+    ]
+    assert sorted(loss or 0.0 for _, loss in after.values()) == pytest.approx(sorted(losses))
+
+
+def test_queued_runs_are_submitted_once_even_where_the_job_id_was_lost(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    sweep = Sweep(cluster=cluster, out=tmp_path / "out", words=["seed=range(8)", HELD])
+    sweep.launch()
+    jobs = sweep.jobs()
+    assert Counter(jobs.values()) == {"PENDING": 8}
+    assert "8 runs are done or in flight: nothing to submit" in sweep.launch()
+    said = sweep.said()
+    assert {one["state"] for one in said.values()} == {"queued"}
+    assert all("held" in one["reason"] for one in said.values())
+    for path in (sweep.out / "sweeps").glob("*/jobs/*/submission.json"):
+        lost = {**json.loads(path.read_text()), "state": "submitting", "job_id": None}
+        path.write_text(json.dumps(lost))
+    for run in sweep.runs.values():
+        run.update_status(state="planned", job_id=None)
+    assert "nothing to submit" in sweep.launch()
+    assert sweep.jobs() == jobs
+    assert {run.status().job_id for run in sweep.runs.values()} == set(jobs)
+    sweep.tool("cancel", sweep.name, "--yes")
+    assert set(sweep.jobs().values()) == {"CANCELLED"}
+    assert {one["state"] for one in sweep.said().values()} == {"cancelled"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_a_command_that_is_stopped_leaves_its_jobs_and_the_next_submits_the_rest(
+    bare: Cluster, tmp_path: Path, number: int
+) -> None:
+    """Three arrays, and the command ends while it submits the first or second of them."""
+    slow = tmp_path / "bin" / "sbatch"
+    slow.parent.mkdir()
+    slow.write_text(f"#!/bin/sh\nsleep 0.5\nexec '{shutil.which('sbatch')}' \"$@\"\n")
+    slow.chmod(0o755)
+    sweep = Sweep(cluster=bare, out=tmp_path / "out", words=["seed=range(14)", HELD])
+    env = {**sweep.env, "PATH": f"{slow.parent}{os.pathsep}{sweep.env['PATH']}"}
+    with subprocess.Popen(
+        sweep.command, cwd=sweep.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as command:  # fmt: skip
+        begun = lambda: sweep.submissions() or command.poll() is not None  # noqa: E731
+        bare.wait_until(begun, 60, "the first submission is written")
+        if number == signal.SIGINT:  # as a terminal does: to what the command has started, too
+            os.killpg(command.pid, number)
+        else:
+            os.kill(command.pid, number)
+        _, printed = command.communicate(timeout=60)
+    time.sleep(1)  # an sbatch that outlives its command has done its work
+    assert command.returncode != 0
+    assert "Traceback" not in printed
+    before = sweep.jobs()
+    assert len(before) < 14
+    sweep.launch()
+    jobs = sweep.jobs()
+    assert before.items() <= jobs.items()
+    assert Counter(jobs.values()) == {"PENDING": 14}
+    assert {run.status().job_id for run in sweep.runs.values()} == set(jobs)
+
+
+def test_evaluations_are_jobs_of_their_own(accounted: Cluster, tmp_path: Path) -> None:
+    """Of runs that train yet (`--after`), then with other settings of those that have finished."""
+    sweep = Sweep(cluster=accounted, out=tmp_path / "out", words=["seed=0,1", "train.steps=30"])
+    sweep.launch()
+    few = ["eval.blimp.max_pairs=2", "eval.paloma.max_documents=1"]
+    sweep.tool("eval", sweep.name, "eval=paloma_blimp", *few, "--slurm", "--after")
+    evals = [one for one in sweep.submissions() if one["kind"] == "eval"]
+    jobs = sweep.jobs()
+    assert [jobs[f"{evals[0]['job_id']}_{task}"] for task in (0, 1)] == ["PENDING"] * 2
+    sweep.open()
+
+    def measured(name: str) -> bool:
+        found = [evaluations(run).get(30, {}) for run in sweep.runs.values()]
+        return all(f"{name}/blimp/no_bos/accuracy" in metrics for metrics in found)
+
+    accounted.wait_until(lambda: measured("eval"), 90, sweep.told)
+    again = ["eval.blimp.max_pairs=3", "--as", "again", "--slurm"]
+    sweep.tool("eval", sweep.name, *again)
+    accounted.wait_until(lambda: measured("again"), 60, sweep.told)
+    for run in sweep.runs.values():
+        assert "eval/paloma/perplexity" in evaluations(run)[30]
+        assert len(run.attempt_records()) == 1  # nobody trained
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("partition=mian", "Did you mean 'main'?"),
+        ("gpus_per_node=5", "gpu:4"),
+        ("nodes=3", "2 nodes"),
+    ],
+)
+def test_what_slurm_would_refuse_is_refused_first(
+    bare: Cluster, tmp_path: Path, asked: str, told: str
+) -> None:
+    words = ["seed=0,1", f"hydra.launcher.{asked}", "train.batch_size=60"]
+    sweep = Sweep(cluster=bare, out=tmp_path / "out", words=words)
+    done = sweep.try_launch()
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: hydra.launcher")
+    assert told in line
+    assert not sweep.out.exists()
