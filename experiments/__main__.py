@@ -22,6 +22,7 @@ EPILOG = """examples:
   python -m experiments describe experiment=paper --at-steps 0,1000,2000,2050 --json
   python -m experiments show tiny-relora-r16 --json
   python -m experiments export tiny-relora-r16 exported/
+  python -m experiments export tiny-relora-r16 exported/ --mlflow
 """
 
 
@@ -66,8 +67,13 @@ def show(run_dir: RunDir) -> dict[str, Any]:
     }
 
 
-def export(run_dir: RunDir, *, folder: Path, step: int | None) -> dict[str, Any]:
-    """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder."""
+def export(
+    run_dir: RunDir, *, folder: Path, step: int | None, mlflow: bool = False
+) -> dict[str, Any]:
+    """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder.
+
+    With `mlflow` it is also logged as a model of the run that MLflow shows.
+    """
     from relora_core import checkpoint
     from relora_core.export import check_target, export_run
 
@@ -85,8 +91,16 @@ def export(run_dir: RunDir, *, folder: Path, step: int | None) -> dict[str, Any]
             f"--step must be one of {run_dir.run_id}'s checkpoints {has}, got {step}; nearest "
             f"valid: {close}"
         )
+    told: dict[str, Any] = {"run_id": run_dir.run_id, "step": step, "path": str(folder)}
+    if not mlflow:
+        return told | {"notes": export_run(run_dir.config(), checkpoint=steps[step], folder=folder)}
+    from experiments.mlflow_model import log_model, tracked
+    from experiments.mlflow_store import redacted
+
+    shown = tracked(run_dir)  # before anything is written
     notes = export_run(run_dir.config(), checkpoint=steps[step], folder=folder)
-    return {"run_id": run_dir.run_id, "step": step, "path": str(folder), "notes": notes}
+    model = log_model(shown, folder=folder, step=step)
+    return told | {"notes": notes, "mlflow_model": model, "tracking_uri": redacted(shown.uri)}
 
 
 def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[str, Any]:
@@ -125,6 +139,8 @@ def _print_run(found: dict[str, Any]) -> None:
 def _print_export(found: dict[str, Any]) -> None:
     source = f"{found['run_id']} at step {found['step']}" if "run_id" in found else found["source"]
     print(f"{source} -> {found['path']}")
+    if "mlflow_model" in found:
+        print(f"MLflow      {found['mlflow_model']} in {found['tracking_uri']}")
     for note in found["notes"]:
         print(f"note        {note}")
 
@@ -160,6 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     three.add_argument("run", help="run_id, or any part of it that only one run has")
     three.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
     three.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    help_mlflow = "log it into the run's MLflow run too, for mlflow.pyfunc.load_model"
+    three.add_argument("--mlflow", action="store_true", help=help_mlflow)
     help_import = "write a pico-decoder or relora-pico checkpoint as a LlamaForCausalLM folder"
     four = commands.add_parser("import-pico", help=help_import, description=help_import)
     four.add_argument("source", metavar="SOURCE", type=Path, help="config.json and *.safetensors")
@@ -191,7 +209,9 @@ def main(argv: list[str] | None = None) -> int:
             printer = _print_description
         elif arguments.command == "export":
             run_dir = find_run(arguments.output_dir or "outputs", word=arguments.run)
-            found = export(run_dir, folder=arguments.folder, step=arguments.step)
+            found = export(
+                run_dir, folder=arguments.folder, step=arguments.step, mlflow=arguments.mlflow
+            )
             printer = _print_export
         elif arguments.command == "import-pico":
             found = import_pico(

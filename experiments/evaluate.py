@@ -89,7 +89,7 @@ def check(run_dir: RunDir, *, request: Request) -> None:
             f"{re.sub(r'[^A-Za-z0-9]+', '_', request.name).strip('_')[:60] or 'other'}_eval"
         )
     config = run_dir.config()
-    earlier = {found["section"]: found["digest"] for found in _found(run_dir, name=request.name)}
+    earlier = {found["section"]: found["digest"] for found in results(run_dir, name=request.name)}
     for section, digest in _digests(request.eval).items():
         own = _digest(config.eval, section) if _has(config, section) else digest
         if request.name == PLAIN and own != digest:
@@ -151,7 +151,7 @@ def steps_of(run_dir: RunDir) -> list[int]:
 
 
 def _sections_left(run_dir: RunDir, *, request: Request, step: int) -> list[str]:
-    found = {(f["section"], f["step"], f["digest"]) for f in _found(run_dir, name=request.name)}
+    found = {(f["section"], f["step"], f["digest"]) for f in results(run_dir, name=request.name)}
     return [s for s, d in _digests(request.eval).items() if (s, step, d) not in found]
 
 
@@ -178,7 +178,7 @@ def _digest(eval: EvalConfig, section: str) -> str:
 
 
 # results ------------------------------------------------------------------------------------------
-def _found(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
+def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
     """Every stored result, oldest step first."""
     for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
         yield json.loads(path.read_text(encoding="utf-8"))
@@ -187,7 +187,7 @@ def _found(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
 def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
     """Step -> metrics of all evaluations apart from training, oldest step first."""
     merged: dict[int, dict[str, float]] = {}
-    for found in _found(run_dir):
+    for found in results(run_dir):
         merged.setdefault(found["step"], {}).update(found["metrics"])
     return merged
 

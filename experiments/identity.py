@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from relora_core.config import RunConfig, applies, get, walk
@@ -78,10 +79,15 @@ def config_from_json(text: str) -> RunConfig:
     return _build(RunConfig, json.loads(text), "")
 
 
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Resolving them takes most of the time of reading a config, and a sweep has thousands."""
+    return get_type_hints(cls)
+
+
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := set(values) - names:
+    hints = _hints(cls)
+    if unknown := set(values) - set(hints):
         raise ValueError(f"config.json holds unknown key {prefix}{sorted(unknown)[0]}")
     built = {}
     for name, value in values.items():

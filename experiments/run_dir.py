@@ -7,7 +7,7 @@ attempts/001.json  host, pid, start, code of each attempt;  attempts/001.log  it
 checkpoints/       step-00000060/ ... (relora_core/checkpoint.py)
 result.json        final metrics, written when the run ended (finished or diverged)
 error.txt          the newest attempt's traceback
-mlflow.json        position of the sync (experiments/mlflow_sync.py)
+mlflow.json        position of the sync (experiments/mlflow_record.py)
 lock               host, pid, process start and job of the attempt that is at work
 cancel             there if the user wants the run to end; a new launch removes it
 evals/<name>/      evaluations apart from training (experiments/evaluate.py)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
-from experiments.sinks import ConsoleSink, Fanout, StatusSink
+from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import SIGNALS, StopFlag
 from relora_core import data, evals
 from relora_core.config import ConfigError, RunConfig, validate
@@ -197,6 +197,9 @@ def _attempt(
     bar = ConsoleSink(run_dir.run_id, steps=config.train.steps) if console else None
     if bar:
         sinks.append(bar)
+    load = SystemSink(log) if config.tracking.system_metrics else None
+    if load:
+        sinks.append(load)
     started = time.time()
     try:
         state = train(
@@ -213,8 +216,9 @@ def _attempt(
         run_dir.write_result(result)
     finally:
         log.close()
-        if bar:
-            bar.close()
+        for sink in (bar, load):
+            if sink:
+                sink.close()
     return state
 
 
@@ -223,7 +227,8 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
     metrics: dict[str, float] = {}
     step = 0
     for event in run_dir.events():
-        metrics.update(event["metrics"])
+        if event["kind"] != "system":
+            metrics.update(event["metrics"])
         step = max(step, event["step"])
     return {
         "run_id": run_dir.run_id,
@@ -301,10 +306,10 @@ def reporting() -> Iterator[None]:
 
 def run_here(config: RunConfig) -> int:
     """`python run.py`: one run in this process, tracked, with a progress bar; the exit code."""
-    from experiments import mlflow_sync
+    from experiments import mlflow_follow, mlflow_store
 
     config = complete(config)
-    mlflow_sync.check_uri(config.tracking)
+    mlflow_store.check_uri(config.tracking)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
     if process_rank():
@@ -317,7 +322,7 @@ def run_here(config: RunConfig) -> int:
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:
-            follower = stack.enter_context(mlflow_sync.follow([run_dir], config=config))
+            follower = stack.enter_context(mlflow_follow.follow([run_dir], config=config))
             follower.wait_ready(60)
         stop = StopFlag()
         stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
@@ -332,8 +337,7 @@ def run_here(config: RunConfig) -> int:
         fail(f"{run_dir.run_id} {run_dir.status().error or state}", code=130)
     print_result(run_dir)
     if config.tracking.enabled:
-        uri = mlflow_sync.store_uri(config)
-        print(f"compare: {mlflow_sync.ui_command(uri, config.output_dir)}")
+        print(f"compare: {mlflow_store.ui_command(config.output_dir)}")
     return 0 if state == "finished" else 1
 
 

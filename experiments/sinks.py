@@ -1,13 +1,18 @@
-"""Where a run's events go while it runs: the heartbeat in status.json and the console.
+"""Where a run's events go while it runs: heartbeat in status.json, console, load of the machine.
 
-The record itself is `run_dir.EventLog`; MLflow follows that file (`mlflow_sync.py`).
+The record itself is `run_dir.EventLog`; MLflow follows that file (`mlflow_follow.py`).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
+import threading
 import time
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -61,6 +66,67 @@ class StatusSink:
             self._written = now
         elif event.kind == "start":
             self.run_dir.update_status(step=event.step, phase="train")
+
+
+class SystemSink:
+    """Adds the load of CPU and GPUs to the record, at most every `every_s` with a train event.
+
+    A thread measures, since `nvidia-smi` takes up to a second; the training loop never waits.
+    """
+
+    def __init__(self, log: Sink, *, every_s: float = 10.0) -> None:
+        self._log, self._every_s = log, every_s
+        self._newest: dict[str, float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._measure, daemon=True).start()
+
+    def emit(self, event: Event) -> None:
+        if event.kind == "train" and self._newest:
+            metrics, self._newest = self._newest, {}
+            self._log.emit(Event(kind="system", step=event.step, metrics=metrics))
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _measure(self) -> None:
+        process = psutil.Process()
+        process.cpu_percent()  # the next one counts from here
+        wait = min(1.0, self._every_s)  # a short run is to have a value, too
+        while not self._closed.wait(wait):
+            wait = self._every_s
+            own = {
+                "system/cpu_percent": process.cpu_percent(),
+                "system/rss_gb": process.memory_info().rss / 1e9,
+            }
+            self._newest = own | gpu_load()
+
+
+def gpu_load() -> dict[str, float]:
+    """Use, memory and power of the visible GPUs, as nvidia-smi has them; empty without it."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    names = {"utilization.gpu": "percent", "memory.used": "memory_gb", "power.draw": "power_w"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={chosen}")
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return _gpu_metrics(listed.stdout, names=list(names.values()))
+
+
+def _gpu_metrics(listed: str, *, names: list[str]) -> dict[str, float]:
+    """Lines of numbers, one for each GPU, as metrics; what a GPU does not support is left out."""
+    found = {}
+    for gpu, line in enumerate(listed.splitlines()):
+        for name, cell in zip(names, line.split(","), strict=False):
+            try:
+                value = float(cell)
+            except ValueError:
+                continue
+            found[f"system/gpu{gpu}_{name}"] = value / 1024 if name == "memory_gb" else value
+    return found
 
 
 def clock(seconds: float | None) -> str:

@@ -300,6 +300,8 @@ class TrackingConfig:
     """sqlite:///, http(s)://, postgresql://, mysql:// ...; None: sqlite in output_dir/mlflow.db."""
     experiment: str | None = knob(None, scientific=False)
     """Name of the MLflow experiment; None: the sweep's name, else the experiment's."""
+    system_metrics: bool = knob(False, scientific=False)
+    """Record the load of CPU and GPUs every 10 s as metrics system/..."""
 
 
 @dataclass(kw_only=True, slots=True)

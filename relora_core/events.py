@@ -13,8 +13,8 @@ class Event:
 
     kind: str
     """`start`, `train`, `restart`, `method` (another change that it made), `eval`, `table`,
-    `dynamics`, `checkpoint`, `diverged`, `end`; and `phase`, which says what a long wait is for
-    and is not recorded."""
+    `dynamics`, `checkpoint`, `system` (load of the machine), `diverged`, `end`; and `phase`, which
+    says what a long wait is for and is not recorded."""
     step: int
     """Optimizer steps completed when it happened."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -125,11 +125,11 @@ def _followed(run_dir: RunDir) -> Iterator[None]:
     if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
         yield
         return
-    from experiments import mlflow_sync
+    from experiments import mlflow_follow
 
     with contextlib.ExitStack() as stack:
         with shielded():
-            stack.enter_context(mlflow_sync.follow([run_dir], config=config))
+            stack.enter_context(mlflow_follow.follow([run_dir], config=config))
         yield
 
 

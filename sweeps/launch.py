@@ -163,11 +163,11 @@ def _one_output_dir(plan: Plan) -> Path:
 
 def check_tracking(plan: Plan) -> None:
     """ConfigError where a run is to be tracked at an address that MLflow does not know."""
-    from experiments import mlflow_sync
+    from experiments import mlflow_store
 
     for tracking in {repr(c.config.tracking): c.config.tracking for c in plan.cells}.values():
         if tracking.enabled:
-            mlflow_sync.check_uri(tracking)
+            mlflow_store.check_uri(tracking)
 
 
 def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
@@ -181,10 +181,8 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
 
 
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
-    config = plan.cells[0].config
-    if config.tracking.enabled:
-        from experiments import mlflow_sync
+    if any(cell.config.tracking.enabled for cell in plan.cells):
+        from experiments import mlflow_store
 
-        uri = mlflow_sync.store_uri(config)
-        command = mlflow_sync.ui_command(uri, output_dir)
-        console.print(f"compare: {command}", markup=False, highlight=False, soft_wrap=True)
+        line = f"compare: {mlflow_store.ui_command(output_dir, sweep=plan.name)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

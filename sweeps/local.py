@@ -26,7 +26,7 @@ from experiments.run_dir import DONE, RunDir, Status, runs_folder
 from experiments.state import RunState, state_of
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
-from sweeps import display, snapshot
+from sweeps import display, snapshot, track
 from sweeps.budget import Estimate, Place
 from sweeps.job import settle
 from sweeps.plan import Cell, Plan, plan_folder
@@ -38,6 +38,8 @@ WORKER = (sys.executable, "-P", "-m", "sweeps.worker")
 POLL_S = 0.2
 GRACE_S = 60.0
 """From terminate, at which a worker saves, to kill, when the sweep is stopped."""
+STORE_S, SERVER_S = 120.0, 10.0
+"""Longest wait for a database, and for a tracking server, before the workers start."""
 
 Track = Callable[[Plan, Path], contextlib.AbstractContextManager[object]]
 """Something that follows the runs of a plan while they run, ready when entered."""
@@ -170,20 +172,47 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
 
 @contextlib.contextmanager
 def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """MLflow's store, made before any worker starts and kept in step by a child process."""
+    """The sweep in MLflow: shown before any worker starts, each run followed by a child process,
+    and the sums when all have ended.
+    """
     tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
     if not tracked:
         yield
         return
-    from experiments import mlflow_sync
+    from experiments import mlflow_follow, mlflow_store
 
-    with mlflow_sync.follow(
+    config = tracked[0].config
+    place = (mlflow_store.store_uri(config), mlflow_store.experiment_name(config))
+    # A server may be slow, and its database is its own affair: workers wait for neither.
+    patience = SERVER_S if place[0].startswith("http") else STORE_S
+    shown = _shown(plan, output_dir, timeout_s=patience)
+    here = next((one for one in shown if (one.uri, one.experiment) == place), None)
+    with mlflow_follow.follow(
         [_run_dir(output_dir, cell) for cell in tracked],
-        config=tracked[0].config,
-        names={cell.run_id: cell.name for cell in tracked},
+        config=config,
+        names=here.names if here else {cell.run_id: cell.name for cell in tracked},
+        parent=here.parent if here else None,
     ) as follower:
-        follower.wait_ready(120)
+        follower.wait_ready(STORE_S)
         yield
+    _shown(plan, output_dir, timeout_s=STORE_S)  # the follower has told what is wrong
+
+
+def _shown(plan: Plan, output_dir: Path, *, timeout_s: float) -> list[track.Pass]:
+    """What came of showing the sweep; nothing where it failed or takes longer: runs come first."""
+    passes: list[track.Pass] = []
+
+    def show() -> None:
+        try:
+            passes.extend(track.bring_up_to_date(output_dir, [plan.name]))
+        except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return list(passes)
 
 
 @contextlib.contextmanager

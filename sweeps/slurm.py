@@ -22,7 +22,7 @@ from rich.console import Console
 
 from experiments.run_dir import DONE, RunDir, runs_folder
 from relora_core.config import ConfigError, RunConfig
-from sweeps import cluster, snapshot
+from sweeps import cluster, snapshot, track
 from sweeps.budget import Estimate, Place
 from sweeps.cluster import SlurmError
 from sweeps.options import Shape, SlurmOptions, check_cell, check_options, shape_of
@@ -156,7 +156,7 @@ class SlurmLauncher:
                     output_dir=output_dir,
                     limit_mb=self.options.snapshot_limit_mb,
                 )
-                _pre_create(plan, todo, output_dir, console=console)
+                _pre_create(plan, output_dir, console=console)
                 done = self._submit_all(plan, todo, output_dir, code=code, console=console)
                 console.print(f"watch: python -m sweeps watch {plan.name}", highlight=False)
                 return done
@@ -238,30 +238,15 @@ class SlurmLauncher:
         return one
 
 
-def _pre_create(plan: Plan, todo: list[Cell], output_dir: Path, *, console: Console) -> None:
-    """Show the runs in MLflow before they begin, and make its store before any job could.
+def _pre_create(plan: Plan, output_dir: Path, *, console: Console) -> None:
+    """Show the sweep in MLflow before its jobs begin, and make its store before any job could.
 
     A server that does not answer stops nothing: the records can be synced at any time.
     """
-    tracked = [cell for cell in todo if cell.config.tracking.enabled]
-    if not tracked:
-        return
-    from experiments import mlflow_sync
-
-    config = tracked[0].config
-    uri, experiment = mlflow_sync.store_uri(config), mlflow_sync.experiment_name(config)
-    try:
-        id_ = mlflow_sync.ensure_store(uri, experiment=experiment, output_dir=output_dir)
-        mlflow_sync.sync(
-            [_run_dir(output_dir, cell) for cell in tracked],
-            uri=uri,
-            experiment_id=id_,
-            output_dir=output_dir,
-            names={cell.run_id: cell.name for cell in plan.cells},
-            final=True,
-        )
-    except mlflow_sync.TrackingUnreachable as error:
-        console.print(str(error), style="yellow", highlight=False, soft_wrap=True)
+    if any(cell.config.tracking.enabled for cell in plan.cells):
+        for one in track.bring_up_to_date(output_dir, [plan.name]):
+            if one.problem:
+                console.print(one.problem, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _queued(run: RunDir, job_id: str) -> None:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,12 +15,9 @@ from rich.text import Text
 from experiments.run_dir import DONE
 from experiments.state import RunState
 from relora_core.config import ConfigError
-from sweeps import display
-from sweeps.commands import common, status, sync
+from sweeps import display, track
+from sweeps.commands import common, status
 from sweeps.commands.common import BAD, GOING, Observer, Run
-
-if TYPE_CHECKING:
-    from experiments.mlflow_sync import Syncer
 
 HELP = "a live table of the runs, until they have ended"
 EXAMPLES = """examples:
@@ -48,16 +44,15 @@ def run(args: argparse.Namespace) -> int:
     if not (runs := common.runs_of(args.output_dir, sweep=args.sweep)):
         print(common.no_runs(args.output_dir))
         return 0
-    mirror = Mirror(args.output_dir)
-    mirror.runs = runs
+    mirror = Mirror(args.output_dir, sweep=args.sweep)
     console = display.make_console()
     if args.once:
-        states = common.survey(runs)
+        states = mirror.states = common.survey(runs)
         mirror.pass_over(final=True)
         console.print(_whole(runs, states, mirror=mirror))
         return int(any(state.state in BAD for state in states.values()))
     try:
-        states = _watch(args, mirror=mirror, console=console)
+        states = _watch(args, runs, mirror=mirror, console=console)
         mirror.pass_over(final=True)
         if mirror.problem:
             print(mirror.problem, file=sys.stderr)
@@ -67,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     return int(any(state.state != "finished" for state in states.values()))
 
 
-def _watch(args: argparse.Namespace, *, mirror: Mirror, console: Console) -> Mapping[str, RunState]:
+def _watch(
+    args: argparse.Namespace, runs: Sequence[Run], *, mirror: Mirror, console: Console
+) -> Mapping[str, RunState]:
     """Look until nothing is queued or running; the last states.
 
     A failure is believed at the second look only: SLURM shows a job as failed for a moment before
@@ -79,9 +76,8 @@ def _watch(args: argparse.Namespace, *, mirror: Mirror, console: Console) -> Map
         with show:
             while True:
                 if observer.due:  # the sweep may have been widened meanwhile
-                    mirror.runs = common.runs_of(args.output_dir, sweep=args.sweep)
-                runs = mirror.runs
-                states = observer.look(runs, ask=over)
+                    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+                states = mirror.states = observer.look(runs, ask=over)
                 show(runs, states, mirror)
                 before, over = over, not any(s.state in GOING for s in states.values())
                 if over and (before or all(s.state in DONE for s in states.values())):
@@ -168,12 +164,13 @@ class Mirror:
     Tracking servers are left to `sync`: a slow one must not be asked every few seconds.
     """
 
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = output_dir
-        self.runs: list[Run] = []
+    def __init__(self, output_dir: str, *, sweep: str | None = None) -> None:
+        self.sweeps = None if sweep is None else [sweep]
+        self.states: Mapping[str, RunState] | None = None
+        """As the table has them; None: not looked yet."""
         self.problem: str | None = None
         """What is wrong, in one line."""
-        self._syncers: dict[sync.Store, Syncer] = {}
+        self._tracker = track.Tracker(output_dir, servers=False)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
 
@@ -193,30 +190,9 @@ class Mirror:
     def pass_over(self, *, final: bool = False) -> None:
         """Send what is new; `final` awaits another process that is at it."""
         try:
-            self.problem = self._pass(final=final)
+            passes = self._tracker.bring_up_to_date(self.sweeps, states=self.states, final=final)
+            problems = [one.problem for one in passes if one.problem]
+            self.problem = problems[0] if problems else None
         except Exception as error:  # whatever it is: the runs and the watch go on
             line = next(iter(str(error).splitlines()), type(error).__name__)
             self.problem = line if line.startswith("tracking") else f"tracking: {line}"
-
-    def _pass(self, *, final: bool) -> str | None:
-        runs = self.runs
-        errors: dict[str, str] = {}
-        for store, members in sync.stores(runs, output_dir=self.output_dir).items():
-            if store[0].startswith("sqlite"):
-                syncer = self._syncer(store)
-                syncer.names = sync.run_names(runs)
-                errors |= syncer.sync(members, final=final).errors
-        if not errors:
-            return None
-        run_id, line = next(iter(errors.items()))
-        return f"tracking: {len(errors)} of {len(runs)} runs not synced ({run_id}: {line})"
-
-    def _syncer(self, store: sync.Store) -> Syncer:
-        from experiments import mlflow_sync
-
-        if store not in self._syncers:
-            uri, experiment = store
-            where = self.output_dir
-            id_ = mlflow_sync.ensure_store(uri, experiment=experiment, output_dir=where)
-            self._syncers[store] = mlflow_sync.Syncer(uri, experiment_id=id_, output_dir=where)
-        return self._syncers[store]

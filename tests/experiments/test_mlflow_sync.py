@@ -2,158 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-import signal
-import socket
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlflow_runs import T0, Store, a_config, a_run, expected, loss, train
 
-from experiments import mlflow_sync
-from experiments.identity import arm_id, run_id
-from experiments.mlflow_sync import Follower, TrackingUnreachable, check_uri, ensure_store, sync
-from experiments.run_dir import EventLog, RunDir, runs_folder
-from relora_core.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ReLoRAConfig,
-    RunConfig,
-    SweepConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from experiments import mlflow_record, mlflow_store, mlflow_sync
+from experiments.identity import arm_id
+from experiments.run_dir import EventLog, RunDir
+from experiments.state import RunState
+from relora_core import atomic
+from relora_core.config import BlimpConfig, PalomaConfig, RunConfig
 from relora_core.events import Event
-
-T0 = 1_700_000_000.0  # the first event of every run here
-
-
-def a_config(*, r: int = 4, seed: int = 0) -> RunConfig:
-    return RunConfig(
-        seed=seed,
-        model=ModelConfig(
-            name="nano", d_model=24, d_ff=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64
-        ),
-        relora=ReLoRAConfig(r=r),
-        train=TrainConfig(steps=100, batch_size=4),
-        data=DataConfig(seq_len=16),
-    )
-
-
-def a_run(output_dir: Path, *, r: int = 4, seed: int = 0) -> RunDir:
-    config = a_config(r=r, seed=seed)
-    run = RunDir(runs_folder(output_dir) / run_id(config))
-    run.create(config)
-    return run
-
-
-def loss(step: int) -> float:
-    return 5.0 / (1 + step)
-
-
-def train(run: RunDir, *, attempt: int, start: int, stop: int, state: str = "running") -> None:
-    """One attempt as the trainer writes it: train/loss every 10 steps, one eval at `stop`.
-
-    The loss depends on the step alone, as it does when a resume is bit for bit; the clock does not.
-    """
-    clock = T0 + 1000.0 * (attempt - 1)
-    log = EventLog(run, attempt)
-    log.emit(Event(kind="start", step=start, data={"resumed": start > 0}, time=clock))
-    for step in range(start + 10, stop + 1, 10):
-        log.emit(
-            Event(
-                kind="train",
-                step=step,
-                metrics={"train/loss": loss(step), "train/lr": 1e-3},
-                time=clock + step,
-            )
-        )
-    log.emit(Event(kind="eval", step=stop, metrics={"eval/blimp/mean": 0.5}, time=clock + stop + 1))
-    rows = [{"source": "c4", "ppl.mean": math.inf, "step": stop}]
-    log.emit(
-        Event(kind="table", step=stop, data={"name": "paloma", "rows": rows}, time=clock + stop + 2)
-    )
-    if state == "finished":
-        log.emit(Event(kind="end", step=stop, time=clock + stop + 3))
-    log.close()
-    run.update_status(
-        state=state, attempts=attempt, step=stop, error=None, host="here", job_id=f"job{attempt}"
-    )
-
-
-def expected(run: RunDir) -> dict[str, list[tuple[int, float]]]:
-    """The record's points, as the reader of events.jsonl counts them."""
-    points: dict[str, dict[int, float]] = {}
-    for event in run.events():
-        for key, value in event["metrics"].items():
-            points.setdefault(key, {})[event["step"]] = value
-    return {key: sorted(of_key.items()) for key, of_key in points.items()}
-
-
-class Store:
-    """A tracking store with one experiment, and what it shows."""
-
-    def __init__(self, folder: Path) -> None:
-        from mlflow import MlflowClient
-
-        self.folder = folder
-        self.uri = mlflow_sync.default_uri(folder)
-        self.experiment_id = self.experiment("base")
-        self.client = MlflowClient(tracking_uri=self.uri)
-
-    def experiment(self, name: str) -> str:
-        return ensure_store(self.uri, experiment=name, output_dir=self.folder)
-
-    def sync(self, *runs: RunDir, **changes: Any) -> mlflow_sync.SyncReport:
-        settings = {"experiment_id": self.experiment_id, "output_dir": self.folder, **changes}
-        return sync(runs, uri=self.uri, **settings)
-
-    def run(self, run: RunDir) -> Any:
-        """The one MLflow run that shows `run`."""
-        found = self.client.search_runs(
-            [self.experiment_id], filter_string=f"tags.run_id = '{run.run_id}'"
-        )
-        assert len(found) == 1
-        return found[0]
-
-    def status(self, run: RunDir) -> str | None:
-        """None as long as no MLflow run shows `run`."""
-        there = self.client.search_runs([self.experiment_id])
-        of_run = [r.info.status for r in there if r.data.tags["run_id"] == run.run_id]
-        return of_run[0] if of_run else None
-
-    def points(self, run: RunDir) -> dict[str, list[tuple[int, float]]]:
-        shown = self.run(run)
-        return {
-            key: sorted(
-                (m.step, m.value) for m in self.client.get_metric_history(shown.info.run_id, key)
-            )
-            for key in shown.data.metrics
-        }
-
-    def table(self, run: RunDir, name: str) -> dict[str, Any]:
-        uuid = self.run(run).info.run_id
-        (artifact,) = (self.folder / "mlartifacts" / uuid).rglob(f"{name}.json")
-        return json.loads(artifact.read_text())
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("odd 'dir' 100% é"))
-
-
-@pytest.fixture
-def store(database: Store, request: pytest.FixtureRequest) -> Store:
-    """The shared database with an experiment of the test's own."""
-    database.experiment_id = database.experiment(request.node.name)
-    return database
 
 
 def test_every_point_is_shown_once_however_often_it_is_synced(store: Store, tmp_path: Path) -> None:
@@ -209,7 +80,7 @@ def test_a_kill_between_batch_and_position_sends_no_point_twice(
     train(run, attempt=1, start=0, stop=20)
     store.sync(run)
     train(run, attempt=2, start=20, stop=60)
-    save = mlflow_sync._save
+    save = mlflow_record.save
 
     def killed(run: RunDir, key: str, position: Any) -> None:
         if not position.sending:
@@ -217,7 +88,7 @@ def test_a_kill_between_batch_and_position_sends_no_point_twice(
         save(run, key, position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlflow_sync, "_save", killed)
+        patch.setattr(mlflow_record, "save", killed)
         with pytest.raises(Killed):
             store.sync(run)
     assert store.points(run) == expected(run)  # the batch did arrive
@@ -266,31 +137,66 @@ def test_a_lost_position_finds_the_run_and_its_points_again(
     assert store.points(run) == expected(run)
 
 
+def content(where: Store, run: RunDir) -> dict[str, Any]:
+    """Everything that MLflow shows of the run."""
+    there = where.run(run)
+    tags = {k: v for k, v in there.data.tags.items() if k != "mlflow.runColor"}
+    info, inputs = there.info, there.inputs.dataset_inputs
+    return {
+        "tags": tags,
+        "params": there.data.params,
+        "points": where.points(run),
+        "tables": [where.table(run, name) for name in ("paloma", "eval/blimp_paradigms")],
+        "config": where.artifact(run, "config.json"),
+        "inputs": sorted((i.dataset.name, i.dataset.digest) for i in inputs),
+        "info": (info.run_name, info.status, info.start_time, info.end_time),
+    }
+
+
 def test_a_fresh_store_is_rebuilt_to_the_same_view(store: Store, tmp_path: Path) -> None:
     runs = [a_run(tmp_path, r=r, seed=seed) for r in (2, 4) for seed in (0, 1)]
-    for run in runs:
+    for i, run in enumerate(runs):
         train(run, attempt=1, start=0, stop=40)
         store.sync(run)
-        train(run, attempt=2, start=30, stop=60, state="finished")
+        if i == 1:
+            begin_anew(run)
+        train(run, attempt=3, start=30, stop=60, state="finished")
+        evaluate(run, step=40, finished=T0 + 9000)
     store.sync(*runs)
+    before = [content(store, run) for run in runs]
     other = Store(tmp_path)
-    other.sync(*reversed(runs))
+    for run in reversed(runs):
+        other.sync(run)
+    other.sync(*runs)
+    assert [content(other, run) for run in runs] == before
+    for where in (store, other):  # one store's position says nothing of the other's
+        assert where.sync(*runs).points == 0
+        assert [content(where, run) for run in runs] == before
 
-    def shown(where: Store, run: RunDir) -> dict[str, Any]:
-        there = where.run(run)
-        tags = {k: v for k, v in there.data.tags.items() if k != "mlflow.runColor"}
-        info = there.info
-        return {
-            "tags": tags,
-            "params": there.data.params,
-            "points": where.points(run),
-            "table": where.table(run, "paloma"),
-            "info": (info.run_name, info.status, info.start_time, info.end_time),
-        }
 
-    for run in runs:
-        assert shown(other, run) == shown(store, run)
-    assert store.sync(*runs).points == 0  # one store's position says nothing of the other's
+@pytest.mark.slow
+def test_a_database_that_was_deleted_is_made_again(store: Store, tmp_path: Path) -> None:
+    """By another process: MLflow keeps a deleted file open as long as it lives."""
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=40, state="finished")
+    evaluate(run, step=40)
+    script = """if True:
+        import sys
+        from mlflow_runs import Path, RunDir, Store
+        Store(Path(sys.argv[1])).sync(RunDir(sys.argv[2]))
+    """
+    path = [str(Path.cwd()), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", script, str(tmp_path), str(run.path)]
+    subprocess.run(command, env=environment, check=True)
+    assert run.mlflow_path.exists()
+    for path in tmp_path.glob("mlflow.db*"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "mlartifacts")
+    again = Store(tmp_path)
+    assert again.sync(run).created == 1
+    store.sync(run)
+    assert content(again, run) == content(store, run)
 
 
 def test_equal_names_in_another_experiment_are_another_view(store: Store, tmp_path: Path) -> None:
@@ -324,7 +230,7 @@ def test_status_and_times_follow_the_run(
     shown = store.run(run)
     assert shown.info.status == status
     assert shown.data.tags["state"] == state
-    assert shown.data.tags["error"] == "out of memory"
+    assert shown.data.tags["reason"] == "out of memory"
     assert shown.info.start_time == T0 * 1000
     ended = {"finished": T0 + 22, "diverged": T0 + 22}.get(state, run.status().heartbeat)
     assert shown.info.end_time == (int(ended * 1000) if over else None)
@@ -342,30 +248,235 @@ def test_a_failed_run_that_resumes_sheds_its_error_and_its_end(
     shown = store.run(run)
     assert shown.info.status == "FINISHED"
     assert shown.info.end_time == int((T0 + 1000 + 43) * 1000)
-    assert "error" not in shown.data.tags
+    assert "reason" not in shown.data.tags
     assert (shown.data.tags["attempts"], shown.data.tags["job_id"]) == ("2", "job2")
 
 
 def test_params_and_tags_say_what_the_run_is(store: Store, tmp_path: Path) -> None:
     run = a_run(tmp_path, r=8, seed=3)
-    run.write_attempt(1, {"host": "here", "commit": "0" * 40})
+    run.write_attempt(1, {"host": "here", "commit": "0" * 40, "dirty": True})
     train(run, attempt=1, start=0, stop=20)
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    (run.checkpoints / "step-00000020").mkdir()
     store.sync(run, names={run.run_id: "first"}, parent="0" * 32)
-    store.sync(run, names={run.run_id: "nano-r008-s3"})
+    store.sync(run, names={run.run_id: "model=nano relora.r=8 seed=3"})
     shown = store.run(run)
-    assert shown.info.run_name == "nano-r008-s3"
+    assert shown.info.run_name == "model=nano relora.r=8 seed=3"
     params = {"model.name": "nano", "relora.r": "8", "seed": "3", "train.lr": "0.0003"}
     assert params.items() <= shown.data.params.items()
-    assert shown.data.params["relora.target_modules"] == "attention, swiglu"
-    assert "output_dir" not in shown.data.params
+    assert len(shown.data.params) < 20
+    assert not {"output_dir", "galore.r", "model.d_model"} & set(shown.data.params)
     tags = {
         "kind": "run",
         "arm": arm_id(a_config(r=8)),
+        "arm_name": "model=nano relora.r=8",
+        "seed": "3",
         "method": "relora",
+        "mode": "custom",
+        "model": "nano",
+        "commit": "0" * 12,
+        "dirty": "true",
+        "host": "here",
+        "attempts": "1",
+        "job_id": "job1",
+        "checkpoint": str(run.checkpoints / "step-00000020"),
         "mlflow.source.git.commit": "0" * 40,
         "mlflow.parentRunId": "0" * 32,
     }
     assert tags.items() <= shown.data.tags.items()
+    assert json.loads(store.artifact(run, "config.json")) == json.loads(run.config_path.read_text())
+
+
+def test_what_varies_in_a_sweep_is_a_param_unless_a_label_says_it(
+    store: Store, tmp_path: Path
+) -> None:
+    def change(config: RunConfig, *, width: int, decay: float) -> RunConfig:
+        model = replace(config.model, d_model=width, name=f"w{width}")
+        return replace(config, model=model, train=replace(config.train, weight_decay=decay))
+
+    runs = []
+    for width, decay in ((24, 0.1), (24, 0.2), (48, 0.1), (48, 0.2)):
+        run = RunDir(tmp_path / f"{width}-{decay}")
+        run.create(change(a_config(), width=width, decay=decay))
+        runs.append(run)
+    store.sync(*runs)
+    params = [store.run(run).data.params for run in runs]
+    assert [p["train.weight_decay"] for p in params] == ["0.1", "0.2"] * 2
+    assert [p["model.name"] for p in params] == ["w24", "w24", "w48", "w48"]
+    assert all("model.d_model" not in p for p in params)
+
+
+def test_data_and_evals_are_inputs_by_name_and_digest(store: Store, tmp_path: Path) -> None:
+    config = a_config()
+    config.data = replace(config.data, kind="text", path="/far/corpus.txt", fingerprint="d" * 64)
+    config.eval.paloma = PalomaConfig(enabled=True, path="hub/paloma", fingerprint="p" * 64)
+    config.eval.blimp = BlimpConfig(enabled=False, fingerprint="b" * 64)
+    run = RunDir(tmp_path / "runs" / "a")
+    run.create(config)
+    store.sync(run)
+    run.mlflow_path.unlink()
+    store.sync(run)
+    inputs = store.run(run).inputs.dataset_inputs
+    shown = {(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs}
+    assert shown == {("corpus.txt", "d" * 36, "training"), ("paloma", "p" * 36, "eval")}
+    assert len(inputs) == 2
+
+
+def test_device_hours_follow_the_training_time_of_all_processes(
+    store: Store, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path)
+    log = EventLog(run, 1)
+    log.emit(Event(kind="start", step=0, data={"resumed": False, "world": 4}, time=T0))
+    for step, seconds in ((10, 900.0), (20, 1800.0)):
+        metrics = {"perf/train_seconds": seconds, "train/tokens": 64.0 * step}
+        log.emit(Event(kind="train", step=step, metrics=metrics, time=T0 + seconds))
+        store.sync(run)  # the number of processes was in an earlier pass
+    log.close()
+    assert store.points(run)["train/gpu_hours"] == [(10, 1.0), (20, 2.0)]
+    assert store.points(run)["train/tokens"] == [(10, 640.0), (20, 1280.0)]
+
+
+def test_what_the_scheduler_knows_overrides_the_runs_own_word(store: Store, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=20)
+    syncer = store.syncer()
+    syncer.sync([run])
+    assert store.run(run).info.status == "RUNNING"
+    own = dataclasses.asdict(run.status()) | {"state": "lost"}
+    lost = RunState(**own, run_id=run.run_id, reason="SLURM knows no job 7")
+    syncer.sync([run], states={run.run_id: lost})
+    shown = store.run(run)
+    assert shown.info.status == "FAILED"
+    assert shown.data.tags["state"] == "lost"
+    assert shown.data.tags["reason"] == "SLURM knows no job 7"
+    assert shown.info.end_time == int(run.status().heartbeat * 1000)
+
+
+# a run begun anew -------------------------------------------------------------------------------
+
+
+def begin_anew(run: RunDir) -> None:
+    """The record of `sweeps retry --diverged` and the attempt after it, with other losses."""
+    run.update_status(state="planned", step=0)
+    log = EventLog(run, 2)
+    log.emit(Event(kind="start", step=0, data={"resumed": False}, time=T0 + 5000))
+    for step in (10, 20, 30):
+        metrics = {"train/loss": 100.0 + step}
+        log.emit(Event(kind="train", step=step, metrics=metrics, time=T0 + 5000 + step))
+    log.close()
+    run.update_status(state="running", attempts=2, step=30)
+
+
+@pytest.mark.parametrize("position", ["kept", "lost between", "lost after"])
+def test_a_run_begun_anew_shows_none_of_its_old_points(
+    store: Store, tmp_path: Path, position: str
+) -> None:
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=80)
+    run.update_status(state="diverged")
+    store.sync(run)
+    old = store.run(run).info.run_id
+    if position == "lost between":
+        run.mlflow_path.unlink()
+    begin_anew(run)
+    assert store.sync(run).created == 1
+    if position == "lost after":
+        run.mlflow_path.unlink()
+    assert store.sync(run).points == 0
+    assert store.points(run) == {"train/loss": [(10, 110.0), (20, 120.0), (30, 130.0)]}
+    assert store.run(run).info.start_time == int((T0 + 5000) * 1000)
+    shown = store.client.get_run(old)
+    assert (shown.info.lifecycle_stage, shown.data.tags["state"]) == ("deleted", "superseded")
+
+
+@pytest.mark.parametrize("call", ["delete_run", "create_run", "log_batch"])
+def test_a_kill_while_a_run_is_begun_anew_leaves_one_right_view(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    from mlflow import MlflowClient
+
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=80)
+    store.sync(run)
+    begin_anew(run)
+    original = getattr(MlflowClient, call)
+
+    def killed(self: MlflowClient, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, killed)
+        with pytest.raises(Killed):
+            store.sync(run)
+    store.sync(run)
+    assert store.points(run) == expected(run)
+
+
+# evaluations apart from training ----------------------------------------------------------------
+
+
+def evaluate(run: RunDir, *, step: int, name: str = "eval", finished: float = T0 + 500) -> None:
+    """An evaluation of a checkpoint as `experiments.evaluate` leaves it."""
+    folder = run.evals / name
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "name": name,
+        "section": "blimp",
+        "step": step,
+        "metrics": {f"{name}/blimp/mean": 0.5},
+        "tables": {"blimp_paradigms": [{"uid": "a", "step": step}]},
+        "finished": finished + step,
+    }
+    atomic.write_json(folder / f"step-{step:08d}-blimp.json", result)
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    order=st.permutations([("eval", 10), ("eval", 20), ("eval", 40), ("long", 20), ("long", 30)]),
+    between=st.lists(st.booleans(), min_size=5, max_size=5),
+    lose=st.integers(0, 5),
+)
+def test_evaluations_apart_are_shown_once_in_any_order(
+    store: Store,
+    tmp_path_factory: pytest.TempPathFactory,
+    order: list[tuple[str, int]],
+    between: list[bool],
+    lose: int,
+) -> None:
+    """Training itself evaluated at step 40: that point is not doubled."""
+    run = a_run(tmp_path_factory.mktemp("any"))
+    store.experiment_id = store.experiment(str(run.path))
+    train(run, attempt=1, start=0, stop=40, state="finished")
+    for i, (name, step) in enumerate(order):
+        evaluate(run, name=name, step=step)
+        if between[i]:
+            store.sync(run)
+        if i == lose:
+            run.mlflow_path.unlink(missing_ok=True)
+    store.sync(run)
+    assert store.sync(run).points == 0
+    points = store.points(run)
+    assert points["eval/blimp/mean"] == [(10, 0.5), (20, 0.5), (40, 0.5)]
+    assert points["long/blimp/mean"] == [(20, 0.5), (30, 0.5)]
+    assert store.table(run, "long/blimp_paradigms")["data"] == [["a", 30]]
+    assert store.table(run, "paloma")["data"]
+
+
+def test_evaluations_of_a_life_that_no_longer_counts_are_left_out(
+    store: Store, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=40)
+    evaluate(run, name="long", step=20)
+    begin_anew(run)
+    store.sync(run)
+    assert set(store.points(run)) == {"train/loss"}
 
 
 def test_arms_differ_in_colour_and_seeds_do_not(store: Store, tmp_path: Path) -> None:
@@ -418,7 +529,7 @@ def test_a_run_that_cannot_be_read_holds_up_no_other(store: Store, tmp_path: Pat
 
 def test_while_another_process_syncs_a_pass_does_nothing(store: Store, tmp_path: Path) -> None:
     run = a_run(tmp_path)
-    with mlflow_sync._lock(store.uri, store.folder):
+    with mlflow_store.lock(store.uri, store.folder):
         assert store.sync(run).busy
     assert not store.sync(run).busy
 
@@ -430,202 +541,10 @@ def test_a_pass_without_news_asks_nothing_of_the_store(
 
     run = a_run(tmp_path)
     train(run, attempt=1, start=0, stop=20)
-    syncer = mlflow_sync.Syncer(
-        store.uri, experiment_id=store.experiment_id, output_dir=store.folder
-    )
+    syncer = store.syncer()
     syncer.sync([run])
     for call in ("search_runs", "get_run", "log_batch", "update_run", "set_terminated"):
         monkeypatch.delattr(MlflowClient, call)
     assert not syncer.sync([run]).errors
     run.update_status(step=21)  # a heartbeat alone changes nothing that MLflow shows
     assert not syncer.sync([run]).errors
-
-
-def test_the_experiment_is_found_again_also_after_it_was_deleted(store: Store) -> None:
-    assert store.experiment("twice") == store.experiment("twice")
-    store.client.delete_experiment(store.experiment("twice"))
-    again = store.client.get_experiment(store.experiment("twice"))
-    assert again.lifecycle_stage == "active"
-
-
-# the follower -----------------------------------------------------------------------------------
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path: Path) -> None:
-    run, said = a_run(tmp_path), []
-    train(run, attempt=1, start=0, stop=20)
-    with Follower(
-        [run],
-        uri=store.uri,
-        experiment=store.client.get_experiment(store.experiment_id).name,
-        output_dir=tmp_path,
-        names={run.run_id: "followed"},
-        every_s=0.05,
-        warn=said.append,
-    ) as follower:
-        assert follower.wait_ready(60) == store.experiment_id
-        wait_for(lambda: store.status(run) == "RUNNING")
-        train(run, attempt=2, start=20, stop=60, state="finished")
-    assert said == []
-    assert store.points(run) == expected(run)
-    assert store.run(run).info.run_name == "followed"
-    assert store.run(run).info.status == "FINISHED"
-
-
-def test_a_dead_server_costs_one_line_and_no_time_at_the_start(tmp_path: Path) -> None:
-    run, said = a_run(tmp_path), []
-    uri = f"http://user:secret@127.0.0.1:{closed_port()}"
-    with Follower(
-        [run], uri=uri, experiment="x", output_dir=tmp_path, every_s=0.05, warn=said.append
-    ) as follower:
-        train(run, attempt=1, start=0, stop=20)
-        assert follower.wait_ready(60) is None
-    (line,) = said
-    assert line.startswith(f"tracking: {uri.replace('secret', '***')} unreachable")
-    assert "python -m sweeps sync" in line
-    assert "secret" not in line + (tmp_path / "logs" / "mlflow-sync.log").read_text()
-
-
-def test_a_store_that_does_not_answer_is_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run = a_run(tmp_path)
-    train(run, attempt=1, start=0, stop=20)
-    uri = f"http://127.0.0.1:{closed_port()}"
-    with pytest.raises(TrackingUnreachable, match="nothing is lost"):
-        ensure_store(uri, experiment="x", output_dir=tmp_path)
-    with pytest.raises(TrackingUnreachable, match="nothing is lost"):
-        sync([run], uri=uri, experiment_id="1", output_dir=tmp_path)
-
-
-@pytest.mark.slow
-def test_a_follower_outlives_its_killed_parent_by_one_pass(store: Store, tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    train(run, attempt=1, start=0, stop=20)
-    script = """if True:
-        import sys, time
-        from experiments.mlflow_sync import Follower
-        from experiments.run_dir import RunDir
-        path, uri, experiment, output_dir = sys.argv[1:]
-        with Follower([RunDir(path)], uri=uri, experiment=experiment, output_dir=output_dir,
-                      every_s=3600) as follower:
-            follower.wait_ready(60)
-            print("ready", flush=True)
-            time.sleep(600)
-    """
-    name = store.client.get_experiment(store.experiment_id).name
-    arguments = [str(run.path), store.uri, name, str(tmp_path)]
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == "ready\n"
-        train(run, attempt=2, start=20, stop=60, state="finished")
-        os.kill(parent.pid, signal.SIGKILL)
-    wait_for(lambda: store.status(run) == "FINISHED")
-    assert store.points(run) == expected(run)
-
-
-@pytest.mark.slow
-def test_eight_processes_at_once_make_one_store(tmp_path: Path) -> None:
-    script = """if True:
-        import sys
-        from experiments.mlflow_sync import default_uri, ensure_store
-        print(ensure_store(default_uri(sys.argv[1]), experiment="x", output_dir=sys.argv[1]))
-    """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(8)
-    ]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, said
-    assert len({out for out, _ in said}) == 1
-
-
-# addresses --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("uri", "words"),
-    [
-        ("ftp://x", ["ftp://x", "sqlite://", "postgresql://", "https://", "Did you mean 'http'"]),
-        ("sqlit:///x.db", ["Did you mean 'sqlite'"]),
-        ("mlruns", ["'mlruns'", "sqlite:///mlruns/mlflow.db"]),
-        ("file:./mlruns", ["sqlite:///./mlruns/mlflow.db"]),
-        ("file:///tmp/mlruns", ["sqlite:////tmp/mlruns/mlflow.db"]),
-        ("sqlite:/x.db", ["nearest valid: sqlite:///x.db"]),
-        ("sqlite://", ["sqlite:///mlflow.db"]),
-        ("sqlite:///:memory:", ["database file"]),
-        ("sqlite:////nowhere/x.db", ["/nowhere does not exist"]),
-        ("http://", ["name a host"]),
-        ("postgresql+nodriver://u:secret@db/x", ["nodriver", "u:***@db"]),
-    ],
-)
-def test_an_address_that_cannot_work_is_refused_in_one_line(uri: str, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_uri(TrackingConfig(enabled=True, uri=uri))
-    line = str(caught.value)
-    assert line.startswith("tracking.uri ")
-    assert "\n" not in line
-    assert "secret" not in line
-    for word in words:
-        assert word in line
-
-
-def test_good_addresses_pass(tmp_path: Path) -> None:
-    for uri in (None, f"sqlite:///{tmp_path}/x.db", "http://127.0.0.1:5000", "https://host/path"):
-        check_uri(TrackingConfig(enabled=True, uri=uri))
-    check_uri(TrackingConfig(enabled=False, uri="ftp://x"))
-    folder = f"sqlite:///{tmp_path}"
-    with pytest.raises(ConfigError, match="got the folder"):
-        check_uri(TrackingConfig(enabled=True, uri=folder))
-
-
-def test_checking_an_address_loads_no_mlflow() -> None:
-    script = (
-        "import sys; from experiments.mlflow_sync import check_uri, default_uri, ui_command; "
-        "from relora_core.config import TrackingConfig; "
-        "check_uri(TrackingConfig(enabled=True, uri='http://h')); ui_command('', 'x'); "
-        "sys.exit(any(m in sys.modules for m in ('mlflow', 'torch', 'sqlalchemy')))"
-    )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-
-
-def test_the_experiment_is_named_after_the_nearest_of_its_names() -> None:
-    config = a_config()
-    config.experiment = "demo"
-    assert mlflow_sync.experiment_name(config) == "demo"
-    config.sweep = SweepConfig(name="ranks")
-    assert mlflow_sync.experiment_name(config) == "ranks"
-    config.tracking = TrackingConfig(experiment="mine")
-    assert mlflow_sync.experiment_name(config) == "mine"
-
-
-def test_the_ui_starts_lean_on_loopback_and_links_to_the_runs() -> None:
-    command = mlflow_sync.ui_command("sqlite:///out puts/mlflow.db", "out puts")
-    assert "--backend-store-uri 'sqlite:///out puts/mlflow.db'" in command
-    assert "--host 127.0.0.1" in command
-    assert mlflow_sync.ui_command("http://host:5000", "x") == "http://host:5000"
-    link = mlflow_sync.ui_link("http://127.0.0.1:5000/", "7")
-    assert link.startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
-    assert "workflowType=machine_learning" in link
-    assert "start_time" not in link

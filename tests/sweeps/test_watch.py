@@ -39,7 +39,7 @@ def look(tmp_path):
 
 def finish(run: RunDir, state: str = "finished") -> None:
     if state in ("finished", "diverged"):
-        run.write_result({"state": state, "metrics": {}})
+        run.write_result({"state": state, "metrics": {}, "step": 4})
     run.update_status(state=state, step=4, error="boom" if state == "failed" else None)
 
 
@@ -220,15 +220,15 @@ def test_the_store_is_up_to_date_when_the_watch_ends(tracked, look, tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("s")
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.status == "FINISHED"
+    found = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags["kind"] for run in found} == {"sweep", "arm", "run"}
+    assert {run.info.status for run in found} == {"FINISHED"}
 
 
-def test_tracking_servers_are_left_to_sync(tracked, tmp_path, monkeypatch):
-    config = tracked.config()
+def test_tracking_servers_are_left_to_sync(make, tmp_path):
     server = TrackingConfig(enabled=True, uri="http://127.0.0.1:9")
-    monkeypatch.setattr(RunDir, "config", lambda _: dataclasses.replace(config, tracking=server))
+    config = dataclasses.replace(make(), tracking=server)
+    store(make_plan([({}, config)], name="s"), output_dir=tmp_path / "out")
     mirror = watch.Mirror(str(tmp_path / "out"))
-    mirror.runs = runs_of(tmp_path / "out")
     mirror.pass_over(final=True)
     assert mirror.problem is None

@@ -1,0 +1,232 @@
+"""Tracking stores: their addresses, their one migration, their lock, and when they do not answer.
+
+Checking an address loads no MLflow. Not for: what is shown of a run (`mlflow_sync.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+
+from relora_core.config import ConfigError, RunConfig, TrackingConfig, nearest
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+    from mlflow import MlflowClient
+
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
+"""What SQLAlchemy imports for a dialect where the URI names no driver."""
+
+
+class TrackingUnreachable(RuntimeError):
+    """The store does not answer; one line that says that nothing is lost."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(
+            f"tracking: {redacted(uri)} unreachable; nothing is lost, "
+            "run `python -m sweeps sync` later"
+        )
+
+
+def check_uri(tracking: TrackingConfig) -> None:
+    """Raise ConfigError where `tracking.uri` cannot be a store. Contacts none, loads no MLflow."""
+    uri = tracking.uri
+    if not tracking.enabled or uri is None:
+        return
+    scheme, separator, _ = uri.partition("://")
+    dialect, _, driver = scheme.partition("+")
+    if not separator or scheme == "file":
+        path = re.sub(r"^(file:(//)?|sqlite:/*)", "", uri)
+        path = path if path.endswith(".db") else f"{path}/mlflow.db"
+        raise ConfigError(
+            f"tracking.uri must be a database or a server (MLflow's file store is closed), got "
+            f"{uri!r}; nearest valid: sqlite:///{path}"
+        )
+    if dialect not in SCHEMES:
+        raise ConfigError(
+            f"tracking.uri must begin with one of {', '.join(s + '://' for s in SCHEMES)}, "
+            f"got {redacted(uri)!r}.{nearest(dialect, SCHEMES)}"
+        )
+    if dialect == "sqlite":
+        _check_sqlite(uri)
+    elif dialect in ("http", "https") and not urlsplit(uri).hostname:
+        raise ConfigError(
+            f"tracking.uri must name a host, as in http://127.0.0.1:5000, got {uri!r}"
+        )
+    elif dialect in DRIVERS and not importlib.util.find_spec(driver or DRIVERS[dialect]):
+        raise ConfigError(
+            f"tracking.uri needs the Python package {driver or DRIVERS[dialect]} for {dialect}, "
+            f"which is not installed, got {redacted(uri)!r}"
+        )
+
+
+def _check_sqlite(uri: str) -> None:
+    path = sqlite_path(uri)
+    if path is None:
+        raise ConfigError(
+            f"tracking.uri must name a database file, as in sqlite:///mlflow.db, got {uri!r}"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"tracking.uri must name a file in an existing folder, got {uri!r} and "
+            f"{path.parent} does not exist"
+        )
+    if path.is_dir():
+        raise ConfigError(
+            f"tracking.uri must name a file, got the folder {path}; nearest valid: "
+            f"sqlite:///{path}/mlflow.db"
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"tracking.uri must be writable, got {uri!r}")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a sqlite URI's file; None for other stores and databases in memory."""
+    if not re.match(r"sqlite(\+\w+)?:///", uri):
+        return None
+    name = uri.split(":///", 1)[1].split("?", 1)[0]
+    return Path(name).absolute() if name and name != ":memory:" else None
+
+
+def redacted(uri: str) -> str:
+    """`uri` without its password."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def default_uri(output_dir: Path | str) -> str:
+    return f"sqlite:///{Path(output_dir).absolute() / 'mlflow.db'}"
+
+
+def store_uri(config: RunConfig) -> str:
+    """The store that a run is tracked in."""
+    return config.tracking.uri or default_uri(config.output_dir)
+
+
+def experiment_name(config: RunConfig) -> str:
+    """The MLflow experiment that holds the run."""
+    return config.tracking.experiment or config.sweep.name or config.experiment
+
+
+def ui_command(output_dir: Path | str, *, sweep: str | None = None) -> str:
+    """The shell command that shows a sweep, or everything below `output_dir`, in a browser."""
+    words = ["python", "-m", "sweeps", "ui", *([sweep] if sweep else [])]
+    if Path(output_dir) != Path("outputs"):
+        words += ["--output-dir", str(output_dir)]
+    return shlex.join(words)
+
+
+def ui_link(base: str, experiment_id: str) -> str:
+    """The experiment's runs as a table.
+
+    Without these parameters a fresh browser lands on a traces page, and the order by creation folds
+    all runs of a parent into one row.
+    """
+    order = quote("tags.`mlflow.runName`")
+    return (
+        f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?searchFilter=&orderByKey={order}"
+        "&orderByAsc=true&workflowType=machine_learning"
+    )
+
+
+def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
+    """Create database and MLflow experiment where they are missing; the experiment's id.
+
+    Safe for any number of processes of this host: MLflow's own migration of a fresh sqlite crashes
+    when two do it at once, so it runs under a file lock. Raises TrackingUnreachable, and
+    ConfigError for a database that another MLflow version wrote.
+    """
+    from mlflow.exceptions import MlflowException
+
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
+        try:
+            client = connect(uri)
+            return _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
+        except MlflowException as error:
+            if "out-of-date database schema" in str(error):
+                raise ConfigError(
+                    f"tracking.uri must hold a database of the installed MLflow's version, got "
+                    f"{redacted(uri)!r}; back it up, then run `mlflow db upgrade`, or name another"
+                ) from None
+            raise
+
+
+def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir: Path) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        server = uri.startswith(("http://", "https://"))
+        artifacts = None if server else (output_dir.absolute() / "mlartifacts").as_uri()
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": f"Runs of {name}; rebuilt at any time from their events.jsonl.",
+        }
+        try:
+            return client.create_experiment(name, artifact_location=artifacts, tags=tags)
+        except MlflowException as error:  # another host was faster
+            found = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of `uri`, with MLflow's telemetry, progress bars and chatter switched off."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # A refused connection is retried for minutes by default; the follower has its own back-off.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def lock(uri: str, output_dir: Path) -> BaseFileLock:
+    """One writer per store and host; beside a sqlite file, which two output folders may share."""
+    from filelock import FileLock
+
+    database = sqlite_path(uri)
+    return FileLock(f"{database}.lock" if database else output_dir / "mlflow.lock")
+
+
+@contextlib.contextmanager
+def reachable(uri: str) -> Iterator[None]:
+    """Turns a store that does not answer into TrackingUnreachable; its password goes nowhere."""
+    try:
+        yield
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        raise TrackingUnreachable(uri) from error
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the store is to blame, so that trying again later may help."""
+    from filelock import Timeout
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    codes = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "UNAUTHENTICATED")
+    return (
+        isinstance(error, (RequestException, OperationalError, ConnectionError, Timeout))
+        or getattr(error, "error_code", None) in (*codes, "PERMISSION_DENIED")
+        or str(error).startswith("API request to")
+    )

@@ -1,0 +1,322 @@
+"""Whoever brings MLflow up to date, it shows the same: the plan, its runs, and how they stand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.run_dir import EventLog, RunDir, runs_folder
+from experiments.state import RunState
+from relora_core.config import ModelConfig, RunConfig, SweepConfig, TrackingConfig
+from relora_core.events import Event
+from sweeps import track
+from sweeps.plan import Plan, make_plan, store
+from sweeps.track import bring_up_to_date, display_names, question, words_of
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database, copied by each test: making one takes seconds."""
+    from experiments.mlflow_store import default_uri, ensure_store
+
+    folder = tmp_path_factory.mktemp("fresh")
+    ensure_store(default_uri(folder), experiment="other", output_dir=folder)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def out(tmp_path: Path, fresh: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes(fresh.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def plan(make: Callable[..., RunConfig], out: Path) -> Callable[..., Plan]:
+    """Plan, store and create runs of a sweep, as a launcher does."""
+
+    def plan(*, name: str = "ranks", ranks: Sequence[int] = (8, 16), seeds: int = 2, **kw: Any):
+        points = [
+            (
+                {"relora.r": str(r), "seed": str(seed)},
+                make(
+                    r=r,
+                    seed=seed,
+                    model=ModelConfig(name="wide", d_model=384, d_ff=768, vocab_size=64),
+                    tracking=TrackingConfig(**{"enabled": True, **kw}),
+                    sweep=SweepConfig(name=name),
+                ),
+            )
+            for r in ranks
+            for seed in range(seeds)
+        ]
+        made = store(make_plan(points, command="python run.py -m ..."), output_dir=out)
+        for cell in made.cells:
+            RunDir(runs_folder(out) / cell.run_id).create(cell.config)
+        return made
+
+    return plan
+
+
+def finish(out: Path, run_id: str, *, loss: float = 1.5) -> None:
+    """The record of a run that went well."""
+    run = RunDir(runs_folder(out) / run_id)
+    log = EventLog(run, 1)
+    log.emit(Event(kind="start", step=0, data={"resumed": False}))
+    log.emit(Event(kind="train", step=4, metrics={"train/loss": loss}))
+    log.emit(Event(kind="end", step=4))
+    log.close()
+    run.write_result({"state": "finished", "metrics": {"train/loss": loss}, "step": 4})
+    run.update_status(state="finished", step=4, attempts=1)
+
+
+def client(out: Path) -> Any:
+    from experiments.mlflow_store import connect, default_uri
+
+    return connect(default_uri(out))
+
+
+def shown(out: Path, experiment: str, kind: str) -> list[Any]:
+    mlflow = client(out)
+    found = mlflow.get_experiment_by_name(experiment)
+    return list(
+        mlflow.search_runs([found.experiment_id], f"tags.kind = '{kind}'", order_by=["run_name"])
+    )
+
+
+def everything(out: Path, experiment: str = "ranks") -> Any:
+    return [
+        (r.info.run_id, r.info.run_name, r.info.status, r.info.end_time, r.data.to_dictionary())
+        for kind in ("sweep", "arm", "run")
+        for r in shown(out, experiment, kind)
+    ]
+
+
+def test_a_planned_sweep_is_there_before_its_runs_begin(out: Path, plan: Any) -> None:
+    plan(ranks=(8, 16))
+    (done,) = bring_up_to_date(out)
+    runs, (parent,) = shown(out, "ranks", "run"), shown(out, "ranks", "sweep")
+    assert [run.info.status for run in (*runs, parent)] == ["SCHEDULED"] * 5
+    assert [run.info.run_name for run in runs] == [
+        f"relora.r={r} seed={s}" for r in ("08", "16") for s in (0, 1)
+    ]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {parent.info.run_id}
+    assert done.parent == parent.info.run_id
+    assert len(shown(out, "ranks", "arm")) == 2
+    assert done.problem is None
+
+
+def test_runs_have_the_colour_of_their_arm(out: Path, plan: Any) -> None:
+    plan()
+    bring_up_to_date(out)
+    colours = {
+        r.data.tags["arm"]: r.data.tags["mlflow.runColor"] for r in shown(out, "ranks", "arm")
+    }
+    assert len(set(colours.values())) == 2
+    for run in shown(out, "ranks", "run"):
+        assert run.data.tags["mlflow.runColor"] == colours[run.data.tags["arm"]]
+
+
+def test_repeating_it_changes_nothing(out: Path, plan: Any) -> None:
+    made = plan()
+    finish(out, made.cells[0].run_id)
+    bring_up_to_date(out)
+    before = everything(out)
+    bring_up_to_date(out)
+    tracker = track.Tracker(out)
+    for _ in range(2):
+        tracker.bring_up_to_date()
+    assert everything(out) == before
+
+
+def test_a_tracker_that_stays_shows_what_ended_meanwhile(out: Path, plan: Any) -> None:
+    made = plan(ranks=(8,), seeds=2)
+    tracker = track.Tracker(out)
+    tracker.bring_up_to_date()
+    for cell, loss in zip(made.cells, (1.0, 2.0), strict=True):
+        finish(out, cell.run_id, loss=loss)
+        tracker.bring_up_to_date()
+    (arm,), (parent,) = shown(out, "ranks", "arm"), shown(out, "ranks", "sweep")
+    assert arm.data.metrics["train/loss_mean"] == 1.5
+    assert parent.info.status == "FINISHED"
+
+
+def test_it_says_what_the_scheduler_says(out: Path, plan: Any) -> None:
+    made = plan(ranks=(8,), seeds=2)
+    lost = made.cells[0].run_id
+    reason = "no word for 20 min and SLURM does not know job 7"
+    states = {lost: RunState(run_id=lost, state="lost", reason=reason, job_id="7")}
+    bring_up_to_date(out, ["ranks"], states=states)
+    (run,) = [r for r in shown(out, "ranks", "run") if r.data.tags["run_id"] == lost]
+    assert run.info.status == "FAILED"
+    assert (run.data.tags["state"], run.data.tags["reason"]) == ("lost", reason)
+    (parent,) = shown(out, "ranks", "sweep")
+    assert reason in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_killed_run_is_shown_as_failed_although_it_said_nothing(out: Path, plan: Any) -> None:
+    made = plan(ranks=(8,), seeds=1)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    run = RunDir(runs_folder(out) / made.cells[0].run_id)
+    run.update_status(state="running", pid=child.pid)
+    bring_up_to_date(out)
+    assert [r.info.status for r in shown(out, "ranks", "run")] == ["FAILED"]
+    assert [r.info.status for r in shown(out, "ranks", "sweep")] == ["FAILED"]
+
+
+def test_a_run_of_two_sweeps_is_in_both(out: Path, plan: Any) -> None:
+    plan(name="first", ranks=(8,), seeds=1)
+    plan(name="second", ranks=(8, 16), seeds=1)
+    bring_up_to_date(out)
+    for name, count in (("first", 1), ("second", 2)):
+        (parent,) = shown(out, name, "sweep")
+        runs = shown(out, name, "run")
+        assert [r.data.tags["mlflow.parentRunId"] for r in runs] == [parent.info.run_id] * count
+
+
+def test_a_wider_sweep_keeps_its_parent_and_gets_its_new_arm(out: Path, plan: Any) -> None:
+    plan(ranks=(8,))
+    (before,) = bring_up_to_date(out)
+    plan(ranks=(8, 128))
+    (after,) = bring_up_to_date(out)
+    assert before.parent == after.parent
+    names = [run.info.run_name for run in shown(out, "ranks", "arm")]
+    assert [name.partition(" (")[0] for name in names] == ["relora.r=008", "relora.r=128"]
+
+
+def test_runs_without_a_sweep_are_shown_too(out: Path, make: Callable[..., RunConfig]) -> None:
+    from experiments.identity import run_id
+
+    config = make(tracking=TrackingConfig(enabled=True))
+    RunDir(runs_folder(out) / run_id(config)).create(config)
+    (done,) = bring_up_to_date(out)
+    assert (done.sweep, done.parent) == (None, None)
+    assert len(shown(out, "test", "run")) == 1
+
+
+def test_what_is_not_tracked_is_not_shown_unless_asked_for(out: Path, plan: Any) -> None:
+    plan(enabled=False)
+    assert bring_up_to_date(out) == []
+    (done,) = bring_up_to_date(out, tracking_uri=f"sqlite:///{out / 'mlflow.db'}")
+    assert done.runs == 4
+
+
+def test_a_dead_server_is_one_line_and_the_other_stores_are_served(out: Path, plan: Any) -> None:
+    plan(name="far", uri="http://127.0.0.1:9")
+    plan(name="near", ranks=(4,), seeds=1)
+    done = {one.sweep: one for one in bring_up_to_date(out)}
+    assert "unreachable; nothing is lost" in (done["far"].problem or "")
+    assert done["near"].problem is None
+    assert len(shown(out, "near", "run")) == 1
+
+
+def test_watching_leaves_servers_alone(out: Path, plan: Any) -> None:
+    plan(uri="http://127.0.0.1:9")
+    assert track.Tracker(out, servers=False).bring_up_to_date() == []
+
+
+def test_a_thousand_runs_are_read_in_seconds(
+    tmp_path: Path, make: Callable[..., RunConfig]
+) -> None:
+    configs = [make(r=1, seed=seed, tracking=TrackingConfig(enabled=True)) for seed in range(1000)]
+    made = make_plan([({"seed": str(c.seed)}, c) for c in configs], name="large")
+    store(made, output_dir=tmp_path)
+    started = time.process_time()
+    (group,) = track.Tracker(tmp_path)._groups(None)
+    states = {m.run.run_id: RunState(run_id=m.run.run_id) for m in group.members}
+    view = track.sweep_view(group, states)
+    assert len(view.arms[0].runs) == 1000
+    assert time.process_time() - started < 5
+
+
+# names ------------------------------------------------------------------------------------------
+numbers = st.one_of(st.integers(0, 10**6), st.floats(1e-6, 1e6).map(lambda x: float(f"{x:.4g}")))
+
+
+@given(st.lists(numbers, min_size=1, max_size=12, unique=True))
+def test_names_are_in_the_order_of_their_numbers(values: list[float]) -> None:
+    names = [f"model=tiny train.lr={value:.12g} seed=0" for value in values]
+    shown_as = display_names(names)
+    assert len(set(shown_as)) == len(set(names))
+    ordered = [name for _, name in sorted(zip(values, shown_as, strict=True))]
+    assert ordered == sorted(shown_as)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["relora.r=8", "relora.r=16"], ["relora.r=08", "relora.r=16"]),
+        (["lr=3e-05", "lr=0.001"], ["lr=0.00003", "lr=0.001"]),
+        (["r=8", "method=full_rank"], ["r=8", "method=full_rank"]),
+        (
+            ["data.path=/a b r=8", "data.path=/a b r=16"],
+            ["data.path=/a b r=08", "data.path=/a b r=16"],
+        ),
+        (["model=8", "model=08"], ["model=8", "model=08"]),  # labels, not numbers
+        (["demo"], ["demo"]),
+    ],
+)
+def test_only_numbers_are_padded(before: list[str], after: list[str]) -> None:
+    assert display_names(before) == after
+
+
+def test_a_name_is_taken_apart_where_keys_begin() -> None:
+    words = words_of("model=tiny data.path=/my data/x seed=0")
+    assert words == [("model", "tiny"), ("data.path", "/my data/x"), ("seed", "0")]
+
+
+# the question -----------------------------------------------------------------------------------
+def test_the_question_is_that_of_the_experiments_file() -> None:
+    assert question(["demo"]) == (
+        "does a small decoder learn our grammar with ReLoRA, and what do restarts do to its loss?"
+    )
+    assert question(["nobody wrote this"]) is None
+
+
+def test_a_question_may_take_several_lines(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\n# Question: is it\n#           so?\n# Command: run\nseed: 1\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(track, "CONF", tmp_path)
+    assert question(["mine", "mine"]) == "is it so?"
+
+
+def test_planning_and_status_need_no_mlflow() -> None:
+    code = (
+        "import sys, sweeps.track, sweeps.local, sweeps.slurm, sweeps.commands.watch; "
+        "assert not {'torch', 'mlflow', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plan_of_another_version_is_one_line(out: Path, plan: Any) -> None:
+    from relora_core.config import ConfigError
+
+    plan()
+    (out / "sweeps" / "ranks" / "plan.json").write_text('{"cells": [{"run_id": "x"}]}')
+    with pytest.raises(ConfigError, match=r"plan\.json must be a plan as this version writes it"):
+        bring_up_to_date(out)
+
+
+def test_everything_is_shown_again_after_the_database_is_lost(
+    out: Path, plan: Any, fresh: Path
+) -> None:
+    made = plan(ranks=(8,), seeds=2)
+    for cell in made.cells:
+        finish(out, cell.run_id)
+    bring_up_to_date(out)
+    before = [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")]
+    (out / "mlflow.db").write_bytes(fresh.read_bytes())
+    bring_up_to_date(out)
+    assert [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")] == before
+    assert [r.data.metrics["train/loss"] for r in shown(out, "ranks", "run")] == [1.5, 1.5]
