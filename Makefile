@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PORT ?= 5000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slurm check fast format ui clean
@@ -41,9 +40,8 @@ format: $(READY)  ## put the code into its one format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-ui: $(READY)  ## MLflow's pages over outputs/mlflow.db on loopback
-	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
-	  --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+ui: $(READY)  ## MLflow's pages over outputs/mlflow.db on loopback, and links into them
+	$(BIN)/python -m sweeps ui $(if $(PORT),--port $(PORT))
 
 clean:  ## remove the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

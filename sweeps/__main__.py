@@ -13,7 +13,7 @@ from sweeps.cluster import SlurmError
 
 COMMANDS = (
     *("status", "watch", "logs", "cancel", "retry"),
-    *("plan", "diff", "eval", "gc", "sync"),
+    *("plan", "diff", "eval", "gc", "sync", "ui"),
 )
 EPILOG = """examples:
   python run.py -m model=tiny,small relora.r=8,16,32   plan and run; again: only what is missing
@@ -22,6 +22,7 @@ EPILOG = """examples:
   python -m sweeps logs r16-t60-grammar-s0 -f          what a run prints (any part of its run_id)
   python -m sweeps cancel model-relora.r               end what is queued or running; asks first
   python -m sweeps retry                               launch again what failed or was lost
+  python -m sweeps ui                                  MLflow's pages, and links that open right
   python -m sweeps COMMAND --help                      more, with examples
 
 exit codes: 0 all well, 2 your mistake (one line says which), 1 anything else

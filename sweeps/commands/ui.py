@@ -1,0 +1,159 @@
+"""`ui`: MLflow's pages on this machine, and links that open on what a sweep is about."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from relora_core.config import ConfigError, TrackingConfig
+from sweeps import display
+from sweeps.commands import common
+
+if TYPE_CHECKING:
+    from experiments.mlflow_ui import Section
+
+HELP = "MLflow's pages, and links that open right"
+EXAMPLES = """examples:
+  python -m sweeps ui                    every sweep; Ctrl-C ends the server
+  python -m sweeps ui SWEEP --port 5001  one sweep, on another port
+  python -m sweeps ui --uri http://...   a server that is there: its links, nothing is started
+  python -m sweeps ui --links            the links alone, for a server that runs already
+"""
+PORT = 5000
+SHOWN = 8
+"""Sweeps whose links are printed where none is named."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    common.add_sweep(parser)
+    parser.add_argument("--port", type=int, metavar="P", help=f"default: {PORT}, or the next free")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--uri", help="another store than the runs' own")
+    parser.add_argument("--links", action="store_true", help="print links, start nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 on Ctrl-C; 1 where the store does not answer or the server ends by itself."""
+    from experiments import mlflow_ui
+    from experiments.mlflow_store import TrackingUnreachable
+
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise ConfigError(f"--port must be in 1..65535, got {args.port}; nearest valid: {PORT}")
+    uri = _store(args)
+    try:
+        if uri.startswith(("http://", "https://")):
+            show(mlflow_ui.sections(uri, base=mlflow_ui.without_user(uri)), args=args)
+            return 0
+        if args.links:
+            base = f"http://{args.host}:{args.port or PORT}"
+            show(mlflow_ui.sections(uri, base=base), args=args)
+            return 0
+        return _serve(uri, args=args)
+    except (TrackingUnreachable, mlflow_ui.ServerFailed) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _store(args: argparse.Namespace) -> str:
+    """The store to show: the one asked for, the sweep's own, or the one of output_dir."""
+    from experiments.mlflow_store import check_uri, default_uri, redacted, sqlite_path
+
+    default = default_uri(args.output_dir)
+    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+    first = {run.sweep: run.dir for run in reversed(runs) if run.dir.config_path.exists()}
+    own = {sweep: run_dir.config().tracking.uri or default for sweep, run_dir in first.items()}
+    stores = list(dict.fromkeys(own.values()))
+    if args.uri is not None:
+        uri = args.uri
+        check_uri(TrackingConfig(enabled=True, uri=uri))
+    else:
+        uri = default if default in stores or not stores else stores[0]
+        for other in stores:
+            if other != uri:
+                print(f"another store: python -m sweeps ui --uri {redacted(other)}")
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():
+        raise ConfigError(
+            f"nothing to show, {database} does not exist; `python -m sweeps sync` makes it "
+            "from the runs' records"
+        )
+    return uri
+
+
+def _serve(uri: str, *, args: argparse.Namespace) -> int:
+    """Until Ctrl-C, or the terminal goes."""
+    from experiments import mlflow_ui
+    from experiments.mlflow_store import redacted
+
+    port = _port(args)
+    log = Path(args.output_dir).absolute() / "logs" / "mlflow-ui.log"
+    console = display.make_console()
+    asked: list[int] = []
+    _at_end(lambda number, _: asked.append(number))  # not while the server is half started
+    print(f"starting MLflow's server over {redacted(uri)}, some 5 to 20 s", flush=True)
+    with mlflow_ui.Server(uri, host=args.host, port=port, log=log) as server:
+        try:
+            _at_end(_interrupt)
+            if asked:
+                raise KeyboardInterrupt
+            with console.status("waiting for it"):
+                found = mlflow_ui.sections(uri, base=server.base)
+                server.wait_ready()
+            show(found, args=args)
+            _closing_words(server.base, host=args.host, port=port)
+            server.wait()
+        except KeyboardInterrupt:
+            _at_end(signal.SIG_IGN)  # nor may it outlive a second one
+    print("MLflow's server has ended")
+    return 0
+
+
+def _at_end(handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
+    """What to do on Ctrl-C, on `kill`, and when the terminal goes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _port(args: argparse.Namespace) -> int:
+    from experiments.mlflow_ui import free_port
+
+    wanted = args.port or PORT
+    port = free_port(args.host, wanted=wanted)
+    if port != wanted:
+        print(f"port {wanted} is taken; this is {port}")
+    return port
+
+
+def _closing_words(base: str, *, host: str, port: int) -> None:
+    if os.environ.get("SSH_CONNECTION") and host == "127.0.0.1":
+        there = f"{os.environ.get('USER', 'you')}@{socket.gethostname()}"
+        print(f"from your own machine first: ssh -N -L {port}:127.0.0.1:{port} {there}")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"anyone who reaches {host} can read and change this store: there is no password")
+    print("MLflow opens its Assistant beside the first page; closed once, it stays closed")
+    print(f"{base} is up; Ctrl-C ends it", flush=True)
+
+
+def show(found: Sequence[Section], *, args: argparse.Namespace) -> None:
+    """Links, each to be opened in a page of its own."""
+    chosen = [section for section in found if args.sweep in (None, section.name)]
+    if not chosen:
+        what = args.sweep or "anything"
+        print(f"the store does not have {what} yet: `python -m sweeps sync` brings it")
+    for section in chosen[:SHOWN]:
+        print(f"\n{'sweep' if section.sweep else 'experiment'} {section.name}")
+        for page in section.pages:
+            print(f"  {page.title:<24} {page.url}")
+    if len(chosen) > SHOWN:
+        print(f"\nand {len(chosen) - SHOWN} more: python -m sweeps ui SWEEP")
+    print()
