@@ -28,6 +28,7 @@ schema.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     with reporting():
+        schema.refuse_search(cfg)
         sys.exit(run_here(schema.to_run_config(cfg)))
 
 

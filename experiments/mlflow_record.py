@@ -279,6 +279,7 @@ def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[s
         "host": status.host,
         "state": status.state,
         "reason": getattr(status, "reason", None) or status.error,
+        **run.trial_tags(),
         "checkpoint": run.checkpoints.absolute() / f"step-{step:08d}" if step else None,
         "mlflow.source.name": "run.py",
         "mlflow.source.type": "LOCAL",

@@ -116,6 +116,29 @@ def update(
         return parent
 
 
+SHOWN = (".png", ".svg", ".html", ".csv", ".json", ".yaml", ".md", ".parquet")
+"""Files of a report or a search that are worth a look in MLflow."""
+
+
+def attach(parent: str, folder: Path, *, uri: str, output_dir: Path | str, wait_s: float) -> None:
+    """Put what reports and searches have left in the sweep's `folder` on its parent run, where it
+    has changed since.
+    """
+    for place in ("study", "report"):
+        files = [p for p in sorted((folder / place).rglob("*")) if p.suffix in SHOWN]
+        if not files:
+            continue
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+        with lock(uri, Path(output_dir)).acquire(timeout=wait_s), reachable(uri):
+            client = connect(uri)
+            if client.get_run(parent).data.tags.get(f"files.{place}") == digest:
+                continue
+            for file in files:
+                client.log_artifact(parent, str(file), str(file.parent.relative_to(folder)))
+            client.set_tag(parent, f"files.{place}", digest)
+
+
 def summary(arm: ArmView) -> dict[str, Interval]:
     """Metric -> mean over the finished runs, of metrics that all of them have as finite numbers."""
     done = [run.metrics for run in arm.runs if run.state.state == "finished"]

@@ -38,6 +38,7 @@ MLFLOW_STATUS = {
     "diverged": "FAILED",
     "lost": "FAILED",
     "cancelled": "KILLED",
+    "pruned": "KILLED",
 }
 TERMINAL = ("FINISHED", "FAILED", "KILLED")
 

@@ -9,6 +9,7 @@ result.json        final metrics, written when the run ended (finished or diverg
 error.txt          the newest attempt's traceback
 mlflow.json        position of the sync (experiments/mlflow_record.py)
 lock               host, pid, process start and job of the attempt that is at work
+trial.json         of the search that asked for the run (sweeps/search/), where one did
 cancel             there if the user wants the run to end; a new launch removes it
 evals/<name>/      evaluations apart from training (experiments/evaluate.py)
 """
@@ -33,8 +34,11 @@ from relora_core import atomic
 from relora_core.config import RunConfig
 from relora_core.events import Event
 
-STATES = ("planned", "queued", "running", "finished", "failed", "diverged", "cancelled", "lost")
-"""`lost` is judged, never written: no word from the run, and its scheduler knows no such job."""
+STATES = (
+    "planned", "queued", "running", "finished", "failed", "diverged", "pruned", "cancelled", "lost",
+)  # fmt: skip
+"""`lost` is judged, never written: no word from the run, and its scheduler knows no such job.
+`pruned`: a search has ended it early; a grid that meets it goes on from its checkpoint."""
 DONE = ("finished", "diverged")
 """States that the same command again leaves alone: the run has its result."""
 
@@ -87,6 +91,7 @@ class RunDir:
     error_path = property(lambda self: self.path / "error.txt")
     mlflow_path = property(lambda self: self.path / "mlflow.json")
     cancel_path = property(lambda self: self.path / "cancel")
+    trial_path = property(lambda self: self.path / "trial.json")
     evals = property(lambda self: self.path / "evals")
     checkpoints = property(lambda self: self.path / "checkpoints")
     attempts = property(lambda self: self.path / "attempts")
@@ -102,6 +107,14 @@ class RunDir:
 
     def config(self) -> RunConfig:
         return config_from_json(self.config_path.read_text(encoding="utf-8"))
+
+    def trial_tags(self) -> dict[str, Any]:
+        """Search and number of the trial that asked for this run; empty where none did."""
+        try:
+            raw = json.loads(self.trial_path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return {"study": raw.get("study"), "trial": raw.get("number")}
 
     # status -------------------------------------------------------------------------------------
     def status(self) -> Status:

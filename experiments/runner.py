@@ -22,7 +22,7 @@ from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
-from experiments.stopping import SIGNALS, StopFlag
+from experiments.stopping import PRUNED, SIGNALS, StopFlag
 from relora_core import data, evals
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
@@ -90,12 +90,15 @@ def run_experiment(
     console: bool = False,
     stop: StopFlag | None = None,
     gone: Callable[[dict[str, Any]], bool] = lambda holder: False,
+    extra_sinks: Sequence[Sink] = (),
 ) -> str:
-    """Run, or resume, one run in this process: `finished`, `diverged`, `interrupted`, `cancelled`.
+    """Run, or resume, one run in this process: `finished`, `diverged`, `pruned`, `interrupted`,
+    `cancelled`.
 
     `stop` asks it to end early; then everything is on disk when this returns. `gone` judges who
-    holds the run's lock on another host. Raises RunLocked while another process is at work on it.
-    Any other failure is recorded in the run directory (status.json, error.txt) and raised.
+    holds the run's lock on another host. `extra_sinks` hear the events after the record has them.
+    Raises RunLocked while another process is at work on it. Any other failure is recorded in the
+    run directory (status.json, error.txt) and raised.
     """
     stop = stop or StopFlag()
     if process_rank():
@@ -128,7 +131,9 @@ def run_experiment(
         record = attempt_record(start_step=run_dir.newest_step(), world=world_size())
         run_dir.write_attempt(attempt, record)
         try:
-            state = _attempt(config, run_dir, attempt=attempt, console=console, stop=stop)
+            state = _attempt(
+                config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks
+            )
         except RunLocked:  # given to another process: the run's files are its from now on
             raise
         except BaseException as error:
@@ -145,6 +150,11 @@ def _interrupted(run_dir: RunDir, *, reason: str) -> str:
     if reason == "cancelled" or run_dir.cancel_path.exists():
         run_dir.update_status(state="cancelled", step=run_dir.newest_step(), phase="", error=None)
         return "cancelled"
+    if reason == PRUNED:
+        run_dir.update_status(
+            state=PRUNED, step=run_dir.newest_step(), phase="", eta_s=None, error=None
+        )
+        return PRUNED
     line = f"stopped ({reason}); the same command resumes it"
     run_dir.update_status(state="failed", step=run_dir.newest_step(), phase="", error=line)
     return "interrupted"
@@ -188,7 +198,13 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
 
 
 def _attempt(
-    config: RunConfig, run_dir: RunDir, *, attempt: int, console: bool, stop: StopFlag
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    attempt: int,
+    console: bool,
+    stop: StopFlag,
+    extra: Sequence[Sink],
 ) -> str:
     from relora_core.train import train
 
@@ -200,6 +216,7 @@ def _attempt(
     load = SystemSink(log) if config.tracking.system_metrics else None
     if load:
         sinks.append(load)
+    sinks += extra
     started = time.time()
     try:
         state = train(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -21,33 +24,51 @@ from relora_core.config import ConfigError, RunConfig, nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
+@dataclass(kw_only=True, slots=True)
+class Composed(RunConfig):
+    """What a command line composes: a run, and what chooses runs."""
+
+    search: Any = None
+    """The options of a search, as the porch declares them; no part of a run."""
+
+
 def register() -> None:
     """Make the typed schema available to conf/config.yaml as `run_schema`."""
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    ConfigStore.instance().store(name="run_schema", node=Composed)
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
     """A composed config as dataclasses; ConfigError if a required value is missing or mistyped."""
     try:
         if "hydra" in cfg:
-            cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
-        if OmegaConf.get_type(cfg) is not RunConfig:  # composing keeps the type; a copy may lose it
-            cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), cfg)  # type: ignore[assignment]
-        config = OmegaConf.to_object(cfg)
+            cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in ("hydra", "search")])
+        if OmegaConf.get_type(cfg) is not Composed:  # composing keeps the type; a copy may lose it
+            cfg = OmegaConf.merge(OmegaConf.structured(Composed), cfg)  # type: ignore[assignment]
+        made = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_value(error)) from None
     except AttributeError:  # a key that `+` forced in
         keys = _leaves(OmegaConf.to_container(cfg))
         unknown = next(key for key in keys if key not in schema_keys())
         raise ConfigError(_unknown_key(unknown, f"+{unknown}")) from None
-    assert isinstance(config, RunConfig)
-    return config
+    assert isinstance(made, Composed)
+    return RunConfig(**{f.name: getattr(made, f.name) for f in dataclasses.fields(RunConfig)})
+
+
+def refuse_search(cfg: DictConfig) -> None:
+    """ConfigError where a search is chosen and nobody is to search."""
+    if cfg.search and cfg.search.get("space"):
+        raise ConfigError(
+            "search must be none without a search: add -m hydra/sweeper=search, or leave search out"
+        )
 
 
 def compose(overrides: list[str]) -> RunConfig:
     """What `python run.py OVERRIDES` would run; ConfigError with one line where it would refuse."""
     register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
+    own = nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3")
+    with own:
         try:
             return to_run_config(hydra_compose("config", overrides))
         except (HydraException, OmegaConfBaseException) as error:
@@ -152,6 +173,8 @@ def _diagnose_one(text: str) -> str | None:
     key = override.key_or_group
     if key.startswith("hydra."):
         return _diagnose_launcher(key, text)
+    if key.startswith("search."):
+        return _diagnose_search(key, text)
     if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
         known = sorted({*options(key), *(name.removesuffix(".yaml") for name in _stored(key))})
         values = (
@@ -170,6 +193,13 @@ def _diagnose_one(text: str) -> str | None:
     if key not in keys:
         return _unknown_key(key, text)
     return None
+
+
+def _diagnose_search(key: str, text: str) -> str | None:
+    known = [f"search.{name}" for name in _stored("search_schema.yaml").node]  # type: ignore[attr-defined]
+    if ".".join(key.split(".")[:2]) in known:
+        return None
+    return f"{key} is not a known key ({text}).{nearest(key, known)}"
 
 
 def _unknown_key(key: str, text: str) -> str:

@@ -19,6 +19,8 @@ from experiments.run_dir import RunDir, RunLocked
 
 LOOK_EVERY_S = 2.0
 """How often the disk is asked whether the user has cancelled the run."""
+PRUNED = "pruned"
+"""The reason, and the run's state, where a search has seen enough of it."""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """What schedulers send. submitit's choice; USR1 is NCCL's."""
 
@@ -40,6 +42,17 @@ class StopFlag:
         if self.reason is None:
             self.reason = self._why()
         return self.reason is not None
+
+    def prune(self) -> None:
+        """End the run that is at work; a reason to end all of this process comes first."""
+        if not self():
+            self.reason = PRUNED
+
+    def next_run(self) -> None:
+        """What ended one run early does not end the next."""
+        if self.reason in (PRUNED, "cancelled"):
+            self.reason = None
+        self.run_dir = None
 
     def _why(self) -> str | None:
         if self._signal is not None:

@@ -13,7 +13,7 @@ from sweeps.cluster import SlurmError
 
 COMMANDS = (
     *("status", "watch", "logs", "cancel", "retry"),
-    *("plan", "diff", "eval", "gc", "sync", "ui"),
+    *("plan", "diff", "eval", "search", "gc", "sync", "ui"),
 )
 EPILOG = """examples:
   python run.py -m model=tiny,small relora.r=8,16,32   plan and run; again: only what is missing
@@ -21,6 +21,7 @@ EPILOG = """examples:
   python -m sweeps watch                               the same, live, until all have ended
   python -m sweeps logs r16-t60-grammar-s0 -f          what a run prints (any part of its run_id)
   python -m sweeps cancel model-relora.r               end what is queued or running; asks first
+  python -m sweeps search lr_and_rank                  what a search has found
   python -m sweeps retry                               launch again what failed or was lost
   python -m sweeps ui                                  MLflow's pages, and links that open right
   python -m sweeps COMMAND --help                      more, with examples

@@ -35,6 +35,7 @@ COLOURS = {
     "lost": "red",
     "diverged": "magenta",
     "cancelled": "yellow",
+    "pruned": "yellow",
 }
 METRICS = {
     "loss": "train/loss",

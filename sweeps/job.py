@@ -1,6 +1,6 @@
 """One SLURM job: which runs are its own, their processes, and what happens when it must end.
 
-    python -m sweeps.job SUBMISSION            srun's task: trains, or evaluates, what is its own
+    python -m sweeps.job SUBMISSION            srun's task: trains, evaluates or searches
     python -m sweeps.job --after CODE SUBMISSION   the batch script, once srun has ended
 
 SUBMISSION is the submission.json written before sbatch was called; the task's number in the array
@@ -39,6 +39,8 @@ class Work:
     runs: list[RunDir]
     requests: list[Path]
     """Of evaluations, where it is one of those."""
+    study: Path | None = None
+    """Where the job is to ask a search for what it runs; `runs` are those that it has asked for."""
     max_stalled: int
     signal_delay_s: float
 
@@ -51,6 +53,14 @@ def read(file: Path, *, index: int) -> Work:
     if raw["kind"] == "eval":
         requests = [output_dir / name for name in names]
         return Work(runs=[], requests=requests, max_stalled=0, signal_delay_s=0.0)
+    if raw["kind"] == "search":
+        return Work(
+            runs=[],
+            requests=[],
+            study=output_dir / names[0],
+            max_stalled=raw["max_stalled"],
+            signal_delay_s=raw["signal_delay_s"],
+        )
     return Work(
         runs=[RunDir(runs_folder(output_dir) / name) for name in names],
         requests=[],
@@ -78,7 +88,9 @@ def run(work: Work) -> int:
         TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
     stop = StopFlag(deadline=_deadline(work) if rank() == 0 else None)
     with stop.installed():
-        if len(work.runs) > 1:
+        if work.study is not None:
+            codes = [_search(work, work.study, stop)]
+        elif len(work.runs) > 1:
             codes = _packed(work, stop)
         else:
             codes = [_alone(work.runs[0], stop, max_stalled=work.max_stalled)]
@@ -99,6 +111,16 @@ def _evaluate(request: Path) -> int:
     return subprocess.call([sys.executable, "-P", "-m", "experiments.evaluate", str(request)])
 
 
+def _search(work: Work, study: Path, stop: StopFlag) -> int:
+    """Trials of a search, one after another; what is left of the newest one becomes the work."""
+    from sweeps.search import run
+
+    code = run.work(study, stop=stop, most=run.trials_per_job(study))
+    if code == INTERRUPTED:
+        work.runs = run.held(study) or []
+    return code
+
+
 # one run ----------------------------------------------------------------------------------------
 def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
     """The job's only run, in this process; rank 0 speaks for it."""
@@ -106,9 +128,8 @@ def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
         return worker.work(run_dir.path, stop=stop)
     if _give_up(run_dir, max_stalled=max_stalled):
         return FAILED
-    _speak_to(run_dir)
     waited = time.monotonic()
-    with _followed(run_dir):
+    with worker.spoken(run_dir), followed(run_dir):
         while (code := worker.work(run_dir.path, stop=stop)) == LOCKED:
             holder = run_dir.lock_holder() or {}
             late = time.monotonic() - waited > WAIT_S
@@ -119,7 +140,7 @@ def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
 
 
 @contextlib.contextmanager
-def _followed(run_dir: RunDir) -> Iterator[None]:
+def followed(run_dir: RunDir) -> Iterator[None]:
     """MLflow kept in step where a server can be asked; a database file is no node's to write to."""
     config = run_dir.config()
     if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
@@ -131,14 +152,6 @@ def _followed(run_dir: RunDir) -> Iterator[None]:
         with shielded():
             stack.enter_context(mlflow_follow.follow([run_dir], config=config))
         yield
-
-
-def _speak_to(run_dir: RunDir) -> None:
-    """What this process prints, natively too, goes to the log of the attempt to come."""
-    log = run_dir.log_path(run_dir.status().attempts + 1)
-    with open(log, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
 
 
 def stalled(run_dir: RunDir, *, limit: int) -> bool:
@@ -211,7 +224,9 @@ def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
     status = run_dir.status()
     if run_dir.ended() or run_dir.lock_holder() is not None:
         return
-    if status.state == "cancelled" or (status.state == "failed" and status.error and not reason):
+    if status.state in ("cancelled", "pruned") or (
+        status.state == "failed" and status.error and not reason
+    ):
         return
     if run_dir.cancel_path.exists():
         run_dir.update_status(state="cancelled", phase="", error=None)
@@ -235,8 +250,8 @@ def _failed_here(run_dir: RunDir) -> bool:
 def _go_on_later(work: Work, *, why: str) -> int:
     """Requeue this job, everything being on disk; INTERRUPTED where it is not to be."""
     job_id, left = slurm_job_id(), _unfinished(work)
-    if job_id is None or not left:
-        return INTERRUPTED if left else CANCELLED
+    if job_id is None or not (left or work.study):
+        return INTERRUPTED if left or work.study else CANCELLED
     for run_dir in left:  # SLURM ends this process at once: its last word comes first
         run_dir.update_status(state="queued", phase=f"stopped: {why}", error=None)
     try:
@@ -260,6 +275,8 @@ def after(work: Work, *, code: int) -> int:
     """
     if work.requests or code == INTERRUPTED:  # whoever ended early has seen to the rest
         return code
+    if work.study is not None:
+        return _after_search(work, work.study, code=code)
     for run_dir in work.runs:
         if run_dir.cancel_path.exists():
             settle(run_dir, code=code)
@@ -273,6 +290,19 @@ def after(work: Work, *, code: int) -> int:
     if all(stalled(run_dir, limit=work.max_stalled) for run_dir in left):
         return code
     return _go_on_later(work, why=f"killed by signal {killed}")
+
+
+def _after_search(work: Work, study: Path, *, code: int) -> int:
+    """A job that was killed in the midst of a trial goes on with it; any other end is one."""
+    from sweeps.search import run
+
+    held = run.held(study) if code > SIGNALLED else None
+    if held is None:
+        return code
+    work.runs = held
+    for run_dir in _unfinished(work):
+        settle(run_dir, code=SIGNALLED - code)
+    return _go_on_later(work, why=f"killed by signal {code - SIGNALLED}")
 
 
 def main(argv: list[str]) -> int:

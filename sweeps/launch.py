@@ -53,6 +53,14 @@ class Launcher(Protocol):
         """Run, or queue, what is not done and not in flight; the exit code."""
         ...
 
+    def check_search(self, plan: Plan) -> None:
+        """ConfigError where it could not run a search whose runs are like those of the plan."""
+        ...
+
+    def search(self, study: Path, *, left: int, config: RunConfig, console: Console) -> int:
+        """Start, or queue, processes that run the `left` trials of the study; the exit code."""
+        ...
+
 
 def run_sweep(
     points: Sequence[tuple[Point, RunConfig]],
@@ -72,7 +80,7 @@ def run_sweep(
     configs = complete_all([config for _, config in points])
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
     plan = make_plan(points, command=command)
-    output_dir = _one_output_dir(plan)
+    output_dir = one_output_dir(plan)
     check_tracking(plan)
     states = survey([_run_dir(output_dir, cell) for cell in plan.cells])
     costs = budget.estimates(
@@ -148,7 +156,7 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
     return RunDir(runs_folder(output_dir) / cell.run_id)
 
 
-def _one_output_dir(plan: Plan) -> Path:
+def one_output_dir(plan: Plan) -> Path:
     folders = {cell.config.output_dir for cell in plan.cells}
     if len(folders) > 1:
         raise ConfigError(

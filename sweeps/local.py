@@ -96,6 +96,18 @@ class LocalLauncher:
         display.show_closing(plan, states=summary.states, output_dir=output_dir, console=console)
         return summary.exit_code
 
+    def check_search(self, plan: Plan) -> None:
+        pass
+
+    def search(self, study: Path, *, left: int, config: RunConfig, console: Console) -> int:
+        """Processes that take trials until none is left; the exit code."""
+        from sweeps.search.local import search_local
+
+        output_dir, device = study.parents[2], config.runtime.device
+        code = snapshot.freeze(study.parent / "code", output_dir=output_dir)
+        slots = Slots.of(self.max_parallel, runs=left, device=device, code=code)
+        return search_local(study, slots=slots, console=console)
+
 
 def check_parallel(max_parallel: int | None) -> None:
     if max_parallel is not None and max_parallel < 1:
@@ -140,7 +152,7 @@ def launch_local(
     with (
         (track or follow)(plan, output_dir),
         display.Progress(plan.cells, output_dir=output_dir, console=console) as progress,
-        _stop_requested() as stop,
+        stop_requested() as stop,
     ):
         pool = Pool(output_dir=output_dir, worker=worker, slots=slots, progress=progress)
         pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
@@ -216,7 +228,7 @@ def _shown(plan: Plan, output_dir: Path, *, timeout_s: float) -> list[track.Pass
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
+def stop_requested() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set; the handlers do nothing else."""
     stop = threading.Event()
 

@@ -165,6 +165,65 @@ class SlurmLauncher:
                     f"SLURM does not answer, nothing was submitted: {error}"
                 ) from None
 
+    def check_search(self, plan: Plan) -> None:
+        """A trial is a job's alone, and one process's."""
+        if self.options.runs_per_job > 1:
+            raise ConfigError(
+                "hydra.launcher.runs_per_job must be 1 with hydra/sweeper=search, got "
+                f"{self.options.runs_per_job}"
+            )
+        shapes = {shape_of(cell.config, self.options) for cell in plan.cells}
+        if len(shapes) > 1:
+            raise ConfigError(
+                "resources must be the same in all of a search (nobody knows which trial a job "
+                f"will get), got {len(shapes)} different ones"
+            )
+        if (processes := shapes.pop().processes) > 1:
+            raise ConfigError(
+                f"hydra.launcher.tasks_per_node must be 1 with hydra/sweeper=search, got "
+                f"{processes} processes; nearest valid: tasks_per_node=1 on one node"
+            )
+
+    def search(self, study: Path, *, left: int, config: RunConfig, console: Console) -> int:
+        """One array with a task for each trial that no living job is to run; the exit code."""
+        output_dir, name = study.absolute().parents[2], study.parent.name
+        folder, options = plan_folder(output_dir, name=name), self.options
+        with _only_submitter(output_dir, console):
+            try:
+                alive = _alive(recover(output_dir, name, write=True))
+                if alive:
+                    console.print(f"{alive} jobs of this search are in flight", highlight=False)
+                count = min(left - alive, cluster.max_array_size() or 1000)
+                if count <= 0:
+                    return 0
+                code = snapshot.freeze(
+                    folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
+                )
+                one = Submission(
+                    submission=uuid.uuid4().hex[:8],
+                    name="",
+                    created=time.time(),
+                    tasks=[[str(study.absolute().relative_to(output_dir))]] * count,
+                    kind="search",
+                    max_stalled=options.max_stalled,
+                    signal_delay_s=options.signal_delay_s,
+                )
+                one.name = f"{name}.{one.submission}"
+                shape = shape_of(config, options)
+                one.write(folder / "jobs" / one.submission)
+                send(
+                    one, folder / "jobs" / one.submission, options=options, shape=shape,
+                    at_once=options.max_parallel, code=code,
+                )  # fmt: skip
+            except SlurmError as error:
+                raise ConfigError(f"SLURM did not take the search: {error}") from None
+        array = f" (array of {count})" if count > 1 else ""
+        console.print(f"submitted job {one.job_id}{array}, a trial each", highlight=False)
+        if count < left - alive:
+            console.print(f"MaxArraySize leaves {left - alive - count} for the same command again")
+        console.print(f"watch: python -m sweeps search {name}", highlight=False)
+        return 0
+
     def _todo(self, plan: Plan, output_dir: Path) -> list[Cell]:
         """Runs without a result that no job is to run."""
         known = {
@@ -247,6 +306,17 @@ def _pre_create(plan: Plan, output_dir: Path, *, console: Console) -> None:
         for one in track.bring_up_to_date(output_dir, [plan.name]):
             if one.problem:
                 console.print(one.problem, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _alive(submissions: Sequence[Submission]) -> int:
+    """Jobs of a search that are queued or running: each has a trial, or will take one."""
+    ids = [
+        f"{one.job_id}_{index}" if len(one.tasks) > 1 else str(one.job_id)
+        for one in submissions
+        if one.kind == "search" and one.job_id is not None
+        for index in range(len(one.tasks))
+    ]
+    return sum(job.alive for job in cluster.jobs(ids).values()) if ids else 0
 
 
 def _queued(run: RunDir, job_id: str) -> None:

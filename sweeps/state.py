@@ -72,7 +72,7 @@ def _ask(job_ids: set[str]) -> dict[str, Job]:
 
 
 def _unsure(run: RunDir, own: RunState) -> bool:
-    return own.job_id is not None and run.ended() is None
+    return own.job_id is not None and run.ended() is None and own.state != "pruned"
 
 
 def _jobs_of(run: RunDir) -> list[str]:

@@ -250,6 +250,10 @@ class Tracker:
         if self._shown.get(key) != now:
             done.parent = mlflow_sweep.update(view, **settings)
             self._parents[key], self._shown[key] = done.parent, now
+        if done.parent:
+            folder = plan_folder(self.output_dir, name=view.name)
+            where = {k: settings[k] for k in ("uri", "output_dir", "wait_s")}
+            mlflow_sweep.attach(done.parent, folder, **where)
 
 
 def _fingerprint(view: SweepView) -> str:

@@ -7,9 +7,11 @@ is safe: the run resumes from its newest complete checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.run_dir import RunDir, RunLocked
@@ -53,6 +55,28 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
         traceback.print_exc()
         return FAILED
     return CODES[state]
+
+
+@contextlib.contextmanager
+def spoken(run_dir: RunDir) -> Iterator[None]:
+    """What this process prints, natively too, goes to the log of the run's attempt to come."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    _flush()
+    with open(run_dir.log_path(run_dir.status().attempts + 1), "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        _flush()
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def main(argv: list[str]) -> int:

@@ -5,17 +5,26 @@ Hydra imports this module at every start, so everything heavy is imported where 
 where dataclasses would look its annotations up.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cache
+from itertools import product
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+    RangeSweep,
+)
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
@@ -27,6 +36,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from relora_core.config import ConfigError, RunConfig
 from sweeps.options import SlurmOptions
+from sweeps.search.config import SearchConfig
+from sweeps.search.space import Choice, Dimension, Float, Int
 
 
 @dataclass
@@ -38,6 +49,15 @@ class GridConf:
     """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
     plan_only: bool = False
     """Show what would be done, and its cost, and do nothing (`run.py --plan`)."""
+
+
+@dataclass
+class SearchConf:
+    """`hydra/sweeper=search`: what is tried next depends on what came before (`search=...`)."""
+
+    _target_: str = "hydra_plugins.relora_sweeps.plugins.SearchSweeper"
+    plan_only: bool = False
+    """Show the space, what is left and its cost, and do nothing (`run.py --plan`)."""
 
 
 @dataclass
@@ -58,8 +78,21 @@ class SlurmConf(SlurmOptions):
 
 _store = ConfigStore.instance()
 _store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
+_store.store(group="hydra/sweeper", name="search", node=SearchConf, provider="relora_sweeps")
 _store.store(group="hydra/launcher", name="local", node=LocalConf, provider="relora_sweeps")
 _store.store(group="hydra/launcher", name="slurm", node=SlurmConf, provider="relora_sweeps")
+
+
+def _search_node() -> DictConfig:
+    """SearchConfig's keys and defaults; the values are its own to check, its mappings are open."""
+    named = {key: {"name": getattr(SearchConfig(), key)} for key in ("sampler", "pruner")}
+    node = OmegaConf.create(dataclasses.asdict(SearchConfig()) | named)
+    for key in ("sampler", "pruner", "space", "when"):
+        OmegaConf.set_struct(node[key], False)
+    return node
+
+
+_store.store(name="search_schema", node=_search_node(), package="search", provider="relora_sweeps")
 
 
 class GridSweeper(Sweeper):
@@ -84,6 +117,83 @@ class GridSweeper(Sweeper):
             )
         self.launcher.plan_only = self.plan_only
         self.launcher.launch(expand(texts, loader=self.loader), initial_job_idx=0)
+
+
+class SearchSweeper(Sweeper):
+    """Parses the space, composes what groups can be chosen, and hands both to `sweeps.search`."""
+
+    def __init__(self, plan_only: bool = False) -> None:
+        self.plan_only = plan_only
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.loader = hydra_context.config_loader
+        self.composer = Composer(self.loader, config)
+        self.name = str(config.hydra.runtime.choices.search)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        from sweeps.search.launch import run_search
+
+        if not isinstance(self.launcher, OurLauncher):
+            raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
+        given = parse(arguments, loader=self.loader)
+        fixed = {o.key_or_group: str(o.input_line) for o in given if not o.is_sweep_override()}
+        first = self.composer.compose(list(fixed.values()))
+        space = self._space(first.search.space, given)
+        code = run_search(
+            self._search(first, space, fixed),
+            space=space,
+            bases=self._bases(space, list(fixed.values())),
+            name=self.name,
+            launcher=self.launcher.made(),
+            command=_command(),
+            plan_only=self.plan_only,
+        )
+        if code:
+            raise SystemExit(code)
+
+    def _search(
+        self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str]
+    ) -> SearchConfig:
+        """`search.*`, checked; what the command line fixes is not tried otherwise."""
+        from sweeps.search.config import normalise
+
+        given: Any = OmegaConf.to_container(composed.search, resolve=True)
+        given["space"] = {key: one.text() for key, one in space.items()}
+        given["when"] = {key: text for key, text in given["when"].items() if key not in fixed}
+        search = normalise(given, seed=composed.seed)
+        entries = [{k: v for k, v in one.items() if k not in fixed} for one in search.enqueue]
+        search.enqueue = [entry for entry in entries if entry]
+        return search
+
+    def _bases(
+        self, space: dict[str, Dimension], fixed: list[str]
+    ) -> list[tuple[dict[str, str], RunConfig]]:
+        """What each combination of the groups that are searched composes to."""
+        from experiments import schema
+
+        groups = {key: one.values for key, one in space.items() if isinstance(one, Choice)}
+        groups = {key: values for key, values in groups.items() if self.composer.is_group(key)}
+        bases = []
+        for options in product(*groups.values()):
+            choices = dict(zip(groups, map(str, options), strict=True))
+            words = [*fixed, *(f"{key}={option}" for key, option in choices.items())]
+            bases.append((choices, schema.to_run_config(self.composer.compose(words))))
+        return bases
+
+    def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
+        """The file's space with the command line's: what that fixes is not searched."""
+        lines = [f"{key}={text}" for key, text in texts.items()]
+        space = {o.key_or_group: o for o in parse(lines, loader=self.loader)}
+        for override in given:
+            space.pop(override.key_or_group, None)
+            if override.is_sweep_override():
+                space[override.key_or_group] = override
+        return {key: dimension(override) for key, override in space.items()}
 
 
 class OurLauncher(Launcher):
@@ -141,12 +251,44 @@ class SlurmLauncher(OurLauncher):
         return Slurm(options=SlurmOptions(**self.values))
 
 
-def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
-    """The overrides of each point of the product; ConfigError for axes that are no finite list."""
+def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
+    """Hydra's reading of overrides; one line where one is none."""
     try:
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(texts)
+        return OverridesParser.create(config_loader=loader).parse_overrides(texts)
     except HydraException as error:
         raise ConfigError(_explain(texts, error)) from None
+
+
+def dimension(override: Override) -> Dimension:
+    """A sweep in Hydra's grammar as a dimension of a search; `range` ends before its stop."""
+    key, value = f"search.space.{override.key_or_group}", override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start, value.end, "log" in value.tags
+        assert low is not None
+        assert high is not None
+        if type(low) is int and type(high) is int:
+            return Int(low=low, high=high, log=log)
+        return Float(low=float(low), high=float(high), log=log)
+    if isinstance(value, RangeSweep):
+        values = [float(v) if isinstance(v, Decimal) else v for v in value.range()]
+        if not values:
+            raise ConfigError(f"{key} must have at least one value, got {override.input_line!r}")
+        log = "log" in value.tags
+        kind = Int if all(type(v) is int for v in values) else Float
+        step = abs(value.step) if kind is Int else abs(float(value.step))
+        return kind(low=min(values), high=max(values), step=step, log=log)  # type: ignore[arg-type]
+    if override.is_sweep_override():
+        words = override.sweep_iterator()
+        return Choice(values=[w.text if isinstance(w, QuotedString) else w for w in words])
+    raise ConfigError(
+        f"{key} must be choice(), range() or interval(), got {value!r}; to fix it say "
+        f"{override.key_or_group}={value} outside search.space"
+    )
+
+
+def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
+    """The overrides of each point of the product; ConfigError for axes that are no finite list."""
+    overrides = parse(texts, loader=loader)
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise ConfigError(
@@ -204,13 +346,22 @@ class Composer:
     def _is_plain(self, override: Override) -> bool:
         return override.type == OverrideType.CHANGE and override.package is None
 
-    def _base(self, texts: Any) -> DictConfig:
+    def compose(self, texts: Sequence[str]) -> DictConfig:
+        """What Hydra makes of the overrides; ConfigError in one line where it refuses them."""
         try:
             config = self.loader.load_sweep_config(self.master, list(texts))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(texts, error)) from None
         with open_dict(config):
             config.pop("hydra")
+        return config
+
+    def _base(self, texts: Any) -> DictConfig:
+        from experiments import schema
+
+        config = self.compose(texts)
+        schema.refuse_search(config)
+        config.search = None
         return config
 
     def _change(self, base: DictConfig, texts: Sequence[str]) -> RunConfig:

@@ -24,6 +24,7 @@ REST = {
     "planned": "never started: the command that planned them runs them",
     "cancelled": "--cancelled runs them, too",
     "diverged": "--diverged begins them anew",
+    "pruned": "their search has ended them; a grid that has them goes on",
 }
 
 

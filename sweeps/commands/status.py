@@ -119,7 +119,8 @@ Row = tuple[int, list[str | Text]]
 
 
 def _attention(states: Iterable[RunState]) -> int:
-    order = ("failed", "lost", "diverged", "running", "queued", "planned", "cancelled", "finished")
+    order = ("failed", "lost", "diverged", "running", "queued", "planned", "cancelled")
+    order += ("pruned", "finished")
     return min(order.index(state.state) for state in states)
 
 

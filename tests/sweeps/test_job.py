@@ -205,7 +205,6 @@ def alone(work, slurm, monkeypatch):
         made = work(0)
         left = list(codes)
         monkeypatch.setenv("SLURM_PROCID", str(rank))
-        monkeypatch.setattr(job, "_speak_to", lambda run_dir: None)  # would take pytest's stdout
         monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
 
         def worker(path, *, stop):

@@ -1,0 +1,274 @@
+"""`python -m sweeps search NAME`: what a search found, as a table and as files in its folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from experiments.sinks import clock
+from relora_core import atomic
+from relora_core.config import ConfigError, nearest
+from sweeps import display
+from sweeps.plan import plan_folder
+
+if TYPE_CHECKING:
+    from sweeps.search.results import Best, Results, TrialRow
+
+HELP = "what a search found: trials, the best, importances, plots"
+EXAMPLES = """examples:
+  python -m sweeps search lr_and_rank                        table, best setting, files and plots
+  python -m sweeps search lr_and_rank --trial 7              its runs and its command line
+  python -m sweeps search lr_and_rank --json                 everything, for scripts; writes nothing
+  python -m sweeps search lr_and_rank --write-experiment lr  the best as conf/experiment/lr.yaml
+  python -m sweeps search lr_and_rank --rebuild              a lost journal, from the runs' folders
+"""
+TELL = 10
+"""Failures that are told in words; trials.csv has all."""
+COLOURS = {"complete": "green", "running": "cyan", "fail": "red", "pruned": "yellow"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="name of the search (its sweep.name)")
+    parser.add_argument("--json", action="store_true", help="everything, for scripts")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="trials in the table")
+    parser.add_argument("--trial", type=int, metavar="N", help="one trial: runs, command line")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="first make the journal anew from the runs' folders"
+    )
+    parser.add_argument(
+        "--write-experiment",
+        metavar="FILE",
+        help="write the best trial (or --trial) as an experiment: a name in conf/experiment, or "
+        "a new .yaml file",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show and write; 1 where every trial failed."""
+    folder = find(args.output_dir, name=args.name)
+    from sweeps.search import results  # Optuna, SciPy: not for the other commands
+    from sweeps.search.study import rebuild
+
+    if args.rebuild:
+        rebuild(folder)
+    found, study = results.read(folder)
+    if args.trial is not None:
+        check_trial(args.trial, found)
+    if args.write_experiment:
+        write_experiment(args.write_experiment, found, trial=args.trial, place=args.output_dir)
+    elif args.json:
+        json.dump(_finite(dataclasses.asdict(found)), sys.stdout, indent=2)
+        print()
+    elif args.trial is not None:
+        _say(trial_lines(found, number=args.trial, output_dir=args.output_dir))
+    else:
+        show(found, top=args.top)
+        if found.trials:
+            written, left_out = results.write(found, study=study, folder=folder)
+            _say([*left_out, f"{len(written)} files: best, trials.csv and plots in {folder}"])
+    if found.all_failed:
+        print(f"error: all {len(found.counted)} trials of {found.name} failed", file=sys.stderr)
+    return 1 if found.all_failed else 0
+
+
+def find(output_dir: Path | str, *, name: str) -> Path:
+    """The folder of the study of this name, or ConfigError."""
+    there = sorted(plan_folder(output_dir, name="").glob("*/study/study.json"))
+    names = [path.parent.parent.name for path in there]
+    if name not in names:
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ConfigError(
+            f"NAME must be one of the searches in {output_dir} ({some or 'none yet'}), got "
+            f"{name!r}.{nearest(name, names)}"
+        )
+    return there[names.index(name)].parent
+
+
+def check_trial(number: int, found: Results) -> None:
+    """ConfigError unless there is a trial of this number."""
+    numbers = [row.number for row in found.trials]
+    if number not in numbers:
+        some = f"0 to {max(numbers)}" if numbers else "that of a trial, and there is none yet"
+        raise ConfigError(f"--trial must be {some}, got {number}")
+
+
+def write_experiment(word: str, found: Results, *, trial: int | None, place: Path | str) -> None:
+    """The best or the given trial as an experiment file; ConfigError where it is not one trial."""
+    from sweeps.search import recipe, results
+
+    numbers = [best.number for best in found.best] if trial is None else [trial]
+    if len(numbers) != 1:
+        which = ", ".join(map(str, numbers)) or "none is finished and feasible"
+        raise ConfigError(f"--write-experiment needs --trial N, one of the best: {which}")
+    path = recipe.experiment_path(word)
+    text = results.experiment_text(found, number=numbers[0], name=path.stem, output_dir=place)
+    if text is None:
+        raise ConfigError(f"--write-experiment needs the run directories of trial {numbers[0]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, text)
+    print(f"trial {numbers[0]} is {path}: python run.py experiment={path.stem}")
+
+
+# the view ---------------------------------------------------------------------------------------
+def show(found: Results, *, top: int) -> None:
+    """Counts, the best, the table, importances, failures: most important first."""
+    console = display.make_console()
+    told = ", ".join(f"{n} {state}" for state, n in found.counts.items())
+    asked = f"{len(found.counted)} of {found.n_trials} trials"
+    _say([f"{found.name}: {asked}" + (f": {told}" if told else ""), *_headline(found)])
+    if found.counted:
+        console.print(trial_table(found, top=top))
+    _say([*_tail(found), *failure_lines(found)])
+
+
+def _headline(found: Results) -> Iterator[str]:
+    if found.best and len(found.goals) > 1:
+        yield f"Pareto front: {len(found.best)} trials that none beats in every objective"
+    elif found.best:
+        yield from best_lines(found.best[0])
+    elif found.counts.get("complete"):
+        yield "no best trial: none is within the constraints and ended with a number"
+    elif not found.all_failed:
+        yield "no trial is finished yet"
+
+
+def best_lines(best: Best) -> Iterator[str]:
+    """What the best trial is worth, and how to run it again."""
+    seeds = f"{len(best.seeds)} seed" + ("s" if len(best.seeds) != 1 else "")
+    for metric, value in best.values.items():
+        text = f"best: trial {best.number}, {metric} {value:.6g} ({seeds}"
+        if metric in best.intervals:
+            low, high = best.intervals[metric]
+            text += f", 95 % interval {low:.6g} to {high:.6g}"
+        yield text + ")"
+    if best.command:
+        yield f"  {best.command}"
+
+
+def trial_table(found: Results, *, top: int) -> Table:
+    """The `top` best trials, those of the Pareto front first; `*` marks the best."""
+    rows = _ranked(found)
+    keys = list(dict.fromkeys(key for row in found.trials for key in row.params))
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("trial", justify="right")
+    table.add_column("state")
+    for head in (*(goal.metric for goal in found.goals), *_heads(keys), "steps", "seeds", "time"):
+        table.add_column(head, justify="right", overflow="fold")
+    marked = {best.number for best in found.best}
+    for row in rows[: max(top, 0)]:
+        table.add_row(
+            f"{'* ' if row.number in marked else ''}{row.number}",
+            Text(_state(row), style=COLOURS.get(row.state, "")),
+            *(_cell(value) for value in row.values or [None] * len(found.goals)),
+            *(_cell(row.params.get(key)) for key in keys),
+            f"{row.step}/{row.steps}",
+            str(len(row.runs)),
+            clock(row.seconds),
+        )
+    if len(rows) > top:
+        table.caption, table.caption_justify = f"... and {len(rows) - top} more trials", "left"
+    return table
+
+
+def _heads(keys: list[str]) -> list[str]:
+    """Column heads: the last word of a key where that is enough."""
+    short = [key.rpartition(".")[2] for key in keys]
+    return [s if short.count(s) == 1 else key for s, key in zip(short, keys, strict=True)]
+
+
+def _ranked(found: Results) -> list[TrialRow]:
+    """Best trials, good ones by the first objective, then complete, running, pruned and failed."""
+    front = {best.number: place for place, best in enumerate(found.best)}
+    sign = 1.0 if found.goals[0].direction == "minimize" else -1.0
+    order = ("complete", "running", "pruned", "refused", "fail")
+
+    def rank(row: TrialRow) -> tuple[Any, ...]:
+        value = sign * row.values[0] if row.values and row.good else math.inf
+        first = front.get(row.number, len(front))
+        return first, not row.good, value, order.index(row.state), row.number
+
+    return sorted(found.counted, key=rank)
+
+
+def _state(row: TrialRow) -> str:
+    return "infeasible" if row.state == "complete" and not row.feasible else row.state
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _tail(found: Results) -> Iterator[str]:
+    for metric, shares in found.importances.items():
+        told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
+        yield f"importances for {metric} (PED-ANOVA: what sets the best tenth apart): {told}"
+    if found.saved_steps:
+        full = found.pruned_steps + found.saved_steps
+        yield (
+            f"pruning: {found.counts['pruned']} trials took {found.pruned_steps} of {full} steps; "
+            f"{found.saved_steps} saved ({found.saved_steps / all_steps(found):.0%} of the search)"
+        )
+
+
+def all_steps(found: Results) -> int:
+    """Steps of all trials, had none been pruned."""
+    return sum(row.steps if row.state == "pruned" else row.step for row in found.counted)
+
+
+def failure_lines(found: Results) -> Iterator[str]:
+    """Why trials failed or were refused; equal reasons together."""
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for row in found.trials:
+        if row.state in ("fail", "refused"):
+            word = "failed" if row.state == "fail" else "refused"
+            reasons.setdefault((word, row.reason or "no reason given"), []).append(row.number)
+    for (word, reason), numbers in list(reasons.items())[:TELL]:
+        some = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        yield f"{word}: trial {some}: {reason}"
+    if len(reasons) > TELL:
+        yield f"... and {len(reasons) - TELL} more reasons (trials.csv)"
+
+
+def trial_lines(found: Results, *, number: int, output_dir: Path | str) -> Iterator[str]:
+    """One trial: values, parameters, each seed's run, command line."""
+    from sweeps.search import recipe, results
+
+    row = found.trial(number)
+    yield f"trial {number} of {found.name}: {_state(row)}" + (
+        f" ({row.reason})" if row.reason else ""
+    )
+    for goal, value in zip(found.goals, row.values or [], strict=False):
+        yield f"  {goal.metric} {value:.6g}"
+    for key, value in row.params.items():
+        yield f"  {key} {_cell(value)}"
+    for run in row.runs:
+        values = " ".join(_cell(value) for value in run.values)
+        yield f"  run {run.run_id}: {run.state}, step {run.step}/{run.steps} {values}".rstrip()
+    config = results.config_of(row, output_dir=output_dir)
+    if config:
+        yield f"  {recipe.command(config)}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(lines: Iterator[str] | Sequence[str]) -> None:
+    for line in lines:
+        print(line)

@@ -1,0 +1,235 @@
+"""What a search is asked to do: the content of conf/search/*.yaml, checked. Imports no optuna.
+
+Not for: the space's grammar, which is Hydra's (`hydra_plugins/` parses it into `space.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from relora_core.config import ConfigError, nearest
+
+DIRECTIONS = ("minimize", "maximize")
+SHORT = {"min": "minimize", "max": "maximize"}
+REDUCES = ("last", "best", "mean")
+COSTS = ("cost/trainable", "cost/parameters", "cost/flops", "cost/gpu_hours")
+"""Computed metrics; all but the last follow from the config alone."""
+FORESEEN = COSTS[:-1]
+SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "grid", "nsgaii", "nsgaiii")
+PRUNERS = ("none", "median", "asha", "hyperband", "percentile", "wilcoxon")
+
+
+@dataclass(kw_only=True, slots=True)
+class Objective:
+    """One number to make small or large."""
+
+    metric: str
+    """As in events.jsonl, or one of COSTS."""
+    direction: str = "minimize"
+    reduce: str = "last"
+    """`last`, `best` of all, or `mean` of the last k logged values."""
+    k: int = 1
+
+    def text(self) -> str:
+        """The short form: `eval/paloma/perplexity min last`."""
+        mean = f" {self.k}" if self.reduce == "mean" else ""
+        return f"{self.metric} {self.direction[:3]} {self.reduce}{mean}"
+
+    @property
+    def worst(self) -> float:
+        """What a run that diverged is worth."""
+        return math.inf if self.direction == "minimize" else -math.inf
+
+
+@dataclass(kw_only=True, slots=True)
+class Constraint:
+    """`metric <= bound` or `metric >= bound`, of the mean over a trial's seeds."""
+
+    metric: str
+    at_most: bool
+    bound: float
+
+    def excess(self, value: float) -> float:
+        """How far `value` is beyond the bound; <= 0 where it is met."""
+        return value - self.bound if self.at_most else self.bound - value
+
+    def text(self) -> str:
+        return f"{self.metric} {'<=' if self.at_most else '>='} {self.bound:g}"
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchConfig:
+    """`search.*`. As composed, `Any` fields may hold short forms; `normalise` writes them out."""
+
+    n_trials: int = 20
+    """In all: the same command again continues to it."""
+    seeds: Any = 1
+    """Seeds that a trial averages over: a list, or how many from the config's seed on."""
+    objectives: Any = field(default_factory=list)
+    """list[Objective]; short: `train/loss`, `eval/paloma/perplexity min last`,
+    `train/loss min mean 5`."""
+    space: dict[str, str] = field(default_factory=dict)
+    """Key -> values in Hydra's grammar: `tag(log, interval(1e-4, 1e-2))`, `choice(4, 8)`."""
+    when: dict[str, str] = field(default_factory=dict)
+    """Key of the space -> `KEY=VALUE[,VALUE]`: elsewhere it is not searched. Knobs of a method or
+    a kind of data know it themselves."""
+    constraints: Any = field(default_factory=list)
+    """list[str]: `cost/trainable <= 2e6`."""
+    sampler: Any = "tpe"
+    """Name, or {name, its options}."""
+    pruner: Any = "none"
+    """Name, or {name, its options}."""
+    prune_metric: str | None = None
+    """Logged metric that pruners see; null: the first objective's, else train/loss."""
+    seed: int = 0
+    """The sampler's."""
+    enqueue: Any = field(default_factory=list)
+    """list of {key: value}: settings to try first; what one leaves out is sampled."""
+    storage: str | None = None
+    """URL of an Optuna database; null: a journal in the study's folder."""
+    max_failures: int = 10
+    """So many failed trials in a row end the search."""
+    trials_per_job: int = 1
+    """Trials that one scheduler job may take in turn, where the earlier ones ended early."""
+
+
+CHANGEABLE = ("n_trials", "sampler", "pruner", "prune_metric", "enqueue", "max_failures")
+CHANGEABLE += ("trials_per_job", "seed")
+"""What a later command of the same study may give anew."""
+
+
+def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> SearchConfig:
+    """Short forms written out, everything checked; `seed` is the first of `seeds: N`."""
+    if isinstance(values, SearchConfig):
+        values = dataclasses.asdict(values)
+    known = [f.name for f in fields(SearchConfig)]
+    for key in values:
+        _one_of("search", key, known, what="a key of search")
+    config = SearchConfig(**values)
+    for key in ("n_trials", "max_failures", "trials_per_job"):
+        _whole(f"search.{key}", getattr(config, key), at_least=1)
+    _whole("search.seed", config.seed, at_least=0)
+    config.seeds = _seeds(config.seeds, first=seed)
+    config.objectives = _objectives(config.objectives)
+    config.constraints = [parse_constraint(text).text() for text in _list(config.constraints)]
+    config.sampler = _named("search.sampler", config.sampler, SAMPLERS)
+    config.pruner = _named("search.pruner", config.pruner or "none", PRUNERS)
+    if len(config.objectives) > 1 and config.pruner["name"] != "none":
+        raise ConfigError(
+            "search.pruner must be none with several objectives (a trial is not worse while it is "
+            f"better in one), got {config.pruner['name']!r}"
+        )
+    first = config.objectives[0].metric
+    config.prune_metric = config.prune_metric or (first if first not in COSTS else "train/loss")
+    config.enqueue = [dict(entry) for entry in _list(config.enqueue)]
+    return config
+
+
+def constraints_of(config: SearchConfig) -> list[Constraint]:
+    return [parse_constraint(text) for text in config.constraints]
+
+
+def parse_constraint(text: str) -> Constraint:
+    """`cost/trainable <= 2e6`; ConfigError where it is none."""
+    found = re.fullmatch(r"\s*([\w./-]+)\s*(<=|>=)\s*(\S+)\s*", str(text))
+    try:
+        if found is None:
+            raise ValueError
+        metric, sign, bound = found[1], found[2], float(found[3])
+        if not math.isfinite(bound):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"search.constraints must be like 'cost/trainable <= 2e6' (<= or >=), got {str(text)!r}"
+        ) from None
+    _check_metric("search.constraints", metric)
+    return Constraint(metric=metric, at_most=sign == "<=", bound=bound)
+
+
+def _objectives(given: Any) -> list[Objective]:
+    if not _list(given):
+        raise ConfigError(
+            "search.objectives must name at least one metric, like 'eval/paloma/perplexity min "
+            "last', got nothing"
+        )
+    found = [_objective(one) for one in _list(given)]
+    names = [one.metric for one in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"search.objectives must be different metrics, got {twice[0]!r} twice")
+    return found
+
+
+def _objective(given: Any) -> Objective:
+    values = _short_objective(given) if isinstance(given, str) else given
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"search.objectives must be text or {{metric: ...}}, got {given!r}")
+    for key in values:
+        _one_of("search.objectives", key, [f.name for f in fields(Objective)], what="a key")
+    if "metric" not in values:
+        raise ConfigError(f"search.objectives must name a metric, got {dict(values)!r}")
+    values = {key: value for key, value in values.items() if value is not None}
+    one = Objective(**values)
+    one.direction = SHORT.get(one.direction, one.direction)
+    _one_of("search.objectives", one.direction, [*DIRECTIONS, *SHORT], what="a direction")
+    _one_of("search.objectives", one.reduce, REDUCES, what="a way to reduce")
+    _whole("search.objectives k", one.k, at_least=1)
+    _check_metric("search.objectives", one.metric)
+    return one
+
+
+def _short_objective(text: str) -> dict[str, Any]:
+    """`METRIC [min|max [last|best|mean [k]]]`."""
+    words = text.split()
+    if not 1 <= len(words) <= 4 or (len(words) == 4 and not words[3].isdigit()):
+        raise ConfigError(
+            f"search.objectives must be 'METRIC min|max last|best|mean [k]', got {text!r}"
+        )
+    keys = ("metric", "direction", "reduce", "k")
+    values: dict[str, Any] = dict(zip(keys, words, strict=False))
+    return values | ({"k": int(words[3])} if len(words) == 4 else {})
+
+
+def _check_metric(key: str, metric: str) -> None:
+    if str(metric).startswith("cost/"):
+        _one_of(key, metric, COSTS, what="a cost")
+
+
+def _seeds(given: Any, *, first: int) -> list[int]:
+    if isinstance(given, int) and not isinstance(given, bool):
+        _whole("search.seeds", given, at_least=1)
+        return [first + i for i in range(given)]
+    seeds = _list(given)
+    for seed in seeds:
+        _whole("search.seeds", seed, at_least=0)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"search.seeds must be a number or different seeds, got {given!r}")
+    return seeds
+
+
+def _named(key: str, given: Any, choices: tuple[str, ...]) -> dict[str, Any]:
+    values = {"name": given} if isinstance(given, str) else dict(given)
+    _one_of(f"{key}.name", values.get("name"), choices, what="one")
+    return {"name": values.pop("name"), **values}
+
+
+def _list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
+
+
+def _whole(key: str, value: Any, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ConfigError(
+            f"{key} must be an integer >= {at_least}, got {value!r}; nearest valid: {at_least}"
+        )
+
+
+def _one_of(key: str, value: Any, choices: Any, *, what: str) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{key} must be {what} of {', '.join(choices)}, got {value!r}.{nearest(value, choices)}"
+        )

@@ -1,0 +1,134 @@
+"""Drawing points of the space until one is worth a run. The caller holds the study's lock.
+
+A point that is no valid run, breaks a constraint on a cost that follows from the config, or was
+tried before is told to the study at once (`refused` in its user attributes) and another is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import TrialState
+
+from relora_core.config import ConfigError, RunConfig, validate
+from sweeps.search import samplers
+from sweeps.search.config import FORESEEN, constraints_of
+from sweeps.search.objective import foreseen
+from sweeps.search.space import is_active, ordered
+from sweeps.search.trial import Trial, Worker, is_begun, point
+
+if TYPE_CHECKING:
+    from sweeps.search.study import Study
+
+DRAWS = 20
+"""Points drawn at most for one trial; if the last is no good either, that counts as a trial."""
+
+
+def draw(study: Study, worker: Worker) -> Trial | None:
+    """A new trial; None where the point that was drawn last is not to be run."""
+    grid = _is_grid(study)
+    draws = samplers.grid_size(study.spec.space) if grid else DRAWS
+    for index in range(draws):
+        if grid_is_done(study):
+            return None
+        trial = _point(study)
+        if _refused(trial, counted=index == draws - 1 and not grid):
+            continue
+        handle = study.handle(study.frozen(trial.number))
+        handle.set_user_attr("params", trial.params)
+        handle.set_user_attr("run_ids", trial.run_ids)
+        handle.set_user_attr("worker", dataclasses.asdict(worker))  # last: now it is begun
+        return trial
+    return None
+
+
+def grid_is_done(study: Study) -> bool:
+    """Whether a grid has no point left; never so for other samplers."""
+    if not _is_grid(study):
+        return False
+    trials = study.optuna.get_trials(deepcopy=False)
+    visited = {t.system_attrs["grid_id"] for t in trials if "grid_id" in t.system_attrs}
+    half = any(t.state == TrialState.RUNNING and not is_begun(t) for t in trials)
+    return len(visited) >= samplers.grid_size(study.spec.space) and not half
+
+
+def _is_grid(study: Study) -> bool:
+    return study.config.sampler["name"] == "grid"
+
+
+def _point(study: Study) -> Trial:
+    """Draw a point of the space, or go on with one whose process died in drawing it."""
+    reader, spec, when = study.optuna, study.spec, study.config.when
+    begun = [t for t in reader.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+    half = [t for t in begun if t.state == TrialState.RUNNING and not is_begun(t)]
+    reader.sampler = samplers.make_sampler(study.config, space=spec.space, draw=len(begun))
+    try:
+        asked = optuna.trial.Trial(reader, half[0]._trial_id) if half else reader.ask()
+        params: dict[str, Any] = {}
+        for key in ordered(spec.space, groups=spec.groups, when=when):
+            if is_active(
+                key,
+                params=params,
+                space=spec.space,
+                when=when,
+                config=point(spec, params),
+                group=key in spec.groups,
+            ):
+                params[key] = samplers.suggest(asked, key, spec.space[key])
+    finally:  # a grid sampler cannot be told of results outside Optuna's own loop
+        reader.sampler = optuna.samplers.RandomSampler()
+    return Trial(study=study, number=asked.number, params=params)
+
+
+def _refused(trial: Trial, *, counted: bool) -> bool:
+    """Tell the study at once of a point that is not to be run, as far as one can foresee."""
+    try:
+        config = trial.config(trial.seeds[0])
+        validate(config)
+    except ConfigError as error:
+        _refuse(trial, TrialState.FAIL, reason=str(error), counted=counted)
+        return True
+    excess, broken = _excess(trial, config)
+    if broken:  # pruned, not failed: the sampler learns from it where not to go
+        _refuse(trial, TrialState.PRUNED, reason=broken, counted=counted, excess=excess)
+        return True
+    twin = _twin(trial)
+    if twin is None or counted:  # where there is nothing but twins, its runs are there already
+        return False
+    _refuse(trial, TrialState.FAIL, reason=f"as trial {twin}", counted=False)
+    return True
+
+
+def _excess(trial: Trial, config: RunConfig) -> tuple[dict[str, float], str | None]:
+    """By how much each foreseeable constraint is broken, and one that is, in words."""
+    excess, broken = {}, None
+    for constraint in constraints_of(trial.study.config):
+        if constraint.metric in FORESEEN:
+            cost = foreseen(constraint.metric, config)
+            excess[constraint.text()] = constraint.excess(cost)
+            if constraint.excess(cost) > 0:
+                broken = broken or f"{constraint.metric} is {cost:g}, not {constraint.text()}"
+    return excess, broken
+
+
+def _refuse(
+    trial: Trial,
+    state: TrialState,
+    *,
+    reason: str,
+    counted: bool,
+    excess: dict[str, float] | None = None,
+) -> None:
+    study = trial.study
+    study.handle(study.frozen(trial.number)).set_user_attr("refused", True)
+    study.tell(trial.number, state=state, reason=reason, counted=counted, constraints=excess or {})
+
+
+def _twin(trial: Trial) -> int | None:
+    """The trial that has the same parameters, if there is one."""
+    for frozen in trial.study.trials():
+        if frozen.number != trial.number and frozen.user_attrs.get("params") == trial.params:
+            return frozen.number
+    return None

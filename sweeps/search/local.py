@@ -1,0 +1,163 @@
+"""A search in processes of this machine: each asks the study, none waits for another.
+
+Not for: SLURM (`sweeps/slurm.py`), nor what a process does (`run.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from sweeps import track
+from sweeps.local import GRACE_S, POLL_S, Slots, stop_requested
+from sweeps.search.study import Study
+
+PROCESS = (sys.executable, "-P", "-m", "sweeps.search.run")
+TELL_EVERY_S = 2.0
+TRACK_EVERY_S = 20.0
+
+
+def search_local(folder: Path, *, slots: Slots, console: Console) -> int:
+    """Run the study to its end with `slots.parallel` processes; the exit code."""
+    team = Team(folder=folder, slots=slots, console=console)
+    with stop_requested() as stop, tracked(folder):
+        team.run(stop)
+    return 130 if stop.is_set() else max(team.codes, default=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Team:
+    """The processes at work on one study. One that is killed is replaced: its trial goes on."""
+
+    folder: Path
+    slots: Slots
+    console: Console
+    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """By slot."""
+    codes: list[int] = field(default_factory=list)
+    killed: int = 0
+    told: set[int] = field(default_factory=set)
+    """Trials whose end was told, or came before."""
+
+    def run(self, stop: threading.Event) -> None:
+        study = Study.open(self.folder)
+        for trial in study.optuna.get_trials(deepcopy=False):
+            if trial.state.is_finished():
+                self.told.add(trial.number)
+        for slot in range(self.slots.parallel):
+            self._start(slot)
+        told = time.monotonic()
+        try:
+            while self.processes and not stop.is_set():
+                self._reap(most=study.config.max_failures)
+                if time.monotonic() - told >= TELL_EVERY_S:
+                    self._tell(study)
+                    told = time.monotonic()
+                stop.wait(POLL_S)
+        finally:
+            self._stop_all()
+            self._tell(study)
+
+    def _start(self, slot: int) -> None:
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        with open(logs / f"process-{slot}.log", "ab") as log:
+            self.processes[slot] = subprocess.Popen(
+                [*PROCESS, str(self.folder.absolute())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.slots.environment(slot),
+                start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
+            )
+
+    def _reap(self, *, most: int) -> None:
+        for slot, process in list(self.processes.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.processes[slot]
+            if code >= 0:
+                self.codes.append(code)
+                if code:
+                    self.console.print(
+                        f"a process of the search ended with exit code {code} "
+                        f"({self.folder / 'logs' / f'process-{slot}.log'})",
+                        style="red", highlight=False, soft_wrap=True,
+                    )  # fmt: skip
+                continue
+            self.killed += 1
+            self.console.print(f"a process was killed by signal {-code}", style="yellow")
+            if self.killed <= most:
+                self._start(slot)
+            else:
+                self.codes.append(1)
+
+    def _tell(self, study: Study) -> None:
+        """A line for each trial that has ended."""
+        for trial in study.optuna.get_trials(deepcopy=False):
+            if not trial.state.is_finished() or trial.number in self.told:
+                continue
+            self.told.add(trial.number)
+            values = " ".join(f"{value:.5g}" for value in trial.values or [])
+            params = " ".join(f"{k}={_short(v)}" for k, v in trial.params.items())
+            self.console.print(
+                f"trial {trial.number:>3} {trial.state.name.lower():<8} {values}  {params}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+    def _stop_all(self) -> None:
+        """Ask our own processes to save and end, then end them; the same command goes on."""
+        for process in self.processes.values():
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def tracked(folder: Path) -> Iterator[None]:
+    """MLflow brought up to date every while, where tracking is on."""
+    config = next(iter(Study.open(folder).spec.bases.values()))
+    if not config.tracking.enabled:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_track, args=(folder, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _track(folder: Path, over: threading.Event) -> None:
+    name, output_dir = folder.parent.name, folder.resolve().parents[2]
+    tracker, told = track.Tracker(output_dir), ""
+    while True:
+        last = over.wait(TRACK_EVERY_S)
+        planned = (folder.parent / "plan.json").exists()  # once the first trial was asked for
+        for one in tracker.bring_up_to_date([name], final=last) if planned else []:
+            if one.problem and one.problem != told:
+                told = one.problem
+                print(told, file=sys.stderr)
+        if last:
+            return

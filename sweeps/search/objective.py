@@ -1,0 +1,121 @@
+"""What a trial's runs are worth: metrics reduced over time, averaged over seeds.
+
+A run that diverged is worth its objective's worst, +-inf, and not nothing: the sampler is to learn
+that one must not go there, which it cannot from a failed trial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from experiments.run_dir import RunDir
+from relora_core import costs
+from relora_core.config import RunConfig, nearest
+from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of
+
+
+@dataclass(kw_only=True, slots=True)
+class Verdict:
+    """What a trial came to."""
+
+    values: list[float] | None = None
+    """One per objective, the mean over seeds; None where a seed lacks one."""
+    constraints: dict[str, float] = field(default_factory=dict)
+    """Text of each constraint -> by how much it is broken (<= 0: met)."""
+    by_seed: dict[str, list[float]] = field(default_factory=dict)
+    """Seed -> its value of each objective."""
+    reason: str | None = None
+    """Why there are no values."""
+
+
+def value(objective: Objective, events: Sequence[dict[str, Any]]) -> float | None:
+    """The objective's number from a run's events; None where it was never logged.
+
+    NaN counts as the worst.
+    """
+    logged = [e["metrics"][objective.metric] for e in events if objective.metric in e["metrics"]]
+    logged = [objective.worst if math.isnan(number) else float(number) for number in logged]
+    if not logged:
+        return None
+    if objective.reduce == "best":
+        return min(logged) if objective.direction == "minimize" else max(logged)
+    return fmean(logged[-objective.k :]) if objective.reduce == "mean" else logged[-1]
+
+
+def run_value(objective: Objective, run_dir: RunDir) -> float | None:
+    """Of a run that ended; its worst where it diverged."""
+    if objective.metric == "cost/gpu_hours":
+        return _device_hours(run_dir)
+    if objective.metric.startswith("cost/"):
+        return foreseen(objective.metric, run_dir.config())
+    if run_dir.ended() == "diverged":
+        return objective.worst
+    return value(objective, run_dir.events())
+
+
+def foreseen(metric: str, config: RunConfig) -> float:
+    """A cost that follows from the config: parameters, or FLOPs of the whole training."""
+    if metric == "cost/flops":
+        tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+        return float(costs.flops_per_token(config).train * tokens)
+    counted = costs.parameters(config)
+    return float(counted.trainable if metric == "cost/trainable" else counted.total)
+
+
+def _device_hours(run_dir: RunDir) -> float | None:
+    """Training time times processes (one per GPU): GPU-hours, or process-hours on the CPU."""
+    seconds = ((run_dir.result() or {}).get("metrics") or {}).get("perf/train_seconds")
+    records = run_dir.attempt_records()
+    if seconds is None or not records:
+        return None
+    return seconds * int(records[-1].get("world", 1)) / 3600
+
+
+def judge(search: SearchConfig, runs: Sequence[RunDir]) -> Verdict:
+    """Values and constraints of a trial from the run directories of its seeds."""
+    verdict, table = Verdict(), []
+    for run_dir in runs:
+        row = [_known(objective, run_dir) for objective in search.objectives]
+        if missing := [entry for entry in row if isinstance(entry, str)]:
+            verdict.reason = missing[0]
+            return verdict
+        table.append(row)
+        verdict.by_seed[str(run_dir.config().seed)] = row
+    for constraint in constraints_of(search):
+        found = [_known(as_objective(constraint), run_dir) for run_dir in runs]
+        if missing := [entry for entry in found if isinstance(entry, str)]:
+            verdict.reason = missing[0]
+            return verdict
+        verdict.constraints[constraint.text()] = constraint.excess(_mean(found))
+    verdict.values = [_mean(column) for column in zip(*table, strict=True)]
+    return verdict
+
+
+def as_objective(constraint: Constraint) -> Objective:
+    """Its metric's last value; where a run diverged, one that breaks the constraint."""
+    direction = "minimize" if constraint.at_most else "maximize"
+    return Objective(metric=constraint.metric, direction=direction)
+
+
+def _known(objective: Objective, run_dir: RunDir) -> Any:
+    """The run's value, or in words why there is none."""
+    if run_dir.ended() is None:
+        status = run_dir.status()
+        return f"{run_dir.run_id} is {status.state}" + (f": {status.error}" * bool(status.error))
+    found = run_value(objective, run_dir)
+    if found is None:
+        logged = sorted({name for event in run_dir.events() for name in event["metrics"]})
+        return (
+            f"{objective.metric} was never logged by {run_dir.run_id}."
+            f"{nearest(objective.metric, logged)}"
+        )
+    return found
+
+
+def _mean(values: Any) -> float:
+    """Of numbers that may be infinite, all to the same side."""
+    return float(sum(values) / len(values))

@@ -1,0 +1,203 @@
+"""A frozen RunConfig -> the shortest command line, or experiment file, that gives it again.
+
+Choices (`model=tiny`) come first, then every knob that applies and is not as they leave it. Not
+for: anything about trials (`results.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_core import data
+from relora_core.config import ConfigError, RunConfig, applies, get, walk
+
+LABELS = ("experiment", "model.name", "relora.name")
+FILLED_IN = ("data.fingerprint", "eval.paloma.fingerprint", "eval.blimp.fingerprint")
+"""Written by planning, from what the paths lead to."""
+MEASURED = ("eval", "dynamics")
+"""Groups whose option leaves no label in a config: the one that explains most is taken."""
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+_WORDS = ("true", "false", "null", "inf", "nan", "yes", "no", "on", "off", "y", "n")
+
+
+@dataclass(kw_only=True, slots=True)
+class Recipe:
+    """Config groups with their options, and the knobs that differ from what these compose to."""
+
+    choices: dict[str, str]
+    values: dict[str, Any]
+
+
+def recipe(config: RunConfig) -> Recipe:
+    """The choices and values that compose to `config`, up to what planning fills in."""
+    from experiments import schema
+
+    chosen = _labelled(config)
+    base = _composed(chosen)
+    for group in MEASURED:
+        if not any(key.startswith(f"{group}.") for key in _differences(config, base)):
+            continue
+        tried = {}
+        for option in schema.options(group):
+            composed = _composed({**chosen, group: option})
+            tried[option] = (len(_differences(config, composed)), composed)
+        chosen[group] = min(tried, key=lambda option: tried[option][0])
+        base = tried[chosen[group]][1]
+    return Recipe(choices=chosen, values=_differences(config, base))
+
+
+def _composed(choices: Mapping[str, str]) -> RunConfig:
+    """What the options alone give; not to be changed."""
+    from experiments import schema
+
+    return _compose_once(tuple(_texts(choices)), schema.CONF)
+
+
+@functools.cache
+def _compose_once(texts: tuple[str, ...], conf: Path) -> RunConfig:
+    from experiments import schema
+
+    return schema.compose(list(texts))
+
+
+def _labelled(config: RunConfig) -> dict[str, str]:
+    """Group -> option, as far as the config's own labels say; the defaults do for the others."""
+    from experiments import schema
+
+    names = {
+        "experiment": config.experiment,
+        "model": config.model.name,
+        "method": config.method,
+        "data": config.data.kind,
+    }
+    if config.method == "relora":
+        names["relora"] = config.relora.name
+    return {group: name for group, name in names.items() if name in schema.options(group)}
+
+
+def _differences(config: RunConfig, base: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of the knobs that have an effect and are not as in `base`."""
+    found = {}
+    for key, f, value in walk(config):
+        if key in (*LABELS, *FILLED_IN) or key.startswith("sweep."):
+            continue
+        if applies(f.metadata, config) and value != get(base, key):
+            found[key] = value
+    if _is_the_datas_own(config, base):
+        found.pop("model.vocab_size", None)
+    return found
+
+
+def _is_the_datas_own(config: RunConfig, base: RunConfig) -> bool:
+    """Whether planning would fill in this vocabulary; only the grammar's costs nothing to know."""
+    if base.model.vocab_size is not None or config.data.kind != "grammar":
+        return False
+    return data.inspect(config.data).vocab_size == config.model.vocab_size
+
+
+# as a command line ------------------------------------------------------------------------------
+def overrides(config: RunConfig) -> list[str]:
+    """The words after `python run.py`, in Hydra's grammar; the seed is always said, last."""
+    made = recipe(config)
+    values = {key: value for key, value in made.values.items() if key != "seed"}
+    values["seed"] = config.seed
+    return _texts(made.choices) + [f"{key}={quoted(value)}" for key, value in values.items()]
+
+
+def command(config: RunConfig) -> str:
+    """Ready to paste into a shell."""
+    return shlex.join(["python", "run.py", *overrides(config)])
+
+
+def _texts(choices: Mapping[str, str]) -> list[str]:
+    return [f"{group}={quoted(option)}" for group, option in choices.items()]
+
+
+def quoted(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, list):
+        return f"[{','.join(map(quoted, value))}]"
+    if isinstance(value, str):
+        return value if _is_plain(value) else _in_quotes(value)
+    return json.dumps(value)
+
+
+def _in_quotes(text: str) -> str:
+    # Only backslashes that end up before a quote are special to Hydra.
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def _is_plain(text: str) -> bool:
+    return _PLAIN.fullmatch(text) is not None and text.lower() not in _WORDS
+
+
+# as an experiment file --------------------------------------------------------------------------
+def experiment_yaml(config: RunConfig, *, name: str, question: str, source: list[str]) -> str:
+    """conf/experiment/<name>.yaml: what differs from the experiment that the config began with."""
+    made = recipe(config)
+    base = made.choices.pop("experiment", None)
+    values = {key: value for key, value in made.values.items() if key != "output_dir"}
+    lines = [
+        "# @package _global_",
+        f"# Question: {question}",
+        f"# Command:  python run.py experiment={quoted(name)}",
+        *(f"# {'Source:' if i == 0 else '':<9} {line}" for i, line in enumerate(source)),
+        "defaults:",
+        *([f"  - {base}"] if base else []),
+        "  - _self_",
+        *(f"  - override /{group}: {option}" for group, option in _changed(made, base).items()),
+        f"experiment: {_scalar(name)}",
+        *_nested(values),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _changed(made: Recipe, base: str | None) -> dict[str, str]:
+    """The choices that the base experiment alone would not lead to."""
+    default = _labelled(_composed({"experiment": base} if base else {}))
+    return {group: name for group, name in made.choices.items() if default.get(group) != name}
+
+
+def _nested(values: Mapping[str, Any], *, indent: str = "") -> list[str]:
+    """Dotted keys as YAML sections."""
+    lines, sections = [], {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            sections.setdefault(head, {})[rest] = value
+        else:
+            lines.append(f"{indent}{head}: {_scalar(value)}")
+    for head, inner in sections.items():
+        lines += [f"{indent}{head}:", *_nested(inner, indent=f"{indent}  ")]
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    plain = isinstance(value, str) and _is_plain(value)
+    return value if plain else json.dumps(value)  # JSON is YAML
+
+
+def experiment_path(word: str) -> Path:
+    """`lr` -> conf/experiment/lr.yaml, a path as it is; ConfigError unless it can be written."""
+    from experiments import schema
+
+    path = Path(word)
+    if path.suffix not in (".yaml", ""):
+        raise ConfigError(f"--write-experiment must be a name or a .yaml file, got {word!r}")
+    if path.parent == Path() and path.suffix == "":
+        path = schema.CONF / "experiment" / f"{word}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
+        raise ConfigError(
+            f"--write-experiment must be a name of letters, digits, - or _, got {path.stem!r}"
+        )
+    if path.exists():
+        raise ConfigError(f"--write-experiment must be a new file, got {word!r}: {path} is there")
+    return path

@@ -1,0 +1,354 @@
+"""What a search found: the trials, the best of them, and its artifacts in the study's folder.
+
+    best.json             best trial, or Pareto front, with the commands that run it again
+    best.yaml             the same as an experiment file (several objectives: best-<trial>.yaml)
+    trials.csv            every trial
+    plots/                Optuna's own (plots.py)
+
+Numbers come from the study and from the run directories of its trials. Not for: the table that
+people see (`sweeps/commands/search.py`), nor for asking or telling (`study.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from experiments.run_dir import RunDir, runs_folder
+from experiments.stats import mean_interval
+from relora_core import atomic
+from relora_core.config import RunConfig
+from sweeps.search import plots, recipe
+from sweeps.search.config import Objective, SearchConfig
+from sweeps.search.study import Study
+
+
+@dataclass(kw_only=True, slots=True)
+class SeedRow:
+    """One run of a trial."""
+
+    run_id: str
+    seed: int | None
+    state: str
+    step: int
+    """Optimizer steps that were taken."""
+    steps: int
+    values: list[float] = field(default_factory=list)
+    """Of each objective, of this run alone."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrialRow:
+    """One trial."""
+
+    number: int
+    state: str
+    """`complete`, `pruned`, `fail`, `running`, or `refused`: drawn, and not worth running."""
+    counted: bool
+    """Whether it is one of n_trials."""
+    values: list[float] | None
+    params: dict[str, Any]
+    feasible: bool
+    reason: str | None
+    """Why it failed or was refused."""
+    runs: list[SeedRow]
+    step: int
+    """Optimizer steps taken by its runs together."""
+    steps: int
+    """Optimizer steps if all its seeds had run to the end."""
+    seconds: float | None
+
+    @property
+    def good(self) -> bool:
+        """Whether it may be the best: complete, within the constraints, all numbers finite."""
+        finite = all(math.isfinite(value) for value in self.values or [math.nan])
+        return self.state == "complete" and self.feasible and finite
+
+
+@dataclass(kw_only=True, slots=True)
+class Best:
+    """A trial that no other beats, and how to run it again."""
+
+    number: int
+    values: dict[str, float]
+    """Metric -> mean over the seeds."""
+    intervals: dict[str, tuple[float, float]]
+    """Metric -> 95 % t-interval over the seeds, where there are two or more."""
+    params: dict[str, Any]
+    seeds: list[int]
+    command: str | None
+    """None where its run directories are gone."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Results:
+    """A whole study."""
+
+    name: str
+    goals: list[Objective]
+    n_trials: int
+    """Trials in all, as the study was asked for."""
+    counts: dict[str, int]
+    """State -> trials that count."""
+    trials: list[TrialRow]
+    """All that were drawn."""
+    best: list[Best]
+    """One, or the Pareto front by its first objective; none where no trial is good."""
+    importances: dict[str, dict[str, float]]
+    """Metric -> parameter -> share."""
+    pruned_steps: int
+    """Optimizer steps that pruned trials took ..."""
+    saved_steps: int
+    """... and those that they were spared."""
+
+    @property
+    def all_failed(self) -> bool:
+        return bool(self.counts) and set(self.counts) <= {"fail", "refused"}
+
+    def trial(self, number: int) -> TrialRow:
+        return next(row for row in self.trials if row.number == number)
+
+    @property
+    def counted(self) -> list[TrialRow]:
+        return [row for row in self.trials if row.counted]
+
+
+# reading ----------------------------------------------------------------------------------------
+def read(folder: Path | str) -> tuple[Results, optuna.Study]:
+    """The results of the study in `folder`, OUTPUT_DIR/sweeps/NAME/study, and the study itself."""
+    study = Study.open(folder)
+    output_dir, name = _place(Path(folder))
+    return collect(study.optuna, study.config, name=name, output_dir=output_dir), study.optuna
+
+
+def _place(folder: Path) -> tuple[Path, str]:
+    """output_dir and the study's name."""
+    return folder.parent.parent.parent, folder.parent.name
+
+
+def collect(
+    study: optuna.Study, config: SearchConfig, *, name: str, output_dir: Path | str
+) -> Results:
+    """Everything that is to be told of a study. Reads only."""
+    goals: list[Objective] = config.objectives
+    drawn = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+    rows = [_row(trial, config, output_dir=output_dir) for trial in drawn]
+    counts: dict[str, int] = {}
+    for row in (row for row in rows if row.counted):
+        counts[row.state] = counts.get(row.state, 0) + 1
+    chosen = best_rows(rows, directions=[goal.direction for goal in goals])
+    pruned = [row for row in rows if row.state == "pruned"]
+    return Results(
+        name=name,
+        goals=goals,
+        n_trials=config.n_trials,
+        counts=counts,
+        trials=rows,
+        best=[_best(row, goals=goals, output_dir=output_dir) for row in chosen],
+        importances=importances(study, goals=goals),
+        pruned_steps=sum(row.step for row in pruned),
+        saved_steps=sum(row.steps - row.step for row in pruned),
+    )
+
+
+def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:
+    said = trial.user_attrs
+    values = said.get("by_seed", {})
+    folder = runs_folder(output_dir)
+    runs = [_seed_row(RunDir(folder / id_), values) for id_ in said.get("run_ids", [])]
+    longest = max((run.steps for run in runs), default=0)
+    begun = trial.state.is_finished() or "worker" in said
+    return TrialRow(
+        number=trial.number,
+        state="refused" if "refused" in said else trial.state.name.lower(),
+        counted=begun and said.get("counted", True),
+        # Of a pruned trial Optuna gives the newest report, which is of another metric.
+        values=None if trial.state.name == "PRUNED" else trial.values,
+        params=said.get("params", trial.params),
+        feasible=all(excess <= 0 for excess in trial.constraints.values()),
+        reason=said.get("reason"),
+        runs=runs,
+        step=sum(run.step for run in runs),
+        steps=longest * len(config.seeds),
+        seconds=trial.duration.total_seconds() if trial.duration else None,
+    )
+
+
+def _seed_row(run: RunDir, values: Mapping[str, list[float]]) -> SeedRow:
+    config, status = _config(run), run.status()
+    return SeedRow(
+        run_id=run.run_id,
+        seed=config.seed if config else None,
+        state=run.ended() or status.state,
+        step=status.step,
+        steps=config.train.steps if config else status.steps,
+        values=values.get(str(config.seed), []) if config else [],
+    )
+
+
+def _config(run: RunDir) -> RunConfig | None:
+    """None for a run that is gone, or that another version wrote."""
+    try:
+        return run.config()
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+# the best ---------------------------------------------------------------------------------------
+def best_rows(rows: Sequence[TrialRow], *, directions: Sequence[str]) -> list[TrialRow]:
+    """The good trials that no other good one dominates, best in the first objective first.
+
+    With one objective the first of those that tie. Infeasible trials neither win nor dominate.
+    """
+    signs = [1.0 if direction == "minimize" else -1.0 for direction in directions]
+    costs = {
+        row.number: [sign * value for sign, value in zip(signs, row.values or [], strict=True)]
+        for row in rows
+        if row.good
+    }
+    front = [
+        row
+        for row in rows
+        if row.good and not any(_dominates(c, costs[row.number]) for c in costs.values())
+    ]
+    front.sort(key=lambda row: (costs[row.number], row.number))
+    return front[:1] if len(directions) == 1 else front
+
+
+def _dominates(one: Sequence[float], two: Sequence[float]) -> bool:
+    return all(a <= b for a, b in zip(one, two, strict=True)) and list(one) != list(two)
+
+
+def _best(row: TrialRow, *, goals: Sequence[Objective], output_dir: Path | str) -> Best:
+    intervals = {}
+    for i, goal in enumerate(goals):
+        values = [run.values[i] for run in row.runs if run.values]
+        if len(values) > 1:
+            found = mean_interval(values)
+            assert found.low is not None
+            assert found.high is not None
+            intervals[goal.metric] = (found.low, found.high)
+    config = config_of(row, output_dir=output_dir)
+    return Best(
+        number=row.number,
+        values={g.metric: v for g, v in zip(goals, row.values or [], strict=True)},
+        intervals=intervals,
+        params=row.params,
+        seeds=[run.seed for run in row.runs if run.seed is not None],
+        command=recipe.command(config) if config else None,
+    )
+
+
+def config_of(row: TrialRow, *, output_dir: Path | str) -> RunConfig | None:
+    """What the trial's first seed ran."""
+    runs = [RunDir(runs_folder(output_dir) / run.run_id) for run in row.runs]
+    return next((config for config in map(_config, runs) if config), None)
+
+
+# importances ------------------------------------------------------------------------------------
+def importances(study: optuna.Study, *, goals: Sequence[Objective]) -> dict[str, dict[str, float]]:
+    """Metric -> parameter -> its share in what sets the best tenth of the trials apart.
+
+    By PED-ANOVA, Optuna's default: it knows parameters that only some trials have.
+    """
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    finite = [t for t in finished if all(math.isfinite(value) for value in t.values)]
+    if len(finite) < plots.FEWEST:
+        return {}
+    found = {}
+    for i, goal in enumerate(goals):
+        with warnings.catch_warnings():  # that a target is minimised: it is
+            warnings.simplefilter("ignore")
+            found[goal.metric] = optuna.importance.get_param_importances(
+                study, target=plots.less_is_better(goal, index=i)
+            )
+    return found
+
+
+# artifacts --------------------------------------------------------------------------------------
+def write_results(folder: Path | str) -> list[Path]:
+    """Write every artifact of the study in `folder`; the files that were written."""
+    results, study = read(folder)
+    return write(results, study=study, folder=Path(folder))[0]
+
+
+def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[Path], list[str]]:
+    """Write the artifacts; the files, and a line for each plot that could not be made."""
+    written = [folder / "best.json", folder / "trials.csv"]
+    atomic.write_json(written[0], best_json(results))
+    atomic.write_text(written[1], trials_csv(results))
+    for best in results.best:
+        text = experiment_text(results, number=best.number, name=None, output_dir=_place(folder)[0])
+        if text is not None:
+            several = len(results.goals) > 1
+            path = folder / (f"best-{best.number}.yaml" if several else "best.yaml")
+            atomic.write_text(path, text)
+            written.append(path)
+    for old in set(folder.glob("best*.yaml")) - set(written):  # no longer among the best
+        old.unlink()
+    drawn, left_out = plots.draw(study, goals=results.goals, folder=folder / "plots")
+    return written + drawn, left_out
+
+
+def best_json(results: Results) -> dict[str, Any]:
+    """What best.json says: the results without the list of all trials."""
+    told = dataclasses.asdict(results)
+    del told["trials"]
+    return told
+
+
+def trials_csv(results: Results) -> str:
+    """A line per trial; parameters that a trial does not have are empty."""
+    params = list(dict.fromkeys(key for row in results.trials for key in row.params))
+    heads = ["number", "state", *(g.metric for g in results.goals), *params]
+    heads += ["counted", "feasible", "step", "steps", "seconds", "run_ids", "reason"]
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(heads)
+    for row in results.trials:
+        values = row.values or [""] * len(results.goals)
+        chosen = [row.params.get(key, "") for key in params]
+        ids = " ".join(run.run_id for run in row.runs)
+        ends = [row.counted, row.feasible, row.step, row.steps, row.seconds, ids, row.reason or ""]
+        table.writerow([row.number, row.state, *values, *chosen, *ends])
+    return text.getvalue()
+
+
+def experiment_text(
+    results: Results, *, number: int, name: str | None, output_dir: Path | str
+) -> str | None:
+    """A trial as an experiment file; None where its run directories are gone."""
+    row = results.trial(number)
+    config = config_of(row, output_dir=output_dir)
+    if config is None:
+        return None
+    keys, metrics = ", ".join(row.params), " and ".join(g.metric for g in results.goals)
+    told = [
+        f"{goal.metric} {value:.6g}"
+        for goal, value in zip(results.goals, row.values or [], strict=False)
+    ]
+    count = f"{len(row.runs)} seed" + ("s" if len(row.runs) != 1 else "")
+    return recipe.experiment_yaml(
+        config,
+        name=name or file_name(results.name),
+        question=f"which {keys} give the best {metrics}?",
+        source=[
+            f"trial {number} of search {results.name} ({results.n_trials} trials, {count} each)",
+            *([f"found {', '.join(told)}"] if told else []),
+        ],
+    )
+
+
+def file_name(name: str) -> str:
+    """A study's name as that of an option of a config group."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)

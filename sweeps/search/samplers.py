@@ -1,0 +1,203 @@
+"""Optuna's samplers and pruners by name, their options checked against what they accept."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from relora_core.config import ConfigError, nearest
+from sweeps.search.config import SearchConfig
+from sweeps.search.space import Choice, Dimension, Int
+
+_SAMPLERS: dict[str, type[optuna.samplers.BaseSampler]] = {
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+    "cmaes": optuna.samplers.CmaEsSampler,
+    "gp": optuna.samplers.GPSampler,
+    "qmc": optuna.samplers.QMCSampler,
+    "grid": optuna.samplers.GridSampler,
+    "nsgaii": optuna.samplers.NSGAIISampler,
+    "nsgaiii": optuna.samplers.NSGAIIISampler,
+}
+_PRUNERS: dict[str, type[optuna.pruners.BasePruner]] = {
+    "none": optuna.pruners.NopPruner,
+    "median": optuna.pruners.MedianPruner,
+    "asha": optuna.pruners.SuccessiveHalvingPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "percentile": optuna.pruners.PercentilePruner,
+    "wilcoxon": optuna.pruners.WilcoxonPruner,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tpe": {"multivariate": True, "group": True},
+    "qmc": {"warn_asynchronous_seeding": False, "warn_independent_sampling": False},
+    "gp": {"warn_independent_sampling": False},
+    "cmaes": {"warn_independent_sampling": False},
+}
+_NOT_TEXT = (
+    "after_trial_strategy",
+    "child_generation_strategy",
+    "constraints_func",
+    "crossover",
+    "elite_population_selection_strategy",
+    "gamma",
+    "independent_sampler",
+    "mutation",
+    "reference_points",
+    "search_space",
+    "source_trials",
+    "weights",
+)
+"""Options that are objects, or that the search sets itself."""
+_SINGLE = ("cmaes",)
+"""Samplers for one objective only."""
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """What Optuna calls a dimension."""
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution([encode(value) for value in dimension.values])
+    if isinstance(dimension, Int):
+        high = dimension.high - (dimension.high - dimension.low) % dimension.step
+        return IntDistribution(dimension.low, high, log=dimension.log, step=dimension.step)
+    finite = dimension.finite() if dimension.step is not None else None
+    high = finite[-1] if finite else dimension.high
+    with warnings.catch_warnings():  # it may find the last digit of `high` to be no multiple
+        warnings.simplefilter("ignore", UserWarning)
+        return FloatDistribution(dimension.low, high, log=dimension.log, step=dimension.step)
+
+
+def suggest(trial: optuna.trial.Trial, key: str, dimension: Dimension) -> Any:
+    """The trial's value at `key`, drawn now if it has none yet."""
+    drawn = distribution(dimension)
+    if isinstance(drawn, CategoricalDistribution):
+        return decode(dimension, trial.suggest_categorical(key, drawn.choices))
+    if isinstance(drawn, IntDistribution):
+        return trial.suggest_int(key, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
+    assert isinstance(drawn, FloatDistribution)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        value = trial.suggest_float(key, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
+    return value if drawn.step is None else dimension.nearest(value)
+
+
+def encode(value: Any) -> Any:
+    """Lists are stored as text: Optuna keeps plain values only."""
+    return value if isinstance(value, _PLAIN) else repr(value)
+
+
+def decode(dimension: Dimension, stored: Any) -> Any:
+    """Inverse of `encode`."""
+    if isinstance(dimension, Choice):
+        return next(
+            v for v in dimension.values if encode(v) is stored or repr(encode(v)) == repr(stored)
+        )
+    return stored
+
+
+def make_sampler(
+    config: SearchConfig, *, space: Mapping[str, Dimension], draw: int
+) -> optuna.samplers.BaseSampler:
+    """The sampler for the draw of this number. Each draw has a seed of its own: processes that
+    began alike would all draw the same."""
+    name, options = config.sampler["name"], _options(config.sampler)
+    own = (config.seed * 1_000_003 + draw) % 2**32
+    if name == "grid":
+        options["search_space"] = _grid(space)
+    if name == "qmc":
+        options["independent_sampler"] = optuna.samplers.RandomSampler(seed=own)
+    options["seed"] = config.seed if name in ("grid", "qmc") else own
+    return _make("search.sampler", _SAMPLERS[name], options)
+
+
+def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
+    name = config.pruner["name"]
+    return _make("search.pruner", _PRUNERS[name], _options(config.pruner))
+
+
+def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> None:
+    """ConfigError where the sampler or pruner cannot be made, or cannot do this search."""
+    name = config.sampler["name"]
+    _check_options("search.sampler", config.sampler, _SAMPLERS[name], given=("seed",))
+    _check_options("search.pruner", config.pruner, _PRUNERS[config.pruner["name"]])
+    if name in _SINGLE and len(config.objectives) > 1:
+        raise ConfigError(
+            f"search.sampler must be tpe, gp, nsgaii or random with {len(config.objectives)} "
+            f"objectives, got {name!r}"
+        )
+    if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
+        raise ConfigError(
+            "search.sampler must be one whose packages are installed, got 'cmaes'; "
+            "pip install cmaes"
+        )
+    make_sampler(config, space=space, draw=0)
+    make_pruner(config)
+
+
+def grid_size(space: Mapping[str, Dimension]) -> int:
+    """Points of the full grid."""
+    size = 1
+    for values in _grid(space).values():
+        size *= len(values)
+    return size
+
+
+def _grid(space: Mapping[str, Dimension]) -> dict[str, list[Any]]:
+    grid = {}
+    for key, dimension in space.items():
+        values = dimension.finite()
+        if values is None:
+            raise ConfigError(
+                f"search.space.{key} must be a finite list for search.sampler=grid, got "
+                f"{dimension.text()}"
+            )
+        grid[key] = [encode(value) for value in values]
+    return grid
+
+
+def _options(named: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in named.items() if key != "name"}
+    return _DEFAULTS.get(named["name"], {}) | given
+
+
+def _check_options(
+    key: str, named: Mapping[str, Any], cls: type, *, given: tuple[str, ...] = ()
+) -> None:
+    """`given` are options that the search sets itself."""
+    known = {
+        p.name: p
+        for p in inspect.signature(cls.__init__).parameters.values()
+        if p.name not in ("self", *_NOT_TEXT, *given)
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    for option in named:
+        if option != "name" and option not in known:
+            told = ", ".join(known) or "it has none"
+            raise ConfigError(
+                f"{key}.{option} must be an option of {named['name']} ({told}), got "
+                f"{named[option]!r}.{nearest(option, list(known))}"
+            )
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in named:
+            raise ConfigError(f"{key}.{name} must be set for {named['name']}, got nothing")
+
+
+def _make(key: str, cls: type, options: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():  # `group` and some samplers call themselves experimental
+        warnings.simplefilter("ignore")
+        try:
+            return cls(**options)
+        except (TypeError, ValueError, AssertionError) as error:
+            line = " ".join(str(error).split())
+            raise ConfigError(f"{key} must be options that {cls.__name__} takes: {line}") from None

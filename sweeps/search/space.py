@@ -1,0 +1,326 @@
+"""The space that a search draws from, in a form that knows neither Hydra nor how to sample.
+
+Hydra's grammar is parsed on the porch; Optuna's distributions are made in `study.py` from these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from relora_core.config import ConfigError, RunConfig, applies, get, nearest, walk
+
+MAX_FINITE = 10_000
+"""More values than this are no grid."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Choice:
+    """One of these, in no order."""
+
+    values: list[Any]
+
+    def finite(self) -> list[Any] | None:
+        return self.values
+
+    def contains(self, value: Any) -> bool:
+        return _plain(value) in map(_plain, self.values)
+
+    def nearest(self, value: Any) -> Any:
+        """The value of this dimension closest to one that it does not contain; None: unclear."""
+        return None
+
+    def text(self) -> str:
+        """As the user would write it."""
+        return f"choice({', '.join(map(_word, self.values))})"
+
+
+@dataclass(kw_only=True, slots=True)
+class Int:
+    """low, low + step, ... <= high."""
+
+    low: int
+    high: int
+    step: int = 1
+    log: bool = False
+
+    def finite(self) -> list[Any] | None:
+        count = (self.high - self.low) // self.step + 1
+        return list(range(self.low, self.high + 1, self.step)) if count <= MAX_FINITE else None
+
+    def contains(self, value: Any) -> bool:
+        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
+        return whole and self.low <= value <= self.high and (value - self.low) % self.step == 0
+
+    def nearest(self, value: Any) -> Any:
+        most = (self.high - self.low) // self.step
+        inside = min(max(value, self.low), self.high)
+        return self.low + self.step * min(round((inside - self.low) / self.step), most)
+
+    def text(self) -> str:
+        if self.step > 1:
+            return f"range({self.low}, {self.high + 1}, {self.step})"
+        interval = f"int(interval({self.low}, {self.high}))"
+        return f"tag(log, {interval})" if self.log else interval
+
+
+@dataclass(kw_only=True, slots=True)
+class Float:
+    """[low, high], or low, low + step, ... <= high."""
+
+    low: float
+    high: float
+    step: float | None = None
+    log: bool = False
+
+    def finite(self) -> list[Any] | None:
+        if self.step is None or (self.high - self.low) / self.step >= MAX_FINITE:
+            return None
+        return [self._at(i) for i in range(self._steps + 1)]
+
+    def contains(self, value: Any) -> bool:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        inside = self.low <= value <= self.high
+        return inside and (self.step is None or math.isclose(value, self.nearest(value)))
+
+    def nearest(self, value: Any) -> Any:
+        inside = min(max(value, self.low), self.high)
+        if self.step is None:
+            return inside
+        return self._at(min(round((inside - self.low) / self.step), self._steps))
+
+    def text(self) -> str:
+        if self.step is not None:
+            return f"range({self.low:g}, {self.high:g}, {self.step:g})"
+        interval = f"interval({self.low:g}, {self.high:g})"
+        return f"tag(log, {interval})" if self.log else interval
+
+    def _at(self, index: int) -> float:
+        """0.3 and not 0.30000000000000004, which would be another run."""
+        return float(Decimal(str(self.low)) + index * Decimal(str(self.step)))
+
+    @property
+    def _steps(self) -> int:
+        assert self.step is not None
+        return math.floor((self.high - self.low) / self.step + 1e-9)
+
+
+Dimension = Choice | Int | Float
+
+
+def _plain(value: Any) -> str:
+    """4 and 4.0 are one value, 1 and true are two."""
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# disk -------------------------------------------------------------------------------------------
+def to_json(dimension: Dimension) -> dict[str, Any]:
+    return {"kind": type(dimension).__name__.lower(), **dataclasses.asdict(dimension)}
+
+
+def from_json(raw: Mapping[str, Any]) -> Dimension:
+    kinds = {"choice": Choice, "int": Int, "float": Float}
+    return kinds[raw["kind"]](**{key: value for key, value in raw.items() if key != "kind"})
+
+
+# checks -----------------------------------------------------------------------------------------
+def check_dimension(key: str, dimension: Dimension) -> None:
+    """ConfigError, naming search.space.<key>, where nothing could be drawn from it."""
+    name = f"search.space.{key}"
+    if isinstance(dimension, Choice):
+        words = [_plain(value) for value in dimension.values]
+        if not words:
+            raise ConfigError(f"{name} must have at least one value, got choice()")
+        if twice := [word for word in words if words.count(word) > 1]:
+            raise ConfigError(f"{name} must have different values, got {twice[0]} twice")
+        return
+    low, high, step = dimension.low, dimension.high, dimension.step
+    if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+        swapped = f"; nearest valid: {high} to {low}" if low > high else ""
+        raise ConfigError(f"{name} must have low < high, got {low} to {high}{swapped}")
+    if dimension.log and low <= 0:
+        raise ConfigError(
+            f"{name} must have low > 0 on a log scale, got {low}; nearest valid: "
+            f"{1 if isinstance(dimension, Int) else f'{high / 1e3:g}'}, or no tag(log, ...)"
+        )
+    if step is not None and not 0 < step <= high - low:
+        raise ConfigError(f"{name} must have a step in (0, {high - low:g}], got {step}")
+    if dimension.log and step not in (None, 1):
+        raise ConfigError(f"{name} must have no step on a log scale, got {step}")
+
+
+def check_space(
+    space: Mapping[str, Dimension],
+    *,
+    groups: Sequence[str],
+    when: Mapping[str, str],
+    config: RunConfig,
+) -> None:
+    """ConfigError at the first key that is no knob, or whose values are not of its type."""
+    if not space:
+        raise ConfigError("search.space must have at least one key, got nothing")
+    for key, dimension in space.items():
+        check_dimension(key, dimension)
+        if key in groups:
+            if not isinstance(dimension, Choice):
+                raise ConfigError(
+                    f"search.space.{key} must be a choice() of options, got {dimension.text()}"
+                )
+            continue
+        _check_key(key, config)
+        _check_type(key, dimension)
+    for key, text in when.items():
+        if key not in space:
+            raise ConfigError(
+                f"search.when.{key} must be a key of search.space, got {key!r}."
+                f"{nearest(key, list(space))}"
+            )
+        needed, _ = condition(key, text)
+        if needed not in space and needed not in knobs(config):
+            raise ConfigError(
+                f"search.when.{key} must ask for a key of search.space or a knob, got {needed!r}."
+                f"{nearest(needed, [*space, *knobs(config)])}"
+            )
+    ordered(space, groups=groups, when=when)
+
+
+def knobs(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> metadata of every knob."""
+    return {key: f.metadata for key, f, _ in walk(config)}
+
+
+def _check_key(key: str, config: RunConfig) -> None:
+    known = knobs(config)
+    if key not in known:
+        raise ConfigError(
+            f"search.space.{key} must be a knob or a group, got {key!r}.{nearest(key, list(known))}"
+        )
+    if key == "seed":
+        raise ConfigError("search.space.seed must not be searched; search.seeds are averaged over")
+    if not known[key].get("scientific", True):
+        raise ConfigError(
+            f"search.space.{key} must be a knob that changes what is computed, got {key!r}"
+        )
+
+
+def _check_type(key: str, dimension: Dimension) -> None:
+    types = _types(key)
+    if isinstance(dimension, Float) and float not in types and not {list, str} & types:
+        raise ConfigError(
+            f"search.space.{key} must give integers, got {dimension.text()}; nearest valid: "
+            f"int({dimension.text()})"
+        )
+    values = dimension.values if isinstance(dimension, Choice) else [dimension.low]
+    for value in values:
+        convert(key, value, name=f"search.space.{key}")
+
+
+def convert(key: str, value: Any, *, name: str) -> Any:
+    """`value` in the type of the knob: a float 1 is 1.0, or runs of one setting would differ."""
+    types = _types(key)
+    if type(value) in types or (value is None and type(None) in types):
+        return value
+    if float in types and type(value) is int:
+        return float(value)
+    if int in types and type(value) is float and value.is_integer():
+        return int(value)
+    names = ", ".join(sorted("null" if t is type(None) else t.__name__ for t in types))
+    raise ConfigError(f"{name} must be {names}, got {value!r}")
+
+
+@cache
+def _types(key: str) -> frozenset[type]:
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part]
+    union = get_origin(kind) in (Union, UnionType)
+    return frozenset(get_origin(k) or k for k in (get_args(kind) if union else [kind]))
+
+
+# conditions -------------------------------------------------------------------------------------
+def condition(key: str, text: str) -> tuple[str, list[str]]:
+    """`method=relora,lora` -> what must have one of which values."""
+    needed, sign, values = str(text).partition("=")
+    words = [word.strip() for word in values.split(",")]
+    if not sign or not needed.strip() or not all(words):
+        raise ConfigError(
+            f"search.when.{key} must be KEY=VALUE[,VALUE], like method=relora,lora, got {text!r}"
+        )
+    return needed.strip(), words
+
+
+def ordered(
+    space: Mapping[str, Dimension], *, groups: Sequence[str], when: Mapping[str, str]
+) -> list[str]:
+    """Keys in the order to draw them: groups first, each after what its condition asks for.
+
+    What the knobs themselves depend on (method, kind of data) comes right after the groups.
+    """
+    early = ("method", "data.kind")
+    left = sorted(space, key=lambda key: (key not in groups, key not in early))
+    done: list[str] = []
+    while left:
+        ready = [key for key in left if _needs(key, space, when) in (None, *done)]
+        if not ready:
+            circle = ", ".join(f"{key}: {when[key]}" for key in left)
+            raise ConfigError(f"search.when must not go in circles, got {circle}")
+        done.append(ready[0])
+        left.remove(ready[0])
+    return done
+
+
+def _needs(key: str, space: Mapping[str, Dimension], when: Mapping[str, str]) -> str | None:
+    needed = condition(key, when[key])[0] if key in when else None
+    return needed if needed in space else None
+
+
+def is_active(
+    key: str,
+    *,
+    params: Mapping[str, Any],
+    space: Mapping[str, Dimension],
+    when: Mapping[str, str],
+    config: RunConfig,
+    group: bool,
+) -> bool:
+    """Whether `key` is to be drawn after `params`; `config` has them set."""
+    if key in when:
+        needed, words = condition(key, when[key])
+        if needed in space:
+            if needed not in params or _word(params[needed]) not in words:
+                return False
+        elif _word(get(config, needed)) not in words:
+            return False
+    return group or applies(knobs(config)[key], config)
+
+
+# a point ----------------------------------------------------------------------------------------
+def base_key(choices: Mapping[str, Any]) -> str:
+    """`method=relora,model=tiny`, sorted by group; empty without groups."""
+    return ",".join(f"{group}={choices[group]}" for group in sorted(choices))
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """A copy with values set at dotted keys, in the types of their knobs; not validated."""
+    for key, value in values.items():
+        config = _replaced(config, key.split("."), convert(key, value, name=key))
+    return config
+
+
+def _replaced(section: Any, path: list[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _replaced(getattr(section, path[0]), path[1:], value)
+    return dataclasses.replace(section, **{path[0]: value})

@@ -1,0 +1,161 @@
+"""study.json: all that a worker must know of a search, so that no worker needs Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from experiments.identity import config_from_json, scientific
+from relora_core import atomic
+from relora_core.config import ConfigError, RunConfig, nearest
+from sweeps.search import samplers
+from sweeps.search.config import CHANGEABLE, Objective, SearchConfig, normalise
+from sweeps.search.space import (
+    Choice,
+    Dimension,
+    base_key,
+    check_space,
+    from_json,
+    to_json,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Spec:
+    """A search in full."""
+
+    config: SearchConfig
+    """Normalised."""
+    space: dict[str, Dimension]
+    groups: list[str] = field(default_factory=list)
+    """Keys of `space` that choose options of conf/."""
+    bases: dict[str, RunConfig]
+    """base_key(choices of all groups) -> config, completed; what is searched is set on a copy."""
+    command: str = ""
+    """Of the newest launch."""
+    id: str = ""
+    """Tells studies of one name apart; given when the study is created."""
+
+    # disk ---------------------------------------------------------------------------------------
+    def write(self, path: Path) -> None:
+        raw = {
+            "id": self.id,
+            "command": self.command,
+            "config": dataclasses.asdict(self.config),
+            "groups": self.groups,
+            "space": {key: to_json(dimension) for key, dimension in self.space.items()},
+            "bases": {key: dataclasses.asdict(config) for key, config in self.bases.items()},
+        }
+        atomic.write_json(path, raw)
+
+    @classmethod
+    def read(cls, path: Path) -> Spec:
+        """ConfigError where the file is missing or is none."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                config=normalise(raw["config"]),
+                space={key: from_json(one) for key, one in raw["space"].items()},
+                groups=raw["groups"],
+                bases={k: config_from_json(json.dumps(one)) for k, one in raw["bases"].items()},
+                command=raw["command"],
+                id=raw["id"],
+            )
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path.parents[1].name} must be a search, but has no {path}"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} must be a search as this version writes it ({error!r}); move it away to "
+                "begin anew"
+            ) from None
+
+    # checks -------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """ConfigError at the first thing that could not be searched; touches no disk."""
+        when = self.config.when
+        for config in self.bases.values():
+            check_space(self.space, groups=self.groups, when=when, config=config)
+        for key in self._base_keys():
+            assert key in self.bases, f"no base config for {key!r}"
+        samplers.check_search(self.config, space=self.space)
+        for index, entry in enumerate(self.config.enqueue):
+            self._check_enqueued(entry, name=f"search.enqueue[{index}]")
+
+    def _base_keys(self) -> Iterator[str]:
+        options = [self.space[group].finite() or [] for group in self.groups]
+        for chosen in itertools.product(*options):
+            yield base_key(dict(zip(self.groups, chosen, strict=True)))
+
+    def _check_enqueued(self, entry: dict[str, Any], *, name: str) -> None:
+        for key, value in entry.items():
+            if key not in self.space:
+                raise ConfigError(
+                    f"{name} must hold keys of search.space, got {key!r}."
+                    f"{nearest(key, list(self.space))}"
+                )
+            dimension = self.space[key]
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not dimension.contains(value):
+                near = dimension.nearest(value) if number else None
+                hint = "" if near is None else f"; nearest valid: {near:.12g}"
+                raise ConfigError(
+                    f"{name}: {key} must lie in {dimension.text()}, got {value!r}{hint}"
+                )
+        missing = [key for key in self.space if key not in entry]
+        if missing and self.config.sampler["name"] == "grid":
+            raise ConfigError(f"{name} must set {missing[0]} too where search.sampler is grid")
+
+    def enqueued(self) -> list[dict[str, Any]]:
+        """search.enqueue as Optuna stores values."""
+        return [
+            {key: self._stored(key, value) for key, value in entry.items()}
+            for entry in self.config.enqueue
+        ]
+
+    def _stored(self, key: str, value: Any) -> Any:
+        dimension = self.space[key]
+        if isinstance(dimension, Choice):
+            same = [v for v in dimension.values if Choice(values=[v]).contains(value)]
+            return samplers.encode(same[0])
+        return type(dimension.low)(value)
+
+    # continuing ---------------------------------------------------------------------------------
+    def named(self, id_: str) -> Spec:
+        return dataclasses.replace(self, id=id_)
+
+    def continued(self, new: Spec) -> Spec:
+        """`new` as the next command of this study; ConfigError where it is another search."""
+        for key in dict.fromkeys([*self.space, *new.space]):
+            before, now = self.space.get(key), new.space.get(key)
+            if before != now:
+                _refuse(f"search.space.{key}", before and before.text(), now and now.text())
+        for f in fields(SearchConfig):
+            before, now = getattr(self.config, f.name), getattr(new.config, f.name)
+            if f.name not in (*CHANGEABLE, "space") and before != now:
+                _refuse(f"search.{f.name}", _words(before), _words(now))
+        for key, config in self.bases.items():
+            before, now = scientific(config), scientific(new.bases[key])
+            for knob in dict.fromkeys([*before, *now]):
+                if before.get(knob) != now.get(knob) and knob not in (*self.space, "seed"):
+                    _refuse(knob, before.get(knob), now.get(knob))
+        return dataclasses.replace(new, id=self.id)
+
+
+def _refuse(key: str, before: Any, now: Any) -> None:
+    raise ConfigError(
+        f"{key} must stay {before} in a study that has begun, got {now}; another sweep.name begins "
+        "a new study"
+    )
+
+
+def _words(value: Any) -> Any:
+    if isinstance(value, list):
+        return [one.text() if isinstance(one, Objective) else one for one in value]
+    return value

@@ -1,0 +1,387 @@
+"""A study on disk: who may take which trial, and what the trials came to. No process drives it.
+
+    output_dir/sweeps/<name>/study/study.json    Spec: search, space, base configs, command
+                                  /journal.log   Optuna's journal, unless search.storage names a DB
+                                  /.lock         held by whoever takes a trial
+
+Each process that works for the study asks it for a trial when it has none, reports, and tells.
+Trials that n_trials does not count: points drawn and at once refused (`refused` in their user
+attributes), such as one that was tried before or that breaks a constraint on its cost, for which
+another is drawn; and those that were given up uncounted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from relora_core.config import ConfigError
+from sweeps.search import draws, journal, samplers
+from sweeps.search.config import SearchConfig
+from sweeps.search.spec import Spec
+from sweeps.search.trial import Trial, Worker, from_record, is_begun, read_records
+
+MAX_ADOPTIONS = 10
+"""A trial whose worker vanished so often has itself to blame."""
+
+Result = TypeVar("Result")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def study_folder(output_dir: Path | str, *, name: str) -> Path:
+    return Path(output_dir) / "sweeps" / name / "study"
+
+
+class Study:
+    """One search. Many processes have it open at once."""
+
+    def __init__(self, folder: Path | str, spec: Spec) -> None:
+        self.folder, self.spec = Path(folder).absolute(), spec
+        self._study: optuna.Study | None = None
+        self._inode = 0
+        self._locked = False
+
+    @classmethod
+    def open(cls, folder: Path | str, *, create: Spec | None = None) -> Study:
+        """The study in `folder`; with `create`, made or continued (then ConfigError where it asks
+        for something else than before). A lost or damaged journal is rebuilt."""
+        path = Path(folder) / "study.json"
+        if create is None:
+            study = cls(folder, Spec.read(path))
+            study._load()
+            return study
+        create.check()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with journal.only_one(path.parent / ".lock"):
+            old = Spec.read(path) if path.exists() else None
+            spec = old.continued(create) if old else create.named(secrets.token_hex(4))
+            spec.write(path)
+        study = cls(folder, spec)
+        study._load()
+        study._enqueue()
+        return study
+
+    name = property(lambda self: self.folder.parent.name)
+    output_dir = property(lambda self: self.folder.parents[2])
+    journal_path = property(lambda self: self.folder / "journal.log")
+
+    @property
+    def config(self) -> SearchConfig:
+        return self.spec.config
+
+    # storage ------------------------------------------------------------------------------------
+    @property
+    def optuna(self) -> optuna.Study:
+        """The optuna.Study, for reading: best_trial(s), trials, plots."""
+        if self._study is None or self._replaced():
+            self._load()
+        assert self._study is not None
+        return self._study
+
+    def _replaced(self) -> bool:
+        """Whether another process has rebuilt the journal, or it is gone."""
+        if self.config.storage:
+            return False
+        try:
+            return self.journal_path.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
+    def _load(self) -> None:
+        with self._alone():
+            records = read_records(self.output_dir, study_id=self.spec.id)
+            if self.config.storage:
+                self._study = self._attached(optuna.storages.get_storage(self.config.storage))
+                if not self._study.get_trials(deepcopy=False):
+                    self._fill(self._study, records)
+                return
+            existed = self.journal_path.exists()
+            why = journal.damage(self.journal_path) or self._attach_journal(records)
+            if why:
+                if existed or records:
+                    print(
+                        f"warning: {self.journal_path}: {why}; rebuilt with {len(records)} trials "
+                        "from the run directories",
+                        file=sys.stderr,
+                    )
+                self._restore(records)
+            self._catch_up(records)
+
+    def _catch_up(self, records: Mapping[int, dict[str, Any]]) -> None:
+        """Write down again what a process was killed in telling: the journal hears of it first."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        for number, record in records.items():
+            frozen = trials[number]
+            if frozen.state.is_finished() and frozen.state.name != record["state"]:
+                self._trial(frozen).write_records()
+
+    def _attach_journal(self, records: Mapping[int, dict[str, Any]]) -> str | None:
+        """Open the journal; in words why not. Records are older than what is read here."""
+        try:
+            self._inode = self.journal_path.stat().st_ino
+            self._study = self._attached(journal.journal_storage(self.journal_path))
+            return _behind(self._study, records)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
+            return f"it does not replay ({type(e).__name__})"
+
+    def _attached(self, storage: Any) -> optuna.Study:
+        common = {
+            "storage": storage,
+            "study_name": f"{self.name}.{self.spec.id}",
+            "sampler": optuna.samplers.RandomSampler(),  # _point() sets its own
+            "pruner": samplers.make_pruner(self.config),
+        }
+        try:
+            return optuna.load_study(**common)  # creating writes, even where there is one
+        except KeyError:
+            directions = [objective.direction for objective in self.config.objectives]
+            return optuna.create_study(**common, directions=directions)
+
+    def _restore(self, records: Mapping[int, dict[str, Any]]) -> None:
+        """A journal with these trials in the place of whatever there is."""
+        new = self.journal_path.with_name("journal.new")
+        new.unlink(missing_ok=True)
+        new.touch()
+        self._fill(self._attached(journal.journal_storage(new)), records)
+        journal.set_aside(self.journal_path)
+        new.rename(self.journal_path)
+        assert self._attach_journal(records) is None
+        self._enqueue()
+
+    def _fill(self, study: optuna.Study, records: Mapping[int, dict[str, Any]]) -> None:
+        for number in range(max(records, default=-1) + 1):
+            study.add_trial(from_record(records[number]) if number in records else _lost(number))
+
+    def _enqueue(self) -> None:
+        """Queue the settings of search.enqueue that are not there yet."""
+        with self._alone():
+            study = self.optuna
+            queued = [t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)]
+            for entry in self.spec.enqueued():
+                if entry not in queued:
+                    study.enqueue_trial(entry)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time takes trials or mends the journal."""
+        if self._locked:
+            yield
+            return
+        with journal.only_one(self.folder / ".lock"):
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    def _mending(self, action: Callable[[], Result]) -> Result:
+        """Once more where the journal turned out to be damaged under way."""
+        try:
+            return action()
+        except (ValueError, KeyError, AssertionError):
+            self._study = None
+            return action()
+
+    # taking -------------------------------------------------------------------------------------
+    def take(
+        self, worker: Worker, *, gone: Callable[[Worker], bool] = lambda worker: False
+    ) -> Trial | None:
+        """The trial that this worker is to run: its own, an orphan's, or a new one; None: enough.
+
+        `gone` says of another worker that it has ended for certain; it is asked outside the lock.
+        """
+        return self._mending(lambda: self._take(worker, self._orphans(gone)))
+
+    def _take(self, worker: Worker, orphans: dict[int, Any]) -> Trial | None:
+        with self._alone():
+            for frozen in self._running():
+                holder = frozen.user_attrs["worker"]
+                mine = worker.is_same(Worker(**holder))
+                if not mine and orphans.get(frozen.number) != holder:
+                    continue
+                if trial := self._adopt(frozen, worker, mine=mine):
+                    return trial
+            while self.left():
+                if trial := draws.draw(self, worker):
+                    return trial
+            return None
+
+    def _orphans(self, gone: Callable[[Worker], bool]) -> dict[int, Any]:
+        """Number -> worker of the running trials whose worker has ended."""
+        holders = {frozen.number: frozen.user_attrs["worker"] for frozen in self._running()}
+        return {n: holder for n, holder in holders.items() if gone(Worker(**holder))}
+
+    def _adopt(self, frozen: FrozenTrial, worker: Worker, *, mine: bool) -> Trial | None:
+        """The same trial goes on, from its runs' checkpoints."""
+        handle, adoptions = self.handle(frozen), frozen.user_attrs.get("adoptions", 0)
+        trial = self._trial(frozen)
+        if mine:
+            handle.set_user_attr("worker", dataclasses.asdict(worker))
+            return trial
+        if adoptions >= MAX_ADOPTIONS:
+            trial.fail(f"its worker vanished {adoptions + 1} times")
+            return None
+        handle.set_user_attr("adoptions", adoptions + 1)
+        handle.set_user_attr("worker", dataclasses.asdict(worker))
+        return trial
+
+    # telling ------------------------------------------------------------------------------------
+    def frozen(self, number: int) -> FrozenTrial:
+        """What the storage knows of a trial."""
+        return self._mending(lambda: self.optuna.get_trials(deepcopy=False)[number])
+
+    def handle(self, frozen: FrozenTrial) -> optuna.trial.Trial:
+        """To write to a trial, whichever process began it."""
+        return optuna.trial.Trial(self.optuna, frozen._trial_id)
+
+    def report(self, number: int, *, step: int, value: float) -> None:
+        """See Trial.report."""
+
+        def act() -> None:
+            frozen = self.frozen(number)
+            if step not in frozen.intermediate_values and frozen.state == TrialState.RUNNING:
+                self.handle(frozen).report(value, step)
+
+        self._mending(act)
+
+    def should_prune(self, number: int) -> bool:
+        """See Trial.should_prune."""
+        if len(self.config.objectives) > 1:
+            return False
+        return self._mending(lambda: self.handle(self.frozen(number)).should_prune())
+
+    def tell(
+        self,
+        number: int,
+        *,
+        state: TrialState,
+        values: Sequence[float] | None = None,
+        constraints: Mapping[str, float] | None = None,
+        by_seed: Mapping[str, list[float]] | None = None,
+        reason: str | None = None,
+        counted: bool = True,
+    ) -> None:
+        """End a trial; one that has ended stays as it is."""
+        said: dict[str, Any] = {"reason": reason, "by_seed": by_seed}
+        said |= {} if counted else {"counted": False}
+
+        def act() -> None:
+            frozen = self.frozen(number)
+            if frozen.state.is_finished():
+                return
+            handle = self.handle(frozen)
+            for key, value in said.items():
+                if value is not None:
+                    handle.set_user_attr(key, value)
+            for key, value in (constraints or {}).items():
+                if key not in frozen.constraints:
+                    handle.set_constraint(key, value)
+            finished = values if state == TrialState.COMPLETE else None
+            self.optuna.tell(number, values=finished, state=state, skip_if_finished=True)
+
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._mending(act)
+
+    # looking ------------------------------------------------------------------------------------
+    def trials(self) -> list[FrozenTrial]:
+        """Those that count towards n_trials."""
+        found = self._mending(lambda: self.optuna.get_trials(deepcopy=False))
+        return [t for t in found if _counts(t)]
+
+    def _running(self) -> list[FrozenTrial]:
+        return [t for t in self.trials() if t.state == TrialState.RUNNING]
+
+    def running(self) -> list[Trial]:
+        """Trials that are given to a worker, which may have ended without a word."""
+        return [self._trial(frozen) for frozen in self._running()]
+
+    def _trial(self, frozen: FrozenTrial) -> Trial:
+        return Trial(study=self, number=frozen.number, params=frozen.user_attrs["params"])
+
+    def counts(self) -> dict[str, int]:
+        """State -> trials that count towards n_trials."""
+        states = [frozen.state.name for frozen in self.trials()]
+        return {state: states.count(state) for state in dict.fromkeys(states)}
+
+    def left(self) -> int:
+        """Trials still to be begun."""
+        if draws.grid_is_done(self):
+            return 0
+        return max(self.config.n_trials - len(self.trials()), 0)
+
+    def done(self) -> bool:
+        """Nothing left to begin and nothing running."""
+        return self.left() == 0 and not self._running()
+
+    def reap(self, gone: Callable[[Worker], bool]) -> list[int]:
+        """Fail, uncounted, the running trials whose worker is gone."""
+        orphans = self._orphans(gone)
+        with self._alone():
+            reaped = [
+                frozen
+                for frozen in self._running()
+                if orphans.get(frozen.number) == frozen.user_attrs["worker"]
+            ]
+            for frozen in reaped:
+                self._trial(frozen).fail("its worker is gone", counted=False)
+        return [frozen.number for frozen in reaped]
+
+    def failures(self) -> list[str]:
+        """Reasons of the newest failed trials in a row, newest first."""
+        ended = [
+            t for t in self.trials() if t.state.is_finished() and "refused" not in t.user_attrs
+        ]
+        reasons = []
+        for frozen in sorted(ended, key=lambda t: t.datetime_complete or t.number, reverse=True):
+            if frozen.state != TrialState.FAIL:
+                break
+            reasons.append(frozen.user_attrs.get("reason", "no reason given"))
+        return reasons
+
+
+def rebuild(folder: Path | str) -> Study:
+    """A new journal from RUN_DIR/trial.json files; the old one is kept aside."""
+    study = Study(folder, Spec.read(Path(folder) / "study.json"))
+    if study.config.storage:
+        raise ConfigError(
+            f"search.storage must be null for a journal to rebuild, got {study.config.storage!r}"
+        )
+    with study._alone():
+        study._restore(read_records(study.output_dir, study_id=study.spec.id))
+    return study
+
+
+def _counts(frozen: FrozenTrial) -> bool:
+    if frozen.state == TrialState.WAITING or not frozen.user_attrs.get("counted", True):
+        return False
+    return frozen.state.is_finished() or is_begun(frozen)
+
+
+def _behind(study: optuna.Study, records: Mapping[int, dict[str, Any]]) -> str | None:
+    """In words: a trial that the run directories know better than the journal."""
+    trials = study.get_trials(deepcopy=False)
+    for number, record in records.items():
+        if number >= len(trials):
+            return f"it lacks trial {number}"
+        known = trials[number]
+        ended = TrialState[record["state"]].is_finished()
+        if known.params != record["stored"] or (ended and not known.state.is_finished()):
+            return f"it is behind in trial {number}"
+    return None
+
+
+def _lost(number: int) -> FrozenTrial:
+    """Stands for a trial that no run directory knows, so that the others keep their numbers."""
+    trial = optuna.trial.create_trial(
+        state=TrialState.FAIL, user_attrs={"counted": False, "reason": "lost with the journal"}
+    )
+    trial.number = number
+    return trial

@@ -1,0 +1,225 @@
+"""A trial: one point of the space, run at each of its seeds, and what it says to the study.
+
+RUN_DIR/trial.json holds all that the study knows of the trial, so that a lost journal can be
+rebuilt; where several trials met one run, the newest, with the `earlier` ones in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.trial import FrozenTrial, TrialState
+
+from experiments.identity import run_id
+from experiments.run_dir import RunDir, runs_folder
+from relora_core import atomic
+from relora_core.config import RunConfig
+from sweeps.search.objective import Verdict, judge
+from sweeps.search.space import base_key, with_values
+
+if TYPE_CHECKING:
+    from sweeps.search.study import Spec, Study
+
+RECORD = "trial.json"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Worker:
+    """The process that a trial was given to."""
+
+    host: str
+    pid: int
+    started: float = 0.0
+    """psutil's create_time: tells processes of one pid apart."""
+    job_id: str | None = None
+    """Of the scheduler; a requeued job keeps it."""
+
+    def is_same(self, other: Worker) -> bool:
+        """One process, or an earlier life of the same job."""
+        return self == other or (self.job_id is not None and self.job_id == other.job_id)
+
+
+@dataclass(kw_only=True, slots=True)
+class Trial:
+    """A handle: all state is in the study's storage."""
+
+    study: Study
+    number: int
+    params: dict[str, Any]
+    """Key of the space (groups by their name) -> value; keys that do not apply are absent."""
+
+    def config(self, seed: int) -> RunConfig:
+        """What the trial runs at this seed; not validated (the study has)."""
+        return point(self.study.spec, self.params, seed=seed)
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.study.config.seeds
+
+    @property
+    def run_ids(self) -> list[str]:
+        """One per seed, in their order."""
+        return [run_id(self.config(seed)) for seed in self.seeds]
+
+    @property
+    def runs(self) -> list[RunDir]:
+        folder = runs_folder(self.study.output_dir)
+        return [RunDir(folder / id_) for id_ in self.run_ids]
+
+    @property
+    def worker(self) -> Worker:
+        """Whom the trial is given to now: another process may have adopted it."""
+        return Worker(**self.study.frozen(self.number).user_attrs["worker"])
+
+    def mine(self, worker: Worker) -> bool:
+        """Whether it is still this worker's to run and to tell of."""
+        return self.worker.is_same(worker)
+
+    # words to the study -------------------------------------------------------------------------
+    def report(self, step: int, value: float) -> None:
+        """An intermediate value; the same step again changes nothing. Not for several objectives,
+        which have no pruning."""
+        if len(self.study.config.objectives) > 1:
+            return
+        self.study.report(self.number, step=step, value=value)
+        self.write_records()
+
+    def should_prune(self) -> bool:
+        return self.study.should_prune(self.number)
+
+    def finish(self) -> Verdict:
+        """Judge the trial by its runs and tell the study: COMPLETE, or FAIL with the reason."""
+        verdict = judge(self.study.config, self.runs)
+        if verdict.values is None:
+            self.fail(verdict.reason or "there are no values")
+            return verdict
+        self.study.tell(
+            self.number,
+            state=TrialState.COMPLETE,
+            values=verdict.values,
+            constraints=verdict.constraints,
+            by_seed=verdict.by_seed,
+        )
+        self.write_records()
+        return verdict
+
+    def prune(self) -> None:
+        """Tell the study that the pruner ended it."""
+        self.study.tell(self.number, state=TrialState.PRUNED)
+        self.write_records()
+
+    def fail(self, reason: str, *, counted: bool = True) -> None:
+        """Tell the study that it failed; not counted, n_trials has room for another."""
+        self.study.tell(self.number, state=TrialState.FAIL, reason=reason, counted=counted)
+        self.write_records()
+
+    # trial.json ---------------------------------------------------------------------------------
+    def write_records(self) -> None:
+        """RUN_DIR/trial.json in those of the trial's run directories that exist."""
+        frozen = self.study.frozen(self.number)
+        for seed, run in zip(self.seeds, self.runs, strict=True):
+            if run.path.is_dir():
+                record = to_record(frozen, study=self.study, params=self.params, seed=seed)
+                record["earlier"] = [
+                    one for one in _held(run.path / RECORD) if _who(one) != _who(record)
+                ]
+                atomic.write_json(run.path / RECORD, record)
+
+
+def is_begun(frozen: FrozenTrial) -> bool:
+    """Given to a worker: it has its parameters and is worth running."""
+    return "worker" in frozen.user_attrs
+
+
+def point(spec: Spec, params: dict[str, Any], *, seed: int | None = None) -> RunConfig:
+    """The config at a point of the space; groups that `params` lacks at their first option."""
+    choices = {g: params.get(g, spec.space[g].values[0]) for g in spec.groups}  # type: ignore[union-attr]
+    values = {key: value for key, value in params.items() if key not in spec.groups}
+    config = with_values(spec.bases[base_key(choices)], values)
+    return config if seed is None else dataclasses.replace(config, seed=seed)
+
+
+def to_record(
+    frozen: FrozenTrial, *, study: Study, params: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """All that is known of a trial, as JSON."""
+    return {
+        "study": study.name,
+        "study_id": study.spec.id,
+        "number": frozen.number,
+        "seed": seed,
+        "state": frozen.state.name,
+        "values": frozen.values,
+        "params": params,
+        "stored": frozen.params,
+        "distributions": {k: distribution_to_json(d) for k, d in frozen.distributions.items()},
+        "intermediate": {str(step): value for step, value in frozen.intermediate_values.items()},
+        "user_attrs": frozen.user_attrs,
+        "system_attrs": dict(frozen.system_attrs),
+        "started": _stamp(frozen.datetime_start),
+        "ended": _stamp(frozen.datetime_complete),
+        "written": time.time(),
+    }
+
+
+def from_record(record: dict[str, Any]) -> FrozenTrial:
+    """Inverse of `to_record`."""
+    return FrozenTrial(
+        number=record["number"],
+        trial_id=record["number"],
+        state=TrialState[record["state"]],
+        value=None,
+        values=record["values"],
+        datetime_start=_time(record["started"]),
+        datetime_complete=_time(record["ended"]),
+        params=record["stored"],
+        distributions={k: json_to_distribution(d) for k, d in record["distributions"].items()},
+        user_attrs=record["user_attrs"],
+        system_attrs=record["system_attrs"],
+        intermediate_values={int(step): v for step, v in record["intermediate"].items()},
+    )
+
+
+def read_records(output_dir: Path, *, study_id: str) -> dict[int, dict[str, Any]]:
+    """Number -> newest record of each of a study's trials, from all run directories."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(runs_folder(output_dir).glob(f"*/{RECORD}")):
+        for record in _held(path):
+            number = record.get("number")
+            if record.get("study_id") != study_id or not isinstance(number, int):
+                continue
+            if number not in found or found[number]["written"] < record["written"]:
+                found[number] = record
+    return found
+
+
+def _held(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in a trial.json, none where it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        earlier = record.pop("earlier", [])
+    except (OSError, ValueError, AttributeError):
+        return
+    yield record
+    yield from earlier
+
+
+def _who(record: dict[str, Any]) -> tuple[Any, Any]:
+    return record["study_id"], record["number"]
+
+
+def _stamp(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone().isoformat(timespec="microseconds")
+
+
+def _time(text: str | None) -> datetime | None:
+    """Optuna keeps local times without their zone."""
+    return None if text is None else datetime.fromisoformat(text).astimezone().replace(tzinfo=None)

@@ -1,0 +1,151 @@
+"""The porch of a search: Hydra's grammar becomes a space, groups become configs; else one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+
+from experiments import schema
+from hydra_plugins.relora_sweeps.plugins import dimension, parse
+from sweeps.local import ROOT
+from sweeps.search.space import Choice, Float, Int
+
+BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
+SMALL = ["relora.r=4,8", "search.enqueue=[]"]
+
+
+@pytest.fixture
+def loader():
+    schema.register()
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.fixture
+def searched(loader, monkeypatch):
+    """What run_search is given for these words of the command line."""
+
+    def go(*words):
+        given = {}
+
+        def run_search(search, **options):
+            given.update(options, search=search)
+            return 0
+
+        monkeypatch.setattr("sweeps.search.launch.run_search", run_search)
+        words = [*BASE, *words]
+        config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
+        sweeper = Plugins.instance().instantiate_sweeper(
+            config=config,
+            hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
+            task_function=lambda config: None,
+        )
+        sweeper.sweep([w for w in words if not w.startswith("hydra")])
+        return given
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tag(log, interval(1e-4, 1e-2))", Float(low=1e-4, high=1e-2, log=True)),
+        ("interval(0, 1)", Float(low=0.0, high=1.0)),
+        ("int(interval(4, 64))", Int(low=4, high=64)),
+        ("tag(log, int(interval(1, 64)))", Int(low=1, high=64, log=True)),
+        ("range(8, 64, 8)", Int(low=8, high=56, step=8)),
+        ("range(9, 0, -3)", Int(low=3, high=9, step=3)),
+        ("range(0, 1, 0.25)", Float(low=0.0, high=0.75, step=0.25)),
+        ("choice(4, 8, 16)", Choice(values=[4, 8, 16])),
+        ("4,8", Choice(values=[4, 8])),
+        ("'a b',true,null,1.5", Choice(values=["a b", True, None, 1.5])),
+    ],
+)
+def test_hydras_grammar_becomes_a_dimension(loader, text, expected):
+    [override] = parse([f"x.y={text}"], loader=loader)
+    assert dimension(override) == expected
+
+
+def test_a_range_holds_the_values_that_a_grid_would_run(loader):
+    for text in ("range(3,20,4)", "range(0,1,0.3)", "range(5)"):
+        [override] = parse([f"x={text}"], loader=loader)
+        values = [float(v) for v in override.sweep_string_iterator()]
+        assert dimension(override).finite() == pytest.approx(values)
+
+
+def test_the_command_line_widens_replaces_and_fixes_the_files_space(searched):
+    given = searched("train.lr=1e-3", "relora.r=4,8", "relora.alpha=interval(1,32)")
+    assert given["space"] == {
+        "relora.r": Choice(values=[4, 8]),
+        "relora.alpha": Float(low=1.0, high=32.0),
+    }
+    [(choices, config)] = given["bases"]
+    assert choices == {}
+    assert config.train.lr == 1e-3
+    assert given["search"].enqueue == [{"relora.r": 16}]  # what is fixed is not tried otherwise
+    assert given["name"] == "lr_and_rank"
+
+
+def test_every_combination_of_searched_groups_is_composed(searched):
+    given = searched(*SMALL, "model=nano,tiny", "method=choice(lora,relora)")
+    found = {(c["model"], c["method"]): config for c, config in given["bases"]}
+    assert set(found) == {(m, k) for m in ("nano", "tiny") for k in ("lora", "relora")}
+    for (model, method), config in found.items():
+        assert config == schema.compose([f"model={model}", f"method={method}"])
+
+
+def test_options_of_samplers_are_given_without_a_plus(searched):
+    given = searched(*SMALL, "search.sampler.name=random", "search.pruner.n_startup_trials=2")
+    assert given["search"].sampler == {"name": "random"}
+    assert given["search"].pruner == {"name": "median", "n_startup_trials": 2}
+
+
+def command(*words, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["search.n_trail=3"], "Did you mean 'search.n_trials'?"),
+        (["relora.r=4,4096"], "relora.r must be in [1, 16]"),
+        (["relora.rr=4,8"], "Did you mean 'relora.r'?"),
+        (["train.lr=interval(1,-1)"], "search.space.train.lr"),
+        (["search=lr_nd_rank"], "Did you mean 'lr_and_rank'?"),
+        (["search.sampler.name=tpee"], "tpe"),
+        (["search.objectives=[cost/trainabl]"], "cost/trainable"),
+        (["sweep.max_gpu_hours=1"], "sweep.max_gpu_hours"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(words, says, tmp_path):
+    done = command("-m", *BASE, *SMALL, *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["search=pareto"], ["-m", "search=pareto", "seed=0,1"]])
+def test_a_search_that_nobody_searches_is_refused(words, tmp_path):
+    done = command(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "hydra/sweeper=search" in done.stderr
+
+
+@pytest.mark.parametrize("option", [o for o in schema.options("search") if o != "none"])
+def test_every_search_of_the_project_can_be_planned(option, tmp_path):
+    done = command("--plan", "hydra/sweeper=search", f"search={option}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "left" in done.stdout
+    assert list(tmp_path.iterdir()) == []
