@@ -48,15 +48,16 @@ def run(args: argparse.Namespace) -> int:
     alone = [before[one.run_id] for one in chosen if one not in going]
     if alone:
         print(f"left alone: {common.counts(alone)}")
-    if not going:
-        print("nothing to cancel: none of them is queued or running")
-        return 0
-    problem = None
+    problem, more = None, []
     try:
         jobs = _jobs(going, before, output_dir=args.output_dir)
+        more = _without_runs(args.words, output_dir=args.output_dir)
     except SlurmError as error:
         jobs, problem = _known_jobs(going, before), str(error)
-    whole = _wholly_ours(jobs, output_dir=args.output_dir)
+    if not going and not more:
+        print("nothing to cancel: none of them is queued or running")
+        return 0
+    whole = [*_wholly_ours(jobs, output_dir=args.output_dir), *more]
     if not _agreed(going, before, whole=whole, yes=args.yes):
         print("nothing was cancelled")
         return 0
@@ -94,6 +95,19 @@ def _jobs(
                 found = submission.job_ids().items()
                 jobs |= {run_id: job for run_id, job in found if run_id in unknown}
     return jobs
+
+
+def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
+    """Jobs of a whole sweep that hold no run of their own: searches and evaluations."""
+    found = {}
+    for word in words:
+        for one in recover(output_dir, word):  # of a run's id there are none
+            if one.kind != "train" and one.job_id is not None:
+                tasks = len(one.tasks)
+                found |= {
+                    f"{one.job_id}_{i}" if tasks > 1 else one.job_id: None for i in range(tasks)
+                }
+    return [job_id for job_id, job in cluster.jobs(found).items() if job.alive] if found else []
 
 
 def _written(jobs: Mapping[str, str], output_dir: str) -> bool:

@@ -181,6 +181,18 @@ def test_a_job_whose_id_was_lost_is_found_by_its_name(world, slurm):
     assert slurm.jobs()["12"]["state"] == "CANCELLED"
 
 
+def test_a_searchs_jobs_end_also_before_they_have_taken_a_trial(world, slurm):
+    slurm.add("77_0", name="s.bb")
+    slurm.add("77_1", name="s.bb")
+    slurm.set_state("77_0", "COMPLETED")
+    one = Submission(submission="bb", name="s.bb", tasks=[["study"], ["study"]], kind="search")
+    one.job_id, one.state = "77", "submitted"
+    one.write(jobs_folder(world.out, name="s") / "bb")
+    assert world("cancel", "s", "--yes") == 0
+    assert slurm.jobs()["77_1"]["state"] == "CANCELLED"
+    assert slurm.jobs()["77_0"]["state"] == "COMPLETED"
+
+
 def test_where_slurm_does_not_answer_the_request_stands(world, slurm, capsys):
     slurm.add("12", name="s.aa", state="PENDING")
     queue(world.runs[0], job_id="12", host="login")
