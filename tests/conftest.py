@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from relora_core.config import (
 )
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers share two cores
+
+# A shell starts its background jobs deaf to Ctrl-C, which their children inherit; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """A browser, or the test is skipped and says why."""
     if reason := install():
@@ -70,7 +70,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def store(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with a sweep that was trained (2 ranks, 3 seeds) and a wider, made-up one.
 
@@ -105,7 +105,7 @@ class Ui:
         return {line.partition("http")[0].strip(): line.split()[-1] for line in lines}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ui(store: Path) -> Iterator[Ui]:
     """The UI over the store; it must end on Ctrl-C and leave no process behind."""
     command = [sys.executable, "-m", "sweeps", "ui", "--output-dir", str(store)]
@@ -183,7 +183,7 @@ def _window(chromium: Browser, ui: Ui) -> Window:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def used(chromium: Browser, ui: Ui) -> Iterator[Window]:
     made = _window(chromium, ui)
     made.context.add_init_script(QUIET)
@@ -211,7 +211,7 @@ def fresh_window(chromium: Browser, ui: Ui) -> Iterator[Window]:
     assert (made.offsite, made.errors) == ([], [])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def eventually() -> Callable[..., None]:
     """Asks again until the answer is right, as pages fill bit by bit."""
 
