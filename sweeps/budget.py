@@ -274,7 +274,8 @@ def check_budget(
             f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
         )
     whole = total(estimates.values())
-    if whole is None or whole.hours <= max_gpu_hours:
+    # A sum of floats may exceed its own figure in the last digit.
+    if whole is None or whole.hours <= max_gpu_hours * (1 + 1e-9):
         return
     fits = _fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
     told = f"{interval(whole)} {unit}-hours by {whole.basis}"

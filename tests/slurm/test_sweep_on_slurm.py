@@ -44,6 +44,7 @@ def mlflow_runs(out: Path) -> dict[str, tuple[str, float | None]]:
     return {
         run.info.run_name or "": (run.info.status, run.data.metrics.get("train/loss"))
         for run in found
+        if run.data.tags.get("kind") == "run"  # not the sweep's and its arms' own
     }
 
 
