@@ -15,6 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of Hydra's reporter
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +30,7 @@ schema.register()
 def main(cfg: DictConfig) -> None:
     with reporting():
         schema.refuse_search(cfg)
+        schema.refuse_sweep(HydraConfig.get().sweeper)
         sys.exit(run_here(schema.to_run_config(cfg)))
 
 

@@ -1,4 +1,4 @@
-"""`python -m experiments`: describe a run without training it, show or export one that exists."""
+"""`python -m experiments`: describe a run before training, show or export one; make a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ EPILOG = """examples:
   python -m experiments show tiny-relora-r16 --json
   python -m experiments export tiny-relora-r16 exported/
   python -m experiments export tiny-relora-r16 exported/ --mlflow
+  python -m experiments tokenizer texts/ bpe4k/ --vocab 4096
 """
 
 
@@ -111,6 +112,31 @@ def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[st
     return {"source": str(source), "path": str(folder), "notes": notes}
 
 
+def make_tokenizer(
+    source: str, *, folder: Path, vocab_size: int, text_field: str
+) -> dict[str, Any]:
+    """Train a byte-level BPE on txt or jsonl files and write it as `data.tokenizer` takes it."""
+    from relora_core.data import DataError, documents
+    from relora_core.data.tokenizer import train_tokenizer
+
+    if (folder / "tokenizer.json").exists() or folder.is_file():
+        raise ConfigError(f"DIR must hold no tokenizer yet, got {str(folder)!r}")
+    try:
+        files = documents.find_files(source)
+        texts = (text for _, f in files for text in documents.read(f, text_field=text_field))
+        size = train_tokenizer(texts, vocab_size=vocab_size, folder=folder)
+    except (ConfigError, DataError) as error:
+        message = str(error).replace("data.path", "DATA").replace("data.text_field", "--text-field")
+        raise ConfigError(message) from None
+    few = f"the text holds pairs for {size} of {vocab_size} entries only"
+    return {
+        "source": source,
+        "path": str(folder),
+        "vocab_size": size,
+        "notes": [few] if size < vocab_size else [],
+    }
+
+
 def _print_description(found: dict[str, Any]) -> None:
     counted = found["parameters"]
     print(f"run_id      {found['run_id']}")
@@ -141,6 +167,8 @@ def _print_export(found: dict[str, Any]) -> None:
     print(f"{source} -> {found['path']}")
     if "mlflow_model" in found:
         print(f"MLflow      {found['mlflow_model']} in {found['tracking_uri']}")
+    if "vocab_size" in found:
+        print(f"entries     {found['vocab_size']}")
     for note in found["notes"]:
         print(f"note        {note}")
 
@@ -183,9 +211,15 @@ def build_parser() -> argparse.ArgumentParser:
     four.add_argument("source", metavar="SOURCE", type=Path, help="config.json and *.safetensors")
     four.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
     four.add_argument("--tokenizer", help="as data.tokenizer (default: SOURCE's own, if any)")
+    help_tokenizer = "train a byte-level BPE on txt or jsonl files, for data.tokenizer=DIR"
+    five = commands.add_parser("tokenizer", help=help_tokenizer, description=help_tokenizer)
+    five.add_argument("source", metavar="DATA", help="as data.path of data=text")
+    five.add_argument("folder", metavar="DIR", type=Path, help="gets tokenizer.json")
+    five.add_argument("--vocab", type=int, default=4096, help="entries (default: %(default)s)")
+    five.add_argument("--text-field", default="text", help="as data.text_field (default: text)")
     where = "where everything is (default: outputs)"
     parser.add_argument("--output-dir", help=where)
-    for command in (one, two, three, four):  # before or after the command
+    for command in (one, two, three, four, five):  # before or after the command
         command.add_argument("--json", action="store_true", help="for scripts")
         command.add_argument("--output-dir", default=argparse.SUPPRESS, help=where)
     return parser
@@ -216,6 +250,14 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "import-pico":
             found = import_pico(
                 arguments.source, folder=arguments.folder, tokenizer=arguments.tokenizer
+            )
+            printer = _print_export
+        elif arguments.command == "tokenizer":
+            found = make_tokenizer(
+                arguments.source,
+                folder=arguments.folder,
+                vocab_size=arguments.vocab,
+                text_field=arguments.text_field,
             )
             printer = _print_export
         else:

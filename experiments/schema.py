@@ -63,6 +63,12 @@ def refuse_search(cfg: DictConfig) -> None:
         )
 
 
+def refuse_sweep(sweeper: DictConfig) -> None:
+    """ConfigError where a sweep file is chosen for a single run, which would take none of it."""
+    if sweeper.get("params") or sweeper.get("arms"):
+        raise ConfigError("sweep must be none for one run: add -m, or leave sweep out")
+
+
 def compose(overrides: list[str]) -> RunConfig:
     """What `python run.py OVERRIDES` would run; ConfigError with one line where it would refuse."""
     register()

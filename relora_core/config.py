@@ -80,8 +80,9 @@ class ReLoRAConfig:
 
     name: str = knob("custom", scientific=False, methods=("relora",))
     """Label of the procedure in run names and tables; says nothing that the knobs do not."""
-    r: int = knob(16, ge=1, methods=ADAPTERS)
-    """Rank of B·A; at most the smaller side of every target."""
+    r: int = knob(16, ge=0, methods=ADAPTERS)
+    """Rank of B·A; at most the smaller side of every target. 0 (lora only): targets stay as drawn,
+    and embedding, head and norms alone are trained."""
     alpha: float = knob(16.0, gt=0, methods=ADAPTERS)
     """Numerator of the adapter's scale s."""
     scaling: str = knob("standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS)
@@ -209,6 +210,9 @@ class DataConfig:
     """tokenizer.json, a folder that holds one, or a hub name. Evals on text need it."""
     text_field: str = knob("text", kinds=("text",))
     """Key of the text in a jsonl record."""
+    shuffle_rows: bool = knob(False, kinds=("text",), as_before=False)
+    """Rows in a seeded order of their own; false: as they lie, so that a step's rows are often of
+    one document, and a short run sees what few documents it happens to begin with."""
     vocab_size: int | None = knob(None, ge=2, kinds=("pretokenized",))
     """Ids that rows may hold; None: the tokenizer's size padded to a multiple of 128."""
     eos_id: int | None = knob(None, ge=0, kinds=("pretokenized", "text"))
@@ -322,6 +326,8 @@ class SweepConfig:
 
     name: str | None = knob(None, scientific=False)
     """None: made of what varies."""
+    arm: str | None = knob(None, scientific=False)
+    """Name of the run's setting in a sweep file that names its arms; with -m, those to take."""
     max_gpu_hours: float | None = knob(None, gt=0, scientific=False)
     """A sweep whose runs are estimated to take more is refused before anything is queued."""
 
@@ -527,6 +533,20 @@ def _check_adapters(config: RunConfig) -> None:
         )
     _check_phases(config)
     _check_rank(config, "relora.r", adapted)
+    if config.relora.r == 0:
+        _check_frozen(config)
+
+
+def _check_frozen(config: RunConfig) -> None:
+    """Without adapters there is nothing to restart, and no phase to take turns with."""
+    if config.method == "relora":
+        raise ConfigError(
+            "relora.r must be >= 1 with method=relora, got 0; nearest valid: 1, or method=lora for "
+            "a frozen body"
+        )
+    for key in ("relora.warm_start_steps", "relora.full_rank_steps"):
+        if get(config, key):
+            raise ConfigError(f"{key} must be 0 with relora.r=0, got {get(config, key)}")
 
 
 def _check_names(config: RunConfig, key: str, *, some: bool = True) -> None:

@@ -109,9 +109,10 @@ def checkpoint_bytes(config: RunConfig) -> int:
     adapters = counted.by_group["adapters"]
     masters = config.method == "relora" and config.relora.after_merge == "restore"
     plain = 3 + 9 * config.model.n_layers
-    tensors = plain + 2 * len(adapted) * (1 + masters)
+    factors = 2 * len(adapted) if config.relora.r else 0
+    tensors = plain + factors * (1 + masters)
     states = _moment_bytes(config, trainable=counted.trainable)
-    states += STATE_BYTES * (plain + len(adapted))  # A and B have one, the weight has none
+    states += STATE_BYTES * (plain - len(adapted) + factors)  # A and B have one, the weight none
     if adapted and (config.relora.warm_start_steps or config.relora.full_rank_steps):
         base = 8 * (counted.total - adapters) + STATE_BYTES * plain
         states = max(states, base)  # in a full-rank phase it is the base that has moments

@@ -13,7 +13,8 @@ from sweeps.cluster import SlurmError
 
 COMMANDS = (
     *("status", "watch", "logs", "cancel", "retry"),
-    *("plan", "diff", "eval", "search", "gc", "sync", "ui"),
+    *("plan", "diff", "eval", "search", "report", "compare"),
+    *("gc", "sync", "ui"),
 )
 EPILOG = """examples:
   python run.py -m model=tiny,small relora.r=8,16,32   plan and run; again: only what is missing

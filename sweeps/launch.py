@@ -18,7 +18,7 @@ from experiments.run_dir import DONE, RunDir, runs_folder
 from experiments.state import state_of
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig
-from sweeps import budget, display, snapshot
+from sweeps import budget, display, snapshot, track
 from sweeps.budget import Estimate, Place
 from sweeps.grid import Point
 from sweeps.local import LocalLauncher, written
@@ -118,6 +118,8 @@ def run_sweep(
     show()
     with written(output_dir):
         code = launcher.launch(plan, output_dir=output_dir, console=console)
+    if launcher.kind == "local" and len(plan.cells) > 1:  # jobs are still to come, elsewhere
+        _report(plan, output_dir=output_dir, console=console)
     _show_ui(plan, output_dir=output_dir, console=console)
     return code
 
@@ -186,6 +188,23 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
     todo = [c for c in plan.cells if state_of(_run_dir(output_dir, c)).state not in DONE]
     for config in {repr(c.config.data): c.config.data for c in todo}.values():
         data.prepare(config, cache_dir=cache_dir(output_dir), progress=console.out)
+
+
+def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
+    """The sweep's page, and all of it on its MLflow parent. What fails here costs no run."""
+    from experiments import report
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        line(f"report: {report.write(output_dir, plan.name)}")
+    except (ConfigError, OSError) as error:
+        line(f"no report: {error}; `python -m sweeps report {plan.name}` tries again")
+    if any(cell.config.tracking.enabled for cell in plan.cells):
+        for one in track.bring_up_to_date(output_dir, [plan.name]):
+            if one.problem:
+                line(one.problem)
 
 
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:

@@ -24,13 +24,14 @@ from relora_core.config import ConfigError, RunConfig, applies, get, validate, w
 from sweeps.grid import Point, check_name, sweep_name
 
 LABELS = {
+    "sweep.arm": "arm",
     "experiment": "experiment",
     "model.name": "model",
     "relora.name": "relora",
     "data.kind": "data",
 }
 """Key -> the word that names its choice on the command line."""
-FIRST = ("experiment", "method", "model.name", "relora.name", "data.kind", "data.path")
+FIRST = ("sweep.arm", "experiment", "method", "model.name", "relora.name", "data.kind", "data.path")
 LAST = ("seed", "model.vocab_size")
 """Order in which `cell_names` tries keys; those of LAST often follow from others."""
 
@@ -115,8 +116,8 @@ def varying(configs: Sequence[RunConfig]) -> list[str]:
 def cell_names(configs: Sequence[RunConfig]) -> list[str]:
     """A name for each config from the fewest keys that tell all of them apart.
 
-    Keys are tried in a readable order (experiment, method, model, data, then as declared), and one
-    that says nothing new, such as a width that follows from the model's name, is left out.
+    Keys are tried in a readable order (arm, experiment, method, model, data, then as declared), and
+    one that says nothing new, such as a width that follows from the model's name, is left out.
     """
     rows = [_settings(config) for config in configs]
     told: list[tuple[Any, ...]] = [() for _ in rows]
@@ -134,6 +135,8 @@ def cell_names(configs: Sequence[RunConfig]) -> list[str]:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The scientific settings and the labels that stand for many of them."""
     labels = {key: get(config, key) for key in ("experiment", "model.name")}
+    if config.sweep.arm:
+        labels["sweep.arm"] = config.sweep.arm
     if config.method == "relora":
         labels["relora.name"] = config.relora.name
     for key in ("data.path", "eval.paloma.path", "eval.blimp.path"):

@@ -14,10 +14,13 @@ from relora_core.config import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 
 OVERRIDES = [
-    (["model=tny"], "model must be one of nano, small, tiny, got 'tny'. Did you mean 'tiny'?"),
+    (
+        ["model=tny"],
+        "model must be one of micro, nano, small, tiny, got 'tny'. Did you mean 'tiny'?",
+    ),
     (["relora.rr=8"], "relora.rr is not a known key (relora.rr=8). Did you mean 'relora.r'?"),
     (["relora.r=eight"], "relora.r must be an integer, got 'eight'"),
-    (["relora.r=-1"], "relora.r must be >= 1, got -1; nearest valid: 1"),
+    (["relora.r=-1"], "relora.r must be >= 0, got -1; nearest valid: 0"),
     (["relora.r=4096"], "nearest valid: 32"),
     (["relora.prune_ratio=1.5"], "relora.prune_ratio must be >= 0 and <= 1, got 1.5"),
     (["train.lr=fast"], "train.lr must be a number, got 'fast'"),
@@ -73,8 +76,8 @@ WORDS = {
     "option in a grid": "Did you mean 'tiny'?",
     "type in a grid": "relora.r must be an integer, got 'eight'",
     "launcher": "Did you mean 'hydra.launcher.max_parallel'?",
-    "value": "relora.r must be >= 1",
-    "option": "model must be one of nano, small, tiny, got 'tny'. Did you mean 'tiny'?",
+    "value": "relora.r must be >= 0",
+    "option": "model must be one of micro, nano, small, tiny, got 'tny'. Did you mean 'tiny'?",
     "several values": "relora.r=8,16 gives several values: expected one, or -m to run all of them",
     "flag among overrides": "seed must be >= 0",
     "launcher option": "Did you mean 'local'?",

@@ -7,11 +7,11 @@ where dataclasses would look its annotations up.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -34,7 +34,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.options import SlurmOptions
 from sweeps.search.config import SearchConfig
 from sweeps.search.space import Choice, Dimension, Float, Int
@@ -47,6 +47,9 @@ class GridConf:
     _target_: str = "hydra_plugins.relora_sweeps.plugins.GridSweeper"
     params: dict[str, Any] | None = field(default_factory=dict)
     """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
+    arms: dict[str, Any] | None = field(default_factory=dict)
+    """Settings that no axis spans: name -> overrides, crossed with all axes. `sweep.arm=a,b` takes
+    some; what the command line says wins over an arm, and an arm over `params`."""
     plan_only: bool = False
     """Show what would be done, and its cost, and do nothing (`run.py --plan`)."""
 
@@ -98,8 +101,13 @@ _store.store(name="search_schema", node=_search_node(), package="search", provid
 class GridSweeper(Sweeper):
     """Expands the axes with Hydra's own grammar and hands all points to the launcher at once."""
 
-    def __init__(self, params: dict[str, Any] | None = None, plan_only: bool = False) -> None:
-        self.params, self.plan_only = params or {}, plan_only
+    def __init__(
+        self,
+        params: dict[str, Any] | None = None,
+        arms: dict[str, Any] | None = None,
+        plan_only: bool = False,
+    ) -> None:
+        self.params, self.arms, self.plan_only = params or {}, arms or {}, plan_only
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -110,13 +118,15 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        texts = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        texts = [f"{key}={'null' if v is None else v}" for key, v in self.params.items()]
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError(
                 "hydra/launcher must be local or slurm with hydra/sweeper=relora_grid"
             )
         self.launcher.plan_only = self.plan_only
-        self.launcher.launch(expand(texts, loader=self.loader), initial_job_idx=0)
+        arms = {name: list(words or []) for name, words in self.arms.items()}
+        cells = expand_arms(texts, arms=arms, arguments=arguments, loader=self.loader)
+        self.launcher.launch(cells, initial_job_idx=0)
 
 
 class SearchSweeper(Sweeper):
@@ -296,6 +306,32 @@ def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
                 f"{override.input_line!r}; interval() is for a search"
             )
     return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def expand_arms(
+    params: list[str],
+    *,
+    arms: Mapping[str, list[str]],
+    arguments: list[str],
+    loader: ConfigLoader,
+) -> list[list[str]]:
+    """The points of every arm that `sweep.arm` takes (all, where nothing says), replicate by
+    replicate: a sweep that is stopped halfway has compared all arms on the seeds it got to."""
+    key = "sweep.arm"
+    given = [text for text in params + arguments if text.startswith(f"{key}=")]
+    if not arms:
+        return expand(params + arguments, loader=loader)
+    names = list(arms)
+    if given:
+        names = [text.removeprefix(f"{key}=") for [text] in expand(given, loader=loader)]
+    grids = []
+    for name in names:
+        if name not in arms:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(arms)}, got {name!r}.{nearest(name, list(arms))}"
+            )
+        grids.append(expand([*params, *arms[name], *arguments, f"{key}={name}"], loader=loader))
+    return [cell for cells in zip_longest(*grids) for cell in cells if cell is not None]
 
 
 def _command() -> str:

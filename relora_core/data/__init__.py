@@ -115,6 +115,7 @@ def open_stream(
         seq_len=data.seq_len,
         seed=seed,
         vocab_size=vocab_size,
+        shuffle_rows=data.shuffle_rows,
         rank=rank,
         world=world,
     )

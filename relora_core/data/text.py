@@ -247,7 +247,8 @@ class TextStream:
     """Rows of the documents joined in an order that (seed, epoch) alone decides.
 
     Row j of a pass holds tokens [j * seq_len, (j + 1) * seq_len] of that order; the tail that fills
-    no row is left out of the pass. Any row is found directly, so the state is a number.
+    no row is left out of the pass. With `shuffle_rows` the rows of a pass come in an order that
+    (seed, epoch) decides as well. Any row is found directly, so the state is a number.
     """
 
     def __init__(
@@ -257,6 +258,7 @@ class TextStream:
         seq_len: int,
         seed: int,
         vocab_size: int,
+        shuffle_rows: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -267,6 +269,7 @@ class TextStream:
             )
         self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
         self._rank, self._world = rank, world
+        self._shuffle_rows = shuffle_rows
         self._rows = tokens.rows(seq_len)
         self._row = 0
         self._order_of = -1  # the epoch that order and ends are of
@@ -293,9 +296,9 @@ class TextStream:
         if epoch == self._order_of:
             return
         # RandomState, because numpy has frozen what it draws; the newer generators may change
-        self._order = np.random.RandomState([self._seed, epoch]).permutation(
-            self._tokens.meta.documents
-        )
+        drawn = np.random.RandomState([self._seed, epoch])
+        self._order = drawn.permutation(self._tokens.meta.documents)
+        self._row_order = drawn.permutation(self._rows) if self._shuffle_rows else None
         self._ends = np.cumsum(np.diff(self._tokens.starts)[self._order])
         self._order_of = epoch
 
@@ -303,6 +306,8 @@ class TextStream:
         """Global row `row`, int64, shape (seq_len + 1,)."""
         epoch, j = divmod(row, self._rows)
         self._shuffle(epoch)
+        if self._row_order is not None:
+            j = int(self._row_order[j])
         out = np.empty(self._seq_len + 1, dtype=np.int64)
         position, filled = j * self._seq_len, 0
         place = int(np.searchsorted(self._ends, position, side="right"))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from relora_core import atomic
 from relora_core.config import ConfigError
 from relora_core.data import places
 
@@ -16,6 +18,10 @@ EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 """Tokens that end a document, tried in this order where nothing names one."""
 
 _EXPECTED = "a tokenizer.json, a folder that holds one, or a hub name"
+
+
+SMALLEST_VOCAB = 257
+"""A byte-level vocabulary holds every byte and the end of a document."""
 
 
 def padded_vocab(size: int) -> int:
@@ -60,6 +66,36 @@ class HFTokenizer:
         """Ids of each text; the library's own threads share the work."""
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [e.ids for e in encoded]
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> int:
+    """Write folder/tokenizer.json, a byte-level BPE with `<|endoftext|>`; its size, which is less
+    than `vocab_size` where the texts hold too few pairs. The same texts give the same file.
+
+    Normalised and split as by the paper's tokenizer (OLMo's GPT-NeoX).
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(
+            f"--vocab must be >= {SMALLEST_VOCAB} (every byte and {EOS_NAMES[0]}), got "
+            f"{vocab_size}; nearest valid: {SMALLEST_VOCAB}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_NAMES[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / "tokenizer.json", tokenizer.to_str())
+    return tokenizer.get_vocab_size()
 
 
 def _files(source: str) -> tuple[Path, Path | None]:

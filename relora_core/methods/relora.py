@@ -34,6 +34,9 @@ class LoRA(Method):
         for name in adapted_shapes(self.config):
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
+            if relora.r == 0:
+                owner.get_submodule(child).requires_grad_(False)
+                continue
             linear = ReLoRALinear(owner.get_submodule(child), relora)  # type: ignore[arg-type]
             zero_a = relora.init_a == "zero"
             linear.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
@@ -51,9 +54,9 @@ class LoRA(Method):
         relora = self.config.relora
         adapters = [module for _, module in self.adapters(model)]
         phases = relora.warm_start_steps or relora.full_rank_steps
-        base = {id(m.weight) for m in adapters}
         own = {id(m.lora_B) for m in adapters} if relora.lr_ratio_b != 1.0 else set()
-        rest = [p for p in model.parameters() if id(p) not in own and (phases or id(p) not in base)]
+        used = (p for p in model.parameters() if phases or p.requires_grad)
+        rest = [p for p in used if id(p) not in own]
         groups: list[dict[str, Any]] = [{"params": rest}]
         if own:
             fast = [m.lora_B for m in adapters]

@@ -1,16 +1,50 @@
-"""Means and their intervals agree with the tables and with scipy's own."""
+"""Intervals, comparisons and seeds agree with tables, with other programs and with simulation."""
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestIndPower, TTestPower
 
-from experiments.stats import mean_interval
+from experiments.stats import (
+    Comparison,
+    bootstrap_interval,
+    compare,
+    compare_all,
+    geometric_interval,
+    holm,
+    interval,
+    mean_interval,
+    seeds_needed,
+)
+
+SEEDED = np.random.default_rng
+spread_out = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30).filter(
+    lambda values: np.std(values) > 1e-3
+)
+anything = st.dictionaries(st.integers(0, 6), st.floats(width=64), max_size=7)
 
 
+def seeded(values: object) -> dict[int, float]:
+    return dict(enumerate(np.asarray(values, dtype=float).tolist()))
+
+
+def covers(found: Comparison, truth: float) -> bool:
+    assert found.low is not None
+    assert found.high is not None
+    return found.low <= truth <= found.high
+
+
+# one arm ----------------------------------------------------------------------------------------
 def test_three_values_by_hand() -> None:
     # t(0.975, 2) = 4.30265 in any table; sd of 1, 2, 3 is 1.
     found = mean_interval([1.0, 2.0, 3.0])
@@ -20,7 +54,7 @@ def test_three_values_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30).filter(lambda v: np.std(v) > 1e-3))
+@given(spread_out)
 def test_agrees_with_scipy(values: list[float]) -> None:
     found = mean_interval(values)
     low, high = scipy_stats.t.interval(
@@ -40,13 +74,335 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
     assert found.low == found.mean == found.high == 4.0
 
 
-def test_no_values_are_an_error() -> None:
+@pytest.mark.parametrize("estimate", [mean_interval, geometric_interval])
+def test_no_values_are_an_error(estimate) -> None:
     with pytest.raises(ValueError, match="no values"):
-        mean_interval([])
+        estimate([])
 
 
-def test_covers_the_truth_about_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 4))
-    intervals = [mean_interval(list(row)) for row in draws]
-    covered = np.mean([i.low <= 3.0 <= i.high for i in intervals if i.low and i.high])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, 1.7e308])
+def test_what_is_not_finite_is_counted_and_changes_nothing_else(broken: float) -> None:
+    found, without = mean_interval([1.0, broken, 2.0, 3.0]), mean_interval([1.0, 2.0, 3.0])
+    assert (found.n, found.left_out) == (3, 1)
+    assert (found.mean, found.low, found.high) == (without.mean, without.low, without.high)
+
+
+def test_an_arm_of_which_nothing_is_finite_has_a_count_and_no_mean() -> None:
+    for scale in ("linear", "log"):
+        found = interval([math.nan, math.inf], scale=scale)
+        assert math.isnan(found.mean)
+        assert (found.n, found.left_out, found.low, found.high) == (0, 2, None, None)
+
+
+def test_geometric_mean_by_hand() -> None:
+    found = geometric_interval([math.exp(1), math.exp(2), math.exp(3)])
+    assert found.mean == pytest.approx(math.exp(2))
+    assert found.low == pytest.approx(math.exp(2 - 4.30265 / 3**0.5), rel=1e-5)
+    assert found.high == pytest.approx(math.exp(2 + 4.30265 / 3**0.5), rel=1e-5)
+    assert found.scale == "log"
+    assert "geometric" in found.assumes
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(1, 1e5), min_size=2, max_size=9), st.floats(1e-3, 1e3))
+def test_geometric_intervals_have_no_unit(values: list[float], unit: float) -> None:
+    plain, scaled = geometric_interval(values), geometric_interval([unit * v for v in values])
+    for name in ("mean", "low", "high"):
+        ours, theirs = getattr(scaled, name), getattr(plain, name) * unit
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-300)
+    assert plain.low is not None
+    assert plain.low > 0 or plain.low == pytest.approx(0)
+
+
+def test_perplexities_that_are_not_positive_or_overflowed_are_counted() -> None:
+    found = geometric_interval([20.0, math.inf, 0.0, -3.0, 30.0])
+    assert (found.n, found.left_out) == (2, 3)
+    assert found.mean == pytest.approx(math.sqrt(600))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_mean_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
+    draws = SEEDED(n).normal(3.0, 2.0, size=(4000, n)).tolist()
+    found = [mean_interval(row) for row in draws]
+    covered = np.mean([i.low <= 3.0 <= i.high for i in found if i.low is not None and i.high])
     assert 0.935 < covered < 0.965
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_geometric_intervals_cover_the_median_of_a_lognormal(n: int) -> None:
+    draws = SEEDED(n).lognormal(math.log(90), 0.8, size=(4000, n)).tolist()
+    log_space = [geometric_interval(row) for row in draws]
+    covered = np.mean([i.low <= 90 <= i.high for i in log_space if i.low and i.high])
+    assert 0.935 < covered < 0.965
+
+
+# two arms ---------------------------------------------------------------------------------------
+def test_paired_by_hand() -> None:
+    # Student's t with 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2); here t = 2 / (1 / sqrt(3)).
+    found = compare({0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+    assert (found.kind, found.n, found.difference) == ("paired", 3, 2.0)
+    assert found.p == pytest.approx(1 - 12**0.5 / 14**0.5)
+    assert found.low == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
+    # J(2) = gamma(1) / (sqrt(1) gamma(1/2)) = 1 / sqrt(pi), of d = 2.
+    assert found.effect == pytest.approx(2 / math.pi**0.5)
+    assert found.note == ""
+
+
+@settings(deadline=None, max_examples=50)
+@given(spread_out, st.integers(0, 99))
+def test_paired_agrees_with_scipy(values: list[float], seed: int) -> None:
+    others = (np.array(values) + SEEDED(seed).normal(size=len(values))).tolist()
+    found = compare(seeded(values), seeded(others))
+    scipys = scipy_stats.ttest_rel(values, others)
+    assert found.p == pytest.approx(scipys.pvalue, rel=1e-6)
+    low, high = scipys.confidence_interval()
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+
+
+@settings(deadline=None, max_examples=50)
+@given(spread_out, spread_out)
+def test_welch_agrees_with_scipy(a: list[float], b: list[float]) -> None:
+    found = compare(seeded(a), {100 + s: v for s, v in seeded(b).items()})
+    scipys = scipy_stats.ttest_ind(a, b, equal_var=False)
+    assert (found.kind, found.n) == ("welch", 0)
+    assert found.p == pytest.approx(scipys.pvalue, rel=1e-6, abs=1e-12)
+    low, high = scipys.confidence_interval()
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+
+
+def test_what_a_seed_does_to_both_arms_cancels() -> None:
+    random = SEEDED(1)
+    a, b, luck = random.normal(0.3, 1, 6), random.normal(0, 1, 6), random.normal(0, 50, 6)
+    plain, shifted = compare(seeded(a), seeded(b)), compare(seeded(a + luck), seeded(b + luck))
+    assert (shifted.p, shifted.low) == (pytest.approx(plain.p), pytest.approx(plain.low))
+
+
+def test_exchanging_the_arms_exchanges_the_sign() -> None:
+    a, b = seeded([3.1, 2.7, 3.9, 3.3]), seeded([2.0, 2.9, 2.5, 2.2])
+    there, back = compare(a, b), compare(b, a)
+    assert (back.difference, back.p) == (pytest.approx(-there.difference), there.p)
+    assert (back.low, back.high) == (pytest.approx(-there.high), pytest.approx(-there.low))
+    ratio, inverse = compare(a, b, scale="log"), compare(b, a, scale="log")
+    assert inverse.difference == pytest.approx(1 / ratio.difference)
+    assert inverse.low == pytest.approx(1 / ratio.high)
+
+
+def test_on_the_log_scale_the_difference_is_a_ratio() -> None:
+    found = compare({0: 200.0, 1: 330.0}, {0: 100.0, 1: 110.0}, scale="log")
+    assert found.difference == pytest.approx(6**0.5)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 1 < found.high
+    assert found.p is not None
+    assert found.p > 0.05
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_paired_intervals_cover_the_truth_as_often_as_they_say(scale) -> None:
+    random = SEEDED(5)
+    luck = random.normal(4, 1, size=(1000, 5))
+    a, b = luck + random.normal(0.2, 0.3, luck.shape), luck + random.normal(0, 0.3, luck.shape)
+    if scale == "log":
+        a, b = np.exp(a), np.exp(b)
+    found = [compare(seeded(x), seeded(y), scale=scale) for x, y in zip(a, b, strict=True)]
+    truth = 0.2 if scale == "linear" else math.exp(0.2)
+    assert 0.93 < np.mean([covers(c, truth) for c in found]) < 0.97
+
+
+def test_welch_intervals_cover_the_truth_under_unequal_spread() -> None:
+    random = SEEDED(6)
+    a, b = random.normal(1, 0.3, size=(2000, 4)), random.normal(0, 1.5, size=(2000, 7))
+    found = [
+        compare(seeded(x), {9 + s: v for s, v in seeded(y).items()})
+        for x, y in zip(a, b, strict=True)
+    ]
+    assert 0.93 < np.mean([covers(c, 1.0) for c in found]) < 0.97
+
+
+def test_without_an_effect_one_test_in_twenty_is_significant() -> None:
+    random = SEEDED(7)
+    a, b = random.normal(size=(1000, 5)), random.normal(size=(1000, 5))
+    found = [compare(seeded(x), seeded(y)).p for x, y in zip(a, b, strict=True)]
+    assert 0.03 < np.mean([p < 0.05 for p in found if p is not None]) < 0.07
+
+
+@pytest.mark.parametrize(("n", "stated"), [(3, 0.75), (5, 0.84), (10, 0.90), (20, 0.93)])
+def test_the_bootstrap_is_as_narrow_as_its_docstring_says(n: int, stated: float) -> None:
+    draws = SEEDED(n).normal(1.0, 1.0, size=(1500, n)).tolist()
+    ends = [bootstrap_interval(row, resamples=600) for row in draws]
+    covered = np.mean([low <= 1.0 <= high for low, high in ends])
+    assert covered == pytest.approx(stated, abs=0.03)
+
+
+def test_the_bootstrap_gives_the_same_twice_and_stays_inside_the_data() -> None:
+    values = [3.0, 1.0, 4.0, 1.5]
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    assert 1.0 <= low < 2.375 < high <= 4.0
+
+
+# what cannot be said ----------------------------------------------------------------------------
+def test_one_common_seed_gives_a_difference_and_no_more() -> None:
+    found = compare({0: 3.0}, {0: 1.0, 1: 2.0})
+    assert (found.kind, found.difference, found.n) == ("paired", 2.0, 1)
+    assert found.low is found.high is found.p is found.bootstrap is found.effect is None
+    assert "one common seed" in found.note
+    assert found.unmatched == [1]
+    assert found.needed.text == "not known"
+
+
+def test_arms_without_common_seeds_are_compared_unpaired_and_it_says_so() -> None:
+    found = compare(seeded([1.0, 2.0]), {7: 4.0, 8: 6.0})
+    assert (found.kind, found.n, found.n_arm, found.n_reference) == ("welch", 0, 2, 2)
+    assert "not paired" in found.note
+    assert found.unmatched == [0, 1, 7, 8]
+
+
+def test_one_common_seed_of_several_is_not_enough_to_pair() -> None:
+    found = compare({0: 1.0, 1: 2.0, 2: 1.5}, {2: 4.0, 3: 6.0})
+    assert (found.kind, found.n, found.unmatched) == ("welch", 0, [0, 1, 3])
+    assert "not paired" in found.note
+
+
+def test_one_seed_against_another_is_no_test() -> None:
+    found = compare({0: 1.0}, {1: 3.0})
+    assert (found.kind, found.difference, found.p) == ("none", -2.0, None)
+    assert "no test" in found.note
+
+
+@pytest.mark.parametrize("arm", [{}, {0: math.nan, 1: math.inf}])
+def test_an_arm_without_a_value_has_no_difference(arm: Mapping[int, float]) -> None:
+    found = compare(arm, {0: 1.0, 1: 2.0})
+    assert (found.kind, found.difference, found.p) == ("none", None, None)
+    assert "no finite value" in found.note
+    assert found.not_finite == sorted(arm)
+
+
+def test_a_diverged_seed_is_named_and_its_pair_left_out() -> None:
+    found = compare({0: 1.0, 1: math.nan, 2: 3.0, 3: 2.0}, {0: 1.5, 1: 1.0, 2: 3.1, 3: 2.9})
+    assert (found.n, found.not_finite) == (3, [1])
+    assert "not finite at seed 1" in found.note
+
+
+@pytest.mark.parametrize(
+    ("a", "note"), [([1.1, 2.1, 3.1], "same gap"), ([1.0, 2.0, 3.0], "equal at every seed")]
+)
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_without_spread_there_is_no_test(a: list[float], note: str, scale) -> None:
+    b = [1.0, 2.0, 3.0] if scale == "linear" else [v / a[0] for v in a]
+    a = a if scale == "linear" or note == "same gap" else b
+    found = compare(seeded(a), seeded(b), scale=scale)
+    assert note in found.note
+    assert found.difference == pytest.approx(a[0] / b[0] if scale == "log" else a[0] - b[0])
+    assert found.low is found.p is found.bootstrap is None
+
+
+@settings(deadline=None, max_examples=300)
+@given(anything, anything, st.sampled_from(["linear", "log"]))
+def test_no_numbers_break_it_and_none_invent_an_interval(a, b, scale) -> None:
+    found = compare(a, b, scale=scale)
+    if found.low is None:
+        assert found.p is None
+        assert found.note
+        return
+    assert found.difference is not None
+    assert found.high is not None
+    assert found.p is not None
+    assert found.low <= found.difference <= found.high
+    assert 0 <= found.p <= 1
+    assert found.n >= 2 or found.kind == "welch"
+    assert found.assumes
+    no_difference = 0 if scale == "linear" else 1
+    assume(abs(found.p - 0.05) > 1e-6)
+    assert (found.p > 0.05) == (found.low <= no_difference <= found.high)
+
+
+# families ---------------------------------------------------------------------------------------
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), 0.06]
+    assert holm([None, 0.5, None]) == [None, 0.5, None]
+    assert holm([]) == []
+
+
+@settings(deadline=None, max_examples=25)  # statsmodels' takes a tenth of a second
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 12))
+def test_holm_agrees_with_statsmodels(p_values: list[float], at: int) -> None:
+    theirs = multipletests(p_values, method="holm")[1]
+    ours = holm([*p_values[:at], None, *p_values[at:]])
+    assert ours.pop(min(at, len(p_values))) is None
+    assert ours == pytest.approx(list(theirs))
+
+
+def test_every_arm_is_compared_with_the_reference_and_adjusted() -> None:
+    random = SEEDED(0)
+    arms = {name: seeded(random.normal(size=5)) for name in ("full_rank", "lora", "relora")}
+    found = compare_all(arms | {"lone": {0: 1.0}}, reference="full_rank")
+    assert list(found) == ["lora", "relora", "lone"]
+    assert [c.p_holm for c in found.values()] == holm([c.p for c in found.values()])
+    assert found["lone"].p_holm is None
+    assert found["lora"].p_holm is not None
+
+
+# seeds needed -----------------------------------------------------------------------------------
+def of_effect(effect: float) -> list[float]:
+    """Two differences whose mean is `effect` standard deviations."""
+    return [effect - 0.5**0.5, effect + 0.5**0.5]
+
+
+@pytest.mark.parametrize(("effect", "n"), [(0.5, 34), (0.8, 15), (1.0, 10)])
+def test_seeds_needed_as_in_cohens_tables(effect: float, n: int) -> None:
+    assert seeds_needed(of_effect(effect)).n == n
+    assert seeds_needed([-d for d in of_effect(effect)]).n == n
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0.1, 11), st.sampled_from([0.5, 0.8, 0.95]))
+def test_seeds_needed_agree_with_statsmodels(effect: float, power: float) -> None:
+    n = seeds_needed(of_effect(effect), power=power).n
+
+    def theirs(size: int) -> float:
+        # One-sided at half the level: a gap found with the wrong sign is no success.
+        return float(TTestPower().power(effect, size, 0.025, alternative="larger"))
+
+    if n is None:
+        assert theirs(1000) < power + 1e-6
+        return
+    assert theirs(n) > power - 1e-6
+    assert n == 2 or theirs(n - 1) < power + 1e-6
+
+
+@pytest.mark.parametrize("effect", [0.6, 1.2, 2.5])
+def test_seeds_needed_suffice_in_simulation_and_one_fewer_does_not(effect: float) -> None:
+    n = seeds_needed(of_effect(effect)).n
+    assert n is not None
+
+    def power(size: int) -> float:
+        draws = SEEDED(size).normal(effect, 1.0, size=(20_000, size))
+        t = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(size))
+        return float(np.mean(t > scipy_stats.t.ppf(0.975, size - 1)))
+
+    assert power(n) > 0.79
+    assert power(n - 1) < 0.81
+
+
+def test_seeds_needed_unpaired_agree_with_statsmodels() -> None:
+    a, b = [1.0, 1.4, 0.7, 1.1], [0.8, 0.9, 0.3, 0.6]
+    found = compare(seeded(a), {9 + s: v for s, v in seeded(b).items()})
+    effect = (np.mean(a) - np.mean(b)) / math.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 2)
+    assert found.needed.n == math.ceil(TTestIndPower().solve_power(effect, power=0.8, alpha=0.05))
+
+
+def test_seeds_needed_says_when_it_is_hopeless_or_unknown() -> None:
+    assert seeds_needed([1.0, -1.0]).text == "> 1000"
+    assert seeds_needed([1.01, -1.0]).n is None
+    assert seeds_needed([1.0]).text == seeds_needed([2.0, 2.0]).text == "not known"
+    assert seeds_needed([]).text == seeds_needed([1.0, math.nan]).text == "not known"
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, experiments.stats, experiments.stats_blimp;"
+        "print([m for m in ('numpy', 'scipy', 'statsmodels', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

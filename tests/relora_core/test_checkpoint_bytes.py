@@ -29,6 +29,7 @@ def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, laye
         {"relora": {"after_merge": "restore"}},
         {"relora": {"full_rank_modules": ["attention"], "r": 8}},
         {"method": "lora", "relora": {"warm_start_steps": 2}},
+        {"method": "lora", "relora": {"r": 0}},
         {"dynamics": {"every_steps": 2, "what": ["update_restart"]}},
         {"dynamics": {"every_steps": 2, "what": ["update_restart"], "kinds": ["w_2", "q_proj"]}},
         {"dynamics": {"every_steps": 2, "what": ["update_total", "weight"]}},

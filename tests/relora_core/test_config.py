@@ -5,7 +5,7 @@ import pytest
 from relora_core.config import ConfigError, RunConfig, nearest, validate, walk
 
 BAD = [
-    ({"relora": {"r": -1}}, "relora.r must be >= 1, got -1; nearest valid: 1"),
+    ({"relora": {"r": -1}}, "relora.r must be >= 0, got -1; nearest valid: 0"),
     ({"relora": {"r": 4096}}, "relora.r must be in [1, 16]"),
     (
         {"relora": {"prune_ratio": 1.5}},

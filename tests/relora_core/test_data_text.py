@@ -172,6 +172,26 @@ def test_the_ranks_together_serve_the_one_rank_stream(config, cache, world):
         np.testing.assert_array_equal(together, one.next_rows(n * world))
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_shuffled_rows_are_the_rows_of_the_pass_in_an_order_of_seed_and_epoch(config, cache, epoch):
+    plain, shuffled = config(), config(shuffle_rows=True)
+    per_pass = (len(one_pass(plain, cache)) - 1) // plain.seq_len
+
+    def rows(data, seed=0):
+        source = stream(data, cache, seed=seed)
+        source.next_rows(per_pass * epoch)
+        return source.next_rows(per_pass)
+
+    one, other = rows(plain), rows(shuffled)
+    assert sorted(map(tuple, one)) == sorted(map(tuple, other))
+    assert (one != other).any()
+    np.testing.assert_array_equal(other, rows(shuffled))
+    assert (other != rows(shuffled, seed=1)).any()
+    resumed = stream(shuffled, cache)
+    resumed.load_state_dict({"row": per_pass * epoch + 5})
+    np.testing.assert_array_equal(resumed.next_rows(4), other[5:9])
+
+
 # the cache --------------------------------------------------------------------------------------
 def folders(cache: Path) -> list[str]:
     return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))

@@ -1,0 +1,138 @@
+"""Every figure of a sweep, and its learning curves.
+
+    all_figures(sweep, folder) -> list[Figure]     <folder>/<name>.svg and .png
+
+Figures with rows of arms are in `figures_arms.py`, those after the paper's own in
+`figures_paper.py`. Not for: looks (`canvas.py`), what stands beside a figure (`report.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure as Canvas
+
+from experiments import canvas, figures_arms, figures_paper, published, report_tables, tidy
+from experiments.canvas import Drawing, Figure, NoData
+from experiments.curves import Panel, Progress, progress, restart_ticks
+from experiments.figures_arms import BLIMP, LOSS, PAPER_PERPLEXITY, PERPLEXITY
+from experiments.published import Published
+from experiments.tidy import Arm, Sweep
+
+
+def all_figures(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    x: str = "tokens",
+    published: Path | str | None = None,
+    pairs: Sequence[tuple[Arm, Arm]] | None = None,
+) -> list[Figure]:
+    """Draw what the sweep has data for; of the other figures `missing` says why there is none.
+
+    `x` is `steps`, `tokens` or `gpu_hours`; `published` a file of the paper's curves; `pairs` are
+    (arm, reference). ConfigError for an axis or a file that is none.
+    """
+    wanted = catalogue(sweep, x=x, published=published, pairs=pairs)
+    return [
+        canvas.produce(name, title=title, draw=draw, folder=Path(folder))
+        for name, (title, draw) in wanted.items()
+    ]
+
+
+def catalogue(
+    sweep: Sweep,
+    *,
+    x: str = "tokens",
+    published: Path | str | None = None,
+    pairs: Sequence[tuple[Arm, Arm]] | None = None,
+) -> dict[str, tuple[str, Callable[[], Drawing]]]:
+    """Name -> title and how to draw it, of every figure; arguments as of `all_figures`."""
+    axis = progress(sweep, x)
+    paper = _load(published, sweep)
+    whole = partial(figures_paper.dynamics, sweep, axis=axis, paper=paper)
+    return {
+        "learning_curves": (
+            "Learning curves (paper's Figure 2)",
+            partial(learning_curves, sweep, axis=axis, paper=paper),
+        ),
+        "arms": ("Final numbers by arm", partial(figures_arms.arms_summary, sweep)),
+        "differences": (
+            "Differences on common seeds",
+            partial(figures_arms.differences, _pairs(sweep) if pairs is None else pairs),
+        ),
+        "blimp_phenomena": ("BLiMP by phenomenon", partial(figures_arms.blimp_phenomena, sweep)),
+        "weights_rank": (
+            "Proportional effective rank of weights (paper's Figure 3)",
+            partial(whole, group="weights", measure="per"),
+        ),
+        "updates_rank": (
+            "Proportional effective rank of updates (paper's Figure 4)",
+            partial(whole, group="updates", measure="per"),
+        ),
+        "weights_condition": (
+            "Condition number of weights (paper's Figure 5)",
+            partial(whole, group="weights", measure="condition_number"),
+        ),
+        "updates_condition": (
+            "Condition number of updates (paper's Figure 6)",
+            partial(whole, group="updates", measure="condition_number"),
+        ),
+        "schedules": (
+            "Learning rates as used (paper's Figure 8)",
+            partial(figures_paper.schedules, sweep),
+        ),
+        "restarts": ("What restarts do", partial(figures_paper.restarts, sweep)),
+    }
+
+
+def _pairs(sweep: Sweep) -> Sequence[tuple[Arm, Arm]]:
+    return report_tables.against(sweep, reference=None) if sweep.arms else []
+
+
+def _load(path: Path | str | None, sweep: Sweep) -> Published | None:
+    if path is None:
+        return None
+    return published.load(path, models={run.config.model.name for run in sweep.runs})
+
+
+# learning curves --------------------------------------------------------------------------------
+def learning_curves(sweep: Sweep, *, axis: Progress, paper: Published | None = None) -> Drawing:
+    """Loss, its last half, perplexity and BLiMP against progress."""
+    perplexity = PAPER_PERPLEXITY if paper else PERPLEXITY
+    drawn, others = canvas.few(_with_curves(sweep))
+    metrics = [m for m in (LOSS, perplexity, BLIMP) if any(canvas.has(arm, m.key) for arm in drawn)]
+    if not metrics:
+        raise NoData("no run has logged a loss or an eval")
+    floor = tidy.floor(sweep) if LOSS in metrics else None
+    shown = [(metric, 0.0) for metric in metrics]
+    if LOSS in metrics:
+        ends = [p for arm in drawn for r in arm.runs for p in r.curves.get(LOSS.key, ())[-1:]]
+        shown.insert(1, (LOSS, max(map(axis.of, ends)) / 2))
+    figure = Canvas(figsize=(9.2, 3.1 * ((len(shown) + 1) // 2)))
+    restarts, laid = False, []
+    for index, (metric, start) in enumerate(shown):
+        ax = figure.add_subplot((len(shown) + 1) // 2, 2, index + 1)
+        panel = Panel(ax=ax, axis=axis, scale=metric.scale, start=start)
+        for arm in drawn:
+            panel.arm(arm, metric.key)
+        if floor and metric is LOSS:
+            panel.level(floor.entropy, text="entropy of the data", inside=not start)
+            panel.level(floor.unigram, text="unigram entropy", inside=not start)
+        if metric.chance is not None:
+            panel.level(metric.chance, text="chance")
+        if paper:
+            laid.append(paper.lay(panel, metric.key))
+        panel.finish(ylabel=metric.label, title="second half" if start else "")
+        restarts |= restart_ticks(ax, drawn, axis=axis) if not start else False
+    extra = [canvas.RESTART] if restarts else []
+    notes = published.note(laid) if paper else ""
+    canvas.legend(figure, drawn, extra=[*extra, *(paper.legend(laid) if paper else [])])
+    return Drawing(canvas=figure, caption=f"{canvas.bands(drawn)}{others}{notes}".strip())
+
+
+def _with_curves(sweep: Sweep) -> list[Arm]:
+    keys = [m.key for m in (LOSS, PERPLEXITY, PAPER_PERPLEXITY, BLIMP)]
+    return [arm for arm in sweep.arms if any(canvas.has(arm, key) for key in keys)]

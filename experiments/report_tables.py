@@ -1,0 +1,515 @@
+"""The tables of a report: means, comparisons, BLiMP, restarts, cost; cells for people, CSV beneath.
+
+Not for: estimates and tests themselves (`stats.py`, `stats_blimp.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from experiments.document import Block, Bullets, Table, number, plural
+from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
+from experiments.tidy import Arm, RunData, Sweep, floor
+
+Pair = tuple[Arm, Arm]
+"""An arm and what it is compared with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Measure:
+    """A final number that the report is about."""
+
+    title: str
+    metric: str
+    scale: Scale = "linear"
+    factor: float = 1.0
+    """100: shown in per cent."""
+    digits: int = 3
+    """Decimals of a mean; a difference has one more."""
+    significant: bool = False
+    """`digits` counts from the first digit that is not 0."""
+
+    def show(self, value: float | None) -> str:
+        if value is None or math.isnan(value):
+            return "-"
+        if self.significant:
+            return number(value, digits=self.digits)
+        return f"{value * self.factor:,.{self.digits}f}"
+
+    def show_difference(self, value: float | None) -> str:
+        """Signed; a ratio on the log scale."""
+        if value is None or math.isnan(value):
+            return "-"
+        if self.scale == "log":
+            return f"{value:.4f}"
+        return f"{value * self.factor:+,.{self.digits + 1}f}"
+
+
+MEASURES = (
+    Measure(title="loss", metric="train/loss"),
+    Measure(
+        title="perplexity",
+        metric="eval/paloma/perplexity",
+        scale="log",
+        digits=4,
+        significant=True,
+    ),
+    Measure(
+        title="paper's perplexity",
+        metric="eval/paloma/paper_perplexity",
+        scale="log",
+        digits=4,
+        significant=True,
+    ),
+    Measure(title="BLiMP no_bos, %", metric="eval/blimp/no_bos/accuracy", factor=100, digits=1),
+    Measure(
+        title="BLiMP eos_prefix, %", metric="eval/blimp/eos_prefix/accuracy", factor=100, digits=1
+    ),
+)
+HOURS = Measure(title="device-hours", metric="perf/train_seconds", digits=3, significant=True)
+VARIANTS = ("no_bos", "eos_prefix")
+SAME_TASK = ("model.", "data.", "train.", "eval.")
+"""Settings that a fair reference shares with its arm."""
+
+
+def shown(sweep: Sweep) -> list[Measure]:
+    """The measures that a finished run has."""
+    return [m for m in MEASURES if any(arm.values(m.metric) for arm in sweep.arms)]
+
+
+def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
+    """Each arm with the reference; by default with full rank where there is such an arm.
+
+    Of several full-rank arms the one that shares most of model, data and training; where there is
+    none, or nothing else, the sweep's first arm.
+    """
+    full = [arm for arm in sweep.arms if arm.runs[0].config.method == "full_rank"]
+    if reference is None and 0 < len(full) < len(sweep.arms):
+        ids = {arm.arm_id for arm in full}
+        others = [arm for arm in sweep.arms if arm.arm_id not in ids]
+        return [(arm, max(full, key=partial(_shared, arm))) for arm in others]
+    first = reference or sweep.arms[0]
+    return [(arm, first) for arm in sweep.arms if arm is not first]
+
+
+def _shared(arm: Arm, other: Arm) -> int:
+    keys = [key for key in arm.settings if key.startswith(SAME_TASK)]
+    return sum(arm.settings[key] == other.settings.get(key) for key in keys)
+
+
+# means ------------------------------------------------------------------------------------------
+def results(sweep: Sweep) -> list[Block]:
+    """Arms with the interval of each measure."""
+    measures = shown(sweep)
+    if not measures:
+        return []
+    rows, data = [], []
+    for arm in sweep.arms:
+        done, cells = len(arm.finished), []
+        for measure in measures:
+            values = list(arm.values(measure.metric).values())
+            found = interval(values, scale=measure.scale) if values else None
+            cells.append(mean_cell(found, measure, expected=done))
+            data.append(_row(arm, measure, found))
+        cells += [tokens_per_run(arm), mean_cell(hours_per_run(arm), HOURS, expected=done)]
+        rows.append([arm.name, f"{done} of {len(arm.runs)}", *cells])
+    several = any(len(arm.finished) > 1 for arm in sweep.arms)
+    note = (
+        "Mean [95 % interval of the mean over seeds, Student's t]; of perplexities the geometric "
+        "mean with the interval of the logarithms. "
+        if several
+        else "One value per arm: no interval. "
+    )
+    note += "Loss: training loss since the last log, nats per token. "
+    note += "Tokens and device-hours are those of training. A mean of fewer values than runs that "
+    note += "finished says so (n)."
+    blocks: list[Block] = [
+        Table(
+            name="arms",
+            title="Arms",
+            columns=["arm", "finished", *(m.title for m in measures), "tokens", HOURS.title],
+            rows=rows,
+            data=data,
+            note=note,
+        )
+    ]
+    if known := floor(sweep):
+        blocks.append(
+            f"The grammar's entropy is {known.entropy:.3f} nats per token: no model's expected "
+            f"loss is below it. One that knows frequencies only has {known.unigram:.3f}."
+        )
+    return blocks
+
+
+def mean_cell(found: Interval | None, measure: Measure, *, expected: int) -> str:
+    """`2.61 [2.58, 2.64]`, and what is missing in it."""
+    if found is None or not found.n:
+        return "-"
+    text = measure.show(found.mean)
+    if found.low is not None:
+        text += f" [{measure.show(found.low)}, {measure.show(found.high)}]"
+    return text if found.n == expected else f"{text} (n = {found.n})"
+
+
+def _row(arm: Arm, measure: Measure, found: Interval | None) -> dict[str, Any]:
+    row = {
+        "arm": arm.name,
+        "arm_id": arm.arm_id,
+        "metric": measure.metric,
+        "finished": len(arm.finished),
+        "planned": len(arm.runs),
+    }
+    return row | (asdict(found) if found else {"n": 0})
+
+
+# comparisons ------------------------------------------------------------------------------------
+def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
+    """A table for each measure: arm against reference on common seeds."""
+    blocks: list[Block] = []
+    assumed: dict[str, None] = {}
+    for measure in shown(sweep):
+        found = compared(pairs, measure)
+        if any(c.difference is not None for c in found):
+            blocks.append(difference_table(measure, pairs, found))
+            assumed |= dict.fromkeys(c.assumes for c in found if c.p is not None)
+    if not blocks:
+        return ["There is nothing to compare: fewer than two arms have finished runs."]
+    text = (
+        "Arm minus reference on the seeds that both have; of perplexities the ratio of the two. "
+        "p (Holm) is adjusted for all comparisons of its table. Seeds needed: with so many of each "
+        "arm a test at 5 % would find the gap seen here four times in five, if gap and spread are "
+        "the true ones."
+    )
+    assumptions = ["What the tests assume:", Bullets(list(assumed))] if assumed else []
+    return [text, *blocks, *assumptions]
+
+
+def compared(pairs: Sequence[Pair], measure: Measure) -> list[Comparison]:
+    """Each pair on its common seeds, Holm's adjustment over all of them."""
+    found = [
+        compare(arm.values(measure.metric), other.values(measure.metric), scale=measure.scale)
+        for arm, other in pairs
+    ]
+    for comparison, p in zip(found, holm([c.p for c in found]), strict=True):
+        comparison.p_holm = p
+    return found
+
+
+def _sides(pairs: Sequence[Pair]) -> tuple[str, bool]:
+    """Words for a title where all pairs have one reference, and whether they have."""
+    names = {reference.name for _, reference in pairs}
+    return (f" to {names.pop()}", True) if len(names) == 1 else ("", False)
+
+
+def difference_table(
+    measure: Measure, pairs: Sequence[Pair], found: Sequence[Comparison], *, to: str | None = None
+) -> Table:
+    """A row for each pair; `to` names what stands against every arm, where that is not an arm."""
+    against_what, one = (f" to {to}", True) if to else _sides(pairs)
+    rows, data = [], []
+    for (arm, reference), c in zip(pairs, found, strict=True):
+        seeds = str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
+        rows.append(
+            [
+                *([arm.name] if one else [arm.name, reference.name]),
+                seeds,
+                between(measure, c.difference, c.low, c.high),
+                p_value(c.p),
+                p_value(c.p_holm),
+                "-" if c.bootstrap is None else ends(measure, *c.bootstrap),
+                "-" if c.effect is None else f"{c.effect:+.2f}",
+                c.needed.text if c.p is not None else "-",
+                c.note,
+            ]
+        )
+        flat = asdict(c) | {"needed": c.needed.text, "metric": measure.metric}
+        flat["unmatched"], flat["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
+        low, high = c.bootstrap or (None, None)
+        flat |= {"bootstrap": None, "bootstrap_low": low, "bootstrap_high": high}
+        del flat["bootstrap"]
+        data.append({"arm": arm.name, "reference": reference.name} | flat)
+    what = "ratio" if measure.scale == "log" else "difference"
+    return Table(
+        name=f"compare_{slug(measure)}",
+        title=f"{measure.title}: {what}{against_what}",
+        columns=[
+            *(["arm"] if one else ["arm", "reference"]),
+            *("seeds", f"{what} [95 %]", "p", "p (Holm)", "bootstrap 95 %", "Hedges' g"),
+            *("seeds needed", "note"),
+        ],
+        rows=rows,
+        data=data,
+    )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return " ".join(map(str, seeds))
+
+
+def slug(measure: Measure) -> str:
+    return measure.metric.removeprefix("eval/").replace("/", "_")
+
+
+def between(measure: Measure, value: float | None, low: float | None, high: float | None) -> str:
+    """`-0.021 [-0.030, -0.012]`."""
+    text = measure.show_difference(value)
+    return text if low is None or high is None else f"{text} {ends(measure, low, high)}"
+
+
+def ends(measure: Measure, low: float, high: float) -> str:
+    return f"[{measure.show_difference(low)}, {measure.show_difference(high)}]"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return f"{p:.3f}" if p >= 1e-3 else f"{p:.1e}"
+
+
+# BLiMP ------------------------------------------------------------------------------------------
+def blimp(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
+    """By phenomenon, and every test of each pair with what it assumes."""
+    blocks: list[Block] = []
+    for variant in VARIANTS:
+        if table := _phenomena(sweep, variant):
+            blocks.append(table)
+    assumed: dict[str, str] = {}
+    tests = [table for v in VARIANTS if (table := _tests(pairs, v, assumed))]
+    if tests:
+        blocks.append(
+            "Tests of overall accuracy (mean over paradigms) against the reference. They differ in "
+            "what they take for an independent observation, and so in what their p speaks of."
+        )
+        blocks += [*tests, Bullets([f"{name}: assumes {text}" for name, text in assumed.items()])]
+    return blocks
+
+
+def _phenomena(sweep: Sweep, variant: str) -> Table | None:
+    prefix = f"eval/blimp/{variant}/"
+    names = sorted(m for m in sweep.metrics() if m.startswith(prefix) and m != f"{prefix}accuracy")
+    arms = [arm for arm in sweep.arms if arm.finished]
+    if not names or not arms:
+        return None
+    rows, data = [], []
+    for name in names:
+        measure, cells = Measure(title="", metric=name, factor=100, digits=1), []
+        for arm in arms:
+            values = list(arm.values(name).values())
+            found = interval(values, scale="linear") if values else None
+            cells.append(mean_cell(found, measure, expected=len(arm.finished)))
+            data.append(_row(arm, measure, found) | {"phenomenon": name.removeprefix(prefix)})
+        rows.append([name.removeprefix(prefix).replace("_", " "), *cells])
+    return Table(
+        name=f"blimp_{variant}_phenomena",
+        title=f"Accuracy by phenomenon, {variant}, %",
+        columns=["phenomenon", *(arm.name for arm in arms)],
+        rows=rows,
+        data=data,
+        note="Mean over the phenomenon's paradigms [95 % interval over seeds]; chance is 50 %.",
+        folded=variant != VARIANTS[0],
+    )
+
+
+def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Table | None:
+    from experiments.stats_blimp import blimp_tests
+
+    shows = Measure(title="", metric="", factor=100, digits=1)
+    against_what, one = _sides(pairs)
+    rows, data = [], []
+    for arm, reference in pairs:
+        own, other = _paradigms(arm, variant), _paradigms(reference, variant)
+        if not own or not other:
+            continue
+        for test in blimp_tests(own, other, pairs=_pairs_scored(arm)):
+            assumed.setdefault(f"{test.name}, unit {test.unit}", test.assumes)
+            rows.append(
+                [
+                    *([arm.name] if one else [arm.name, reference.name]),
+                    *(test.name, test.unit, f"{test.n:,}"),
+                    between(shows, test.difference, test.low, test.high),
+                    *(p_value(test.p), test.note),
+                ]
+            )
+            data.append({"arm": arm.name, "reference": reference.name, **asdict(test)})
+    if not rows:
+        return None
+    return Table(
+        name=f"blimp_{variant}_tests",
+        title=f"Tests of {variant}, difference{against_what}",
+        columns=[
+            *(["arm"] if one else ["arm", "reference"]),
+            *("test", "unit", "units", "difference [95 %], points"),
+            *("p", "note"),
+        ],
+        rows=rows,
+        data=data,
+        folded=variant != VARIANTS[0],
+    )
+
+
+def _paradigms(arm: Arm, variant: str) -> dict[int, dict[str, float]]:
+    """Seed -> paradigm -> accuracy of the finished runs that have the table."""
+    found = {}
+    for run in arm.finished:
+        rows = run.tables.get("blimp_paradigms", [])
+        if accuracies := {row["uid"]: row[variant] for row in rows if variant in row}:
+            found[run.seed] = accuracies
+    return found
+
+
+def _pairs_scored(arm: Arm) -> int:
+    rows = [row for run in arm.finished for row in run.tables.get("blimp_paradigms", [])]
+    return max(1, round(statistics.fmean(row.get("pairs", 1000) for row in rows)))
+
+
+# restarts ---------------------------------------------------------------------------------------
+RESTART = {
+    "restart/loss_before": "loss before",
+    "restart/loss_after": "loss after",
+    "restart/loss_next": "one step later",
+    "restart/logit_change_max": "largest change of a logit",
+    "restart/merged_norm": "norm merged",
+    "restart/state_zeroed": "state zeroed",
+}
+
+
+def restarts(sweep: Sweep) -> list[Block]:
+    """What restarts did to each arm, over its runs and their restarts."""
+    rows, data = [], []
+    for arm in sweep.arms:
+        count = sum(len(run.restarts) for run in arm.runs)
+        if not count:
+            continue
+        values = {metric: _all_values(arm.runs, metric) for metric in RESTART}
+        means = {m: statistics.fmean(v) if v else None for m, v in values.items()}
+        rows.append([arm.name, str(count), *(number(means[m]) for m in RESTART)])
+        data.append({"arm": arm.name, "restarts": count, **means})
+    if not rows:
+        return []
+    return [
+        Table(
+            name="restarts",
+            title="What the restarts did",
+            columns=["arm", "restarts", *RESTART.values()],
+            rows=rows,
+            data=data,
+            note="Means over all restarts of all runs of the arm, whatever became of the runs. "
+            "Losses are those of one fixed batch: a merge that leaves the model's function alone "
+            "leaves the loss alone, too.",
+        )
+    ]
+
+
+def _all_values(runs: Sequence[RunData], metric: str) -> list[float]:
+    values = [point.value for run in runs for point in run.curves.get(metric, [])]
+    return [value for value in values if math.isfinite(value)]
+
+
+# cost -------------------------------------------------------------------------------------------
+def cost(sweep: Sweep) -> list[Block]:
+    """What each arm took."""
+    rows, data = [], []
+    for arm in sweep.arms:
+        found = hours_per_run(arm)
+        training = sum(run.cost.gpu_hours for run in arm.runs)
+        everything = sum(run.cost.all_hours for run in arm.runs)
+        attempts = sum(run.cost.attempts for run in arm.runs)
+        rates = _all_values(arm.finished, "perf/tokens_per_s")
+        rate = statistics.median(rates) if rates else None
+        rows.append(
+            [
+                arm.name,
+                tokens_per_run(arm),
+                mean_cell(found, HOURS, expected=len(arm.finished)),
+                "-" if rate is None else f"{rate:,.0f}",
+                *(number(training, digits=3), number(everything, digits=3), str(attempts)),
+            ]
+        )
+        data.append(
+            {
+                "arm": arm.name,
+                "tokens_per_run": tokens_per_run(arm).replace(",", ""),
+                "gpu_hours_per_run": found.mean if found else None,
+                "tokens_per_s": rate,
+                "gpu_hours": training,
+                "all_hours": everything,
+                "attempts": attempts,
+            }
+        )
+    names = ["training device-hours", "with evals and lost work", "attempts"]
+    return [
+        Table(
+            name="cost",
+            title="Cost",
+            columns=["arm", "tokens per run", "device-hours per run", "tokens/s", *names],
+            rows=rows,
+            data=data,
+            note="A device-hour is an hour of one process, on a GPU or a CPU. Per run: training of "
+            "the finished runs, without evals; in all: of every run and attempt, from its first to "
+            "its last word. Speeds of runs that shared a machine say little of each other.",
+        )
+    ]
+
+
+def hours_per_run(arm: Arm) -> Interval | None:
+    """Of training, over the finished runs."""
+    hours = [run.cost.gpu_hours for run in arm.finished]
+    return interval(hours, scale="linear") if hours else None
+
+
+def tokens_per_run(arm: Arm) -> str:
+    """Of the finished runs."""
+    tokens = sorted({run.cost.tokens for run in arm.finished})
+    return " to ".join(f"{count:,}" for count in sorted({*tokens[:1], *tokens[-1:]})) or "-"
+
+
+# runs -------------------------------------------------------------------------------------------
+def every_run(sweep: Sweep) -> Table:
+    """A row for each run; the CSV holds its settings and all of its final numbers."""
+    measures = shown(sweep)
+    rows, data = [], []
+    for arm in sweep.arms:
+        for run in arm.runs:
+            values = {m.metric: run.metrics.get(m.metric) for m in measures}
+            rows.append(
+                [
+                    *(arm.name, str(run.seed), run.state, f"{run.step:,}"),
+                    *(m.show(values[m.metric]) for m in measures),
+                    *(number(run.cost.gpu_hours, digits=3), str(run.cost.attempts), run.run_id),
+                ]
+            )
+            data.append(_run_row(arm, run))
+    return Table(
+        name="runs",
+        title=f"Every run ({plural(len(rows), 'run')})",
+        columns=[
+            *("arm", "seed", "state", "step"),
+            *(m.title for m in measures),
+            *("device-hours", "attempts", "run_id"),
+        ],
+        rows=rows,
+        data=data,
+        folded=True,
+    )
+
+
+def _run_row(arm: Arm, run: RunData) -> Mapping[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "arm": arm.name,
+        "arm_id": arm.arm_id,
+        "seed": run.seed,
+        "state": run.state,
+        "reason": run.reason,
+        "step": run.step,
+        **{f"setting/{key}": value for key, value in arm.settings.items()},
+        **{k: v for k, v in run.metrics.items() if not k.startswith("dynamics/")},
+        **asdict(run.cost),
+        "restarts": len(run.restarts),
+        "code": " ".join(run.code),
+    }

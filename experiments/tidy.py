@@ -1,0 +1,505 @@
+"""The runs of a sweep as tidy data: what varies, curves, final numbers, cost, what became of each.
+
+    gather(output_dir, sweep) -> Sweep -> arms -> runs -> curves, metrics, tables, cost
+
+Reads plan, records and results, needs no torch, and takes what is odd in a run as a fact about that
+run. Not for: estimates (`stats.py`), pictures (`figures.py`), words (`report.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.evaluate import results
+from experiments.identity import config_from_json, scientific
+from experiments.run_dir import DONE, RunDir, runs_folder
+from experiments.state import RunState, state_of
+from relora_core.config import ConfigError, RunConfig, get, nearest
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#56B4E9", "#E69F00", "#000000", "#F0E442"),
+)
+"""Okabe and Ito's eight, those that white paper suits least at the end."""
+STYLES = ("-", "--", ":", "-.")
+"""Line styles of the first eight arms, of the next eight, ..."""
+LABELS = ("experiment", "method", "model.name", "relora.name", "data.path")
+"""Settings outside the identity, or in it, that a reader wants first."""
+KINDS = ("method", "data.kind", "eval.paloma.enabled", "eval.blimp.enabled")
+"""Settings that decide which others apply."""
+ODD = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged file of a run may raise."""
+_TABLE = re.compile(
+    rb'\{"attempt": (\d+), "kind": "table", "step": (\d+), .{0,80}?"name": "([^"]+)"'
+)
+
+
+class Point(NamedTuple):
+    """One value of a curve, at a place on each of the axes that a curve can be drawn against."""
+
+    step: int
+    tokens: int
+    gpu_hours: float
+    """Of training: seconds times processes, without evals."""
+    value: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Cost:
+    """What a run took."""
+
+    gpu_hours: float = 0.0
+    """Training alone, as its result counts: what was lost to kills is left out. CPUs count too."""
+    all_hours: float = 0.0
+    """All attempts from first to last word, times processes: evals and lost work included."""
+    tokens: int = 0
+    attempts: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Attempt:
+    """Where and with what code an attempt ran, as far as it was written down."""
+
+    host: str = ""
+    python: str = ""
+    code_hash: str = ""
+    commit: str = ""
+    dirty: bool | None = None
+    hardware: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunData:
+    """One run as it is now."""
+
+    run_id: str
+    arm_id: str
+    name: str
+    seed: int
+    state: str = "planned"
+    reason: str | None = None
+    step: int = 0
+    config: RunConfig
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Final numbers; empty until it has ended. Those of a diverged run are from where it ended."""
+    curves: dict[str, list[Point]] = field(default_factory=dict)
+    """Metric -> points by step, attempts that were taken back left out."""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Table -> its newest rows."""
+    restarts: list[int] = field(default_factory=list)
+    """Steps at which it restarted."""
+    cost: Cost = field(default_factory=Cost)
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+    @property
+    def code(self) -> list[str]:
+        """code_hash of its attempts, each once."""
+        return list(dict.fromkeys(a.code_hash for a in self.attempts if a.code_hash))
+
+
+@dataclass(kw_only=True, slots=True)
+class Arm:
+    """A setting regardless of seed."""
+
+    arm_id: str
+    name: str
+    colour: str
+    """`#rrggbb`, the same wherever the arm is drawn."""
+    style: str = "-"
+    """Line style: beyond eight arms colours come again."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Key -> value of what varies in the sweep and applies to the arm; without the seed."""
+    runs: list[RunData] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[RunData]:
+        return [run for run in self.runs if run.finished]
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> final value of the finished runs that have the metric; nan for diverged ones.
+
+        Empty where no run has it, so that nan says that a value was lost, and not that none was
+        measured.
+        """
+        found = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
+        lost = {run.seed: math.nan for run in self.runs if run.state == "diverged"}
+        return found | lost if found else {}
+
+
+@dataclass(kw_only=True, slots=True)
+class Sweep:
+    """A plan and everything that is known of its runs."""
+
+    name: str
+    question: str | None = None
+    commands: list[str] = field(default_factory=list)
+    collapsed: list[str] = field(default_factory=list)
+    """Why there are fewer runs than points of the grid."""
+    arms: list[Arm]
+    """In the plan's order, so that a wider plan changes no colour."""
+
+    @property
+    def runs(self) -> list[RunData]:
+        return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """State -> runs, most frequent first."""
+        return dict(Counter(run.state for run in self.runs).most_common())
+
+    @property
+    def varies(self) -> dict[str, list[Any]]:
+        """Key -> its values, of what differs between arms; the seed comes last, if it varies."""
+        found: dict[str, list[Any]] = {}
+        for arm in self.arms:
+            for key, value in arm.settings.items():
+                values = found.setdefault(key, [])
+                if value not in values:
+                    values.append(value)
+        seeds = sorted({run.seed for run in self.runs})
+        return found | ({"seed": seeds} if len(seeds) > 1 else {})
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Key -> value of the settings that all runs share to which they apply."""
+        shared: dict[str, Any] = {}
+        for arm in self.arms:
+            shared |= settings(arm.runs[0].config) if arm.runs else {}
+        varies = self.varies
+        return {key: value for key, value in shared.items() if key not in varies}
+
+    def metrics(self) -> list[str]:
+        """Names of the finished runs' numbers, in the order of their first sight."""
+        return list(dict.fromkeys(m for run in self.runs if run.finished for m in run.metrics))
+
+
+def gather(
+    output_dir: Path | str, sweep: str, *, states: Mapping[str, RunState] | None = None
+) -> Sweep:
+    """The sweep as its plan and its runs' records have it; ConfigError where there is no such plan.
+
+    `states` is what a scheduler says of runs, where the caller asked it; else their word counts.
+    """
+    plan, configs = _plan(output_dir, sweep)
+    runs = [
+        _run(cell, config, output_dir=output_dir, states=states or {})
+        for cell, config in zip(plan["cells"], configs, strict=True)
+    ]
+    commands = plan.get("commands", [])
+    return Sweep(
+        name=sweep,
+        question=question(sweep, commands, [config.experiment for config in configs]),
+        commands=commands,
+        collapsed=plan.get("collapsed", []),
+        arms=_arms(runs),
+    )
+
+
+def _plan(output_dir: Path | str, sweep: str) -> tuple[dict[str, Any], list[RunConfig]]:
+    """The plan as it is in its file, and the configs of its cells."""
+    folder = Path(output_dir) / "sweeps"
+    names = [path.parent.name for path in sorted(folder.glob("*/plan.json"))]
+    if sweep not in names:
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ConfigError(
+            f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}."
+            f"{nearest(sweep, names)}"
+        )
+    path = folder / sweep / "plan.json"
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if not plan["cells"]:
+            raise ValueError("it has no runs")
+        for cell in plan["cells"]:
+            _ = cell["run_id"], cell["arm_id"], cell["name"]
+        return plan, [config_from_json(json.dumps(cell["config"])) for cell in plan["cells"]]
+    except ODD as error:
+        raise ConfigError(
+            f"{path} must be a plan as this version writes it ({error}); plan the sweep anew"
+        ) from None
+
+
+# arms -------------------------------------------------------------------------------------------
+def _arms(runs: Sequence[RunData]) -> list[Arm]:
+    arms: dict[str, Arm] = {}
+    for run in runs:
+        if run.arm_id not in arms:
+            n = len(arms)
+            arms[run.arm_id] = Arm(
+                arm_id=run.arm_id,
+                name=without_seed(run.name) or run.config.experiment,
+                colour=COLOURS[n % len(COLOURS)],
+                style=STYLES[n // len(COLOURS) % len(STYLES)],
+            )
+        arms[run.arm_id].runs.append(run)
+    rows = {arm.arm_id: settings(arm.runs[0].config) for arm in arms.values()}
+    keys = _varying(list(rows.values()))
+    for arm in arms.values():
+        arm.runs.sort(key=lambda run: run.seed)
+        arm.settings = {k: rows[arm.arm_id][k] for k in keys if k in rows[arm.arm_id]}
+    return list(arms.values())
+
+
+def without_seed(name: str) -> str:
+    """`relora.r=8 seed=0` -> `relora.r=8`."""
+    return re.sub(r"(^| )seed=\S+", "", name).strip()
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """Labels and scientific settings without the seed; a label that does not apply is left out."""
+    labels = {key: get(config, key) for key in LABELS if key != "relora.name"}
+    if config.method == "relora":
+        labels["relora.name"] = config.relora.name
+    rows = {key: value for key, value in labels.items() if value is not None} | scientific(config)
+    return {key: value for key, value in rows.items() if key != "seed"}
+
+
+def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys with two values among the arms that they apply to.
+
+    A later-added knob is absent at the value that means "as before": then rows of one kind differ
+    in having it.
+    """
+    kinds = [tuple(repr(row.get(key)) for key in KINDS) for row in rows]
+    found = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        has = [key in row for row in rows]
+        values = {repr(row[key]) for row in rows if key in row}
+        if len(values) > 1 or len(set(zip(kinds, has, strict=True))) > len(set(kinds)):
+            found.append(key)
+    return found
+
+
+# runs -------------------------------------------------------------------------------------------
+def _run(
+    cell: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    output_dir: Path | str,
+    states: Mapping[str, RunState],
+) -> RunData:
+    run_dir = RunDir(runs_folder(output_dir) / cell["run_id"])
+    run = RunData(
+        run_id=cell["run_id"],
+        arm_id=cell["arm_id"],
+        name=cell["name"],
+        seed=config.seed,
+        config=config,
+    )
+    try:
+        state = states.get(run.run_id) or state_of(run_dir)
+        run.state, run.reason, run.step = state.state, state.reason, state.step
+        _read_record(run, run_dir)
+        _read_evaluations(run, run_dir)
+        run.attempts = [_attempt(record) for record in run_dir.attempt_records()]
+        run.cost.attempts = max(state.attempts, len(run.attempts))
+        if run.state in DONE:
+            result = run_dir.result() or {}
+            run.metrics = _final(run, result)
+            run.step = result.get("step", run.step)
+    except ODD as error:
+        what = " ".join(str(error).split())[:200]
+        run.state, run.metrics = "unreadable", {}
+        run.reason = f"its files are damaged ({type(error).__name__}: {what})"
+    run.cost.tokens = run.step * config.train.batch_size * config.data.seq_len
+    return run
+
+
+def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
+    """The result's metrics, and evaluations apart from training of the very step it ended at."""
+    apart = {
+        name: points[-1].value
+        for name, points in run.curves.items()
+        if points[-1].step == result["step"] and name not in result["metrics"]
+    }
+    return apart | {name: float(value) for name, value in result["metrics"].items()}
+
+
+def _attempt(record: Mapping[str, Any]) -> Attempt:
+    gpus = record.get("gpus") or []
+    names = [str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in gpus]
+    hardware = ", ".join(f"{n} x {name}" for name, n in Counter(names).items())
+    return Attempt(
+        host=record.get("host") or "",
+        python=record.get("python") or "",
+        code_hash=record.get("code_hash") or "",
+        commit=record.get("commit") or "",
+        dirty=record.get("dirty"),
+        hardware=hardware or str(record.get("cpu") or ""),
+        packages=record.get("packages") or {},
+    )
+
+
+def _read_record(run: RunData, run_dir: RunDir) -> None:
+    """Curves, tables, restarts and cost out of events.jsonl, which is read once."""
+    events, tables, spans = _kept(run_dir.events_path)
+    hours, seconds, world = 0.0, 0.0, 1
+    steps, clock = [0], [0.0]
+    for event in events:
+        if event["kind"] == "start":
+            world = int(event["data"].get("world", 1))
+        elif "perf/train_seconds" in event["metrics"]:
+            now = event["metrics"]["perf/train_seconds"]
+            hours, seconds = hours + max(0.0, now - seconds) * world / 3600, now
+            steps.append(event["step"])
+            clock.append(hours)
+    per_step = run.config.train.batch_size * run.config.data.seq_len
+    for event in events:
+        step = event["step"]
+        if event["kind"] == "restart":
+            run.restarts.append(step)
+        if event["kind"] != "system":
+            at = step, step * per_step, _interpolate(steps, clock, step)
+            for name, value in event["metrics"].items():
+                _add(run.curves.setdefault(name, []), Point(*at, float(value)))
+    run.tables |= tables
+    run.cost.gpu_hours = hours
+    run.cost.all_hours = sum((last - first) * n / 3600 for first, last, n in spans.values())
+    run.step = max(run.step, steps[-1])
+
+
+def _add(curve: list[Point], point: Point) -> None:
+    """What a resumed run measured again takes the place of the first time."""
+    if curve and curve[-1].step == point.step:
+        curve.pop()
+    curve.append(point)
+
+
+def _kept(
+    path: Path,
+) -> tuple[
+    list[dict[str, Any]], dict[str, list[dict[str, Any]]], dict[int, tuple[float, float, int]]
+]:
+    """Events as they count (RunDir.events), newest rows of each table, attempt -> (begin, end, n).
+
+    Tables are most of a record's bytes and only the newest of each name is parsed.
+    """
+    events: list[dict[str, Any]] = []
+    tables: dict[str, list[tuple[int, bytes]]] = {}
+    spans: dict[int, tuple[float, float, int]] = {}
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return [], {}, {}
+    with file:
+        for line in file:
+            if not line.endswith(b"\n"):  # being written, or torn by a kill
+                break
+            if (match := _TABLE.match(line)) and line.endswith(b"}\n"):
+                tables.setdefault(match[3].decode(), []).append((int(match[2]), line))
+                continue
+            try:
+                event = json.loads(line)
+                kind, step, metrics, data = (event[k] for k in ("kind", "step", "metrics", "data"))
+                if not isinstance(metrics, dict) or not isinstance(data, dict):
+                    continue
+            except ODD:  # a line that a kill tore, ended by the next attempt
+                continue
+            if kind == "table":
+                tables.setdefault(data.get("name", ""), []).append((step, line))
+                continue
+            attempt, world = event.get("attempt", 1), int(data.get("world", 1))
+            begin, _, world = spans.get(attempt, (event["time"], 0.0, world))
+            spans[attempt] = begin, event["time"], world
+            if kind == "start":
+                limit = step if data.get("resumed", False) else -1
+                events = [e for e in events if e["step"] <= limit]
+                tables = {n: [t for t in kept if t[0] <= limit] for n, kept in tables.items()}
+            events.append(event)
+    return events, {name: rows for name, kept in tables.items() if (rows := _rows(kept))}, spans
+
+
+def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
+    """Of the newest line that is whole."""
+    for _, line in reversed(lines):
+        with contextlib.suppress(*ODD):
+            return json.loads(line)["data"]["rows"]
+    return []
+
+
+def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+    """Between the points (xs ascending), the last value beyond them."""
+    right = bisect_right(xs, x)
+    if right >= len(xs):
+        return ys[-1]
+    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
+    """Evaluations apart from training, as further points and tables."""
+    evaluations = list(results(run_dir))
+    if not evaluations:
+        return
+    known = sorted({p[:3] for points in run.curves.values() for p in points})
+    steps, hours = [0, *(k[0] for k in known)], [0.0, *(k[2] for k in known)]
+    per_step = run.config.train.batch_size * run.config.data.seq_len
+    for found in evaluations:
+        step = found["step"]
+        at = step, step * per_step, _interpolate(steps, hours, step)
+        for name, value in found["metrics"].items():
+            _add(run.curves.setdefault(name, []), Point(*at, float(value)))
+        run.tables |= {f"{found['name']}/{name}": rows for name, rows in found["tables"].items()}
+
+
+# what a sweep asks ------------------------------------------------------------------------------
+def question(sweep: str, commands: Iterable[str], experiments: Iterable[str]) -> str | None:
+    """From the head of the sweep's file in conf/, else of the experiments' files."""
+    chosen = [w for c in commands for w in re.findall(r"(?<![\w.])sweep=([\w-]+)", c)]
+    for folder, names in (("sweep", [sweep, *chosen]), ("experiment", experiments)):
+        files = [CONF / folder / f"{name}.yaml" for name in dict.fromkeys(names)]
+        if found := " ".join(filter(None, map(_question, files))):
+            return found
+    return None
+
+
+def _question(path: Path) -> str | None:
+    """The comment that begins with `Question:`, down to the next such word."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    told: list[str] = []
+    for line in lines:
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text.startswith("Question:"):
+            told = [text.removeprefix("Question:").strip()]
+        elif told and line.startswith("#") and not re.match(r"[A-Z]\w*:", text):
+            told.append(text)
+        elif told:
+            break
+    return " ".join(told) or None
+
+
+# floors -----------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Floor:
+    """What the data are known to allow, in nats per token."""
+
+    entropy: float
+    """No model's expected loss is below it."""
+    unigram: float
+    """The loss of a model that knows frequencies only."""
+
+
+def floor(sweep: Sweep) -> Floor | None:
+    """Of the grammar, whose entropy has a closed form; None where other data is in the sweep."""
+    if not sweep.runs or any(run.config.data.kind != "grammar" for run in sweep.runs):
+        return None
+    from relora_core.data import grammar
+
+    return Floor(entropy=grammar.entropy_rate(), unigram=grammar.unigram_entropy())

@@ -1,0 +1,47 @@
+"""`python -m sweeps report`: a sweep's results as a page, figures and tables."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sweeps.commands import common
+
+HELP = "write what a sweep found: page, figures, tables, data"
+EXAMPLES = """examples:
+  python -m sweeps report model-relora.r
+  python -m sweeps report audit --reference full_rank --x gpu_hours
+  python -m sweeps report paper --published paper_results.json --output paper_report
+
+Means over finished seeds with 95 % intervals, arms compared on common seeds, every figure as SVG
+and PNG, every table as CSV, in OUTPUT_DIR/sweeps/SWEEP/report. A sweep need not have ended.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from experiments.report import AXES
+
+    parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
+    help_reference = "what the others are compared with (default: full rank, else the first arm)"
+    parser.add_argument("--reference", metavar="ARM", help=help_reference)
+    parser.add_argument("--x", choices=AXES, default="tokens", help="what curves are drawn against")
+    help_published = "JSON of published curves to lay under ours"
+    parser.add_argument("--published", metavar="FILE", type=Path, help=help_published)
+
+
+def run(args: argparse.Namespace) -> int:
+    from experiments import report
+
+    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+    page = report.write(
+        args.output_dir,
+        args.sweep,
+        output=args.output,
+        reference=args.reference,
+        x=args.x,
+        published=args.published,
+        states=common.survey(runs),
+    )
+    print(page)
+    return 0

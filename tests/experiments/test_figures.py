@@ -1,0 +1,498 @@
+"""Figures of sweeps that are whole, odd, empty or crowded: synthetic data, real files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from experiments import canvas, figures, figures_paper, published, stats
+from experiments.canvas import Figure
+from experiments.curves import Panel, Progress, curve
+from experiments.tidy import COLOURS, STYLES, Arm, Point, RunData, Sweep
+from relora_core.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ReLoRAConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+STEPS = 240
+KINDS = ("w_2", "vo")
+WHATS = ("weight", "base", "gradient", "update_proxy")
+NAMES = {
+    *("learning_curves", "arms", "differences", "blimp_phenomena", "schedules", "restarts"),
+    *("weights_rank", "updates_rank", "weights_condition", "updates_condition"),
+}
+
+
+def config_of(method: str, *, seed: int, r: int = 4, steps: int = STEPS) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(name="nano", d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2),
+        data=DataConfig(kind="grammar", seq_len=64),
+        method=method,
+        seed=seed,
+        train=TrainConfig(steps=steps, batch_size=8),
+        schedule=ScheduleConfig(warmup_steps=6, min_ratio=0.1),
+        relora=ReLoRAConfig(r=r, reset_frequency=60, restart_warmup_steps=3),
+    )
+
+
+def points(values: Mapping[int, float]) -> list[Point]:
+    return [Point(step=s, tokens=s * 512, gpu_hours=s / 900, value=v) for s, v in values.items()]
+
+
+def run_of(
+    method: str, *, seed: int, level: float = 0.0, state: str = "finished", steps: int = STEPS
+) -> RunData:
+    """A run whose curves fall as curves do, `level` above others, with noise of its seed."""
+    noise = random.Random(f"{method}{seed}")
+
+    def falling(high: float, low: float, every: int = 20) -> dict[int, float]:
+        def at(step: int) -> float:
+            return low + (high - low) * math.exp(-step / 80) + level + noise.gauss(0, 0.03)
+
+        return {s: at(s) for s in range(0, steps + 1, every)}
+
+    curves = {
+        "train/loss": points(falling(6, 4)),
+        "train/lr": points(falling(3e-3, 1e-3)),
+        "eval/paloma/perplexity": points({s: math.exp(v) for s, v in falling(6, 4).items()}),
+        "eval/blimp/no_bos/accuracy": points({s: 1 - v / 10 for s, v in falling(5, 4).items()}),
+    }
+    curves["eval/paloma/paper_perplexity"] = curves["eval/paloma/perplexity"]
+    for what in WHATS:
+        if what == "update_proxy" and method == "full_rank":
+            continue
+        for kind in KINDS:
+            if kind == "vo" and what not in ("weight", "base"):
+                continue
+            base = f"dynamics/{what}/{kind}"
+            curves[f"{base}/per"] = points({s: v / 8 for s, v in falling(6, 4).items()})
+            ten = {s: 10**v for s, v in falling(2, 3).items()}
+            curves[f"{base}/condition_number"] = points(ten)
+    restarts = [s for s in (60, 120, 180) if s < steps] if method == "relora" else []
+    if restarts:
+        curves["restart/count"] = points({s: i + 1.0 for i, s in enumerate(restarts)})
+        curves["restart/loss_before"] = points(dict.fromkeys(restarts, 4.5))
+        curves["restart/loss_after"] = points(dict.fromkeys(restarts, 4.6))
+        curves["restart/loss_next"] = points({s + 1: 4.55 for s in restarts})
+        curves["restart/merged_norm"] = points({s: 5 - s / 60 for s in restarts})
+    final = {name: found[-1].value for name, found in curves.items()}
+    for index, name in enumerate(("binding", "ellipsis", "island_effects", "npi_licensing")):
+        final[f"eval/blimp/no_bos/{name}"] = 0.4 + 0.1 * index + noise.gauss(0, 0.05)
+    final["eval/blimp/eos_prefix/accuracy"] = final["eval/blimp/no_bos/accuracy"] - 0.02
+    return RunData(
+        run_id=f"{method}-{seed}",
+        arm_id=method,
+        name=f"method={method} seed={seed}",
+        seed=seed,
+        state=state,
+        step=steps,
+        config=config_of(method, seed=seed),
+        metrics=final if state == "finished" else {},
+        curves=curves,
+        restarts=restarts,
+    )
+
+
+def arm_of(name: str, runs: Iterable[RunData], *, index: int) -> Arm:
+    return Arm(
+        arm_id=name,
+        name=name,
+        colour=COLOURS[index % 8],
+        style=STYLES[index // 8],
+        runs=list(runs),
+    )
+
+
+def sweep_of(
+    seeds: Iterable[int] = (0, 1, 2), *, arms: Iterable[str] = ("full_rank", "relora", "lora")
+) -> Sweep:
+    seeds = list(seeds)
+    made = [
+        arm_of(f"method={m}", [run_of(m, seed=s, level=0.1 * i) for s in seeds], index=i)
+        for i, m in enumerate(arms)
+    ]
+    return Sweep(name="s", arms=made)
+
+
+def drawn(sweep: Sweep, folder: Path, *names: str, **options: Any) -> dict[str, Figure]:
+    """The figures of these names; all of them, if none is given."""
+    found = figures.catalogue(sweep, **options)
+    return {
+        name: canvas.produce(name, title=title, draw=draw, folder=folder)
+        for name, (title, draw) in found.items()
+        if not names or name in names
+    }
+
+
+def write_paper(path: Path) -> Path:
+    """A file in the published format; values tell whose they are: 0.1 tiny, 0.2 small."""
+    model = {
+        "train_loss_digitised": {str(s): 5.0 for s in range(0, 100, 10)},
+        "eval": {str(s): {"blimp": 0.55, "paloma_ppl_digitised": 90.0} for s in range(0, 100, 20)},
+    }
+    ids = ("t-rel", "t-dec", "s-rel", "s-dec")
+    value = {"tiny": 0.1, "small": 0.2}
+    curves = {
+        f"{kind}|{size}|{method}": [[s, value[size]] for s in range(0, 100, 20)]
+        for kind in ("swiglu_w2", "ov_circuit", "attn_v", "attn_o")
+        for size in ("tiny", "small")
+        for method in ("relora", "decoder")
+    }
+    names = ("per_weights", "cn_weights", "per_updates", "cn_updates")
+    content = {
+        "models": dict.fromkeys(ids, model),
+        "gpu_hours": {i: {"gpu_h": 800.0} for i in ids},
+        "learning_dynamics_digitised": dict.fromkeys(names, curves),
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+# what is drawn ----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figure]:
+    folder = tmp_path_factory.mktemp("figures")
+    return {f.name: f for f in figures.all_figures(sweep_of(), folder)}
+
+
+def test_a_whole_sweep_has_every_figure_as_svg_and_png(whole: dict[str, Figure]) -> None:
+    assert set(whole) == NAMES
+    for figure in whole.values():
+        assert figure.missing is None, figure
+        assert figure.svg is not None
+        assert figure.png is not None
+        assert figure.svg.read_text().startswith("<?xml")
+        assert figure.png.read_bytes().startswith(b"\x89PNG")
+        assert figure.caption.endswith(".")
+        assert "  " not in figure.caption
+
+
+def texts(figure: Figure) -> str:
+    assert figure.svg is not None
+    return "\n".join(re.findall(r"<text[^>]*>(.*?)</text>", figure.svg.read_text(), flags=re.S))
+
+
+def test_svg_text_is_text_and_at_least_nine_points(whole: dict[str, Figure]) -> None:
+    for figure in whole.values():
+        assert figure.svg is not None
+        svg = figure.svg.read_text()
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: ?([\d.]+)px", svg)]
+        exponents = {6.65, 6.3, 7.0}  # of 10^3 on a tick, 70 % of it
+        assert sizes
+        assert all(size >= 9 or size in exponents for size in sizes), (figure.name, set(sizes))
+    assert "method=relora" in texts(whole["learning_curves"])
+
+
+def test_an_arm_has_its_colour_in_every_figure_that_shows_it(whole: dict[str, Figure]) -> None:
+    for name in NAMES - {"schedules"}:
+        svg = whole[name].svg
+        assert svg is not None
+        assert COLOURS[1].lower() in svg.read_text().lower(), name  # relora's
+
+
+@pytest.mark.slow
+def test_the_same_sweep_gives_the_same_bytes(tmp_path: Path, whole: dict[str, Figure]) -> None:
+    for name, figure in drawn(sweep_of(), tmp_path).items():
+        assert figure.svg is not None
+        assert figure.png is not None
+        before = whole[name]
+        assert before.svg is not None
+        assert before.png is not None
+        assert figure.svg.read_bytes() == before.svg.read_bytes()
+        assert figure.png.read_bytes() == before.png.read_bytes()
+
+
+def test_the_looks_of_other_figures_in_the_process_are_left_alone(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    drawn(sweep_of([0], arms=["full_rank"]), tmp_path, "arms", "schedules")
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("x", ["steps", "tokens", "gpu_hours"])
+def test_curves_are_against_the_axis_that_was_asked_for(tmp_path: Path, x: str) -> None:
+    words = {"steps": "optimizer steps", "tokens": "tokens (thousands)", "gpu_hours": "device-min"}
+    found = drawn(sweep_of([0]), tmp_path, "learning_curves", x=x)
+    assert words[x] in texts(found["learning_curves"])
+
+
+def test_an_unknown_axis_is_one_line_with_the_nearest_choice(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"got 'token'.* 'tokens'") as error:
+        drawn(sweep_of([0]), tmp_path, x="token")
+    assert "\n" not in str(error.value)
+
+
+# means and bands --------------------------------------------------------------------------------
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_band_is_the_interval_of_the_statistics(scale: stats.Scale) -> None:
+    runs = [run_of("lora", seed=s) for s in range(4)]
+    axis = Progress(key="step", label="", factor=1.0)
+    found = curve(runs, "train/loss", axis=axis, scale=scale)
+    assert found is not None
+    for index, step in enumerate(found.x):
+        values = [p.value for run in runs for p in run.curves["train/loss"] if p.step == step]
+        expected = stats.interval(values, scale=scale)
+        assert found.mean[index] == pytest.approx(expected.mean)
+        assert found.low[index] == pytest.approx(expected.low)
+        assert found.high[index] == pytest.approx(expected.high)
+
+
+def test_a_single_run_has_no_band_and_says_so(tmp_path: Path) -> None:
+    axis = Progress(key="step", label="", factor=1.0)
+    found = curve([run_of("lora", seed=0)], "train/loss", axis=axis, scale="linear")
+    assert found is not None
+    assert np.isnan(found.low).all()
+    caption = drawn(sweep_of([0]), tmp_path, "learning_curves")["learning_curves"].caption
+    assert "no band" in caption
+    assert "95 %" not in caption
+
+
+def test_a_mean_is_over_the_same_runs_at_every_step() -> None:
+    short, long = run_of("lora", seed=0, steps=120), run_of("lora", seed=1)
+    axis = Progress(key="step", label="", factor=1.0)
+    found = curve([short, long], "train/loss", axis=axis, scale="linear")
+    assert found is not None
+    assert found.x.max() == 120
+
+
+def test_steps_with_values_that_are_not_finite_are_left_out_of_the_mean() -> None:
+    runs = [run_of("lora", seed=s) for s in range(2)]
+    broken = runs[0].curves["train/loss"]
+    runs[0].curves["train/loss"] = [
+        p._replace(value=math.nan) if p.step in (40, 240) else p for p in broken
+    ]
+    axis = Progress(key="step", label="", factor=1.0)
+    found = curve(runs, "train/loss", axis=axis, scale="linear")
+    assert found is not None
+    assert set(found.x) == {s for s in range(0, 241, 20) if s not in (40, 240)}
+    assert np.isfinite(found.mean).all()
+
+
+def test_a_wide_band_does_not_set_the_scale() -> None:
+    with canvas.style():
+        axis = Progress(key="step", label="", factor=1.0)
+        panel = Panel(ax=canvas.Canvas().add_subplot(), axis=axis)
+        panel.lines, panel.bands, panel.end = [4.0, 6.0], [-500.0, 700.0], 60.0
+        panel.finish(ylabel="")
+        low, high = panel.ax.get_ylim()
+    assert 1 < low < 4
+    assert 6 < high < 9
+
+
+def test_runs_that_did_not_finish_are_drawn_and_counted(tmp_path: Path) -> None:
+    sweep = sweep_of([0, 1])
+    sweep.arms[1].runs.append(run_of("relora", seed=2, state="diverged", steps=100))
+    sweep.arms[1].runs.append(run_of("relora", seed=3, state="running", steps=100))
+    found = drawn(sweep, tmp_path, "learning_curves", "arms")
+    assert "the 2 runs that have not finished" in found["learning_curves"].caption
+    assert "n = 2 of 4: 1 diverged, 1" in texts(found["arms"])
+
+
+# what cannot be drawn ---------------------------------------------------------------------------
+def empty(sweep: Sweep) -> None:
+    sweep.arms.clear()
+
+
+def planned(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.state, run.curves, run.metrics, run.restarts = "planned", {}, {}, []
+
+
+def nan(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.metrics = dict.fromkeys(run.metrics, math.nan)
+        run.curves = {
+            name: [p._replace(value=math.nan) for p in found] for name, found in run.curves.items()
+        }
+
+
+def infinite(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.metrics = dict.fromkeys(run.metrics, math.inf)
+
+
+def one_point(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.curves = {name: found[:1] for name, found in run.curves.items()}
+
+
+def constant(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.metrics = dict.fromkeys(run.metrics, 0.5)
+        run.curves = {
+            name: [p._replace(value=0.5) for p in found] for name, found in run.curves.items()
+        }
+
+
+def zero(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.curves = {
+            name: [p._replace(value=0.0) for p in found] for name, found in run.curves.items()
+        }
+
+
+def huge(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.metrics = dict.fromkeys(run.metrics, 1e300)
+        run.curves = {
+            name: [p._replace(value=1e300) for p in found] for name, found in run.curves.items()
+        }
+
+
+def no_common_seeds(sweep: Sweep) -> None:
+    for index, run in enumerate(sweep.runs):
+        run.seed = index
+
+
+def empty_curves(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        run.curves = {name: [] for name in run.curves}
+
+
+def mixed(sweep: Sweep) -> None:
+    for run in sweep.arms[0].runs:
+        run.metrics, run.curves = {"only/mine": 1.0}, {}
+
+
+ODD = (
+    *(empty, planned, nan, infinite, one_point, constant, zero, huge, no_common_seeds),
+    *(empty_curves, mixed),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ODD, ids=lambda f: f.__name__)
+def test_an_odd_sweep_has_a_figure_or_a_reason_never_a_crash(
+    tmp_path: Path, damage: Callable[[Sweep], None]
+) -> None:
+    sweep = sweep_of([0, 1], arms=("full_rank", "relora"))
+    damage(sweep)
+    found = drawn(sweep, tmp_path)
+    assert set(found) == NAMES
+    for figure in found.values():
+        assert (figure.missing is None) == (figure.svg is not None and figure.svg.exists())
+        assert figure.missing is None or "\n" not in figure.missing
+
+
+def test_a_figure_whose_data_went_away_leaves_no_file(tmp_path: Path) -> None:
+    sweep = sweep_of([0], arms=["relora"])
+    assert (tmp_path / "restarts.svg").exists() is False
+    drawn(sweep, tmp_path, "restarts")
+    assert (tmp_path / "restarts.svg").exists()
+    planned(sweep)
+    assert drawn(sweep, tmp_path, "restarts")["restarts"].missing == "no run has restarted"
+    assert not (tmp_path / "restarts.svg").exists()
+    assert not (tmp_path / "restarts.png").exists()
+
+
+@pytest.mark.slow
+def test_arms_too_many_to_draw_are_said(tmp_path: Path) -> None:
+    arms = [
+        arm_of(f"model=tiny relora.name=as_executed relora.r={i} more.key=17", [run], index=i % 32)
+        for i in range(40)
+        for run in [run_of("relora", seed=0)]
+    ]
+    found = drawn(Sweep(name="s", arms=arms), tmp_path, "learning_curves", "blimp_phenomena")
+    assert "16 others are in the tables" in found["learning_curves"].caption
+    assert "40 arms are too many" in (found["blimp_phenomena"].missing or "")
+
+
+# the paper's figures ----------------------------------------------------------------------------
+def test_low_rank_updates_have_their_cap_drawn() -> None:
+    low_rank = config_of("relora", seed=0, r=4)
+    cap = 4, min(low_rank.model.d_model, low_rank.model.d_ff)
+    assert figures_paper._rank(low_rank, "update_proxy", "w_2") == cap
+    assert figures_paper._rank(low_rank, "update_restart", "w_2") == cap
+    assert figures_paper._rank(low_rank, "update_total", "w_2")[0] == 0
+    assert figures_paper._rank(low_rank, "gradient", "w_2")[0] == 0
+    assert figures_paper._rank(config_of("full_rank", seed=0), "update_restart", "w_2")[0] == 0
+    low_rank.relora.warm_start_steps = 10
+    assert figures_paper._rank(low_rank, "update_restart", "w_2")[0] == 0
+    low_rank.relora.full_rank_modules = ["w_2"]
+    assert figures_paper._rank(low_rank, "update_proxy", "w_2")[0] == 0
+
+
+@pytest.mark.parametrize("steps", [240, 20_000, 200_000])
+def test_a_schedule_shows_every_restart_however_many_steps(steps: int) -> None:
+    config = config_of("relora", seed=0, steps=steps)
+    config.relora.reset_frequency = steps // 4
+    at, rates = figures_paper._rates(config)
+    assert len(at) <= figures_paper.FINEST * 2 + 100
+    assert at[0] == 0
+    assert at[-1] == steps - 1
+    zeros = {int(step) for step, rate in zip(at, rates, strict=True) if rate == 0.0}
+    assert zeros == {0, steps // 4, steps // 2, steps * 3 // 4}
+
+
+def test_arms_of_one_schedule_share_a_panel(whole: dict[str, Figure]) -> None:
+    assert "method=full_rank, method=lora" in texts(whole["schedules"])
+
+
+def test_what_a_restart_changed_is_after_minus_before() -> None:
+    changes = dict(figures_paper._changes(run_of("relora", seed=0)))
+    assert [p.step for p in changes["loss after - before"]] == [60, 120, 180]
+    assert [p.value for p in changes["loss after - before"]] == pytest.approx([0.1] * 3)
+    assert [p.step for p in changes["loss next - before"]] == [60, 120, 180]
+    assert [p.value for p in changes["loss next - before"]] == pytest.approx([0.05] * 3)
+
+
+# published curves -------------------------------------------------------------------------------
+def test_published_curves_are_labelled_and_the_swap_is_told(tmp_path: Path) -> None:
+    paper = write_paper(tmp_path / "paper.json")
+    names = "learning_curves", "weights_rank", "weights_condition", "updates_rank"
+    names = *names, "updates_condition"
+    found = drawn(sweep_of([0]), tmp_path, *names, x="steps", published=paper)
+    label = "published (Weiss et al. 2025): ReLoRA tiny"
+    for name in ("learning_curves", "weights_rank", "updates_condition"):
+        assert label in texts(found[name]), name
+    assert "exchanged" in found["weights_rank"].caption
+    assert "exchanged" in found["weights_condition"].caption
+    assert "exchanged" not in found["updates_rank"].caption
+    assert "BA formed in bf16" in found["updates_condition"].caption
+    assert "BA formed in bf16" not in found["updates_rank"].caption
+    alone = drawn(sweep_of([0]), tmp_path, "learning_curves", x="steps")
+    assert label not in texts(alone["learning_curves"])
+
+
+def test_decoder_curves_of_weights_change_labels_and_no_others(tmp_path: Path) -> None:
+    paper = published.load(write_paper(tmp_path / "paper.json"), models={"tiny"})
+
+    def values(group: str, what: str) -> dict[str, float]:
+        found = paper._dynamics(group, what, "w_2", "per")
+        return {series.method: series.points[0][1] for series in found}
+
+    assert values("weights", "base") == {"relora": 0.1, "decoder": 0.2}
+    assert values("updates", "gradient") == {"decoder": 0.1}
+    assert values("updates", "update_proxy") == {"relora": 0.1}
+
+
+def test_published_curves_beyond_our_runs_are_said_to_be_absent(tmp_path: Path) -> None:
+    paper = write_paper(tmp_path / "paper.json")
+    found = drawn(sweep_of([0]), tmp_path, "learning_curves", x="tokens", published=paper)
+    found = found["learning_curves"]
+    assert "No published curve" in found.caption
+    assert "published (Weiss" not in texts(found)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"models": {}, "gpu_hours": {}}'])
+def test_a_bad_file_of_published_curves_is_one_line(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "paper.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match="published must") as error:
+        drawn(sweep_of([0]), tmp_path, published=path)
+    assert "\n" not in str(error.value)
+    assert "paper.json" in str(error.value)
