@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.identity import arm_id
 from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
 from experiments.state import RunState, state_of
+from experiments.tidy import question
 from relora_core.config import ConfigError
 from sweeps.plan import LABELS, plan_folder
 from sweeps.state import survey
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from experiments.mlflow_sweep import ArmView, SweepView
     from experiments.mlflow_sync import Syncer, SyncReport
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 KEYS = {word: key for key, word in LABELS.items()}
 """Word of a name -> config key, where they differ."""
 BUSY_S = 5.0
@@ -334,6 +334,8 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
     from experiments.mlflow_sweep import RunView, SweepView
 
     assert group.sweep is not None
+    commands = group.plan.get("commands", [])
+    experiments = [member.experiment for member in group.members]
     arms: dict[str, ArmView] = {}
     names = display_names([member.name for member in group.members])
     for member, name in zip(group.members, names, strict=True):
@@ -349,8 +351,8 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
         arm.runs.append(run)
     return SweepView(
         name=group.sweep,
-        question=question(member.experiment for member in group.members),
-        commands=group.plan.get("commands", []),
+        question=question(group.sweep, commands, experiments),
+        commands=commands,
         created=group.plan.get("created", 0.0),
         collapsed=group.plan.get("collapsed", []),
         arms=sorted(arms.values(), key=lambda arm: arm.name),
@@ -408,27 +410,3 @@ def _padded(texts: Iterable[str]) -> dict[str, str]:
         for text, number in plain.items()
         for whole, dot, rest in [number.partition(".")]
     }
-
-
-def question(experiments: Iterable[str]) -> str | None:
-    """What the experiments ask, from the head of their files in conf/; None where none says."""
-    found = [_question(CONF / "experiment" / f"{name}.yaml") for name in dict.fromkeys(experiments)]
-    return " ".join(filter(None, found)) or None
-
-
-def _question(path: Path) -> str | None:
-    """The comment that begins with `Question:`, down to the next such word."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return None
-    told: list[str] = []
-    for line in lines:
-        text = line.removeprefix("#").strip()
-        if line.startswith("#") and text.startswith("Question:"):
-            told = [text.removeprefix("Question:").strip()]
-        elif told and line.startswith("#") and not re.match(r"[A-Z]\w*:", text):
-            told.append(text)
-        elif told:
-            break
-    return " ".join(told) or None

@@ -214,6 +214,21 @@ def test_the_question_is_of_the_sweeps_file_else_of_the_experiments(
     assert tidy.question("other", [], ["nobody's"]) is None
 
 
+def test_the_question_is_that_of_the_experiments_file() -> None:
+    assert tidy.question("other", [], ["demo"]) == (
+        "does a small decoder learn our grammar with ReLoRA, and what do restarts do to its loss?"
+    )
+    assert tidy.question("other", [], ["nobody wrote this"]) is None
+
+
+def test_a_question_may_take_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\n# Question: is it\n#           so?\n# Command: run\nseed: 1\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(tidy, "CONF", tmp_path)
+    assert tidy.question("other", [], ["mine", "mine"]) == "is it so?"
+
+
 def test_floors_are_told_of_the_grammar_alone(tmp_path: Path) -> None:
     a_sweep(tmp_path, [a_config()])
     found = tidy.floor(gather(tmp_path, "mine"))

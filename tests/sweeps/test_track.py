@@ -19,7 +19,7 @@ from relora_core.config import ModelConfig, RunConfig, SweepConfig, TrackingConf
 from relora_core.events import Event
 from sweeps import track
 from sweeps.plan import Plan, make_plan, store
-from sweeps.track import bring_up_to_date, display_names, question, words_of
+from sweeps.track import bring_up_to_date, display_names, words_of
 
 
 @pytest.fixture(scope="session")
@@ -273,22 +273,6 @@ def test_only_numbers_are_padded(before: list[str], after: list[str]) -> None:
 def test_a_name_is_taken_apart_where_keys_begin() -> None:
     words = words_of("model=tiny data.path=/my data/x seed=0")
     assert words == [("model", "tiny"), ("data.path", "/my data/x"), ("seed", "0")]
-
-
-# the question -----------------------------------------------------------------------------------
-def test_the_question_is_that_of_the_experiments_file() -> None:
-    assert question(["demo"]) == (
-        "does a small decoder learn our grammar with ReLoRA, and what do restarts do to its loss?"
-    )
-    assert question(["nobody wrote this"]) is None
-
-
-def test_a_question_may_take_several_lines(tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "experiment").mkdir()
-    text = "# @package _global_\n# Question: is it\n#           so?\n# Command: run\nseed: 1\n"
-    (tmp_path / "experiment" / "mine.yaml").write_text(text)
-    monkeypatch.setattr(track, "CONF", tmp_path)
-    assert question(["mine", "mine"]) == "is it so?"
 
 
 def test_planning_and_status_need_no_mlflow() -> None:
