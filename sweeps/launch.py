@@ -118,7 +118,9 @@ def run_sweep(
     show()
     with written(output_dir):
         code = launcher.launch(plan, output_dir=output_dir, console=console)
-    if launcher.kind == "local" and len(plan.cells) > 1:  # jobs are still to come, elsewhere
+    ran = any(state.state not in DONE for state in states.values())
+    # SLURM's jobs are still to come; who pressed Ctrl-C, or ran nothing, need not wait for a page.
+    if launcher.kind == "local" and len(plan.cells) > 1 and ran and code != 130:
         _report(plan, output_dir=output_dir, console=console)
     _show_ui(plan, output_dir=output_dir, console=console)
     return code
