@@ -37,6 +37,9 @@ COLOURS = {
     "cancelled": "yellow",
     "pruned": "yellow",
 }
+A100_FLOPS, A100_SHARE = 312e12, 0.1
+"""Peak in bf16 per second (NVIDIA's data sheet), and the share of it to assume where nothing was
+measured: models this small do not fill it."""
 METRICS = {
     "loss": "train/loss",
     "perplexity": "eval/paloma/perplexity",
@@ -158,7 +161,8 @@ def totals_line(
     if cells:
         parts.append(f"{count(sum(tokens(cell.config) for cell in cells))} tokens")
         if estimates is not None:
-            parts.append(_total_hours([estimates.get(cell.run_id) for cell in cells], unit=unit))
+            hours = _total_hours([estimates.get(cell.run_id) for cell in cells], unit=unit)
+            parts.append(hours or f"{unit}-hours unknown ({_unmeasured(cells)})")
         parts.append(f"{count(sum(disk(cell.config) for cell in cells))}B of checkpoints")
     if max_hours is not None:
         parts.append(f"budget {max_hours:g} {unit}-hours")
@@ -166,11 +170,22 @@ def totals_line(
 
 
 def _total_hours(estimates: Sequence[Estimate | None], *, unit: str) -> str:
+    """Empty where nothing was measured."""
     whole, unknown = budget.total(estimates), estimates.count(None)
     if whole is None:
-        return f"{unit}-hours unknown (no finished run on such a device)"
+        return ""
     more = f" and {unknown} runs not known" if unknown else ""
     return f"{budget.interval(whole)} {unit}-hours by {whole.basis}{more}"
+
+
+def _unmeasured(cells: Sequence[Cell]) -> str:
+    """What can be said of the cost before any run has finished on such a device: its arithmetic."""
+    flops = sum(costs.flops_per_token(cell.config).train * tokens(cell.config) for cell in cells)
+    told = f"no finished run on such a device; {flops:.2g} training FLOPs"
+    hours = flops / (A100_FLOPS * A100_SHARE) / 3600
+    if hours < 1:
+        return told
+    return f"{told}: {hours:,.0f} hours of an A100 at {A100_SHARE:.0%} of its peak"
 
 
 def show_plan(

@@ -375,6 +375,17 @@ def test_what_is_not_known_is_said_to_be_unknown(make):
     assert "hours" not in shown(plan, states={})
 
 
+def test_unmeasured_cost_is_told_by_arithmetic(make):
+    """A run of 1e18 FLOPs: 1e18 / (312e12 * 0.1) s = 8.9 hours of an A100 at a tenth of its peak."""
+    train = TrainConfig(steps=1, batch_size=1)
+    config = make(train=train)
+    step = costs.flops_per_token(config).train * config.data.seq_len
+    plan = planned(make, [0], train=TrainConfig(steps=round(1e18 / step), batch_size=1))
+    text = " ".join(shown(plan, states={}, estimates={plan.cells[0].run_id: None}).split())
+    assert "1e+18 training FLOPs: 9 hours of an A100 at 10% of its peak" in text
+    assert "A100" not in shown(planned(make, [0]), states={}, estimates={})
+
+
 @pytest.mark.parametrize(
     ("hours", "words"),
     [
