@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
@@ -103,3 +104,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 def _is_float(kind: Any) -> bool:
     return kind is float or (float in get_args(kind) and int not in get_args(kind))
+
+
+def arm_name(name: str) -> str:
+    """Of a run's name: `relora.r=8 seed=0` -> `relora.r=8`, and `arm=lora seed=0` -> `lora`."""
+    return re.sub(r"(^| )seed=\S+", "", name).strip().removeprefix("arm=")

@@ -8,6 +8,7 @@ for: reading records (`tidy.py`), estimates (`stats.py`), layout (`document.py`)
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ from relora_core.config import ConfigError, nearest
 
 AXES = ("steps", "tokens", "gpu_hours")
 """What curves can be drawn against."""
+PREVIOUS = "previous"
+"""Instead of a reference: each arm is compared with the one before it."""
 MOST_RUNS = 40
 """Runs that did not finish which are told one by one."""
 WORDS = {
@@ -59,6 +62,7 @@ def write(
     sweep: str,
     *,
     output: Path | None = None,
+    arms: Sequence[str] = (),
     reference: str | None = None,
     x: str = "tokens",
     published: Path | None = None,
@@ -66,10 +70,16 @@ def write(
 ) -> Path:
     """Write the report of a sweep as it is now; the path of its HTML page.
 
-    ConfigError for a sweep, reference or file that is not there; an odd run is a line in the page.
+    `arms` are patterns of the names to show, all by default; `reference` is one of them, or
+    `previous`. ConfigError for a sweep, arm or file that is not there; an odd run is a line in the
+    page.
     """
     found = tidy.gather(output_dir, sweep, states=states)
-    pairs = report_tables.against(found, reference=choose(found, reference))
+    keep(found, arms)
+    if reference == PREVIOUS:
+        pairs = list(zip(found.arms[1:], found.arms, strict=False))
+    else:
+        pairs = report_tables.against(found, reference=choose(found, reference))
     folder = output or Path(output_dir) / "sweeps" / sweep / "report"
     pictures = draw(
         folder,
@@ -78,6 +88,19 @@ def write(
         ),
     )
     return save(_document(found, pairs, pictures), [found], folder=folder)
+
+
+def keep(sweep: Sweep, patterns: Sequence[str]) -> None:
+    """Leave out the arms whose names match none of the patterns; colours stay those of the plan."""
+    names = [arm.name for arm in sweep.arms]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"--arms must match one of {joined(names, most=8)}, got {pattern!r}."
+                f"{nearest(pattern, names)}"
+            )
+    if patterns:
+        sweep.arms = [a for a in sweep.arms if any(fnmatch.fnmatch(a.name, p) for p in patterns)]
 
 
 def choose(sweep: Sweep, word: str | None) -> Arm | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.evaluate import results
-from experiments.identity import config_from_json, scientific
+from experiments.identity import arm_name, config_from_json, scientific
 from experiments.run_dir import DONE, RunDir, runs_folder
 from experiments.state import RunState, state_of
 from relora_core.config import ConfigError, RunConfig, get, nearest
@@ -242,7 +242,7 @@ def _arms(runs: Sequence[RunData]) -> list[Arm]:
             n = len(arms)
             arms[run.arm_id] = Arm(
                 arm_id=run.arm_id,
-                name=without_seed(run.name) or run.config.experiment,
+                name=arm_name(run.name) or run.config.experiment,
                 colour=COLOURS[n % len(COLOURS)],
                 style=STYLES[n // len(COLOURS) % len(STYLES)],
             )
@@ -253,11 +253,6 @@ def _arms(runs: Sequence[RunData]) -> list[Arm]:
         arm.runs.sort(key=lambda run: run.seed)
         arm.settings = {k: rows[arm.arm_id][k] for k in keys if k in rows[arm.arm_id]}
     return list(arms.values())
-
-
-def without_seed(name: str) -> str:
-    """`relora.r=8 seed=0` -> `relora.r=8`."""
-    return re.sub(r"(^| )seed=\S+", "", name).strip()
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

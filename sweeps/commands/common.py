@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.identity import arm_id
+from experiments.identity import arm_id, arm_name
 from experiments.run_dir import RunDir, all_runs, runs_folder
 from experiments.state import RunState, find_run, state_of
 from relora_core.config import ConfigError, nearest
@@ -87,16 +86,12 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> 
     return Run(
         dir=RunDir(runs_folder(output_dir) / cell["run_id"]),
         name=cell["name"],
-        arm=_without_seed(cell["name"]) or config.get("experiment", sweep),
+        arm=arm_name(cell["name"]) or config.get("experiment", sweep),
         arm_id=cell["arm_id"],
         seed=config.get("seed"),
         steps=config["train"]["steps"],
         sweep=sweep,
     )
-
-
-def _without_seed(name: str) -> str:
-    return re.sub(r"(^| )seed=\S+", "", name).strip()
 
 
 def _single(run_dir: RunDir) -> Run:

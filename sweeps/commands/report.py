@@ -11,6 +11,7 @@ HELP = "write what a sweep found: page, figures, tables, data"
 EXAMPLES = """examples:
   python -m sweeps report model-relora.r
   python -m sweeps report audit --reference full_rank --x gpu_hours
+  python -m sweeps report audit --arms '[0-9]_*' --reference previous --output audit_steps
   python -m sweeps report paper --published paper_results.json --output paper_report
 
 Means over finished seeds with 95 % intervals, arms compared on common seeds, every figure as SVG
@@ -23,7 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep")
     parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
-    help_reference = "what the others are compared with (default: full rank, else the first arm)"
+    help_arms = "show these arms only: names or patterns, with commas (default: all)"
+    parser.add_argument("--arms", metavar="NAMES", help=help_arms)
+    help_reference = (
+        "what the others are compared with (default: full rank, else the first arm); `previous`: "
+        "each with the arm before it"
+    )
     parser.add_argument("--reference", metavar="ARM", help=help_reference)
     parser.add_argument("--x", choices=AXES, default="tokens", help="what curves are drawn against")
     help_published = "JSON of published curves to lay under ours"
@@ -38,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         args.output_dir,
         args.sweep,
         output=args.output,
+        arms=args.arms.split(",") if args.arms else (),
         reference=args.reference,
         x=args.x,
         published=args.published,

@@ -141,6 +141,22 @@ def test_the_reference_can_be_chosen_by_part_of_its_name(tmp_path: Path) -> None
     assert len(rows) == 2
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_arms_can_be_left_out_and_each_compared_with_the_one_before(tmp_path: Path) -> None:
+    for run in a_sweep(tmp_path, arms(2, 4, 8)):
+        record(run)
+    page = report.write(tmp_path, "mine", arms=["*r=2", "*r=[48]"], reference="previous")
+    names = [f"method=relora relora.r={r}" for r in (2, 4, 8)]
+    rows = table(page, "compare_train_loss")
+    assert [(r["arm"], r["reference"]) for r in rows] == [
+        (names[1], names[0]),
+        (names[2], names[1]),
+    ]
+    assert [r["arm"] for r in table(page, "arms") if r["metric"] == "train/loss"] == names
+    with pytest.raises(ConfigError, match=r"--arms must match one of .*, got 'r=16'"):
+        report.write(tmp_path, "mine", arms=["r=16"])
+
+
 @pytest.mark.parametrize("word", ["relora", "ful_rank", ""])
 def test_a_reference_that_is_not_one_arm_is_one_line(tmp_path: Path, word: str) -> None:
     a_sweep(tmp_path, arms(2, 4))

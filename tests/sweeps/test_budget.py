@@ -376,7 +376,7 @@ def test_what_is_not_known_is_said_to_be_unknown(make):
 
 
 def test_unmeasured_cost_is_told_by_arithmetic(make):
-    """A run of 1e18 FLOPs: 1e18 / (312e12 * 0.1) s = 8.9 hours of an A100 at a tenth of its peak."""
+    """1e18 FLOPs: 1e18 / (0.1 * 312e12) s are 8.9 hours of an A100 at a tenth of its peak."""
     train = TrainConfig(steps=1, batch_size=1)
     config = make(train=train)
     step = costs.flops_per_token(config).train * config.data.seq_len
