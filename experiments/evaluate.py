@@ -238,14 +238,14 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     """The model as training had it, adapters apart; None where the checkpoint is gone."""
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    from relora_core.checkpoint import load_weights
     from relora_core.methods import build_method
     from relora_core.model import Decoder
 
     try:
         progress = json.loads((checkpoint / "progress.json").read_text())
-        weights = load_file(checkpoint / "model.safetensors")
+        weights = load_weights(checkpoint)
     except (OSError, SafetensorError) as error:
         if not (checkpoint / "model.safetensors").exists() or isinstance(error, FileNotFoundError):
             return None
