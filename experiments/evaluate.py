@@ -169,10 +169,13 @@ def _digests(eval: EvalConfig) -> dict[str, str]:
 
 def _digest(eval: EvalConfig, section: str) -> str:
     """Of all that the eval's numbers depend on; the fingerprint stands for the path."""
+    own = getattr(eval, section)
     values = {
-        f.name: getattr(getattr(eval, section), f.name)
-        for f in dataclasses.fields(getattr(eval, section))
-        if f.metadata.get("scientific", True) and f.name not in ("enabled", "every_steps")
+        f.name: getattr(own, f.name)
+        for f in dataclasses.fields(own)
+        if f.metadata.get("scientific", True)
+        and f.name not in ("enabled", "every_steps")
+        and ("as_before" not in f.metadata or getattr(own, f.name) != f.metadata["as_before"])
     }
     return hashlib.sha256(json.dumps([section, values]).encode()).hexdigest()[:16]
 
@@ -238,14 +241,14 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     """The model as training had it, adapters apart; None where the checkpoint is gone."""
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    from relora_core.checkpoint import load_weights
     from relora_core.methods import build_method
     from relora_core.model import Decoder
 
     try:
         progress = json.loads((checkpoint / "progress.json").read_text())
-        weights = load_file(checkpoint / "model.safetensors")
+        weights = load_weights(checkpoint)
     except (OSError, SafetensorError) as error:
         if not (checkpoint / "model.safetensors").exists() or isinstance(error, FileNotFoundError):
             return None

@@ -1,19 +1,26 @@
 """Atomic checkpoints: weights, moments, method state, data position, every RNG, step. And back.
 
-A checkpoint is a folder step-<n>/ that appears by one rename, so it is either whole or not there.
-Loading executes nothing: safetensors for weights, `weights_only` for the rest.
+A checkpoint is a folder step-<n>/ that appears by one rename, so it is either whole or not there;
+checksums.json tells whether it still is. Weights that are not trained lie in a file of their own,
+which is written only when they have changed. Loading executes nothing: safetensors for weights,
+`weights_only` for the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import random
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import safetensors.torch
@@ -23,6 +30,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core import atomic
+from relora_core.data.base import DataError
+
+MODEL, FROZEN = "model.safetensors", "frozen.safetensors"
+"""Weights that are trained, with buffers; and those that are not, where there are any."""
+CHECKSUMS = "checksums.json"
+"""sha256 of every other file. Checkpoints from before there was one are taken as they are."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +79,90 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+@dataclass(kw_only=True, slots=True)
+class Snapshot:
+    """A run's state in host memory, which training no longer changes."""
+
+    step: int
+    record: bytes
+    """progress.json."""
+    weights: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+    moments: dict[str, Any]
+    rng: list[dict[str, Any]]
+    reference: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer,
+        progress: Progress,
+        rng: list[dict[str, Any]],
+        reference: dict[str, Tensor] | None = None,
+        with_frozen: bool = True,
+        copied: Callable[[Tensor], Tensor] | None = None,
+    ) -> Snapshot:
+        """`copied` takes a tensor out of training's reach; without it, training must stand still.
+
+        `rng` holds one state per rank; `reference` weights are those that dynamics compare with.
+        """
+        take = copied or (lambda tensor: tensor.detach())
+        record = {name: getattr(progress, name) for name in Progress.__slots__}
+        still = {name for name, _ in _frozen(model)}
+        state = model.state_dict()
+        return cls(
+            step=progress.step,
+            record=json.dumps(record).encode(),
+            weights={k: take(v) for k, v in state.items() if k not in still},
+            frozen={k: take(v) for k, v in state.items() if k in still and with_frozen},
+            moments=_taken(optimizer.state_dict(), take),
+            rng=rng,
+            reference=_taken(reference or {}, take),
+        )
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """(name, content), one in memory at a time."""
+        yield MODEL, _tensors(self.weights)
+        if self.frozen:
+            yield FROZEN, _tensors(self.frozen)
+        yield "optimizer.pt", _packed(self.moments)
+        yield "rng.pt", _packed(self.rng)
+        if self.reference:
+            yield "reference.safetensors", _tensors(self.reference)
+        yield "progress.json", self.record
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def _taken(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with `take` of every tensor."""
+    if isinstance(value, Tensor):
+        return take(value)
+    if isinstance(value, dict):
+        return {key: _taken(item, take) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_taken(item, take) for item in value)
+    return value
+
+
+def _tensors(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+
+
+@dataclass(kw_only=True, slots=True)
+class Kept:
+    """The file of frozen weights in a checkpoint of this process."""
+
+    file: Path
+    digest: str
+    versions: dict[str, tuple[int, int]]
+    """What the weights were: where they lay, and how often they had been written to."""
+
+
 def save(
     folder: Path,
     *,
@@ -76,33 +173,156 @@ def save(
     keep_last: int,
     reference: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write step-<n>/ and remove all but the newest `keep_last`. `rng` holds one state per rank.
+    """Write step-<n>/ while the caller waits; remove all but the newest `keep_last`."""
+    snapshot = Snapshot.of(
+        model, optimizer=optimizer, progress=progress, rng=rng, reference=reference
+    )
+    return _store(folder, snapshot=snapshot, keep_last=keep_last)[0]
 
-    `reference` weights are those that dynamics compare with.
-    """
-    target = folder / f"step-{progress.step:08d}"
+
+def _store(
+    folder: Path, *, snapshot: Snapshot, keep_last: int, same: Kept | None = None
+) -> tuple[Path, dict[str, str]]:
+    """(checkpoint, sha256 by file). `same` holds the frozen weights, where they did not change."""
+    target = folder / f"step-{snapshot.step:08d}"
     temporary = folder / f".tmp-{target.name}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
+    digests = {FROZEN: same.digest} if same else {}
     try:
         temporary.mkdir()
-        weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-        record = {name: getattr(progress, name) for name in Progress.__slots__}
-        _write(temporary / "model.safetensors", safetensors.torch.save(weights))
-        _write(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
-        _write(temporary / "rng.pt", _packed(rng))
-        if reference:
-            _write(temporary / "reference.safetensors", safetensors.torch.save(reference))
-        _write(temporary / "progress.json", json.dumps(record).encode())
+        if same:
+            _link(same.file, temporary / FROZEN)
+        for name, content in snapshot.files():
+            _write(temporary / name, content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+        _write(temporary / CHECKSUMS, json.dumps(digests, indent=2).encode())
+        atomic.sync_folder(temporary)
         if target.exists():  # left by an attempt that died after the rename
-            shutil.rmtree(target)
+            _discard(target)
         temporary.rename(target)
         atomic.sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in complete(folder)[:-keep_last]:
-        shutil.rmtree(old)
-    return target
+        _discard(old)
+    return target, digests
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file in two folders, either of which may go; a copy where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        _write(target, source.read_bytes())
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder so that a kill at any moment leaves it whole or under another name."""
+    aside = path.with_name(f".tmp-{path.name}-old-{os.getpid()}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+class Writer:
+    """Writes checkpoints in the background, one at a time: training waits for the copy alone.
+
+    A `with` block leaves none half-done, whatever ends it.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int) -> None:
+        self.folder, self.keep_last = folder, keep_last
+        self._thread: threading.Thread | None = None
+        self._written: tuple[int, float] | None = None
+        self._error: BaseException | None = None
+        self._kept: list[Kept | None] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as trouble:
+            if error is None:
+                raise
+            error.add_note(f"and the newest checkpoint could not be written: {trouble}")
+
+    def save(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: Progress,
+        rng: list[dict[str, Any]],
+        reference: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Copy the state, begin to write it; `wait` comes before. See `Snapshot.of`."""
+        assert self._thread is None
+        versions = {name: (p.data_ptr(), p._version) for name, p in _frozen(model)}
+        same = self._same(versions)
+        snapshot = Snapshot.of(
+            model,
+            optimizer=optimizer,
+            progress=progress,
+            rng=rng,
+            reference=reference,
+            with_frozen=same is None,
+            copied=_copied,
+        )
+        # Not a daemon: an interpreter that ends waits for it.
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, versions, same), name="checkpoint"
+        )
+        self._thread.start()
+
+    def _same(self, versions: dict[str, tuple[int, int]]) -> Kept | None:
+        """A file of these very weights: that of the last but one checkpoint.
+
+        The last one's would do for disk space, but then one damaged file would spoil both of the
+        checkpoints that a run can go on from.
+        """
+        kept = self._kept[0] if len(self._kept) == 2 else None
+        return kept if kept and kept.versions == versions and kept.file.exists() else None
+
+    def _run(
+        self, snapshot: Snapshot, versions: dict[str, tuple[int, int]], same: Kept | None
+    ) -> None:
+        try:
+            path, digests = _store(
+                self.folder, snapshot=snapshot, keep_last=self.keep_last, same=same
+            )
+        except BaseException as error:
+            self._error = error
+            return
+        self._written = snapshot.step, time.time()
+        kept = (
+            Kept(file=path / FROZEN, digest=digests[FROZEN], versions=versions)
+            if versions
+            else None
+        )
+        self._kept = [*self._kept[-1:], kept]
+
+    def wait(self) -> tuple[int, float] | None:
+        """Until what was begun is on disk: its step, and when that was. Raises why it is not."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        written, self._written = self._written, None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return written
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _packed(value: Any) -> bytes:
@@ -136,6 +356,51 @@ def mark_evaluated(folder: Path, *, step: int, rank: int) -> None:
         (target / "evaluated").touch()
 
 
+def damage(path: Path) -> str | None:
+    """The first file of a checkpoint that is not as it was written; None where all are."""
+    try:
+        digests = json.loads((path / CHECKSUMS).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return CHECKSUMS
+    if not isinstance(digests, dict):
+        return CHECKSUMS
+    for name, expected in digests.items():
+        try:
+            with open(path / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, ValueError):
+            return name
+        if found != expected:
+            return name
+    return None
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Leave an intact checkpoint as the newest; a line for each that was damaged.
+
+    Those go with what is torn, at the next resume. DataError where there are only damaged ones: to
+    begin anew is the user's choice.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(complete(folder)):
+        wrong = damage(path)
+        if wrong is None:
+            break
+        damaged[path] = f"{path.name} is damaged ({wrong} is not as it was written)"
+    else:
+        if damaged:
+            told = "; ".join(damaged.values())
+            raise DataError(
+                f"{folder} must hold a checkpoint that can be read, got none: {told}; remove the "
+                "folder to begin anew"
+            )
+    for path in damaged:
+        path.rename(folder / f".tmp-{path.name}-damaged")
+    return list(damaged.values())
+
+
 def discard_torn(folder: Path) -> None:
     """Remove what a kill in mid-write left behind."""
     for torn in folder.glob(".tmp-step-*"):
@@ -145,13 +410,26 @@ def discard_torn(folder: Path) -> None:
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer, rank: int = 0) -> Progress:
     """Restore a checkpoint in place, this rank's generators included."""
     device = next(model.parameters()).device
-    model.load_state_dict(load_file(path / "model.safetensors", device=str(device)))
+    model.load_state_dict(load_weights(path, device=str(device)))
     moments = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
     optimizer.load_state_dict(moments)
     states = torch.load(path / "rng.pt", map_location="cpu", weights_only=True)
     if rank < len(states):  # more ranks than before: the others keep their fresh generators
         set_rng_state(states[rank])
     return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def load_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
+    """The model's state as it was saved, whichever files hold it."""
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        weights |= load_file(file, device=device)
+    return weights
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that together hold the model's state."""
+    return [path / MODEL, *path.glob(FROZEN)]
 
 
 def load_reference(path: Path) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from typing import Any
 METHODS = ("full_rank", "lora", "relora", "galore")
 ADAPTERS = ("lora", "relora")
 DATA_KINDS = ("grammar", "pretokenized", "text")
+EVAL_PRECISIONS = ("fp32", "bf16")
 DYNAMICS = ("weight", "base", "gradient", "update_proxy", "update_restart", "update_total")
 DYNAMICS_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2", "ov")
 
@@ -237,6 +238,8 @@ class PalomaConfig:
     """Cadence in optimizer steps; None: only at the end. The end is always evaluated."""
     max_documents: int | None = knob(None, ge=1)
     """Documents per domain at most; None: all."""
+    precision: str = knob("fp32", choices=EVAL_PRECISIONS, as_before="fp32")
+    """Of the head's matmuls; sums and exponentials are float32 in any case."""
     fingerprint: str | None = knob(None)
     """Digest of the files; filled in by the plan, stands for path."""
 
@@ -253,6 +256,8 @@ class BlimpConfig:
     """Cadence in optimizer steps; None: only at the end. The end is always evaluated."""
     max_pairs: int | None = knob(None, ge=1)
     """Pairs per paradigm at most (the first ones); None: all."""
+    precision: str = knob("fp32", choices=EVAL_PRECISIONS, as_before="fp32")
+    """Of the head's matmuls; bf16 is faster and may flip pairs that are nearly even."""
     fingerprint: str | None = knob(None)
     """Digest of the files; filled in by the plan, stands for path."""
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from relora_core.checkpoint import weight_files
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data import HFTokenizer, load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
@@ -89,7 +90,7 @@ def merged_state(config: RunConfig, *, checkpoint: Path) -> dict[str, Tensor]:
         model = Decoder(config.model)
         method = build_method(config)
         method.adapt(model)
-    loaded = _read_tensors(checkpoint / "model.safetensors")
+    loaded = {n: t for file in weight_files(checkpoint) for n, t in _read_tensors(file).items()}
     for name, module in model.named_modules():  # restarts may have changed ranks
         if isinstance(module, ReLoRALinear) and f"{name}.lora_A" in loaded:
             module.resize_(loaded[f"{name}.lora_A"].shape[0])

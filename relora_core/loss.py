@@ -9,6 +9,7 @@ accumulates in the input's type and is wrong in bfloat16 (8.00 where float64 say
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = {"cpu": 128 * 50304, "cuda": 8192 * 50304}
 """Logits alive at a time: 26 MB stay near the CPU's caches; a GPU wants larger matmuls."""
 
-LOG_PROB_BLOCK = {"cpu": (512, 1024), "cuda": (8192, 50304)}
+LOG_PROB_BLOCK = {"cpu": (1024, 512), "cuda": (8192, 50304)}
 """Rows and columns of logits alive at a time where no gradient is wanted."""
 
 
@@ -91,23 +92,46 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def target_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[targets]: (N, C), (V, C), (N,) -> (N,) float32.
+def target_log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: Tensor | None = None
+) -> Tensor:
+    """log softmax(hidden @ weight.T)[rows, targets]: (N, C), (V, C), (M,), (M,) -> (M,) float32.
 
-    Blocks of logits are reduced to their log-sum-exp while they are in the cache: no row of V
-    logits ever exists, and on a CPU this is 2 to 3 times as fast as chunks of rows.
+    `rows` may name a row of `hidden` several times; by default each has one target. A bf16 `weight`
+    asks for matmuls in bf16; sums and exponentials are float32 or wider all the same.
+    """
+    normaliser = _log_normalisers(hidden, weight)
+    own = hidden if rows is None else hidden[rows]
+    picked = (own.float() * weight[targets].float()).sum(dim=1)
+    return picked - (normaliser if rows is None else normaliser[rows])
+
+
+def _log_normalisers(hidden: Tensor, weight: Tensor) -> Tensor:
+    """log sum exp(hidden @ weight.T) over the vocabulary: (N,) float32.
+
+    Blocks of logits are summed up while they are in the cache: no row of V logits ever exists. On a
+    CPU exp2 takes 0.4 of the time of exp, and no pass looks for the largest logit: rows that
+    overflow without, which a trained model hardly has, are computed again.
     """
     rows, columns = LOG_PROB_BLOCK.get(hidden.device.type, LOG_PROB_BLOCK["cpu"])
     out = torch.empty(hidden.shape[0], device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0], rows):
-            h = hidden[start : start + rows].float()
-            parts = []
-            for first in range(0, weight.shape[0], columns):
-                block = h @ weight[first : first + columns].float().T
-                largest = block.amax(dim=1, keepdim=True)
-                total = block.sub_(largest).exp_().sum(dim=1)
-                parts.append(total.log_() + largest[:, 0])
-            picked = (h * weight[targets[start : start + rows]].float()).sum(dim=1)
-            out[start : start + rows] = picked - torch.stack(parts).logsumexp(dim=0)
+            own = hidden[start : start + rows].float() * math.log2(math.e)
+            total = torch.zeros(len(own), dtype=torch.float64, device=own.device)
+            for block in _logit_blocks(own, weight, columns=columns):
+                total += block.exp2_().sum(dim=1)
+            found = total.log().float()
+            wide = ~((total > 1e-30) & (total < math.inf))
+            if wide.any():
+                blocks = _logit_blocks(own[wide], weight, columns=columns)
+                parts = [(block * math.log(2)).logsumexp(dim=1) for block in blocks]
+                found[wide] = torch.stack(parts).logsumexp(dim=0)
+            out[start : start + rows] = found
     return out
+
+
+def _logit_blocks(hidden: Tensor, weight: Tensor, *, columns: int) -> Iterator[Tensor]:
+    hidden = hidden.to(weight.dtype)
+    for first in range(0, weight.shape[0], columns):
+        yield (hidden @ weight[first : first + columns].T).float()

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from relora_core import checkpoint
@@ -50,6 +51,26 @@ def train(
     so and that a checkpoint of this very step is on disk. Bad settings raise ConfigError before the
     first step, bad data DataError.
     """
+    with checkpoint.Writer(checkpoints, keep_last=config.checkpoint.keep_last) as writer:
+        return _train(
+            config,
+            checkpoints=checkpoints,
+            writer=writer,
+            cache_dir=cache_dir,
+            sink=sink,
+            stop=stop,
+        )
+
+
+def _train(
+    config: RunConfig,
+    *,
+    checkpoints: Path,
+    writer: checkpoint.Writer,
+    cache_dir: Path,
+    sink: Sink,
+    stop: Stop,
+) -> str:
     accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     sink = sink if accelerator.is_main_process else NullSink()
@@ -74,16 +95,17 @@ def train(
     evals = prepare_evals(config, load_tokenizer(config.data))
     torch.manual_seed(rank_seed(config.seed, rank))  # dropout: different on every rank
 
-    progress = resume(checkpoints, model=model, optimizer=optimizer, rank=rank, config=config)
-    resumed = progress.step > 0
+    newest, damaged = newest_intact(accelerator, checkpoints)
+    progress = resume(newest, model=model, optimizer=optimizer, rank=rank, config=config)
+    resumed = newest is not None
     if resumed:
         stream.load_state_dict(progress.stream)
         method.load_state_dict(progress.method)
-        newest = checkpoint.complete(checkpoints)[-1]
         recorder.load_state_dict(checkpoint.load_reference(newest))
     method.set_phase(progress.step, model)
     wrapped = accelerator.prepare(model)
-    sink.emit(Event(kind="start", step=progress.step, data={"resumed": resumed, "world": world}))
+    begun = {"resumed": resumed, "world": world, **damaged}
+    sink.emit(Event(kind="start", step=progress.step, data=begun))
     measure = Measures(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
     )
@@ -133,6 +155,7 @@ def train(
             lr = optimizer.param_groups[0]["lr"]
             mean = log_train(sink, progress, config=config, clock=clock, lr=lr, norm=grad_norm)
             if not math.isfinite(mean):
+                settle(accelerator, writer, sink)
                 sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
                 return "diverged"
         last = step + 1 == config.train.steps
@@ -143,17 +166,10 @@ def train(
             progress.seconds = clock.seconds
             progress.stream, progress.method = stream.state_dict(), method.state_dict()
             reference = recorder.state_dict()
-            save(
-                accelerator,
-                checkpoints,
-                model,
-                optimizer,
-                progress,
-                reference=reference,
-                config=config,
-            )
+            save(accelerator, writer, sink, model, optimizer, progress, reference=reference)
             timer.restart()
-            sink.emit(Event(kind="checkpoint", step=step + 1))
+        if stopping or measure.evals_due(step + 1):
+            settle(accelerator, writer, sink)
         if stopping:
             return "interrupted"
         if measure.evals_due(step + 1):
@@ -161,6 +177,7 @@ def train(
                 if not measure.evaluate(step + 1):
                     return "interrupted"
             checkpoint.mark_evaluated(checkpoints, step=step + 1, rank=rank)
+    settle(accelerator, writer, sink)
     return "finished"
 
 
@@ -240,16 +257,28 @@ def rank_seed(seed: int, rank: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def resume(
-    checkpoints: Path, *, model: nn.Module, optimizer: Any, rank: int, config: RunConfig
-) -> Progress:
-    """The newest complete checkpoint restored in place; a fresh Progress where there is none."""
-    if rank == 0:
+def newest_intact(
+    accelerator: Accelerator, checkpoints: Path
+) -> tuple[Path | None, dict[str, list[str]]]:
+    """The checkpoint to go on from, as rank 0 sees it; `damaged` ones stand aside from now on."""
+    found: list[Any] = [None, []]
+    if accelerator.is_main_process:
         checkpoint.discard_torn(checkpoints)
+        found[1] = checkpoint.set_aside_damaged(checkpoints)
+        for line in found[1]:
+            print(f"warning: {line}: going on from the one before", file=sys.stderr)
+        found[0] = max(checkpoint.complete(checkpoints), default=None)
+    newest, damaged = broadcast_object_list(found)
+    return newest, {"damaged": damaged} if damaged else {}
+
+
+def resume(
+    newest: Path | None, *, model: nn.Module, optimizer: Any, rank: int, config: RunConfig
+) -> Progress:
+    """A checkpoint restored in place; a fresh Progress where there is none."""
     threads = config.runtime.threads or torch.get_num_threads()
-    found = checkpoint.complete(checkpoints)
-    if found:
-        progress = checkpoint.load(found[-1], model=model, optimizer=optimizer, rank=rank)
+    if newest:
+        progress = checkpoint.load(newest, model=model, optimizer=optimizer, rank=rank)
     else:
         progress = Progress(threads=threads)
     torch.set_num_threads(progress.threads)
@@ -463,24 +492,34 @@ class Measures:
 
 def save(
     accelerator: Accelerator,
-    folder: Path,
+    writer: checkpoint.Writer,
+    sink: Sink,
     model: nn.Module,
     optimizer: Any,
     progress: Progress,
     *,
     reference: dict[str, Tensor],
-    config: RunConfig,
 ) -> None:
-    """Checkpoint from rank 0 with every rank's generators; the others wait until it is on disk."""
+    """Begin a checkpoint on rank 0 with every rank's generators; it is on disk once `settle`d."""
     states = gather_object([checkpoint.rng_state()])
+    announce(writer, sink)
     if accelerator.is_main_process:
-        checkpoint.save(
-            folder,
-            model=model,
-            optimizer=optimizer,
-            progress=progress,
-            rng=states,
-            keep_last=config.checkpoint.keep_last,
-            reference=reference,
+        writer.save(
+            model=model, optimizer=optimizer, progress=progress, rng=states, reference=reference
         )
+
+
+def announce(writer: checkpoint.Writer, sink: Sink) -> None:
+    """Wait for the checkpoint that was begun and tell of it: never before it is on disk.
+
+    Only here, so that a record's order does not depend on how fast the disk is.
+    """
+    if written := writer.wait():
+        step, moment = written
+        sink.emit(Event(kind="checkpoint", step=step, time=moment))
+
+
+def settle(accelerator: Accelerator, writer: checkpoint.Writer, sink: Sink) -> None:
+    """On every rank: what was begun is on disk and told, so that a process may end."""
+    announce(writer, sink)
     accelerator.wait_for_everyone()

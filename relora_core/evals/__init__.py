@@ -30,8 +30,10 @@ GRAMMAR_DOCUMENTS = 40
 """Held-out documents per register of the grammar."""
 GRAMMAR_PAIRS = 60
 """Pairs per paradigm of the grammar."""
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
 """Tokens per forward pass; a CPU wants activations that stay in its caches."""
+SHORT = 64
+"""Tokens of a sequence that may share a tree of prefixes with others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -136,6 +138,7 @@ def _build_paloma(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., Eval
         ids=encode([d.text for d in documents], tokenizer),
         eos_id=tokenizer.eos_id,
         max_len=max_len,
+        precision=section.precision,
     )
 
 
@@ -148,7 +151,10 @@ def _build_blimp(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalR
     else:
         pairs = blimp.load(section)
     return functools.partial(
-        blimp.evaluate, pairs=pairs, windows=blimp.windows(pairs, tokenizer=tokenizer)
+        blimp.evaluate,
+        pairs=pairs,
+        windows=blimp.windows(pairs, tokenizer=tokenizer),
+        precision=section.precision,
     )
 
 
@@ -256,36 +262,59 @@ def score(
     windows: Sequence[Window],
     *,
     batch_tokens: int | None = None,
+    share_prefixes: bool = False,
+    precision: str = "fp32",
     **work: Unpack[Work],
 ) -> np.ndarray:
     """Sum of log p(scored tokens) of each window in nats, float64, shape (len(windows),).
 
-    Equal windows are scored once, so they get equal sums. Batches are the same for any number of
-    ranks; rank r takes batches r, r + world, ..., and `reduce` brings the sums together.
+    Equal windows are scored once, so they get equal sums; `share_prefixes` of short ones are
+    computed once, too. With precision bf16 the head's matmuls are. Batches are the same for any
+    number of ranks; rank r takes batches r, r + world, ..., and `reduce` brings the sums together.
     """
     import torch
 
-    keys = [(-len(w.ids), w.ids.tobytes(), w.scored) for w in windows]
+    # Longest first, so that there is hardly any padding; short ones by content, which brings
+    # together what begins alike.
+    short = SHORT if share_prefixes else 0
+    keys = [(min(short - len(w.ids), 0), w.ids.tobytes(), w.scored) for w in windows]
     index = {key: i for i, key in enumerate(keys)}
-    # Longest first, then by content: hardly any padding, and shared prefixes are neighbours.
     order = sorted(index)
     unique = [windows[index[key]] for key in order]
-    device = next(model.parameters()).device
+    weight = model.de_embedding_proj.weight.detach()
+    head = weight.bfloat16() if precision == "bf16" else weight
+    device = weight.device
     budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    batches = list(_batches([len(w.ids) for w in unique], budget=budget))
+    batches = _plan(unique, budget=budget, short=short)
     rank, world = work.get("rank", 0), work.get("world", 1)
     reduce, progress = work.get("reduce"), work.get("progress")
     sums = torch.zeros(len(unique), dtype=torch.float64, device=device)
     # no_grad and not inference_mode: what a module caches here must still serve training.
     with _evaluating(model), torch.no_grad():
-        for start, stop in batches[rank::world]:
-            sums[start:stop] = _batch_sums(model, unique[start:stop])
+        for start, stop, sums_of in batches[rank::world]:
+            sums[start:stop] = sums_of(model, unique[start:stop], head)
             if progress is not None:
                 progress(stop, len(unique))
     if reduce is not None:
         sums = reduce(sums)
     place = {key: i for i, key in enumerate(order)}
     return sums.cpu().numpy()[[place[key] for key in keys]]
+
+
+def _plan(
+    windows: Sequence[Window], *, budget: int, short: int
+) -> list[tuple[int, int, Callable[..., Tensor]]]:
+    """Batches: (start, stop, how they are computed). Prefixes are shared up to `short` tokens."""
+    lengths = [len(w.ids) for w in windows if len(w.ids) > short]
+    plan = [(*span, _padded_sums) for span in _batches(lengths, budget=budget)]
+    if len(lengths) < len(windows):
+        from relora_core.evals import tree
+
+        first, size = len(lengths), max(1, budget // tree.NODES)
+        groups = list(tree.groups([w.ids for w in windows[first:]]))
+        parts = (groups[i : i + size] for i in range(0, len(groups), size))
+        plan += [(first + part[0][0], first + part[-1][1], tree.sums) for part in parts]
+    return plan
 
 
 def _batches(lengths: Sequence[int], *, budget: int) -> Iterator[tuple[int, int]]:
@@ -309,29 +338,22 @@ def _evaluating(model: Decoder) -> Iterator[None]:
             module.training = training
 
 
-def _batch_sums(model: Decoder, batch: Sequence[Window]) -> Tensor:
-    """(B,) float64 sums. Only positions that are scored reach the head, shared prefixes once."""
+def _padded_sums(model: Decoder, batch: Sequence[Window], head: Tensor) -> Tensor:
+    """(B,) float64 sums. Only positions that are scored reach the head."""
     import torch
 
     from relora_core.loss import target_log_probs
 
-    ids, scored = _pad(batch)
-    if not scored.any():
-        return torch.zeros(len(batch), dtype=torch.float64)
-    owner = _owner(ids, scored)
-    own = torch.from_numpy(scored & (owner == np.arange(len(batch))[:, None]))
-    device = next(model.parameters()).device
-    tokens = torch.from_numpy(ids).to(device)
-    hidden = model.hidden_states(tokens[:, :-1])[own.to(device)]  # (N, C)
-    targets = tokens[:, 1:][own.to(device)]  # (N,)
-    found = target_log_probs(hidden, model.de_embedding_proj.weight, targets)
-    table = torch.zeros(scored.shape, dtype=torch.float64)
-    table[own] = found.double().cpu()
-    shared = table.gather(0, torch.from_numpy(owner))  # (B, T)
-    return shared.masked_fill(torch.from_numpy(~scored), 0.0).sum(dim=1)
+    ids, scored = padded(batch)
+    own, tokens = torch.from_numpy(scored).to(head.device), torch.from_numpy(ids).to(head.device)
+    sums = torch.zeros(own.shape, dtype=torch.float64, device=head.device)
+    if scored.any():
+        hidden = model.hidden_states(tokens[:, :-1])[own]  # (N, C)
+        sums[own] = target_log_probs(hidden, head, tokens[:, 1:][own]).double()
+    return sums.sum(dim=1)
 
 
-def _pad(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
     """ids (B, T + 1) int64, padded with 0 on the right, and which of the T targets are scored."""
     width = max(2, max(len(w.ids) for w in batch))
     ids = np.zeros((len(batch), width), dtype=np.int64)
@@ -340,17 +362,3 @@ def _pad(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
         ids[row, : len(tokens)] = tokens
         scored[row, len(tokens) - 1 - count : max(0, len(tokens) - 1)] = True
     return ids, scored
-
-
-def _owner(ids: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """(B, T): the row that computes a target, which is an earlier one with the same prefix if any.
-
-    A causal model gives both rows the same number, so the head (three quarters of the work of a
-    tiny model) need not see it twice. In BLiMP this saves a quarter of the positions.
-    """
-    same = np.zeros(ids.shape, dtype=bool)
-    same[1:] = np.logical_and.accumulate(ids[1:] == ids[:-1], axis=1)
-    repeats = same[:, 1:] & scored
-    repeats[1:] &= scored[:-1]
-    rows = np.arange(len(ids))[:, None]
-    return np.maximum.accumulate(np.where(repeats, 0, rows), axis=0)

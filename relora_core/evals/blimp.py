@@ -184,6 +184,7 @@ def evaluate(
     *,
     pairs: Sequence[Pair],
     windows: Mapping[str, Sequence[Window]],
+    precision: str = "fp32",
     **work: Unpack[Work],
 ) -> EvalResult:
     """Accuracy of both variants on `pairs`, from the `windows` that the function above makes.
@@ -193,7 +194,8 @@ def evaluate(
     `blimp_paradigms`: both accuracies of each paradigm; `ties` counts equal scores in eos_prefix.
     """
     _check_lengths(model, windows)
-    scores = score(model, [*windows["no_bos"], *windows["eos_prefix"]], **work)
+    both = [*windows["no_bos"], *windows["eos_prefix"]]
+    scores = score(model, both, share_prefixes=True, precision=precision, **work)
     (bare_good, bare_bad), (good, bad) = scores.reshape(2, len(pairs), 2).transpose(0, 2, 1)
     right = {"no_bos": bare_good > bare_bad, "eos_prefix": good >= bad}
     places: dict[str, list[int]] = defaultdict(list)

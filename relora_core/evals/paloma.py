@@ -207,6 +207,7 @@ def evaluate(
     ids: Sequence[np.ndarray],
     eos_id: int,
     max_len: int | None = None,
+    precision: str = "fp32",
     **work: Unpack[Work],
 ) -> EvalResult:
     """Both perplexities of `documents`, whose tokens are `ids`. Metrics, under `eval/paloma/`:
@@ -233,7 +234,7 @@ def evaluate(
         if max_len > 1
     ]
     windows = [window for pieces in cut for window in pieces]
-    nats = -score(model, windows + rows, **work)
+    nats = -score(model, windows + rows, precision=precision, **work)
     owner = np.repeat(np.arange(len(cut)), [len(pieces) for pieces in cut])
     per_document = np.bincount(owner, weights=nats[: len(windows)], minlength=len(cut))
     metrics, table = _summary(documents, ids, per_document)

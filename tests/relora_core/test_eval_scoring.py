@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relora_core import evals
 from relora_core.config import ModelConfig
-from relora_core.evals import Window, score
+from relora_core.evals import Window, tree
 from relora_core.model import Decoder
 
 VOCAB = 50
@@ -50,7 +52,12 @@ def slow(model: Decoder, window: Window) -> float:
     return sum(every[len(every) - window.scored :])
 
 
-def test_sums_equal_a_float64_model_without_padding(model):
+@pytest.fixture(params=[False, True], ids=["padded", "trees"])
+def score(request):
+    return functools.partial(evals.score, share_prefixes=request.param)
+
+
+def test_sums_equal_a_float64_model_without_padding(model, score):
     cases = windows(count=12) + windows(count=30, seed=1, alphabet=2)  # many shared prefixes
     # The same prefix, scored in one window and only context in another.
     cases += [Window(cases[0].ids, n) for n in range(len(cases[0].ids))]
@@ -58,23 +65,76 @@ def test_sums_equal_a_float64_model_without_padding(model):
     np.testing.assert_allclose(score(model, cases), expected, atol=2e-4)
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 99), batch_tokens=st.integers(1, 300))
-def test_sums_do_not_depend_on_the_batches(model, seed, batch_tokens):
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    batch_tokens=st.integers(1, 300),
+    shared=st.booleans(),
+    short=st.integers(1, 40),
+)
+def test_sums_do_not_depend_on_the_batches(model, seed, batch_tokens, shared, short):
     cases = windows(count=30, seed=seed, alphabet=3)
-    np.testing.assert_allclose(
-        score(model, cases, batch_tokens=batch_tokens), score(model, cases), atol=2e-5
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evals, "SHORT", short)
+        found = evals.score(model, cases, batch_tokens=batch_tokens, share_prefixes=shared)
+    np.testing.assert_allclose(found, evals.score(model, cases), atol=2e-5)
 
 
-def test_equal_windows_get_equal_sums(model):
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), alphabet=st.integers(1, 4))
+def test_a_tree_holds_each_prefix_once_and_shows_it_to_itself_alone(seed, alphabet):
+    cases = sorted((w.ids for w in windows(count=12, seed=seed, alphabet=alphabet)), key=bytes)
+    trees = tree.build(cases)
+    spans = list(tree.groups(cases))
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    width = trees.ids.shape[1]
+    for group, (start, stop) in enumerate(spans):
+        prefixes = {
+            tuple(ids[: n + 1]): None for ids in cases[start:stop] for n in range(len(ids) - 1)
+        }
+        nodes = {int(node) for row in trees.path[start:stop] for node in row if node >= 0}
+        assert len(nodes) == len(prefixes) <= max(tree.NODES, 32)
+        assert all(node // width == group for node in nodes)
+        for ids, path in zip(cases[start:stop], trees.path[start:stop], strict=True):
+            steps = [int(node) % width for node in path if node >= 0]
+            assert list(trees.ids[group, steps]) == list(ids[:-1])
+            assert list(trees.depth[group, steps]) == list(range(len(ids) - 1))
+            for n, node in enumerate(steps):
+                assert set(np.flatnonzero(trees.mask[group, node])) == set(steps[: n + 1])
+
+
+def test_adapters_count_in_a_tree(model):
+    """The model that is trained, adapters and all, is what trees evaluate."""
+    from relora_core.config import ReLoRAConfig
+    from relora_core.methods.adapter import ReLoRALinear
+
+    own = Decoder(model.config)
+    own.load_state_dict(model.state_dict())
+    for block in own.layers:
+        block.attention.q_proj = ReLoRALinear(block.attention.q_proj, ReLoRAConfig(r=2))
+        torch.nn.init.normal_(block.attention.q_proj.lora_A)
+        torch.nn.init.normal_(block.attention.q_proj.lora_B)
+    cases = windows(count=40, seed=7, alphabet=3)
+    plain = evals.score(own, cases)
+    assert np.abs(plain - evals.score(model, cases)).max() > 0.1
+    np.testing.assert_allclose(evals.score(own, cases, share_prefixes=True), plain, atol=2e-5)
+
+
+def test_reduced_precision_is_near_and_leaves_the_body_alone(model, score):
+    cases = [w for w in windows(count=40, seed=8) if w.scored]
+    exact, rough = score(model, cases), score(model, cases, precision="bf16")
+    assert 0 < np.abs(rough - exact).max() < 0.01 * np.abs(exact).max()
+    assert model.de_embedding_proj.weight.dtype == torch.float32
+
+
+def test_equal_windows_get_equal_sums(model, score):
     cases = windows(count=200, seed=3)
     scores = score(model, cases + cases[::-1], batch_tokens=64)
     assert (scores[:200] == scores[:199:-1]).all()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_add_up_to_one_rank_exactly(model, world):
+def test_ranks_add_up_to_one_rank_exactly(model, score, world):
     cases = windows(count=40, seed=4)
     shares = []
 
@@ -90,7 +150,7 @@ def test_ranks_add_up_to_one_rank_exactly(model, world):
     assert all(0 < (share != 0).sum() < len(share) for share in shares)
 
 
-def test_progress_ends_at_the_number_of_distinct_windows(model):
+def test_progress_ends_at_the_number_of_distinct_windows(model, score):
     calls = []
     cases = windows(count=20, seed=5)
     score(model, cases * 2, batch_tokens=64, progress=lambda *seen: calls.append(seen))
@@ -101,7 +161,7 @@ def test_progress_ends_at_the_number_of_distinct_windows(model):
     assert calls[-1][0] == calls[-1][1] >= distinct
 
 
-def test_an_evaluation_leaves_rng_modes_and_gradients_alone():
+def test_an_evaluation_leaves_rng_modes_and_gradients_alone(score):
     torch.manual_seed(0)
     model = Decoder(ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=4, vocab_size=VOCAB))
     model.layers[0].add_module("extra", torch.nn.Dropout(0.5))
@@ -122,7 +182,7 @@ def test_dropout_is_off_and_modes_return_after_a_failure():
     class Failing(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.de_embedding_proj = torch.nn.Linear(1, 1)
 
         def hidden_states(self, ids):
             assert not self.training
@@ -130,5 +190,5 @@ def test_dropout_is_off_and_modes_return_after_a_failure():
 
     model = Failing().train()
     with pytest.raises(RuntimeError, match="broken"):
-        score(model, windows(count=2, seed=6))
+        evals.score(model, windows(count=2, seed=6))
     assert model.training

@@ -66,7 +66,7 @@ def compared(tmp_path_factory) -> Compared:
     pairs = chosen_pairs(SHARED / "blimp" / "blimp_data.tar.xz")
     windows = blimp.windows(pairs, tokenizer=load_tokenizer(config.data))
     table = blimp.evaluate(model, pairs=pairs, windows=windows).tables["blimp_paradigms"]
-    good, bad = score(model, windows["eos_prefix"]).reshape(len(pairs), 2).T
+    good, bad = score(model, windows["eos_prefix"], share_prefixes=True).reshape(len(pairs), 2).T
     ours = {
         (p.uid, p.pair_id): Decision(g, b, bool(g >= b))
         for p, g, b in zip(pairs, good, bad, strict=True)

@@ -88,3 +88,26 @@ def test_log_probs_equal_log_softmax(problem, monkeypatch, block):
         got = target_log_probs(scale * hidden, weight, targets)
         torch.testing.assert_close(got.double(), want, atol=3e-6 * scale, rtol=1e-6)
     assert target_log_probs(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+def test_several_targets_of_a_row_share_its_softmax(problem):
+    hidden, weight, targets = problem
+    rows = torch.arange(len(targets)).flip(0) // 2
+    got = target_log_probs(hidden, weight, targets, rows=rows)
+    want = target_log_probs(hidden[rows], weight, targets)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-6)
+
+
+def test_log_probs_with_bf16_matmuls_are_near(problem):
+    hidden, weight, targets = problem
+    exact = target_log_probs(hidden, weight, targets)
+    rough = target_log_probs(hidden, weight.bfloat16(), targets)
+    assert 0 < (rough - exact).abs().max() < 0.05
+
+
+def test_log_probs_of_what_is_not_finite_are_not_a_number(problem):
+    hidden, weight, targets = problem
+    hidden = hidden.clone()
+    hidden[1] = float("nan")
+    found = target_log_probs(hidden, weight, targets)
+    assert found.isnan().nonzero().flatten().tolist() == [1]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
 
 import relora_core.train as train_module
 from experiments import schema
@@ -53,7 +52,7 @@ def run(config, folder: Path, *, die_at=None) -> Recorder:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.complete(folder / "checkpoints")[-1] / "model.safetensors")
+    return checkpoint.load_weights(checkpoint.complete(folder / "checkpoints")[-1])
 
 
 def moments(folder: Path) -> dict:
@@ -239,7 +238,7 @@ def test_a_torn_checkpoint_is_not_there(config, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_write", full_disk)
     with pytest.raises(OSError, match="No space left"):
         run(config(), tmp_path)
-    assert len(written) == 2
+    assert [file.name for file in written][-1] == "optimizer.pt"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from experiments import stopping
 from experiments.identity import config_to_json
@@ -78,7 +77,7 @@ def at_look(number: int):
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
     newest = checkpoint.complete(folder / "checkpoints")[-1]
-    found = load_file(newest / "model.safetensors")
+    found = checkpoint.load_weights(newest)
     moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
     for index, state in moments.items():
         found |= {f"{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
