@@ -392,15 +392,15 @@ class Composer:
             config.pop("hydra")
         return config
 
-    def _base(self, texts: Any) -> DictConfig:
+    def _base(self, texts: Any) -> Any:
         from experiments import schema
 
         config = self.compose(texts)
         schema.refuse_search(config)
         config.search = None
-        return config
+        return schema.Base(config)
 
-    def _change(self, base: DictConfig, texts: Sequence[str]) -> RunConfig:
+    def _change(self, base: Any, texts: Sequence[str]) -> RunConfig:
         from experiments import schema
 
         self.known = self.known or frozenset(schema.schema_keys())
@@ -408,4 +408,4 @@ class Composer:
             if self.parse(text).key_or_group not in self.known:
                 raise ConfigError(schema.diagnose([text], KeyError(text)))
         values = {o.key_or_group: o.value() for o in map(self.parse, texts)}
-        return schema.to_run_config(schema.set_values(base, values))
+        return base.changed(values)
