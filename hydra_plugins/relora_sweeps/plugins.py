@@ -79,6 +79,10 @@ class SlurmConf(SlurmOptions):
     _target_: str = "hydra_plugins.relora_sweeps.plugins.SlurmLauncher"
 
 
+# Hydra copies its whole store for each group that it looks into, a second in all of `--help`. It
+# only reads in it then, and copies what it reads.
+ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
 _store = ConfigStore.instance()
 _store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
 _store.store(group="hydra/sweeper", name="search", node=SearchConf, provider="relora_sweeps")
