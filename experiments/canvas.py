@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
@@ -46,6 +48,11 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text as text
     "svg.hashsalt": "relora-sweeps",
 }
+UNSAID: dict[str, dict[str, Any]] = {
+    ".svg": {"Date": None, "Creator": None},
+    ".png": {"Software": None},
+}
+"""What a file would say of the day and the program that made it."""
 
 
 class NoData(Exception):
@@ -94,10 +101,11 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
         folder.mkdir(parents=True, exist_ok=True)
         drawing.canvas.draw_without_rendering()  # lay it out once for both files
         drawing.canvas.set_layout_engine("none")
-        unsaid: dict[str, Any] = {"Date": None, "Creator": None}
-        for path, metadata in ((svg, unsaid), (png, {"Software": None})):
-            buffer = io.BytesIO()
-            drawing.canvas.savefig(buffer, format=path.suffix[1:], dpi=DPI, metadata=metadata)
+        # savefig would draw all of it twice for each file, once more to lay it out.
+        for path, kind in ((svg, FigureCanvasSVG), (png, FigureCanvasAgg)):
+            buffer, unsaid = io.BytesIO(), UNSAID[path.suffix]
+            drawing.canvas.dpi = DPI
+            getattr(kind(drawing.canvas), f"print_{path.suffix[1:]}")(buffer, metadata=unsaid)
             path.write_bytes(buffer.getvalue())
     return Figure(name=name, title=title, caption=drawing.caption, svg=svg, png=png)
 

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 from experiments.identity import config_from_json
 from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
-from relora_core import atomic, evals
+from relora_core import atomic
 from relora_core.config import ConfigError, EvalConfig, RunConfig, validate
-from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError
 
 if TYPE_CHECKING:
@@ -59,6 +58,9 @@ def complete_eval(config: RunConfig, *, eval: EvalConfig) -> EvalConfig:
 
     Every record of the evals' files is read; nothing is written.
     """
+    from relora_core import evals
+    from relora_core.data import load_tokenizer
+
     config = replace(config, eval=eval)
     validate(config)
     digests = evals.inspect(config)
@@ -215,6 +217,9 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
 
     A checkpoint that a running trainer removes meanwhile is left out with a line to `say`.
     """
+    from relora_core import evals
+    from relora_core.data import load_tokenizer
+
     check(run_dir, request=request)
     if not steps_of(run_dir):
         raise ConfigError(f"RUN must have a checkpoint, got {run_dir.run_id} without one")

@@ -23,7 +23,6 @@ from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
-from relora_core import data, evals
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
@@ -44,6 +43,8 @@ def complete(config: RunConfig) -> RunConfig:
 
 def complete_all(configs: Sequence[RunConfig]) -> list[RunConfig]:
     """`complete` of each; data and evals that several share are inspected once."""
+    from relora_core import data, evals
+
     for config in configs:
         validate(config)
     inspected: dict[str, DataInfo] = {}
@@ -324,6 +325,7 @@ def reporting() -> Iterator[None]:
 def run_here(config: RunConfig) -> int:
     """`python run.py`: one run in this process, tracked, with a progress bar; the exit code."""
     from experiments import mlflow_follow, mlflow_store
+    from relora_core import data
 
     config = complete(config)
     mlflow_store.check_uri(config.tracking)

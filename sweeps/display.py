@@ -241,10 +241,10 @@ class Progress:
             self.live.stop()
 
     def started(self, cell: Cell, *, attempt: int) -> None:
-        self._line(f"start    {cell.name}" + (f" (attempt {attempt})" if attempt > 1 else ""))
+        self.say(f"start    {cell.name}" + (f" (attempt {attempt})" if attempt > 1 else ""))
 
     def ended(self, cell: Cell, *, state: str, reason: str | None) -> None:
-        self._line(f"{state:<8} {cell.name}" + (f": {reason}" if reason else ""))
+        self.say(f"{state:<8} {cell.name}" + (f": {reason}" if reason else ""))
 
     def tick(self, active: Sequence[Cell], *, counts: Mapping[str, int]) -> None:
         """Show the running runs, not more often than is readable."""
@@ -256,10 +256,10 @@ class Progress:
             self.live.update(self._table(statuses, counts), refresh=True)
             return
         for cell, status in statuses:
-            self._line(progress_line(cell.name, status))
-        self._line(self._total(counts))
+            self.say(progress_line(cell.name, status))
+        self.say(self._total(counts))
 
-    def _line(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _total(self, counts: Mapping[str, int]) -> str:

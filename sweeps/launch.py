@@ -79,7 +79,7 @@ def run_sweep(
     console = console or display.make_console()
     configs = complete_all([config for _, config in points])
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
-    plan = make_plan(points, command=command)
+    plan = make_plan(points, command=command, valid=True)  # complete_all has seen to it
     output_dir = one_output_dir(plan)
     check_tracking(plan)
     states = survey([_run_dir(output_dir, cell) for cell in plan.cells])

@@ -1,7 +1,9 @@
 """Plan -> worker processes on this machine: survives failures and Ctrl-C. Not for: SLURM.
 
 A worker is a process over a RUN_DIR (`worker.py`); nothing of this process is handed to it but
-environment variables. Two launchers at work on one plan are harmless: the run's lock decides.
+environment variables. Several runs share the seconds that importing torch takes (`warm.py`), where
+forking is safe; else, and where that goes wrong, each starts from nothing. Two launchers at work on
+one plan are harmless: the run's lock decides.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from experiments.run_dir import DONE, RunDir, Status, runs_folder
 from experiments.state import RunState, state_of
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
-from sweeps import display, snapshot, track
+from sweeps import display, snapshot, track, warm
 from sweeps.budget import Estimate, Place
 from sweeps.job import settle
 from sweeps.plan import Cell, Plan, plan_folder
+from sweeps.warm import Forked, Warm, WarmGone
 from sweeps.worker import LOCKED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,13 +127,15 @@ def launch_local(
     max_parallel: int | None = None,
     console: Console | None = None,
     worker: Sequence[str] = WORKER,
+    parent: Sequence[str] | None = None,
     code: Path = ROOT,
     track: Track | None = None,
 ) -> Summary:
     """Run what is not done and not at work elsewhere, at most `max_parallel` at a time.
 
     Workers import the project from `code`, a frozen copy: edits do not reach those that wait.
-    `worker` is the command that RUN_DIR is appended to; `track` follows the runs (default: MLflow,
+    `worker` is the command that RUN_DIR is appended to, `parent` that of a warm parent of such
+    workers (default: ours, where the workers are ours). `track` follows the runs (default: MLflow,
     where tracking is on). The data must be prepared.
     """
     check_parallel(max_parallel)
@@ -150,15 +155,30 @@ def launch_local(
         _run_dir(output_dir, cell).cancel_path.unlink(missing_ok=True)
     device = plan.cells[0].config.runtime.device
     slots = Slots.of(max_parallel, runs=len(todo), device=device, code=code)
+    if parent is None and tuple(worker) == WORKER:
+        parent = warm.COMMAND
     with (
+        warmed(parent, slots=slots, runs=len(todo)) as forks,
         (track or follow)(plan, output_dir),
         display.Progress(plan.cells, output_dir=output_dir, console=console) as progress,
         stop_requested() as stop,
     ):
-        pool = Pool(output_dir=output_dir, worker=worker, slots=slots, progress=progress)
+        pool = Pool(
+            output_dir=output_dir, worker=worker, warm=forks, slots=slots, progress=progress
+        )
         pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
     states = {cell.run_id: state_of(_run_dir(output_dir, cell)) for cell in plan.cells}
     return Summary(states=states, interrupted=stop.is_set())
+
+
+@contextlib.contextmanager
+def warmed(parent: Sequence[str] | None, *, slots: Slots, runs: int) -> Iterator[Warm | None]:
+    """A warm parent that imports from now on; None where it would gain nothing or is not safe."""
+    if parent is None or runs < 2 or not warm.available():
+        yield None
+        return
+    with warm.opened(parent, environment=slots.shared()) as forks:
+        yield forks
 
 
 def cost(config: RunConfig) -> float:
@@ -271,14 +291,18 @@ class Slots:
 
     def environment(self, slot: int) -> dict[str, str]:
         """Environment of the worker in this slot: ours, with its share of the machine."""
+        if not self.gpus:
+            return self.shared()
+        return self.shared() | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
+
+    def shared(self) -> dict[str, str]:
+        """What the workers of all slots have in common."""
         path = os.pathsep.join(
             filter(None, (str(self.code.absolute()), os.environ.get("PYTHONPATH")))
         )
         share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
-        if self.gpus:
-            share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return {**os.environ, **share}
 
 
@@ -312,7 +336,7 @@ class Job:
     """A worker of ours that is alive."""
 
     cell: Cell
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     slot: int
 
 
@@ -324,6 +348,8 @@ class Pool:
     worker: Sequence[str]
     slots: Slots
     progress: display.Progress
+    warm: Warm | None = None
+    """Forks the workers, while it can."""
     pending: list[Cell] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     elsewhere: list[Cell] = field(default_factory=list)
@@ -370,6 +396,8 @@ class Pool:
             )
 
     def _start_some(self) -> None:
+        if self.warm is not None and self.warm.importing:
+            return
         while self.pending and len(self.jobs) < self.slots.parallel:
             cell = self.pending.pop(0)
             run_dir = self._dir(cell)
@@ -393,17 +421,29 @@ class Pool:
         attempt = run_dir.status().attempts + 1
         free = set(range(self.slots.parallel)) - {job.slot for job in self.jobs}
         slot = min(free)
-        with open(run_dir.log_path(attempt), "ab") as log:
-            process = subprocess.Popen(
-                [*self.worker, str(run_dir.path.absolute())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.slots.environment(slot),
-                start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
-            )
+        process = self._process(run_dir, log=run_dir.log_path(attempt), slot=slot)
         self.jobs.append(Job(cell=cell, process=process, slot=slot))
         self.progress.started(cell, attempt=attempt)
+
+    def _process(
+        self, run_dir: RunDir, *, log: Path, slot: int
+    ) -> subprocess.Popen[bytes] | Forked:
+        environment = self.slots.environment(slot)
+        with open(log, "ab") as file:
+            if self.warm is not None:
+                try:
+                    return self.warm.fork(run_dir.path, log=log, environment=environment)
+                except WarmGone as error:
+                    self.warm = None
+                    self.progress.say(f"workers start one by one from here: no warm one ({error})")
+            return subprocess.Popen(
+                [*self.worker, str(run_dir.path.absolute())],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
+            )
 
     def _reap(self) -> None:
         for job in list(self.jobs):
@@ -452,7 +492,7 @@ class Pool:
             except subprocess.TimeoutExpired:
                 job.process.kill()
                 job.process.wait()
-            code = job.process.returncode
+            code = job.process.wait()
             settle(self._dir(job.cell), code=code, reason="stopped; the same command resumes it")
         for cell in self.pending:
             self._unqueue(cell)

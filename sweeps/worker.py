@@ -20,6 +20,19 @@ from relora_core.config import ConfigError
 from relora_core.data.base import DataError
 from sweeps.state import gone
 
+PRELOAD = (
+    "torch",
+    "torch._dynamo",  # torch's optimizers ask for it, accelerate for the next, at the first step
+    "torch.distributed.tensor",
+    "accelerate",
+    "safetensors.torch",
+    "experiments.runner",
+    "relora_core.train",
+    "relora_core.data.grammar",
+    "relora_core.evals.blimp",
+    "relora_core.evals.paloma",
+)
+"""What any run imports: a warm parent has it already (`warm.py`)."""
 FINISHED, FAILED, DIVERGED, LOCKED, INTERRUPTED, CANCELLED = 0, 1, 3, 4, 5, 6
 CODES = {
     "finished": FINISHED,

@@ -79,6 +79,10 @@ class SlurmConf(SlurmOptions):
     _target_: str = "hydra_plugins.relora_sweeps.plugins.SlurmLauncher"
 
 
+# Hydra copies its whole store for each group that it looks into, a second in all of `--help`. It
+# only reads in it then, and copies what it reads.
+ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
 _store = ConfigStore.instance()
 _store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
 _store.store(group="hydra/sweeper", name="search", node=SearchConf, provider="relora_sweeps")
@@ -392,15 +396,15 @@ class Composer:
             config.pop("hydra")
         return config
 
-    def _base(self, texts: Any) -> DictConfig:
+    def _base(self, texts: Any) -> Any:
         from experiments import schema
 
         config = self.compose(texts)
         schema.refuse_search(config)
         config.search = None
-        return config
+        return schema.Base(config)
 
-    def _change(self, base: DictConfig, texts: Sequence[str]) -> RunConfig:
+    def _change(self, base: Any, texts: Sequence[str]) -> RunConfig:
         from experiments import schema
 
         self.known = self.known or frozenset(schema.schema_keys())
@@ -408,4 +412,4 @@ class Composer:
             if self.parse(text).key_or_group not in self.known:
                 raise ConfigError(schema.diagnose([text], KeyError(text)))
         values = {o.key_or_group: o.value() for o in map(self.parse, texts)}
-        return schema.to_run_config(schema.set_values(base, values))
+        return base.changed(values)

@@ -1,6 +1,7 @@
 """Token streams by kind of data: `inspect` to plan, `prepare` once, `open_stream` in each rank.
 
-Not for: anything that needs torch; planning imports this room.
+Not for: anything that needs torch; planning imports this room. What reads files of one kind is
+imported where it is used: pyarrow takes longer to load than `--help` takes to print.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relora_core.config import ConfigError, DataConfig
-from relora_core.data import documents, parquet, pretokenized, text
 from relora_core.data.base import DataError, DataInfo, Tokenizer, TokenStream
 from relora_core.data.tokenizer import HFTokenizer, padded_vocab
 
@@ -34,6 +34,8 @@ def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = Non
     """
     if data.kind == "grammar":
         return _inspect_grammar()
+    from relora_core.data import pretokenized, text
+
     if data.kind == "pretokenized":
         pretokenized.check_place(data)  # before the tokenizer: a wrong path is the likelier mistake
     tokenizer = _named_tokenizer(data)
@@ -99,6 +101,8 @@ def open_stream(
             )
         return grammar.GrammarStream(seq_len=data.seq_len, seed=seed, rank=rank, world=world)
     if data.kind == "pretokenized":
+        from relora_core.data import parquet, pretokenized
+
         on_hub = parquet.find_files(data) is None
         return pretokenized.PretokenizedStream(
             data,
@@ -108,6 +112,8 @@ def open_stream(
             cache_dir=cache_dir / "datasets" if cache_dir else None,
             tokenizer_digest=_tokenizer_digest(_named_tokenizer(data)) if on_hub else None,
         )
+    from relora_core.data import text
+
     assert cache_dir is not None, "text is read from its cache"
     folder = _token_cache(data, cache_dir=cache_dir, progress=None)
     return text.TextStream(
@@ -171,6 +177,8 @@ def _token_cache(
     data: DataConfig, *, cache_dir: Path, progress: Callable[[str], None] | None
 ) -> Path:
     """The complete cache of text data, made now if need be. Raises ConfigError."""
+    from relora_core.data import documents, text
+
     if data.fingerprint and (folder := text.cache_folder(cache_dir, data.fingerprint)).exists():
         return folder
     tokenizer = _named_tokenizer(data)
