@@ -1,8 +1,11 @@
-"""Small configs that tests share, and where real data is when it is there."""
+"""What tests share: small configs, a migrated database, real data where it is there."""
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +38,32 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real data is not here: no ../shared/data beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database, empty, to be copied: making one takes seconds. One for all workers."""
+    from experiments.mlflow_store import default_uri, ensure_store
+
+    here = tmp_path_factory.getbasetemp()
+    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "migrated"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ready.db").exists():
+            ensure_store(default_uri(folder), experiment="other", output_dir=folder)
+            shutil.copy(folder / "mlflow.db", folder / "ready.db")
+    return folder / "ready.db"
+
+
+def pytest_configure() -> None:
+    gc.disable()  # what is imported stays
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of libraries need no looking at: a full pass took 0.3 s."""
+    gc.freeze()
+    gc.enable()
 
 
 class OneCluster(LoadScopeScheduling):

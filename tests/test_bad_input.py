@@ -10,6 +10,7 @@ import pytest
 from experiments import schema
 from experiments.runner import complete
 from relora_core.config import ConfigError
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,8 +93,7 @@ WORDS = {
 def test_the_command_ends_with_one_line_and_writes_nothing(case, broken):
     out = broken / "out"
     words = [text.format(tmp=broken) for text in CASES[case]]
-    command = [sys.executable, "run.py", *words, f"output_dir={out}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run(["run.py", *words, f"output_dir={out}"], cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
@@ -119,8 +119,7 @@ def test_a_folder_that_cannot_be_written_to_is_named():
     ],
 )
 def test_scripts_get_exit_codes_too(tmp_path, arguments, code, words):
-    command = [sys.executable, "-m", "experiments", *arguments, "--output-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run(["-m", "experiments", *arguments, "--output-dir", tmp_path], cwd=ROOT)
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -128,12 +127,13 @@ def test_scripts_get_exit_codes_too(tmp_path, arguments, code, words):
 
 def test_describe_says_all_of_a_run_without_training_it(tmp_path):
     command = [
-        *(sys.executable, "-m", "experiments", "describe", "model=tiny", "model.vocab_size=50304"),
+        *("-m", "experiments", "describe", "model=tiny", "model.vocab_size=50304"),
         *("relora.reset_frequency=2000", "relora.restart_warmup_steps=100", "train.steps=20000"),
         *("schedule.warmup_steps=2000", "--at-steps", "0,1,2000,2050", "--json"),
         *("--output-dir", str(tmp_path / "out")),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = warm.run(command, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["parameters"]["total"] == 11_682_144
     assert found["parameters"]["trainable"] == 10_060_128

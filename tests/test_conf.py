@@ -39,13 +39,17 @@ def read(group, option):
     return dict(leaves(values if in_place else {group: values}))
 
 
+@pytest.fixture(scope="module")
+def defaults():
+    return {key: f.default for key, f, _ in walk(schema.compose([]))}
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_no_option_repeats_a_default(group, option):
+def test_no_option_repeats_a_default(defaults, group, option):
     """YAML holds choices; the rest is as config.py says. An experiment may undo a choice."""
     chosen_elsewhere = {
         key for g, o in OPTIONS if g != group and group == "experiment" for key in read(g, o)
     }
-    defaults = {key: f.default for key, f, _ in walk(schema.compose([]))}
     repeated = [
         key
         for key, value in read(group, option).items()

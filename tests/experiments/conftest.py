@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from mlflow_runs import Store
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("odd 'dir' 100% é"))
+def database(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Store:
+    folder = tmp_path_factory.mktemp("odd 'dir' 100% é")
+    shutil.copy(migrated, folder / "mlflow.db")
+    return Store(folder)
 
 
 @pytest.fixture

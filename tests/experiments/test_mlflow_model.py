@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,13 +53,20 @@ class Exported:
 
         return MlflowClient(tracking_uri=self.uri)
 
+    def experiments(self) -> list[str]:
+        return [found.experiment_id for found in self.client().search_experiments()]
+
     def shown(self) -> Any:
-        found = self.client().search_runs(["1"], filter_string=f"tags.run_id = '{RUN}'")
+        found = self.client().search_runs(
+            self.experiments(), filter_string=f"tags.run_id = '{RUN}'"
+        )
         assert len(found) == 1
         return found[0]
 
     def models(self, status: str = "READY") -> list[Any]:
-        return [m for m in self.client().search_logged_models(["1"]) if m.status == status]
+        return [
+            m for m in self.client().search_logged_models(self.experiments()) if m.status == status
+        ]
 
 
 def a_config(**tracking: Any) -> RunConfig:
@@ -74,8 +82,9 @@ def track(output: Path, run_dir: RunDir, *, uri: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Exported:
     output = tmp_path_factory.mktemp("odd 'dir' 100% é")
+    shutil.copy(migrated, output / "mlflow.db")
     model = save_run(output, a_config())
     track(output, RunDir(output / "runs" / RUN), uri=default_uri(output))
     return Exported(output=output, model=model)

@@ -153,7 +153,9 @@ def content(where: Store, run: RunDir) -> dict[str, Any]:
     }
 
 
-def test_a_fresh_store_is_rebuilt_to_the_same_view(store: Store, tmp_path: Path) -> None:
+def test_a_fresh_store_is_rebuilt_to_the_same_view(
+    store: Store, tmp_path: Path, migrated: Path
+) -> None:
     runs = [a_run(tmp_path, r=r, seed=seed) for r in (2, 4) for seed in (0, 1)]
     for i, run in enumerate(runs):
         train(run, attempt=1, start=0, stop=40)
@@ -164,6 +166,7 @@ def test_a_fresh_store_is_rebuilt_to_the_same_view(store: Store, tmp_path: Path)
         evaluate(run, step=40, finished=T0 + 9000)
     store.sync(*runs)
     before = [content(store, run) for run in runs]
+    shutil.copy(migrated, tmp_path / "mlflow.db")
     other = Store(tmp_path)
     for run in reversed(runs):
         other.sync(run)

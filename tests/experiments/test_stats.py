@@ -324,10 +324,12 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-@settings(deadline=None, max_examples=25)  # statsmodels' takes a tenth of a second
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 12))
 def test_holm_agrees_with_statsmodels(p_values: list[float], at: int) -> None:
-    theirs = multipletests(p_values, method="holm")[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gc.collect", lambda: 0)  # theirs begins with one, of everything
+        theirs = multipletests(p_values, method="holm")[1]
     ours = holm([*p_values[:at], None, *p_values[at:]])
     assert ours.pop(min(at, len(p_values))) is None
     assert ours == pytest.approx(list(theirs))

@@ -1,11 +1,6 @@
 """GaLore against an independent float64 reference, and through the seam that it proves."""
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +15,7 @@ from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.methods import build_method, galore
 from relora_core.methods.galore import GaLoreAdamW
 from relora_core.model import Decoder
+from tests import warm
 
 SHAPES = [(6, 10), (10, 6), (7, 7)]
 OPTIONS = {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-8}
@@ -294,25 +290,9 @@ def test_two_processes_equal_one(config, tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
     (folder / "config.json").write_text(config_to_json(setting))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(folder)],
-            cwd=Path(__file__).resolve().parents[2],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    lines = [line.split() for line in outputs[0][0].splitlines()[:-1]]
+    done = warm.ranks(2, ["-c", RANK, folder], cwd=folder)
+    assert [rank.returncode for rank in done] == [0, 0], done
+    lines = [line.split() for line in done[0].stdout.splitlines()[:-1]]
     assert [int(step) for step, _ in lines] == list(range(1, 8))
     for step, loss in lines:
         assert float(loss) == pytest.approx(one.metrics()[int(step), "train/loss"], rel=1e-4)

@@ -1,8 +1,5 @@
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +9,16 @@ from accelerate.utils import DistributedType
 
 import relora_core.train as train_module
 from experiments import schema
+from experiments.identity import config_to_json
 from relora_core import checkpoint
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
 from relora_core.train import split_batch, train
+from tests import warm
 
 TIMING = "perf/"
+EVERY_STEP = {"every_steps": 1, "keep_last": 12}
 
 
 class Recorder:
@@ -33,12 +33,12 @@ class Recorder:
         if (event.kind, event.step) == self.die_at:
             raise KeyboardInterrupt
 
-    def metrics(self) -> dict[tuple[int, str], float]:
+    def metrics(self, *, after: int = -1) -> dict[tuple[int, str], float]:
         return {
             (e.step, name): value
             for e in self.events
             for name, value in e.metrics.items()
-            if not name.startswith(TIMING)
+            if not name.startswith(TIMING) and e.step > after
         }
 
 
@@ -60,6 +60,13 @@ def moments(folder: Path) -> dict:
     return torch.load(path, weights_only=True)["state"]
 
 
+def assert_same_weights(folder: Path, other: Path) -> None:
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, two[name]), name
+
+
 @pytest.fixture
 def config(nano):
     def make(**changes):
@@ -71,42 +78,65 @@ def config(nano):
     return make
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Setting -> (events, folder) of a run that nobody killed."""
+    made: dict[str, tuple[Recorder, Path]] = {}
+
+    def get(setting):
+        key = config_to_json(setting)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[key] = (run(setting, folder), folder)
+        return made[key]
+
+    return get
+
+
+def resumed(setting, folder: Path, *, whole: Path, at: int) -> Recorder:
+    """Go on from what a kill right after the checkpoint of step `at` leaves."""
+    name = f"checkpoints/step-{at:08d}"
+    shutil.copytree(whole / name, folder / name)
+    return run(setting, folder)
+
+
 @pytest.mark.parametrize("method", ["full_rank", "lora", "relora"])
 @pytest.mark.parametrize("die_at", [("train", 3), ("train", 4), ("train", 8), ("checkpoint", 9)])
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one(config, tmp_path, method, die_at):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
+    config, undisturbed, tmp_path, method, die_at
+):
     """Bit for bit: losses, weights, moments; restarts at 4 and 8, checkpoints at 3, 6, 9, 12."""
     setting = config(method=method, train={"micro_batch_size": 2, "grad_clip": 0.5})
-    whole = run(setting, tmp_path / "whole")
-    first = run(setting, tmp_path / "killed", die_at=die_at)
-    second = run(setting, tmp_path / "killed")
+    whole, expected = undisturbed(setting)
+    first = run(setting, tmp_path, die_at=die_at)
+    second = run(setting, tmp_path)
     start = second.events[0]
     assert start.data["resumed"] == (die_at[1] > 3 or die_at[0] == "checkpoint")
     merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
     assert merged == whole.metrics()
-    for name, weight in weights(tmp_path / "whole").items():
-        assert torch.equal(weight, weights(tmp_path / "killed")[name]), name
-    for index, state in moments(tmp_path / "whole").items():
+    assert_same_weights(tmp_path, expected)
+    found = moments(tmp_path)
+    for index, state in moments(expected).items():
         for key, value in state.items():
-            assert torch.equal(value, moments(tmp_path / "killed")[index][key])
+            assert torch.equal(value, found[index][key])
 
 
 @pytest.mark.parametrize("mode", ["corrected", "as_described", "as_coded", "as_executed"])
 @pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_resuming_around_a_restart_is_exact_in_every_mode(config, tmp_path, mode, offset):
-    """Killed one step before, at, and one step after the second restart, with dropout on."""
+def test_resuming_around_a_restart_is_exact_in_every_mode(
+    config, undisturbed, tmp_path, mode, offset
+):
+    """From one step before, at, and one step after the second restart, with dropout on."""
     knobs = dataclasses.asdict(schema.compose([f"relora={mode}", "relora.r=4"]).relora)
     knobs |= {"alpha": 8.0, "dropout": 0.2, "reset_frequency": 4, "restart_warmup_steps": 1}
-    setting = config(relora=knobs, checkpoint={"every_steps": 1})
+    setting = config(relora=knobs, checkpoint=EVERY_STEP)
     second = 8 if mode in ("corrected", "as_described") else 9
-    whole = run(setting, tmp_path / "whole")
+    whole, expected = undisturbed(setting)
     assert [e.step for e in whole.events if e.kind == "restart" and e.step == second]
-    die_at = ("checkpoint", second + offset)
-    first = run(setting, tmp_path / "killed", die_at=die_at)
-    again = run(setting, tmp_path / "killed")
+    again = resumed(setting, tmp_path, whole=expected, at=second + offset)
     assert again.events[0].step == second + offset
-    assert first.metrics() | again.metrics() == whole.metrics()
-    for name, weight in weights(tmp_path / "whole").items():
-        assert torch.equal(weight, weights(tmp_path / "killed")[name]), name
+    assert again.metrics() == whole.metrics(after=second + offset)
+    assert_same_weights(tmp_path, expected)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +150,13 @@ def test_resuming_around_a_restart_is_exact_in_every_mode(config, tmp_path, mode
         {"adaptive_rank_energy": 0.7, "nested_rank": True},
     ],
 )
-def test_resuming_is_exact_with_the_extensions(config, tmp_path, knobs):
-    setting = config(relora=knobs, checkpoint={"every_steps": 1})
-    whole = run(setting, tmp_path / "whole")
+def test_resuming_is_exact_with_the_extensions(config, undisturbed, tmp_path, knobs):
+    setting = config(relora=knobs, checkpoint=EVERY_STEP)
+    whole, expected = undisturbed(setting)
     for step in (5, 6, 8):
-        first = run(setting, tmp_path / f"{step}", die_at=("checkpoint", step))
-        again = run(setting, tmp_path / f"{step}")
-        assert first.metrics() | again.metrics() == whole.metrics()
+        again = resumed(setting, tmp_path / f"{step}", whole=expected, at=step)
+        assert again.metrics() == whole.metrics(after=step)
+        assert_same_weights(tmp_path / f"{step}", expected)
 
 
 def test_a_kill_inside_an_accumulation_window_costs_the_window_alone(config, tmp_path, monkeypatch):
@@ -286,38 +316,16 @@ print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=S
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one(config, tmp_path, world):
     """DDP over gloo, restarts included: the same global batches, equal adapters on all ranks."""
-    from experiments.identity import config_to_json
-
-    ranks = {"dropout": 0.0, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
-    setting = config(relora=ranks, train={"micro_batch_size": 1})
+    knobs = {"dropout": 0.0, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
+    setting = config(relora=knobs, train={"micro_batch_size": 1})
     one = run(setting, tmp_path / "one")
     folder = tmp_path / "two"
     folder.mkdir()
     (folder / "config.json").write_text(config_to_json(setting))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-W", "ignore", "-c", RANK, str(folder)]
-        root = Path(__file__).resolve().parents[2]
-        pipe = subprocess.PIPE
-        ranks.append(
-            subprocess.Popen(command, env=env, cwd=root, stdout=pipe, stderr=pipe, text=True)
-        )
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [p.returncode for p in ranks] == [0] * world, outputs
-    assert outputs[1][0] == "finished\n"  # one voice
-    losses = {int(s): float(v) for s, v in map(str.split, outputs[0][0].splitlines()[:-1])}
+    done = warm.ranks(world, ["-c", RANK, folder], cwd=folder)
+    assert [rank.returncode for rank in done] == [0] * world, done
+    assert done[1].stdout == "finished\n"  # one voice
+    losses = {int(s): float(v) for s, v in map(str.split, done[0].stdout.splitlines()[:-1])}
     for step, loss in losses.items():
         assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
     for name, weight in weights(folder).items():

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +21,7 @@ from relora_core.config import BlimpConfig
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
 from relora_core.train import Timer, train
+from tests import warm
 
 STEPS = 12
 EVALS = {"blimp": BlimpConfig(enabled=True, every_steps=4, max_pairs=2)}
@@ -339,31 +336,9 @@ print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=S
 
 def two_processes(folder: Path, *words: str) -> list[str]:
     """What each rank said last."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        command = [sys.executable, "-W", "ignore", "-c", RANK, str(folder), *words]
-        ranks.append(
-            subprocess.Popen(
-                command,
-                env=os.environ | {key: str(value) for key, value in place.items()},
-                cwd=Path(__file__).resolve().parents[2],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        told = [process.communicate(timeout=120) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [p.returncode for p in ranks] == [0, 0], told
-    return [output.split()[-1] for output, _ in told]
+    done = warm.ranks(2, ["-c", RANK, folder, *words], cwd=folder)
+    assert [rank.returncode for rank in done] == [0, 0], done
+    return [rank.stdout.split()[-1] for rank in done]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hydra_plugins.relora_sweeps import plugins
 from hydra_plugins.relora_sweeps.plugins import Composer, GridSweeper, LocalLauncher, expand
 from relora_core.config import ConfigError
 from sweeps.local import ROOT
+from tests import warm
 
 
 @pytest.fixture
@@ -129,6 +130,7 @@ def test_both_plugins_live_where_hydra_looks_for_them():
 
 
 def command(*arguments, cwd):
+    """The real command, workers and all."""
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
         capture_output=True,
@@ -140,7 +142,7 @@ def command(*arguments, cwd):
 
 
 def test_one_bad_cell_of_a_grid_ends_the_command_and_leaves_nothing(tmp_path):
-    done = command("model=tiny", "relora.r=8,4096", cwd=tmp_path)
+    done = warm.run([ROOT / "run.py", "-m", "model=tiny", "relora.r=8,4096"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "relora.r must be in [1, " in done.stderr
     assert done.stderr.count("\n") == 1

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,6 +12,7 @@ from experiments import schema
 from hydra_plugins.relora_sweeps.plugins import dimension, parse
 from sweeps.local import ROOT
 from sweeps.search.space import Choice, Float, Int
+from tests import warm
 
 BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
 SMALL = ["relora.r=4,8", "search.enqueue=[]"]
@@ -108,11 +105,7 @@ def test_options_of_samplers_are_given_without_a_plus(searched):
 
 
 def command(*words, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words],
-        capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )  # fmt: skip
+    return warm.run([ROOT / "run.py", *words], cwd=cwd)
 
 
 @pytest.mark.parametrize(

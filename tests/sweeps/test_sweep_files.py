@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
 import pytest
@@ -31,7 +32,7 @@ def loader():
 
 @pytest.fixture(scope="module")
 def planned(loader):
-    """A command line's words after `-m` -> the cells and the plan."""
+    """A command line's words after `-m` -> the cells and the plan, made once."""
 
     class Kept(plugins.OurLauncher):
         """Takes the cells and runs nothing."""
@@ -40,6 +41,7 @@ def planned(loader):
             self.cells = job_overrides
             return []
 
+    @functools.cache
     def plan(*words):
         master = loader.load_configuration("config", list(words), run_mode=RunMode.MULTIRUN)
         options = OmegaConf.to_container(master.hydra.sweeper)

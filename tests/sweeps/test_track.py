@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -22,21 +23,11 @@ from sweeps.plan import Plan, make_plan, store
 from sweeps.track import bring_up_to_date, display_names, words_of
 
 
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database, copied by each test: making one takes seconds."""
-    from experiments.mlflow_store import default_uri, ensure_store
-
-    folder = tmp_path_factory.mktemp("fresh")
-    ensure_store(default_uri(folder), experiment="other", output_dir=folder)
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def out(tmp_path: Path, fresh: Path) -> Path:
+def out(tmp_path: Path, migrated: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "mlflow.db").write_bytes(fresh.read_bytes())
+    shutil.copy(migrated, folder / "mlflow.db")
     return folder
 
 
@@ -293,14 +284,14 @@ def test_a_plan_of_another_version_is_one_line(out: Path, plan: Any) -> None:
 
 
 def test_everything_is_shown_again_after_the_database_is_lost(
-    out: Path, plan: Any, fresh: Path
+    out: Path, plan: Any, migrated: Path
 ) -> None:
     made = plan(ranks=(8,), seeds=2)
     for cell in made.cells:
         finish(out, cell.run_id)
     bring_up_to_date(out)
     before = [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")]
-    (out / "mlflow.db").write_bytes(fresh.read_bytes())
+    (out / "mlflow.db").write_bytes(migrated.read_bytes())
     bring_up_to_date(out)
     assert [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")] == before
     assert [r.data.metrics["train/loss"] for r in shown(out, "ranks", "run")] == [1.5, 1.5]

@@ -1,0 +1,94 @@
+"""Python commands that begin with their imports done: forked from one process that did them once.
+
+For what a command answers. Not for what it loads, nor for Ctrl-C or a kill, which are a real one's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+PRELOAD = ["tests.warm", "torch._dynamo", "relora_core.train", "experiments.runner"]
+PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Started:
+    words: Sequence[str]
+    process: ForkServerProcess
+    output: Path
+
+    def wait(self, *, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        self.process.join(timeout_s)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(list(self.words), timeout_s)
+        said = [(self.output / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.words, code, *said)
+
+
+def start(
+    words: Sequence[str | Path], *, cwd: str | Path, env: Mapping[str, str] | None = None
+) -> Started:
+    """`python WORDS`: a file, `-m MODULE` or `-c CODE`, and arguments."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    texts, output = [str(word) for word in words], Path(tempfile.mkdtemp())
+    variables = dict(os.environ if env is None else env)
+    process = context.Process(target=_become, args=(texts, str(cwd), variables, output))
+    process.start()
+    return Started(words=texts, process=process, output=output)
+
+
+def run(
+    words: Sequence[str | Path], *, cwd: str | Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return start(words, cwd=cwd, env=env).wait()
+
+
+def ranks(
+    world: int, words: Sequence[str | Path], *, cwd: str | Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same command once for each rank of `world` processes on this host."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    started = [
+        start(words, cwd=cwd, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(world)
+    ]
+    try:
+        return [rank.wait() for rank in started]
+    finally:
+        for rank in started:
+            rank.process.kill()
+
+
+def _become(words: list[str], cwd: str, variables: dict[str, str], output: Path) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(os.open(output / name, os.O_RDWR | os.O_CREAT), number)
+    kind, *sys.argv = words if words[0] in ("-c", "-m") else ["", *words]
+    try:
+        if kind == "-c":
+            exec(compile(sys.argv[0], "-c", "exec"), {"__name__": "__main__"})
+        elif kind == "-m":
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without
