@@ -42,8 +42,8 @@ WORKER = (sys.executable, "-P", "-m", "sweeps.worker")
 POLL_S = 0.2
 GRACE_S = 60.0
 """From terminate, at which a worker saves, to kill, when the sweep is stopped."""
-STORE_S, SERVER_S = 120.0, 10.0
-"""Longest wait for a database, and for a tracking server, before the workers start."""
+STORE_S = 120.0
+"""Longest wait for MLflow's store when all runs have ended."""
 
 Track = Callable[[Plan, Path], contextlib.AbstractContextManager[object]]
 """Something that follows the runs of a plan while they run, ready when entered."""
@@ -205,47 +205,54 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
 
 @contextlib.contextmanager
 def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """The sweep in MLflow: shown before any worker starts, each run followed by a child process,
-    and the sums when all have ended.
+    """The sweep in MLflow while it runs, and its sums when all have ended.
+
+    In a thread beside the runs: a store may take a second for each of them, or not answer at all.
     """
-    tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
-    if not tracked:
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(plan, output_dir, ended), daemon=True)
+    if not any(cell.config.tracking.enabled for cell in plan.cells):
         yield
         return
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(STORE_S)
+        if thread.is_alive():
+            line = f"tracking: not ready {STORE_S:.0f} s after the runs; `python -m sweeps sync` is"
+            print(f"{line} what is left to do", file=sys.stderr)
+
+
+def _follow(plan: Plan, output_dir: Path, ended: threading.Event) -> None:
+    """All runs at once, each as it goes by a child process, and all again."""
     from experiments import mlflow_follow, mlflow_store
 
+    tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
     config = tracked[0].config
     place = (mlflow_store.store_uri(config), mlflow_store.experiment_name(config))
-    # A server may be slow, and its database is its own affair: workers wait for neither.
-    patience = SERVER_S if place[0].startswith("http") else STORE_S
-    shown = _shown(plan, output_dir, timeout_s=patience)
+    shown = _shown(plan, output_dir)
     here = next((one for one in shown if (one.uri, one.experiment) == place), None)
-    with mlflow_follow.follow(
-        [_run_dir(output_dir, cell) for cell in tracked],
-        config=config,
-        names=here.names if here else {cell.run_id: cell.name for cell in tracked},
-        parent=here.parent if here else None,
-    ) as follower:
-        follower.wait_ready(STORE_S)
-        yield
-    _shown(plan, output_dir, timeout_s=STORE_S)  # the follower has told what is wrong
+    if not ended.is_set():
+        with mlflow_follow.follow(
+            [_run_dir(output_dir, cell) for cell in tracked],
+            config=config,
+            names=here.names if here else {cell.run_id: cell.name for cell in tracked},
+            parent=here.parent if here else None,
+        ):
+            ended.wait()
+    _shown(plan, output_dir)
 
 
-def _shown(plan: Plan, output_dir: Path, *, timeout_s: float) -> list[track.Pass]:
-    """What came of showing the sweep; nothing where it failed or takes longer: runs come first."""
-    passes: list[track.Pass] = []
-
-    def show() -> None:
-        try:
-            passes.extend(track.bring_up_to_date(output_dir, [plan.name]))
-        except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return list(passes)
+def _shown(plan: Plan, output_dir: Path) -> list[track.Pass]:
+    """What came of showing the sweep; nothing, and a line, where it failed."""
+    try:
+        return track.bring_up_to_date(output_dir, [plan.name])
+    except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
+        return []
 
 
 @contextlib.contextmanager

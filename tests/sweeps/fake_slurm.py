@@ -464,7 +464,7 @@ IFS= read -r -d '' -u 3 said; IFS= read -r -d '' -u 3 complaint; IFS= read -r -d
 exec 3>&-
 printf '%s' "$said"; printf '%s' "$complaint" >&2
 """
-ENDS = {command: 'exit "$code"\n' for command in COMMANDS}
+ENDS = dict.fromkeys(COMMANDS, 'exit "$code"\n')
 ENDS["srun"] = """[[ $code == 0 ]] || exit "$code"
 while [[ $1 == -* ]]; do
     case $1 in --output|--error|-o|-e|-n|-N|--ntasks|--jobid) shift;; esac

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from experiments.run_dir import RunDir
 from experiments.state import state_of
-from relora_core.config import ConfigError, EvalConfig, PalomaConfig
+from relora_core.config import ConfigError, EvalConfig, PalomaConfig, TrackingConfig
 from sweeps import display
 from sweeps.launch import run_sweep
 from sweeps.local import ROOT, LocalLauncher, Slots, cost, launch_local, visible_gpus
@@ -277,6 +277,26 @@ def test_tracking_stands_before_any_worker_starts(make, launch, tmp_path):
 
     launch(planned(make, [0, 1]), track=track)
     assert order == ["track 0", "untrack 2"]
+
+
+def test_runs_wait_for_no_store(make, launch, tmp_path, monkeypatch):
+    """The first look at MLflow ends after the last run has; the second shows them as they ended."""
+    seen: list[list[str]] = []
+
+    def slow(output_dir, names):
+        deadline = time.monotonic() + 60
+        while not seen and len(executed(tmp_path)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append([what for _, what, _ in executed(tmp_path)])
+        return []
+
+    monkeypatch.setattr("sweeps.local.track.bring_up_to_date", slow)
+    monkeypatch.setattr(
+        "experiments.mlflow_follow.follow", lambda *a, **k: contextlib.nullcontext()
+    )
+    summary, _ = launch(planned(make, [0, 1], tracking=TrackingConfig(enabled=True)))
+    assert states(summary) == {"0": "finished", "1": "finished"}
+    assert [len(one) for one in seen] == [4, 4]
 
 
 def test_the_worker_says_how_the_run_ended_by_its_exit_code(tmp_path):
