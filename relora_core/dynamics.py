@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,36 @@ def singular_values(matrices: Tensor) -> Tensor:
     """
     matrices = matrices.detach().double()
     finite = matrices.isfinite().all(dim=-1).all(dim=-1)[..., None]
-    sigma = torch.linalg.svdvals(torch.where(finite[..., None], matrices, 0.0))
+    sigma = _each(_sigma, torch.where(finite[..., None], matrices, 0.0))
     return torch.where(finite, sigma, math.nan)
+
+
+def _sigma(matrices: Tensor) -> Tensor:
+    """An oblong matrix is made square first, which is as accurate and takes half the time."""
+    rows, columns = matrices.shape[-2:]
+    if rows != columns:
+        matrices = _triangle(matrices if rows > columns else matrices.mT)
+    return torch.linalg.svdvals(matrices)
+
+
+def _triangle(matrices: Tensor) -> Tensor:
+    """R of a QR decomposition, (..., m, n) -> (..., min(m, n), n)."""
+    return torch.linalg.qr(matrices, mode="r").R
+
+
+def _each(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """`function` of every matrix (..., m, n), several at a time with one thread each.
+
+    A decomposition of this size gains a third from a second thread; two at once gain more.
+    """
+    shape = matrices.shape
+    threads = torch.get_num_threads() if matrices.device.type == "cpu" else 1
+    if threads == 1 or matrices.ndim == 2:
+        return function(matrices)
+    one = functools.partial(torch.set_num_threads, 1)  # of the pool's threads, not of this one
+    with ThreadPoolExecutor(threads, initializer=one) as pool:
+        parts = list(pool.map(function, matrices.flatten(0, -3).chunk(threads)))
+    return torch.cat(parts).unflatten(0, shape[:-2])
 
 
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
@@ -44,8 +73,8 @@ def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
     At most k are not zero; they come from a product of two triangles, which keeps the exact zeros.
     """
     outer = min(left.shape[-2], right.shape[-1])
-    r_left = torch.linalg.qr(left.double()).R
-    r_right = torch.linalg.qr(right.double().mT).R
+    r_left = _each(_triangle, left.double())
+    r_right = _each(_triangle, right.double().mT)
     sigma = singular_values(r_left @ r_right.mT)[..., :outer]
     return torch.nn.functional.pad(sigma, (0, outer - sigma.shape[-1]))
 
@@ -108,7 +137,7 @@ def concatenated(left: Tensor, right: Tensor) -> Tensor:
 
     left (L, H, m, k), right (L, H, k, n): an orthonormal basis of each right_h is left out.
     """
-    r_right = torch.linalg.qr(right.double().mT).R  # (L, H, k', k)
+    r_right = _each(_triangle, right.double().mT)  # (L, H, k', k)
     return (left.double() @ r_right.mT).movedim(1, -2).flatten(-2)
 
 
