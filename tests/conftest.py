@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from relora_core.config import (
@@ -56,8 +57,11 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "ready.db"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # what is imported stays
+    settings.register_profile("fast", max_examples=25, deadline=None)
+    settings.register_profile("whole", max_examples=100, deadline=None)
+    settings.load_profile("fast" if "not slow" in config.getoption("markexpr") else "whole")
 
 
 def pytest_collection_finish() -> None:

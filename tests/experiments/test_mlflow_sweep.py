@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlflow_runs import Store
 from scipy import stats as scipy_stats
@@ -342,7 +342,6 @@ def apart(a: float, b: float) -> float:
     return min((a - b) % 360, (b - a) % 360)
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=4))
 def test_a_hue_per_model_and_no_colour_twice(sizes: list[int]) -> None:
     arms = [

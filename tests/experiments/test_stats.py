@@ -12,8 +12,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestIndPower, TTestPower
 
 from experiments.stats import (
     Comparison,
@@ -53,7 +51,6 @@ def test_three_values_by_hand() -> None:
     assert found.high == pytest.approx(2.0 + 4.30265 / 3**0.5, abs=1e-4)
 
 
-@settings(deadline=None, max_examples=50)
 @given(spread_out)
 def test_agrees_with_scipy(values: list[float]) -> None:
     found = mean_interval(values)
@@ -103,7 +100,6 @@ def test_geometric_mean_by_hand() -> None:
     assert "geometric" in found.assumes
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(1, 1e5), min_size=2, max_size=9), st.floats(1e-3, 1e3))
 def test_geometric_intervals_have_no_unit(values: list[float], unit: float) -> None:
     plain, scaled = geometric_interval(values), geometric_interval([unit * v for v in values])
@@ -148,7 +144,6 @@ def test_paired_by_hand() -> None:
     assert found.note == ""
 
 
-@settings(deadline=None, max_examples=50)
 @given(spread_out, st.integers(0, 99))
 def test_paired_agrees_with_scipy(values: list[float], seed: int) -> None:
     others = (np.array(values) + SEEDED(seed).normal(size=len(values))).tolist()
@@ -159,7 +154,6 @@ def test_paired_agrees_with_scipy(values: list[float], seed: int) -> None:
     assert (found.low, found.high) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
 
 
-@settings(deadline=None, max_examples=50)
 @given(spread_out, spread_out)
 def test_welch_agrees_with_scipy(a: list[float], b: list[float]) -> None:
     found = compare(seeded(a), {100 + s: v for s, v in seeded(b).items()})
@@ -297,7 +291,7 @@ def test_without_spread_there_is_no_test(a: list[float], note: str, scale) -> No
     assert found.low is found.p is found.bootstrap is None
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(anything, anything, st.sampled_from(["linear", "log"]))
 def test_no_numbers_break_it_and_none_invent_an_interval(a, b, scale) -> None:
     found = compare(a, b, scale=scale)
@@ -324,9 +318,10 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 12))
 def test_holm_agrees_with_statsmodels(p_values: list[float], at: int) -> None:
+    from statsmodels.stats.multitest import multipletests
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gc.collect", lambda: 0)  # theirs begins with one, of everything
         theirs = multipletests(p_values, method="holm")[1]
@@ -357,9 +352,10 @@ def test_seeds_needed_as_in_cohens_tables(effect: float, n: int) -> None:
     assert seeds_needed([-d for d in of_effect(effect)]).n == n
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.floats(0.1, 11), st.sampled_from([0.5, 0.8, 0.95]))
 def test_seeds_needed_agree_with_statsmodels(effect: float, power: float) -> None:
+    from statsmodels.stats.power import TTestPower
+
     n = seeds_needed(of_effect(effect), power=power).n
 
     def theirs(size: int) -> float:
@@ -388,6 +384,8 @@ def test_seeds_needed_suffice_in_simulation_and_one_fewer_does_not(effect: float
 
 
 def test_seeds_needed_unpaired_agree_with_statsmodels() -> None:
+    from statsmodels.stats.power import TTestIndPower
+
     a, b = [1.0, 1.4, 0.7, 1.1], [0.8, 0.9, 0.3, 0.6]
     found = compare(seeded(a), {9 + s: v for s, v in seeded(b).items()})
     effect = (np.mean(a) - np.mean(b)) / math.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 2)

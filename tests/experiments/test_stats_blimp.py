@@ -200,7 +200,7 @@ def test_paradigms_alone_cover_too_little_where_seeds_differ() -> None:
     assert covered < 0.85  # what "silent on other seeds" warns of
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(accuracies, accuracies)
 def test_no_accuracies_break_it(arm, reference) -> None:
     for test in blimp_tests(arm, reference, pairs=10):

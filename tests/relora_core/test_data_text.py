@@ -128,7 +128,7 @@ def test_the_order_follows_seed_and_epoch(config, cache):
 
 
 @settings(
-    max_examples=40,
+    max_examples=min(40, settings.default.max_examples),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

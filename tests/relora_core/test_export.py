@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments.__main__ import main
 from experiments.run_dir import RunDir
@@ -77,8 +77,8 @@ def grammar_config(nano, **changes):
 
 
 def llama_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert type(model) is LlamaForCausalLM
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model) is transformers.LlamaForCausalLM
     with torch.no_grad():
         return model(ids).logits
 
@@ -119,8 +119,8 @@ def test_config_says_what_transformers_would(nano, tmp_path):
     """Read back, nothing falls to a default of Llama's that is not the model's."""
     model = grammar_config(nano).model
     (tmp_path / "config.json").write_text(json.dumps(export.llama_config(model, eos_id=0)))
-    read = LlamaConfig.from_pretrained(tmp_path)
-    want = LlamaConfig(
+    read = transformers.LlamaConfig.from_pretrained(tmp_path)
+    want = transformers.LlamaConfig(
         vocab_size=grammar.VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
@@ -202,7 +202,7 @@ def exported_grammar(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grammar")
     save_run(folder, grammar_config(nano_config, method="full_rank"), steps=1)
     main(["export", RUN, str(folder / "llama"), "--output-dir", str(folder)])
-    return AutoTokenizer.from_pretrained(folder / "llama")
+    return transformers.AutoTokenizer.from_pretrained(folder / "llama")
 
 
 def test_exported_tokenizer_encodes_as_the_grammars(exported_grammar):
@@ -220,7 +220,7 @@ def test_exported_tokenizer_encodes_as_the_grammars(exported_grammar):
 
 
 @given(st.text(alphabet=st.sampled_from("the king.,:?TK\u212a \t\n\x1d\u2003\u0130s"), max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 def test_exported_tokenizer_refuses_what_the_grammars_refuses(exported_grammar, text):
     try:
         expected = grammar.GrammarTokenizer().encode(text)
@@ -252,7 +252,7 @@ def test_exported_tokenizer_adds_cuts_and_pads_nothing(nano, tmp_path):
     data = {"kind": "pretokenized", "path": "x", "tokenizer": str(source)}
     save_run(tmp_path, nano(model={"vocab_size": 128}, data=data), steps=1)
     main(["export", RUN, str(tmp_path / "llama"), "--output-dir", str(tmp_path)])
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
     assert theirs("the king sleeps<eos>the king")["input_ids"] == [2, 3, 4, 1, 2, 3]
     assert (theirs.eos_token_id, theirs.bos_token_id) == (1, None)
 
@@ -263,9 +263,9 @@ def test_an_ordinary_word_as_eos_is_not_cut_out_of_others(nano, tmp_path, capsys
     save_run(tmp_path, nano(model={"vocab_size": 128}, data=data), steps=1)
     main(["export", RUN, str(tmp_path / "llama"), "--output-dir", str(tmp_path)])
     assert "ordinary token 'the'" in capsys.readouterr().out
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
     assert theirs("theking the")["input_ids"] == [0, 2]
-    assert LlamaConfig.from_pretrained(tmp_path / "llama").eos_token_id == 2
+    assert transformers.LlamaConfig.from_pretrained(tmp_path / "llama").eos_token_id == 2
 
 
 def test_real_tokenizer_is_exported_id_for_id(nano, tmp_path, shared_data):
@@ -274,7 +274,7 @@ def test_real_tokenizer_is_exported_id_for_id(nano, tmp_path, shared_data):
     save_run(tmp_path, config, steps=0)
     main(["export", RUN, str(tmp_path / "llama"), "--output-dir", str(tmp_path)])
     original = Tokenizer.from_file(str(shared_data / "tokenizer" / "tokenizer.json"))
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
     text = (shared_data / "README.md").read_text() + " <|endoftext|>|||IP_ADDRESS||| \t  x\u212b"
     assert theirs(text)["input_ids"] == original.encode(text, add_special_tokens=False).ids
     assert theirs.eos_token_id == 50279
@@ -336,7 +336,7 @@ def test_relora_picos_adapters_are_merged(tmp_path, trained_scale):
 
 def test_transformers_own_llama_loads_here(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=24,
         intermediate_size=40,
@@ -346,7 +346,7 @@ def test_transformers_own_llama_loads_here(tmp_path):
         rope_theta=777.0,
         tie_word_embeddings=True,
     )
-    theirs = LlamaForCausalLM(config).eval()
+    theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "llama")
     shape, state = export.read_model(tmp_path / "llama")
     assert shape.rope_theta == 777.0

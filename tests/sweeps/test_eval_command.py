@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import types
 
@@ -16,26 +17,37 @@ from relora_core.config import BlimpConfig, ConfigError, EvalConfig, PalomaConfi
 from relora_core.data.grammar import VOCAB_SIZE
 from sweeps.commands import eval as command
 from sweeps.plan import make_plan, store
+from tests.conftest import nano_config
 
 
-@pytest.fixture
-def out(nano, tmp_path):
+def trained(folder):
     """A sweep of three runs: two trained with checkpoints at 2 and 4, one not begun."""
     points = []
     for seed in range(3):
-        config = nano(
+        config = nano_config(
             seed=seed,
             model={"vocab_size": VOCAB_SIZE},
             train={"steps": 4},
             checkpoint={"every_steps": 2},
             eval={"blimp": BlimpConfig(enabled=True, max_pairs=2)},
         )
-        config.output_dir = str(tmp_path)
+        config.output_dir = str(folder)
         points.append(({"seed": str(seed)}, config))
-    plan = store(make_plan(points, name="s"), output_dir=tmp_path)
+    plan = store(make_plan(points, name="s"), output_dir=folder)
     for cell in plan.cells[:2]:
-        run_experiment(cell.config, RunDir(tmp_path / "runs" / cell.run_id))
-    return tmp_path
+        run_experiment(cell.config, RunDir(folder / "runs" / cell.run_id))
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    return trained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """For those that must write nothing."""
+    return trained(tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture
@@ -43,16 +55,17 @@ def runs(out):
     return sorted(out.glob("runs/*"), key=lambda p: p.name.split("-s")[-1])
 
 
+def run_command(out, *words):
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    args = parser.parse_args(words)
+    args.output_dir = str(out)
+    return command.run(args)
+
+
 @pytest.fixture
 def call(out):
-    def call(*words):
-        parser = argparse.ArgumentParser()
-        command.configure(parser)
-        args = parser.parse_args(words)
-        args.output_dir = str(out)
-        return command.run(args)
-
-    return call
+    return functools.partial(run_command, out)
 
 
 def files(out):
@@ -134,13 +147,13 @@ def test_an_override_keeps_the_runs_other_values(nano):
         (["eval=paloma_blimp"], "SWEEP|RUN must name"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(out, call, words, line):
-    before = files(out)
+def test_a_mistake_is_one_line_and_nothing_is_written(untouched, words, line):
+    before = files(untouched)
     with pytest.raises(ConfigError) as error:
-        call(*words)
+        run_command(untouched, *words)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
-    assert files(out) == before
+    assert files(untouched) == before
 
 
 def test_one_bad_checkpoint_does_not_stop_the_others(runs, call, capsys):

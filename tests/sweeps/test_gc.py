@@ -6,7 +6,7 @@ import argparse
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.run_dir import RunDir
@@ -202,7 +202,6 @@ def test_mistakes_are_one_line(sweep, call, words, line):
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     has=st.sets(st.integers(1, 6)),
     state=st.sampled_from(["finished", "failed", "diverged", "cancelled", "planned", "running"]),

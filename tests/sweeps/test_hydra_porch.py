@@ -19,14 +19,14 @@ from sweeps.local import ROOT
 from tests import warm
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loader():
     schema.register()
     with initialize_config_dir(str(schema.CONF), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def master(loader):
     return loader.load_configuration("config", ["seed=3"], run_mode=RunMode.MULTIRUN)
 

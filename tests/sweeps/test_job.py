@@ -273,7 +273,8 @@ records = st.lists(st.tuples(st.sampled_from(["12_0", "13"]), st.sampled_from([0
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=min(60, settings.default.max_examples),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(records=records, newest=st.sampled_from([0, 3]), limit=st.integers(1, 4))
 def test_attempts_without_progress(make, tmp_path, slurm, records, newest, limit):

@@ -270,7 +270,10 @@ def test_an_older_job_that_still_holds_the_run_is_running(slurm, run):
 JOB_STATES = sorted({*cluster.OVER, *cluster.WAITING, "RUNNING", "COMPLETING", "NEW_WORD"})
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=2 * settings.default.max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     word=st.sampled_from(["planned", "queued", "running", "failed", "cancelled"]),
     job=st.none() | st.sampled_from(JOB_STATES),

@@ -18,7 +18,7 @@ BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
 SMALL = ["relora.r=4,8", "search.enqueue=[]"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loader():
     schema.register()
     with initialize_config_dir(str(schema.CONF), version_base="1.3"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import shlex
@@ -12,7 +13,7 @@ import types
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
@@ -87,7 +88,6 @@ FINITE = st.floats(-5, 5)
     ),
     direction=st.sampled_from(["minimize", "maximize"]),
 )
-@settings(deadline=None, max_examples=60)
 def test_the_best_is_the_best_complete_feasible_finite_trial(rows, direction):
     goal = Objective(metric="train/loss", direction=direction)
     trials = [trial([v], state=state, excess=excess) for v, state, excess in rows]
@@ -106,7 +106,6 @@ def test_the_best_is_the_best_complete_feasible_finite_trial(rows, direction):
     points=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=14),
     directions=st.lists(st.sampled_from(["minimize", "maximize"]), min_size=2, max_size=3),
 )
-@settings(deadline=None, max_examples=60)
 def test_the_front_is_optunas_and_that_of_brute_force(points, directions):
     points = [point[: len(directions)] for point in points]
     goals = [Objective(metric=f"m/{i}", direction=d) for i, d in enumerate(directions)]
@@ -143,9 +142,14 @@ SETTINGS = [
 ]
 
 
+@functools.cache
+def completed(*settings):
+    return complete(schema.compose([_hydra(text) for text in settings]))
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 def test_the_printed_command_is_the_same_run(settings):
-    config = complete(schema.compose([_hydra(text) for text in settings]))
+    config = completed(*settings)
     words = shlex.split(recipe.command(config))
     assert words[:2] == ["python", "run.py"]
     again = complete(schema.compose(words[2:]))
@@ -162,7 +166,7 @@ def _hydra(text):
 def test_the_experiment_file_is_the_same_run(settings, tmp_path, monkeypatch):
     conf = tmp_path / "conf"
     shutil.copytree(schema.CONF, conf)
-    config = complete(schema.compose(settings))
+    config = completed(*settings)
     text = recipe.experiment_yaml(config, name="found", question="which?", source=["here"])
     (conf / "experiment" / "found.yaml").write_text(text)
     monkeypatch.setattr(schema, "CONF", conf)
@@ -184,7 +188,6 @@ def test_the_experiment_file_says_only_what_differs_from_its_base():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12))
-@settings(deadline=None)
 def test_hydra_reads_quoted_text_as_it_was(text):
     override = OverridesParser.create().parse_override(f"data.split={recipe.quoted(text)}")
     value = override.value()

@@ -137,7 +137,8 @@ shapes = st.builds(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=min(60, settings.default.max_examples),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     wants=st.lists(shapes, min_size=1, max_size=12),
