@@ -32,6 +32,7 @@ QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Environment in which importing starts no thread that outlives `_rested`."""
 UNKNOWN = 255
 """Exit code of a worker whose parent died before it: nobody can know."""
+GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 FORK_S = 30.0
 """Longest wait for a fork."""
 REAP_S = 0.05
@@ -160,11 +161,13 @@ class Warm:
     def close(self) -> None:
         """Its children go on."""
         assert self.process.stdin is not None
+        if self.importing:  # it has none, and would not hear before it is done
+            self.process.kill()
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
             self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # still importing
+        except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         if self.process.stdout is not None:
@@ -250,7 +253,7 @@ def _unsafe() -> str | None:
         return f"it has {threads} threads after its imports"
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            if (file := os.readlink(f"/proc/self/fd/{number}")).startswith(("/dev/nv", "/dev/kfd")):
+            if (file := os.readlink(f"/proc/self/fd/{number}")).startswith(GPU_FILES):
                 return f"its imports have opened {file}"
     return None
 

@@ -81,6 +81,19 @@ def test_values_on_a_copy_give_the_config_that_hydra_composes(loader, master, ce
     assert composer.all([["model=nano", "seed=1"], cell, cell])[1:] == [slow, slow]
 
 
+def test_configs_of_one_grid_share_no_part(loader, master):
+    key = "relora.target_modules"
+    cells = [["seed=1"], ["seed=2"], [f"{key}=[attention]"], [f"{key}=[attention]", "seed=2"]]
+    made = Composer(loader, master).all(cells)
+    for config in made:
+        config.relora.target_modules.append("x")
+        config.train.steps += 1
+    assert [len(config.relora.target_modules) for config in made] == [
+        len(config.relora.target_modules) + 1 for config in Composer(loader, master).all(cells)
+    ]
+    assert len({config.train.steps for config in made}) == 1
+
+
 @pytest.mark.parametrize(
     "text", ["model=tny", "relora.rr=8", "relora.r=eight", "modle=tiny", "relora.r=[1]"]
 )
