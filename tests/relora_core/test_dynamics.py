@@ -84,6 +84,24 @@ def test_effective_rank_of_matrices():
     assert dynamics.effective_rank(sigma).item() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_singular_values_of_many_are_those_of_each(shape, threads):
+    """Small ones too, 14 orders below the largest; whatever number of threads share the work."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    rows, columns = shape
+    u = torch.linalg.qr(torch.randn(5, 2, rows, 20, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(5, 2, columns, 20, generator=generator, dtype=torch.float64)).Q
+    sigma = torch.logspace(0, -14, 20, dtype=torch.float64)
+    try:
+        torch.set_num_threads(threads)
+        found = dynamics.singular_values(u * sigma @ v.mT)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[..., :20], sigma.expand(5, 2, 20), atol=1e-15, rtol=0)
+
+
 def test_a_zero_matrix_and_a_broken_one_have_defined_values():
     broken = torch.full((3, 4), math.nan)
     sigma = dynamics.singular_values(torch.stack((torch.zeros(3, 4), torch.ones(3, 4), broken)))

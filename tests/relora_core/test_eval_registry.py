@@ -184,3 +184,23 @@ def test_planning_loads_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["paloma", "blimp"])
+def test_reduced_precision_is_another_run_and_reaches_the_eval(name):
+    from experiments.identity import scientific
+
+    metrics = {}
+    for precision in ("fp32", "bf16"):
+        config = make_config()
+        config.eval.paloma.max_documents, config.eval.blimp.max_pairs = 2, 200
+        getattr(config.eval, name).precision = precision
+        told = scientific(config).get(f"eval.{name}.precision")
+        assert told == (None if precision == "fp32" else "bf16")  # older runs keep their names
+        torch.manual_seed(0)
+        model = Decoder(config.model)
+        (evaluation,) = (e for e in evals.prepare(config, GrammarTokenizer()) if e.name == name)
+        metrics[precision] = evaluation.run(model).metrics
+    assert metrics["fp32"] != metrics["bf16"]
+    for key, value in metrics["fp32"].items():
+        assert metrics["bf16"][key] == pytest.approx(value, rel=0.05, abs=0.1)
