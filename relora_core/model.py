@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
+from relora_core.kernels import causal_attention, swiglu
 from relora_core.loss import head_loss
 
 
@@ -66,11 +67,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        q, k = self.rope(torch.cat((q, k), dim=2)).split((self.n_heads, self.n_kv_heads), dim=2)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+        y = causal_attention(self.rope(q), self.rope(k), v)
+        return self.o_proj(y.flatten(-2))
 
 
 class SwiGLU(nn.Module):
@@ -83,7 +81,7 @@ class SwiGLU(nn.Module):
         self.w_2 = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_2(F.silu(self.w_0(x)) * self.w_1(x))
+        return self.w_2(swiglu(self.w_0(x), self.w_1(x)))
 
 
 class Block(nn.Module):

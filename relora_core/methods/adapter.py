@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_core.config import ReLoRAConfig
+from relora_core.kernels import adapted_linear
 
 
 def named_generator(seed: int, step: int, name: str) -> torch.Generator:
@@ -64,6 +65,9 @@ class ReLoRALinear(nn.Module):
         if self.nested and self.training:
             kept = int(torch.randint(1, self.rank + 1, ()))
             a, b = a[:kept], b[:, :kept]
+        if not self.weight.requires_grad and self.scalar is None:
+            dropout = self.dropout if self.training else 0.0
+            return adapted_linear(x, self.weight, a, b, scale=self.scale, dropout=dropout)
         low = F.linear(F.dropout(x, self.dropout, self.training), a)
         return F.linear(x, self.weight) + F.linear(low * self.scale, b)
 
