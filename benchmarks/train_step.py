@@ -241,7 +241,7 @@ def show(variants: list[Variant], *, about: dict[str, Any]) -> None:
 def main() -> None:
     listing = "\n".join(f"  {name:18} {text}" for name, text in VARIANTS.items())
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nvariants:\n{listing}\n\nThe last line of output is JSON: ratios of "
+        description=f"{__doc__}\nvariants:\n{listing}\n\nThe last line is JSON: ratios of "
         "tokens per second between the fastest steps, and of peak memory.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
