@@ -65,11 +65,12 @@ class ReLoRALinear(nn.Module):
         if self.nested and self.training:
             kept = int(torch.randint(1, self.rank + 1, ()))
             a, b = a[:kept], b[:, :kept]
-        if not self.weight.requires_grad and self.scalar is None:
+        scale = self.scale
+        if not self.weight.requires_grad and not isinstance(scale, Tensor):
             dropout = self.dropout if self.training else 0.0
-            return adapted_linear(x, self.weight, a, b, scale=self.scale, dropout=dropout)
+            return adapted_linear(x, self.weight, a, b, scale=scale, dropout=dropout)
         low = F.linear(F.dropout(x, self.dropout, self.training), a)
-        return F.linear(x, self.weight) + F.linear(low * self.scale, b)
+        return F.linear(x, self.weight) + F.linear(low * scale, b)
 
     def resize_(self, rank: int) -> None:
         """Make room for another rank, before any pass: the parameters stay the same objects."""
