@@ -99,16 +99,18 @@ def behind(trainer: Trainer, writer: Writer, *, plain: float) -> tuple[float, fl
 def measure(name: str, *, method: str, tokens: int, rounds: int, folder: Path) -> dict[str, Any]:
     trainer = Trainer(name, method=method, tokens=tokens)
     plain = statistics.median(trainer.step() for _ in range(5))
-    before, after = [], []
+    before, after, known = [], [], set()
+    whole = written = 0
     with Writer(folder / "behind", keep_last=2) as writer:
         for _ in range(rounds):
             before.append(waiting(trainer, folder / "waiting"))
             after.append(behind(trainer, writer, plain=plain))
-    newest = checkpoint.complete(folder / "behind")[-1]
-    sizes = [file.stat() for file in newest.iterdir()]
-    whole = sum(stat.st_size for stat in sizes)
-    linked = sum(stat.st_size for stat in sizes if stat.st_nlink > 1)
-    frozen = newest / checkpoint.FROZEN
+            newest = checkpoint.complete(folder / "behind")[-1]
+            files = [file.stat() for file in newest.iterdir()]
+            whole = sum(file.st_size for file in files)
+            written = sum(file.st_size for file in files if file.st_ino not in known)
+            # Only of linked files: a number may be given again once its file is gone.
+            known = {p.stat().st_ino for p in folder.glob(f"behind/step-*/{checkpoint.FROZEN}")}
     return {
         "model": name,
         "method": method,
@@ -118,8 +120,7 @@ def measure(name: str, *, method: str, tokens: int, rounds: int, folder: Path) -
         "total_s": statistics.median(t for _, t in after),
         "mb": whole / 1e6,
         "planned_mb": costs.checkpoint_bytes(trainer.config) / 1e6,
-        "unchanged_mb": (frozen.stat().st_size if frozen.exists() else 0) / 1e6,
-        "shared_mb": linked / 1e6,
+        "written_mb": written / 1e6,
     }
 
 
@@ -129,7 +130,7 @@ def main() -> int:
     )
     parser.add_argument("--models", default="tiny,small")
     parser.add_argument("--methods", default="full_rank,relora")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a step")
+    parser.add_argument("--tokens", type=int, default=512, help="of a step")
     parser.add_argument("--rounds", type=int, default=4, help="checkpoints of either sort")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", help="where to write; default: the system's temporary folder")

@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--models", default="tiny,small")
     parser.add_argument("--dynamics", default="weights,paper", help="options of conf/dynamics")
-    parser.add_argument("--steps", type=int, default=14, help="training steps of each trial")
+    parser.add_argument("--steps", type=int, default=10, help="training steps of each trial")
     parser.add_argument("--every", type=int, default=4, help="steps between two measurements")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each; the fastest counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
