@@ -185,8 +185,9 @@ class Cluster:
             self.sh("scontrol", "reconfigure", check=True)
 
     def _daemon(self, name: str, *argv: str, **env: str) -> None:
-        if leash := shutil.which("setpriv"):  # a pytest that is killed takes its daemons along
-            argv = (leash, "--pdeathsig", "TERM", *argv)
+        if leash := shutil.which("setpriv"):
+            # a pytest that is killed takes its daemons along; slurmctld can sit on a TERM for long
+            argv = (leash, "--pdeathsig", "KILL", *argv)
         with (self.folder / "log" / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
                 argv, env={**self.env, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
