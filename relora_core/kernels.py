@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +20,7 @@ LOG2E = math.log2(math.e)
 """exp2 of scores in bits takes a third of the time of exp."""
 
 TILE_ELEMENTS = 128 * 12 * 512
-"""Scores alive at a time, over all heads of a sequence: 3 MB stay in the caches."""
+"""Scores alive at a time, over all heads of some sequences: 3 MB stay in the caches."""
 
 NARROW = 16
 """Heads of fewer columns gain nothing from bf16 products: casts of scores cost what they save."""
@@ -41,18 +42,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Tiles:
-    """Rows of one sequence at a time, the query heads of a key head stacked; columns last.
+    """Some rows of some sequences at a time, the query heads of a key head stacked; columns last.
 
-    A tile of queries is (KV, D, H / KV * rows), keys and values are (KV, D, T): what is narrow
-    comes first, so that every product writes long rows.
+    A tile of queries is (S * KV, D, H / KV * rows), keys and values are (S * KV, D, T): what is
+    narrow comes first, so that every product writes long rows.
     """
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
-        _, self.length, heads, _ = q.shape
+        self.batch, self.length, heads, _ = q.shape
         self.kv, self.group = k.shape[2], heads // k.shape[2]
-        self.rows = max(1, min(self.length, TILE_ELEMENTS // (heads * self.length)))
+        row = heads * self.length
+        # Few rows, as half of a tile's last square is masked, but as many as make products wide.
+        self.sequences = min(self.batch, max(1, TILE_ELEMENTS // (32 * row)))
+        self.rows = min(self.length, max(1, TILE_ELEMENTS // (self.sequences * row)))
         self.mask = torch.full((self.rows, self.rows), -math.inf).triu_(1)
         self.type = q.dtype
+
+    def batches(self) -> Iterator[slice]:
+        for start in range(0, self.batch, self.sequences):
+            yield slice(start, start + self.sequences)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.length, self.rows):
@@ -60,19 +68,32 @@ class _Tiles:
 
     def buffer(self) -> Tensor:
         """Room for the scores of a tile: fresh pages for every tile would cost as much as they."""
-        return torch.empty(self.kv * self.group * self.rows * self.length, dtype=self.type)
+        size = self.sequences * self.kv * self.group * self.rows * self.length
+        return torch.empty(size, dtype=self.type)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(S, T, KV, D) -> (S * KV, D, T)."""
+        return x.permute(0, 2, 3, 1).flatten(0, 1)
+
+    def put_keys(self, x: Tensor, found: Tensor) -> None:
+        """Inverse of `keys`."""
+        x.copy_(found.unflatten(0, (-1, self.kv)).permute(0, 3, 1, 2))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(S, T, H, D) -> (S, KV, D, H / KV, T), a view."""
+        return x.unflatten(2, (self.kv, self.group)).permute(0, 2, 4, 3, 1)
 
     def take(self, x: Tensor, start: int, end: int) -> Tensor:
-        """(T, H, D) -> (KV, D, H / KV * rows)."""
-        return x[start:end].unflatten(1, (self.kv, -1)).permute(1, 3, 2, 0).flatten(2)
+        """Some rows of `queries`: a tile."""
+        return x[..., start:end].flatten(0, 1).flatten(2)
 
     def put(self, x: Tensor, start: int, end: int, tile: Tensor) -> None:
         """Inverse of `take`."""
-        rows = tile.unflatten(2, (self.group, end - start)).permute(3, 0, 2, 1)
-        x[start:end].unflatten(1, (self.kv, self.group)).copy_(rows)
+        rows = x[..., start:end]
+        rows.copy_(tile.view(rows.shape))
 
     def product(self, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-        """a^T b in float32: (KV, D, n), (KV, D, m) -> (KV, n, m)."""
+        """a^T b in float32: (N, D, n), (N, D, m) -> (N, n, m)."""
         shape = (a.shape[0], a.shape[2], b.shape[2])
         return torch.bmm(a.mT, b, out=out[: math.prod(shape)].view(shape)).float()
 
@@ -98,14 +119,15 @@ class _Attention(torch.autograd.Function):
         q = q * (LOG2E / math.sqrt(q.shape[3]))
         room = tiles.buffer()
         sums = []
-        for qb, kb, vb, ob in zip(q, k, v, out, strict=True):
-            kt, vt = kb.permute(1, 2, 0).contiguous(), vb.permute(1, 2, 0).contiguous()
+        for some in tiles.batches():
+            kt, vt = tiles.keys(k[some]).contiguous(), tiles.keys(v[some]).contiguous()
+            queries, outputs = tiles.queries(q[some]), tiles.queries(out[some])
             for start, end in tiles.spans():
-                z = tiles.scores(tiles.take(qb, start, end), kt[..., :end], out=room)
+                z = tiles.scores(tiles.take(queries, start, end), kt[..., :end], out=room)
                 largest = z.amax(dim=-1, keepdim=True)
                 total = z.sub_(largest).exp2_().sum(dim=-1, keepdim=True)
                 y = torch.bmm(vt[..., :end], z.to(tiles.type).mT)
-                tiles.put(ob, start, end, y.div_(total.mT))
+                tiles.put(outputs, start, end, y.div_(total.mT))
                 sums.append(total.log2_().add_(largest))
         ctx.save_for_backward(q, k, v, out, *sums)
         return out
@@ -117,18 +139,22 @@ class _Attention(torch.autograd.Function):
         delta = (grads[0].float() * out).sum(dim=-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         room, more = tiles.buffer(), tiles.buffer()
-        for b in range(q.shape[0]):
-            kt, vt = k[b].permute(1, 2, 0).contiguous(), v[b].permute(1, 2, 0).contiguous()
+        for some in tiles.batches():
+            kt, vt = tiles.keys(k[some]).contiguous(), tiles.keys(v[some]).contiguous()
             dkt, dvt = torch.zeros_like(kt, dtype=torch.float32), torch.zeros_like(vt).float()
+            queries, upstream, deltas, dqueries = (
+                tiles.queries(x[some]) for x in (q, grads[0], delta, dq)
+            )
             for start, end in tiles.spans():
-                qt, gt = tiles.take(q[b], start, end), tiles.take(grads[0][b], start, end)
+                qt, gt = tiles.take(queries, start, end), tiles.take(upstream, start, end)
                 p = tiles.scores(qt, kt[..., :end], out=room).sub_(next(normalisers)).exp2_()
                 dvt[..., :end] += torch.bmm(gt, p.to(tiles.type))
                 dz = tiles.product(gt, vt[..., :end], out=more)
-                dz = dz.sub_(tiles.take(delta[b], start, end).mT).mul_(p).to(tiles.type)
+                dz = dz.sub_(tiles.take(deltas, start, end).mT).mul_(p).to(tiles.type)
                 dkt[..., :end] += torch.bmm(qt, dz)
-                tiles.put(dq[b], start, end, torch.bmm(kt[..., :end], dz.mT))
-            dk[b], dv[b] = dkt.permute(2, 0, 1), dvt.permute(2, 0, 1)
+                tiles.put(dqueries, start, end, torch.bmm(kt[..., :end], dz.mT))
+            tiles.put_keys(dk[some], dkt)
+            tiles.put_keys(dv[some], dvt)
         return dq.mul_(q.shape[3] ** -0.5), dk.mul_(1 / LOG2E), dv
 
 
@@ -153,6 +179,21 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, value)  # type: ignore[return-value]
 
 
+def keep_mask(x: Tensor, dropout: float) -> tuple[Tensor, float]:
+    """Of x's shape, 1 where dropout keeps an entry, else 0; and the share that it keeps.
+
+    On a CPU torch's draws for dropout took an eighth of a step. 16 bits an entry from a faster
+    generator, seeded by torch's, decide as well: the share is at most 1 / 131072 from 1 - dropout,
+    and results are scaled by what it is.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - dropout), 1 - dropout
+    cut = min(max(round((1 - dropout) * 2**16), 1), 2**16 - 1)
+    generator = np.random.SFC64(int(torch.randint(2**62, ())))
+    words = generator.random_raw(-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
+    return torch.from_numpy((words < cut).view(np.uint8)).view(x.shape), cut / 2**16
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """No gradient of W; of the dropout, one byte an element is kept until the backward pass."""
 
@@ -162,12 +203,11 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.type, ctx.scale = x.dtype, scale / (1 - dropout)
+        ctx.type = x.dtype
         with torch.autocast(device, enabled=False):
             rows, weight, a, b = (t.to(kind) for t in (x.flatten(0, -2), weight, a, b))
-            kept = None
-            if dropout:  # drawn as F.dropout draws: a seed means the same with either
-                kept = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout)
+            kept, share = keep_mask(rows, dropout) if dropout else (None, 1.0)
+            ctx.scale = scale / share
             low = (rows if kept is None else rows * kept) @ a.T
             y = (rows @ weight.T).addmm_(low, b.T, alpha=ctx.scale)
         ctx.save_for_backward(rows, weight, a, b, low, kept)

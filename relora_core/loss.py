@@ -10,6 +10,7 @@ in the input's type and is wrong in bfloat16 (8.00 where float64 says 10.85).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 HEAD_BLOCK = {"cpu": (512, 1024), "cuda": (8192, 50304)}
 """Rows and columns of logits in work at a time: 2 MB stay in a core's cache; a GPU wants more."""
 
-HEAD_BYTES = {"cpu": 52 << 20, "cuda": 2 << 30}
+HEAD_BYTES = {"cpu": 104 << 20, "cuda": 2 << 30}
 """Exponentials kept at a time; fewer rows where the vocabulary is large."""
 
 LOG2E = math.log2(math.e)
@@ -31,7 +32,7 @@ LOG_PROB_BLOCK = {"cpu": (1024, 512), "cuda": (8192, 50304)}
 
 
 class _Exponentials:
-    """exp(hidden @ weight.T) of some rows, in blocks of columns, each relative to its own maximum.
+    """exp(hidden @ weight.T) of some rows, in blocks of columns, each relative to a maximum so far.
 
     The products' inputs have the weight's type; maxima, exponentials and sums are float32.
     """
@@ -41,8 +42,8 @@ class _Exponentials:
         rows, columns = HEAD_BLOCK.get(device, HEAD_BLOCK["cpu"])
         most = HEAD_BYTES.get(device, HEAD_BYTES["cpu"]) // (vocab * size)
         self.rows, self.columns = max(1, min(rows, most, tokens)), columns
-        self.weights, self.keep, self.tokens = weight.split(columns), keep, tokens
-        self.room = weight.new_empty(self.rows * (vocab if keep else min(columns, vocab)))
+        self.weights, self.keep = weight.split(columns), keep
+        self.room = _room(weight, self.rows * (vocab if keep else min(columns, vocab)))
         self.block = torch.empty(self.rows * min(columns, vocab), device=weight.device)
 
     def _place(self, index: int, rows: int) -> Tensor:
@@ -51,22 +52,38 @@ class _Exponentials:
         start = index * self.columns * rows if self.keep else 0
         return self.room[start : start + rows * width].view(rows, width)
 
-    def fill(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Make the blocks of (rows, C), 0 at the targets; gives the log of their sums, (rows,)."""
+    def fill(self, hidden: Tensor, targets: Tensor, *, mean: Tensor | None) -> Tensor:
+        """Make the blocks of (rows, C), 0 at the targets; gives the log of their sums, (rows,).
+
+        `mean` (rows, C) becomes the mean of the weight's rows under these exponentials: here the
+        block is still in the cache.
+        """
         bits = (hidden * LOG2E).to(self.room.dtype)
         self.largest = torch.empty(len(self.weights), len(hidden), 1, device=hidden.device)
-        total = torch.empty_like(self.largest)
+        largest = torch.full_like(self.largest[0], -1e38)
+        total = torch.zeros_like(largest)
         for index, (weight, own) in enumerate(zip(self.weights, self._own(targets), strict=True)):
             kept = torch.mm(bits, weight.T, out=self._place(index, len(bits)))
             z = kept
             if kept.dtype != torch.float32:
                 z = self.block[: kept.numel()].view_as(kept).copy_(kept)
             z[own, targets[own] - index * self.columns] = -1e38
-            torch.amax(z, dim=1, keepdim=True, out=self.largest[index])
-            torch.sum(z.sub_(self.largest[index]).exp2_(), dim=1, keepdim=True, out=total[index])
-            if z is not kept and self.keep:
+            grown = torch.maximum(largest, z.amax(dim=1, keepdim=True), out=self.largest[index])
+            shrink = largest.sub_(grown).exp2_()
+            largest = grown.clone()
+            total.mul_(shrink).add_(z.sub_(grown).exp2_().sum(dim=1, keepdim=True))
+            if z is not kept:
                 kept.copy_(z)
-        return self.largest.add(total.log2_()).div_(LOG2E).logsumexp(dim=0)[:, 0]
+            if mean is None:
+                continue
+            mean.mul_(shrink)
+            if kept.dtype == torch.float32:
+                mean.addmm_(kept, weight)
+            else:
+                mean.add_(kept @ weight)
+        if mean is not None:
+            mean.div_(total)
+        return largest.add_(total.log2_()).div_(LOG2E)[:, 0]
 
     def _own(self, targets: Tensor) -> Sequence[Tensor]:
         """The rows whose target is in each block; with one block there is nothing to wait for."""
@@ -75,23 +92,34 @@ class _Exponentials:
         block = targets // self.columns
         return block.argsort().split(block.bincount(minlength=len(self.weights)).tolist())
 
-    def add_gradients(
-        self, hidden: Tensor, normaliser: Tensor, d_hidden: Tensor, d_weight: Tensor | None
+    def add_gradient(
+        self, hidden: Tensor, normaliser: Tensor, d_weight: Tensor, *, to: int
     ) -> None:
-        """d_hidden += p @ weight; d_weight += p.T @ hidden / tokens; p = 0 at the targets."""
-        parts = None if d_weight is None else d_weight.split(self.columns)
-        hidden = hidden / self.tokens
+        """d_weight = to * d_weight + p.T @ hidden, `to` 0 or 1; p = 0 at the targets."""
         factors = (self.largest - normaliser[:, None] * LOG2E).exp2_()  # make probabilities
-        for index, (weight, factor) in enumerate(zip(self.weights, factors, strict=True)):
+        for index, part in enumerate(d_weight.split(self.columns)):
             kept = self._place(index, len(hidden))
-            d_hidden.addcmul_(kept @ weight, factor)
-            if parts is None:
-                continue
-            scaled = (hidden * factor).to(kept.dtype)
+            scaled = (hidden * factors[index]).to(kept.dtype)
             if kept.dtype == torch.float32:
-                parts[index].addmm_(kept.T, scaled)
+                part.addmm_(kept.T, scaled, beta=to)
+            elif to:
+                part.add_(kept.T @ scaled)
             else:
-                parts[index].add_(kept.T @ scaled)
+                part.copy_(kept.T @ scaled)
+
+
+def _room(like: Tensor, size: int) -> Tensor:
+    """Uninitialised; a CPU's is the same from call to call, as the system takes a fifth of the
+    head's time to hand out 100 MB of fresh pages."""
+    if like.device.type != "cpu":
+        return like.new_empty(size)
+    held: Tensor | None = getattr(_held, "room", None)
+    if held is None or held.dtype != like.dtype or held.numel() < size:
+        held = _held.room = like.new_empty(size)
+    return held[:size]
+
+
+_held = threading.local()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -105,25 +133,28 @@ class _HeadLoss(torch.autograd.Function):
             h, own = hidden.float(), weight[targets].float()
             w = weight.to(torch.get_autocast_dtype(device) if reduced else torch.float32)
             d_hidden = torch.zeros_like(h) if grad else None
-            d_weight = (
-                torch.zeros_like(w, dtype=torch.float32) if grad and weight.requires_grad else None
-            )
-            exponentials = _Exponentials(w, tokens=len(h), keep=grad)
+            d_weight = None
+            if grad and weight.requires_grad:
+                d_weight = torch.empty_like(w, dtype=torch.float32)
+            exponentials = _Exponentials(w, tokens=len(h), keep=d_weight is not None)
             # Against the target alone: no digit of its logit or of p - 1 is lost where p is near 1.
             rest = torch.empty(len(h), device=h.device)
             picked = (h * own).sum(dim=1)
             for start in range(0, len(h), exponentials.rows):
                 part = slice(start, start + exponentials.rows)
-                rest[part] = exponentials.fill(h[part], targets[part])
-                if d_hidden is not None:
+                mean = None if d_hidden is None else d_hidden[part]
+                rest[part] = exponentials.fill(h[part], targets[part], mean=mean)
+                if d_weight is not None:
                     normaliser = torch.logaddexp(rest[part], picked[part])
-                    exponentials.add_gradients(h[part], normaliser, d_hidden[part], d_weight)
+                    exponentials.add_gradient(
+                        h[part] / len(h), normaliser, d_weight, to=int(start > 0)
+                    )
             odds = rest - picked
             if d_hidden is not None:
-                share = -odds.sigmoid()[:, None]
-                d_hidden.addcmul_(own, share).div_(len(h))
+                share = odds.sigmoid()[:, None]  # of all but the target
+                d_hidden.sub_(own).mul_(share / len(h))
                 if d_weight is not None:
-                    d_weight.index_add_(0, targets, h * (share / len(h)))
+                    d_weight.index_add_(0, targets, h * (share / -len(h)))
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.types = hidden.dtype, weight.dtype
         return F.softplus(odds, threshold=80).double().mean().float()
@@ -132,7 +163,10 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         hidden_type, weight_type = ctx.types
-        d_weight = None if d_weight is None else (d_weight * grads[0]).to(weight_type)
+        # As large as the head; asking a GPU whether it is needed would cost more.
+        if d_weight is not None and not (grads[0].is_cpu and grads[0] == 1):
+            d_weight = d_weight * grads[0]
+        d_weight = None if d_weight is None else d_weight.to(weight_type)
         return (d_hidden * grads[0]).to(hidden_type), d_weight, None, None
 
 

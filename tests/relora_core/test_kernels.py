@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from relora_core import kernels
 from relora_core.config import ReLoRAConfig
-from relora_core.kernels import adapted_linear, causal_attention, swiglu
+from relora_core.kernels import adapted_linear, causal_attention, keep_mask, swiglu
 from relora_core.methods.adapter import ReLoRALinear
 
 
@@ -89,13 +89,12 @@ def test_swiglu_equals_float64():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_adapted_linear_equals_float64(dropout):
-    """With F.dropout's own draws, so that a fixed seed means what it meant before."""
     x, weight, a, b, upstream = draw((2, 9, 6), (5, 6), (3, 6), (5, 3), (2, 9, 5))
+    torch.manual_seed(1)
+    kept, share = keep_mask(x.flatten(0, 1), dropout) if dropout else (torch.ones(18, 6), 1.0)
 
     def plain(x, a, b):
-        torch.manual_seed(1)
-        dropped = F.dropout(x.float(), dropout).double()
-        dropped = x * (dropped != 0) / (1 - dropout) if dropout else x
+        dropped = x * kept.view(x.shape) / share
         return x @ weight.double().T + 1.5 * dropped @ a.T @ b.T
 
     def fast(x, a, b):
@@ -106,6 +105,31 @@ def test_adapted_linear_equals_float64(dropout):
     got, found = gradients(fast, [x, a, b], upstream)
     assert relative(got, want) < 1e-6
     assert max(relative(g, w) for g, w in zip(found, grads, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("dropout", [1e-7, 0.1, 0.5, 0.999])
+def test_dropout_keeps_the_share_that_it_says(dropout):
+    """Each lane of the 64-bit words alike, entries and draws independent of each other."""
+    torch.manual_seed(0)
+    (first, share), (second, _) = (keep_mask(torch.empty(501, 403), dropout) for _ in range(2))
+    assert share == pytest.approx(1 - dropout, abs=2**-16)
+    flat, variance = first.flatten().double(), share * (1 - share)
+    for lane in range(4):
+        assert flat[lane::4].mean().item() == pytest.approx(share, abs=5 * variance**0.5 / 224)
+    neighbours = ((flat[1:] - share) * (flat[:-1] - share)).mean().item()
+    draws = ((flat - share) * (second.flatten() - share)).mean().item()
+    assert neighbours == pytest.approx(0, abs=5 * variance / 449)
+    assert draws == pytest.approx(0, abs=5 * variance / 449)
+
+
+def test_dropout_follows_the_generator_of_torch():
+    masks = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        masks.append([keep_mask(torch.empty(64, 96), 0.1)[0] for _ in range(2)])
+    assert masks[0][0].equal(masks[1][0])
+    assert masks[0][1].equal(masks[1][1])
+    assert not masks[0][0].equal(masks[0][1])
 
 
 def test_adapted_linear_under_autocast_is_near_float64():
