@@ -99,6 +99,9 @@ def make_plan(
 
 
 def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
+    folders = sorted({config.output_dir for _, config in points})
+    if len(folders) > 1:  # equal runs in two folders would fall together
+        raise ConfigError(f"output_dir must be one folder per command, got {', '.join(folders)}")
     given = {config.sweep.name for _, config in points}
     if name is None and len(given) > 1:
         raise ConfigError(
