@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import records
 from experiments.identity import config_from_json
 from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
@@ -183,10 +184,17 @@ def _digest(eval: EvalConfig, section: str) -> str:
 
 
 # results ------------------------------------------------------------------------------------------
+STORED = {"name": str, "section": str, "step": int, "digest": str}
+STORED |= {"metrics": dict[str, float], "tables": dict[str, list[dict[str, Any]]]}
+
+
 def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
     """Every stored result, oldest step first."""
     for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
-        yield json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(records.Damaged):  # it is no result: the step is evaluated again
+            found = records.read(path)
+            if all(records.fits(kind, found.get(key)) for key, kind in STORED.items()):
+                yield found
 
 
 def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:

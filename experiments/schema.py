@@ -152,7 +152,8 @@ def _check_value(key: str, value: Any, text: str) -> None:
             raise ConfigError(_no_option(key, str(value)))
     if key.startswith("hydra/") and str(value) not in _options(key):
         raise ConfigError(_no_option(key, str(value)))
-    if _expected(key) == "true or false" and type(value) is int and value not in (0, 1):
+    number = str(value).strip().lstrip("+-").isdecimal() and str(value) not in ("0", "1")
+    if _expected(key) == "true or false" and number:
         raise ConfigError(f"{key} must be true or false, got {value}")
 
 

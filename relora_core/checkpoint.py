@@ -341,7 +341,7 @@ def _write(file: Path, content: bytes) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdecimal())
 
 
 def is_evaluated(folder: Path, *, step: int) -> bool:
@@ -370,7 +370,7 @@ def damage(path: Path) -> str | None:
         try:
             with open(path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return name
         if found != expected:
             return name

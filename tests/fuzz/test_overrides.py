@@ -196,7 +196,7 @@ def _as_meant(got: Any, meant: Any) -> bool:
     if isinstance(got, bool) or isinstance(meant, bool):
         words = ("true", "yes", "on", "y", "1") if got else ("false", "no", "off", "n", "0")
         return str(got) == str(meant) or str(meant).lower() in words
-    if isinstance(got, (int, float)) and isinstance(meant, str):
+    if isinstance(got, (int, float)) and isinstance(meant, (str, int)):
         return float(meant) == got
     return got == meant or (isinstance(got, str) and got == str(meant))
 
