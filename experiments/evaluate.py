@@ -253,19 +253,18 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
 def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     """The model as training had it, adapters apart; None where the checkpoint is gone."""
     import torch
-    from safetensors import SafetensorError
 
-    from relora_core.checkpoint import load_weights
+    from relora_core.checkpoint import load_weights, read_progress
     from relora_core.methods import build_method
     from relora_core.model import Decoder
 
     try:
-        progress = json.loads((checkpoint / "progress.json").read_text())
+        progress = read_progress(checkpoint)
         weights = load_weights(checkpoint)
-    except (OSError, SafetensorError) as error:
+    except (OSError, DataError) as error:
         if not (checkpoint / "model.safetensors").exists() or isinstance(error, FileNotFoundError):
             return None
-        raise DataError(f"{checkpoint} cannot be read: {' '.join(str(error).split())}") from None
+        raise
     with torch.random.fork_rng(devices=[]):
         model = Decoder(config.model)
         method = build_method(config)
@@ -274,13 +273,13 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
         model.load_state_dict(weights)
     except RuntimeError:
         raise DataError(f"{checkpoint} must hold the weights of its run's config") from None
-    method.load_state_dict(progress["method"])
+    method.load_state_dict(progress.method)
     if config.runtime.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
     if config.runtime.device != "cpu" and torch.cuda.is_available():
         model.to("cuda")
     else:
-        torch.set_num_threads(progress["threads"])  # another number would round differently
+        torch.set_num_threads(progress.threads)  # another number would round differently
     return model
 
 

@@ -95,7 +95,8 @@ def _check_cell(cell: Any) -> None:
         if not isinstance(cell.get(key), str):
             raise ValueError(f"a cell has no {key}")
     run_id = cell["run_id"]
-    if Path(run_id).name != run_id or "\0" in run_id or len(run_id) > 200:
+    odd = run_id in ("", ".", "..") or "\0" in run_id or len(run_id) > 200
+    if odd or Path(run_id).name != run_id:
         raise ValueError(f"run_id must name a folder, got {run_id!r:.60}")
     config = cell.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("train"), dict):

@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -100,8 +100,11 @@ def explaining(words: Sequence[str]) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if not re.search(r"[/\\](hydra|omegaconf|antlr4)[/\\]", frames[-1].filename):
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if any(file.endswith("file_config_source.py") for file in files):
+            told = " ".join(str(error).split())
+            raise ConfigError(f"a YAML file of the config cannot be read: {told}") from None
+        if not re.search(r"[/\\](hydra|omegaconf|antlr4)[/\\]", files[-1]):
             raise  # our own fault
         raise ConfigError(diagnose(words, error)) from None
 
@@ -291,7 +294,7 @@ def groups() -> list[str]:
 def diagnose(overrides: Sequence[str], error: Exception) -> str:
     """One line for an override that Hydra refused: key, value, expectation, nearest choice."""
     for text in overrides_among(overrides):
-        line = _diagnose_one(text)
+        line = _diagnose_one(text, found=isinstance(error, ConfigCompositionException))
         if line:
             return line
         if "Ambiguous value" in str(error) and text in str(error):
@@ -304,7 +307,8 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _diagnose_one(text: str) -> str | None:
+def _diagnose_one(text: str, *, found: bool = False) -> str | None:
+    """`found`: all options were; a folder of the user's may hold more than ours."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
@@ -316,7 +320,11 @@ def _diagnose_one(text: str) -> str | None:
         return _diagnose_search(key, text)
     if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
         for value in _values(override):
-            if not isinstance(value, (dict, list)) and str(value) not in _options(key):
+            if (
+                not found
+                and not isinstance(value, (dict, list))
+                and str(value) not in _options(key)
+            ):
                 return _no_option(key, str(value))
         return None
     keys = schema_keys()
