@@ -363,9 +363,10 @@ def damage(path: Path) -> str | None:
         digests = json.loads((path / CHECKSUMS).read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return CHECKSUMS
-    if not isinstance(digests, dict):
+    names = {file.name for file in path.iterdir()} - {CHECKSUMS, "evaluated"}
+    if not isinstance(digests, dict) or names - digests.keys():
         return CHECKSUMS
     for name, expected in digests.items():
         try:
