@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -293,8 +293,10 @@ def groups() -> list[str]:
 
 def diagnose(overrides: Sequence[str], error: Exception) -> str:
     """One line for an override that Hydra refused: key, value, expectation, nearest choice."""
+    missing = isinstance(error, MissingConfigException)
+    found = isinstance(error, ConfigCompositionException) and not missing
     for text in overrides_among(overrides):
-        line = _diagnose_one(text, found=isinstance(error, ConfigCompositionException))
+        line = _diagnose_one(text, found=found)
         if line:
             return line
         if "Ambiguous value" in str(error) and text in str(error):
@@ -320,11 +322,8 @@ def _diagnose_one(text: str, *, found: bool = False) -> str | None:
         return _diagnose_search(key, text)
     if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
         for value in _values(override):
-            if (
-                not found
-                and not isinstance(value, (dict, list))
-                and str(value) not in _options(key)
-            ):
+            named = not isinstance(value, (dict, list))
+            if not found and named and str(value) not in _options(key):
                 return _no_option(key, str(value))
         return None
     keys = schema_keys()
