@@ -16,12 +16,10 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
-from experiments.runner import fail, reporting, run_here
+from experiments.runner import reporting, run_here
 
 schema.register()
 
@@ -29,7 +27,7 @@ schema.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     with reporting():
-        schema.refuse_search(cfg)
+        schema.refuse_search(cfg, HydraConfig.get().overrides.task)
         schema.refuse_sweep(HydraConfig.get().sweeper)
         sys.exit(run_here(schema.to_run_config(cfg)))
 
@@ -41,8 +39,5 @@ if __name__ == "__main__":
         words.append("hydra.sweeper.plan_only=true")
     # Hydra's parser wants -m before or after all overrides, not among them.
     sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
-    with reporting():
-        try:
-            main()
-        except (HydraException, OmegaConfBaseException) as error:
-            fail(schema.diagnose(sys.argv[1:], error), code=2)
+    with reporting(), schema.explaining(sys.argv[1:]):
+        main()

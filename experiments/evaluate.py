@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import records
 from experiments.identity import config_from_json
 from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
@@ -183,10 +184,17 @@ def _digest(eval: EvalConfig, section: str) -> str:
 
 
 # results ------------------------------------------------------------------------------------------
+STORED = {"name": str, "section": str, "step": int, "digest": str}
+STORED |= {"metrics": dict[str, float], "tables": dict[str, list[dict[str, Any]]]}
+
+
 def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
     """Every stored result, oldest step first."""
     for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
-        yield json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(records.Damaged):  # it is no result: the step is evaluated again
+            found = records.read(path)
+            if all(records.fits(kind, found.get(key)) for key, kind in STORED.items()):
+                yield found
 
 
 def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
@@ -245,19 +253,18 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
 def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     """The model as training had it, adapters apart; None where the checkpoint is gone."""
     import torch
-    from safetensors import SafetensorError
 
-    from relora_core.checkpoint import load_weights
+    from relora_core.checkpoint import load_weights, read_progress
     from relora_core.methods import build_method
     from relora_core.model import Decoder
 
     try:
-        progress = json.loads((checkpoint / "progress.json").read_text())
+        progress = read_progress(checkpoint)
         weights = load_weights(checkpoint)
-    except (OSError, SafetensorError) as error:
+    except (OSError, DataError) as error:
         if not (checkpoint / "model.safetensors").exists() or isinstance(error, FileNotFoundError):
             return None
-        raise DataError(f"{checkpoint} cannot be read: {' '.join(str(error).split())}") from None
+        raise
     with torch.random.fork_rng(devices=[]):
         model = Decoder(config.model)
         method = build_method(config)
@@ -266,13 +273,13 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
         model.load_state_dict(weights)
     except RuntimeError:
         raise DataError(f"{checkpoint} must hold the weights of its run's config") from None
-    method.load_state_dict(progress["method"])
+    method.load_state_dict(progress.method)
     if config.runtime.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
     if config.runtime.device != "cpu" and torch.cuda.is_available():
         model.to("cuda")
     else:
-        torch.set_num_threads(progress["threads"])  # another number would round differently
+        torch.set_num_threads(progress.threads)  # another number would round differently
     return model
 
 

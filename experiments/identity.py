@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
-from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
+from experiments import records
 from relora_core.config import RunConfig, applies, get, walk
 
 SCHEMA_VERSION = 1
@@ -77,17 +78,13 @@ def config_to_json(config: RunConfig) -> str:
 
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`. Knobs added since take defaults; removed ones are refused."""
-    return _build(RunConfig, json.loads(text), "")
+    return _build(RunConfig, records.parse(text), "")
 
 
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    """Resolving them takes most of the time of reading a config, and a sweep has thousands."""
-    return get_type_hints(cls)
-
-
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    hints = _hints(cls)
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    hints = records.hints(cls)
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json holds {values!r:.60} as {prefix[:-1]}")
     if unknown := set(values) - set(hints):
         raise ValueError(f"config.json holds unknown key {prefix}{sorted(unknown)[0]}")
     built = {}
@@ -95,6 +92,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             built[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif not records.fits(kind, value) or value in (math.inf, -math.inf) or value != value:
+            raise ValueError(f"config.json holds {value!r:.60} as {prefix}{name}")
         elif isinstance(value, int) and not isinstance(value, bool) and _is_float(kind):
             built[name] = float(value)
         else:

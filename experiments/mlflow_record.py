@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.evaluate import results
 from experiments.identity import arm_id, label, scientific
-from experiments.run_dir import RunDir, Status
+from experiments.run_dir import RunDir, Status, parse_event
 from relora_core import atomic
 from relora_core.config import RunConfig, applies, get, walk
 
@@ -90,15 +91,17 @@ class News:
 def positions(run: RunDir) -> dict[str, Any]:
     """Store and MLflow experiment -> Position, as JSON."""
     try:
-        return json.loads(run.mlflow_path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # damaged counts as missing: MLflow is asked
+        return records.read(run.mlflow_path)
+    except (FileNotFoundError, records.Damaged):  # damaged counts as missing: MLflow is asked
         return {}
 
 
 def position(run: RunDir, key: str) -> Position | None:
     raw = positions(run).get(key)
-    known = {f.name for f in dataclasses.fields(Position)}
-    return Position(**{k: v for k, v in raw.items() if k in known}) if raw else None
+    try:
+        return Position(**records.known(Position, raw, where="")) if raw else None
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def save(run: RunDir, key: str, position: Position) -> None:
@@ -182,7 +185,7 @@ def _events_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]
                 return
             offset += len(line)
             with contextlib.suppress(ValueError):
-                yield offset, json.loads(line)
+                yield offset, parse_event(line)
 
 
 def metric_key(name: str) -> str:
@@ -258,8 +261,8 @@ def default_name(config: RunConfig) -> str:
 
 
 def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[str, str]:
-    records = run.attempt_records()
-    newest = records[-1] if records else {}
+    attempts = run.attempt_records()
+    newest = attempts[-1] if attempts else {}
     step = run.newest_step()
     dirty, commit = newest.get("dirty"), newest.get("commit")
     found: dict[str, Any] = {

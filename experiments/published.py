@@ -6,7 +6,6 @@ with evals and losses by step, `gpu_hours` and `learning_dynamics_digitised`. No
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
+from experiments import records
 from experiments.curves import Panel
 from relora_core.config import ConfigError
 
@@ -90,6 +90,15 @@ class Published:
     data: dict[str, Any]
     sizes: list[str]
 
+    def check(self) -> None:
+        """Raises what drawing would raise."""
+        for metric in SERIES:
+            list(self._series(metric))
+        for group, what in WHATS:
+            for kind in KINDS[group]:
+                for measure in MEASURES:
+                    list(self._dynamics(group, what, kind, measure))
+
     def lay(self, panel: Panel, metric: str) -> list[Series]:
         """Draw what falls within the panel's extent; the curves of which something does."""
         return self._draw(panel, self._series(metric))
@@ -158,7 +167,7 @@ class Published:
 def load(path: Path | str, *, models: Iterable[str]) -> Published:
     """The published curves for the sizes among `models`, tiny's where none is; or ConfigError."""
     try:
-        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        data = records.parse(Path(path).expanduser().read_bytes())
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"published must be a file to read, got {path}: {reason}") from None
@@ -171,7 +180,14 @@ def load(path: Path | str, *, models: Iterable[str]) -> Published:
     if not all(isinstance(data["gpu_hours"].get(m), dict) for m in wanted):
         raise ConfigError(f"published must hold gpu_hours of {', '.join(wanted)}, got {path}")
     known = set(models)
-    return Published(data=data, sizes=[s for s in SIZES if s in known] or ["tiny"])
+    found = Published(data=data, sizes=[s for s in SIZES if s in known] or ["tiny"])
+    try:
+        found.check()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"published must hold numbers by step, got {path}: {type(error).__name__}: {error}"
+        ) from None
+    return found
 
 
 def note(

@@ -23,12 +23,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from experiments import records
 from experiments.identity import config_from_json, config_to_json
 from relora_core import atomic
 from relora_core.config import RunConfig
@@ -41,6 +42,12 @@ STATES = (
 `pruned`: a search has ended it early; a grid that meets it goes on from its checkpoint."""
 DONE = ("finished", "diverged")
 """States that the same command again leaves alone: the run has its result."""
+
+
+LOCK = {"host": str, "pid": int, "started": float, "job_id": str | None}
+EVENT = {"kind": str, "step": int, "metrics": dict[str, float], "data": dict[str, Any]}
+RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
+"""What is read of these files must be of these types."""
 
 
 class RunLocked(RuntimeError):
@@ -106,25 +113,37 @@ class RunDir:
             self.write_status(Status(steps=config.train.steps))
 
     def config(self) -> RunConfig:
-        return config_from_json(self.config_path.read_text(encoding="utf-8"))
+        """The frozen config; Damaged where this version cannot read it."""
+        try:
+            return config_from_json(self.config_path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise records.Damaged(
+                f"{self.config_path} must be a config as this version writes it ({error})"
+            ) from None
 
     def trial_tags(self) -> dict[str, Any]:
         """Search and number of the trial that asked for this run; empty where none did."""
         try:
-            raw = json.loads(self.trial_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            raw = records.read(self.trial_path)
+        except (FileNotFoundError, records.Damaged):
             return {}
         return {"study": raw.get("study"), "trial": raw.get("number")}
 
     # status -------------------------------------------------------------------------------------
     def status(self) -> Status:
-        """The run's newest word; a run without status.json is `planned`."""
+        """The run's newest word; a run without status.json is `planned`. A damaged one has failed:
+        the same command goes on with it, and the next word takes the place of the damaged."""
         try:
-            raw = json.loads(self.status_path.read_text(encoding="utf-8"))
+            status = Status(**records.known(Status, records.read(self.status_path), where=""))
+            if status.state not in STATES:
+                raise ValueError(f"state cannot be {status.state!r:.60}")
         except FileNotFoundError:
             return Status()
-        known = {f.name for f in fields(Status)}
-        return Status(**{k: v for k, v in raw.items() if k in known})
+        except ValueError as error:
+            told = str(error) if isinstance(error, records.Damaged) else f"damaged ({error})"
+            attempts = len(list(self.attempts.glob("*.json")))
+            return Status(state="failed", attempts=attempts, error=f"status.json: {told}")
+        return status
 
     def write_status(self, status: Status) -> None:
         atomic.write_json(self.status_path, dataclasses.asdict(status))
@@ -144,7 +163,11 @@ class RunDir:
 
     def attempt_records(self) -> list[dict[str, Any]]:
         """What each attempt said of its host, process and code, oldest first."""
-        return [json.loads(p.read_text()) for p in sorted(self.attempts.glob("*.json"))]
+        found = []
+        for path in sorted(self.attempts.glob("*.json")):
+            with contextlib.suppress(records.Damaged):
+                found.append(records.read(path))
+        return found
 
     @contextlib.contextmanager
     def lock(
@@ -185,18 +208,21 @@ class RunDir:
     def is_mine(self) -> bool:
         """Whether this process still holds the run: its scheduler may have given it to another."""
         try:
-            holder = json.loads((self.path / "lock").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            holder = records.read(self.path / "lock")
+        except (FileNotFoundError, records.Damaged):
             return False
-        return (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid())
+        return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
 
     def lock_holder(self) -> dict[str, Any] | None:
         """Who works on the run, or None. A lock of a dead process of this host does not count."""
         try:
-            holder = json.loads((self.path / "lock").read_text(encoding="utf-8"))
+            holder = records.read(self.path / "lock")
+            sound = all(records.fits(k, holder.get(n)) for n, k in LOCK.items())
+            if not sound or not 0 < holder["pid"] < 2**31:
+                raise records.Damaged("lock")
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:  # its writer died between creating and filling it
+        except records.Damaged:  # its writer died between creating and filling it
             age = time.time() - (self.path / "lock").stat().st_mtime
             return {"host": "?", "pid": 0} if age < 10 else None
         if holder["host"] != socket.gethostname():
@@ -214,18 +240,20 @@ class RunDir:
     # checkpoints --------------------------------------------------------------------------------
     def newest_step(self) -> int:
         """Optimizer steps that are safe on disk: those of the newest complete checkpoint."""
-        return max((int(p.name[5:]) for p in self.checkpoints.glob("step-*")), default=0)
+        names = [p.name[5:] for p in self.checkpoints.glob("step-*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     # events -------------------------------------------------------------------------------------
     def raw_events(self) -> Iterator[dict[str, Any]]:
-        """Every complete line of events.jsonl; a torn last line (killed mid-write) is left out."""
+        """Every event of events.jsonl; a torn last line (killed mid-write) and what is none are
+        left out."""
         try:
-            with open(self.events_path, encoding="utf-8") as file:
+            with open(self.events_path, "rb") as file:
                 for line in file:
-                    if not line.endswith("\n"):
+                    if not line.endswith(b"\n"):
                         return
-                    with contextlib.suppress(json.JSONDecodeError):
-                        yield json.loads(line)
+                    with contextlib.suppress(ValueError):
+                        yield parse_event(line)
         except FileNotFoundError:
             return
 
@@ -241,11 +269,14 @@ class RunDir:
 
     # result -------------------------------------------------------------------------------------
     def result(self) -> dict[str, Any] | None:
-        """{"state", "metrics", "steps", "tokens", ...} once the run has ended."""
+        """{"state", "metrics", "step", ...} once the run has ended. A damaged one counts as none:
+        the same command writes it again, from the last checkpoint and the record."""
         try:
-            return json.loads(self.result_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            result = records.read(self.result_path)
+        except (FileNotFoundError, records.Damaged):
             return None
+        sound = all(records.fits(k, result[n]) for n, k in RESULT.items() if n in result)
+        return result if sound else None
 
     def ended(self) -> str | None:
         """`finished` or `diverged` where the run has its result, whatever its status says."""
@@ -254,6 +285,14 @@ class RunDir:
 
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_json(self.result_path, result)
+
+
+def parse_event(line: bytes) -> dict[str, Any]:
+    """An event of events.jsonl; ValueError where the line is none."""
+    event = records.parse(line)
+    if not all(records.fits(kind, event.get(name)) for name, kind in EVENT.items()):
+        raise ValueError("no event")
+    return event
 
 
 class EventLog:

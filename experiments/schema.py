@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -16,13 +18,19 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from relora_core.config import ConfigError, RunConfig, get, nearest, walk
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
+"""Sections of `hydra` that have an effect here; where things go is output_dir's to say."""
+WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+WITH_VALUE += ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
+"""Hydra's flags that take the word after them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,15 +58,17 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
         raise ConfigError(_explain_value(error)) from None
     except AttributeError:  # a key that `+` forced in
         keys = _leaves(OmegaConf.to_container(cfg))
-        unknown = next(key for key in keys if key not in schema_keys())
+        known = {*schema_keys(), "search"}
+        unknown = next(k for k in keys if k not in known and not k.startswith("search."))
         raise ConfigError(_unknown_key(unknown, f"+{unknown}")) from None
     assert isinstance(made, Composed)
     return RunConfig(**{f.name: getattr(made, f.name) for f in dataclasses.fields(RunConfig)})
 
 
-def refuse_search(cfg: DictConfig) -> None:
-    """ConfigError where a search is chosen and nobody is to search."""
-    if cfg.search and cfg.search.get("space"):
+def refuse_search(cfg: DictConfig, words: Sequence[str] = ()) -> None:
+    """ConfigError where a search is chosen, or told what to do, and nobody is to search."""
+    told = any(word.lstrip("+~").startswith("search.") for word in words)
+    if told or (OmegaConf.is_dict(cfg.search) and cfg.search.get("space")):
         raise ConfigError(
             "search must be none without a search: add -m hydra/sweeper=search, or leave search out"
         )
@@ -75,11 +85,79 @@ def compose(overrides: list[str]) -> RunConfig:
     register()
     begun = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
     own = nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3")
-    with own:
+    with own, explaining(overrides):
+        return to_run_config(hydra_compose("config", overrides))
+
+
+@contextlib.contextmanager
+def explaining(words: Sequence[str]) -> Iterator[None]:
+    """What Hydra refuses inside is a ConfigError of one line; what it would misread is refused."""
+    try:
+        check_words(words)
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(diagnose(words, error)) from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if any(file.endswith("file_config_source.py") for file in files):
+            told = " ".join(str(error).split())
+            raise ConfigError(f"a YAML file of the config cannot be read: {told}") from None
+        if not re.search(r"[/\\](hydra|omegaconf|antlr4)[/\\]", files[-1]):
+            raise  # our own fault
+        raise ConfigError(diagnose(words, error)) from None
+
+
+def overrides_among(words: Sequence[str]) -> list[str]:
+    """The words of a command line that are neither flags nor a flag's value."""
+    before = ["", *words]
+    return [w for b, w in zip(before, words, strict=False) if w[:1] != "-" and b not in WITH_VALUE]
+
+
+def check_words(words: Sequence[str]) -> None:
+    """ConfigError for an override that Hydra would take for something else than was meant."""
+    for text in overrides_among(words):
         try:
-            return to_run_config(hydra_compose("config", overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(diagnose(overrides, error)) from None
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            continue  # Hydra says so, and `diagnose` how
+        key = override.key_or_group
+        if key.startswith(("hydra.", "hydra/")):
+            _check_hydra(key, text)
+        for value in _values(override):
+            _check_value(key, value, text)
+
+
+def _check_hydra(key: str, text: str) -> None:
+    section = re.split(r"[./]", key)[1]
+    if section not in HYDRA or key.endswith("._target_"):
+        raise ConfigError(
+            f"{key} must be one of hydra.{', hydra.'.join(HYDRA[:3])} and hydra/launcher, "
+            f"hydra/sweeper, got {text!r}: output_dir says where everything goes"
+        )
+
+
+def _values(override: Override) -> list[Any]:
+    """Of an override, or of each choice in one; none where they are for a loader to say."""
+    if not override.is_sweep_override():
+        return [] if override.is_delete() else [override.value()]
+    chosen = override.value()
+    return list(override.sweep_iterator()) if isinstance(chosen, ChoiceSweep) else []
+
+
+def _check_value(key: str, value: Any, text: str) -> None:
+    if not key or ("@" in key and not key.split("@")[0]):
+        raise ConfigError(f"{text!r} is not an override: expected KEY=VALUE, like relora.r=16")
+    if key in (*groups(), "hydra/launcher", "hydra/sweeper") and not isinstance(value, (str, dict)):
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(_no_option(key, str(value)))
+    if key.startswith("hydra/") and str(value) not in _options(key):
+        raise ConfigError(_no_option(key, str(value)))
+    number = str(value).strip().lstrip("+-").isdecimal() and str(value) not in ("0", "1")
+    if _expected(key) == "true or false" and number:
+        raise ConfigError(f"{key} must be true or false, got {value}")
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
@@ -158,7 +236,11 @@ def _copied(section: Any) -> Any:
 def _explain_value(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
     expected = _expected(key)
-    value = re.search(r"Value '(.*?)'", str(error.msg or error))
+    if re.fullmatch(r"\[?\d+\]?", key):  # an entry of a list inside a list, without the list's name
+        return f"an entry of a list must be a list of integers, got {error.msg or error!s}"
+    value = re.search(r"Value '(.*?)' (?:of type|could not|is not)", str(error.msg or error), re.S)
+    if "is not Optional" in str(error):
+        return f"{key} must be {expected}, got null"
     if "is not a ListConfig" in str(error):
         return f"{key} must be {expected}, got something else"
     if value:
@@ -209,12 +291,12 @@ def groups() -> list[str]:
     return sorted({str(p.parent.relative_to(CONF)) for p in CONF.glob("**/*.yaml")} - {"."})
 
 
-def diagnose(overrides: list[str], error: Exception) -> str:
+def diagnose(overrides: Sequence[str], error: Exception) -> str:
     """One line for an override that Hydra refused: key, value, expectation, nearest choice."""
-    for text in overrides:
-        if text.startswith("-"):
-            continue
-        line = _diagnose_one(text)
+    missing = isinstance(error, MissingConfigException)
+    found = isinstance(error, ConfigCompositionException) and not missing
+    for text in overrides_among(overrides):
+        line = _diagnose_one(text, found=found)
         if line:
             return line
         if "Ambiguous value" in str(error) and text in str(error):
@@ -227,7 +309,8 @@ def diagnose(overrides: list[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _diagnose_one(text: str) -> str | None:
+def _diagnose_one(text: str, *, found: bool = False) -> str | None:
+    """`found`: all options were; a folder of the user's may hold more than ours."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
@@ -238,23 +321,28 @@ def _diagnose_one(text: str) -> str | None:
     if key.startswith("search."):
         return _diagnose_search(key, text)
     if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
-        known = sorted({*options(key), *(name.removesuffix(".yaml") for name in _stored(key))})
-        values = (
-            [str(v) for v in override.sweep_iterator()]
-            if override.is_sweep_override()
-            else [str(override.value())]
-        )
-        for value in values:
-            if value not in known:
-                return (
-                    f"{key} must be one of {', '.join(known)}, got '{value}'."
-                    f"{nearest(value, known)}"
-                )
+        for value in _values(override):
+            named = not isinstance(value, (dict, list))
+            if not found and named and str(value) not in _options(key):
+                return _no_option(key, str(value))
         return None
     keys = schema_keys()
     if key not in keys:
         return _unknown_key(key, text)
+    if override.is_add() and text.startswith("+") and not text.startswith("++"):
+        return f"{key} is there already: expected {text[1:]}, got {text!r}"
     return None
+
+
+def _no_option(key: str, value: str) -> str:
+    known = _options(key)
+    return f"{key} must be one of {', '.join(known)}, got {value!r}.{nearest(value, known)}"
+
+
+def _options(group: str) -> list[str]:
+    """Of a config group: files, and what our plugins have registered."""
+    ours = [name for name, one in _stored(group).items() if one.provider == "relora_sweeps"]
+    return sorted({*options(group), *(name.removesuffix(".yaml") for name in ours)})
 
 
 def _diagnose_search(key: str, text: str) -> str | None:

@@ -52,7 +52,9 @@ def _judge(run_dir: RunDir, status: Status) -> tuple[str, str | None]:
     if ended is not None:
         return ended, status.error
     if status.state in DONE:
-        return "failed", f"says {status.state} but left no result"
+        damaged = run_dir.result_path.exists()
+        what = "its result.json is damaged" if damaged else "left no result"
+        return "failed", f"says {status.state} but {what}; the same command goes on with it"
     if status.state == "running":
         if status.host in ("", socket.gethostname()):
             return "failed", f"killed (no process; last heartbeat {_ago(status)})"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import records
 from experiments.evaluate import results
 from experiments.identity import arm_name, config_from_json, scientific
 from experiments.run_dir import DONE, RunDir, runs_folder
@@ -37,7 +38,7 @@ LABELS = ("experiment", "method", "model.name", "relora.name", "data.path")
 """Settings outside the identity, or in it, that a reader wants first."""
 KINDS = ("method", "data.kind", "eval.paloma.enabled", "eval.blimp.enabled")
 """Settings that decide which others apply."""
-ODD = (OSError, ValueError, KeyError, TypeError, AttributeError)
+ODD = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file of a run may raise."""
 _TABLE = re.compile(
     rb'\{"attempt": (\d+), "kind": "table", "step": (\d+), .{0,80}?"name": "([^"]+)"'
@@ -222,11 +223,9 @@ def _plan(output_dir: Path | str, sweep: str) -> tuple[dict[str, Any], list[RunC
         )
     path = folder / sweep / "plan.json"
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = records.plan(path)
         if not plan["cells"]:
             raise ValueError("it has no runs")
-        for cell in plan["cells"]:
-            _ = cell["run_id"], cell["arm_id"], cell["name"]
         return plan, [config_from_json(json.dumps(cell["config"])) for cell in plan["cells"]]
     except ODD as error:
         raise ConfigError(

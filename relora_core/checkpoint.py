@@ -8,6 +8,7 @@ which is written only when they have changed. Loading executes nothing: safetens
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -341,7 +342,7 @@ def _write(file: Path, content: bytes) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdecimal())
 
 
 def is_evaluated(folder: Path, *, step: int) -> bool:
@@ -362,15 +363,16 @@ def damage(path: Path) -> str | None:
         digests = json.loads((path / CHECKSUMS).read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return CHECKSUMS
-    if not isinstance(digests, dict):
+    names = {file.name for file in path.iterdir()} - {CHECKSUMS, "evaluated"}
+    if not isinstance(digests, dict) or names - digests.keys():
         return CHECKSUMS
     for name, expected in digests.items():
         try:
             with open(path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return name
         if found != expected:
             return name
@@ -410,20 +412,47 @@ def discard_torn(folder: Path) -> None:
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer, rank: int = 0) -> Progress:
     """Restore a checkpoint in place, this rank's generators included."""
     device = next(model.parameters()).device
-    model.load_state_dict(load_weights(path, device=str(device)))
-    moments = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
-    optimizer.load_state_dict(moments)
-    states = torch.load(path / "rng.pt", map_location="cpu", weights_only=True)
-    if rank < len(states):  # more ranks than before: the others keep their fresh generators
-        set_rng_state(states[rank])
-    return Progress(**json.loads((path / "progress.json").read_text()))
+    with _naming(path):
+        model.load_state_dict(load_weights(path, device=str(device)))
+        moments = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(moments)
+        states = torch.load(path / "rng.pt", map_location="cpu", weights_only=True)
+        if rank < len(states):  # more ranks than before: the others keep their fresh generators
+            set_rng_state(states[rank])
+    return read_progress(path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes torch raise is a DataError that names the checkpoint."""
+    try:
+        yield
+    except (OSError, DataError):
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{path} cannot be read ({told})") from None
+
+
+def read_progress(path: Path) -> Progress:
+    """Where the run was; DataError where the file does not say."""
+    with _naming(path):
+        progress = Progress(**json.loads((path / "progress.json").read_bytes()))
+        for name, kind in (("step", int), ("threads", int), ("stream", dict), ("method", dict)):
+            if type(getattr(progress, name)) is not kind:
+                raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")
+        for name in ("loss_sum", "loss_count", "seconds"):
+            if type(getattr(progress, name)) not in (int, float):
+                raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")
+    return progress
 
 
 def load_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
     """The model's state as it was saved, whichever files hold it."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(path):
-        weights |= load_file(file, device=device)
+        with _naming(file):
+            weights |= load_file(file, device=device)
     return weights
 
 

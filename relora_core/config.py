@@ -26,11 +26,23 @@ ADAPTERS = ("lora", "relora")
 DATA_KINDS = ("grammar", "pretokenized", "text")
 EVAL_PRECISIONS = ("fp32", "bf16")
 DYNAMICS = ("weight", "base", "gradient", "update_proxy", "update_restart", "update_total")
+LARGEST_INT = 2**31 - 1
+"""What counts and sizes fit into everywhere."""
+MOST_RESTARTS = 1_000_000
+"""More than a schedule can list."""
 DYNAMICS_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2", "ov")
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is, whatever a value or file name brought into it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ConfigError(ValueError):
     """The user's mistake: one line naming key, value, what was expected and the nearest choice."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str:
@@ -56,7 +68,7 @@ class ModelConfig:
     """Width of the residual stream."""
     d_ff: int = knob(ge=1)
     """Inner width of SwiGLU (the paper's d_inter)."""
-    n_layers: int = knob(12, ge=1)
+    n_layers: int = knob(12, ge=1, le=10_000)
     """Number of blocks."""
     n_heads: int = knob(12, ge=1)
     """Query heads; the head width is d_model / n_heads."""
@@ -426,7 +438,7 @@ def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def names_part(key: str, name: str, *, n_layers: int) -> bool:
     """Whether `key` (part of a name, or `last:n`) names the linear `name` (`layers.<i>....`)."""
-    if key.startswith("last:") and key[5:].isdigit():
+    if key.startswith("last:") and key[5:].isdecimal() and len(key) < 20:
         return int(name.split(".")[1]) >= n_layers - int(key[5:])
     return key.lower() in name.lower()
 
@@ -460,6 +472,8 @@ def validate(config: RunConfig) -> None:
     """Raise ConfigError at the first value out of bounds or at odds with another."""
     for key, f, value in walk(config):
         _check_value(key, value, f.metadata)
+    if not config.output_dir.strip():
+        raise ConfigError(f"output_dir must name a folder, got {config.output_dir!r}")
     _check_model(config.model)
     if config.method in ADAPTERS:
         _check_adapters(config)
@@ -489,6 +503,8 @@ def _clamp(value: float, metadata: Any) -> str:
 def _check_value(key: str, value: Any, metadata: Any) -> None:
     if value is None:
         return
+    if isinstance(value, str):
+        _check_text(key, value)
     if choices := metadata.get("choices"):
         if value not in choices:
             raise ConfigError(
@@ -507,6 +523,16 @@ def _check_value(key: str, value: Any, metadata: Any) -> None:
         if outside:
             expected = _bounds(metadata) or "finite"
             raise ConfigError(f"{key} must be {expected}, got {value}{_clamp(value, metadata)}")
+        if isinstance(value, int) and value > LARGEST_INT:
+            raise ConfigError(
+                f"{key} must be <= {LARGEST_INT}, got {value}; nearest valid: {LARGEST_INT}"
+            )
+
+
+def _check_text(key: str, value: str) -> None:
+    """Text that can be written to a file, and name one."""
+    if "\0" in value or (not value.isascii() and value != value.encode(errors="ignore").decode()):
+        raise ConfigError(f"{key} must be text in UTF-8 without zero bytes, got {value!r}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -563,6 +589,8 @@ def _check_names(config: RunConfig, key: str, *, some: bool = True) -> None:
         raise ConfigError(f"{key} must name at least one of {', '.join(parts)}, got []")
     layers = config.model.n_layers
     for entry in entries:
+        if not isinstance(entry, str):
+            raise ConfigError(f"{key} must be a list of text, got {entry!r} in it")
         if not entry or not any(names_part(entry, name, n_layers=layers) for name in linears):
             raise ConfigError(
                 f"{key} must name parts of {', '.join(parts)}, got {entry!r}."
@@ -624,6 +652,13 @@ def _check_phases(config: RunConfig) -> None:
 def _check_restarts(config: RunConfig) -> None:
     _check_rank_changes(config)
     relora, schedule = config.relora, config.schedule
+    if config.train.steps > MOST_RESTARTS * relora.reset_frequency:
+        least = -(-config.train.steps // MOST_RESTARTS)
+        raise ConfigError(
+            f"relora.reset_frequency must be >= {least} with train.steps={config.train.steps} "
+            f"(at most {MOST_RESTARTS} restarts), got {relora.reset_frequency}; nearest valid: "
+            f"{least}"
+        )
     adapted = len(adapted_shapes(config))
     if relora.restart_groups > adapted:
         raise ConfigError(

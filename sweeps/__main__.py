@@ -9,6 +9,7 @@ import sys
 
 from experiments.run_dir import RunLocked
 from relora_core.config import ConfigError
+from relora_core.data.base import DataError
 from sweeps.cluster import SlurmError
 
 COMMANDS = (
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (SlurmError, RunLocked, OSError) as error:
+    except (SlurmError, RunLocked, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

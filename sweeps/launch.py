@@ -7,13 +7,13 @@ everything is on disk before anything is queued.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
+from experiments import records
 from experiments.run_dir import DONE, RunDir, runs_folder
 from experiments.state import state_of
 from relora_core import atomic
@@ -146,13 +146,24 @@ def store_launcher(launcher: Launcher, folder: Path) -> None:
 
 def load_launcher(folder: Path) -> Launcher:
     """The launcher that the sweep in `folder` was launched with last; local where nothing says."""
+    path = folder / "launcher.json"
     try:
-        raw = json.loads((folder / "launcher.json").read_text(encoding="utf-8"))
+        raw = records.read(path)
+        options = raw["options"]
+        if raw["kind"] == "slurm":
+            if records.known(SlurmOptions, options, where="options.") != options:
+                raise ValueError("an option is not known")
+            return SlurmLauncher(options=SlurmOptions(**options))
+        if raw["kind"] != "local" or not records.fits(int | None, options.get("max_parallel")):
+            raise ValueError("it names no launcher")
+        return LocalLauncher(**options)
     except FileNotFoundError:
         return LocalLauncher()
-    if raw["kind"] == "slurm":
-        return SlurmLauncher(options=SlurmOptions(**raw["options"]))
-    return LocalLauncher(**raw["options"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} must be a launcher as this version writes it ({error}); the sweep's own "
+            "command writes it again"
+        ) from None
 
 
 # before the runs --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.identity import arm_id, config_from_json, run_id, scientific
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, applies, get, validate, walk
@@ -99,6 +100,9 @@ def make_plan(
 
 
 def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
+    folders = sorted({config.output_dir for _, config in points})
+    if len(folders) > 1:  # equal runs in two folders would fall together
+        raise ConfigError(f"output_dir must be one folder per command, got {', '.join(folders)}")
     given = {config.sweep.name for _, config in points}
     if name is None and len(given) > 1:
         raise ConfigError(
@@ -270,12 +274,14 @@ def _only_writer(folder: Path) -> Iterator[None]:
 def load(path: Path) -> Plan:
     """A stored plan; ConfigError where the file is not one."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = records.plan(path)
         cells = [
             Cell(**{**cell, "config": config_from_json(json.dumps(cell["config"]))})
             for cell in raw["cells"]
         ]
-        return Plan(**{**raw, "cells": cells})
+        return Plan(**{**records.known(Plan, raw | {"cells": []}, where=""), "cells": cells})
+    except records.Damaged:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} must be a plan as this version writes it ({error}); move it away to plan anew"
@@ -286,9 +292,6 @@ def stored_names(output_dir: Path | str) -> dict[str, dict[str, str]]:
     """Sweep name -> run_id -> run name, for every stored plan, without building the configs."""
     found = {}
     for path in sorted((Path(output_dir) / "sweeps").glob("*/plan.json")):
-        try:
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-            found[path.parent.name] = {cell["run_id"]: cell["name"] for cell in cells}
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} must be a plan as this version writes it") from None
+        cells = records.plan(path)["cells"]
+        found[path.parent.name] = {cell["run_id"]: cell["name"] for cell in cells}
     return found

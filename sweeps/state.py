@@ -7,18 +7,19 @@ job and the run itself has been silent for long; and even that is judged anew ea
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.run_dir import RunDir, Status
 from experiments.state import SILENT_AFTER_S, RunState, state_of
 from relora_core import atomic
+from relora_core.config import ConfigError
 from sweeps import cluster
 from sweeps.cluster import Job, SlurmError
 from sweeps.plan import plan_folder
@@ -217,11 +218,16 @@ def jobs_folder(output_dir: Path | str, *, name: str) -> Path:
 
 def read_submissions(folder: Path) -> list[Submission]:
     """Every `*/submission.json` below `folder`, oldest first."""
-    known = {f.name for f in fields(Submission)}
     found = []
     for path in folder.glob("*/submission.json"):
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        found.append(Submission(**{k: v for k, v in raw.items() if k in known}))
+        try:
+            raw = records.known(Submission, records.read(path), where="")
+            found.append(Submission(**raw))
+        except (ValueError, TypeError) as error:  # whose jobs it names nobody can say
+            raise ConfigError(
+                f"{path} must be a submission as this version writes it ({error}); `squeue --me` "
+                "lists its jobs: when none is left, move it away"
+            ) from None
     return sorted(found, key=lambda one: (one.created, one.submission))
 
 

@@ -6,7 +6,6 @@ it looks in MLflow (`experiments/mlflow_*.py`), nor for what is true of a run (`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import records
 from experiments.identity import arm_id
 from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
 from experiments.state import RunState, state_of
@@ -275,10 +275,7 @@ def plans(output_dir: Path | str, sweeps: Sequence[str] | None = None) -> dict[s
     found = {}
     for path in sorted(plan_folder(output_dir, name="").glob("*/plan.json")):
         if sweeps is None or path.parent.name in sweeps:
-            try:
-                found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise _no_plan(path) from None
+            found[path.parent.name] = records.plan(path)
     return found
 
 

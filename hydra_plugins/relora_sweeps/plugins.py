@@ -6,6 +6,7 @@ where dataclasses would look its annotations up.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.options import SlurmOptions
 from sweeps.search.config import SearchConfig
 from sweeps.search.space import Choice, Dimension, Float, Int
+
+MOST_POINTS = 100_000
+"""Points of a grid, and values of an axis: more are a slip of the hand, and would not end."""
 
 
 @dataclass
@@ -157,6 +160,11 @@ class SearchSweeper(Sweeper):
         given = parse(arguments, loader=self.loader)
         fixed = {o.key_or_group: str(o.input_line) for o in given if not o.is_sweep_override()}
         first = self.composer.compose(list(fixed.values()))
+        for key in ("space", "when"):
+            if not OmegaConf.is_dict(first.search[key]):
+                raise ConfigError(
+                    f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
+                )
         space = self._space(first.search.space, given)
         code = run_search(
             self._search(first, space, fixed),
@@ -268,9 +276,29 @@ class SlurmLauncher(OurLauncher):
 def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
     """Hydra's reading of overrides; one line where one is none."""
     try:
-        return OverridesParser.create(config_loader=loader).parse_overrides(texts)
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(texts)
     except HydraException as error:
         raise ConfigError(_explain(texts, error)) from None
+    for override in overrides:
+        _values(override)
+    return overrides
+
+
+def _values(override: Override) -> int:
+    """How many values an axis has; ConfigError where they would never be listed."""
+    if not override.is_sweep_override() or not override.is_discrete_sweep():
+        return 1
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator())
+    start, stop, step = (float(n or 0) for n in (value.start, value.stop, value.step))
+    count = (stop - start) / step if step else math.inf
+    if not count <= MOST_POINTS:
+        raise ConfigError(
+            f"{override.key_or_group} must have at most {MOST_POINTS} values, got "
+            f"{override.input_line!r}"
+        )
+    return max(0, math.ceil(count))
 
 
 def dimension(override: Override) -> Dimension:
@@ -309,6 +337,8 @@ def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
                 f"{override.key_or_group} must be a list, choice() or range() in a grid, got "
                 f"{override.input_line!r}; interval() is for a search"
             )
+    if (points := math.prod(map(_values, overrides))) > MOST_POINTS:
+        raise ConfigError(f"a grid must have at most {MOST_POINTS} points, got {points}")
     return BasicSweeper.split_arguments(overrides, None)[0]
 
 
@@ -322,12 +352,15 @@ def expand_arms(
     """The points of every arm that `sweep.arm` takes (all, where nothing says), replicate by
     replicate: a sweep that is stopped halfway has compared all arms on the seeds it got to."""
     key = "sweep.arm"
-    given = [text for text in params + arguments if text.startswith(f"{key}=")]
+    given = [text for text in params + arguments if text.lstrip("+").startswith(f"{key}=")]
     if not arms:
         return expand(params + arguments, loader=loader)
     names = list(arms)
     if given:
-        names = [text.removeprefix(f"{key}=") for [text] in expand(given, loader=loader)]
+        cells = expand([text.lstrip("+") for text in given], loader=loader)
+        names = [str(parse(cell, loader=loader)[-1].value()) for cell in cells]
+        arguments = [text for text in arguments if text not in given]
+        params = [text for text in params if text not in given]
     grids = []
     for name in names:
         if name not in arms:
@@ -388,10 +421,10 @@ class Composer:
 
     def compose(self, texts: Sequence[str]) -> DictConfig:
         """What Hydra makes of the overrides; ConfigError in one line where it refuses them."""
-        try:
+        from experiments import schema
+
+        with schema.explaining(texts):
             config = self.loader.load_sweep_config(self.master, list(texts))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(texts, error)) from None
         with open_dict(config):
             config.pop("hydra")
         return config
@@ -409,6 +442,8 @@ class Composer:
 
         self.known = self.known or frozenset(schema.schema_keys())
         for text in texts:
+            if self.parse(text).key_or_group.startswith("search."):
+                raise ConfigError(f"{text!r} needs hydra/sweeper=search: a grid has no search")
             if self.parse(text).key_or_group not in self.known:
                 raise ConfigError(schema.diagnose([text], KeyError(text)))
         values = {o.key_or_group: o.value() for o in map(self.parse, texts)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from relora_core.config import printable
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -43,6 +45,9 @@ class TokenStream(Protocol):
 
 class DataError(RuntimeError):
     """Data that turned out bad while reading: one line naming file, row and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(kw_only=True, slots=True)

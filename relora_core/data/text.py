@@ -117,7 +117,7 @@ class Tokens:
             self.meta = _Meta(**json.loads((folder / "meta.json").read_text(encoding="utf-8")))
             self.ids = np.memmap(folder / "ids.bin", dtype=self.meta.dtype, mode="r")
             self.starts: np.ndarray = np.load(folder / "documents.npy", mmap_mode="r")
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(_damaged(folder, places.first_line(error))) from None
         if len(self.ids) != self.meta.tokens or len(self.starts) != self.meta.documents + 1:
             raise DataError(_damaged(folder, f"{len(self.ids)} of {self.meta.tokens} tokens"))

@@ -173,7 +173,7 @@ def _eos_id(
 def _configured_eos(config: Path) -> str | None:
     try:
         token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ConfigError(f"data.tokenizer: {config} is not a JSON object") from None
     return token.get("content") if isinstance(token, dict) else token
 

@@ -208,7 +208,7 @@ def records(
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             # JSONDecodeError's own text counts lines within this one.
             what = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise ConfigError(f"{where} line {number}: not JSON ({what})") from None

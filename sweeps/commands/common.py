@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.identity import arm_id, arm_name
 from experiments.run_dir import RunDir, all_runs, runs_folder
 from experiments.state import RunState, find_run, state_of
@@ -73,11 +73,8 @@ def _plans(output_dir: Path | str) -> dict[str, list[Run]]:
     plans = {}
     for path in sorted(plan_folder(output_dir, name="").glob("*/plan.json")):
         name = path.parent.name
-        try:
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-            plans[name] = [_planned(cell, output_dir=output_dir, sweep=name) for cell in cells]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} must be a plan as this version writes it") from None
+        cells = records.plan(path)["cells"]
+        plans[name] = [_planned(cell, output_dir=output_dir, sweep=name) for cell in cells]
     return plans
 
 
@@ -86,7 +83,7 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> 
     return Run(
         dir=RunDir(runs_folder(output_dir) / cell["run_id"]),
         name=cell["name"],
-        arm=arm_name(cell["name"]) or config.get("experiment", sweep),
+        arm=arm_name(cell["name"]) or str(config.get("experiment", sweep)),
         arm_id=cell["arm_id"],
         seed=config.get("seed"),
         steps=config["train"]["steps"],

@@ -15,6 +15,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from experiments import records
 from experiments.environment import ROOT, frozen, git
 from experiments.identity import arm_id, scientific
 from experiments.run_dir import RunDir
@@ -174,9 +175,9 @@ def _patch(run: RunDir, facts: dict[str, Any], *, output_dir: Path | str) -> dic
     for name, runs in stored_names(output_dir).items():
         folder = plan_folder(output_dir, name=name)
         try:
-            code = json.loads((folder / "code.json").read_text(encoding="utf-8"))
-            text = (folder / "code.diff").read_text(encoding="utf-8")
-        except FileNotFoundError:
+            code = records.read(folder / "code.json")
+            text = (folder / "code.diff").read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, records.Damaged):
             continue
         alike = all(code.get(key) == facts.get(key) for key in ("commit", "code_hash"))
         if run.run_id in runs and alike:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from relora_core.config import ConfigError, nearest
+from relora_core.config import LARGEST_INT, ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")
 SHORT = {"min": "minimize", "max": "maximize"}
@@ -98,6 +98,7 @@ class SearchConfig:
     """Trials that one scheduler job may take in turn, where the earlier ones ended early."""
 
 
+MOST_SEEDS = 10_000
 CHANGEABLE = ("n_trials", "sampler", "pruner", "prune_metric", "enqueue", "max_failures")
 CHANGEABLE += ("trials_per_job", "seed")
 """What a later command of the same study may give anew."""
@@ -126,7 +127,10 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
         )
     first = config.objectives[0].metric
     config.prune_metric = config.prune_metric or (first if first not in COSTS else "train/loss")
-    config.enqueue = [dict(entry) for entry in _list(config.enqueue)]
+    for key in ("space", "when"):
+        _mapping(f"search.{key}", getattr(config, key))
+    entries = _list(config.enqueue)
+    config.enqueue = [_mapping(f"search.enqueue[{i}]", one) for i, one in enumerate(entries)]
     return config
 
 
@@ -174,6 +178,11 @@ def _objective(given: Any) -> Objective:
         raise ConfigError(f"search.objectives must name a metric, got {dict(values)!r}")
     values = {key: value for key, value in values.items() if value is not None}
     one = Objective(**values)
+    for key in ("metric", "direction", "reduce"):
+        if not isinstance(getattr(one, key), str):
+            raise ConfigError(
+                f"search.objectives must have text as {key}, got {getattr(one, key)!r}"
+            )
     one.direction = SHORT.get(one.direction, one.direction)
     _one_of("search.objectives", one.direction, [*DIRECTIONS, *SHORT], what="a direction")
     _one_of("search.objectives", one.reduce, REDUCES, what="a way to reduce")
@@ -201,7 +210,7 @@ def _check_metric(key: str, metric: str) -> None:
 
 def _seeds(given: Any, *, first: int) -> list[int]:
     if isinstance(given, int) and not isinstance(given, bool):
-        _whole("search.seeds", given, at_least=1)
+        _whole("search.seeds", given, at_least=1, at_most=MOST_SEEDS)
         return [first + i for i in range(given)]
     seeds = _list(given)
     for seed in seeds:
@@ -212,16 +221,24 @@ def _seeds(given: Any, *, first: int) -> list[int]:
 
 
 def _named(key: str, given: Any, choices: tuple[str, ...]) -> dict[str, Any]:
-    values = {"name": given} if isinstance(given, str) else dict(given)
+    values = dict(given) if isinstance(given, Mapping) else {"name": given}
     _one_of(f"{key}.name", values.get("name"), choices, what="one")
     return {"name": values.pop("name"), **values}
+
+
+def _mapping(key: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{key} must be {{key: value, ...}}, got {given!r}")
+    return dict(given)
 
 
 def _list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
 
 
-def _whole(key: str, value: Any, *, at_least: int) -> None:
+def _whole(key: str, value: Any, *, at_least: int, at_most: int = LARGEST_INT) -> None:
+    if isinstance(value, int) and value > at_most:
+        raise ConfigError(f"{key} must be <= {at_most}, got {value}; nearest valid: {at_most}")
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ConfigError(
             f"{key} must be an integer >= {at_least}, got {value!r}; nearest valid: {at_least}"

@@ -68,6 +68,7 @@ def run_search(
         command=command,
     )
     check_corners(spec, bases)
+    spec.check()
     plan = make_plan([(dict(c), config) for (c, _), config in zip(bases, completed, strict=True)])
     output_dir = one_output_dir(plan)
     check_tracking(plan)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.identity import config_from_json, scientific
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, nearest
@@ -57,7 +58,7 @@ class Spec:
     def read(cls, path: Path) -> Spec:
         """ConfigError where the file is missing or is none."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = records.parse(path.read_bytes())
             return cls(
                 config=normalise(raw["config"]),
                 space={key: from_json(one) for key, one in raw["space"].items()},
@@ -70,7 +71,7 @@ class Spec:
             raise ConfigError(
                 f"{path.parents[1].name} must be a search, but has no {path}"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} must be a search as this version writes it ({error!r}); move it away to "
                 "begin anew"

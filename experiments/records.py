@@ -1,0 +1,105 @@
+"""JSON of runs and sweeps, read with distrust: disks, editors and other versions write to it too.
+
+Not for: what the files mean (`run_dir.py`, `sweeps/plan.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from relora_core.config import ConfigError
+
+
+class Damaged(ConfigError):
+    """A file that is not what was written: one line that names it."""
+
+
+def parse(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; ValueError for anything else, however deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError where there is none, Damaged where it is bad."""
+    try:
+        return parse(path.read_bytes())
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON can stand for a field of this type; an integer for a float too."""
+    if kind is Any:
+        return True
+    if kind is float:
+        return type(value) in (int, float)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(part, value) for part in parts)
+    if origin is list:
+        return type(value) is list and all(fits(parts[0], one) for one in value)
+    if origin is dict:
+        return type(value) is dict and all(fits(parts[1], one) for one in value.values())
+    return value is None if kind in (None, NoneType) else type(value) is kind
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Resolving them takes most of the time of reading a config, and a sweep has thousands."""
+    return get_type_hints(cls)
+
+
+def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """The fields of `cls` in `raw`; ValueError where one does not fit. Others are ignored."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    found = {key: value for key, value in raw.items() if key in names}
+    for key, value in found.items():
+        if not fits(hints(cls)[key], value):
+            raise ValueError(f"{where}{key} cannot be {value!r:.60}")
+    return found
+
+
+def plan(path: Path) -> dict[str, Any]:
+    """plan.json as it is in the file; Damaged where it could mislead who looks for its runs."""
+    try:
+        raw = parse(path.read_bytes())
+        if not isinstance(raw.get("cells"), list):
+            raise ValueError("it has no list of cells")
+        for cell in raw["cells"]:
+            _check_cell(cell)
+        for key in ("commands", "collapsed"):
+            if not fits(list[str], raw.get(key, [])):
+                raise ValueError(f"{key} is no list of text")
+        return raw
+    except ValueError as error:
+        raise Damaged(
+            f"{path} must be a plan as this version writes it ({error}); move it away to plan anew"
+        ) from None
+
+
+def _check_cell(cell: Any) -> None:
+    if not isinstance(cell, dict):
+        raise ValueError("a cell is no object")
+    for key in ("run_id", "arm_id", "name"):
+        if not isinstance(cell.get(key), str):
+            raise ValueError(f"a cell has no {key}")
+    run_id = cell["run_id"]
+    odd = run_id in ("", ".", "..") or "\0" in run_id or len(run_id) > 200
+    if odd or Path(run_id).name != run_id:
+        raise ValueError(f"run_id must name a folder, got {run_id!r:.60}")
+    config = cell.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
+        raise ValueError(f"{run_id} has no config")
+    if not fits(int, config["train"].get("steps")) or not fits(int, config.get("seed", 0)):
+        raise ValueError(f"{run_id} has no number of steps, or no seed")

@@ -1,0 +1,194 @@
+"""Whatever became of a file of a run or a sweep, each command ends with success or one clear line.
+
+Every file that the commands read is cut, flipped, emptied, re-encoded and changed value by value;
+nothing outside the output folder is touched, and what only looks changes nothing in it either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main as experiments_main
+from experiments.run_dir import RunDir
+from sweeps.__main__ import main as sweeps_main
+from sweeps.state import Submission, jobs_folder
+from tests.experiments import synthetic
+from tests.fuzz import porch
+from tests.fuzz.damage import damaged
+
+LOOKS = (
+    *(["status"], ["status", "--json"], ["status", "mine", "--runs"], ["plan", "mine"]),
+    *(["logs", "{run}"], ["logs", "{run}", "--slurm"], ["diff", "{run}", "{other}"]),
+    *(["diff", "{run}", "{other}", "--json"], ["gc"], ["gc", "--keep-best", "1", "--snapshots"]),
+    *(["eval", "mine"], ["watch", "--once"]),
+)
+SHOWS = (["show", "{run}"], ["show", "{run}", "--json"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two sweeps: finished, running, failed and never-begun runs, with all that they leave."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    configs = synthetic.arms(4, seeds=(0, 1))
+    runs = synthetic.a_sweep(out, configs)
+    synthetic.a_sweep(out, configs[:2], name="yours")
+    for run in runs[:3]:
+        synthetic.record(run)
+    first = runs[0]
+    first.log_path(1).write_text("begun\n")
+    step = first.checkpoints / "step-00000040"
+    step.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "rng.pt", "progress.json"):
+        (step / name).write_text("{}")
+    (first.path / "trial.json").write_text(json.dumps({"study": "s", "number": 3}))
+    (first.path / "mlflow.json").write_text(json.dumps({"a": {"run": "b"}}))
+    (first.path / "lock").write_text(
+        json.dumps({"host": "elsewhere", "pid": 5, "started": 1.5, "job_id": "7"})
+    )
+    evaluation = {"name": "test", "section": "paloma", "step": 40, "digest": "d", "tables": {}}
+    evaluation |= {"metrics": {"test/paloma/perplexity": 3.0}}
+    (first.evals / "test").mkdir(parents=True)
+    (first.evals / "test" / "step-00000040-paloma.json").write_text(json.dumps(evaluation))
+    sweep = out / "sweeps" / "mine"
+    (sweep / "launcher.json").write_text(json.dumps({"kind": "local", "options": {}}))
+    (sweep / "code.json").write_text(json.dumps({"commit": "c", "code_hash": "c0de"}))
+    (sweep / "code.diff").write_text("diff --git a/x b/x\n+y\n")
+    submission = Submission(submission="ab", name="mine-ab", job_id="7", tasks=[[first.run_id]])
+    submission.write(jobs_folder(out, name="mine") / "ab")
+    return out
+
+
+def files(out: Path) -> list[Path]:
+    return sorted(p for p in out.rglob("*") if p.is_file() and p.suffix != ".tmp")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def a_case(whole: Path, folder: Path, *, seed: int) -> tuple[Path, str]:
+    """A copy with one damaged file, and which that is."""
+    draw = random.Random(seed)
+    shutil.copytree(whole, folder / "out")
+    path = draw.choice(files(folder / "out"))
+    path.write_bytes(damaged(path.read_bytes(), seed=seed))
+    return folder / "out", str(path.relative_to(folder))
+
+
+def looked(out: Path, words: list[str], *, seed: int) -> porch.Answer:
+    names = sorted(p.name for p in (out / "runs").iterdir())
+    words = [w.format(run=names[seed % 4], other=names[(seed + 1) % 4]) for w in words]
+    main = experiments_main if words[0] == "show" else sweeps_main
+    return porch.answer(lambda: main([*words, "--output-dir", str(out)]))
+
+
+def told_well(told: porch.Answer) -> list[str]:
+    """A command about many runs may have a line to say of one and still succeed."""
+    if told.code == 1 and told.out and not told.err:  # `watch` says with it that runs have failed
+        return []
+    return porch.faults(told) if told.code or told.trace else []
+
+
+def one_look(whole: Path, folder: Path, *, seed: int, words: list[str]) -> None:
+    folder.mkdir()
+    out, what = a_case(whole, folder, seed=seed)
+    before = tree(folder)
+    told = looked(out, words, seed=seed)
+    assert told_well(told) == [], (seed, what, words, told)
+    assert tree(folder) == before, (seed, what, words)
+    shutil.rmtree(folder)
+
+
+def test_a_look_at_damaged_records(whole, tmp_path):
+    for seed in range(24):
+        one_look(whole, tmp_path / "x", seed=seed, words=[*LOOKS, *SHOWS][seed % 14])
+
+
+@pytest.mark.slow
+def test_600_looks_at_damaged_records(whole, tmp_path):
+    for seed in range(600):
+        one_look(whole, tmp_path / "x", seed=1000 + seed, words=[*LOOKS, *SHOWS][seed % 14])
+
+
+@pytest.mark.slow
+def test_gc_of_damaged_records_removes_nothing_elsewhere(whole, tmp_path):
+    for seed in range(150):
+        folder = tmp_path / "x"
+        (folder / "x" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        shutil.copytree(whole / "runs", folder / "runs")
+        out, what = a_case(whole, folder, seed=seed)
+        outside = tree(folder).keys() - {f"out/{name}" for name in tree(out)}
+        told = looked(out, ["gc", "--yes"], seed=seed)
+        assert told_well(told) == [], (seed, what, told)
+        assert outside <= tree(folder).keys(), (seed, what)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_tidy_data_of_damaged_records(whole, tmp_path):
+    from experiments import tidy
+
+    for seed in range(300):
+        folder = tmp_path / "x"
+        folder.mkdir()
+        out, what = a_case(whole, folder, seed=seed)
+        told = porch.answer(lambda out=out: _gather(tidy, out))
+        assert told_well(told) == [], (seed, what, told)
+        shutil.rmtree(folder)
+
+
+def _gather(tidy, out: Path) -> int:
+    from experiments.runner import reporting
+
+    with reporting():
+        for run in tidy.gather(out, "mine").runs:
+            dataclasses.asdict(run)
+    return 0
+
+
+# named: what fuzzing found ----------------------------------------------------------------------
+def test_a_damaged_status_is_a_failed_run_that_the_same_command_goes_on_with(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    run = RunDir(sorted((out / "runs").iterdir())[0])
+    for content in ("{", "[]", '{"state": 5}', '{"state": "odd"}', '{"steps": "x"}', "\udcff"):
+        run.status_path.write_text(content, errors="surrogateescape")
+        status = run.status()
+        assert status.state == "failed"
+        assert "status.json" in (status.error or "")
+        assert status.attempts == len(run.attempt_records())
+
+
+def test_a_plan_that_names_a_folder_elsewhere_is_refused(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    path = out / "sweeps" / "mine" / "plan.json"
+    plan = json.loads(path.read_text())
+    for run_id in ("../../x", "a/b", "", "..", "/etc", "a\0b", "x" * 300):
+        plan["cells"][0]["run_id"] = run_id
+        path.write_text(json.dumps(plan))
+        for words in (["status"], ["gc", "--yes"], ["plan", "mine"], ["sync", "mine"]):
+            told = looked(out, words, seed=0)
+            assert porch.faults(told) == []
+            assert "run_id must name a folder" in told.err
+
+
+def test_a_damaged_result_is_no_result(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    runs = [RunDir(path) for path in sorted((out / "runs").iterdir())]
+    run = next(run for run in runs if run.result() is not None)
+    (run.path / "lock").unlink(missing_ok=True)
+    for content in ("{", "[]", '{"metrics": 5}', '{"metrics": {"a": "b"}}', '{"step": "x"}'):
+        run.result_path.write_text(content)
+        assert run.ended() is None
+        told = looked(out, ["status", "--json"], seed=0)
+        [state] = [r for r in json.loads(told.out)["runs"] if r["run_id"] == run.run_id]
+        assert state["state"] == "failed"
+        assert "result.json is damaged" in state["reason"]
