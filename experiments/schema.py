@@ -92,7 +92,9 @@ def refuse_code(cfg: DictConfig) -> None:
                 if value not in plugins:
                     raise ConfigError(f"{key} must be left to hydra/{section}=NAME, got {value!r}")
             elif name in INSTANTIATING or (name == "class" and value not in LOGGING):
-                raise ConfigError(f"{key} must not be there: a config may call no code, got {value!r}")
+                raise ConfigError(
+                    f"{key} must not be there: a config may call no code, got {value!r}"
+                )
 
 
 def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

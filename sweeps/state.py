@@ -221,6 +221,7 @@ def read_submissions(folder: Path) -> list[Submission]:
     found = []
     for path in folder.glob("*/submission.json"):
         raw = json.loads(path.read_text(encoding="utf-8"))
+        raw["submission"] = path.parent.name  # whatever the file says
         found.append(Submission(**{k: v for k, v in raw.items() if k in known}))
     return sorted(found, key=lambda one: (one.created, one.submission))
 
