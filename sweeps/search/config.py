@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from experiments.mlflow_store import check_secret
 from relora_core.config import ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")
@@ -127,6 +128,8 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
     first = config.objectives[0].metric
     config.prune_metric = config.prune_metric or (first if first not in COSTS else "train/loss")
     config.enqueue = [dict(entry) for entry in _list(config.enqueue)]
+    if config.storage is not None:
+        check_secret("search.storage", str(config.storage))
     return config
 
 
