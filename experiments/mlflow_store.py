@@ -26,16 +26,24 @@ SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """What SQLAlchemy imports for a dialect where the URI names no driver."""
 
+DAMAGED = re.compile(
+    r"file is not a database|disk image is malformed|no such (table|column): [\w.]+|"
+    r"has no column named \w+|Can't locate revision identified by '\w+'"
+)
+"""What is said of a database that is damaged, or that a newer MLflow wrote."""
 PASSWORD = "RELORA_DB_PASSWORD"
 """Environment variable with the password of a database, whose address is written down."""
 
 
 class TrackingUnreachable(RuntimeError):
-    """The store does not answer; one line that says that nothing is lost."""
+    """The store does not answer, or is damaged; one line that says that nothing is lost."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, damage: str | None = None) -> None:
         super().__init__(
-            f"tracking: {redacted(uri)} unreachable; nothing is lost, "
+            f"tracking: {redacted(uri)} cannot be used ({damage}); nothing is lost, move the "
+            "database away and run `python -m sweeps sync`"
+            if damage
+            else f"tracking: {redacted(uri)} unreachable; nothing is lost, "
             "run `python -m sweeps sync` later"
         )
 
@@ -226,6 +234,7 @@ def connect(uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs what it raises
     return MlflowClient(tracking_uri=with_password(uri))
 
 
@@ -243,6 +252,8 @@ def reachable(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if found := DAMAGED.search(str(error)):
+            raise TrackingUnreachable(uri, damage=found[0]) from error
         if not is_outage(error):
             raise
         raise TrackingUnreachable(uri) from error
