@@ -33,7 +33,7 @@ MAX_COMMANDS, MAX_TROUBLES, MAX_COMPARED = 5, 5, 12
 
 def sentence(view: SweepView) -> str:
     """The sweep in one line: the UI shows no more of an experiment's note."""
-    question = f" {view.question}" if view.question else ""
+    question = f" {_plain(view.question)}" if view.question else ""
     return f"Sweep {view.name}:{question} {progress(view)}."
 
 
@@ -58,16 +58,17 @@ def note(
 
     `summaries` is arm_id -> metric -> interval; `arm_runs` are the arms' MLflow runs.
     """
-    top = [view.question] if view.question else []
+    top = [_plain(view.question)] if view.question else []
     top.append(f"**{progress(view)}**, {_plural(len(view.arms), 'arm')}.")
     if troubles := _troubles(view):
-        top.append(troubles)
+        top.append(_plain(troubles))
     bottom = []
     if view.collapsed:
-        bottom.append("\n".join(f"- {line}" for line in view.collapsed))
+        bottom.append(_plain("\n".join(f"- {line}" for line in view.collapsed)))
     bottom.append("Open: " + ", ".join(_links(view, experiment_id, arm_runs)) + ".")
     if commands := view.commands[-MAX_COMMANDS:]:
-        bottom.append("```\n" + "\n".join(map(_wrapped, commands)) + "\n```")
+        told = "\n".join(map(_wrapped, commands)).replace("```", "` ` `")
+        bottom.append(f"```\n{told}\n```")
     folder = Path(output_dir).absolute()
     bottom.append(
         f"Records: `{folder}/runs`, plan: `{folder}/sweeps/{view.name}/plan.json`. All of this is "
@@ -75,6 +76,11 @@ def note(
     )
     room = MAX_NOTE - sum(len(part) + 2 for part in (*top, *bottom))
     return "\n\n".join([*top, _table(view, summaries, room=room), *bottom])[:MAX_NOTE]
+
+
+def _plain(text: str) -> str:
+    """What comes from runs is no HTML, whoever shows the note."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _wrapped(command: str) -> str:
@@ -123,7 +129,7 @@ def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, 
     for number, arm in enumerate(view.arms):
         of_arm = summaries.get(arm.arm_id, {})
         cells = [cell(of_arm.get(metric)) for metric in shown.values()]
-        name = arm.name.replace("|", "\\|")
+        name = _plain(arm.name.replace("|", "\\|"))
         line = "| " + GAP.join([name, f"{arm.finished}/{len(arm.runs)}", *cells]) + " |"
         left -= len(line) + 1
         if left < 0:

@@ -26,24 +26,40 @@ SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """What SQLAlchemy imports for a dialect where the URI names no driver."""
 
+DAMAGED = re.compile(
+    r"file is not a database|disk image is malformed|no such (table|column): [\w.]+|"
+    r"has no column named \w+|Can't locate revision identified by '\w+'"
+)
+"""What is said of a database that is damaged, or that a newer MLflow wrote."""
+PASSWORD = "RELORA_DB_PASSWORD"
+"""Environment variable with the password of a database, whose address is written down."""
+
 
 class TrackingUnreachable(RuntimeError):
-    """The store does not answer; one line that says that nothing is lost."""
+    """The store does not answer, or is damaged; one line that says that nothing is lost."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, damage: str | None = None) -> None:
         super().__init__(
-            f"tracking: {redacted(uri)} unreachable; nothing is lost, "
+            f"tracking: {redacted(uri)} cannot be used ({damage}); nothing is lost, move the "
+            "database away and run `python -m sweeps sync`"
+            if damage
+            else f"tracking: {redacted(uri)} unreachable; nothing is lost, "
             "run `python -m sweeps sync` later"
         )
 
 
-def check_uri(tracking: TrackingConfig) -> None:
-    """Raise ConfigError where `tracking.uri` cannot be a store. Contacts none, loads no MLflow."""
+def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
+    """Raise ConfigError where `tracking.uri` cannot be a store. Contacts none, loads no MLflow.
+
+    `recorded`: it will stand in the records of runs, where no password may.
+    """
     uri = tracking.uri
     if not tracking.enabled or uri is None:
         return
     scheme, separator, _ = uri.partition("://")
     dialect, _, driver = scheme.partition("+")
+    if recorded:
+        check_secret("tracking.uri", uri)
     if not separator or scheme == "file":
         path = re.sub(r"^(file:(//)?|sqlite:/*)", "", uri)
         path = path if path.endswith(".db") else f"{path}/mlflow.db"
@@ -60,7 +76,7 @@ def check_uri(tracking: TrackingConfig) -> None:
         _check_sqlite(uri)
     elif dialect in ("http", "https") and not urlsplit(uri).hostname:
         raise ConfigError(
-            f"tracking.uri must name a host, as in http://127.0.0.1:5000, got {uri!r}"
+            f"tracking.uri must name a host, as in http://127.0.0.1:5000, got {redacted(uri)!r}"
         )
     elif dialect in DRIVERS and not importlib.util.find_spec(driver or DRIVERS[dialect]):
         raise ConfigError(
@@ -97,9 +113,31 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(name).absolute() if name and name != ":memory:" else None
 
 
-def redacted(uri: str) -> str:
-    """`uri` without its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+def redacted(text: str) -> str:
+    """`text` without the passwords of addresses in it, which may hold any character but white space
+    and quotes."""
+    text = re.sub(r"(://[^/@:\s]*):(?!\d+/)[^\s'\"]*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|\w*token)=)[^\s'\"&]+", r"\1***", text)
+
+
+def check_secret(key: str, uri: str) -> None:
+    """ConfigError where an address that will be written down holds a password."""
+    if redacted(uri) == uri:
+        return
+    web = uri.startswith(("http://", "https://"))
+    where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if web else PASSWORD
+    raise ConfigError(
+        f"{key} must hold no password, since it stands in the records of every run, got "
+        f"{redacted(uri)!r}; the environment's {where} may hold it"
+    )
+
+
+def with_password(uri: str) -> str:
+    """A database's address for use: the environment's password for a user who has none in it."""
+    password = os.environ.get(PASSWORD)
+    if not password or uri.startswith(("http://", "https://")):
+        return uri
+    return re.sub(r"(://[^/@:]+)@", lambda m: f"{m[1]}:{quote(password, safe='')}@", uri, count=1)
 
 
 def default_uri(output_dir: Path | str) -> str:
@@ -196,7 +234,8 @@ def connect(uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs what it raises
+    return MlflowClient(tracking_uri=with_password(uri))
 
 
 def lock(uri: str, output_dir: Path) -> BaseFileLock:
@@ -213,6 +252,8 @@ def reachable(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if found := DAMAGED.search(str(error)):
+            raise TrackingUnreachable(uri, damage=found[0]) from error
         if not is_outage(error):
             raise
         raise TrackingUnreachable(uri) from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from experiments.mlflow_store import connect, reachable, redacted, ui_link
+from experiments.mlflow_store import connect, reachable, redacted, ui_link, with_password
 from experiments.mlflow_views import TAG, TITLES, compare_link, links, slug
 from relora_core.config import ConfigError
 
@@ -170,7 +170,9 @@ class Server:
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
-            "MLFLOW_BACKEND_STORE_URI": self._uri,  # a command line shows passwords to everyone
+            "MLFLOW_BACKEND_STORE_URI": with_password(
+                self._uri
+            ),  # a command line shows passwords to everyone
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }

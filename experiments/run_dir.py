@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ import psutil
 from experiments import records
 from experiments.identity import config_from_json, config_to_json
 from relora_core import atomic
-from relora_core.config import RunConfig
+from relora_core.config import ConfigError, RunConfig
 from relora_core.events import Event
 
 STATES = (
@@ -342,6 +343,15 @@ def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:
 
 def runs_folder(output_dir: Path | str) -> Path:
     return Path(output_dir) / "runs"
+
+
+def run_at(output_dir: Path | str, run_id: str) -> RunDir:
+    """The run of an id that a file names; ConfigError where its folder would lie elsewhere."""
+    if not isinstance(run_id, str) or run_id in ("", ".", "..") or re.search(r"[/\0]", run_id):
+        raise ConfigError(
+            f"a run_id must be the name of a folder in {output_dir}/runs, got {run_id!r}"
+        )
+    return RunDir(runs_folder(output_dir) / run_id)
 
 
 def all_runs(output_dir: Path | str) -> list[RunDir]:

@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +32,10 @@ HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
 WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 WITH_VALUE += ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 """Hydra's flags that take the word after them."""
+INSTANTIATING = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()")
+"""Keys by which Hydra, or Python's logging, is told what to call."""
+LOGGING = ("logging.StreamHandler", "logging.NullHandler", "logging.Formatter")
+"""Other classes write to files and sockets."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +83,37 @@ def refuse_sweep(sweeper: DictConfig) -> None:
     """ConfigError where a sweep file is chosen for a single run, which would take none of it."""
     if sweeper.get("params") or sweeper.get("arms"):
         raise ConfigError("sweep must be none for one run: add -m, or leave sweep out")
+
+
+def refuse_code(cfg: DictConfig) -> None:
+    """ConfigError where a config names code for Hydra to call, other than a launcher or a sweeper.
+
+    Hydra itself refuses some (`os.system`); a file from elsewhere may name what it does not know.
+    """
+    plugins = Plugins.instance().class_name_to_class
+    for section in ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging"):
+        node = OmegaConf.select(cfg, f"hydra.{section}")
+        found = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if section == "callbacks" and found:
+            raise ConfigError(f"hydra.callbacks must be empty, got {', '.join(map(str, found))}")
+        for key, value in _entries(found, f"hydra.{section}"):
+            name = key.rpartition(".")[2]
+            if key in ("hydra.launcher._target_", "hydra.sweeper._target_"):
+                if value not in plugins:
+                    raise ConfigError(f"{key} must be left to hydra/{section}=NAME, got {value!r}")
+            elif name in INSTANTIATING or (name == "class" and value not in LOGGING):
+                raise ConfigError(
+                    f"{key} must not be there: a config may call no code, got {value!r}"
+                )
+
+
+def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is nested in dicts and lists."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value or ())
+    for key, item in inside:
+        yield f"{prefix}.{key}", item
+        if isinstance(item, (dict, list)):
+            yield from _entries(item, f"{prefix}.{key}")
 
 
 def compose(overrides: list[str]) -> RunConfig:

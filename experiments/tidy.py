@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from experiments import records
 from experiments.evaluate import results
 from experiments.identity import arm_name, config_from_json, scientific
-from experiments.run_dir import DONE, RunDir, runs_folder
+from experiments.run_dir import DONE, RunDir, run_at
 from experiments.state import RunState, state_of
 from relora_core.config import ConfigError, RunConfig, get, nearest
 
@@ -287,7 +287,7 @@ def _run(
     output_dir: Path | str,
     states: Mapping[str, RunState],
 ) -> RunData:
-    run_dir = RunDir(runs_folder(output_dir) / cell["run_id"])
+    run_dir = run_at(output_dir, cell["run_id"])
     run = RunData(
         run_id=cell["run_id"],
         arm_id=cell["arm_id"],

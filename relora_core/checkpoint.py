@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -414,9 +416,9 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, rank: int = 0) -
     device = next(model.parameters()).device
     with _naming(path):
         model.load_state_dict(load_weights(path, device=str(device)))
-        moments = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+        moments = _unpacked(path / "optimizer.pt", device=device)
         optimizer.load_state_dict(moments)
-        states = torch.load(path / "rng.pt", map_location="cpu", weights_only=True)
+        states = _unpacked(path / "rng.pt", device=torch.device("cpu"))
         if rank < len(states):  # more ranks than before: the others keep their fresh generators
             set_rng_state(states[rank])
     return read_progress(path)
@@ -451,9 +453,22 @@ def load_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
     """The model's state as it was saved, whichever files hold it."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(path):
-        with _naming(file):
+        try:
             weights |= load_file(file, device=device)
+        except SafetensorError as error:
+            raise DataError(f"{file} must be safetensors: {' '.join(str(error).split())}") from None
     return weights
+
+
+def _unpacked(file: Path, *, device: torch.device) -> Any:
+    """Tensors and plain values; a pickle that would call anything is refused."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever its parser trips over
+        why = re.split(r"[.\n]\s", str(error))[0]
+        raise DataError(f"{file} must hold tensors and plain values alone: {why}") from None
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -689,7 +689,8 @@ def _check_train(config: RunConfig) -> None:
         )
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
-        good = max(n for n in range(1, micro + 1) if train.batch_size % n == 0)
+        small = (n for n in range(1, math.isqrt(train.batch_size) + 1) if train.batch_size % n == 0)
+        good = max(m for n in small for m in (n, train.batch_size // n) if m <= micro)
         raise ConfigError(
             f"train.micro_batch_size must divide train.batch_size={train.batch_size}, got {micro}; "
             f"nearest valid: {good}"

@@ -91,7 +91,7 @@ def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
 
     SlurmError only where squeue does not answer: sacct is not everywhere, and its answer is older.
     """
-    wanted = set(job_ids)
+    wanted = _well_formed(job_ids)
     if not wanted:
         return {}
     found = {job.job_id: job for job in _squeue() if job.job_id in wanted}
@@ -101,6 +101,11 @@ def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
             bases = sorted({job_id.partition("_")[0] for job_id in missing}, key=_number)
             found |= {job.job_id: job for job in ask(bases) if job.job_id in missing}
     return found
+
+
+def _well_formed(job_ids: Iterable[str]) -> set[str]:
+    """They come from files: a tool must not take one for an option or another's jobs."""
+    return {job_id for job_id in job_ids if re.fullmatch(r"\d+(_\d+)?", job_id)}
 
 
 def find(name: str) -> str | None:
@@ -319,7 +324,7 @@ def may_requeue(job_id: str) -> bool:
 
 def cancel(job_ids: Iterable[str]) -> None:
     """End these jobs; those already over are no error."""
-    ids = sorted(set(job_ids), key=lambda job_id: _number(job_id.partition("_")[0]))
+    ids = sorted(_well_formed(job_ids), key=lambda job_id: _number(job_id.partition("_")[0]))
     for start in range(0, len(ids), 500):  # bounds the command line
         _ask(["scancel", "-Q", *ids[start : start + 500]], forgive=FORGOTTEN)
 

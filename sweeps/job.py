@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.run_dir import RunDir, runs_folder, slurm_job_id
+from experiments.run_dir import RunDir, run_at, slurm_job_id
 from experiments.stopping import StopFlag, shielded
+from relora_core.config import ConfigError
 from sweeps import cluster, worker
 from sweeps.cluster import SlurmError
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
@@ -51,22 +52,29 @@ def read(file: Path, *, index: int) -> Work:
     output_dir = file.resolve().parents[4]  # output_dir/sweeps/NAME/jobs/ID/submission.json
     names = raw["tasks"][index]
     if raw["kind"] == "eval":
-        requests = [output_dir / name for name in names]
+        requests = [_inside(output_dir, name) for name in names]
         return Work(runs=[], requests=requests, max_stalled=0, signal_delay_s=0.0)
     if raw["kind"] == "search":
         return Work(
             runs=[],
             requests=[],
-            study=output_dir / names[0],
+            study=_inside(output_dir, names[0]),
             max_stalled=raw["max_stalled"],
             signal_delay_s=raw["signal_delay_s"],
         )
     return Work(
-        runs=[RunDir(runs_folder(output_dir) / name) for name in names],
+        runs=[run_at(output_dir, name) for name in names],
         requests=[],
         max_stalled=raw["max_stalled"],
         signal_delay_s=raw["signal_delay_s"],
     )
+
+
+def _inside(output_dir: Path, name: str) -> Path:
+    path = (output_dir / name).resolve()
+    if not path.is_relative_to(output_dir):
+        raise ConfigError(f"a submission must name what is below {output_dir}, got {name!r}")
+    return path
 
 
 def task_index() -> int:

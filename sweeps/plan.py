@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments import records
 from experiments.identity import arm_id, config_from_json, run_id, scientific
+from experiments.run_dir import run_at
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, applies, get, validate, walk
 from sweeps.grid import Point, check_name, sweep_name
@@ -275,6 +276,9 @@ def load(path: Path) -> Plan:
     """A stored plan; ConfigError where the file is not one."""
     try:
         raw = records.plan(path)
+        check_name(raw["name"])
+        for cell in raw["cells"]:
+            run_at(path.parent, cell["run_id"])
         cells = [
             Cell(**{**cell, "config": config_from_json(json.dumps(cell["config"]))})
             for cell in raw["cells"]

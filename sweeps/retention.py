@@ -69,6 +69,9 @@ def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
     whole = {step: path for step, path in sorted(found.items()) if _has(path, WHOLE)}
     if state in IN_USE:
         return Verdict(run_id=run.run_id, keep=sorted(found), note=f"{state}: left alone")
+    if linked := [p for p in (run.path, run.checkpoints, *found.values()) if p.is_symlink()]:
+        note = f"{linked[0].name} is a link, to what may be another's: left alone"
+        return Verdict(run_id=run.run_id, keep=sorted(found), note=note)
     keep, note = _kept(run, list(whole), state=state, policy=policy)
     torn = [path for path in found.values() if not _has(path, LOADABLE)]
     torn += sorted(run.checkpoints.glob(".tmp-step-*"))
@@ -175,7 +178,8 @@ def _make_writable(function: Callable[..., object], path: str, error: object) ->
     """A frozen snapshot may be read-only; what is gone already is as good."""
     with contextlib.suppress(FileNotFoundError):
         os.chmod(os.path.dirname(path), stat.S_IRWXU)
-        os.chmod(path, stat.S_IRWXU)
+        if not os.path.islink(path):  # chmod would reach what it points to
+            os.chmod(path, stat.S_IRWXU)
         function(path)
 
 
@@ -197,9 +201,13 @@ def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, st
     the sweep may still run, all stay. SlurmError where SLURM must be asked and does not answer.
     """
     folder = plan_folder(output_dir, name=sweep) / "code"
+    if folder.is_symlink() or folder.parent.is_symlink():
+        return []
     young = time.time() - SNAPSHOT_AGE_S
     found = [
-        path for path in sorted(folder.glob("*")) if path.is_dir() and path.stat().st_ctime < young
+        path
+        for path in sorted(folder.glob("*"))
+        if path.is_dir() and not path.is_symlink() and path.stat().st_ctime < young
     ]
     if not found or any(state in IN_USE for state in states.values()):
         return []

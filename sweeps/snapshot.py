@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ PARTS = (
     "hydra_plugins",
 )
 """What the project consists of, where no git can tell."""
+SECRETS = (
+    *(".env", ".env.*", ".envrc", ".netrc", ".pgpass", ".my.cnf", ".pypirc", ".npmrc"),
+    *(".git-credentials", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa", "id_dsa", "id_ecdsa"),
+    *("id_ed25519", "credentials", "credentials.json", "secrets.json", "secrets.y*ml"),
+)
+"""Files that are neither copied nor in a patch, tracked or not: others may read the results."""
 MB = 1e6
 
 
@@ -88,7 +95,9 @@ def code_diff(root: Path = ROOT, *, untracked: list[str]) -> str:
         git(root, *form, "--no-index", "--", "/dev/null", name, ok=(0, 1)) or ""
         for name in untracked
     ]
-    return (git(root, *form, "--no-renames", "--relative", "HEAD") or "") + "".join(added)
+    out = [f":(exclude,glob)**/{one}{end}" for one in SECRETS for end in ("", "/**")]
+    changed = git(root, *form, "--no-renames", "--relative", "HEAD", "--", ".", *out)
+    return (changed or "") + "".join(added)
 
 
 def record(folder: Path, *, root: Path = ROOT, output_dir: Path | str | None = None) -> CodeState:
@@ -111,7 +120,14 @@ def _readable(text: str) -> str:
 
 def _listed(root: Path, command: str, *arguments: str) -> list[str] | None:
     text = git(root, command, "-z", *arguments)
-    return None if text is None else [name for name in text.split("\0") if name]
+    if text is None:
+        return None
+    return [name for name in text.split("\0") if name and not is_secret(name)]
+
+
+def is_secret(name: str) -> bool:
+    """Whether a file of this name, or in a folder of this name, is one that holds passwords."""
+    return any(fnmatch(part, one) for part in name.split("/") for one in SECRETS)
 
 
 def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> list[str]:
@@ -177,7 +193,7 @@ def _walk(root: Path, parts: tuple[str, ...] | list[str]) -> Iterator[str]:
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
             name = str(path.relative_to(root))
             added = name == SNAPSHOT or "__pycache__" in name.split(os.sep)
-            if (path.is_symlink() or path.is_file()) and not added:
+            if (path.is_symlink() or path.is_file()) and not (added or is_secret(name)):
                 yield name
 
 

@@ -222,6 +222,7 @@ def read_submissions(folder: Path) -> list[Submission]:
     for path in folder.glob("*/submission.json"):
         try:
             raw = records.known(Submission, records.read(path), where="")
+            raw["submission"] = path.parent.name  # whatever the file says
             found.append(Submission(**raw))
         except (ValueError, TypeError) as error:  # whose jobs it names nobody can say
             raise ConfigError(

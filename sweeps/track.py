@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import records
 from experiments.identity import arm_id
-from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
+from experiments.run_dir import DONE, RunDir, all_runs, run_at
 from experiments.state import RunState, state_of
 from experiments.tidy import question
 from relora_core.config import ConfigError
@@ -294,7 +294,7 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path) -> Member:
     config = cell["config"]
     tracking, experiment = config["tracking"], config["experiment"]
     return Member(
-        run=RunDir(runs_folder(output_dir) / cell["run_id"]),
+        run=run_at(output_dir, cell["run_id"]),
         name=cell["name"],
         arm_id=cell["arm_id"],
         seed=config["seed"],

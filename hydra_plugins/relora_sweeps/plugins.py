@@ -8,13 +8,14 @@ where dataclasses would look its annotations up.
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
 from itertools import product, zip_longest
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
@@ -33,6 +34,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from yaml import YAMLError
 
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.options import SlurmOptions
@@ -85,6 +87,26 @@ class SlurmConf(SlurmOptions):
 # Hydra copies its whole store for each group that it looks into, a second in all of `--help`. It
 # only reads in it then, and copies what it reads.
 ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
+
+def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Hydra's `load`, through which every config goes before anything that it names is called."""
+
+    def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
+        from experiments import schema
+
+        try:
+            config = load(self, *args, **options)
+        except (YAMLError, UnicodeDecodeError) as error:
+            line = " ".join(str(error).split())
+            raise ConfigError(f"a config file must be plain YAML in UTF-8: {line}") from None
+        schema.refuse_code(config)
+        return config
+
+    return load_configuration
+
+
+ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
 
 _store = ConfigStore.instance()
 _store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")

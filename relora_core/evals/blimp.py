@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 KEY = "eval.blimp.path"
 FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID", "pairID")
+MAX_BYTES = 1 << 30
+"""Of an archive's files in memory; BLiMP has 40 MB."""
 GRAMMAR_SEED = 0
 """Pairs of the grammar."""
 
@@ -147,11 +149,14 @@ def _archive(root: Path) -> dict[str, bytes]:
     """Member name -> content of a tar file, compressed or not, read without unpacking to disk."""
     try:
         with tarfile.open(root) as archive:
-            members = {
-                member.name: archive.extractfile(member).read()  # type: ignore[union-attr]
-                for member in archive
-                if member.isfile() and re.fullmatch(r"(.*/)?[^./][^/]*\.jsonl", member.name)
-            }
+            members: dict[str, bytes] = {}
+            left = MAX_BYTES
+            for member in archive:
+                if member.isfile() and re.fullmatch(r"(.*/)?[^./][^/]*\.jsonl", member.name):
+                    left -= member.size
+                    if left < 0:
+                        raise tarfile.TarError(f"more than {MAX_BYTES} bytes unpacked")
+                    members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
             # tarfile takes a damaged header for the end; the checksums of xz and gzip tell.
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass

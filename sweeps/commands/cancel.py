@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from experiments.run_dir import RunDir, RunLocked
+from experiments.run_dir import RunDir, RunLocked, run_at
 from experiments.state import RunState, state_of
 from relora_core.config import ConfigError
 from sweeps import cluster
@@ -112,7 +112,7 @@ def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
 
 def _written(jobs: Mapping[str, str], output_dir: str) -> bool:
     """Whether the runs themselves know their job: then it is no lost one."""
-    runs = [RunDir(f"{output_dir}/runs/{run_id}") for run_id in jobs]
+    runs = [run_at(output_dir, run_id) for run_id in jobs]
     return any(run.status().job_id is not None for run in runs)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments import records
 from experiments.identity import arm_id, arm_name
-from experiments.run_dir import RunDir, all_runs, runs_folder
+from experiments.run_dir import RunDir, all_runs, run_at
 from experiments.state import RunState, find_run, state_of
 from relora_core.config import ConfigError, nearest
 from sweeps import state as scheduler
@@ -81,7 +81,7 @@ def _plans(output_dir: Path | str) -> dict[str, list[Run]]:
 def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> Run:
     config = cell["config"]
     return Run(
-        dir=RunDir(runs_folder(output_dir) / cell["run_id"]),
+        dir=run_at(output_dir, cell["run_id"]),
         name=cell["name"],
         arm=arm_name(cell["name"]) or str(config.get("experiment", sweep)),
         arm_id=cell["arm_id"],

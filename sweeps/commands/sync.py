@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from experiments import mlflow_store
 
     if args.tracking_uri is not None:
-        mlflow_store.check_uri(TrackingConfig(enabled=True, uri=args.tracking_uri))
+        tracking = TrackingConfig(enabled=True, uri=args.tracking_uri)
+        mlflow_store.check_uri(tracking, recorded=False)
     if args.sweep is not None:
         names = list(track.plans(args.output_dir))
         common.check_sweep(args.sweep, names, output_dir=args.output_dir)

@@ -71,7 +71,7 @@ def _store(args: argparse.Namespace) -> str:
     stores = list(dict.fromkeys(own.values()))
     if args.uri is not None:
         uri = args.uri
-        check_uri(TrackingConfig(enabled=True, uri=uri))
+        check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
     else:
         uri = default if default in stores or not stores else stores[0]
         for other in stores:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from experiments.mlflow_store import check_secret
 from relora_core.config import LARGEST_INT, ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")
@@ -131,6 +132,8 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
         _mapping(f"search.{key}", getattr(config, key))
     entries = _list(config.enqueue)
     config.enqueue = [_mapping(f"search.enqueue[{i}]", one) for i, one in enumerate(entries)]
+    if config.storage is not None:
+        check_secret("search.storage", str(config.storage))
     return config
 
 

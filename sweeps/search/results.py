@@ -24,7 +24,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.run_dir import RunDir, runs_folder
+from experiments.run_dir import RunDir, run_at
 from experiments.stats import mean_interval
 from relora_core import atomic
 from relora_core.config import RunConfig
@@ -164,8 +164,7 @@ def collect(
 def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:
     said = trial.user_attrs
     values = said.get("by_seed", {})
-    folder = runs_folder(output_dir)
-    runs = [_seed_row(RunDir(folder / id_), values) for id_ in said.get("run_ids", [])]
+    runs = [_seed_row(run_at(output_dir, id_), values) for id_ in said.get("run_ids", [])]
     longest = max((run.steps for run in runs), default=0)
     begun = trial.state.is_finished() or "worker" in said
     return TrialRow(
@@ -251,7 +250,7 @@ def _best(row: TrialRow, *, goals: Sequence[Objective], output_dir: Path | str) 
 
 def config_of(row: TrialRow, *, output_dir: Path | str) -> RunConfig | None:
     """What the trial's first seed ran."""
-    runs = [RunDir(runs_folder(output_dir) / run.run_id) for run in row.runs]
+    runs = [run_at(output_dir, run.run_id) for run in row.runs]
     return next((config for config in map(_config, runs) if config), None)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
+import pickle
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +17,46 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import FrozenTrial
 
 from relora_core.config import ConfigError, nearest
 from sweeps.search.config import SearchConfig
 from sweeps.search.space import Choice, Dimension, Int
 
+_PICKLED = {
+    "cmaes": ("CMA", "SepCMA", "CMAwM"),
+    "numpy": ("_reconstruct", "dtype", "ndarray", "scalar"),
+}
+"""What the state of cmaes's optimizers consists of, by package."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _PICKLED.get(module.partition(".")[0], ()):
+            raise ConfigError(
+                f"a search's stored state must be of cmaes, got one that calls {module}.{name}; "
+                "move the study away to search anew"
+            )
+        return super().find_class(module, name)
+
+
+class CmaEsSampler(optuna.samplers.CmaEsSampler):
+    """Optuna's, which would unpickle from a trial of the study whatever a stranger put there."""
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        key = self._attr_key_optimizer
+        for trial in reversed(completed_trials):
+            stored = {k: v for k, v in trial.system_attrs.items() if k.startswith(key)}
+            if stored:
+                state = bytes.fromhex(self._concat_optimizer_attrs(stored))
+                return _Unpickler(io.BytesIO(state)).load()
+        return None
+
+
 _SAMPLERS: dict[str, type[optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
-    "cmaes": optuna.samplers.CmaEsSampler,
+    "cmaes": CmaEsSampler,
     "gp": optuna.samplers.GPSampler,
     "qmc": optuna.samplers.QMCSampler,
     "grid": optuna.samplers.GridSampler,

@@ -105,7 +105,7 @@ class Float:
 
     def _at(self, index: int) -> float:
         """0.3 and not 0.30000000000000004, which would be another run."""
-        return float(Decimal(str(self.low)) + index * Decimal(str(self.step)))
+        return min(float(Decimal(str(self.low)) + index * Decimal(str(self.step))), self.high)
 
     @property
     def _steps(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.mlflow_store import with_password
 from relora_core.config import ConfigError
 from sweeps.search import draws, journal, samplers
 from sweeps.search.config import SearchConfig
@@ -99,7 +100,7 @@ class Study:
         with self._alone():
             records = read_records(self.output_dir, study_id=self.spec.id)
             if self.config.storage:
-                self._study = self._attached(optuna.storages.get_storage(self.config.storage))
+                self._study = self._attached(self._database())
                 if not self._study.get_trials(deepcopy=False):
                     self._fill(self._study, records)
                 return
@@ -114,6 +115,10 @@ class Study:
                     )
                 self._restore(records)
             self._catch_up(records)
+
+    def _database(self) -> Any:
+        assert self.config.storage
+        return optuna.storages.get_storage(with_password(self.config.storage))
 
     def _catch_up(self, records: Mapping[int, dict[str, Any]]) -> None:
         """Write down again what a process was killed in telling: the journal hears of it first."""
