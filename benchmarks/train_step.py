@@ -90,8 +90,19 @@ def build_ours(width: int, *, method: str, dropout: float, length: int, device: 
     return model, chosen.build_optimizer(model)
 
 
-def make_step(variant: str, *, width: int) -> Callable[[], float]:
-    """A function that takes one training step and gives its loss."""
+def make_step(
+    variant: str,
+    *,
+    width: int,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    device: str = "cpu",
+    compiler: str | None = None,
+) -> Callable[[], float]:
+    """A function that takes one training step and gives its loss.
+
+    `compiler` is a backend of torch.compile for the Llama; None leaves it eager.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -105,14 +116,17 @@ def make_step(variant: str, *, width: int) -> Callable[[], float]:
         model = PlainDecoder(sizes, r=RANK if "relora" in rest else 0, dropout=0.1)
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     elif kind == "hf":
-        model = build_llama(width, attention=rest.split()[0], length=LENGTH)
+        model = build_llama(width, attention=rest.split()[0], length=length, device=device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        model = torch.compile(model, backend=compiler) if compiler else model
     else:
         dropout = 0.0 if "p=0" in rest else 0.1
-        model, optimizer = build_ours(width, method=kind, dropout=dropout, length=LENGTH)
+        model, optimizer = build_ours(
+            width, method=kind, dropout=dropout, length=length, device=device
+        )
     model.train()
-    ids = torch.randint(0, VOCAB, (BATCH, LENGTH + 1))
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in rest)
+    ids = torch.randint(0, VOCAB, (batch, length + 1)).to(device)
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled="bf16" in rest)
 
     def step() -> float:
         with autocast:

@@ -62,13 +62,19 @@ def label(config: RunConfig) -> str:
 
 def arm_id(config: RunConfig) -> str:
     """The setting regardless of seed."""
-    values = {k: v for k, v in scientific(config).items() if k != "seed"}
-    return f"{label(config)}-{_digest(values)}"
+    return ids(config)[1]
 
 
 def run_id(config: RunConfig) -> str:
     """The setting at its seed; the name of the run's directory."""
-    return f"{label(config)}-s{config.seed}-{_digest(scientific(config))}"
+    return ids(config)[0]
+
+
+def ids(config: RunConfig) -> tuple[str, str]:
+    """(run_id, arm_id)."""
+    values, name = scientific(config), label(config)
+    arm = {k: v for k, v in values.items() if k != "seed"}
+    return f"{name}-s{config.seed}-{_digest(values)}", f"{name}-{_digest(arm)}"
 
 
 def config_to_json(config: RunConfig) -> str:

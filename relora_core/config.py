@@ -17,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from functools import cache
+from operator import attrgetter
+from typing import Any, cast, get_type_hints
 
 METHODS = ("full_rank", "lora", "relora", "galore")
 ADAPTERS = ("lora", "relora")
@@ -403,12 +405,21 @@ def applies(metadata: Any, config: RunConfig) -> bool:
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """(dotted key, field, value) of every leaf, depth first."""
+    for key, f, value_of in _leaves(type(section)):
+        yield f"{prefix}{key}", f, value_of(section)
+
+
+@cache
+def _leaves(section: type) -> list[tuple[str, dataclasses.Field[Any], Callable[[Any], Any]]]:
+    """What `walk` gives of each section of this class: a sweep walks thousands of configs."""
+    hints, found = get_type_hints(section), []
     for f in fields(section):
-        value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{f.name}.")
+        if dataclasses.is_dataclass(kind := hints[f.name]):
+            inner = _leaves(cast(type, kind))
+            found += [(f"{f.name}.{k}", g, attrgetter(f"{f.name}.{k}")) for k, g, _ in inner]
         else:
-            yield f"{prefix}{f.name}", f, value
+            found.append((f.name, f, attrgetter(f.name)))
+    return found
 
 
 def get(config: RunConfig, key: str) -> Any:

@@ -110,7 +110,8 @@ def run_sweep(
     if plan_only:
         return 0
     check_output_dir(output_dir)
-    prepare_data(plan, output_dir, console=console)
+    todo = [cell for cell in plan.cells if states[cell.run_id].state not in DONE]
+    prepare_data(dataclasses.replace(plan, cells=todo), output_dir, console=console)
     with written(output_dir):
         plan = store(plan, output_dir=output_dir)
         snapshot.record(plan_folder(output_dir, name=plan.name), output_dir=output_dir)
@@ -118,9 +119,8 @@ def run_sweep(
     show()
     with written(output_dir):
         code = launcher.launch(plan, output_dir=output_dir, console=console)
-    ran = any(state.state not in DONE for state in states.values())
     # SLURM's jobs are still to come; who pressed Ctrl-C, or ran nothing, need not wait for a page.
-    if launcher.kind == "local" and len(plan.cells) > 1 and ran and code != 130:
+    if launcher.kind == "local" and len(plan.cells) > 1 and todo and code != 130:
         _report(plan, output_dir=output_dir, console=console)
     _show_ui(plan, output_dir=output_dir, console=console)
     return code

@@ -33,7 +33,7 @@ from sweeps import display, snapshot, track, warm
 from sweeps.budget import Estimate, Place
 from sweeps.job import settle
 from sweeps.plan import Cell, Plan, plan_folder
-from sweeps.warm import Forked, Warm, WarmGone
+from sweeps.warm import Forked, Starter, Warm
 from sweeps.worker import LOCKED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,9 +163,8 @@ def launch_local(
         display.Progress(plan.cells, output_dir=output_dir, console=console) as progress,
         stop_requested() as stop,
     ):
-        pool = Pool(
-            output_dir=output_dir, worker=worker, warm=forks, slots=slots, progress=progress
-        )
+        starter = Starter(command=worker, warm=forks, say=progress.say)
+        pool = Pool(output_dir=output_dir, starter=starter, slots=slots, progress=progress)
         pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
     states = {cell.run_id: state_of(_run_dir(output_dir, cell)) for cell in plan.cells}
     return Summary(states=states, interrupted=stop.is_set())
@@ -352,11 +351,9 @@ class Pool:
     """Starts workers while there are runs and free slots, and settles what they leave behind."""
 
     output_dir: Path
-    worker: Sequence[str]
+    starter: Starter
     slots: Slots
     progress: display.Progress
-    warm: Warm | None = None
-    """Forks the workers, while it can."""
     pending: list[Cell] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     elsewhere: list[Cell] = field(default_factory=list)
@@ -403,7 +400,7 @@ class Pool:
             )
 
     def _start_some(self) -> None:
-        if self.warm is not None and self.warm.importing:
+        if self.starter.importing:
             return
         while self.pending and len(self.jobs) < self.slots.parallel:
             cell = self.pending.pop(0)
@@ -428,29 +425,10 @@ class Pool:
         attempt = run_dir.status().attempts + 1
         free = set(range(self.slots.parallel)) - {job.slot for job in self.jobs}
         slot = min(free)
-        process = self._process(run_dir, log=run_dir.log_path(attempt), slot=slot)
+        log, environment = run_dir.log_path(attempt), self.slots.environment(slot)
+        process = self.starter.start(run_dir.path, log=log, environment=environment)
         self.jobs.append(Job(cell=cell, process=process, slot=slot))
         self.progress.started(cell, attempt=attempt)
-
-    def _process(
-        self, run_dir: RunDir, *, log: Path, slot: int
-    ) -> subprocess.Popen[bytes] | Forked:
-        environment = self.slots.environment(slot)
-        with open(log, "ab") as file:
-            if self.warm is not None:
-                try:
-                    return self.warm.fork(run_dir.path, log=log, environment=environment)
-                except WarmGone as error:
-                    self.warm = None
-                    self.progress.say(f"workers start one by one from here: no warm one ({error})")
-            return subprocess.Popen(
-                [*self.worker, str(run_dir.path.absolute())],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
-            )
 
     def _reap(self) -> None:
         for job in list(self.jobs):

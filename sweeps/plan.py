@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records
-from experiments.identity import arm_id, config_from_json, run_id, scientific
+from experiments.identity import config_from_json, ids, scientific
 from experiments.run_dir import run_at
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, applies, get, validate, walk
@@ -82,13 +82,13 @@ def make_plan(
     for _, config in [] if valid else points:
         validate(config)
     name = _plan_name(points, name)
-    same: dict[str, list[RunConfig]] = {}
+    same: dict[tuple[str, str], list[RunConfig]] = {}
     for _, config in points:
         named = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
-        same.setdefault(run_id(named), []).append(named)
+        same.setdefault(ids(named), []).append(named)
     cells = [
-        Cell(run_id=id_, arm_id=arm_id(configs[0]), name="", config=configs[0])
-        for id_, configs in same.items()
+        Cell(run_id=run_id, arm_id=arm_id, name="", config=configs[0])
+        for (run_id, arm_id), configs in same.items()
     ]
     _rename(cells)
     return Plan(
@@ -259,7 +259,8 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
                 commands=list(dict.fromkeys(old.commands + plan.commands)),
                 created=old.created,
             )
-        _rename(whole.cells)
+        if [cell.run_id for cell in whole.cells] != list(cells):  # else make_plan has named them
+            _rename(whole.cells)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))
     return dataclasses.replace(plan, cells=list(cells.values()))
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,7 @@ def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
         torn=torn,
         note=note,
     )
-    verdict.bytes = sum(size(path) for path in (*verdict.remove, *verdict.torn))
+    verdict.bytes = freed([*verdict.remove, *verdict.torn])
     return verdict
 
 
@@ -183,14 +184,17 @@ def _make_writable(function: Callable[..., object], path: str, error: object) ->
         function(path)
 
 
-def size(path: Path) -> int:
-    """Bytes of the files below `path`."""
-    total = 0
-    for folder, _, names in os.walk(path):
+def freed(paths: Sequence[Path]) -> int:
+    """Bytes that removing all of `paths` gives back: a file counts with the last of its links."""
+    found: dict[tuple[int, int], os.stat_result] = {}
+    links: Counter[tuple[int, int]] = Counter()
+    for folder, _, names in (step for path in paths for step in os.walk(path)):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
+                file = os.lstat(os.path.join(folder, name))
+                found[file.st_dev, file.st_ino] = file
+                links[file.st_dev, file.st_ino] += 1
+    return sum(file.st_size for key, file in found.items() if links[key] >= file.st_nlink)
 
 
 # snapshots ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ The parent imports what a run needs and computes nothing. Each run is a process 
 its own as if it were started anew: what it has from the parent are the modules. A line of JSON per
 request on stdin (run_dir, log, env), a line per answer on stdout (ready, pid, code, error). At the
 end of its stdin the parent goes and leaves its children be. Not for: what a worker does
-(`worker.py`), nor which run is next (`local.py`).
+(`worker.py`, `search/run.py`), nor which run is next (`local.py`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-COMMAND = (sys.executable, "-P", "-m", "sweeps.warm", "sweeps.worker")
+PARENT = (sys.executable, "-P", "-m", "sweeps.warm")
+"""The command that the module of its workers is appended to."""
+COMMAND = (*PARENT, "sweeps.worker")
 QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Environment in which importing starts no thread that outlives `_rested`."""
 UNKNOWN = 255
@@ -191,6 +193,42 @@ def opened(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterato
         yield warm
     finally:
         warm.close()
+
+
+@dataclass(kw_only=True, slots=True)
+class Starter:
+    """Starts workers: forks of the warm parent while it can, else processes of `command`."""
+
+    command: Sequence[str]
+    """PATH is appended."""
+    warm: Warm | None = None
+    say: Callable[[str], None]
+    """Is told, in a line, that there is no warm parent any more."""
+
+    @property
+    def importing(self) -> bool:
+        """Whether a moment's wait saves the next worker its imports."""
+        return self.warm is not None and self.warm.importing
+
+    def start(
+        self, path: Path, *, log: Path, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes] | Forked:
+        """A worker over `path` whose output goes to the end of `log`."""
+        with open(log, "ab") as file:
+            if self.warm is not None:
+                try:
+                    return self.warm.fork(path, log=log, environment=environment)
+                except WarmGone as error:
+                    self.warm = None
+                    self.say(f"workers start one by one from here: no warm one ({error})")
+            return subprocess.Popen(
+                [*self.command, str(path.absolute())],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # the terminal's Ctrl-C is the launcher's to pass on
+            )
 
 
 # the parent's side ------------------------------------------------------------------------------

@@ -107,11 +107,10 @@ def _show(
     for name in ("keeps", "goes", "torn", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("", overflow="fold")
-    total = sum(retention.size(path) for path in snapshots)
+    gone = [path for _, verdict in verdicts for path in (*verdict.remove, *verdict.torn)]
     for _, verdict in verdicts:
         if not (verdict.keep or verdict.remove or verdict.torn):
             continue
-        total += verdict.bytes
         table.add_row(
             Text(names[verdict.run_id]),
             _steps(verdict.keep),
@@ -126,7 +125,7 @@ def _show(
     torn = sum(len(verdict.torn) for _, verdict in verdicts)
     print(
         f"{going} checkpoints, {torn} torn ones and {len(snapshots)} code snapshots may go: "
-        f"{count(total)} bytes"
+        f"{count(retention.freed([*gone, *snapshots]))} bytes"
     )
 
 

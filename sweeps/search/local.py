@@ -16,19 +16,30 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeps import track
-from sweeps.local import GRACE_S, POLL_S, Slots, stop_requested
+from sweeps import track, warm
+from sweeps.local import GRACE_S, POLL_S, Slots, stop_requested, warmed
 from sweeps.search.study import Study
+from sweeps.warm import UNKNOWN, Forked, Starter
 
 PROCESS = (sys.executable, "-P", "-m", "sweeps.search.run")
+PARENT = (*warm.PARENT, "sweeps.search.run")
 TELL_EVERY_S = 2.0
 TRACK_EVERY_S = 20.0
 
 
 def search_local(folder: Path, *, slots: Slots, console: Console) -> int:
     """Run the study to its end with `slots.parallel` processes; the exit code."""
-    team = Team(folder=folder, slots=slots, console=console)
-    with stop_requested() as stop, tracked(folder):
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+
+    with (
+        stop_requested() as stop,
+        warmed(PARENT, slots=slots, runs=slots.parallel) as forks,
+        tracked(folder),
+    ):
+        starter = Starter(command=PROCESS, warm=forks, say=say)
+        team = Team(folder=folder, slots=slots, starter=starter, console=console)
         team.run(stop)
     return 130 if stop.is_set() else max(team.codes, default=0)
 
@@ -39,8 +50,9 @@ class Team:
 
     folder: Path
     slots: Slots
+    starter: Starter
     console: Console
-    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[int, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
     """By slot."""
     codes: list[int] = field(default_factory=list)
     killed: int = 0
@@ -52,10 +64,12 @@ class Team:
         for trial in study.optuna.get_trials(deepcopy=False):
             if trial.state.is_finished():
                 self.told.add(trial.number)
-        for slot in range(self.slots.parallel):
-            self._start(slot)
+        while self.starter.importing and not stop.is_set():
+            stop.wait(POLL_S)
         told = time.monotonic()
         try:
+            for slot in range(0 if stop.is_set() else self.slots.parallel):
+                self._start(slot)
             while self.processes and not stop.is_set():
                 self._reap(most=study.config.max_failures)
                 if time.monotonic() - told >= TELL_EVERY_S:
@@ -69,15 +83,11 @@ class Team:
     def _start(self, slot: int) -> None:
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
-        with open(logs / f"process-{slot}.log", "ab") as log:
-            self.processes[slot] = subprocess.Popen(
-                [*PROCESS, str(self.folder.absolute())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.slots.environment(slot),
-                start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
-            )
+        self.processes[slot] = self.starter.start(
+            self.folder,
+            log=logs / f"process-{slot}.log",
+            environment=self.slots.environment(slot),
+        )
 
     def _reap(self, *, most: int) -> None:
         for slot, process in list(self.processes.items()):
@@ -85,6 +95,9 @@ class Team:
             if code is None:
                 continue
             del self.processes[slot]
+            if code == UNKNOWN:  # whether all is done the next one sees
+                self._start(slot)
+                continue
             if code >= 0:
                 self.codes.append(code)
                 if code:

@@ -37,6 +37,8 @@ from sweeps.search.trial import Trial, Worker
 from sweeps.state import gone as holder_gone
 from sweeps.worker import FAILED, FINISHED, INTERRUPTED
 
+PRELOAD = worker.PRELOAD
+"""What any trial imports: a warm parent has it already (`sweeps/warm.py`)."""
 MAX_STALLED = 5
 """Attempts at a run without a new checkpoint, after which its trial has failed."""
 LOOK_EVERY_S = 2.0

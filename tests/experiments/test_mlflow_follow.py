@@ -103,6 +103,9 @@ class Proxy(ThreadingHTTPServer):
         self.target, self.mode, self.delay_s = target, "up", 0.0
         self.healthy = 0
         """Requests that are answered before `mode` begins."""
+        self.gate, self.answered = threading.Event(), 0
+        """No request is answered while the gate is shut."""
+        self.gate.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -118,7 +121,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         proxy = self.server
+        proxy.gate.wait(30)
         time.sleep(proxy.delay_s)
+        proxy.answered += 1
         self.close_connection = True
         proxy.healthy -= 1
         mode = "up" if proxy.healthy >= 0 else proxy.mode
@@ -264,6 +269,7 @@ def test_a_follower_outlasts_a_server_that_is_down_at_the_start_and_again_later(
 def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path: Path) -> None:
     run, said, experiment = a_run(tmp_path), [], "slow"
     proxy.delay_s = 0.5
+    proxy.gate.clear()
     with Follower(
         [run],
         uri=proxy.uri,
@@ -272,14 +278,17 @@ def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path:
         every_s=0.05,
         warn=said.append,
     ) as follower:
-        began = time.monotonic()
         assert follower.wait_ready(60) is None
         train(run, attempt=1, start=0, stop=2000)
-        assert time.monotonic() - began < proxy.delay_s
-        time.sleep(3)
-        began = time.monotonic()
+        assert proxy.answered == 0
+        proxy.gate.set()
+        wait_for(lambda: proxy.answered > 3)
+        proxy.gate.clear()
+        time.sleep(2 * proxy.delay_s)  # for those that had passed the gate
+        before = proxy.answered
         train(run, attempt=1, start=2000, stop=4000, state="finished")
-        assert time.monotonic() - began < proxy.delay_s
+        assert proxy.answered == before
+        proxy.gate.set()
     assert said == []
     assert shown(proxy, experiment, run) == expected(run)
 

@@ -70,6 +70,28 @@ def worker(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
+def calls() -> Callable[..., int]:
+    """How many functions, files' included, a call enters: unlike time, the same on each machine."""
+
+    def calls(function: Callable[..., object], *args: object) -> int:
+        count = 0
+
+        def enters(frame: object, event: str, arg: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(enters)
+        try:
+            function(*args)
+        finally:
+            sys.setprofile(before)
+        return count
+
+    return calls
+
+
+@pytest.fixture
 def make(tmp_path: Path) -> Callable[..., RunConfig]:
     """A small valid config below tmp_path; `r`, `method`, `seed`, ... change it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -71,6 +72,29 @@ def call(tmp_path):
         return gc.run(args)
 
     return call
+
+
+def test_a_file_counts_once_and_only_where_its_last_link_goes(make, tmp_path):
+    run = RunDir(tmp_path / "out" / "runs" / "linked")
+    run.create(make())
+    made = [checkpoint(run, step) for step in (1, 2, 3)]
+    for name, size, steps_of in (("both_go", 1000, made[:2]), ("one_stays", 5000, made)):
+        (tmp_path / name).write_bytes(b"x" * size)
+        for folder in steps_of:
+            os.link(tmp_path / name, folder / name)
+        (tmp_path / name).unlink()
+    verdict = judge(run, state="finished", policy=Policy())
+    assert [retention.step_of(path) for path in verdict.remove] == [1, 2]
+    before = _used(run.checkpoints)
+    assert verdict.bytes == 2 * 100 * len(WHOLE) + 1000
+    retention.remove(verdict, run=run)
+    assert before - _used(run.checkpoints) == verdict.bytes
+
+
+def _used(folder):
+    """Bytes of the distinct files below a folder."""
+    files = {p.stat().st_ino: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    return sum(files.values())
 
 
 def test_without_yes_nothing_changes(sweep, call, capsys, tmp_path):

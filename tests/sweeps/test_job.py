@@ -178,11 +178,9 @@ def test_packed_runs_are_told_to_end_and_go_on_later(packed, slurm):
         os.kill(os.getpid(), signal.SIGUSR2)
 
     thread = threading.Thread(target=warn)
-    began = time.monotonic()
     thread.start()
     assert job.run(work) == INTERRUPTED
     thread.join()
-    assert time.monotonic() - began < 12
     assert states(work) == ["queued", "finished"]
     assert work.runs[0].status().phase == "stopped: SIGUSR2"
     assert requeued(slurm) == [JOB]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,15 +16,18 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_slurm import FakeSlurm
+from rich.console import Console
 
 from experiments.run_dir import RunDir, all_runs
 from experiments.runner import complete, run_experiment
 from experiments.stopping import StopFlag
 from relora_core.events import Event
-from sweeps import cluster, job
+from sweeps import cluster, job, warm
+from sweeps.local import Slots
 from sweeps.plan import load
 from sweeps.search import run as process
 from sweeps.search.config import normalise
+from sweeps.search.local import search_local
 from sweeps.search.space import Choice, Float
 from sweeps.search.study import Spec, Study, study_folder
 from sweeps.search.trial import Worker
@@ -317,7 +322,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
 
     os.kill(at_work(2)[0], signal.SIGKILL)
     time.sleep(2)
-    children = [child.pid for child in psutil.Process(launcher.pid).children()]
+    children = [child.pid for child in psutil.Process(launcher.pid).children(recursive=True)]
     launcher.kill()
     for pid in children:
         os.kill(pid, signal.SIGKILL)
@@ -333,6 +338,38 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
     again = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
     assert "has its 6 trials" in again.stdout
     assert len(all_runs(out)) == len(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not warm.available(), reason="forking is not safe here")
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_of_a_search_are_forks_and_outlive_their_parent(study, monkeypatch, killed):
+    """One import for all of them; where the parent dies, others end what is left to do."""
+    made = study(train={"steps": 200}, n_trials=4)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    console = Console(file=io.StringIO(), width=200)
+    slots, codes = Slots(parallel=2, threads=1, gpus=[]), []
+    thread = threading.Thread(
+        target=lambda: codes.append(search_local(made.folder, slots=slots, console=console))
+    )
+    before = set(psutil.Process().children())
+    thread.start()
+    deadline, forks = time.monotonic() + 120, []
+    while len(forks) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        family = [p for p in psutil.Process().children() if p not in before]
+        forks = [fork for p in family for fork in p.children()]
+    [parent] = family
+    assert parent.ppid() == os.getpid()
+    assert "sweeps.warm" in parent.cmdline()
+    if killed:
+        parent.kill()
+    thread.join(240)
+    assert codes == [0]
+    assert states(made) == {"COMPLETE": 4}
+    assert all(len(run.attempt_records()) == 1 for run in all_runs(made.output_dir))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("one by one from here" in said) == killed
 
 
 @pytest.mark.slow
