@@ -55,7 +55,7 @@ class Verdict:
     remove: list[Path] = field(default_factory=list)
     """Whole checkpoints, oldest first."""
     torn: list[Path] = field(default_factory=list)
-    """What kills in mid-write or mid-removal left."""
+    """What kills in mid-write or mid-removal left, files and folders."""
     bytes: int = 0
     """That all of this frees."""
     note: str = ""
@@ -71,7 +71,7 @@ def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
         return Verdict(run_id=run.run_id, keep=sorted(found), note=f"{state}: left alone")
     keep, note = _kept(run, list(whole), state=state, policy=policy)
     torn = [path for path in found.values() if not _has(path, LOADABLE)]
-    torn += sorted(run.checkpoints.glob(".tmp-step-*"))
+    torn += sorted(run.checkpoints.glob(".tmp-step-*")) + run.torn()
     verdict = Verdict(
         run_id=run.run_id,
         keep=sorted(keep),
@@ -159,7 +159,10 @@ def remove(verdict: Verdict, *, run: RunDir) -> None:
         if now in IN_USE:
             raise BlockingIOError(None, f"is {now} by now: left alone")
     for path in verdict.torn:
-        shutil.rmtree(path, onerror=_make_writable)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, onerror=_make_writable)
+        else:
+            path.unlink(missing_ok=True)
     for path in verdict.remove:
         discard(path)
 
@@ -180,8 +183,8 @@ def _make_writable(function: Callable[..., object], path: str, error: object) ->
 
 
 def size(path: Path) -> int:
-    """Bytes of the files below `path`."""
-    total = 0
+    """Bytes of a file, or of the files below a folder."""
+    total = 0 if path.is_dir() else path.lstat().st_size
     for folder, _, names in os.walk(path):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
