@@ -117,8 +117,14 @@ class RunDir:
 
     # status -------------------------------------------------------------------------------------
     def status(self) -> Status:
-        """The run's newest word; a run without a status.json that can be read is `planned`."""
-        raw = _read_json(self.status_path) or {}
+        """The run's newest word; a run without status.json is `planned`.
+
+        Where that is damaged the run has failed: the same command goes on with it.
+        """
+        raw = _read_json(self.status_path)
+        if raw is None and self.status_path.exists():
+            return Status(state="failed", error="status.json is damaged; the same command goes on")
+        raw = raw or {}
         known = {f.name for f in fields(Status)}
         return Status(**{k: v for k, v in raw.items() if k in known})
 
