@@ -48,13 +48,19 @@ class TrackingUnreachable(RuntimeError):
         )
 
 
-def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
-    """Raise ConfigError where `tracking.uri` cannot be a store. Contacts none, loads no MLflow.
+def check_uri(
+    tracking: TrackingConfig, *, output_dir: Path | str = ".", recorded: bool = True
+) -> None:
+    """Raise ConfigError where `tracking.uri`, or what stands for it, cannot be a store.
 
-    `recorded`: it will stand in the records of runs, where no password may.
+    Contacts none, loads no MLflow. `recorded`: it will stand in the records of runs, where no
+    password may.
     """
     uri = tracking.uri
-    if not tracking.enabled or uri is None:
+    if not tracking.enabled:
+        return
+    if uri is None:
+        default_uri(output_dir)
         return
     scheme, separator, _ = uri.partition("://")
     dialect, _, driver = scheme.partition("+")
@@ -141,7 +147,14 @@ def with_password(uri: str) -> str:
 
 
 def default_uri(output_dir: Path | str) -> str:
-    return f"sqlite:///{Path(output_dir).absolute() / 'mlflow.db'}"
+    """The database in `output_dir`; ConfigError where no URI can name it."""
+    path = Path(output_dir).absolute() / "mlflow.db"
+    if "?" in str(path):  # there SQLAlchemy ends the path: the file would lie beside the folder
+        raise ConfigError(
+            f"output_dir must have no '?' in its path where tracking.uri is null, got "
+            f"{str(output_dir)!r}; nearest valid: {str(path.parent).replace('?', '_')!r}"
+        )
+    return f"sqlite:///{path}"
 
 
 def store_uri(config: RunConfig) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -45,7 +46,7 @@ DONE = ("finished", "diverged")
 """States that the same command again leaves alone: the run has its result."""
 
 
-LOCK = {"host": str, "pid": int, "started": float, "job_id": str | None}
+LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
 EVENT = {"kind": str, "step": int, "metrics": dict[str, float], "data": dict[str, Any]}
 RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
 """What is read of these files must be of these types."""
@@ -109,7 +110,8 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         self.attempts.mkdir(exist_ok=True)
         if not self.config_path.exists():
-            atomic.write_text(self.config_path, config_to_json(config))
+            with contextlib.suppress(FileExistsError):
+                atomic.create_text(self.config_path, config_to_json(config))
         if not self.status_path.exists():
             self.write_status(Status(steps=config.train.steps))
 
@@ -124,11 +126,8 @@ class RunDir:
 
     def trial_tags(self) -> dict[str, Any]:
         """Search and number of the trial that asked for this run; empty where none did."""
-        try:
-            raw = records.read(self.trial_path)
-        except (FileNotFoundError, records.Damaged):
-            return {}
-        return {"study": raw.get("study"), "trial": raw.get("number")}
+        raw = _read_json(self.trial_path)
+        return {"study": raw.get("study"), "trial": raw.get("number")} if raw else {}
 
     # status -------------------------------------------------------------------------------------
     def status(self) -> Status:
@@ -141,9 +140,9 @@ class RunDir:
         except FileNotFoundError:
             return Status()
         except ValueError as error:
-            told = str(error) if isinstance(error, records.Damaged) else f"damaged ({error})"
-            attempts = len(list(self.attempts.glob("*.json")))
-            return Status(state="failed", attempts=attempts, error=f"status.json: {told}")
+            why = "" if isinstance(error, records.Damaged) else f" ({error})"
+            told = f"status.json is damaged{why}; the same command goes on"
+            return Status(state="failed", attempts=len(self.attempt_records()), error=told)
         return status
 
     def write_status(self, status: Status) -> None:
@@ -156,6 +155,11 @@ class RunDir:
         return status
 
     # attempts -----------------------------------------------------------------------------------
+    def next_attempt(self) -> int:
+        """A number that no attempt has had, even where status.json was lost."""
+        had = [int(p.stem) for p in self.attempts.glob("*.json") if p.stem.isdigit()]
+        return 1 + max(self.status().attempts, *had, 0)
+
     def log_path(self, attempt: int) -> Path:
         return self.attempts / f"{attempt:03d}.log"
 
@@ -164,11 +168,8 @@ class RunDir:
 
     def attempt_records(self) -> list[dict[str, Any]]:
         """What each attempt said of its host, process and code, oldest first."""
-        found = []
-        for path in sorted(self.attempts.glob("*.json")):
-            with contextlib.suppress(records.Damaged):
-                found.append(records.read(path))
-        return found
+        found = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
+        return [record for record in found if record]
 
     @contextlib.contextmanager
     def lock(
@@ -184,59 +185,66 @@ class RunDir:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
+            "birth": birth(os.getpid()),
             "job_id": slurm_job_id(),
         }
-        while True:
-            try:
-                with open(path, "x", encoding="utf-8") as file:
-                    json.dump(me, file)
-                break
-            except FileExistsError:
+        taken = False
+        while not taken:
+            with self._alone():  # or of two that find a stale lock one removes the other's new one
                 holder = self.lock_holder()
                 if holder is not None and not _same_job(holder, me) and not gone(holder):
                     raise RunLocked(
                         f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
-                    ) from None
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+                    )
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    atomic.create_text(path, json.dumps(me))
+                    taken = True
         try:
             yield
         finally:
-            if self.is_mine():
-                with contextlib.suppress(FileNotFoundError):
+            # A lock that stays is that of a dead process; what ended the run matters more.
+            with contextlib.suppress(OSError):
+                if self.is_mine():
                     path.unlink()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process of this host at a time, where the file system can do that."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def is_mine(self) -> bool:
         """Whether this process still holds the run: its scheduler may have given it to another."""
-        try:
-            holder = records.read(self.path / "lock")
-        except (FileNotFoundError, records.Damaged):
-            return False
+        holder = _read_json(self.path / "lock") or {}
         return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
 
     def lock_holder(self) -> dict[str, Any] | None:
         """Who works on the run, or None. A lock of a dead process of this host does not count."""
-        try:
-            holder = records.read(self.path / "lock")
-            sound = all(records.fits(k, holder.get(n)) for n, k in LOCK.items())
-            if not sound or not 0 < holder["pid"] < 2**31:
-                raise records.Damaged("lock")
-        except FileNotFoundError:
-            return None
-        except records.Damaged:  # its writer died between creating and filling it
-            age = time.time() - (self.path / "lock").stat().st_mtime
-            return {"host": "?", "pid": 0} if age < 10 else None
+        path = self.path / "lock"
+        holder = _read_json(path)
+        sound = holder and all(records.fits(kind, holder.get(name)) for name, kind in LOCK.items())
+        if not holder or not sound or not 0 < holder["pid"] < 2**31:
+            # Damaged, or somebody is filling it, or died while he did: atomic.create_text.
+            try:
+                young = abs(time.time() - path.stat().st_mtime) < 10
+            except FileNotFoundError:
+                return None
+            return {"host": "?", "pid": 0} if young else None
         if holder["host"] != socket.gethostname():
             return holder
-        try:
-            process = psutil.Process(holder["pid"])
-            alive = (
-                abs(process.create_time() - holder["started"]) < 1.0
-                and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
-            )
-        except psutil.NoSuchProcess:
-            alive = False
-        return holder if alive else None
+        return holder if _lives(holder) else None
+
+    def torn(self) -> list[Path]:
+        """What kills have left beside the files: half-written ones, the lock of a dead process."""
+        lock = self.path / "lock"
+        dead = [lock] if lock.exists() and self.lock_holder() is None else []
+        return [*atomic.torn(self.path), *atomic.torn(self.attempts), *dead]
 
     # checkpoints --------------------------------------------------------------------------------
     def newest_step(self) -> int:
@@ -270,14 +278,13 @@ class RunDir:
 
     # result -------------------------------------------------------------------------------------
     def result(self) -> dict[str, Any] | None:
-        """{"state", "metrics", "step", ...} once the run has ended. A damaged one counts as none:
-        the same command writes it again, from the last checkpoint and the record."""
-        try:
-            result = records.read(self.result_path)
-        except (FileNotFoundError, records.Damaged):
-            return None
+        """{"state", "metrics", "step", ...} once the run has ended.
+
+        A damaged one counts as none: the run makes it anew from its checkpoint and record.
+        """
+        result = _read_json(self.result_path) or {}
         sound = all(records.fits(k, result[n]) for n, k in RESULT.items() if n in result)
-        return result if sound else None
+        return result if result and sound else None
 
     def ended(self) -> str | None:
         """`finished` or `diverged` where the run has its result, whatever its status says."""
@@ -333,6 +340,41 @@ def slurm_job_id() -> str | None:
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none that can be read."""
+    try:
+        return records.read(path)
+    except (FileNotFoundError, records.Damaged):
+        return None
+
+
+def birth(pid: int) -> str | None:
+    """Boot and tick at which a process began, which setting the clock does not change.
+
+    None where the system does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return f"{boot}/{stat.rpartition(')')[2].split()[19]}"
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    """Whether a process of this host is still the one that wrote the lock."""
+    try:
+        process = psutil.Process(holder["pid"])
+        same = (
+            birth(process.pid) == holder["birth"]
+            if holder.get("birth")
+            else abs(process.create_time() - holder["started"]) < 1.0
+        )
+        return same and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:

@@ -114,7 +114,9 @@ def run_experiment(
         if run_dir.cancel_path.exists():
             run_dir.update_status(state="cancelled", phase="", error=None)
             return "cancelled"
-        attempt = status.attempts + 1
+        attempt = run_dir.next_attempt()
+        for path in run_dir.torn():
+            path.unlink(missing_ok=True)
         stop.run_dir = run_dir
         _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
         run_dir.update_status(
@@ -129,9 +131,9 @@ def run_experiment(
         )
         import torch  # noqa: F401 - the record names the GPUs where it is loaded
 
-        record = attempt_record(start_step=run_dir.newest_step(), world=world_size())
-        run_dir.write_attempt(attempt, record)
         try:
+            record = attempt_record(start_step=run_dir.newest_step(), world=world_size())
+            run_dir.write_attempt(attempt, record)
             state = _attempt(
                 config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks
             )
@@ -293,7 +295,7 @@ def check_output_dir(output_dir: str | Path) -> None:
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+        with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0" * 65536)
             probe.flush()
     except OSError as error:
@@ -328,7 +330,7 @@ def run_here(config: RunConfig) -> int:
     from relora_core import data
 
     config = complete(config)
-    mlflow_store.check_uri(config.tracking)
+    mlflow_store.check_uri(config.tracking, output_dir=config.output_dir)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
     if process_rank():

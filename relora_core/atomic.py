@@ -6,30 +6,66 @@ import contextlib
 import json
 import os
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 UMASK = os.umask(0o022)  # can be read only by setting it: once, before there are threads
 os.umask(UMASK)
 
+TORN_AFTER_S = 600.0
+"""No write of a small file takes so long, whatever the disk."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` through a temporary file beside it, flushed to disk, then renamed."""
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
+    with _beside(path, text) as temporary:
+        temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def create_text(path: Path, text: str) -> None:
+    """A new file with its content from the start; FileExistsError where there is one."""
+    with _beside(path, text) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # no links on this file system: a kill may leave it empty
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text)
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: Path, text: str) -> Iterator[Path]:
+    """A temporary file that holds `text` on the disk itself; gone where something goes wrong."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
     try:
         os.fchmod(descriptor, 0o666 & ~UMASK)  # mkstemp's 0600 would shut a lab's group out
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        yield temporary
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
-    sync_folder(path.parent)
+
+
+def torn(folder: Path) -> list[Path]:
+    """Temporary files that no living process can still be at work on."""
+    found = []
+    for path in sorted(folder.glob(".*.tmp")):
+        with contextlib.suppress(FileNotFoundError):
+            # A clock that was set back makes files of the future.
+            if abs(time.time() - path.stat().st_mtime) > TORN_AFTER_S:
+                found.append(path)
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ which is written only when they have changed. Loading executes nothing: safetens
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -39,6 +40,8 @@ MODEL, FROZEN = "model.safetensors", "frozen.safetensors"
 """Weights that are trained, with buffers; and those that are not, where there are any."""
 CHECKSUMS = "checksums.json"
 """sha256 of every other file. Checkpoints from before there was one are taken as they are."""
+NEEDED = (MODEL, "optimizer.pt", "rng.pt", "progress.json")
+"""Files of every checkpoint."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -364,9 +367,11 @@ def damage(path: Path) -> str | None:
     try:
         digests = json.loads((path / CHECKSUMS).read_bytes())
     except FileNotFoundError:
-        return None
+        return next((name for name in NEEDED if not (path / name).exists()), None)
     except (ValueError, RecursionError):
         return CHECKSUMS
+    except OSError as error:
+        return _unreadable(error, CHECKSUMS)
     names = {file.name for file in path.iterdir()} - {CHECKSUMS, "evaluated"}
     if not isinstance(digests, dict) or names - digests.keys():
         return CHECKSUMS
@@ -374,35 +379,35 @@ def damage(path: Path) -> str | None:
         try:
             with open(path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return name
+        except OSError as error:
+            return _unreadable(error, name)
         if found != expected:
             return name
     return None
 
 
-def set_aside_damaged(folder: Path) -> list[str]:
-    """Leave an intact checkpoint as the newest; a line for each that was damaged.
+def _unreadable(error: OSError, name: str) -> str:
+    """The disk has lost the file; any other trouble may pass, and is no reason to compute again."""
+    if error.errno != errno.EIO:
+        raise error
+    return name
 
-    Those go with what is torn, at the next resume. DataError where there are only damaged ones: to
-    begin anew is the user's choice.
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Leave an intact checkpoint, or none, as the newest; a line for each that was damaged.
+
+    Those go with what is torn, at the next resume.
     """
-    damaged: dict[Path, str] = {}
+    lines: list[str] = []
     for path in reversed(complete(folder)):
         wrong = damage(path)
         if wrong is None:
             break
-        damaged[path] = f"{path.name} is damaged ({wrong} is not as it was written)"
-    else:
-        if damaged:
-            told = "; ".join(damaged.values())
-            raise DataError(
-                f"{folder} must hold a checkpoint that can be read, got none: {told}; remove the "
-                "folder to begin anew"
-            )
-    for path in damaged:
         path.rename(folder / f".tmp-{path.name}-damaged")
-    return list(damaged.values())
+        lines.append(f"{path.name} is damaged ({wrong} is not as it was written)")
+    return lines
 
 
 def discard_torn(folder: Path) -> None:

@@ -265,9 +265,10 @@ def newest_intact(
     if accelerator.is_main_process:
         checkpoint.discard_torn(checkpoints)
         found[1] = checkpoint.set_aside_damaged(checkpoints)
-        for line in found[1]:
-            print(f"warning: {line}: going on from the one before", file=sys.stderr)
         found[0] = max(checkpoint.complete(checkpoints), default=None)
+        then = "going on from the one before" if found[0] else "none is left, so it begins anew"
+        for line in found[1]:
+            print(f"warning: {line}: {then}", file=sys.stderr)
     newest, damaged = broadcast_object_list(found)
     return newest, {"damaged": damaged} if damaged else {}
 

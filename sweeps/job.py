@@ -188,7 +188,7 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
     runs = [r for r in _unfinished(work) if not _give_up(r, max_stalled=work.max_stalled)]
     children = []
     for slot, run_dir in enumerate(runs):
-        with open(run_dir.log_path(run_dir.status().attempts + 1), "ab") as log, shielded():
+        with open(run_dir.log_path(run_dir.next_attempt()), "ab") as log, shielded():
             children.append(
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "sweeps.worker", str(run_dir.path)],

@@ -422,7 +422,7 @@ class Pool:
 
     def _start(self, cell: Cell) -> None:
         run_dir = self._dir(cell)
-        attempt = run_dir.status().attempts + 1
+        attempt = run_dir.next_attempt()
         free = set(range(self.slots.parallel)) - {job.slot for job in self.jobs}
         slot = min(free)
         log, environment = run_dir.log_path(attempt), self.slots.environment(slot)

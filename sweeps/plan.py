@@ -247,6 +247,8 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
     folder = plan_folder(output_dir, name=plan.name)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_writer(folder):
+        for path in atomic.torn(folder):
+            path.unlink(missing_ok=True)
         cells = {cell.run_id: cell for cell in plan.cells}
         whole = dataclasses.replace(plan, cells=list(cells.values()))
         if (folder / "plan.json").exists():

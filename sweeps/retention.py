@@ -56,7 +56,7 @@ class Verdict:
     remove: list[Path] = field(default_factory=list)
     """Whole checkpoints, oldest first."""
     torn: list[Path] = field(default_factory=list)
-    """What kills in mid-write or mid-removal left."""
+    """What kills in mid-write or mid-removal left, files and folders."""
     bytes: int = 0
     """That all of this frees."""
     note: str = ""
@@ -75,7 +75,7 @@ def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
         return Verdict(run_id=run.run_id, keep=sorted(found), note=note)
     keep, note = _kept(run, list(whole), state=state, policy=policy)
     torn = [path for path in found.values() if not _has(path, LOADABLE)]
-    torn += sorted(run.checkpoints.glob(".tmp-step-*"))
+    torn += sorted(run.checkpoints.glob(".tmp-step-*")) + run.torn()
     verdict = Verdict(
         run_id=run.run_id,
         keep=sorted(keep),
@@ -163,7 +163,10 @@ def remove(verdict: Verdict, *, run: RunDir) -> None:
         if now in IN_USE:
             raise BlockingIOError(None, f"is {now} by now: left alone")
     for path in verdict.torn:
-        shutil.rmtree(path, onerror=_make_writable)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, onerror=_make_writable)
+        else:
+            path.unlink(missing_ok=True)
     for path in verdict.remove:
         discard(path)
 
@@ -185,10 +188,12 @@ def _make_writable(function: Callable[..., object], path: str, error: object) ->
 
 
 def freed(paths: Sequence[Path]) -> int:
-    """Bytes that removing all of `paths` gives back: a file counts with the last of its links."""
+    """Bytes that removing all of `paths`, files or folders, gives back: a file counts with the
+    last of its links."""
     found: dict[tuple[int, int], os.stat_result] = {}
     links: Counter[tuple[int, int]] = Counter()
-    for folder, _, names in (step for path in paths for step in os.walk(path)):
+    alone = [(str(path.parent), [], [path.name]) for path in paths if not path.is_dir()]
+    for folder, _, names in [*alone, *(step for path in paths for step in os.walk(path))]:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 file = os.lstat(os.path.join(folder, name))

@@ -75,7 +75,7 @@ def spoken(run_dir: RunDir) -> Iterator[None]:
     """What this process prints, natively too, goes to the log of the run's attempt to come."""
     kept = [os.dup(stream) for stream in (1, 2)]
     _flush()
-    with open(run_dir.log_path(run_dir.status().attempts + 1), "ab") as file:
+    with open(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     try:

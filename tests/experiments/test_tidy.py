@@ -138,7 +138,7 @@ def test_runs_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
     runs[5].status_path.write_text("{")
     (tmp_path / "runs" / runs[6].run_id / "config.json").unlink()
     sweep = gather(tmp_path, "mine")
-    counts = dict.fromkeys(states, 1) | {"planned": 3, "unreadable": 1}
+    counts = dict.fromkeys(states, 1) | {"planned": 3, "failed": 2}
     assert sweep.counts == counts
     assert "damaged" in str(sweep.arms[1].runs[1].reason)
 

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from experiments.identity import config_to_json
 from relora_core import checkpoint
 from relora_core.checkpoint import FROZEN, MODEL
-from relora_core.data.base import DataError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
 from relora_core.train import train
@@ -269,16 +268,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
-def test_only_damaged_ones_are_left_to_the_user(whole, tmp_path):
-    setting, folder, _ = whole
+def test_where_all_are_damaged_the_run_begins_anew_and_says_so(whole, tmp_path, capsys):
+    setting, folder, metrics = whole
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    before = found(tmp_path)
-    for path in before:
+    for path in found(tmp_path):
         flip(path / MODEL)
-    with pytest.raises(DataError, match="remove the folder to begin anew") as caught:
-        run(setting, tmp_path)
-    assert "\n" not in str(caught.value)
-    assert found(tmp_path) == before
+    record = run(setting, tmp_path)
+    assert not record.events[0].data["resumed"]
+    assert len(record.events[0].data["damaged"]) == STEPS // EVERY
+    assert "none is left, so it begins anew" in capsys.readouterr().err
+    assert record.metrics() == metrics
+    assert digests(tmp_path) == digests(folder)
 
 
 def test_a_checkpoint_from_before_checksums_still_loads(whole, tmp_path):
