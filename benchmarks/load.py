@@ -57,11 +57,15 @@ def commands(output_dir: Path, *, runs: int, parallel: int | None) -> dict[str, 
 def watching(output_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m sweeps watch`, from when there is something to watch."""
     command = [sys.executable, "-m", "sweeps", "--output-dir", str(output_dir), "watch"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = output_dir / "watch.log"
+    with open(log, "w", encoding="utf-8") as file:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
     try:
         yield child
+        if child.wait(600):  # it ends with the last run
+            raise SystemExit(f"error: watch ended with {child.returncode}; see {log}")
     finally:
-        child.terminate()
+        child.kill()
         child.wait()
 
 

@@ -119,19 +119,19 @@ def run_experiment(
             path.unlink(missing_ok=True)
         stop.run_dir = run_dir
         _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
-        run_dir.update_status(
-            state="running",
-            attempts=attempt,
-            steps=config.train.steps,
-            phase="start",
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            job_id=slurm_job_id(),
-            error=None,
-        )
-        import torch  # noqa: F401 - the record names the GPUs where it is loaded
-
         try:
+            run_dir.update_status(
+                state="running",
+                attempts=attempt,
+                steps=config.train.steps,
+                phase="start",
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                job_id=slurm_job_id(),
+                error=None,
+            )
+            import torch  # noqa: F401 - the record names the GPUs where it is loaded
+
             record = attempt_record(start_step=run_dir.newest_step(), world=world_size())
             run_dir.write_attempt(attempt, record)
             state = _attempt(

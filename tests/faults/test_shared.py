@@ -43,9 +43,9 @@ def left(run: RunDir, **changes: Any) -> dict[str, Any]:
     return holder
 
 
-@pytest.mark.parametrize("pid", [1, os.getppid(), os.getpid()])
-def test_a_lock_of_another_boot_is_stale_though_its_pid_lives(run, pid):
-    left(run, pid=pid, birth="00000000-0000-0000-0000-000000000000/17")
+@pytest.mark.parametrize("living", [lambda: 1, os.getppid, os.getpid])
+def test_a_lock_of_another_boot_is_stale_though_its_pid_lives(run, living):
+    left(run, pid=living(), birth="00000000-0000-0000-0000-000000000000/17")
     assert run.lock_holder() is None
     with run.lock():
         pass
