@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARMS = 10
 SHORT = (
     *("model=nano", "method=relora", "eval=none", "dynamics=none", "runtime.device=cpu"),
-    *("data.seq_len=16", "train.batch_size=2", "train.steps=8", "checkpoint.every_steps=4"),
+    *("data.seq_len=16", "train.batch_size=2", "checkpoint.every_steps=4"),
     *("schedule.warmup_steps=1", "relora.reset_frequency=4", "relora.restart_warmup_steps=1"),
 )
 ROLES = {  # words of a command line: what the process is; the first that fits
@@ -37,10 +37,17 @@ ROLES = {  # words of a command line: what the process is; the first that fits
 SAMPLE_S = 2.0
 
 
-def commands(output_dir: Path, *, runs: int, parallel: int | None) -> dict[str, list[str]]:
+def commands(
+    output_dir: Path, *, runs: int, steps: int, parallel: int | None
+) -> dict[str, list[str]]:
     """What a user would type, in this order."""
     seeds = -(-runs // ARMS)
-    grid = [f"relora.r=range(1,{ARMS + 1})", f"seed=range(0,{seeds})", "sweep.name=load"]
+    grid = [
+        f"relora.r=range(1,{ARMS + 1})",
+        f"seed=range(0,{seeds})",
+        "sweep.name=load",
+        f"train.steps={steps}",
+    ]
     width = [f"hydra.launcher.max_parallel={parallel}"] if parallel else []
     own = [f"output_dir={output_dir}", *SHORT, *grid, *width]
     look = [sys.executable, "-m", "sweeps", "--output-dir", str(output_dir)]
@@ -163,6 +170,7 @@ def show(samples: Sequence[dict[str, float]], *, runs: int, title: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=2000, help="a multiple of 10 (default 2000)")
+    parser.add_argument("--steps", type=int, default=8, help="of each run (default 8)")
     parser.add_argument("--parallel", type=int, help="at once (default: as many as cores)")
     parser.add_argument("--output-dir", type=Path, help="keep everything there")
     args = parser.parse_args()
@@ -170,7 +178,7 @@ def main() -> int:
         parser.error(f"--runs must be a multiple of {ARMS}, got {args.runs}")
     folder = args.output_dir or Path(tempfile.mkdtemp(prefix="load-"))
     try:
-        todo = commands(folder.absolute(), runs=args.runs, parallel=args.parallel)
+        todo = commands(folder.absolute(), runs=args.runs, steps=args.steps, parallel=args.parallel)
         samples = sweep(todo.pop("sweep"), output_dir=folder, runs=args.runs)
         seconds = {name: round(timed(command), 1) for name, command in todo.items()}
         check(folder, runs=args.runs)

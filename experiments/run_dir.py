@@ -48,6 +48,8 @@ DONE = ("finished", "diverged")
 
 LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
 EVENT = {"kind": str, "step": int, "metrics": dict[str, float], "data": dict[str, Any]}
+ATTEMPT = {"host": str, "pid": int, "python": str, "commit": str, "tree_hash": str}
+ATTEMPT |= {"code_hash": str, "cpu": str, "packages": dict[str, str], "gpus": list[Any]}
 RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
 """What is read of these files must be of these types."""
 
@@ -169,7 +171,7 @@ class RunDir:
     def attempt_records(self) -> list[dict[str, Any]]:
         """What each attempt said of its host, process and code, oldest first."""
         found = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
-        return [record for record in found if record]
+        return [record for record in found if record and _sound(record, ATTEMPT)]
 
     @contextlib.contextmanager
     def lock(
@@ -282,9 +284,8 @@ class RunDir:
 
         A damaged one counts as none: the run makes it anew from its checkpoint and record.
         """
-        result = _read_json(self.result_path) or {}
-        sound = all(records.fits(k, result[n]) for n, k in RESULT.items() if n in result)
-        return result if result and sound else None
+        result = _read_json(self.result_path)
+        return result if result and _sound(result, RESULT) else None
 
     def ended(self) -> str | None:
         """`finished` or `diverged` where the run has its result, whatever its status says."""
@@ -340,6 +341,11 @@ def slurm_job_id() -> str | None:
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _sound(record: dict[str, Any], kinds: dict[str, Any]) -> bool:
+    """Whether what is there of these keys has their types."""
+    return all(records.fits(kind, record[name]) for name, kind in kinds.items() if name in record)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments.run_dir import RunDir, RunLocked, slurm_job_id
+from experiments.run_dir import RunDir, RunLocked, birth, slurm_job_id
 from experiments.runner import cache_dir, one_line, run_experiment
 from experiments.state import SILENT_AFTER_S
 from experiments.stopping import StopFlag
@@ -94,6 +94,7 @@ def this_process() -> Worker:
         host=socket.gethostname(),
         pid=os.getpid(),
         started=psutil.Process().create_time(),
+        birth=birth(os.getpid()),
         job_id=slurm_job_id(),
     )
 
@@ -158,7 +159,11 @@ def _job_ids(study: Study) -> list[str]:
 def _alive(worker: Worker) -> bool:
     try:
         process = psutil.Process(worker.pid)
-        same = abs(process.create_time() - worker.started) < 1.0
+        same = (
+            birth(worker.pid) == worker.birth
+            if worker.birth
+            else abs(process.create_time() - worker.started) < 1.0
+        )
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

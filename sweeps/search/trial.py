@@ -39,12 +39,17 @@ class Worker:
     pid: int
     started: float = 0.0
     """psutil's create_time: tells processes of one pid apart."""
+    birth: str | None = None
+    """The same, whatever is done to the clock meanwhile (`run_dir.birth`)."""
     job_id: str | None = None
     """Of the scheduler; a requeued job keeps it."""
 
     def is_same(self, other: Worker) -> bool:
         """One process, or an earlier life of the same job."""
-        return self == other or (self.job_id is not None and self.job_id == other.job_id)
+        if self.job_id is not None and self.job_id == other.job_id:
+            return True
+        began = (self.birth, other.birth) if self.birth else (self.started, other.started)
+        return (self.host, self.pid) == (other.host, other.pid) and began[0] == began[1]
 
 
 @dataclass(kw_only=True, slots=True)

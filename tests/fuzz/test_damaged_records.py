@@ -28,6 +28,7 @@ LOOKS = (
     *(["diff", "{run}", "{other}", "--json"], ["gc"], ["gc", "--keep-best", "1", "--snapshots"]),
     *(["eval", "mine"], ["watch", "--once"]),
 )
+REPORTS = 12
 SHOWS = (["show", "{run}"], ["show", "{run}", "--json"])
 
 
@@ -140,6 +141,20 @@ def test_tidy_data_of_damaged_records(whole, tmp_path):
         out, what = a_case(whole, folder, seed=seed)
         told = porch.answer(lambda out=out: _gather(tidy, out))
         assert told_well(told) == [], (seed, what, told)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_reports_of_damaged_records(whole, tmp_path):
+    """Written below the sweep alone; a report says what it lacks, or one line why there is none."""
+    for seed in range(REPORTS):
+        folder = tmp_path / "x"
+        folder.mkdir()
+        out, what = a_case(whole, folder, seed=7000 + seed)
+        before = tree(out / "runs")
+        told = looked(out, [["report", "mine"], ["compare", "mine", "yours"]][seed % 2], seed=seed)
+        assert told_well(told) == [], (seed, what, told)
+        assert tree(out / "runs") == before, (seed, what)
         shutil.rmtree(folder)
 
 
