@@ -411,6 +411,7 @@ def _diagnose_launcher(key: str, text: str) -> str | None:
 
 def _stored(group: str) -> dict[str, Any]:
     """Options that plugins have registered: `<name>.yaml` -> node."""
+    Plugins.instance()  # they do so when Hydra imports them, perhaps only now
     repo: Any = ConfigStore.instance().repo
     for part in group.split("/"):
         repo = repo.get(part, {})

@@ -46,10 +46,12 @@ class Worker:
 
     def is_same(self, other: Worker) -> bool:
         """One process, or an earlier life of the same job."""
-        if self.job_id is not None and self.job_id == other.job_id:
+        if self.job_id != other.job_id:
+            return False
+        if self.job_id is not None:
             return True
-        began = (self.birth, other.birth) if self.birth else (self.started, other.started)
-        return (self.host, self.pid) == (other.host, other.pid) and began[0] == began[1]
+        began = self.birth == other.birth if self.birth else self.started == other.started
+        return began and (self.host, self.pid) == (other.host, other.pid)
 
 
 @dataclass(kw_only=True, slots=True)
