@@ -298,8 +298,8 @@ class RunDir:
 
 def parse_event(line: bytes) -> dict[str, Any]:
     """An event of events.jsonl; ValueError where the line is none."""
-    event = records.parse(line)
-    if not all(records.fits(kind, event.get(name)) for name, kind in EVENT.items()):
+    event = {"metrics": {}, "data": {}, **records.parse(line)}
+    if not EVENT.keys() <= event.keys() or not _sound(event, EVENT):
         raise ValueError("no event")
     return event
 

@@ -428,6 +428,7 @@ def evaluate(run: RunDir, *, step: int, name: str = "eval", finished: float = T0
         "name": name,
         "section": "blimp",
         "step": step,
+        "digest": "d",
         "metrics": {f"{name}/blimp/mean": 0.5},
         "tables": {"blimp_paradigms": [{"uid": "a", "step": step}]},
         "finished": finished + step,

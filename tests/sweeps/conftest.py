@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,11 +82,14 @@ def calls() -> Callable[..., int]:
             count += event in ("call", "c_call")
 
         before = sys.getprofile()
+        gc.collect()
+        gc.disable()  # what earlier tests left must not be put away meanwhile
         sys.setprofile(enters)
         try:
             function(*args)
         finally:
             sys.setprofile(before)
+            gc.enable()
         return count
 
     return calls

@@ -377,10 +377,10 @@ def test_what_is_not_known_is_said_to_be_unknown(make):
 
 def test_unmeasured_cost_is_told_by_arithmetic(make):
     """1e18 FLOPs: 1e18 / (0.1 * 312e12) s are 8.9 hours of an A100 at a tenth of its peak."""
-    train = TrainConfig(steps=1, batch_size=1)
+    train = TrainConfig(steps=1, batch_size=1000)
     config = make(train=train)
-    step = costs.flops_per_token(config).train * config.data.seq_len
-    plan = planned(make, [0], train=TrainConfig(steps=round(1e18 / step), batch_size=1))
+    step = costs.flops_per_token(config).train * config.data.seq_len * 1000
+    plan = planned(make, [0], train=TrainConfig(steps=round(1e18 / step), batch_size=1000))
     text = " ".join(shown(plan, states={}, estimates={plan.cells[0].run_id: None}).split())
     assert "1e+18 training FLOPs: 9 hours of an A100 at 10% of its peak" in text
     assert "A100" not in shown(planned(make, [0]), states={}, estimates={})

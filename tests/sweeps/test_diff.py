@@ -228,7 +228,7 @@ index 1..2 100644
 
 def test_files_of_an_edited_checkout_are_known_from_the_patch(new_run, told, make):
     one, two = new_run(attempt={}), new_run(seed=1, attempt={"dirty": True})
-    plan = make_plan([({"seed": "1"}, make(seed=1))], command=["run.py"])
+    plan = make_plan([({"seed": "1"}, make(seed=1))], command="run.py")
     store(plan, output_dir=make().output_dir)
     folder = plan_folder(make().output_dir, name=plan.name)
     (folder / "code.diff").write_text(PATCH.format("a.py", "x") + PATCH.format("b c.py", "y"))

@@ -159,7 +159,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(untouched, words, line):
 def test_one_bad_checkpoint_does_not_stop_the_others(runs, call, capsys):
     (runs[0] / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"x" * 50)
     assert call("s") == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert "must be safetensors" in capsys.readouterr().err
     assert list(evaluations(RunDir(runs[1]))) == [4]
 
 
