@@ -193,7 +193,7 @@ def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
     for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
         with contextlib.suppress(records.Damaged):  # it is no result: the step is evaluated again
             found = records.read(path)
-            if all(records.fits(kind, found.get(key)) for key, kind in STORED.items()):
+            if records.sound(found, STORED):
                 yield found
 
 

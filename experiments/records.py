@@ -70,6 +70,19 @@ def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
     return found
 
 
+def sound(record: dict[str, Any], kinds: dict[str, Any], *, whole: bool = True) -> bool:
+    """Whether these keys have their types; `whole`: those that are absent, too (as null)."""
+    names = [name for name in kinds if whole or name in record]
+    return all(fits(kinds[name], record.get(name)) for name in names)
+
+
+def names_folder(name: Any) -> bool:
+    """Whether it can be the name of a folder, and of none elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or len(name) > 200:
+        return False
+    return Path(name).name == name
+
+
 def plan(path: Path) -> dict[str, Any]:
     """plan.json as it is in the file; Damaged where it could mislead who looks for its runs."""
     try:
@@ -95,8 +108,7 @@ def _check_cell(cell: Any) -> None:
         if not isinstance(cell.get(key), str):
             raise ValueError(f"a cell has no {key}")
     run_id = cell["run_id"]
-    odd = run_id in ("", ".", "..") or "\0" in run_id or len(run_id) > 200
-    if odd or Path(run_id).name != run_id:
+    if not names_folder(run_id):
         raise ValueError(f"run_id must name a folder, got {run_id!r:.60}")
     config = cell.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("train"), dict):

@@ -21,7 +21,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -171,7 +170,9 @@ class RunDir:
     def attempt_records(self) -> list[dict[str, Any]]:
         """What each attempt said of its host, process and code, oldest first."""
         found = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
-        return [record for record in found if record and _sound(record, ATTEMPT)]
+        return [
+            record for record in found if record and records.sound(record, ATTEMPT, whole=False)
+        ]
 
     @contextlib.contextmanager
     def lock(
@@ -187,7 +188,7 @@ class RunDir:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
-            "birth": birth(os.getpid()),
+            "birth": born(os.getpid()),
             "job_id": slurm_job_id(),
         }
         taken = False
@@ -230,8 +231,7 @@ class RunDir:
         """Who works on the run, or None. A lock of a dead process of this host does not count."""
         path = self.path / "lock"
         holder = _read_json(path)
-        sound = holder and all(records.fits(kind, holder.get(name)) for name, kind in LOCK.items())
-        if not holder or not sound or not 0 < holder["pid"] < 2**31:
+        if not holder or not records.sound(holder, LOCK) or not 0 < holder["pid"] < 2**31:
             # Damaged, or somebody is filling it, or died while he did: atomic.create_text.
             try:
                 young = abs(time.time() - path.stat().st_mtime) < 10
@@ -240,7 +240,8 @@ class RunDir:
             return {"host": "?", "pid": 0} if young else None
         if holder["host"] != socket.gethostname():
             return holder
-        return holder if _lives(holder) else None
+        at_work = lives(holder["pid"], birth=holder.get("birth"), started=holder["started"])
+        return holder if at_work else None
 
     def torn(self) -> list[Path]:
         """What kills have left beside the files: half-written ones, the lock of a dead process."""
@@ -285,7 +286,7 @@ class RunDir:
         A damaged one counts as none: the run makes it anew from its checkpoint and record.
         """
         result = _read_json(self.result_path)
-        return result if result and _sound(result, RESULT) else None
+        return result if result and records.sound(result, RESULT, whole=False) else None
 
     def ended(self) -> str | None:
         """`finished` or `diverged` where the run has its result, whatever its status says."""
@@ -299,7 +300,7 @@ class RunDir:
 def parse_event(line: bytes) -> dict[str, Any]:
     """An event of events.jsonl; ValueError where the line is none."""
     event = {"metrics": {}, "data": {}, **records.parse(line)}
-    if not EVENT.keys() <= event.keys() or not _sound(event, EVENT):
+    if not records.sound(event, EVENT):
         raise ValueError("no event")
     return event
 
@@ -343,11 +344,6 @@ def slurm_job_id() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def _sound(record: dict[str, Any], kinds: dict[str, Any]) -> bool:
-    """Whether what is there of these keys has their types."""
-    return all(records.fits(kind, record[name]) for name, kind in kinds.items() if name in record)
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none that can be read."""
     try:
@@ -356,7 +352,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def birth(pid: int) -> str | None:
+def born(pid: int) -> str | None:
     """Boot and tick at which a process began, which setting the clock does not change.
 
     None where the system does not say.
@@ -369,15 +365,11 @@ def birth(pid: int) -> str | None:
     return f"{boot}/{stat.rpartition(')')[2].split()[19]}"
 
 
-def _lives(holder: dict[str, Any]) -> bool:
-    """Whether a process of this host is still the one that wrote the lock."""
+def lives(pid: int, *, birth: str | None, started: float) -> bool:
+    """Whether a process of this host is still the one that was born, or started, then."""
     try:
-        process = psutil.Process(holder["pid"])
-        same = (
-            birth(process.pid) == holder["birth"]
-            if holder.get("birth")
-            else abs(process.create_time() - holder["started"]) < 1.0
-        )
+        process = psutil.Process(pid)
+        same = born(pid) == birth if birth else abs(process.create_time() - started) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
     except psutil.NoSuchProcess:
         return False
@@ -395,7 +387,7 @@ def runs_folder(output_dir: Path | str) -> Path:
 
 def run_at(output_dir: Path | str, run_id: str) -> RunDir:
     """The run of an id that a file names; ConfigError where its folder would lie elsewhere."""
-    if not isinstance(run_id, str) or run_id in ("", ".", "..") or re.search(r"[/\0]", run_id):
+    if not records.names_folder(run_id):
         raise ConfigError(
             f"a run_id must be the name of a folder in {output_dir}/runs, got {run_id!r}"
         )

@@ -434,7 +434,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Whatever a damaged file makes torch raise is a DataError that names the checkpoint."""
     try:
         yield
-    except (OSError, DataError):
+    except (OSError, DataError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]

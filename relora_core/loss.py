@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_core.kernels import LOG2E
+
 HEAD_BLOCK = {"cpu": (512, 1024), "cuda": (8192, 50304)}
 """Rows and columns of logits in work at a time: 2 MB stay in a core's cache; a GPU wants more."""
 
 HEAD_BYTES = {"cpu": 104 << 20, "cuda": 2 << 30}
 """Exponentials kept at a time; fewer rows where the vocabulary is large."""
-
-LOG2E = math.log2(math.e)
-"""exp2 of logits in bits takes a third of the time of exp."""
 
 LOG_PROB_BLOCK = {"cpu": (1024, 512), "cuda": (8192, 50304)}
 """Rows and columns of logits alive at a time where no gradient is wanted."""

@@ -20,7 +20,6 @@ from typing import Any
 
 from experiments import records
 from experiments.identity import config_from_json, ids, scientific
-from experiments.run_dir import run_at
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, applies, get, validate, walk
 from sweeps.grid import Point, check_name, sweep_name
@@ -280,8 +279,6 @@ def load(path: Path) -> Plan:
     try:
         raw = records.plan(path)
         check_name(raw["name"])
-        for cell in raw["cells"]:
-            run_at(path.parent, cell["run_id"])
         cells = [
             Cell(**{**cell, "config": config_from_json(json.dumps(cell["config"]))})
             for cell in raw["cells"]

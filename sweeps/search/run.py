@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments.run_dir import RunDir, RunLocked, birth, slurm_job_id
+from experiments.run_dir import RunDir, RunLocked, born, lives, slurm_job_id
 from experiments.runner import cache_dir, one_line, run_experiment
 from experiments.state import SILENT_AFTER_S
 from experiments.stopping import StopFlag
@@ -94,7 +94,7 @@ def this_process() -> Worker:
         host=socket.gethostname(),
         pid=os.getpid(),
         started=psutil.Process().create_time(),
-        birth=birth(os.getpid()),
+        birth=born(os.getpid()),
         job_id=slurm_job_id(),
     )
 
@@ -112,7 +112,9 @@ class Gone:
     def __call__(self, worker: Worker) -> bool:
         if worker.job_id is not None:
             return self._job_gone(worker.job_id)
-        return worker.host == socket.gethostname() and not _alive(worker)
+        return worker.host == socket.gethostname() and not lives(
+            worker.pid, birth=worker.birth, started=worker.started
+        )
 
     def _job_gone(self, job_id: str) -> bool:
         """A job that waits was requeued: the trial is still its own."""
@@ -154,19 +156,6 @@ def _job(trial: Trial) -> str | None:
 
 def _job_ids(study: Study) -> list[str]:
     return sorted({id_ for trial in running(study) if (id_ := _job(trial)) is not None})
-
-
-def _alive(worker: Worker) -> bool:
-    try:
-        process = psutil.Process(worker.pid)
-        same = (
-            birth(worker.pid) == worker.birth
-            if worker.birth
-            else abs(process.create_time() - worker.started) < 1.0
-        )
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 # one trial --------------------------------------------------------------------------------------

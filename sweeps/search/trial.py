@@ -40,7 +40,7 @@ class Worker:
     started: float = 0.0
     """psutil's create_time: tells processes of one pid apart."""
     birth: str | None = None
-    """The same, whatever is done to the clock meanwhile (`run_dir.birth`)."""
+    """The same, whatever is done to the clock meanwhile (`run_dir.born`)."""
     job_id: str | None = None
     """Of the scheduler; a requeued job keeps it."""
 
