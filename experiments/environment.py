@@ -60,7 +60,8 @@ def attempt_record(**extra: Any) -> dict[str, Any]:
 def code_hash(root: Path = ROOT) -> str:
     """Digest of relora_core's sources: runs of different code are different experiments."""
     digest = hashlib.sha256()
-    for file in sorted((root / "relora_core").rglob("*.py")):
+    core = root / "relora_core"
+    for file in sorted((*core.rglob("*.py"), *core.rglob("*.cpp"))):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 

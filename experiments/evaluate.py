@@ -239,7 +239,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
     if not steps:
         return
     prepared = evals.prepare(config, load_tokenizer(config.data))
-    with _kept_threads():
+    with _kept_settings():
         for step in steps:
             model = _load(config, run_dir.checkpoints / f"step-{step:08d}")
             if model is None:
@@ -254,6 +254,7 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     """The model as training had it, adapters apart; None where the checkpoint is gone."""
     import torch
 
+    from relora_core import native
     from relora_core.checkpoint import load_weights, read_progress
     from relora_core.methods import build_method
     from relora_core.model import Decoder
@@ -279,19 +280,24 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     if config.runtime.device != "cpu" and torch.cuda.is_available():
         model.to("cuda")
     else:
-        torch.set_num_threads(progress.threads)  # another number would round differently
+        torch.set_num_threads(progress.threads)  # others would round differently
+        native.choose(progress.kernels or config.runtime.kernels)
     return model
 
 
 @contextlib.contextmanager
-def _kept_threads() -> Iterator[None]:
+def _kept_settings() -> Iterator[None]:
+    """What `_load` sets for a run is as before afterwards."""
     import torch
 
-    threads = torch.get_num_threads()
+    from relora_core import native
+
+    threads, kernels = torch.get_num_threads(), native.available()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        native.choose("native" if kernels else "torch")
 
 
 def _evaluate(

@@ -58,6 +58,8 @@ class Progress:
     """Training time of all attempts up to here."""
     threads: int = 0
     """CPU threads: another number would round differently, so a resumed run keeps it."""
+    kernels: str | None = None
+    """Those of `runtime.kernels` in use: kept for the same reason. None: an older checkpoint."""
     stream: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
 
@@ -448,6 +450,8 @@ def read_progress(path: Path) -> Progress:
         for name, kind in (("step", int), ("threads", int), ("stream", dict), ("method", dict)):
             if type(getattr(progress, name)) is not kind:
                 raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")
+        if progress.kernels not in (None, "native", "torch"):
+            raise ValueError(f"progress.json holds {progress.kernels!r:.60} as kernels")
         for name in ("loss_sum", "loss_count", "seconds"):
             if type(getattr(progress, name)) not in (int, float):
                 raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")

@@ -335,6 +335,8 @@ class RuntimeConfig:
     """`auto`: a GPU where there is one."""
     threads: int | None = knob(None, ge=1, scientific=False)
     """CPU threads of a run; None: the cores, shared between the runs at work."""
+    kernels: str = knob("auto", choices=("auto", "native", "torch"), scientific=False)
+    """Of a CPU. `native`: C++ built on first use (needs a compiler); `auto`: that if possible."""
     log_every_steps: int = knob(10, ge=1, scientific=False)
     """Cadence of train/loss events and of the heartbeat."""
 

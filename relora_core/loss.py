@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_core.kernels import LOG2E
+from relora_core import native
+from relora_core.kernels import LOG2E, is_native
 
 HEAD_BLOCK = {"cpu": (512, 1024), "cuda": (8192, 50304)}
 """Rows and columns of logits in work at a time: 2 MB stay in a core's cache; a GPU wants more."""
@@ -42,6 +43,7 @@ class _Exponentials:
         most = HEAD_BYTES.get(device, HEAD_BYTES["cpu"]) // (vocab * size)
         self.rows, self.columns = max(1, min(rows, most, tokens)), columns
         self.weights, self.keep = weight.split(columns), keep
+        self.native = is_native(weight, types=(torch.float32, torch.bfloat16))
         self.room = _room(weight, self.rows * (vocab if keep else min(columns, vocab)))
         self.block = torch.empty(self.rows * min(columns, vocab), device=weight.device)
 
@@ -61,21 +63,13 @@ class _Exponentials:
         self.largest = torch.empty(len(self.weights), len(hidden), 1, device=hidden.device)
         largest = torch.full_like(self.largest[0], -1e38)
         total = torch.zeros_like(largest)
-        for index, (weight, own) in enumerate(zip(self.weights, self._own(targets), strict=True)):
+        make = self._native if self.native else self._plain
+        for index, weight in enumerate(self.weights):
             kept = torch.mm(bits, weight.T, out=self._place(index, len(bits)))
-            z = kept
-            if kept.dtype != torch.float32:
-                z = self.block[: kept.numel()].view_as(kept).copy_(kept)
-            z[own, targets[own] - index * self.columns] = -1e38
-            grown = torch.maximum(largest, z.amax(dim=1, keepdim=True), out=self.largest[index])
-            shrink = largest.sub_(grown).exp2_()
-            largest = grown.clone()
-            total.mul_(shrink).add_(z.sub_(grown).exp2_().sum(dim=1, keepdim=True))
-            if z is not kept:
-                kept.copy_(z)
+            make(kept, targets - index * self.columns, largest, total, mean)
+            self.largest[index] = largest
             if mean is None:
                 continue
-            mean.mul_(shrink)
             if kept.dtype == torch.float32:
                 mean.addmm_(kept, weight)
             else:
@@ -84,12 +78,38 @@ class _Exponentials:
             mean.div_(total)
         return largest.add_(total.log2_()).div_(LOG2E)[:, 0]
 
-    def _own(self, targets: Tensor) -> Sequence[Tensor]:
-        """The rows whose target is in each block; with one block there is nothing to wait for."""
-        if len(self.weights) == 1:
-            return (torch.arange(len(targets), device=targets.device),)
-        block = targets // self.columns
-        return block.argsort().split(block.bincount(minlength=len(self.weights)).tolist())
+    def _native(
+        self, z: Tensor, own: Tensor, largest: Tensor, total: Tensor, mean: Tensor | None
+    ) -> None:
+        """As `_plain`, in one pass over z."""
+        native.call(
+            f"exponentials_{native.kind(z)}",
+            *(z, *z.shape, own, largest, total),
+            *(mean, 0 if mean is None else mean.shape[1]),
+        )
+
+    def _plain(
+        self, kept: Tensor, own: Tensor, largest: Tensor, total: Tensor, mean: Tensor | None
+    ) -> None:
+        """Logits of a block, (rows, columns), become their exponentials relative to `largest`.
+
+        0 where `own` (rows,) says. `largest` and the sums `total`, (rows, 1), go on, and as the
+        former grows `total` and `mean` shrink.
+        """
+        z = kept
+        if kept.dtype != torch.float32:
+            z = self.block[: kept.numel()].view_as(kept).copy_(kept)
+        place = own.clamp(0, z.shape[1] - 1)
+        logit = z.gather(1, place[:, None]).masked_fill_((own == place)[:, None], -1e38)
+        z.scatter_(1, place[:, None], logit)
+        grown = torch.maximum(largest, z.amax(dim=1, keepdim=True))
+        shrink = (largest - grown).exp2_()
+        largest.copy_(grown)
+        total.mul_(shrink).add_(z.sub_(grown).exp2_().sum(dim=1, keepdim=True))
+        if z is not kept:
+            kept.copy_(z)
+        if mean is not None:
+            mean.mul_(shrink)
 
     def add_gradient(
         self, hidden: Tensor, normaliser: Tensor, d_weight: Tensor, *, to: int

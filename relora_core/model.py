@@ -8,11 +8,10 @@ weights load here and give its logits. Not for: adapters (`methods/`) or the hea
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
-from relora_core.kernels import causal_attention, swiglu
+from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu
 from relora_core.loss import head_loss
 
 
@@ -25,8 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return normed.type_as(x) * self.weight
+        return rms_norm(x, self.weight, eps=self.eps)
 
 
 class RoPE(nn.Module):
@@ -44,9 +42,7 @@ class RoPE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, heads, head_dim), rotated in float32 and cast back."""
-        rotation = torch.view_as_complex(self.table[: x.shape[1]].float())[:, None]
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+        return rotate(x, self.table[: x.shape[1]])
 
 
 class Attention(nn.Module):

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from relora_core import checkpoint
+from relora_core import checkpoint, native
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -98,13 +98,14 @@ def _train(
     newest, damaged = newest_intact(accelerator, checkpoints)
     progress = resume(newest, model=model, optimizer=optimizer, rank=rank, config=config)
     resumed = newest is not None
+    choose_kernels(progress, config=config, device=accelerator.device, resumed=resumed)
     if resumed:
         stream.load_state_dict(progress.stream)
         method.load_state_dict(progress.method)
         recorder.load_state_dict(checkpoint.load_reference(newest))
     method.set_phase(progress.step, model)
     wrapped = accelerator.prepare(model)
-    begun = {"resumed": resumed, "world": world, **damaged}
+    begun = {"resumed": resumed, "world": world, "kernels": progress.kernels, **damaged}
     sink.emit(Event(kind="start", step=progress.step, data=begun))
     measure = Measures(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
@@ -284,6 +285,23 @@ def resume(
         progress = Progress(threads=threads)
     torch.set_num_threads(progress.threads)
     return progress
+
+
+def choose_kernels(
+    progress: Progress, *, config: RunConfig, device: torch.device, resumed: bool
+) -> None:
+    """What a CPU computes with: a resumed run goes on with what it began with."""
+    if device.type != "cpu":
+        return
+    asked = progress.kernels or config.runtime.kernels
+    progress.kernels = native.choose(asked)
+    if asked == "torch" or progress.kernels == "native":
+        return
+    if asked == "native" and not resumed:
+        expected = f"must be auto or torch here ({native.problem()})"
+        raise ConfigError(f"runtime.kernels {expected}, got 'native'")
+    then = "the last digits will differ" if asked == "native" else "training is slower"
+    print(f"warning: no native kernels, {then}: {native.problem()}", file=sys.stderr)
 
 
 def accumulate_gradients(

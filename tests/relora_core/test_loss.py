@@ -25,7 +25,7 @@ def reference(hidden, weight, targets):
 
 
 @pytest.mark.parametrize("block", [(1, 211), (7, 50), (70, 1), (32, 210), (1000, 1000)])
-def test_loss_and_gradients_equal_float64(problem, monkeypatch, block):
+def test_loss_and_gradients_equal_float64(kernels, problem, monkeypatch, block):
     monkeypatch.setitem(loss_module.HEAD_BLOCK, "cpu", block)
     hidden, weight, targets = problem
     want, want_h, want_w = reference(*problem)
@@ -37,7 +37,7 @@ def test_loss_and_gradients_equal_float64(problem, monkeypatch, block):
     torch.testing.assert_close(w.grad.double(), 3 * want_w, atol=1e-7, rtol=1e-5)
 
 
-def test_large_logits_neither_overflow_nor_lose_the_target(problem):
+def test_large_logits_neither_overflow_nor_lose_the_target(kernels, problem):
     hidden, weight, targets = problem
     args = hidden * 40, weight, targets
     want, want_h, _ = reference(*args)
@@ -49,7 +49,7 @@ def test_large_logits_neither_overflow_nor_lose_the_target(problem):
 
 
 @pytest.mark.parametrize("block", [(7, 50), (512, 1024)])
-def test_bf16_autocast_stays_near_float64(problem, monkeypatch, block):
+def test_bf16_autocast_stays_near_float64(kernels, problem, monkeypatch, block):
     """`linear_cross_entropy` is off by 2.8 nats here; a bf16 matmul with float32 sums is not."""
     monkeypatch.setitem(loss_module.HEAD_BLOCK, "cpu", block)
     want, want_h, want_w = reference(*problem)
@@ -64,7 +64,7 @@ def test_bf16_autocast_stays_near_float64(problem, monkeypatch, block):
         assert (got - exact).norm() / exact.norm() < 1e-2
 
 
-def test_bf16_keeps_the_gradient_of_what_is_nearly_certain():
+def test_bf16_keeps_the_gradient_of_what_is_nearly_certain(kernels):
     """p - 1 of a target with p = 0.9999: rounding p to bf16 first would leave 0 or four percent."""
     hidden, weight = torch.eye(4), 10.5 * torch.eye(4)
     targets = torch.arange(4)

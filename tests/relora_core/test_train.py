@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 import relora_core.train as train_module
 from experiments import schema
 from experiments.identity import config_to_json
-from relora_core import checkpoint
+from relora_core import checkpoint, native
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
@@ -185,6 +185,57 @@ def test_every_restart_says_what_it_did(config, tmp_path):
         assert after == pytest.approx(before, abs=1e-6)
         assert found[step + 1, "restart/loss_next"] == pytest.approx(after, abs=1e-4)
         assert found[step, "restart/state_zeroed"] == 1.0
+
+
+@pytest.fixture
+def compiler():
+    if native.choose("native") != "native":
+        pytest.skip(f"no native kernels here: {native.problem()}")
+    yield
+    native.choose("auto")
+
+
+def test_native_and_torch_kernels_agree_up_to_rounding(compiler, config, tmp_path):
+    """Dropout included: both draw the same."""
+    runs = {
+        kernels: run(config(runtime={"kernels": kernels, "log_every_steps": 1}), tmp_path / kernels)
+        for kernels in ("native", "torch")
+    }
+    begun = {k: recorder.events[0].data["kernels"] for k, recorder in runs.items()}
+    assert begun == {"native": "native", "torch": "torch"}
+    first, second = (recorder.metrics() for recorder in runs.values())
+    assert first != second
+    for key, value in first.items():
+        assert value == pytest.approx(second[key], rel=1e-3, abs=1e-5), key
+
+
+def test_a_resumed_run_keeps_its_kernels(compiler, config, tmp_path):
+    """And equals the undisturbed one, whatever is asked for the second time."""
+    run(config(runtime={"kernels": "torch"}), tmp_path / "one")
+    run(config(runtime={"kernels": "torch"}), tmp_path / "two", die_at=("train", 8))
+    again = run(config(runtime={"kernels": "auto"}), tmp_path / "two")
+    assert again.events[0].data["kernels"] == "torch"
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_where_native_kernels_cannot_be_had(config, tmp_path, monkeypatch, capsys):
+    run(config(), tmp_path / "old", die_at=("train", 8))
+    capsys.readouterr()
+    monkeypatch.setattr(native, "problem", lambda: "no compiler")
+    try:
+        with pytest.raises(
+            ConfigError, match=r"runtime\.kernels must be auto or torch here \(no comp"
+        ):
+            run(config(runtime={"kernels": "native"}), tmp_path / "refused")
+        run(config(), tmp_path / "slower")
+        assert "training is slower: no compiler" in capsys.readouterr().err
+        run(config(), tmp_path / "old")
+        assert "the last digits will differ: no compiler" in capsys.readouterr().err
+        run(config(runtime={"kernels": "torch"}), tmp_path / "plain")
+        assert "kernels" not in capsys.readouterr().err
+    finally:
+        monkeypatch.undo()
+        native.choose("auto")
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(config, tmp_path):
