@@ -341,9 +341,9 @@ void swiglu_back(const T* gate, const T* value, const T* upstream, T* d_gate, T*
 }
 
 // adapters ----------------------------------------------------------------------------------------
-// Rows of some 64 tokens go through both thin products while they are in the cache. Columns that
+// Rows of some 32 tokens go through both thin products while they are in the cache. Columns that
 // stand side by side come in whole vectors: the ranks of a product are padded with zeros.
-constexpr int ROWS = 64;
+constexpr int ROWS = 32;
 
 // c[m][n] = old * c[m][n] + by * sum_p a[m * am + p * ap] * b[p * ldb + n], n of N vectors
 template <int M, int N>
@@ -478,17 +478,18 @@ void adapt_back(const T* x, const float* a, const float* b, const float* low, co
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < size_a; ++i) {
-      da[i] = 0;
-      for (int64_t p = 0; p < pieces; ++p) da[i] += sums[p * (size_a + size_b) + i];
+    for (int64_t i = 0; i < size_a; i += LANES) {
+      vec total{};
+      for (int64_t p = 0; p < pieces; ++p) total += load<vec>(&sums[p * (size_a + size_b) + i]);
+      store(da + i, total);
     }
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < s.out; ++o)
-      for (int64_t k = 0; k < s.rank; ++k) {
-        float total = 0;
+      for (int64_t k = 0; k < s.rank; k += LANES) {
+        vec total{};
         for (int64_t p = 0; p < pieces; ++p)
-          total += sums[p * (size_a + size_b) + size_a + o * R + k];
-        db[o * s.rank + k] = total;
+          total += load<vec>(&sums[p * (size_a + size_b) + size_a + o * R + k]);
+        for (int64_t l = k; l < std::min(k + LANES, s.rank); ++l) db[o * s.rank + l] = total[l - k];
       }
   }
 }
