@@ -44,10 +44,10 @@ def is_native(*tensors: Tensor, types: tuple[torch.dtype, ...] = (torch.float32,
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt D) v over earlier positions: (B, T, H, D), twice (B, T, KV, D).
 
-    Query head h reads key head h // (H / KV). On a CPU all of it is float32, whatever q's type:
-    casts of scores cost what products in bf16 save.
+    Query head h reads key head h // (H / KV). The result has v's type; on a CPU bf16 is computed
+    in float32, as casts of scores cost what products in bf16 save.
     """
-    kind = q.dtype
+    kind = v.dtype
     if q.device.type == "cpu" and kind == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()
     if q.shape[3] in HEAD_SIZES and is_native(q, k, v):
@@ -80,6 +80,12 @@ class _Attention(torch.autograd.Function):
         return found
 
 
+def to_product_type(x: Tensor) -> Tensor:
+    """x as autocast would hand it to a product: once, where several products read it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 # between the products ---------------------------------------------------------------------------
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x / rms(x) over the last dimension in float32, cast back, times weight."""
@@ -108,13 +114,14 @@ class _RMSNorm(torch.autograd.Function):
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Pairs (2i, 2i+1) of x (B, T, heads, D) turned by table (T, D / 2, 2), cosine and sine.
 
-    In float32, cast back.
+    In float32; cast back but for bf16 on a CPU, where attention takes float32.
     """
     if is_native(table) and x.dtype in (torch.float32, torch.bfloat16):
-        return _Rotate.apply(x.float().contiguous(), table).type_as(x)  # type: ignore[union-attr]
+        return _Rotate.apply(x.float().contiguous(), table)  # type: ignore[return-value]
     rotation = torch.view_as_complex(table.float())[:, None]
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+    turned = torch.view_as_real(pairs * rotation).flatten(-2)
+    return turned if x.device.type == "cpu" and x.dtype == torch.bfloat16 else turned.type_as(x)
 
 
 class _Rotate(torch.autograd.Function):
@@ -208,14 +215,6 @@ def adapted_linear(
     return kind.apply(x, weight, a, b, scale, dropout)  # type: ignore[return-value]
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """To the type that products take now."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-
-
 class _Native(torch.autograd.Function):
     """No gradient of W; the dropout is drawn again for the backward pass."""
 
@@ -223,7 +222,7 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        rows, weight = _cast(x.flatten(0, -2), weight)
+        rows, weight = to_product_type(x.flatten(0, -2)), to_product_type(weight)
         rows, a, b = rows.contiguous(), a.contiguous(), b.contiguous()
         seed, cut = _draw(dropout)
         rank = -(-a.shape[0] // LANES) * LANES
@@ -255,7 +254,7 @@ class _Plain(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float
     ) -> Tensor:
         ctx.type = x.dtype
-        rows, weight, a, b = _cast(x.flatten(0, -2), weight, a, b)
+        rows, weight, a, b = map(to_product_type, (x.flatten(0, -2), weight, a, b))
         with torch.autocast(x.device.type, enabled=False):
             kept, share = keep_mask(rows, dropout) if dropout else (None, 1.0)
             ctx.scale = scale / share

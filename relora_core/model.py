@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
-from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu
+from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu, to_product_type
 from relora_core.loss import head_loss
 
 
@@ -60,6 +60,7 @@ class Attention(nn.Module):
         self.rope = RoPE(self.head_dim, max_seq_len=config.max_seq_len, theta=config.rope_theta)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = to_product_type(x)
         q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
@@ -77,6 +78,7 @@ class SwiGLU(nn.Module):
         self.w_2 = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = to_product_type(x)
         return self.w_2(swiglu(self.w_0(x), self.w_1(x)))
 
 
