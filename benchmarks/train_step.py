@@ -27,6 +27,7 @@ VARIANTS = {
     "plain relora fp32": "the same with adapters of rank 16 and dropout 0.1",
     "full_rank fp32": "ours",
     "full_rank bf16": "ours, train.precision=bf16",
+    "full_rank torch fp32": "runtime.kernels=torch, as where there is no compiler",
     "relora fp32": "ours, relora=corrected: rank 16, dropout 0.1",
     "relora bf16": "the same, train.precision=bf16",
     "relora p=0 fp32": "without dropout",
@@ -46,6 +47,7 @@ RATIOS = {  # name: (numerator, denominator), each the fastest variant that begi
     "relora_ratio_bf16": ("relora bf16", "full_rank bf16"),
     "relora_p0_ratio": ("relora p=0 fp32", "full_rank fp32"),
     "relora_p0_ratio_bf16": ("relora p=0 bf16", "full_rank bf16"),
+    "native_ratio": ("full_rank fp32", "full_rank torch fp32"),
     "plain_relora_ratio": ("relora fp32", "plain relora fp32"),
 }
 
@@ -105,8 +107,11 @@ def make_step(
     """
     import torch
 
+    from relora_core import native
+
     torch.manual_seed(0)
     kind, rest = variant.split(" ", 1)
+    native.choose("torch" if "torch" in rest else "auto")
     if kind == "plain":
         from plain import PlainDecoder
 

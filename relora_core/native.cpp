@@ -22,8 +22,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int BYTES = 4 * LANES;
-constexpr int KEYS = 128;      // scores of 16 queries by so many keys stay in the first cache
-constexpr int64_t PIECE = 128;  // rows that are summed by one thread
+constexpr int KEYS = 128;  // scores of as many queries as lanes by so many keys stay in the cache
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOWEST = -1e38f;  // no infinity: the difference of two is no number
 
@@ -51,6 +50,8 @@ inline float largest(vec x) {
   for (int i = 1; i < LANES; ++i) most = std::max(most, x[i]);
   return most;
 }
+// Rows that one thread sums up: at most 32 sums, however many rows and threads there are
+inline int64_t piece_of(int64_t rows) { return std::max<int64_t>(128, (rows / 32 + 31) / 32 * 32); }
 inline vec lanes() {
   vec x;
   for (int i = 0; i < LANES; ++i) x[i] = i;
@@ -89,7 +90,8 @@ inline vec sigmoid(vec x) {
 }
 
 // attention ---------------------------------------------------------------------------------------
-// Sixteen queries at a time, one in each lane; keys and values are read one number for all lanes.
+// As many queries at a time as there are lanes, one in each; of keys and values one number is read
+// for all lanes.
 
 struct Shape {
   int64_t batch, length, heads, kv;
@@ -367,8 +369,10 @@ inline void blocks(float* c, int64_t ldc, const float* a, int64_t am, int64_t ap
                    int64_t ldb, int64_t rows, int64_t depth, float by, bool old) {
   constexpr int M = LANES == 16 ? 16 / N : 8 / N;  // as many sums as there are registers
   int64_t m = 0;
-  for (; m + M <= rows; m += M) block<M, N>(c + m * ldc, ldc, a + m * am, am, ap, b, ldb, depth, by, old);
-  for (; m < rows; ++m) block<1, N>(c + m * ldc, ldc, a + m * am, am, ap, b, ldb, depth, by, old);
+  for (; m + M <= rows; m += M)
+    block<M, N>(c + m * ldc, ldc, a + m * am, am, ap, b, ldb, depth, by, old);
+  for (; m < rows; ++m)
+    block<1, N>(c + m * ldc, ldc, a + m * am, am, ap, b, ldb, depth, by, old);
 }
 void product(float* c, int64_t ldc, const float* a, int64_t am, int64_t ap, const float* b,
              int64_t ldb, int64_t rows, int64_t columns, int64_t depth, float by, bool old) {
@@ -450,7 +454,7 @@ void adapt(const T* x, const float* a, const float* b, T* y, float* low, Sizes s
 template <typename F, typename T = typename F::type>
 void adapt_back(const T* x, const float* a, const float* b, const float* low, const T* upstream,
                 T* dx, float* da, float* db, Sizes s, float scale, Dropout dropout, int threads) {
-  const int64_t R = padded(s.rank), pieces = (s.rows + PIECE - 1) / PIECE;
+  const int64_t R = padded(s.rank), size = piece_of(s.rows), pieces = (s.rows + size - 1) / size;
   const int64_t size_a = s.rank * s.in, size_b = s.out * R;
   const Room down = room(s.out * R), sums = room(pieces * (size_a + size_b));
   pad(down.get(), b, s.out, s.rank, 1, s.rank);
@@ -461,8 +465,8 @@ void adapt_back(const T* x, const float* a, const float* b, const float* low, co
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < pieces; ++piece) {
       float *own_a = sums.get() + piece * (size_a + size_b), *own_b = own_a + size_a;
-      const int64_t stop = std::min(s.rows, (piece + 1) * PIECE);
-      for (int64_t first = piece * PIECE; first < stop; first += ROWS) {
+      const int64_t stop = std::min(s.rows, (piece + 1) * size);
+      for (int64_t first = piece * size; first < stop; first += ROWS) {
         const int64_t rows = std::min<int64_t>(ROWS, stop - first);
         const int64_t entry = first * s.in;
         drop<F>(kept.get(), x + entry, rows * s.in, dropout, entry);
@@ -524,7 +528,8 @@ int attention_back(const float* q, const float* k, const float* v, const float* 
                    int threads) {
   const float scale = LOG2E / std::sqrt(static_cast<float>(size));
   const Shape s{batch, length, heads, kv};
-#define CALL(D) return attend_back<D>(q, k, v, out, sums, upstream, dq, dk, dv, s, scale, threads), 0
+#define CALL(D) \
+  return attend_back<D>(q, k, v, out, sums, upstream, dq, dk, dv, s, scale, threads), 0
   BY_HEAD_SIZE(CALL)
 #undef CALL
 }
@@ -593,12 +598,12 @@ void rms_norm(const float* x, const float* weight, float* out, float* inverse, i
 
 void rms_norm_back(const float* x, const float* weight, const float* inverse, const float* upstream,
                    float* dx, float* d_weight, int64_t rows, int64_t width, int threads) {
-  const int64_t pieces = (rows + PIECE - 1) / PIECE;
+  const int64_t size = piece_of(rows), pieces = (rows + size - 1) / size;
   const Room sums = room(pieces * width);
 #pragma omp parallel for num_threads(threads)
   for (int64_t piece = 0; piece < pieces; ++piece) {
     float* own = sums.get() + piece * width;
-    for (int64_t i = piece * PIECE; i < std::min(rows, (piece + 1) * PIECE); ++i) {
+    for (int64_t i = piece * size; i < std::min(rows, (piece + 1) * size); ++i) {
       const float *row = x + i * width, *g = upstream + i * width, by = inverse[i];
       float along = 0;
 #pragma omp simd reduction(+ : along)

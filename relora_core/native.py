@@ -124,8 +124,12 @@ def _digest(content: bytes) -> str:
 
 def _key() -> str:
     """Of the source, how it is built, and the processor: machines may share a home."""
-    told = repr((FLAGS, platform.machine(), _processor()))
+    told = repr((_flags(), platform.machine(), _processor()))
     return _digest(SOURCE.read_bytes() + told.encode())
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
 
 
 def _processor() -> str:
@@ -139,14 +143,16 @@ def _processor() -> str:
 
 
 def _cache() -> Path | None:
-    """A folder for builds that is kept; None where there is none to write to."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "relora-sweeps"
+    """A folder for builds that is kept; None where there is none that we alone can write to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root) / "relora-sweeps"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # the latter: nobody's home
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    ours = found.st_uid == os.getuid() and not found.st_mode & 0o022  # what is there will be run
+    return folder if ours and os.access(folder, os.W_OK) else None
 
 
 def _build(folder: Path, name: str) -> Path:
@@ -157,7 +163,7 @@ def _build(folder: Path, name: str) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as passing:
             out = Path(passing) / name
-            command = [compiler, *FLAGS, "-fPIC", "-shared", str(SOURCE), "-o", str(out)]
+            command = [compiler, *_flags(), "-fPIC", "-shared", str(SOURCE), "-o", str(out)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
             if done.returncode:
                 said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

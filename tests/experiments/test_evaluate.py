@@ -216,6 +216,7 @@ def test_bad_eval_settings_are_refused_before_anything_is_written(run, tmp_path)
         complete_eval(config, eval=EvalConfig(blimp=BlimpConfig(enabled=True, max_pairs=0)))
 
 
+@pytest.mark.slow
 def test_a_request_is_one_file_and_a_job(run):
     run_dir = run()
     request = request_of(run_dir)

@@ -177,6 +177,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figure]:
     return {f.name: f for f in figures.all_figures(sweep_of(), folder)}
 
 
+@pytest.mark.slow
 def test_a_whole_sweep_has_every_figure_as_svg_and_png(whole: dict[str, Figure]) -> None:
     assert set(whole) == NAMES
     for figure in whole.values():

@@ -27,6 +27,7 @@ from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE
 
 
+@pytest.mark.slow
 def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path: Path) -> None:
     run, said = a_run(tmp_path), []
     train(run, attempt=1, start=0, stop=20)
@@ -48,6 +49,7 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
     assert store.run(run).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_dead_server_costs_one_line_and_no_time_at_the_start(tmp_path: Path) -> None:
     run, said = a_run(tmp_path), []
     uri = f"http://user:secret@127.0.0.1:{closed_port()}"

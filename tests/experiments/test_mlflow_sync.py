@@ -27,6 +27,7 @@ from relora_core.config import BlimpConfig, PalomaConfig, RunConfig
 from relora_core.events import Event
 
 
+@pytest.mark.slow
 def test_every_point_is_shown_once_however_often_it_is_synced(store: Store, tmp_path: Path) -> None:
     run = a_run(tmp_path)
     train(run, attempt=1, start=0, stop=40)
@@ -153,6 +154,7 @@ def content(where: Store, run: RunDir) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_fresh_store_is_rebuilt_to_the_same_view(
     store: Store, tmp_path: Path, migrated: Path
 ) -> None:
@@ -436,6 +438,7 @@ def evaluate(run: RunDir, *, step: int, name: str = "eval", finished: float = T0
     atomic.write_json(folder / f"step-{step:08d}-blimp.json", result)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=15,
     deadline=None,

@@ -432,6 +432,7 @@ def test_a_sweep_is_not_compared_with_itself(tmp_path: Path) -> None:
         compare.write((tmp_path, "mine"), (tmp_path, "mine"))
 
 
+@pytest.mark.slow
 def test_the_report_needs_neither_torch_nor_mlflow(tmp_path: Path) -> None:
     import subprocess
     import sys

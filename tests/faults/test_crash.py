@@ -60,6 +60,7 @@ class Victim:
         self.number, self.run_kills = self.number + 1, 0
 
 
+@pytest.mark.slow
 def test_killed_in_each_phase(warm_runner, whole, tmp_path):
     victim = Victim(warm_runner, tmp_path, whole=whole, most=len(PHASES))
     for phase in PHASES:

@@ -381,6 +381,7 @@ def no_wait(monkeypatch):
     monkeypatch.setattr(pretokenized.time, "sleep", lambda seconds: None)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=15,
     deadline=None,
@@ -418,6 +419,7 @@ def test_every_border_of_a_hub_stream_can_be_resumed_at(hub, no_wait, rows, posi
     np.testing.assert_array_equal(second.next_rows(300), want)
 
 
+@pytest.mark.slow
 def test_a_hub_stream_left_open_lets_python_end(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "hub")
     code = (

@@ -127,6 +127,7 @@ def test_the_order_follows_seed_and_epoch(config, cache):
     assert (first != one_pass(config(), cache, seed=0, epoch=1)).any()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=min(40, settings.default.max_examples),
     deadline=None,

@@ -284,6 +284,7 @@ def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path):
     assert run(wild, tmp_path / "wild").events[-1].kind == "diverged"
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config, tmp_path):
     setting = config(train={"micro_batch_size": 1, "steps": 7, "lr": 1e-3})
     one = run(setting, tmp_path / "one")

@@ -351,6 +351,7 @@ def test_pairs_cover_the_twelve_phenomena_in_blimps_fields(pairs: list[dict[str,
     assert json.loads(json.dumps(pairs)) == pairs
 
 
+@pytest.mark.slow
 def test_good_sentences_are_derivable_and_bad_ones_are_not(pairs: list[dict[str, object]]) -> None:
     for pair in pairs:
         assert derivable(str(pair["sentence_good"])), pair

@@ -78,14 +78,14 @@ def test_bf16_keeps_the_gradient_of_what_is_nearly_certain(kernels):
     torch.testing.assert_close(*diagonal, atol=0, rtol=0.1)
 
 
-def test_a_frozen_head_gets_no_gradient_and_costs_none(problem):
+def test_a_frozen_head_gets_no_gradient_and_costs_none(kernels, problem):
     hidden, weight, targets = problem
     h = hidden.clone().requires_grad_()
     head_loss(h, weight, targets).backward()
     torch.testing.assert_close(h.grad.double(), reference(*problem)[1], atol=1e-7, rtol=1e-5)
 
 
-def test_no_gradient_is_made_without_need(problem):
+def test_no_gradient_is_made_without_need(kernels, problem):
     hidden, weight, targets = problem
     with torch.no_grad():
         value = head_loss(hidden, weight.clone().requires_grad_(), targets)
@@ -94,8 +94,9 @@ def test_no_gradient_is_made_without_need(problem):
 
 
 @pytest.mark.parametrize("block", [(1, 1), (13, 50), (512, 1024)])
-def test_log_probs_equal_log_softmax(problem, monkeypatch, block):
-    monkeypatch.setitem(loss_module.LOG_PROB_BLOCK, "cpu", block)
+def test_log_probs_equal_log_softmax(kernels, problem, monkeypatch, block):
+    for blocks in (loss_module.LOG_PROB_BLOCK, loss_module.HEAD_BLOCK):
+        monkeypatch.setitem(blocks, "cpu", block)
     hidden, weight, targets = problem
     for scale in (1.0, 60.0):  # logits near 0, and far beyond what exp can hold
         logits = scale * hidden.double() @ weight.double().T
@@ -105,7 +106,7 @@ def test_log_probs_equal_log_softmax(problem, monkeypatch, block):
     assert target_log_probs(hidden[:0], weight, targets[:0]).shape == (0,)
 
 
-def test_several_targets_of_a_row_share_its_softmax(problem):
+def test_several_targets_of_a_row_share_its_softmax(kernels, problem):
     hidden, weight, targets = problem
     rows = torch.arange(len(targets)).flip(0) // 2
     got = target_log_probs(hidden, weight, targets, rows=rows)
@@ -113,14 +114,14 @@ def test_several_targets_of_a_row_share_its_softmax(problem):
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-6)
 
 
-def test_log_probs_with_bf16_matmuls_are_near(problem):
+def test_log_probs_with_bf16_matmuls_are_near(kernels, problem):
     hidden, weight, targets = problem
     exact = target_log_probs(hidden, weight, targets)
     rough = target_log_probs(hidden, weight.bfloat16(), targets)
     assert 0 < (rough - exact).abs().max() < 0.05
 
 
-def test_log_probs_of_what_is_not_finite_are_not_a_number(problem):
+def test_log_probs_of_what_is_not_finite_are_not_a_number(kernels, problem):
     hidden, weight, targets = problem
     hidden = hidden.clone()
     hidden[1] = float("nan")

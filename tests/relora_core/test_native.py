@@ -1,8 +1,10 @@
 """Where the native kernels come from, and what happens where they cannot be had."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,14 @@ def test_built_once_then_found_and_built_again_if_damaged(compiler, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_others_can_write_to_is_not_run(compiler, tmp_path):
+    (tmp_path / "relora-sweeps").mkdir()
+    (tmp_path / "relora-sweeps").chmod(0o777)
+    assert ask(XDG_CACHE_HOME=str(tmp_path)) == "native None"
+    assert not list((tmp_path / "relora-sweeps").iterdir())
+
+
+@pytest.mark.slow
 def test_without_a_cache_they_are_built_for_the_process(compiler, tmp_path):
     (tmp_path / "file").touch()
     assert ask(XDG_CACHE_HOME=str(tmp_path / "file")) == "native None"
@@ -62,3 +72,21 @@ def test_without_a_compiler_torch_takes_over_and_says_why(tmp_path, environment,
     assert answer.startswith("torch ")
     assert why in answer
     assert not list((tmp_path / "relora-sweeps").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have other names")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors_compute_the_same(compiler, tmp_path, processor):
+    """Four and eight lanes instead of sixteen, through every test of the kernels."""
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": f"-march={processor}"}
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "loss")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", *tests],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " skipped" not in done.stdout
+    assert len(list((tmp_path / "relora-sweeps").iterdir())) == 1

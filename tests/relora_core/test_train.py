@@ -364,6 +364,7 @@ print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=S
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one(config, tmp_path, world):
     """DDP over gloo, restarts included: the same global batches, equal adapters on all ranks."""

@@ -160,6 +160,7 @@ def test_slurm_jobs_are_cancelled_and_their_runs_say_so(world, slurm):
     assert world.states()[:3] == ["cancelled", "cancelled", "queued"]
 
 
+@pytest.mark.slow
 def test_a_packed_job_goes_on_for_the_runs_that_are_not_cancelled(world, slurm):
     slurm.add("12", name="s.aa", state="RUNNING")
     for run in world.runs[:3]:
@@ -193,6 +194,7 @@ def test_a_searchs_jobs_end_also_before_they_have_taken_a_trial(world, slurm):
     assert slurm.jobs()["77_0"]["state"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_where_slurm_does_not_answer_the_request_stands(world, slurm, capsys):
     slurm.add("12", name="s.aa", state="PENDING")
     queue(world.runs[0], job_id="12", host="login")

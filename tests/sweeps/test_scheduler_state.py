@@ -235,6 +235,7 @@ def test_without_squeue_the_runs_own_word_stands(run, monkeypatch, tmp_path):
 
 
 # many -------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_hundreds_of_runs_cost_one_question_and_local_runs_none(slurm, make, tmp_path):
     runs = []
     for number in range(200):

@@ -130,6 +130,7 @@ def test_asha_saves_steps_and_a_grid_brings_a_pruned_run_to_its_end(study, tmp_p
     assert result(one)["step"] == 24
 
 
+@pytest.mark.slow
 def test_wilcoxon_spares_the_seeds_that_change_nothing(study, tmp_path):
     lrs = [1e-2, 1e-6]
     made = study(

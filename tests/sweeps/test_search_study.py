@@ -159,6 +159,7 @@ def test_settings_to_start_from_come_first_and_once(spec, folder):
     assert again.take(me("c")).params["train.lr"] not in (0.01, 0.02)
 
 
+@pytest.mark.slow
 def test_the_same_search_from_the_same_seed_draws_the_same_points(spec, tmp_path):
     def points(name, **search):
         study = Study.open(study_folder(tmp_path / name, name="s"), create=spec(**search))

@@ -136,6 +136,7 @@ def test_as_described_the_papers_arms_differ_in_relora_alone(arms):
 
 
 # audit ------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_audits_path_changes_one_knob_a_step_through_all_four_procedures(arms, loader):
     found = arms("audit")
     path = [found[name] for name in found if name[0].isdigit()]

@@ -83,6 +83,7 @@ def test_a_widened_grid_runs_only_what_is_new(make, launch, tmp_path):
     assert sorted(starts(tmp_path).values()) == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_failing_run_stops_no_other_and_is_told(make, launch, tmp_path):
     summary, text = launch(planned(make, [7, 0, 1]), max_parallel=1)
     assert states(summary) == {"7": "failed", "0": "finished", "1": "finished"}
@@ -111,6 +112,7 @@ def test_a_diverged_run_is_an_outcome_that_is_not_repeated(make, launch, tmp_pat
     assert "diverged seed=5" in text or "diverged test" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2])
 def test_no_more_than_max_parallel_runs_at_once(make, launch, tmp_path, limit, monkeypatch):
     monkeypatch.setenv("FAKE_COMPANY", str(limit))
@@ -122,6 +124,7 @@ def test_no_more_than_max_parallel_runs_at_once(make, launch, tmp_path, limit, m
     assert peak == limit
 
 
+@pytest.mark.slow
 def test_longest_runs_start_first(make, launch, tmp_path):
     plan = make_plan([({}, make(steps=n)) for n in (4, 40, 400)])
     launch(plan, max_parallel=1)
@@ -163,6 +166,7 @@ def test_an_output_folder_that_is_a_file_is_one_line(make, launch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_launchers_on_one_plan_run_each_run_once(make, launch, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_S", "0.3")
     got = []

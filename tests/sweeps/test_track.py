@@ -91,6 +91,7 @@ def everything(out: Path, experiment: str = "ranks") -> Any:
     ]
 
 
+@pytest.mark.slow
 def test_a_planned_sweep_is_there_before_its_runs_begin(out: Path, plan: Any) -> None:
     plan(ranks=(8, 16))
     (done,) = bring_up_to_date(out)

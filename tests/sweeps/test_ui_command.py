@@ -63,6 +63,7 @@ def test_a_host_that_is_not_this_machine_is_refused_in_one_line(host: str) -> No
         free_port(host, wanted=5000)
 
 
+@pytest.mark.slow
 def test_each_sweep_is_shown_from_its_own_store(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def _command(process):
     return []
 
 
+@pytest.mark.slow
 def test_every_end_of_a_run_is_told_as_of_a_process_of_its_own(make, launch, tmp_path):
     plan = planned(make, [5, 7, 9, 0, 1])
     summary, text = launch(plan, max_parallel=2)
@@ -129,6 +130,7 @@ def test_each_fork_is_a_session_with_its_log_threads_and_gpu(make, launch, tmp_p
     assert logs == [f"{session}threads 4 3\n", f"{session}threads 4 5\n"]
 
 
+@pytest.mark.slow
 def test_a_parent_that_dies_costs_no_run(make, launch, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_S", "1.0")
     plan = planned(make, [0, 1, 2, 3])
@@ -212,6 +214,7 @@ def test_a_stopped_sweep_takes_its_forks_and_their_parent_along(background):
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_forks_outlive_a_launcher_that_is_killed(background):
     process, runs = background
     [parent] = psutil.Process(process.pid).children()
