@@ -70,6 +70,17 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+LONG = ("slurm/", "faults/", "browser/", "security/", "fuzz/", "relora_core/test_native.py")
+"""Begun first, so that no worker is at them long after the others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, one in enumerate(LONG) if f"tests/{one}" in item.nodeid), len(LONG))
+
+    items.sort(key=rank)
+
+
 class OneCluster(LoadScopeScheduling):
     """As loadscope, with all of tests/slurm on one worker, which starts its clusters once."""
 
@@ -81,6 +92,7 @@ class OneCluster(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
     one = config.getoption("dist") == "loadscope"
+    config.option.loadscopereorder = False  # by number of tests: the order is `LONG`'s
     return OneCluster(config, log) if one else None
 
 

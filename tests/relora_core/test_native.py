@@ -10,6 +10,7 @@ import pytest
 
 from relora_core import native
 
+QUICK = {"CXXFLAGS": "-O1"}  # to build, that is
 BUILT = """
 from relora_core import native
 print(native.choose("auto"), native.problem())
@@ -36,7 +37,7 @@ def ask(**environment):
 
 @pytest.mark.slow
 def test_built_once_then_found_and_built_again_if_damaged(compiler, tmp_path):
-    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    environment = {"XDG_CACHE_HOME": str(tmp_path), **QUICK}
     assert ask(**environment) == "native None"
     (built,) = (tmp_path / "relora-sweeps").iterdir()  # nothing else is left
     whole = built.read_bytes()
@@ -50,14 +51,14 @@ def test_built_once_then_found_and_built_again_if_damaged(compiler, tmp_path):
 def test_what_others_can_write_to_is_not_run(compiler, tmp_path):
     (tmp_path / "relora-sweeps").mkdir()
     (tmp_path / "relora-sweeps").chmod(0o777)
-    assert ask(XDG_CACHE_HOME=str(tmp_path)) == "native None"
+    assert ask(XDG_CACHE_HOME=str(tmp_path), **QUICK) == "native None"
     assert not list((tmp_path / "relora-sweeps").iterdir())
 
 
 @pytest.mark.slow
 def test_without_a_cache_they_are_built_for_the_process(compiler, tmp_path):
     (tmp_path / "file").touch()
-    assert ask(XDG_CACHE_HOME=str(tmp_path / "file")) == "native None"
+    assert ask(XDG_CACHE_HOME=str(tmp_path / "file"), **QUICK) == "native None"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_without_a_compiler_torch_takes_over_and_says_why(tmp_path, environment,
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors_compute_the_same(compiler, tmp_path, processor):
     """Four and eight lanes instead of sixteen, through every test of the kernels."""
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": f"-march={processor}"}
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": f"-O1 -march={processor}"}
     tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "loss")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", *tests],
