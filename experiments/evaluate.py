@@ -225,7 +225,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
 
     A checkpoint that a running trainer removes meanwhile is left out with a line to `say`.
     """
-    from relora_core import evals
+    from relora_core import evals, native
     from relora_core.data import load_tokenizer
 
     check(run_dir, request=request)
@@ -239,7 +239,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
     if not steps:
         return
     prepared = evals.prepare(config, load_tokenizer(config.data))
-    with _kept_settings():
+    with _kept_threads(), native.kept():
         for step in steps:
             model = _load(config, run_dir.checkpoints / f"step-{step:08d}")
             if model is None:
@@ -286,18 +286,14 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
 
 
 @contextlib.contextmanager
-def _kept_settings() -> Iterator[None]:
-    """What `_load` sets for a run is as before afterwards."""
+def _kept_threads() -> Iterator[None]:
     import torch
 
-    from relora_core import native
-
-    threads, kernels = torch.get_num_threads(), native.available()
+    threads = torch.get_num_threads()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        native.choose("native" if kernels else "torch")
 
 
 def _evaluate(

@@ -67,7 +67,8 @@ class _Attention(torch.autograd.Function):
         batch, length, heads, size = q.shape
         ctx.sizes = batch, length, heads, k.shape[2], size
         out, sums = torch.empty_like(q), q.new_empty(batch, heads, length)
-        native.call("attention", q, k, v, out, sums, *ctx.sizes)
+        missing = native.call("attention", q, k, v, out, sums, *ctx.sizes)
+        assert not missing, f"native.cpp has no code for heads of {size} columns"
         ctx.save_for_backward(q, k, v, out, sums)
         return out
 

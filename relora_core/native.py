@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def available() -> bool:
     if _native is None:
         choose("auto")
     return bool(_native)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Whatever is chosen inside, afterwards it is as before."""
+    global _native
+    before = _native
+    try:
+        yield
+    finally:
+        _native = before
 
 
 @cache

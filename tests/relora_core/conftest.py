@@ -6,7 +6,16 @@ from relora_core import native
 @pytest.fixture(params=["native", "torch"])
 def kernels(request):
     """Both implementations of what `relora_core.kernels` computes on a CPU."""
-    if native.choose(request.param) != request.param:
-        pytest.skip(f"no native kernels here: {native.problem()}")
-    yield request.param
-    native.choose("auto")
+    with native.kept():
+        if native.choose(request.param) != request.param:
+            pytest.skip(f"no native kernels here: {native.problem()}")
+        yield request.param
+
+
+@pytest.fixture
+def compiler():
+    """Native kernels can be built; what the test chooses is forgotten after it."""
+    with native.kept():
+        if native.choose("native") != "native":
+            pytest.skip(f"no native kernels here: {native.problem()}")
+        yield

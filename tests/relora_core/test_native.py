@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from relora_core import native
-
 QUICK = {"CXXFLAGS": "-O1"}  # to build, that is
 BUILT = """
 from relora_core import native
 print(native.choose("auto"), native.problem())
 """
-
-
-@pytest.fixture
-def compiler():
-    if native.choose("native") != "native":
-        pytest.skip(f"no native kernels here: {native.problem()}")
 
 
 def ask(**environment):

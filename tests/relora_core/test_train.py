@@ -187,14 +187,6 @@ def test_every_restart_says_what_it_did(config, tmp_path):
         assert found[step, "restart/state_zeroed"] == 1.0
 
 
-@pytest.fixture
-def compiler():
-    if native.choose("native") != "native":
-        pytest.skip(f"no native kernels here: {native.problem()}")
-    yield
-    native.choose("auto")
-
-
 def test_native_and_torch_kernels_agree_up_to_rounding(compiler, config, tmp_path):
     """Dropout included: both draw the same."""
     runs = {
