@@ -125,10 +125,14 @@ def _train(
         rows = stream.next_rows(config.train.batch_size // world)
         with recorder.gradients(step + 1):
             loss = accumulate_gradients(
-                accelerator, wrapped, rows=rows, micro_batches=micro_batches
+                accelerator,
+                wrapped,
+                rows=rows,
+                micro_batches=micro_batches,
+                precision=config.train.precision,
             )
         log = (step + 1) % config.runtime.log_every_steps == 0 or step + 1 == config.train.steps
-        grad_norm = clip(accelerator, wrapped, limit=config.train.grad_clip, measured=log)
+        grad_norm = clip(model, limit=config.train.grad_clip, measured=log)
         method.before_update(step, model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -191,7 +195,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         # Left to itself, it starts no process group where there is no GPU: every rank would train
         # alone, with the whole batch.
         cpu=device == "cpu" or (device == "auto" and not has_gpu),
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        mixed_precision="no",  # bf16 is our own autocast: see `accumulate_gradients`
     )
     if accelerator.distributed_type not in (
         DistributedType.NO,
@@ -305,29 +309,52 @@ def choose_kernels(
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, wrapped: nn.Module, *, rows: Any, micro_batches: int
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    *,
+    rows: Any,
+    micro_batches: int,
+    precision: str,
 ) -> float:
-    """Forward and backward over this rank's rows (n, T + 1); returns the mean loss of all ranks."""
+    """Forward and backward over this rank's rows (n, T + 1); returns the mean loss of all ranks.
+
+    Autocast is opened here: accelerate's, which it puts into the model, does not come back when a
+    model is unwrapped and prepared again, as it is after a change of phase or rank.
+    """
+    half = precision == "bf16"
     ids = torch.from_numpy(rows).to(accelerator.device, non_blocking=True)
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for index, chunk in enumerate(ids.chunk(micro_batches)):
         last = index == micro_batches - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:])
+            with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
+                loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:])
             accelerator.backward(loss / micro_batches)
         total += loss.detach() / micro_batches
     return accelerator.reduce(total, reduction="mean").item()  # type: ignore[union-attr]
 
 
-def clip(
-    accelerator: Accelerator, wrapped: nn.Module, *, limit: float | None, measured: bool
-) -> float | None:
-    """Global gradient norm before clipping, where it is limited or to be logged."""
+def clip(model: nn.Module, *, limit: float | None, measured: bool) -> float | None:
+    """Global gradient norm before clipping, where it is limited or to be logged.
+
+    Without a limit no gradient is written to. A norm whose squares are beyond float32 is taken of
+    smaller numbers: gradients that are finite stay so.
+    """
     if limit is None and not measured:
         return None
-    # An infinite limit measures without changing a bit: the factor is clamped to exactly 1.
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), math.inf if limit is None else limit)
-    return float(norm)  # type: ignore[arg-type]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    largest = nn.utils.get_total_norm(gradients, math.inf) if norm.isinf() else norm
+    if norm.isfinite() or not largest.isfinite():
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        return norm.item()
+    share = nn.utils.get_total_norm([g / largest for g in gradients]).item()
+    total = share * largest.item()
+    if limit is not None and limit < total:
+        for gradient in gradients:
+            gradient.div_(largest).mul_(limit / share)
+    return total
 
 
 class RestartProbe:

@@ -14,7 +14,8 @@ from relora_core import checkpoint, native
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
-from relora_core.train import split_batch, train
+from relora_core.model import SwiGLU
+from relora_core.train import clip, split_batch, train
 from tests import warm
 
 TIMING = "perf/"
@@ -291,6 +292,85 @@ def test_bf16_trains_near_fp32(config, tmp_path):
     assert rough[12, "train/loss"] != exact[12, "train/loss"]
 
 
+CHANGES = {
+    "warm start": {"relora": {"warm_start_steps": 5}},
+    "duty cycle": {"relora": {"full_rank_steps": 2, "low_rank_steps": 3}},
+    "rank schedule": {"relora": {"rank_schedule": [[4, 2], [8, 6]]}},
+    "adaptive rank": {"relora": {"adaptive_rank_energy": 0.7}},
+    "restore": {"relora": {"after_merge": "restore", "base_dtype": "bfloat16"}},
+    "trained scale": {"relora": {"scaling": "trainable"}},
+    "full rank": {"method": "full_rank"},
+    "galore": {"method": "galore", "galore": {"r": 4, "update_gap": 4}},
+}
+"""All that may exchange what a step computes with; restarts at 4 and 8 in most."""
+
+
+def changing(name: str) -> dict:
+    """In bf16, evaluated and measured in between."""
+    return {
+        "train": {"precision": "bf16", "micro_batch_size": 2},
+        "eval": {"blimp": _on("blimp", every_steps=6, max_pairs=1)},
+        "dynamics": {"every_steps": 4, "what": ["weight", "gradient"]},
+        "checkpoint": EVERY_STEP,
+        **CHANGES[name],
+    }
+
+
+def types(monkeypatch) -> list[torch.dtype]:
+    """Of w_2's output in every training pass from now on."""
+    found, forward = [], SwiGLU.forward
+
+    def heard(self, x):
+        y = forward(self, x)
+        if self.training:
+            found.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(SwiGLU, "forward", heard)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_bf16_lasts_through_every_change_and_a_kill(config, tmp_path, monkeypatch, name):
+    """12 steps of two passes through two layers; resumed after the first change, bit for bit."""
+    setting, found = config(**changing(name)), types(monkeypatch)
+    whole = run(setting, tmp_path / "whole")
+    assert found == [torch.bfloat16] * 12 * 2 * 2
+    again = resumed(setting, tmp_path / "again", whole=tmp_path / "whole", at=6)
+    assert again.metrics(after=6) == whole.metrics(after=6)
+    assert_same_weights(tmp_path / "again", tmp_path / "whole")
+    assert found[48:] == [torch.bfloat16] * 6 * 2 * 2
+
+
+@pytest.mark.parametrize("limit", [None, 1.0, 1e35, 1e38])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e20, 1e37])
+def test_a_norm_beyond_float32_leaves_finite_gradients_finite(limit, size):
+    """The square of 1e20 is beyond float32, which ends at 3.4e38."""
+    model = torch.nn.Linear(3, 2)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = size * torch.randn(p.shape, generator=generator)
+    exact = [p.grad.double() for p in model.parameters()]
+    norm = sum(g.square().sum() for g in exact).sqrt().item()
+    assert clip(model, limit=limit, measured=True) == pytest.approx(norm, rel=1e-6, abs=1e-25)
+    factor = 1.0 if limit is None or limit >= norm else limit / norm
+    for p, g in zip(model.parameters(), exact, strict=True):
+        if factor == 1.0:
+            assert p.grad.double().equal(g)
+        torch.testing.assert_close(p.grad.double(), g * factor, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_not_hidden(bad):
+    for limit in (None, 1.0):
+        model = torch.nn.Linear(3, 2)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, bad)
+        assert not torch.tensor(clip(model, limit=limit, measured=True)).isfinite()
+        assert not any(p.grad.isfinite().any() for p in model.parameters())
+
+
 def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
     run(config(checkpoint={"every_steps": 2, "keep_last": 3}), tmp_path)
     names = [p.name for p in checkpoint.complete(tmp_path / "checkpoints")]
@@ -354,6 +434,30 @@ folder = Path(sys.argv[1])
 config = config_from_json((folder / "config.json").read_text())
 print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Say()))
 """
+
+
+TYPES = """
+import relora_core.model as model
+forward, found = model.SwiGLU.forward, set()
+
+def heard(self, x):
+    y = forward(self, x)
+    if self.training:
+        found.add(str(y.dtype))
+    return y
+
+model.SwiGLU.forward = heard
+"""
+
+
+@pytest.mark.slow
+def test_bf16_lasts_in_several_processes(config, tmp_path):
+    setting = config(**changing("rank schedule"))
+    setting.relora.warm_start_steps = 2
+    (tmp_path / "config.json").write_text(config_to_json(setting))
+    script = TYPES + RANK.replace("print(event.step", "0 and print(event.step") + "print(found)"
+    for rank in warm.ranks(2, ["-c", script, tmp_path], cwd=tmp_path):
+        assert (rank.returncode, rank.stdout) == (0, "finished\n{'torch.bfloat16'}\n"), rank
 
 
 @pytest.mark.slow
