@@ -281,7 +281,10 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
         model.to("cuda")
     else:
         torch.set_num_threads(progress.threads)  # others would round differently
-        native.choose(progress.kernels or config.runtime.kernels)
+        asked = progress.kernels or config.runtime.kernels
+        if native.choose(asked) == "torch" and asked == "native":
+            line = f"no native kernels, the last digits may differ: {native.problem()}"
+            print(f"warning: {line}", file=sys.stderr)
     return model
 
 

@@ -130,9 +130,11 @@ def run_experiment(
                 job_id=slurm_job_id(),
                 error=None,
             )
-            import torch  # noqa: F401 - the record names the GPUs where it is loaded
+            from relora_core import native  # and torch: the record names the GPUs then
 
-            record = attempt_record(start_step=run_dir.newest_step(), world=world_size())
+            record = attempt_record(
+                start_step=run_dir.newest_step(), world=world_size(), kernels_key=native.key()
+            )
             run_dir.write_attempt(attempt, record)
             state = _attempt(
                 config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks

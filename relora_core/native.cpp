@@ -12,6 +12,11 @@
 #include <memory>
 #include <type_traits>
 
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "a flag that changes values (-ffast-math, -Ofast or a part of it) reaches the build"
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -510,6 +515,34 @@ void adapt_back(const T* x, const float* a, const float* b, const float* low, co
   return 1;
 
 extern "C" {
+
+const char* compiler() { return __VERSION__; }
+
+// What the code was built for and this processor has not: it dies of the first such instruction.
+const char* lacks() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+#if defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512f")) return "avx512f";
+#endif
+#if defined(__AVX512BW__)
+  if (!__builtin_cpu_supports("avx512bw")) return "avx512bw";
+#endif
+#if defined(__AVX512VL__)
+  if (!__builtin_cpu_supports("avx512vl")) return "avx512vl";
+#endif
+#if defined(__AVX2__)
+  if (!__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+#if defined(__FMA__)
+  if (!__builtin_cpu_supports("fma")) return "fma";
+#endif
+#if defined(__AVX__)
+  if (!__builtin_cpu_supports("avx")) return "avx";
+#endif
+#endif
+  return nullptr;
+}
 
 // softmax(q k^T / sqrt D) v over earlier positions: q and out (B, T, H, D), k and v (B, T, KV, D).
 // sums (B, H, T): log2 of the sum of 2^score. Gives 1 where no code is there for `size`.

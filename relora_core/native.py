@@ -1,7 +1,8 @@
 """Builds and loads `native.cpp` for this machine's processor. Not for: what calls it (`kernels`).
 
 A C++ compiler is all it takes; a build takes some seconds, once per machine, and is kept in the
-user's cache. Without one torch does the same, slower.
+user's cache. Of the user's flags those are taken that change no values, and each process checks
+what it loads (`native_check`). Without a compiler, or a right result, torch does the same, slower.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,11 +22,33 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from relora_core import native_check
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
+LAST = ("-fno-fast-math", "-fno-math-errno")
+"""After the user's, against a compiler that is itself a script which adds its own."""
+TAKEN = re.compile(
+    r"-(O[0123gsz]?|m(arch|tune|cpu)=[\w.+-]+|[ILB].+|(isystem|idirafter|isysroot).+|"
+    r"stdlib=.+|-?gcc-toolchain=.+|-sysroot=.+)"
+)
+"""Of CXXFLAGS and CXX: how fast, for which processor, and where compiler and libraries are."""
+IN_TWO = ("-I", "-L", "-B", "-isystem", "-idirafter", "-isysroot", "--sysroot")
+"""Flags whose value is the next one."""
+WITHOUT_EFFECT = re.compile(
+    r"-(w|W(?!p,).*|g.*|pipe|D(NDEBUG|_FORTIFY_SOURCE.*)|[fF](PIC|pic|PIE|pie|plt|no-plt|openmp|"
+    r"visibility.*|stack-.*|message-length=.*|(function|data)-sections|(no-)?omit-frame-pointer|"
+    r"diagnostics-.*|\w+-prefix-map=.*|cf-protection.*|(no-)?math-errno|exceptions|"
+    r"tree-vectorize|asynchronous-unwind-tables))"
+)
+"""Set aside without a line: no value depends on them."""
+COMPILER_READS = ("CCC_OVERRIDE_OPTIONS", "DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES")
+COMPILER_READS += ("GCC_COMPARE_DEBUG",)
+"""Variables by which compilers take flags, or write files, past the command line."""
 BUILD_S = 300.0
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -94,7 +119,28 @@ def problem() -> str | None:
 def call(name: str, *arguments: Tensor | float | None) -> int:
     """Call a function of native.cpp with torch's threads; tensors are contiguous and on the CPU."""
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    return getattr(_library(), name)(*plain, torch.get_num_threads())
+    return getattr(_library()[0], name)(*plain, torch.get_num_threads())
+
+
+def build() -> dict[str, Any]:
+    """What the kernels in use were built from, for the record; empty where they cannot be had.
+
+    `key` is of the source, the flags and the processor, and of what the compiler made of them.
+    """
+    if problem() is not None:
+        return {}
+    library, path = _library()
+    words, flags, left = _wishes()
+    made = {"key": path.stem.removeprefix("kernels-"), "compiler": library.compiler().decode()}
+    return {**made, "flags": " ".join([*words[1:], *FLAGS, *flags]), "set_aside": " ".join(left)}
+
+
+def set_aside() -> str | None:
+    """One line on what of the user's CXX and CXXFLAGS the build does not take; None: all of it."""
+    left = _wishes()[2]
+    if not left:
+        return None
+    return f"{' '.join(left)} (of CXX, CXXFLAGS) set aside: native kernels keep their values"
 
 
 def kind(x: Tensor) -> str:
@@ -103,27 +149,54 @@ def kind(x: Tensor) -> str:
 
 
 @cache
-def _library() -> Any:
-    name = f"kernels-{_key()}"
+def _library() -> tuple[Any, Path]:
+    name = f"kernels-{key()}"
     if folder := _cache():
-        return _load(_found(folder, name) or _build(folder, name))
+        path = _found(folder, name) or _build(folder, name)
+        return _load(path), path
     with tempfile.TemporaryDirectory() as passing:  # a loaded library needs its file no more
-        return _load(_build(Path(passing), name))
+        path = _build(Path(passing), name)
+        return _load(path), path
 
 
 def _load(path: Path) -> ctypes.CDLL:
+    """The library, once it has been found to compute here what it should."""
     try:
-        library = ctypes.CDLL(str(path))
+        library = _opened(path)
+        library.lacks.restype = library.compiler.restype = ctypes.c_char_p
+        if lacking := library.lacks():
+            raise NativeError(f"{path} needs {lacking.decode()}, which this processor has not")
         for name, types in _ARGUMENTS.items():
             getattr(library, name).argtypes = (*types, ctypes.c_int)
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path} cannot be loaded ({error})") from error
+
+    def call(name: str, *arguments: Any) -> None:  # by one thread: a fork may be about to come
+        plain = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in arguments]
+        getattr(library, name)(*plain, 1)
+
+    if wrong := native_check.wrong(call):
+        raise NativeError(f"{path} computes wrong numbers ({wrong}); remove it to build it anew")
     return library
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """Loading must not change how this process computes: -Ofast links code in that does so."""
+    flushed = _flushes()
+    library = ctypes.CDLL(str(path))
+    if _flushes() and not flushed:
+        torch.set_flush_denormal(False)
+        raise NativeError(f"{path} makes the whole process flush subnormal numbers to zero")
+    return library
+
+
+def _flushes() -> bool:
+    return float.fromhex("0x1p-1074") * float(1) == 0.0
 
 
 def _found(folder: Path, name: str) -> Path | None:
     """An earlier build whose content is what its name says: a torn one kills who loads it."""
-    for path in folder.glob(f"{name}-*.so"):
+    for path in sorted(folder.glob(f"{name}-*.so")):
         with contextlib.suppress(OSError):
             if path.stem == f"{name}-{_digest(path.read_bytes())}":
                 return path
@@ -134,14 +207,36 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _key() -> str:
+def key() -> str:
     """Of the source, how it is built, and the processor: machines may share a home."""
-    told = repr((_flags(), platform.machine(), _processor()))
-    return _digest(SOURCE.read_bytes() + told.encode())
+    words, flags, _ = _wishes()
+    parts = repr((words[1:], FLAGS, flags, LAST, platform.machine(), _processor()))
+    return _digest(SOURCE.read_bytes() + parts.encode())
 
 
-def _flags() -> list[str]:
-    return [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
+def _wishes() -> tuple[list[str], list[str], list[str]]:
+    """(compiler's words, flags taken, flags set aside) of CXX and CXXFLAGS."""
+    words, flags, left = [], [], []
+    for name in ("CXX", "CXXFLAGS"):
+        rest = _split(os.environ.get(name, ""))
+        while rest:
+            word = rest.pop(0)
+            if word in IN_TWO and rest:
+                flags += [word, rest.pop(0)]
+            elif TAKEN.fullmatch(word):
+                flags.append(word)
+            elif name == "CXX" and not word.startswith("-"):
+                words.append(word)
+            elif not WITHOUT_EFFECT.fullmatch(word):
+                left.append(word)
+    return words, flags, left
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote that nobody closed
+        return text.split()
 
 
 def _processor() -> str:
@@ -169,20 +264,29 @@ def _cache() -> Path | None:
 
 def _build(folder: Path, name: str) -> Path:
     """Compile into `folder`; the file is there whole or not at all: others may be at it, too."""
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    words, flags, _ = _wishes()
+    compiler = shutil.which((words or ["c++"])[0]) or shutil.which("g++")
     if compiler is None:
         raise NativeError("there is no C++ compiler (install g++, or set CXX)")
+    environment = {k: v for k, v in os.environ.items() if k not in COMPILER_READS}
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as passing:
             out = Path(passing) / name
-            command = [compiler, *_flags(), "-fPIC", "-shared", str(SOURCE), "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
+            command = [compiler, *words[1:], *FLAGS, *flags, *LAST, "-fPIC", "-shared"]
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(out)],
+                capture_output=True,
+                text=True,
+                timeout=BUILD_S,
+                env={**environment, "LC_ALL": "C"},
+            )
             if done.returncode:
                 said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 first = next((line for line in said if "error" in line), said[-1])
                 raise NativeError(f"{compiler} failed ({first.strip()})")
             path = folder / f"{name}-{_digest(out.read_bytes())}.so"
-            os.replace(out, path)
+            if _found(folder, name) != path:  # else others may have it in memory: it stays
+                os.replace(out, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{compiler} failed ({error})") from error
     return path

@@ -106,6 +106,8 @@ def _train(
     method.set_phase(progress.step, model)
     wrapped = accelerator.prepare(model)
     begun = {"resumed": resumed, "world": world, "kernels": progress.kernels, **damaged}
+    if progress.kernels == "native":
+        begun["kernels_build"] = native.build()
     sink.emit(Event(kind="start", step=progress.step, data=begun))
     measure = Measures(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
@@ -299,6 +301,8 @@ def choose_kernels(
         return
     asked = progress.kernels or config.runtime.kernels
     progress.kernels = native.choose(asked)
+    if asked != "torch" and (line := native.set_aside()):
+        print(f"warning: {line}", file=sys.stderr)
     if asked == "torch" or progress.kernels == "native":
         return
     if asked == "native" and not resumed:

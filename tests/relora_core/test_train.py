@@ -196,6 +196,8 @@ def test_native_and_torch_kernels_agree_up_to_rounding(compiler, config, tmp_pat
     }
     begun = {k: recorder.events[0].data["kernels"] for k, recorder in runs.items()}
     assert begun == {"native": "native", "torch": "torch"}
+    built = {k: recorder.events[0].data.get("kernels_build") for k, recorder in runs.items()}
+    assert built == {"native": native.build(), "torch": None}
     first, second = (recorder.metrics() for recorder in runs.values())
     assert first != second
     for key, value in first.items():
