@@ -67,7 +67,16 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
         unknown = next(k for k in keys if k not in known and not k.startswith("search."))
         raise ConfigError(_unknown_key(unknown, f"+{unknown}")) from None
     assert isinstance(made, Composed)
-    return RunConfig(**{f.name: getattr(made, f.name) for f in dataclasses.fields(RunConfig)})
+    config = RunConfig(**{f.name: getattr(made, f.name) for f in dataclasses.fields(RunConfig)})
+    for key, _, value in walk(config):
+        if value == 0 and isinstance(value, float):
+            _put(config, key, 0.0)  # -0.0 would be another run
+    return config
+
+
+def _put(config: RunConfig, key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    setattr(get(config, section) if section else config, name, value)
 
 
 def refuse_search(cfg: DictConfig, words: Sequence[str] = ()) -> None:
@@ -239,9 +248,7 @@ class Base:
             return to_run_config(set_values(self.cfg, values))
         made = _copied(self._config)
         for key, value in values.items():
-            section, _, name = key.rpartition(".")
-            typed = self._checked(key, value)
-            setattr(get(made, section) if section else made, name, typed)
+            _put(made, key, self._checked(key, value))
         return made
 
     def _is_plain(self, key: str, value: Any) -> bool:
@@ -253,7 +260,8 @@ class Base:
         if known not in self._typed:
             _set(self._scratch, key, value)
             typed = OmegaConf.select(self._scratch, key)
-            self._typed[known] = OmegaConf.to_object(typed) if OmegaConf.is_list(typed) else typed
+            typed = OmegaConf.to_object(typed) if OmegaConf.is_list(typed) else typed
+            self._typed[known] = typed + 0.0 if isinstance(typed, float) else typed  # no -0.0
         return deepcopy(self._typed[known])
 
 
@@ -280,7 +288,11 @@ def _explain_value(error: OmegaConfBaseException) -> str:
     if "is not a ListConfig" in str(error):
         return f"{key} must be {expected}, got something else"
     if value:
-        return f"{key} must be {expected}, got '{value.group(1)}'"
+        got = value.group(1)
+        whole = expected.startswith("an integer") and re.fullmatch(r"-?\d{1,15}\.0", got)
+        near = f"; nearest valid: {got[:-2]}" if whole else ""
+        near = "; nearest valid: null" if got == "None" and "null" in expected else near
+        return f"{key} must be {expected}, got '{got}'{near}"
     if "Missing mandatory value" in str(error):
         return f"{key} must be set ({expected})"
     return f"{key}: {str(error.msg or error).splitlines()[0]}"

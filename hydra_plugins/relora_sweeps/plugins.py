@@ -9,18 +9,22 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from itertools import product, zip_longest
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.grammar import grammar_functions
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    FloatRange,
     IntervalSweep,
     Override,
     OverrideType,
@@ -87,6 +91,43 @@ class SlurmConf(SlurmOptions):
 # Hydra copies its whole store for each group that it looks into, a second in all of `--help`. It
 # only reads in it then, and copies what it reads.
 ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
+
+def _as_written(self: FloatRange) -> None:
+    """Decimals of what stands there; Hydra's are those of the binary fractions, whose sums give
+    0.30000000000000004, and with it the end, which is no point of a range."""
+    for name in ("start", "stop", "step"):
+        setattr(self, name, Decimal(str(getattr(self, name))))
+
+
+FloatRange.__post_init__ = _as_written  # type: ignore[method-assign]
+
+
+def _sorted(
+    sort: Callable[..., Any], sweep: ChoiceSweep | RangeSweep, reverse: bool
+) -> ChoiceSweep | RangeSweep:
+    """Hydra's sorting, but a range keeps its points: it takes those of range(2,9,4) for 5 and 1."""
+    if not isinstance(sweep, RangeSweep):
+        return sort(sweep, reverse)
+    start, step = Decimal(str(sweep.start)), Decimal(str(sweep.step))
+    sweep = copy(sweep)
+    sweep.shuffle = False
+    if (count := _points(sweep)) and (step < 0) != reverse:
+        kind = int if type(sweep.start) is type(sweep.step) is int else float
+        last = start + (count - 1) * step
+        sweep.start, sweep.stop, sweep.step = kind(last), kind(start - step), kind(-step)
+    return sweep
+
+
+def _points(sweep: RangeSweep) -> int:
+    """How many points a range has; too many to count without a step."""
+    start, stop, step = (Decimal(str(n)) for n in (sweep.start, sweep.stop, sweep.step))
+    if not step or not all(n.is_finite() for n in (start, stop, step)):
+        return MOST_POINTS + 1
+    return max(0, math.ceil((stop - start) / step))
+
+
+grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
 
 
 def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
@@ -311,16 +352,14 @@ def _values(override: Override) -> int:
     if not override.is_sweep_override() or not override.is_discrete_sweep():
         return 1
     value = override.value()
-    if not isinstance(value, RangeSweep):
-        return sum(1 for _ in override.sweep_iterator())
-    start, stop, step = (float(n or 0) for n in (value.start, value.stop, value.step))
-    count = (stop - start) / step if step else math.inf
-    if not count <= MOST_POINTS:
-        raise ConfigError(
-            f"{override.key_or_group} must have at most {MOST_POINTS} values, got "
-            f"{override.input_line!r}"
-        )
-    return max(0, math.ceil(count))
+    if isinstance(value, RangeSweep):
+        count = _points(value)
+    else:
+        count = sum(1 for _ in override.sweep_iterator())
+    if not 1 <= count <= MOST_POINTS:
+        most = f"at most {MOST_POINTS} values" if count else "at least one value"
+        raise ConfigError(f"{override.key_or_group} must have {most}, got {override.input_line!r}")
+    return count
 
 
 def dimension(override: Override) -> Dimension:
@@ -334,9 +373,7 @@ def dimension(override: Override) -> Dimension:
             return Int(low=low, high=high, log=log)
         return Float(low=float(low), high=float(high), log=log)
     if isinstance(value, RangeSweep):
-        values = [float(v) if isinstance(v, Decimal) else v for v in value.range()]
-        if not values:
-            raise ConfigError(f"{key} must have at least one value, got {override.input_line!r}")
+        values = list(value.range())
         log = "log" in value.tags
         kind = Int if all(type(v) is int for v in values) else Float
         step = abs(value.step) if kind is Int else abs(float(value.step))

@@ -99,13 +99,14 @@ class Float:
 
     def text(self) -> str:
         if self.step is not None:
-            return f"range({self.low:g}, {self.high:g}, {self.step:g})"
-        interval = f"interval({self.low:g}, {self.high:g})"
+            stop = _decimal(self._at(self._steps)) + _decimal(self.step)
+            return f"range({', '.join(map(_number, (self.low, float(stop), self.step)))})"
+        interval = f"interval({_number(self.low)}, {_number(self.high)})"
         return f"tag(log, {interval})" if self.log else interval
 
     def _at(self, index: int) -> float:
         """0.3 and not 0.30000000000000004, which would be another run."""
-        return min(float(Decimal(str(self.low)) + index * Decimal(str(self.step))), self.high)
+        return min(float(_decimal(self.low) + index * _decimal(self.step)), self.high)
 
     @property
     def _steps(self) -> int:
@@ -114,6 +115,17 @@ class Float:
 
 
 Dimension = Choice | Int | Float
+
+
+def _decimal(value: float | None) -> Decimal:
+    """The number that a person has written, not its nearest binary fraction."""
+    return Decimal(repr(value))
+
+
+def _number(value: float) -> str:
+    """The shortest text that is read as the same number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _plain(value: Any) -> str:
@@ -231,10 +243,10 @@ def _check_type(key: str, dimension: Dimension) -> None:
 def convert(key: str, value: Any, *, name: str) -> Any:
     """`value` in the type of the knob: a float 1 is 1.0, or runs of one setting would differ."""
     types = _types(key)
+    if float in types and type(value) in (int, float):
+        return float(value) + 0.0  # -0.0 is 0.0
     if type(value) in types or (value is None and type(None) in types):
         return value
-    if float in types and type(value) is int:
-        return float(value)
     if int in types and type(value) is float and value.is_integer():
         return int(value)
     names = ", ".join(sorted("null" if t is type(None) else t.__name__ for t in types))

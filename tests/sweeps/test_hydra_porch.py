@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from hydra_plugins.relora_sweeps import plugins
 from hydra_plugins.relora_sweeps.plugins import Composer, GridSweeper, LocalLauncher, expand
 from relora_core.config import ConfigError
 from sweeps.local import ROOT
+from sweeps.plan import make_plan
 from tests import warm
 
 
@@ -39,6 +41,16 @@ def master(loader):
         ("seed=range(0,3)", ["0", "1", "2"]),
         ("model=glob(*)", schema.options("model")),
         ("train.lr=1e-3", ["0.001"]),
+        # The points of a range are the decimals that stand there; its end is not one of them.
+        ("relora.dropout=range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),
+        ("relora.dropout=float(range(0,0.4,0.1))", ["0.0", "0.1", "0.2", "0.3"]),
+        ("relora.dropout=range(0.3,0,-0.1)", ["0.3", "0.2", "0.1"]),
+        ("relora.dropout=tag(a,range(0.7,1.0,0.1))", ["0.7", "0.8", "0.9"]),
+        ("train.lr=range(1e-3,4e-3,1e-3)", ["0.001", "0.002", "0.003"]),
+        ("train.batch_size=sort(range(2,9,4),reverse=true)", ["6", "2"]),
+        ("train.batch_size=sort(range(9,2,-4))", ["5", "9"]),
+        ("train.batch_size=sort(shuffle(range(2,9,4)))", ["2", "6"]),
+        ("relora.dropout=sort(range(0,1,0.3),reverse=true)", ["0.9", "0.6", "0.3", "0.0"]),
     ],
 )
 def test_axes_follow_hydras_grammar(loader, axis, values):
@@ -53,6 +65,52 @@ def test_the_product_varies_the_last_axis_fastest_and_later_words_win(loader):
         ["model=nano", "seed=0", "relora.r=8"],
     ]
     assert len(cells) == 4
+
+
+def test_a_shuffled_range_holds_the_same_points(loader):
+    cells = expand(["relora.dropout=shuffle(range(0.1,0.4,0.1))"], loader=loader)
+    assert sorted(text for [text] in cells) == [f"relora.dropout=0.{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("relora.dropout=range(0.1,0.4,0.1)", "relora.dropout=0.1,0.2,0.3"),
+        ("train.lr=1e-3", "train.lr=0.001", "train.lr=1.0e-03", "train.lr=.001", "train.lr='1e-3'"),
+        ("relora.alpha=1", "relora.alpha=1.0", "relora.alpha='1'"),
+        ("relora.dropout=0", "relora.dropout=0.0", "relora.dropout=-0.0"),
+        ("relora.joint_mask=true", "relora.joint_mask=True", "relora.joint_mask='on'"),
+        ("train.batch_size=8", "train.batch_size='8'", "train.batch_size=008"),
+        ("train.grad_clip=null", "train.grad_clip=NULL"),
+        ("relora.target_modules=[attention]", 'relora.target_modules=[ "attention" ]'),
+    ],
+)
+def test_a_value_has_one_spelling_in_names_and_ids(loader, master, words):
+    spelled = []
+    for word in words:
+        cells = expand([word, "seed=1"], loader=loader)
+        plan = make_plan([({}, one) for one in Composer(loader, master).all(cells)])
+        spelled.append([(cell.run_id, cell.name) for cell in plan.cells])
+    assert all(ids == spelled[0] for ids in spelled)
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("train.steps=8.0", "train.steps must be an integer, got '8.0'; nearest valid: 8"),
+        ("train.steps=1e3", "got '1000.0'; nearest valid: 1000"),
+        ("train.grad_clip=None", "a number or null, got 'None'; nearest valid: null"),
+    ],
+)
+def test_another_type_is_refused_with_the_right_spelling(loader, master, word, nearest):
+    with pytest.raises(ConfigError, match=re.escape(nearest)):
+        Composer(loader, master).all([["seed=0"], [word]])
+
+
+@pytest.mark.parametrize("axis", ["relora.r=range(5,1)", "model=glob(zz*)", "relora.r=range(4,4)"])
+def test_an_empty_axis_is_named(loader, axis):
+    with pytest.raises(ConfigError, match=r"^\S+ must have at least one value, got '"):
+        expand([axis, "seed=0,1"], loader=loader)
 
 
 @pytest.mark.parametrize("axis", ["train.lr=interval(0,1)", "seed=range(0,"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import optuna
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -9,9 +10,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from experiments import schema
+from experiments.identity import run_id
 from hydra_plugins.relora_sweeps.plugins import dimension, parse
 from sweeps.local import ROOT
-from sweeps.search.space import Choice, Float, Int
+from sweeps.search import samplers
+from sweeps.search.space import Choice, Float, Int, with_values
 from tests import warm
 
 BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
@@ -60,6 +63,7 @@ def searched(loader, monkeypatch):
         ("range(8, 64, 8)", Int(low=8, high=56, step=8)),
         ("range(9, 0, -3)", Int(low=3, high=9, step=3)),
         ("range(0, 1, 0.25)", Float(low=0.0, high=0.75, step=0.25)),
+        ("range(0.1, 0.4, 0.1)", Float(low=0.1, high=0.3, step=0.1)),
         ("choice(4, 8, 16)", Choice(values=[4, 8, 16])),
         ("4,8", Choice(values=[4, 8])),
         ("'a b',true,null,1.5", Choice(values=["a b", True, None, 1.5])),
@@ -71,10 +75,21 @@ def test_hydras_grammar_becomes_a_dimension(loader, text, expected):
 
 
 def test_a_range_holds_the_values_that_a_grid_would_run(loader):
-    for text in ("range(3,20,4)", "range(0,1,0.3)", "range(5)"):
+    for text in ("range(3,20,4)", "range(0,1,0.3)", "range(5)", "range(0.1,0.4,0.1)"):
         [override] = parse([f"x={text}"], loader=loader)
         values = [float(v) for v in override.sweep_string_iterator()]
-        assert dimension(override).finite() == pytest.approx(values)
+        assert dimension(override).finite() == values
+        [again] = parse([f"x={dimension(override).text()}"], loader=loader)
+        assert dimension(again) == dimension(override)
+
+
+def test_a_searched_point_is_the_run_of_the_grid_that_meets_it(loader, make):
+    [override] = parse(["relora.dropout=range(0.1,0.5,0.1)"], loader=loader)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = {samplers.suggest(study.ask(), "x", dimension(override)) for _ in range(60)}
+    assert drawn == {0.1, 0.2, 0.3, 0.4}
+    zero = with_values(make(), {"relora.dropout": -0.0})
+    assert run_id(zero) == run_id(with_values(make(), {"relora.dropout": 0}))
 
 
 def test_the_command_line_widens_replaces_and_fixes_the_files_space(searched):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_core.config import ConfigError, ModelConfig, SweepConfig
+from relora_core.config import ConfigError, ModelConfig, ReLoRAConfig, SweepConfig
 from sweeps.grid import axes, check_name, compose_all, points_from, safe_name, sweep_name
 from sweeps.plan import (
     cell_names,
@@ -68,6 +68,12 @@ def test_names_follow_the_fewest_telling_keys(make):
     unnamed = [make(), make(model=dataclasses.replace(wide, name="nano"))]
     assert cell_names(unnamed) == ["model.d_model=24", "model.d_model=48"]
     assert cell_names([make()]) == ["test"]
+
+
+def test_names_tell_numbers_apart_that_differ_in_the_last_digit(make):
+    plan = make_plan([({}, make(relora=ReLoRAConfig(r=4, dropout=d))) for d in (0.3, 0.1 + 0.2)])
+    names = [cell.name for cell in plan.cells]
+    assert names == ["relora.dropout=0.3", "relora.dropout=0.30000000000000004"]
 
 
 @given(
