@@ -279,6 +279,11 @@ class RunDir:
             kept.append(event)
         return kept
 
+    def notes(self) -> list[str]:
+        """What its attempts said of the data they read, one line each."""
+        begun = [event["data"] for event in self.raw_events() if event["kind"] == "start"]
+        return list(dict.fromkeys(str(note) for data in begun for note in data.get("notes", [])))
+
     # result -------------------------------------------------------------------------------------
     def result(self) -> dict[str, Any] | None:
         """{"state", "metrics", "step", ...} once the run has ended.

@@ -108,6 +108,8 @@ def _train(
     begun = {"resumed": resumed, "world": world, "kernels": progress.kernels, **damaged}
     if progress.kernels == "native":
         begun["kernels_build"] = native.build()
+    if stream.notes:
+        begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
     measure = Measures(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
