@@ -262,8 +262,10 @@ def _attempt(
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
     """What the run came to, from its record: the newest value of every metric."""
     metrics: dict[str, float] = {}
-    step = 0
+    step, loss_steps = 0, None
     for event in run_dir.events():
+        if event["kind"] == "train":
+            loss_steps = event["data"].get("loss_steps")
         if event["kind"] != "system":
             metrics.update(event["metrics"])
         step = max(step, event["step"])
@@ -273,6 +275,7 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
         "step": step,
         "attempts": attempt,
         "attempt_seconds": round(seconds, 3),
+        "loss_steps": loss_steps,  # updates that train/loss is a mean over
         "metrics": metrics,
     }
 

@@ -94,6 +94,8 @@ class RunData:
     config: RunConfig
     metrics: dict[str, float] = field(default_factory=dict)
     """Final numbers; empty until it has ended. Those of a diverged run are from where it ended."""
+    loss_steps: int = 0
+    """Updates that the final train/loss is a mean over."""
     curves: dict[str, list[Point]] = field(default_factory=dict)
     """Metric -> points by step, attempts that were taken back left out."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -308,6 +310,7 @@ def _run(
             result = run_dir.result() or {}
             run.metrics = _final(run, result)
             run.step = result.get("step", run.step)
+            run.loss_steps = result.get("loss_steps") or _since_log(run)
     except ODD as error:
         what = " ".join(str(error).split())[:200]
         run.state, run.metrics = "unreadable", {}
@@ -324,6 +327,12 @@ def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
         if points[-1].step == result["step"] and name not in result["metrics"]
     }
     return apart | {name: float(value) for name, value in result["metrics"].items()}
+
+
+def _since_log(run: RunData) -> int:
+    """What the final loss of earlier versions was a mean over: the updates since the last log."""
+    steps = [0, 0, *(point.step for point in run.curves.get("train/loss", []))]
+    return steps[-1] - steps[-2]
 
 
 def _attempt(record: Mapping[str, Any]) -> Attempt:
