@@ -18,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments import inputs
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
-from relora_core.config import ConfigError, RunConfig, validate
+from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
 
@@ -94,9 +95,10 @@ def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
 
 
 def _with_evals(config: RunConfig, prints: dict[str, str | None]) -> RunConfig:
-    paloma = replace(config.eval.paloma, fingerprint=prints.get("paloma"))
-    blimp = replace(config.eval.blimp, fingerprint=prints.get("blimp"))
-    return replace(config, eval=replace(config.eval, paloma=paloma, blimp=blimp))
+    sections = {
+        name: replace(getattr(config.eval, name), fingerprint=prints.get(name)) for name in EVALS
+    }
+    return replace(config, eval=replace(config.eval, **sections))
 
 
 def run_experiment(
@@ -150,7 +152,10 @@ def run_experiment(
             record = attempt_record(
                 start_step=run_dir.newest_step(), world=world_size(), kernels_key=native.key()
             )
+            if taken := inputs.accepted(run_dir, by="retry"):
+                record["changes"] = taken
             run_dir.write_attempt(attempt, record)
+            config = inputs.opened(run_dir, config)
             state = _attempt(
                 config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks
             )
@@ -211,6 +216,7 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
         return ended
     from relora_core.train import train
 
+    config = inputs.opened(run_dir, config)
     folder = cache_dir(config.output_dir)
     return train(
         config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
@@ -362,7 +368,8 @@ def run_here(config: RunConfig) -> int:
         return 0 if ended == "finished" else 1
     for note in notes:
         _say(f"note: {note}")
-    data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    found = inputs.opened(run_dir, config)
+    data.prepare(found.data, cache_dir=cache_dir(config.output_dir), progress=_say)
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:

@@ -282,6 +282,10 @@ class EvalConfig:
     blimp: BlimpConfig = field(default_factory=BlimpConfig)
 
 
+EVALS = tuple(f.name for f in fields(EvalConfig))
+"""Every eval: a section above, and the file of its name in `evals/`."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DynamicsConfig:
     """Effective ranks and condition numbers of weights, gradients and updates (`dynamics.py`)."""

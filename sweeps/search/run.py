@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from experiments import inputs
 from experiments.run_dir import RunDir, RunLocked, born, lives, slurm_job_id
 from experiments.runner import cache_dir, one_line, run_experiment
 from experiments.state import SILENT_AFTER_S
@@ -55,7 +56,7 @@ def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
         stop.next_run()
         if stop():
             return INTERRUPTED
-        if gave_up(study):
+        if gave_up(study) or changed(study):
             return FAILED
         trial = study.take(me, gone=Gone(study))
         if trial is None:
@@ -86,6 +87,20 @@ def gave_up(study: Study) -> bool:
         file=sys.stderr,
     )
     return True
+
+
+def changed(study: Study) -> bool:
+    """Say so where what the trials read is not what the search was planned with."""
+    bases = {repr((b.data, b.eval)): b for b in study.spec.bases.values()}
+    for base in bases.values():
+        try:
+            found = inputs.look(base, output_dir=study.output_dir)
+            if found.changes:
+                raise inputs.refusal(found.changes, remedy="search under another sweep.name")
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return True
+    return False
 
 
 # whose trial ------------------------------------------------------------------------------------
@@ -207,7 +222,8 @@ def prepare(trial: Trial) -> list[RunDir]:
         make_plan([({}, config) for config in configs], name=trial.study.name),
         output_dir=output_dir,
     )
-    data.prepare(configs[0].data, cache_dir=cache_dir(output_dir), progress=print)
+    opened = inputs.opened(runs[0], configs[0])
+    data.prepare(opened.data, cache_dir=cache_dir(output_dir), progress=print)
     return runs
 
 
