@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments import inputs
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
-from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
+from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
+from experiments.scheduler import current_job
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
-from relora_core.config import EVALS, ConfigError, RunConfig, validate
+from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
 
@@ -34,18 +34,15 @@ def cache_dir(output_dir: str | Path) -> Path:
     return Path(output_dir) / "cache"
 
 
-def complete(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
+def complete(config: RunConfig) -> RunConfig:
     """The config with the data's vocabulary and fingerprints filled in, and validated.
 
     Reads what planning may read (footers, tokenizers, eval files), trains nothing, writes nothing.
-    What the user should know of the data is appended to `notes`, once each.
     """
-    return complete_all([config], notes=notes)[0]
+    return complete_all([config])[0]
 
 
-def complete_all(
-    configs: Sequence[RunConfig], *, notes: list[str] | None = None
-) -> list[RunConfig]:
+def complete_all(configs: Sequence[RunConfig]) -> list[RunConfig]:
     """`complete` of each; data and evals that several share are inspected once."""
     from relora_core import data, evals
 
@@ -58,8 +55,6 @@ def complete_all(
         key = repr((config.data, config.output_dir))
         if key not in inspected:
             inspected[key] = data.inspect(config.data, cache_dir=cache_dir(config.output_dir))
-        if notes is not None:
-            notes += [n for n in _data_notes(config, inspected[key]) if n not in notes]
         config = _with_data(config, inspected[key])
         key = repr((config.data, config.eval, config.model.vocab_size))
         if key not in prints:
@@ -68,16 +63,6 @@ def complete_all(
         validate(config)
         filled.append(config)
     return filled
-
-
-def _data_notes(config: RunConfig, info: DataInfo) -> list[str]:
-    """One line each; of several data sets each names its own."""
-    notes = [note if str(config.data.path) in note else f"data: {note}" for note in info.notes]
-    rows = config.train.steps * config.train.batch_size
-    if info.rows and rows > info.rows:
-        passes = f"{rows / info.rows:.3g} passes over the {info.rows:,} sequences of data.path"
-        notes.append(f"data: {rows:,} sequences are trained on: {passes}={config.data.path}")
-    return notes
 
 
 def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
@@ -95,10 +80,9 @@ def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
 
 
 def _with_evals(config: RunConfig, prints: dict[str, str | None]) -> RunConfig:
-    sections = {
-        name: replace(getattr(config.eval, name), fingerprint=prints.get(name)) for name in EVALS
-    }
-    return replace(config, eval=replace(config.eval, **sections))
+    paloma = replace(config.eval.paloma, fingerprint=prints.get("paloma"))
+    blimp = replace(config.eval.blimp, fingerprint=prints.get("blimp"))
+    return replace(config, eval=replace(config.eval, paloma=paloma, blimp=blimp))
 
 
 def run_experiment(
@@ -144,7 +128,7 @@ def run_experiment(
                 phase="start",
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                job_id=slurm_job_id(),
+                job_id=current_job(),
                 error=None,
             )
             from relora_core import native  # and torch: the record names the GPUs then
@@ -152,10 +136,7 @@ def run_experiment(
             record = attempt_record(
                 start_step=run_dir.newest_step(), world=world_size(), kernels_key=native.key()
             )
-            if taken := inputs.accepted(run_dir, by="retry"):
-                record["changes"] = taken
             run_dir.write_attempt(attempt, record)
-            config = inputs.opened(run_dir, config)
             state = _attempt(
                 config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks
             )
@@ -216,7 +197,6 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
         return ended
     from relora_core.train import train
 
-    config = inputs.opened(run_dir, config)
     folder = cache_dir(config.output_dir)
     return train(
         config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
@@ -268,10 +248,8 @@ def _attempt(
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
     """What the run came to, from its record: the newest value of every metric."""
     metrics: dict[str, float] = {}
-    step, loss_steps = 0, None
+    step = 0
     for event in run_dir.events():
-        if event["kind"] == "train":
-            loss_steps = event["data"].get("loss_steps")
         if event["kind"] != "system":
             metrics.update(event["metrics"])
         step = max(step, event["step"])
@@ -281,7 +259,6 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
         "step": step,
         "attempts": attempt,
         "attempt_seconds": round(seconds, 3),
-        "loss_steps": loss_steps,  # updates that train/loss is a mean over
         "metrics": metrics,
     }
 
@@ -355,8 +332,7 @@ def run_here(config: RunConfig) -> int:
     from experiments import mlflow_follow, mlflow_store
     from relora_core import data
 
-    notes: list[str] = []
-    config = complete(config, notes=notes)
+    config = complete(config)
     mlflow_store.check_uri(config.tracking, output_dir=config.output_dir)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
@@ -366,10 +342,7 @@ def run_here(config: RunConfig) -> int:
         print(f"{run_dir.run_id} is {ended} already: nothing to do")
         print_result(run_dir)
         return 0 if ended == "finished" else 1
-    for note in notes:
-        _say(f"note: {note}")
-    found = inputs.opened(run_dir, config)
-    data.prepare(found.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:

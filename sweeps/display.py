@@ -214,12 +214,6 @@ def show_plan(
         console.print(line, markup=False, highlight=False)
 
 
-def show_notes(notes: Sequence[str], *, console: Console) -> None:
-    """What planning learnt of the data and the user should know, one line each."""
-    for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-
-
 # progress ---------------------------------------------------------------------------------------
 class Progress:
     """Running runs while they run: a live table on a terminal, plain lines elsewhere."""

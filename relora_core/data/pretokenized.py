@@ -76,11 +76,6 @@ def _hub_fingerprint(data: DataConfig, commit: str, *, tokenizer_digest: str | N
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hub_fingerprint(data: DataConfig, *, tokenizer_digest: str | None) -> str:
-    """Of the commit that the name stands for now."""
-    return _hub_fingerprint(data, _hub_commit(data), tokenizer_digest=tokenizer_digest)
-
-
 def _check_same(data: DataConfig, fingerprint: str) -> None:
     """The hub moves on; a run must go on with the commit that it was planned with."""
     if data.fingerprint not in (None, fingerprint):
@@ -168,15 +163,8 @@ class _LocalReader:
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
-        self.footers = [parquet.read_footer(file) for file in files]
-        self._ends = list(itertools.accumulate(sum(footer.rows) for footer in self.footers))
+        self._ends = list(itertools.accumulate(sum(parquet.read_footer(f).rows) for f in files))
         self.seek({"row": 0})
-
-    def notes(self, *, seq_len: int) -> list[str]:
-        if not self._ends[-1]:
-            return []
-        stored = parquet.stored_length(self.footers, seq_len=seq_len)
-        return parquet.length_notes(stored, seq_len=seq_len)
 
     def seek(self, position: dict[str, Any]) -> None:
         self._row = int(position["row"])
@@ -273,14 +261,12 @@ class PretokenizedStream:
         self._rank, self._world = rank, world
         self._reader: _Reader
         if (files := parquet.find_files(data)) is not None:
-            self._reader = local = _LocalReader(files)
-            self.notes = local.notes(seq_len=data.seq_len)
+            self._reader = _LocalReader(files)
         else:
             commit = _hub_commit(data)
             _check_same(data, _hub_fingerprint(data, commit, tokenizer_digest=tokenizer_digest))
             rows = _load_hub(data, commit, cache_dir=cache_dir)
             self._reader = _HubReader(rows, name=str(data.path))
-            self.notes = [f"{data.path} is streamed at commit {commit[:12]}"]
         self._first = self._reader.position()
         self._stored = 0  # ids per stored row, known from the first one on
         self.load_state_dict({"row": 0, "epoch": 0, "chunk_row": 0, "reader": self._first})
