@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
-from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
-from experiments.scheduler import current_job
+from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
+from relora_core.schedule import notices
 
 
 def cache_dir(output_dir: str | Path) -> Path:
@@ -34,15 +34,18 @@ def cache_dir(output_dir: str | Path) -> Path:
     return Path(output_dir) / "cache"
 
 
-def complete(config: RunConfig) -> RunConfig:
+def complete(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
     """The config with the data's vocabulary and fingerprints filled in, and validated.
 
     Reads what planning may read (footers, tokenizers, eval files), trains nothing, writes nothing.
+    What the user should know of data and settings is appended to `notes`, once each.
     """
-    return complete_all([config])[0]
+    return complete_all([config], notes=notes)[0]
 
 
-def complete_all(configs: Sequence[RunConfig]) -> list[RunConfig]:
+def complete_all(
+    configs: Sequence[RunConfig], *, notes: list[str] | None = None
+) -> list[RunConfig]:
     """`complete` of each; data and evals that several share are inspected once."""
     from relora_core import data, evals
 
@@ -55,6 +58,9 @@ def complete_all(configs: Sequence[RunConfig]) -> list[RunConfig]:
         key = repr((config.data, config.output_dir))
         if key not in inspected:
             inspected[key] = data.inspect(config.data, cache_dir=cache_dir(config.output_dir))
+        if notes is not None:
+            of_this = [*_data_notes(config, inspected[key]), *notices(config)]
+            notes += [n for n in of_this if n not in notes]
         config = _with_data(config, inspected[key])
         key = repr((config.data, config.eval, config.model.vocab_size))
         if key not in prints:
@@ -63,6 +69,16 @@ def complete_all(configs: Sequence[RunConfig]) -> list[RunConfig]:
         validate(config)
         filled.append(config)
     return filled
+
+
+def _data_notes(config: RunConfig, info: DataInfo) -> list[str]:
+    """One line each; of several data sets each names its own."""
+    notes = [note if str(config.data.path) in note else f"data: {note}" for note in info.notes]
+    rows = config.train.steps * config.train.batch_size
+    if info.rows and rows > info.rows:
+        passes = f"{rows / info.rows:.3g} passes over the {info.rows:,} sequences of data.path"
+        notes.append(f"data: {rows:,} sequences are trained on: {passes}={config.data.path}")
+    return notes
 
 
 def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
@@ -128,7 +144,7 @@ def run_experiment(
                 phase="start",
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                job_id=current_job(),
+                job_id=slurm_job_id(),
                 error=None,
             )
             from relora_core import native  # and torch: the record names the GPUs then
@@ -332,7 +348,8 @@ def run_here(config: RunConfig) -> int:
     from experiments import mlflow_follow, mlflow_store
     from relora_core import data
 
-    config = complete(config)
+    notes: list[str] = []
+    config = complete(config, notes=notes)
     mlflow_store.check_uri(config.tracking, output_dir=config.output_dir)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
@@ -342,6 +359,8 @@ def run_here(config: RunConfig) -> int:
         print(f"{run_dir.run_id} is {ended} already: nothing to do")
         print_result(run_dir)
         return 0 if ended == "finished" else 1
+    for note in notes:
+        _say(f"note: {note}")
     data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
     run_dir.create(config)
     with contextlib.ExitStack() as stack:

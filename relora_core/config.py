@@ -99,9 +99,10 @@ class ReLoRAConfig:
     """Rank of B·A; at most the smaller side of every target. 0 (lora only): targets stay as drawn,
     and embedding, head and norms alone are trained."""
     alpha: float = knob(16.0, gt=0, methods=ADAPTERS)
-    """Numerator of the adapter's scale s."""
+    """Numerator of the adapter's scale s; no part of a trained one."""
     scaling: str = knob("standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS)
-    """s: alpha / r; alpha / sqrt(r) (Kalajdzievski 2023); or tanh of a trained scalar."""
+    """s: alpha / r; alpha / sqrt(r) (Kalajdzievski 2023); or tanh of a trained scalar. r is the
+    adapter's own rank: where a restart lowers that, s rises."""
     dropout: float = knob(0.0, ge=0, lt=1, methods=ADAPTERS)
     """Dropout on the adapter's input only."""
     target_modules: list[str] = knob(factory=lambda: ["attention", "swiglu"], methods=ADAPTERS)
@@ -111,7 +112,8 @@ class ReLoRAConfig:
     lr_ratio_b: float = knob(1.0, gt=0, methods=ADAPTERS)
     """Learning rate of B over that of all else (LoRA+, Hayou et al. 2024)."""
     init_a: str = knob("kaiming", choices=("kaiming", "zero"), methods=ADAPTERS)
-    """A at the start; `zero` as published: with B = 0, neither has a gradient before a restart."""
+    """A at the start; `zero` as published: with B = 0, neither has a gradient before a restart (so
+    lora, which has none, refuses it). After a full-rank phase A is kaiming in any case."""
     warm_start_steps: int = knob(0, ge=0, methods=ADAPTERS)
     """Full-rank steps before the adapters begin (Lialin et al. 2023, Sec. 3)."""
     full_rank_steps: int = knob(0, ge=0, methods=ADAPTERS)
@@ -119,16 +121,19 @@ class ReLoRAConfig:
     low_rank_steps: int = knob(0, ge=0, methods=ADAPTERS)
     """... then so many with adapters, in turn; both 0: adapters all the time."""
     reset_frequency: int = knob(2000, ge=1, methods=("relora",))
-    """Optimizer steps between restarts (the paper's T)."""
+    """Optimizer steps between restarts (the paper's T). There is none at full rank, nor, though the
+    learning rate is re-warmed, where no adapter has had an update since a full-rank phase."""
     first_restart: int | None = knob(None, ge=1, methods=("relora",))
     """No restart before this step; None: the first multiple of reset_frequency."""
     restart_offset: int = knob(0, choices=(0, 1), methods=("relora",))
     """Restart before (0) or after (1, as published) the update whose learning rate is 0."""
     rank_schedule: list[list[int]] = knob(factory=list, methods=("relora",))
-    """[[step, rank], ...]: adapters that a restart draws from a step on have this rank, else r."""
+    """[[step, rank], ...]: adapters drawn at a multiple of reset_frequency from a step on have this
+    rank, else r."""
     adaptive_rank_energy: float | None = knob(None, gt=0, le=1, methods=("relora",))
     """A restart gives each adapter the fewest ranks that hold this share of BA's squared singular
-    values, at most r or the schedule's; None: no adapting."""
+    values, at most r or the schedule's. So ranks fall, until the schedule rises: then all have
+    its rank. BA = 0 keeps the rank; None: no adapting."""
     nested_rank: bool = knob(False, methods=("relora",))
     """Train with the first b ranks, b drawn anew at each pass (DyLoRA, Valipour et al. 2023), so
     that the leading ones carry most."""
@@ -137,22 +142,25 @@ class ReLoRAConfig:
     restart_warmup_steps: int = knob(0, ge=0, methods=("relora",))
     """Steps over which the learning rate is re-warmed after a restart (jagged schedule)."""
     merge: str = knob("scaled", choices=("scaled", "unscaled"), methods=("relora",))
-    """W += s·BA (Weiss et al. 2025, Eq. 3), or 1·BA as the published trainer does."""
+    """A restart's W += s·BA (Weiss et al. 2025, Eq. 3), or 1·BA as the published trainer does. The
+    end of a low-rank phase folds s·BA in either case."""
     after_merge: str = knob("reinit", choices=("reinit", "restore"), methods=("relora",))
-    """New A and B; or, as very probably ran, the old ones back from the optimizer's masters after
-    one forward and backward pass with the new ones."""
+    """New A and B (and trained s); or, as very probably ran, the old ones back from the optimizer's
+    masters after one forward and backward pass with the new ones."""
     base_dtype: str = knob("float32", choices=("float32", "bfloat16"), methods=("relora",))
-    """Precision that W is kept and merged in; the published runs' copies were bfloat16."""
+    """Precision that a frozen W is kept and merged in; the published runs' copies were bfloat16.
+    Full-rank phases train it in float32."""
     optimizer_state: str = knob(
         "zero", choices=("random", "magnitude", "zero", "keep"), methods=("relora",)
     )
-    """What a restart does to the adapters' moments: zero a share, all or none of them."""
+    """What a restart does to the adapters' moments: zero a share, all or none of them (`keep` keeps
+    Adam's step, too). Where it changes the rank, they go with the old shape."""
     prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",))
     """Share that `random` and `magnitude` zero."""
     joint_mask: bool = knob(True, methods=("relora",))
     """One mask for both moments; false: each its own, as published."""
     reset_adam_step: bool = knob(True, methods=("relora",))
-    """Whether bias correction starts anew for pruned moments; false as published."""
+    """Whether bias correction starts anew for a tensor with pruned moments; false as published."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -576,9 +584,21 @@ def _check_adapters(config: RunConfig) -> None:
             f"adapt, got {config.relora.full_rank_modules}; for none, method=full_rank"
         )
     _check_phases(config)
+    _check_inert(config)
     _check_rank(config, "relora.r", adapted)
     if config.relora.r == 0:
         _check_frozen(config)
+
+
+def _check_inert(config: RunConfig) -> None:
+    """With A = B = 0 neither ever has a gradient; here nothing would draw an A."""
+    relora = config.relora
+    drawn = relora.r == 0 or relora.warm_start_steps or relora.full_rank_steps
+    if config.method == "lora" and relora.init_a == "zero" and not drawn:
+        raise ConfigError(
+            "relora.init_a must be kaiming with method=lora (A and B would both stay 0), got "
+            "'zero'; nearest valid: kaiming, or relora.r=0 for a frozen body"
+        )
 
 
 def _check_frozen(config: RunConfig) -> None:
@@ -684,11 +704,12 @@ def _check_restarts(config: RunConfig) -> None:
             f"{relora.reset_frequency}, got {relora.restart_warmup_steps}; nearest valid: "
             f"{relora.reset_frequency}"
         )
-    if schedule.warmup_steps > relora.reset_frequency:
+    first = max(relora.first_restart or 0, relora.reset_frequency)
+    if schedule.warmup_steps > first:
+        key = "first_restart" if first > relora.reset_frequency else "reset_frequency"
         raise ConfigError(
-            f"schedule.warmup_steps must be <= relora.reset_frequency={relora.reset_frequency} "
-            f"(the warm-up ends before the first restart), got {schedule.warmup_steps}; "
-            f"nearest valid: {relora.reset_frequency}"
+            f"schedule.warmup_steps must be <= relora.{key}={first} (the warm-up ends before the "
+            f"first restart), got {schedule.warmup_steps}; nearest valid: {first}"
         )
 
 

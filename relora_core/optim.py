@@ -41,6 +41,7 @@ def prune_state_(
     ratio: float,
     joint_mask: bool = True,
     reset_step: bool = True,
+    dropped: int = 0,
     generator: Callable[[str], torch.Generator],
 ) -> float:
     """Prune both Adam moments of `parameters` in place; the share of entries that were zeroed.
@@ -49,16 +50,18 @@ def prune_state_(
     `magnitude` (of each tensor; entries kept are counted, so ties lose nothing). With `joint_mask`
     one mask serves both moments (by the first one's magnitude): an entry with its second moment
     zeroed and its first kept would move by 29 learning rates at once. With `reset_step` the step
-    counter goes to 0: pruned moments with an old counter are not bias-corrected, and under a
-    constant gradient the updates after a restart rise to 6 learning rates. No other parameter's
-    state is touched.
+    counter of a tensor that lost an entry goes to 0: pruned moments with an old counter are not
+    bias-corrected, and under a constant gradient the updates after a restart rise to 6 learning
+    rates. (A tensor has one counter: an entry kept beside pruned ones begins with a third of one.)
+    Where nothing is pruned the counter stays, whatever `reset_step` says. No other parameter's
+    state is touched. `dropped` entries went with tensors that are gone, and count.
     """
-    zeroed = total = 0
+    zeroed, total = dropped, dropped
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
             continue  # no update yet, hence nothing to prune
-        draws = generator(name)
+        draws, before = generator(name), zeroed
         keep = _kept(state["exp_avg"], policy=policy, ratio=ratio, generator=draws)
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment == "exp_avg_sq" and not joint_mask:
@@ -66,7 +69,7 @@ def prune_state_(
             state[moment].mul_(keep)
             zeroed += int((~keep).sum())
             total += keep.numel()
-        if reset_step:
+        if reset_step and zeroed > before:
             state["step"].zero_()
     return zeroed / total if total else 0.0
 

@@ -7,8 +7,15 @@ apart. Not for: applying a factor to an optimizer (`train.py`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
-from relora_core.config import RunConfig, ScheduleConfig
+from relora_core.config import (
+    ADAPTERS,
+    RunConfig,
+    ScheduleConfig,
+    adapted_shapes,
+    linear_shapes,
+)
 
 
 def decay_factor(step: int, *, schedule: ScheduleConfig, total_steps: int) -> float:
@@ -49,17 +56,48 @@ def _is_restart(step: int, *, config: RunConfig) -> bool:
     return step >= first and not is_full_rank(step, config=config)
 
 
-def restart_steps(config: RunConfig) -> list[int]:
-    """Completed steps at which `relora` restarts: multiples of F (plus the offset), never the end.
+def redraws(config: RunConfig) -> dict[int, int | None]:
+    """Completed steps at which `relora` draws A and B anew -> the restart's number from 0, or None.
 
-    The update whose 0-based index is a multiple of F has factor 0 where there is a re-warm-up; a
-    restart comes just before it, or, with restart_offset = 1 as published, just after it.
+    Multiples of F (plus the offset), never the end, none at full rank. The update whose 0-based
+    index is a multiple of F has factor 0 where there is a re-warm-up; adapters are drawn just
+    before it, or, with restart_offset = 1 as published, just after it. None: since the base was
+    trained, no adapter has had an update. That merges zero, is no restart and takes nobody's turn.
     """
     if config.method != "relora":
-        return []
+        return {}
     relora, steps = config.relora, config.train.steps
+    found: dict[int, int | None] = {}
+    last = restarts = 0
     multiples = range(relora.reset_frequency, steps - relora.restart_offset, relora.reset_frequency)
-    return [k + relora.restart_offset for k in multiples if _is_restart(k, config=config)]
+    for k in multiples:
+        if not _is_restart(k, config=config):
+            continue
+        step = k + relora.restart_offset
+        if _follows_full_rank(step, config=config, last=last):
+            found[step] = None
+        else:
+            found[step] = restarts
+            restarts += 1
+        last = step
+    return found
+
+
+def _follows_full_rank(step: int, *, config: RunConfig, last: int) -> bool:
+    """Whether the base was trained after `last`, and no adapter moved between that and `step`."""
+    if is_full_rank(step, config=config):  # the adapters have just been folded into the base
+        return True
+    for update in range(step - 1, last - 1, -1):
+        if is_full_rank(update, config=config):
+            return True
+        if lr_factor(update, config=config) > 0:
+            return False
+    return False
+
+
+def restart_steps(config: RunConfig) -> list[int]:
+    """Completed steps at which `relora` restarts: those of `redraws` that merge something."""
+    return [step for step, number in redraws(config).items() if number is not None]
 
 
 def is_full_rank(step: int, *, config: RunConfig) -> bool:
@@ -69,3 +107,114 @@ def is_full_rank(step: int, *, config: RunConfig) -> bool:
         return True
     cycle = relora.full_rank_steps + relora.low_rank_steps
     return cycle > 0 and (step - relora.warm_start_steps) % cycle < relora.full_rank_steps
+
+
+def scheduled_rank(step: int, *, config: RunConfig) -> int:
+    """Rank of an adapter that is drawn anew when `step` updates are complete."""
+    relora = config.relora
+    return [relora.r, *(rank for at, rank in relora.rank_schedule if at <= step)][-1]
+
+
+class Draws:
+    """When each adapter was drawn, and of what rank at most its matrices are, by the config alone.
+
+    An adapter's index is its place in `adapted_shapes`.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.redraws = config, redraws(config)
+        self._steps = list(self.redraws)
+        self._index = {name: i for i, name in enumerate(adapted_shapes(config))}
+
+    def due(self, step: int, index: int) -> bool:
+        """Whether this adapter is drawn anew at a step of `redraws`."""
+        number, groups = self.redraws[step], self.config.relora.restart_groups
+        return number is None or number % groups == index % groups
+
+    def last(self, step: int, index: int) -> int:
+        """Newest step before `step` at which a redraw renewed this adapter; 0 where none has."""
+        before = reversed(self._steps[: bisect_left(self._steps, step)])
+        return next((at for at in before if self.due(at, index)), 0)
+
+    def rank(self, step: int, index: int) -> int:
+        """Of an adapter just before the redraw at `step`; the most it can be where it adapts."""
+        last = self.last(step, index)
+        return scheduled_rank(last, config=self.config) if last else self.config.relora.r
+
+    def update_rank(self, step: int, name: str) -> int:
+        """The most that W + s B A of a linear can have moved by since the newest redraw, as a rank.
+
+        Just before the redraw at `step`, if there is one. What was folded or trained at full rank
+        in between is of any rank; an adapter that was not renewed at that redraw moves by
+        s B A - s_0 B_0 A_0, which may be of twice its rank.
+        """
+        size = min(linear_shapes(self.config.model)[name])
+        at = bisect_left(self._steps, step)
+        since = self._steps[at - 1] if at else 0
+        config = self.config
+        full = (is_full_rank(update, config=config) for update in range(since, step))
+        if config.method not in ADAPTERS or name not in self._index or any(full):
+            return size
+        index = self._index[name]
+        rank = self.rank(step, index)
+        return min(size, rank if not at or self.due(since, index) else 2 * rank)
+
+
+def idle_adapters(config: RunConfig) -> list[str]:
+    """Adapted linears whose adapter no update of the run can move.
+
+    Where A is 0 as B is, neither has a gradient until A is drawn; and an update may have rate 0.
+    """
+    adapted = adapted_shapes(config)
+    if not adapted or not config.relora.r:
+        return []
+    if _begins_inert(config):
+        draws, never = Draws(config), config.train.steps
+        first = [
+            next((at for at in draws.redraws if draws.due(at, index)), never)
+            for index in range(len(adapted))
+        ]
+    else:
+        first = [config.relora.warm_start_steps] * len(adapted)
+    moves = {update: _moves(update, config=config) for update in set(first)}
+    return [name for name, update in zip(adapted, first, strict=True) if not moves[update]]
+
+
+def _begins_inert(config: RunConfig) -> bool:
+    """Whether the first adapters are A = B = 0; after a full-rank phase A is drawn in any case."""
+    return config.relora.init_a == "zero" and not is_full_rank(0, config=config)
+
+
+def _moves(first: int, *, config: RunConfig) -> bool:
+    return any(
+        not is_full_rank(update, config=config) and lr_factor(update, config=config) > 0
+        for update in range(first, config.train.steps)
+    )
+
+
+def notices(config: RunConfig) -> list[str]:
+    """What a plan should say of a valid config that may not do what its author expects."""
+    found = []
+    relora = config.relora
+    kept = relora.optimizer_state == "keep" or (
+        relora.optimizer_state != "zero" and relora.prune_ratio == 0
+    )
+    if config.method == "relora" and kept and relora.reset_adam_step:
+        found.append(
+            "relora.reset_adam_step has no say where no moment is pruned; runs of such a setting "
+            "that earlier versions made had Adam's step reset"
+        )
+    factors = (lr_factor(step, config=config) for step in range(config.train.steps))
+    if not any(factors):
+        n = config.train.steps
+        return [*found, f"nothing is learnt: every update of train.steps={n} has learning rate 0"]
+    if idle := idle_adapters(config):
+        why = "every update of them has learning rate 0"
+        if _begins_inert(config):
+            why = (
+                "relora.init_a=zero leaves them without a gradient until a restart draws A, and "
+                f"none does within train.steps={config.train.steps}"
+            )
+        of = len(adapted_shapes(config))
+        found.append(f"{len(idle)} of {of} adapters learn nothing: {why}")
+    return found

@@ -108,6 +108,8 @@ def _train(
     begun = {"resumed": resumed, "world": world, "kernels": progress.kernels, **damaged}
     if progress.kernels == "native":
         begun["kernels_build"] = native.build()
+    if stream.notes:
+        begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
     measure = Measures(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
@@ -147,8 +149,9 @@ def _train(
         kind = "restart" if method.restarts(step + 1) else "method"
         before = probe.look() if kind == "restart" else None
         changes = method.after_step(step + 1, model, optimizer)
-        if before is not None:
+        if method.redraws(step + 1):
             recorder.after_restart()
+        if before is not None:
             changes |= probe.compare(before) | rank_spread(accelerator, model)
         if method.restarts(step):
             changes["restart/loss_next"] = probe.look()[1]

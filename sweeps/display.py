@@ -214,6 +214,12 @@ def show_plan(
         console.print(line, markup=False, highlight=False)
 
 
+def show_notes(notes: Sequence[str], *, console: Console) -> None:
+    """What planning learnt that the user should know, one line each."""
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
 # progress ---------------------------------------------------------------------------------------
 class Progress:
     """Running runs while they run: a live table on a terminal, plain lines elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class ReLoRALinear(nn.Module):
     scalar: nn.Parameter | None
     master_A: Tensor | None
     master_B: Tensor | None
+    master_scalar: Tensor | None
 
     def __init__(self, linear: nn.Linear, relora: ReLoRAConfig) -> None:
         super().__init__()
@@ -43,6 +45,8 @@ class ReLoRALinear(nn.Module):
         masters = relora.after_merge == "restore"
         self.register_buffer("master_A", torch.zeros_like(self.lora_A) if masters else None)
         self.register_buffer("master_B", torch.zeros_like(self.lora_B) if masters else None)
+        scalar = self.scalar.detach().clone() if masters and self.scalar is not None else None
+        self.register_buffer("master_scalar", scalar)
 
     def _rounded(self, weight: Tensor) -> Tensor:
         """The nearest values that `base_dtype` holds, kept as float32."""
@@ -82,6 +86,9 @@ class ReLoRALinear(nn.Module):
         saved = state_dict.get(f"{prefix}lora_A")
         if saved is not None and saved.shape[0] != self.rank:
             self.resize_(saved.shape[0])
+        if self.master_scalar is not None and f"{prefix}scalar" in state_dict:
+            # Earlier versions let s go at a restart; their checkpoints go on as they began.
+            state_dict.setdefault(f"{prefix}master_scalar", state_dict[f"{prefix}scalar"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
@@ -93,6 +100,11 @@ class ReLoRALinear(nn.Module):
         self.lora_B.zero_()
         if self.scalar is not None:
             self.scalar.fill_(1.0)
+
+    @torch.no_grad()
+    def round_base_(self) -> None:
+        """W in `base_dtype`, after it was trained in float32."""
+        self.weight.copy_(self._rounded(self.weight))
 
     @torch.no_grad()
     def merge_(self, *, scaled: bool = True) -> Tensor:
@@ -110,16 +122,21 @@ class ReLoRALinear(nn.Module):
 
     @torch.no_grad()
     def keep_masters_(self) -> None:
-        """Remember A and B as the optimizer's masters would, through a re-initialisation."""
-        assert self.master_A is not None
-        assert self.master_B is not None
-        self.master_A.copy_(self.lora_A)
-        self.master_B.copy_(self.lora_B)
+        """Remember A, B and s as the optimizer's masters would, through a re-initialisation."""
+        for master, parameter in self._masters():
+            master.copy_(parameter)
 
     @torch.no_grad()
     def restore_masters_(self) -> None:
-        """Put the remembered A and B back; their gradients stay those of the new ones."""
+        """Put what is remembered back; the gradients stay those of the new adapter."""
+        for master, parameter in self._masters():
+            parameter.copy_(master)
+
+    def _masters(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
         assert self.master_A is not None
         assert self.master_B is not None
-        self.lora_A.copy_(self.master_A)
-        self.lora_B.copy_(self.master_B)
+        yield self.master_A, self.lora_A
+        yield self.master_B, self.lora_B
+        if self.master_scalar is not None:
+            assert self.scalar is not None
+            yield self.master_scalar, self.scalar

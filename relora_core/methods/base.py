@@ -45,6 +45,10 @@ class Method:
         """Whether `after_step(step, ...)` is a restart, around which the function is compared."""
         return False
 
+    def redraws(self, step: int) -> bool:
+        """Whether it draws adapters anew: at each restart, and where it has nothing to merge."""
+        return False
+
     def before_update(self, step: int, model: nn.Module) -> None:
         """Called when `step` updates are complete and the gradients of the next one are there."""
 

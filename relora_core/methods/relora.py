@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +22,7 @@ from relora_core.dynamics import product_singular_values
 from relora_core.methods.adapter import ReLoRALinear, named_generator
 from relora_core.methods.base import Method
 from relora_core.optim import prune_state_
-from relora_core.schedule import is_full_rank, restart_steps
+from relora_core.schedule import Draws, is_full_rank, scheduled_rank
 
 
 class LoRA(Method):
@@ -30,7 +32,7 @@ class LoRA(Method):
         """Wrap target linears. Adapters are drawn after the whole base, which stays as it was."""
         relora = self.config.relora
         if self.config.method != "relora":  # knobs of restarts have no say without them
-            relora = replace(relora, base_dtype="float32", after_merge="reinit")
+            relora = replace(relora, base_dtype="float32", after_merge="reinit", nested_rank=False)
         for name in adapted_shapes(self.config):
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
@@ -83,6 +85,7 @@ class LoRA(Method):
         for name, adapter in self.adapters(model):
             if before:
                 optimizer.state.pop(adapter.weight, None)  # of no use while the base is frozen
+                adapter.round_base_()
                 adapter.draw_(named_generator(self.config.seed, step, name))
             else:
                 adapter.merge_()
@@ -106,52 +109,65 @@ class ReLoRA(LoRA):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self._resized = False
-        self._restarts = {step: index for index, step in enumerate(restart_steps(config))}
+        self._draws = Draws(config)
 
     def set_phase(self, step: int, model: nn.Module) -> bool:
         resized, self._resized = self._resized, False
         return super().set_phase(step, model) or resized
 
-    def _next_rank(self, step: int, adapter: ReLoRALinear) -> int:
-        """The schedule's rank at `step`, or as much less as holds the energy of what is merged."""
-        relora = self.config.relora
-        most = [relora.r, *(rank for at, rank in relora.rank_schedule if at <= step)][-1]
-        if relora.adaptive_rank_energy is None:
-            return most
-        sigma = product_singular_values(adapter.lora_B.detach(), adapter.lora_A.detach())
-        energy = sigma.square().cumsum(dim=0)
-        needed = int((energy < relora.adaptive_rank_energy * energy[-1]).sum()) + 1
-        return min(needed, most)
+    def _next_ranks(self, step: int, due: list[tuple[int, str, ReLoRALinear]]) -> list[int]:
+        """The schedule's rank at `step`, or as much less as holds the energy of what is merged.
+
+        An adapter that has learnt nothing, or nothing finite, says nothing of ranks and keeps its
+        own; a rank that the schedule has raised since its last draw counts for every adapter.
+        """
+        most = scheduled_rank(step, config=self.config)
+        share = self.config.relora.adaptive_rank_energy
+        if share is None:
+            return [most for _ in due]
+        ranks = [
+            most
+            if most > self._draws.rank(step, index)
+            else min(most, _needed_rank(adapter, share=share) or adapter.rank)
+            for index, _, adapter in due
+        ]
+        if dist.is_available() and dist.is_initialized():
+            # Processes hold equal adapters, but an SVD may round differently on each.
+            decided = torch.tensor(ranks, device=due[0][2].weight.device)
+            dist.broadcast(decided, src=0)
+            ranks = decided.tolist()
+        return ranks
 
     def restarts(self, step: int) -> bool:
-        return step in self._restarts
+        return self._draws.redraws.get(step) is not None
+
+    def redraws(self, step: int) -> bool:
+        return step in self._draws.redraws
 
     def before_update(self, step: int, model: nn.Module) -> None:
         """The masters overwrite what the restart drew, after one pass with it."""
-        if self.config.relora.after_merge == "restore" and step in self._restarts:
-            for _, adapter in self._due(step, model):
+        if self.config.relora.after_merge == "restore" and self.redraws(step):
+            for _, _, adapter in self._due(step, model):
                 adapter.restore_masters_()
 
-    def _due(self, step: int, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
-        """The adapters whose turn it is at this restart."""
-        groups, turn = self.config.relora.restart_groups, self._restarts[step]
-        for index, (name, adapter) in enumerate(self.adapters(model)):
-            if index % groups == turn % groups:
-                yield name, adapter
+    def _due(self, step: int, model: nn.Module) -> list[tuple[int, str, ReLoRALinear]]:
+        """(index, name, adapter) of those that are drawn anew at this step."""
+        named = enumerate(self.adapters(model))
+        return [(i, name, a) for i, (name, a) in named if self._draws.due(step, i)]
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         metrics = super().after_step(step, model, optimizer)
-        if step not in self._restarts:
+        if not self.redraws(step):
             return metrics
         relora, seed = self.config.relora, self.config.seed
-        merged, pruned = 0.0, {}
-        for name, adapter in self._due(step, model):
+        merged, dropped, pruned = 0.0, 0, {}
+        due = self._due(step, model)
+        for (_, name, adapter), rank in zip(due, self._next_ranks(step, due), strict=True):
             if relora.after_merge == "restore":
                 adapter.keep_masters_()
-            rank = self._next_rank(step, adapter)
             merged += adapter.merge_(scaled=relora.merge == "scaled").item()
             if rank != adapter.rank:
-                _change_rank(adapter, rank, optimizer)
+                dropped += _change_rank(adapter, rank, optimizer)
                 self._resized = True
             adapter.draw_(named_generator(seed, step, name))
             pruned[f"{name}.lora_A"] = adapter.lora_A
@@ -165,30 +181,45 @@ class ReLoRA(LoRA):
             ratio=relora.prune_ratio,
             joint_mask=relora.joint_mask,
             reset_step=relora.reset_adam_step,
+            dropped=dropped,
             generator=lambda name: named_generator(seed, step, f"{name}/prune"),
         )
         if relora.rank_schedule or relora.adaptive_rank_energy:
             ranks = [adapter.rank for _, adapter in self.adapters(model)]
             metrics["restart/rank_mean"] = sum(ranks) / len(ranks)
             metrics["restart/rank_min"], metrics["restart/rank_max"] = min(ranks), max(ranks)
+        number = self._draws.redraws[step]
+        if number is None:
+            return metrics
         return metrics | {
-            "restart/count": float(self._restarts[step] + 1),
+            "restart/count": float(number + 1),
             "restart/merged_norm": math.sqrt(merged),
             "restart/state_zeroed": zeroed,
         }
 
 
-def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> None:
+def _needed_rank(adapter: ReLoRALinear, *, share: float) -> int | None:
+    """The fewest ranks that hold this share of BA's squared singular values; None of nothing."""
+    sigma = product_singular_values(adapter.lora_B.detach(), adapter.lora_A.detach())
+    energy = sigma.square().cumsum(dim=0)
+    if not 0 < float(energy[-1]) < math.inf:
+        return None
+    return int((energy < share * energy[-1]).sum()) + 1
+
+
+def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:
     """New parameters of another rank, in the old ones' places in module and optimizer.
 
-    Autograd remembers a parameter's shape for as long as DDP holds on to it, so its data alone
-    cannot be exchanged.
+    Gives the number of entries of Adam's moments that went with the old ones. Autograd remembers a
+    parameter's shape for as long as DDP holds on to it, so its data alone cannot be exchanged.
     """
     shapes = {"lora_A": (rank, adapter.lora_A.shape[1]), "lora_B": (adapter.lora_B.shape[0], rank)}
+    dropped = 0
     for name, shape in shapes.items():
         old = getattr(adapter, name)
         new = nn.Parameter(old.detach().new_zeros(shape))
-        optimizer.state.pop(old, None)
+        dropped += 2 * old.numel() if optimizer.state.pop(old, None) else 0
         for group in optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         setattr(adapter, name, new)
+    return dropped

@@ -145,6 +145,35 @@ def test_as_executed_the_old_adapters_come_back_on_top_of_the_merge(trained):
     assert median(jump) == pytest.approx(1.0, abs=0.05)
 
 
+def test_the_masters_put_a_trained_scale_back_too(trained):
+    """tanh(1) = 0.76 counts for one pass, then the s that was trained comes back."""
+    settings = {"scaling": "trainable", "reset_frequency": 20, "restart_warmup_steps": 10}
+    model, method, optimizer, _ = trained(
+        40, mode="as_executed", relora=settings, train={"steps": 60}
+    )
+    before = {n: m.scalar.item() for n, m in method.adapters(model)}
+    assert any(abs(s - 1) > 0.01 for s in before.values())
+    one_step(40, model, method, optimizer)
+    assert all(m.scalar.item() == 1.0 for _, m in method.adapters(model))
+    one_step(41, model, method, optimizer)
+    for name, adapter in method.adapters(model):
+        assert adapter.scalar.item() == pytest.approx(before[name], abs=0.005)
+
+
+def test_a_checkpoint_from_before_the_scale_was_remembered_still_loads():
+    relora = ReLoRAConfig(r=2, scaling="trainable", after_merge="restore")
+    old, new = (ReLoRALinear(torch.nn.Linear(5, 3, bias=False), relora) for _ in range(2))
+    for adapter in (old, new):
+        adapter.draw_(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        old.scalar.fill_(0.7)
+    state = {k: v for k, v in old.state_dict().items() if k != "master_scalar"}
+    new.load_state_dict(state)
+    assert new.scalar.item() == pytest.approx(0.7)
+    new.restore_masters_()
+    assert new.scalar.item() == pytest.approx(0.7)  # as that version went on
+
+
 def test_a_bfloat16_base_holds_bfloat16_values(trained):
     model, method, _, _ = trained(10, mode="as_executed")
     for _, adapter in method.adapters(model):
@@ -197,7 +226,42 @@ def test_zero_keep_and_the_step_counter():
     state, share = state_after("keep", reset_step=False)
     assert share == 0.0
     assert state["step"] == 5
-    assert state_after("keep")[0]["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "ratio"), [("keep", 1.0), ("random", 0.0), ("magnitude", 0.0), ("magnitude", 0.05)]
+)
+def test_where_nothing_is_pruned_the_step_counter_stays(policy, ratio):
+    """Else a kept first moment counts ten times and a second one a thousand times what it is."""
+    state, share = state_after(policy, ratio=ratio, reset_step=True)
+    assert share == 0.0
+    assert state["step"] == 5
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_keep_restarts_under_a_constant_gradient_move_on_by_one_learning_rate(trained, reset):
+    """Adam's step reset under kept moments: 0.32, 0.24, 0.20, ... learning rates instead."""
+    settings = {"optimizer_state": "keep", "reset_adam_step": reset, "reset_frequency": 40}
+    model, method, _, _ = trained(0, relora=settings, train={"steps": 60, "weight_decay": 0.0})
+    _, adapter = next(iter(method.adapters(model)))
+    optimizer = AdamW(method.param_groups(model), lr=1e-3, weight_decay=0.0, eps=1e-12)
+    moved = []
+    for step in range(50):
+        before = adapter.lora_A.detach().clone()
+        adapter.lora_A.grad = torch.ones_like(adapter.lora_A)
+        optimizer.step()
+        moved.append(((before - adapter.lora_A) / 1e-3).mean().item())
+        if step + 1 == 40:
+            state = {k: v.clone() for k, v in optimizer.state[adapter.lora_A].items()}
+            assert method.after_step(40, model, optimizer)["restart/state_zeroed"] == 0
+            assert all(torch.equal(optimizer.state[adapter.lora_A][k], v) for k, v in state.items())
+    assert moved == pytest.approx([1.0] * 50, abs=1e-3)
+
+
+def test_moments_that_go_with_a_changed_rank_count_as_zeroed(trained):
+    settings = {"optimizer_state": "keep", "rank_schedule": [[8, 2]]}
+    model, method, optimizer, _ = trained(7, relora=settings)
+    assert method.after_step(8, model, optimizer)["restart/state_zeroed"] == 1.0
 
 
 def test_random_masks_are_one_or_two():
@@ -301,6 +365,18 @@ def test_warm_start_trains_the_base_and_then_freezes_it(trained):
         assert adapter.lora_B in optimizer.state or not adapter.lora_B.any()
 
 
+def test_a_bfloat16_base_is_rounded_when_a_full_rank_phase_freezes_it(trained):
+    settings = {"warm_start_steps": 3, "base_dtype": "bfloat16", "reset_frequency": 100}
+    model, method, optimizer, _ = trained(2, relora=settings)
+    rounded = [
+        torch.equal(m.weight, m.weight.bfloat16().float()) for _, m in method.adapters(model)
+    ]
+    assert not any(rounded)  # trained in float32
+    one_step(2, model, method, optimizer)
+    for _, adapter in method.adapters(model):
+        assert torch.equal(adapter.weight, adapter.weight.bfloat16().float())
+
+
 def test_warm_start_equals_full_rank_training_while_it_lasts(nano, trained):
     warm, method, _, _ = trained(3, relora={"warm_start_steps": 5})
     full, plain, _, _ = trained(3, method="full_rank")
@@ -377,6 +453,65 @@ def test_adaptive_rank_keeps_the_energy(trained, share, rank):
     assert {m.rank for _, m in method.adapters(model)} == {rank}
 
 
+def energies(adapter, values):
+    with torch.no_grad():
+        size = len(values)
+        adapter.lora_A.copy_(torch.eye(size, adapter.lora_A.shape[1]))
+        adapter.lora_B.copy_(torch.eye(adapter.lora_B.shape[0], size) * torch.tensor(values))
+
+
+def test_an_adapter_that_has_learnt_nothing_keeps_its_rank(trained):
+    """BA = 0 holds any share of its energy in one rank, and would never rise again."""
+    model, method, optimizer, _ = trained(0, relora={"adaptive_rank_energy": 0.9})
+    (_, first), (_, second), *rest = method.adapters(model)
+    energies(first, [4.0, 3.0, 1.0, 0.5])
+    energies(second, [math.nan, 1.0, 1.0, 1.0])
+    metrics = method.after_step(4, model, optimizer)
+    assert first.rank == 2
+    assert {second.rank, *(m.rank for _, m in rest)} == {4}
+    assert metrics["restart/rank_mean"] == pytest.approx(4 - 2 / 14)
+
+
+def test_adaptive_ranks_begin_anew_where_the_schedule_rises(trained):
+    settings = {"adaptive_rank_energy": 0.9, "rank_schedule": [[8, 6], [16, 2]]}
+    model, method, optimizer, _ = trained(0, relora=settings, train={"steps": 24})
+    found = []
+    for step in (4, 8, 12, 16, 20):
+        for _, adapter in method.adapters(model):
+            energies(adapter, [4.0, 3.0, 1.0, 0.5, 0.1, 0.1][: adapter.rank])
+        method.after_step(step, model, optimizer)
+        found.append({m.rank for _, m in method.adapters(model)})
+    assert found == [{2}, {6}, {2}, {2}, {2}]  # 16 of 26.27 is 0.61, 25 is 0.95
+
+
+@pytest.mark.parametrize(("scaling", "scale"), [("standard", 8 / 2), ("rslora", 8 / 2**0.5)])
+def test_the_scale_follows_the_adapters_own_rank(trained, scaling, scale):
+    """s = alpha / r (alpha = 8, r from 4 to 2), and the merge still leaves the function alone."""
+    model, method, optimizer, _ = trained(7, relora={"rank_schedule": [[8, 2]], "scaling": scaling})
+    ids, _ = batch(71)
+    logits = model.logits(ids)
+    method.after_step(8, model, optimizer)
+    torch.testing.assert_close(model.logits(ids), logits, atol=2e-5, rtol=0)
+    assert {m.scale for _, m in method.adapters(model)} == {scale}
+
+
+def test_adaptive_ranks_are_those_of_the_first_process(trained, monkeypatch):
+    sent = []
+
+    def from_another(tensor, src):
+        sent.append((tensor.tolist(), src))
+        tensor.fill_(3)
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast", from_another)
+    model, method, optimizer, _ = trained(0, relora={"adaptive_rank_energy": 0.9})
+    for _, adapter in method.adapters(model):
+        energies(adapter, [4.0, 3.0, 1.0, 0.5])
+    method.after_step(4, model, optimizer)
+    assert sent == [([2] * 14, 0)]
+    assert {m.rank for _, m in method.adapters(model)} == {3}
+
+
 def test_nested_ranks_train_the_leading_ones_most_and_score_with_all(trained):
     model, method, _, _ = trained(8, relora={"nested_rank": True, "reset_frequency": 100})
     norms = [m.lora_B.detach().norm(dim=0) for _, m in method.adapters(model)]
@@ -412,3 +547,50 @@ def test_bad_knobs_are_one_line(nano, changes, words):
         validate(nano(relora=changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_lora_without_an_a_is_refused_where_nothing_would_draw_one(nano):
+    inert = {"init_a": "zero"}
+    with pytest.raises(
+        ConfigError, match=r"init_a must be kaiming .* got 'zero'; nearest valid: k"
+    ):
+        validate(nano(method="lora", relora=inert))
+    for learns in ({"warm_start_steps": 2}, {"full_rank_steps": 1, "low_rank_steps": 2}, {"r": 0}):
+        validate(nano(method="lora", relora={**inert, **learns}))
+    validate(nano(relora=inert))  # as published
+
+
+ELSEWHERE = {
+    "r": 3, "alpha": 3.0, "scaling": "rslora", "dropout": 0.3, "target_modules": ["w_2"],
+    "full_rank_modules": ["w_2"], "lr_ratio_b": 3.0, "init_a": "zero", "warm_start_steps": 2,
+    "full_rank_steps": 1, "low_rank_steps": 2, "reset_frequency": 3, "first_restart": 8,
+    "restart_offset": 1, "rank_schedule": [[4, 2]], "adaptive_rank_energy": 0.5,
+    "nested_rank": True, "restart_groups": 2, "restart_warmup_steps": 2, "merge": "unscaled",
+    "after_merge": "restore", "base_dtype": "bfloat16", "optimizer_state": "keep",
+    "prune_ratio": 0.5, "joint_mask": False, "reset_adam_step": False, "name": "other",
+}  # fmt: skip
+
+
+def after_steps(config, steps=5):
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model)
+    method = build_method(config)
+    method.adapt(model)
+    optimizer = method.build_optimizer(model)
+    for step in range(steps):
+        one_step(step, model, method, optimizer)
+    return list(method.effective_weights(model))
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora", "galore"])
+def test_a_knob_of_another_method_changes_no_bit(nano, method):
+    """What stands outside a run's identity must not reach its numbers: all knobs at once."""
+    foreign = {
+        f.name: ELSEWHERE[f.name]
+        for f in dataclasses.fields(ReLoRAConfig)
+        if method not in f.metadata["methods"]
+    }
+    assert len(foreign) == (16 if method == "lora" else 27)
+    one, two = after_steps(nano(method=method)), after_steps(nano(method=method, relora=foreign))
+    for (name, weight), (_, other) in zip(one, two, strict=True):
+        assert torch.equal(weight, other), name

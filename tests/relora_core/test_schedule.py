@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_core.schedule import lr_factor, restart_steps
+from relora_core.config import ConfigError, validate
+from relora_core.schedule import is_full_rank, lr_factor, notices, redraws, restart_steps
 
 STEPS = [0, 1, 1000, 1999, 2000, 2001, 2050, 2100, 3999, 4000, 4050, 4100, 10000, 19999]
 TABLE = {
@@ -79,3 +80,98 @@ def test_the_factor_is_a_share_and_vanishes_only_where_it_should(
     assert all(0 <= f <= 1 for f in factors)
     if config.relora.restart_warmup_steps:
         assert all(factors[k] == 0 for k in restart_steps(config))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "redrawn", "restarts"),
+    [
+        ({}, [10, 20, 30], [10, 20, 30]),
+        # At the end of a warm start B is 0 as drawn a moment ago.
+        ({"warm_start_steps": 10}, [10, 20, 30], [20, 30]),
+        ({"warm_start_steps": 9}, [10, 20, 30], [10, 20, 30]),
+        # One update later, but its rate is 0; without a re-warm-up it has one.
+        ({"warm_start_steps": 10, "restart_offset": 1}, [11, 21, 31], [21, 31]),
+        (
+            {"warm_start_steps": 10, "restart_offset": 1, "restart_warmup_steps": 0},
+            [11, 21, 31],
+            [11, 21, 31],
+        ),
+        ({"full_rank_steps": 10, "low_rank_steps": 20}, [10, 20], [20]),
+        ({"full_rank_steps": 10, "low_rank_steps": 10}, [10, 30], []),
+        # The phase has folded the adapters when the restart comes.
+        (
+            {"full_rank_steps": 10, "low_rank_steps": 11, "restart_offset": 1},
+            [11, 21],
+            [],
+        ),
+        ({"init_a": "zero"}, [10, 20, 30], [10, 20, 30]),  # as published, the first merges zero
+    ],
+)
+def test_a_restart_that_follows_a_full_rank_phase_at_once_is_none(nano, knobs, redrawn, restarts):
+    base = {"reset_frequency": 10, "restart_warmup_steps": 3}
+    config = nano(relora=base | knobs, train={"steps": 40})
+    assert list(redraws(config)) == redrawn
+    assert restart_steps(config) == restarts
+    numbers = [number for number in redraws(config).values() if number is not None]
+    assert numbers == list(range(len(restarts)))
+
+
+def test_the_rate_is_rewarmed_where_adapters_begin(nano):
+    """As before: the updates that follow the end of a warm start at a multiple of F."""
+    knobs = {"reset_frequency": 10, "restart_warmup_steps": 4, "warm_start_steps": 10}
+    config = nano(relora=knobs, train={"steps": 40})
+    rates = [lr_factor(k, config=config) for k in range(10, 15)]
+    assert rates[0] == 0
+    assert rates[2] == pytest.approx(rates[4] / 2)
+    assert is_full_rank(9, config=config)
+
+
+def test_a_long_warm_up_may_wait_for_a_late_first_restart(nano):
+    knobs = {"reset_frequency": 4, "first_restart": 8}
+    validate(nano(relora=knobs, schedule={"warmup_steps": 8}))
+    with pytest.raises(ConfigError, match=r"warmup_steps must be <= relora.first_restart=8 .* 9;"):
+        validate(nano(relora=knobs, schedule={"warmup_steps": 9}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"method": "full_rank"}, None),
+        ({"relora": {"warm_start_steps": 6}}, None),
+        ({"relora": {"init_a": "zero"}}, None),
+        ({"relora": {"init_a": "zero"}, "train": {"steps": 4}}, "14 of 14 adapters learn nothing"),
+        # Groups of the third turn are drawn at 12 for the first time.
+        ({"relora": {"init_a": "zero", "restart_groups": 3}}, "4 of 14 adapters learn nothing"),
+        ({"relora": {"init_a": "zero", "warm_start_steps": 2}}, None),
+        # 10 full-rank updates of 11, and the one with adapters is the one of rate 0.
+        (
+            {
+                "relora": {
+                    "warm_start_steps": 1, "full_rank_steps": 3, "low_rank_steps": 1,
+                    "restart_warmup_steps": 2,
+                }
+            },
+            "adapters learn nothing: every update of them has learning rate 0",
+        ),
+        (
+            {"train": {"steps": 1}, "schedule": {"warmup_steps": 1}},
+            "every update of train.steps=1 has learning rate 0",
+        ),
+        (
+            {
+                "relora": {"reset_frequency": 1, "restart_warmup_steps": 1},
+                "schedule": {"warmup_steps": 1},
+            },
+            "every update of train.steps=12 has learning rate 0",
+        ),
+        ({"relora": {"optimizer_state": "keep"}}, "reset_adam_step has no say"),
+        ({"relora": {"optimizer_state": "keep", "reset_adam_step": False}}, None),
+    ],
+)  # fmt: skip
+def test_what_cannot_learn_is_said_before_it_runs(nano, changes, words):
+    config = nano(**changes)
+    validate(config)
+    found = notices(config)
+    assert len(found) == bool(words)
+    assert not words or words in found[0]

@@ -149,6 +149,9 @@ def test_resuming_around_a_restart_is_exact_in_every_mode(
         {"optimizer_state": "magnitude", "prune_ratio": 0.9},
         {"rank_schedule": [[4, 2], [8, 6]]},
         {"adaptive_rank_energy": 0.7, "nested_rank": True},
+        {"optimizer_state": "keep", "adaptive_rank_energy": 0.9, "warm_start_steps": 4},
+        {"scaling": "trainable", "after_merge": "restore"},
+        {"base_dtype": "bfloat16", "warm_start_steps": 6},
     ],
 )
 def test_resuming_is_exact_with_the_extensions(config, undisturbed, tmp_path, knobs):
@@ -186,6 +189,26 @@ def test_every_restart_says_what_it_did(config, tmp_path):
         assert after == pytest.approx(before, abs=1e-6)
         assert found[step + 1, "restart/loss_next"] == pytest.approx(after, abs=1e-4)
         assert found[step, "restart/state_zeroed"] == 1.0
+
+
+def test_adapters_that_begin_at_a_multiple_of_f_are_no_restart(config, tmp_path):
+    """At step 4 the warm start ends: nothing is merged, ranks stay, W + s B A counts from there."""
+    knobs = {"dropout": 0.0, "warm_start_steps": 4, "adaptive_rank_energy": 0.99}
+    dynamics = {"every_steps": 2, "what": ["update_restart"], "kinds": ["w_2"]}
+    events = run(config(relora=knobs, dynamics=dynamics), tmp_path).events
+    assert [(e.step, e.metrics["restart/count"]) for e in events if e.kind == "restart"] == [(8, 1)]
+    begun, following = (e.metrics for e in events if e.kind == "method")
+    assert following.keys() == {"restart/loss_next"}  # of the restart at 8
+    assert begun["phase/full_rank"] == 0
+    assert begun["restart/rank_mean"] == 4
+    assert not any(name.startswith("restart/lo") for name in begun)
+    ranks = {
+        e.step: e.metrics["dynamics/update_restart/w_2/numerical_rank"]
+        for e in events
+        if e.kind == "dynamics"
+    }
+    assert ranks[4] > 8
+    assert ranks[6] <= 4
 
 
 def test_native_and_torch_kernels_agree_up_to_rounding(compiler, config, tmp_path):
