@@ -33,7 +33,7 @@ def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
     notes: list[str] = []
     identity: dict[str, str | None] = {"run_id": None, "arm_id": None}
     try:
-        config = complete(config)
+        config = complete(config, notes=notes)
         identity = {"run_id": run_id(config), "arm_id": arm_id(config)}
     except ConfigError as error:
         vocabulary = config.model.vocab_size or config.data.vocab_size
@@ -63,6 +63,7 @@ def show(run_dir: RunDir) -> dict[str, Any]:
     return {
         **dataclasses.asdict(state),
         "metrics": all_metrics(run_dir),
+        "notes": run_dir.notes(),
         "attempt_records": run_dir.attempt_records(),
         "path": str(run_dir.path),
     }
@@ -158,6 +159,8 @@ def _print_run(found: dict[str, Any]) -> None:
     for key in ("run_id", "state", "reason", "attempts", "step", "steps", "path"):
         if found.get(key) not in (None, ""):
             print(f"{key:<10} {found[key]}")
+    for note in found["notes"]:
+        print(f"note       {note}")
     for name, value in sorted(found["metrics"].items()):
         print(f"  {name:<58} {value:>12.5g}")
 

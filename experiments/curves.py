@@ -164,6 +164,14 @@ class Panel:
         if inside:
             self.lines.append(value)
 
+    def bound(self, line: Sequence[tuple[float, float]]) -> None:
+        """A dotted line of steps through (x, what a share can be at most up to x); none at 1."""
+        x, y = (np.array(values) for values in zip(*line, strict=True))
+        y = np.where(y < 1, y, math.nan)
+        look: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 2))}
+        self.ax.plot(x, y, drawstyle="steps-pre", zorder=1.5, **look)
+        self.lines += finite(y)
+
     def finish(self, *, ylabel: str, title: str = "", xlabel: bool = True) -> None:
         """Scales, limits and labels. A band counts up to the height of what the lines span."""
         ax = self.ax

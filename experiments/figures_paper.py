@@ -21,7 +21,7 @@ from experiments.published import Published, Series
 from experiments.stats import Scale
 from experiments.tidy import Arm, RunData, Sweep
 from relora_core.config import ADAPTERS, RunConfig, adapted_shapes, linear_shapes
-from relora_core.schedule import lr_factor, restart_steps
+from relora_core.schedule import Draws, lr_factor, redraws
 
 GROUPS = {
     "weights": {"weight": "W + sBA", "base": "W without adapter\n(as published)"},
@@ -137,33 +137,54 @@ def _same_scale(panels: Sequence[Panel]) -> None:
 
 
 def _caps(panel: Panel, arms: Sequence[Arm], *, what: str, kind: str) -> bool:
-    """The largest PER that a matrix of rank r can have, where the rank is r for certain."""
-    caps = {r / size for arm in arms for r, size in [_rank(arm.runs[0].config, what, kind)] if r}
-    for cap in sorted(caps):
+    """Draw the largest PER that updates of the adapters' ranks can have, where there is one."""
+    levels, lines = set[float](), set[tuple[tuple[float, float], ...]]()
+    for arm in arms:
+        run = max(arm.runs, key=lambda run: run.step)
+        points = run.curves.get(f"dynamics/{what}/{kind}/per", [])
+        steps = [point.step for point in points]
+        caps = largest_per(run.config, what=what, kind=kind, steps=steps)
+        bounded = {cap for cap in caps if 0 < cap < 1}
+        if len(bounded) == 1 and len(set(caps)) == 1:
+            levels |= bounded
+        elif bounded:
+            at = (panel.axis.of(point) for point in points)
+            lines.add(tuple(zip(at, caps, strict=True)))
+    for cap in sorted(levels):
         panel.level(cap, text="r / min(shape)", inside=True)
-    return bool(caps)
+    for line in sorted(lines):
+        panel.bound(line)
+    return bool(levels or lines)
 
 
-def _rank(config: RunConfig, what: str, kind: str) -> tuple[int, int]:
-    """(r, min(shape)) of an update of rank r at most; (0, 1) where it may be of a higher one."""
-    relora = config.relora
+def largest_per(config: RunConfig, *, what: str, kind: str, steps: Sequence[int]) -> list[float]:
+    """By step, the mean over layers of rank / min(shape) by what the config lets an update be.
+
+    Layers that the record's mean is over: of a product BA those with an adapter. 1 where any rank
+    is possible; empty for what is no low-rank update by its nature, or no linear.
+    """
+    if config.method not in ADAPTERS or what not in ("update_proxy", "update_restart"):
+        return []
     names = [n for n in linear_shapes(config.model) if n.endswith(f".{kind}")]
-    adapted = adapted_shapes(config)
-    low_rank = what == "update_proxy" or (
-        what == "update_restart" and not (relora.warm_start_steps or relora.full_rank_steps)
-    )
-    plain = not relora.rank_schedule
-    if config.method not in ADAPTERS or not names or not low_rank or not plain:
-        return 0, 1
-    if not all(name in adapted for name in names):
-        return 0, 1
-    return relora.r, min(linear_shapes(config.model)[names[0]])
+    places = {name: index for index, name in enumerate(adapted_shapes(config))}
+    if what == "update_proxy":
+        names = [name for name in names if name in places]
+    if not names:
+        return []
+    draws, size = Draws(config), min(linear_shapes(config.model)[names[0]])
+
+    def rank(name: str, step: int) -> int:
+        if what == "update_proxy":
+            return draws.rank(step, places[name])
+        return draws.update_rank(step, name)
+
+    return [sum(rank(name, step) for name in names) / len(names) / size for step in steps]
 
 
 def _measure_words(group: str, measure: str, *, capped: bool) -> str:
     if measure == "per":
         told = "Proportional effective rank, exp(entropy of the singular values) / min(shape)"
-        cap = "; dotted: the most that a matrix of rank r can have" if capped else ""
+        cap = "; dotted: the most that the adapters' ranks allow" if capped else ""
         return f"{told}, mean over layers{cap}."
     told = (
         "Largest over smallest singular value, mean over layers, log axis; singular values that may"
@@ -213,9 +234,9 @@ def schedules(sweep: Sweep) -> Drawing:
 
 def _schedule_key(config: RunConfig) -> Any:
     """Equal for arms whose every update has the same rate."""
-    jagged = restart_steps(config) and config.relora.restart_warmup_steps
+    jagged = redraws(config) and config.relora.restart_warmup_steps
     relora = config.relora
-    restarts = (*restart_steps(config), relora.reset_frequency, relora.restart_warmup_steps)
+    restarts = (*redraws(config), relora.reset_frequency, relora.restart_warmup_steps)
     schedule = repr(config.schedule), config.train.steps, config.train.lr
     return (*schedule, restarts if jagged else ())
 
@@ -224,7 +245,7 @@ def _rates(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """(step, rate) of every update, thinned out where there are many, but never at a restart."""
     n, relora = config.train.steps, config.relora
     steps = set(range(0, n, max(1, n // FINEST))) | {n - 1}
-    for restart in restart_steps(config):
+    for restart in redraws(config):
         start = restart - relora.restart_offset
         rise = relora.restart_warmup_steps
         steps |= {start - 1, *(start + rise * i // 8 for i in range(9))}

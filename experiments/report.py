@@ -203,6 +203,7 @@ def _cautions(sweep: Sweep) -> list[str]:
         lines.append(
             "Arms differ in their number of steps: their final numbers are not at one budget."
         )
+    lines += dict.fromkeys(f"Data: {note}." for run in runs for note in run.notes)
     codes = {tuple(sorted({c for run in arm.runs for c in run.code})) for arm in sweep.arms}
     codes.discard(())
     if len({code for arm_codes in codes for code in arm_codes}) > 1:

@@ -32,7 +32,6 @@ import psutil
 
 from experiments import records
 from experiments.identity import config_from_json, config_to_json
-from experiments.scheduler import current_job
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig
 from relora_core.events import Event
@@ -80,7 +79,7 @@ class Status:
     host: str = ""
     pid: int = 0
     job_id: str | None = None
-    """Of a SLURM job that we submitted; any other process is known by its host and pid."""
+    """Of the scheduler, where there is one."""
     error: str | None = None
     """One line; the traceback is in error.txt."""
 
@@ -190,7 +189,7 @@ class RunDir:
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
             "birth": born(os.getpid()),
-            "job_id": current_job(),
+            "job_id": slurm_job_id(),
         }
         taken = False
         while not taken:
@@ -280,6 +279,11 @@ class RunDir:
             kept.append(event)
         return kept
 
+    def notes(self) -> list[str]:
+        """What its attempts said of the data they read, one line each."""
+        begun = [event["data"] for event in self.raw_events() if event["kind"] == "start"]
+        return list(dict.fromkeys(str(note) for data in begun for note in data.get("notes", [])))
+
     # result -------------------------------------------------------------------------------------
     def result(self) -> dict[str, Any] | None:
         """{"state", "metrics", "step", ...} once the run has ended.
@@ -334,6 +338,15 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def slurm_job_id() -> str | None:
+    """`123_4` in an array, `123` in a job of its own, None outside SLURM.
+
+    The job id of an array's task would not do: that of its last task stands for the whole array.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

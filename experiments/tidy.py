@@ -100,6 +100,8 @@ class RunData:
     """Table -> its newest rows."""
     restarts: list[int] = field(default_factory=list)
     """Steps at which it restarted."""
+    notes: list[str] = field(default_factory=list)
+    """What its attempts said of the data they read, each once."""
     cost: Cost = field(default_factory=Cost)
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -347,6 +349,8 @@ def _read_record(run: RunData, run_dir: RunDir) -> None:
     for event in events:
         if event["kind"] == "start":
             world = int(event["data"].get("world", 1))
+            notes = event["data"].get("notes", [])
+            run.notes += [str(note) for note in notes if note not in run.notes]
         elif "perf/train_seconds" in event["metrics"]:
             now = event["metrics"]["perf/train_seconds"]
             hours, seconds = hours + max(0.0, now - seconds) * world / 3600, now

@@ -4,7 +4,8 @@ Rounding noise. A matrix whose entries were rounded to a dtype is off by at most
 the Frobenius norm of what was rounded; `eps` times that norm is taken as the noise floor, to leave
 room for accumulation. A singular value below it may be nothing but rounding (Weyl's inequality), so
 it counts neither for `numerical_rank` nor for `condition_number`; `noise_fraction` says how many
-those are. `condition_number_all` is the published figure, noise and all.
+those are. `condition_number_all` is the published figure, noise and all: infinite where a matrix is
+exactly singular, which a mean leaves out and `condition_number_all_infinite` counts.
 
 Not for: choosing when to measure (`train.py`), nor averaging over seeds (`experiments/stats.py`).
 """
@@ -187,29 +188,40 @@ class Spectrum:
     layers: list[int]
 
     def values(self, *, d_inter: int) -> dict[str, Tensor]:
-        """Every measure of each layer, (layers,): for heads, their mean where it is defined."""
+        """Every measure of each layer, (layers,): for heads, their mean where it is finite."""
         size = self.sigma.shape[-1]
+        with_noise = condition_number(self.sigma)
+        infinite = with_noise.isinf().double()
         rank = numerical_rank(self.sigma, noise=self.noise)
         values = {
             "per": proportional_effective_rank(self.sigma, size=size),
             "per_d_inter": proportional_effective_rank(self.sigma, size=d_inter),
             "effective_rank": effective_rank(self.sigma),
             "condition_number": condition_number(self.sigma, noise=self.noise),
-            "condition_number_all": condition_number(self.sigma),
+            "condition_number_all": torch.where(infinite > 0, math.nan, with_noise),
             "numerical_rank": rank.double(),
             "noise_fraction": 1 - rank.double() / size,
         }
-        return {name: v.nanmean(dim=-1) if v.ndim == 2 else v for name, v in values.items()}
+        values = {name: v.nanmean(dim=-1) if v.ndim == 2 else v for name, v in values.items()}
+        return values | {INFINITE: infinite.sum(dim=-1) if infinite.ndim == 2 else infinite}
 
 
+INFINITE = "condition_number_all_infinite"
+"""How many singular matrices `condition_number_all` leaves out; where noise is, there is no 0."""
 INTERVALS = ("per", "condition_number")
 """Measures with an interval; per_d_inter and effective_rank are `per` times a constant."""
 
 
 def summary(values: dict[str, Tensor]) -> dict[str, float]:
-    """Means over layers, with intervals; what is undefined in every layer is left out."""
+    """Means over layers, with intervals; what is undefined in every layer is left out.
+
+    `INFINITE` is no mean but their sum.
+    """
     metrics = {}
     for name, value in values.items():
+        if name == INFINITE:
+            metrics[name] = value.sum().item()
+            continue
         mean, low, high = mean_interval(value.tolist())
         metrics[name] = mean
         if name in INTERVALS:
@@ -220,7 +232,7 @@ def summary(values: dict[str, Tensor]) -> dict[str, float]:
 def table(
     values: dict[str, Tensor], *, what: str, kind: str, layers: list[int]
 ) -> list[dict[str, Any]]:
-    """A row per layer; what is undefined or infinite is None."""
+    """A row per layer; what is undefined or infinite is None (`INFINITE` tells them apart)."""
     rows = []
     for index, layer in enumerate(layers):
         numbers = {name: value[index].item() for name, value in values.items()}

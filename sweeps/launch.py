@@ -77,7 +77,8 @@ def run_sweep(
     from experiments.runner import check_output_dir, complete_all
 
     console = console or display.make_console()
-    configs = complete_all([config for _, config in points])
+    notes: list[str] = []
+    configs = complete_all([config for _, config in points], notes=notes)
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
     plan = make_plan(points, command=command, valid=True)  # complete_all has seen to it
     output_dir = one_output_dir(plan)
@@ -102,6 +103,7 @@ def run_sweep(
             max_hours=limit,
             output_dir=output_dir,
         )
+        display.show_notes(notes, console=console)
 
     if plan_only:
         show()

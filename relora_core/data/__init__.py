@@ -135,8 +135,6 @@ def _inspect_grammar() -> DataInfo:
         vocab_size=grammar.VOCAB_SIZE,
         # What it says stands for what it is: another grammar is another data set.
         fingerprint=hashlib.sha256(sample.tobytes()).hexdigest(),
-        floor_nats=grammar.entropy_rate(),
-        unigram_nats=grammar.unigram_entropy(),
     )
 
 

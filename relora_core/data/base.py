@@ -32,6 +32,9 @@ class TokenStream(Protocol):
     of ranks.
     """
 
+    notes: list[str]
+    """What of the data it leaves out, one line each; they stand in the run's record."""
+
     def next_rows(self, n: int) -> np.ndarray:
         """The next n rows of this rank, int64, shape (n, seq_len + 1). Raises DataError."""
         ...
@@ -60,9 +63,5 @@ class DataInfo:
     """Digest that stands for the data, not their path, in the run's identity."""
     rows: int | None = None
     """Rows of seq_len + 1 in one pass; None: unbounded or unknown."""
-    floor_nats: float | None = None
-    """Entropy rate of the source in nats per token where it is known (the grammar)."""
-    unigram_nats: float | None = None
-    """Entropy of the unigram distribution in nats per token where it is known."""
     notes: list[str] = field(default_factory=list)
-    """Things the user should know, one line each."""
+    """Things the user should know, one line each; said at planning and by `describe`."""

@@ -554,6 +554,7 @@ class GrammarStream:
 
     def __init__(self, *, seq_len: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.seq_len, self.seed, self.rank, self.world = seq_len, seed, rank, world
+        self.notes: list[str] = []
         self._row = 0
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 

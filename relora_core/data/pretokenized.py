@@ -163,8 +163,15 @@ class _LocalReader:
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
-        self._ends = list(itertools.accumulate(sum(parquet.read_footer(f).rows) for f in files))
+        self.footers = [parquet.read_footer(file) for file in files]
+        self._ends = list(itertools.accumulate(sum(footer.rows) for footer in self.footers))
         self.seek({"row": 0})
+
+    def notes(self, *, seq_len: int) -> list[str]:
+        if not self._ends[-1]:
+            return []
+        stored = parquet.stored_length(self.footers, seq_len=seq_len)
+        return parquet.length_notes(stored, seq_len=seq_len)
 
     def seek(self, position: dict[str, Any]) -> None:
         self._row = int(position["row"])
@@ -261,12 +268,14 @@ class PretokenizedStream:
         self._rank, self._world = rank, world
         self._reader: _Reader
         if (files := parquet.find_files(data)) is not None:
-            self._reader = _LocalReader(files)
+            self._reader = local = _LocalReader(files)
+            self.notes = local.notes(seq_len=data.seq_len)
         else:
             commit = _hub_commit(data)
             _check_same(data, _hub_fingerprint(data, commit, tokenizer_digest=tokenizer_digest))
             rows = _load_hub(data, commit, cache_dir=cache_dir)
             self._reader = _HubReader(rows, name=str(data.path))
+            self.notes = [f"{data.path} is streamed at commit {commit[:12]}"]
         self._first = self._reader.position()
         self._stored = 0  # ids per stored row, known from the first one on
         self.load_state_dict({"row": 0, "epoch": 0, "chunk_row": 0, "reader": self._first})

@@ -271,6 +271,7 @@ class TextStream:
         self._rank, self._world = rank, world
         self._shuffle_rows = shuffle_rows
         self._rows = tokens.rows(seq_len)
+        self.notes: list[str] = []
         self._row = 0
         self._order_of = -1  # the epoch that order and ends are of
 

@@ -49,7 +49,8 @@ def run_search(
     before anything is written where the user made a mistake.
     """
     console = console or display.make_console()
-    completed = complete_all([config for _, config in bases])
+    notes: list[str] = []
+    completed = complete_all([config for _, config in bases], notes=notes)
     name = check_name(completed[0].sweep.name or name)
     completed = [
         dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
@@ -80,6 +81,7 @@ def run_search(
     limit = completed[0].sweep.max_gpu_hours
     if plan_only:
         show(spec, name=name, left=left, costs=costs, unit=launcher.unit, console=console)
+        display.show_notes(notes, console=console)
     launcher.check(plan, estimates=dict.fromkeys(costs))
     launcher.check_search(plan)
     budget.check_budget(costs, max_gpu_hours=limit, unit=launcher.unit)
@@ -93,6 +95,7 @@ def run_search(
         store_launcher(launcher, plan_folder(output_dir, name=name))
     left = study.left() + study.counts().get("RUNNING", 0)  # the grid sampler's may be fewer
     show(spec, name=name, left=left, costs=costs, unit=launcher.unit, console=console)
+    display.show_notes(notes, console=console)
     if not left:
         console.print(f"nothing to do: {name} has its {search.n_trials} trials", highlight=False)
         return close(study, console)

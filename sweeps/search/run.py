@@ -20,9 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from experiments.run_dir import RunDir, RunLocked, born, lives
+from experiments.run_dir import RunDir, RunLocked, born, lives, slurm_job_id
 from experiments.runner import cache_dir, one_line, run_experiment
-from experiments.scheduler import current_job
 from experiments.state import SILENT_AFTER_S
 from experiments.stopping import StopFlag
 from relora_core import data
@@ -36,7 +35,6 @@ from sweeps.plan import make_plan, store
 from sweeps.search.study import Study
 from sweeps.search.trial import Trial, Worker
 from sweeps.state import gone as holder_gone
-from sweeps.state import submitted_jobs
 from sweeps.worker import FAILED, FINISHED, INTERRUPTED
 
 PRELOAD = worker.PRELOAD
@@ -97,7 +95,7 @@ def this_process() -> Worker:
         pid=os.getpid(),
         started=psutil.Process().create_time(),
         birth=born(os.getpid()),
-        job_id=current_job(),
+        job_id=slurm_job_id(),
     )
 
 
@@ -110,18 +108,13 @@ class Gone:
 
     study: Study
     jobs: dict[str, cluster.Job] | None = field(default=None, init=False)
-    ours: set[str] | None = field(default=None, init=False)
 
     def __call__(self, worker: Worker) -> bool:
-        here = worker.host == socket.gethostname()
-        if worker.job_id is not None and (not here or self._is_ours(worker.job_id)):
+        if worker.job_id is not None:
             return self._job_gone(worker.job_id)
-        return here and not lives(worker.pid, birth=worker.birth, started=worker.started)
-
-    def _is_ours(self, job_id: str) -> bool:
-        if self.ours is None:
-            self.ours = submitted_jobs(self.study.output_dir)
-        return job_id in self.ours
+        return worker.host == socket.gethostname() and not lives(
+            worker.pid, birth=worker.birth, started=worker.started
+        )
 
     def _job_gone(self, job_id: str) -> bool:
         """A job that waits was requeued: the trial is still its own."""
@@ -302,9 +295,9 @@ def trials_per_job(folder: Path | str) -> int:
 # the process ------------------------------------------------------------------------------------
 def held(folder: Path | str) -> list[RunDir] | None:
     """The runs begun of the trial that this job has not ended; None where it has no trial."""
-    job_id = current_job()
+    job_id = slurm_job_id()
     for trial in running(Study.open(folder)):
-        if job_id is not None and _job(trial) == job_id:
+        if _job(trial) == job_id:
             return [run for run in trial.runs if run.status().attempts]
     return None
 

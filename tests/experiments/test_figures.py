@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
 from experiments import canvas, figures, figures_paper, published, stats
@@ -425,18 +426,69 @@ def test_arms_too_many_to_draw_are_said(tmp_path: Path) -> None:
 
 
 # the paper's figures ----------------------------------------------------------------------------
-def test_low_rank_updates_have_their_cap_drawn() -> None:
-    low_rank = config_of("relora", seed=0, r=4)
-    cap = 4, min(low_rank.model.d_model, low_rank.model.d_ff)
-    assert figures_paper._rank(low_rank, "update_proxy", "w_2") == cap
-    assert figures_paper._rank(low_rank, "update_restart", "w_2") == cap
-    assert figures_paper._rank(low_rank, "update_total", "w_2")[0] == 0
-    assert figures_paper._rank(low_rank, "gradient", "w_2")[0] == 0
-    assert figures_paper._rank(config_of("full_rank", seed=0), "update_restart", "w_2")[0] == 0
-    low_rank.relora.warm_start_steps = 10
-    assert figures_paper._rank(low_rank, "update_restart", "w_2")[0] == 0
-    low_rank.relora.full_rank_modules = ["w_2"]
-    assert figures_paper._rank(low_rank, "update_proxy", "w_2")[0] == 0
+SHARE = 4 / 32
+"""Of rank 4 in w_2, 64 x 32; restarts at 60, 120, 180."""
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs", "what", "caps"),
+    [
+        ("relora", {}, "update_proxy", [1, 1, 1, 1, 1]),
+        ("relora", {}, "update_restart", [1, 1, 1, 1, 1]),
+        ("relora", {}, "update_total", []),
+        ("relora", {}, "gradient", []),
+        ("full_rank", {}, "update_restart", []),
+        ("lora", {}, "update_restart", [1, 1, 1, 1, 1]),
+        # At 60 one of two adapters of the kind is drawn anew; the other goes from B_0 A_0 to B A.
+        ("relora", {"restart_groups": 2}, "update_proxy", [1, 1, 1, 1, 1]),
+        ("relora", {"restart_groups": 2}, "update_restart", [1, 1, 1.5, 1.5, 1.5]),
+        ("relora", {"rank_schedule": [[120, 2]]}, "update_proxy", [1, 1, 1, 0.5, 0.5]),
+        ("relora", {"rank_schedule": [[120, 2]]}, "update_restart", [1, 1, 1, 0.5, 0.5]),
+        ("relora", {"adaptive_rank_energy": 0.9}, "update_restart", [1, 1, 1, 1, 1]),
+        # Any rank (8 times 4 of 32) while the base is trained, and until the next reference.
+        ("relora", {"warm_start_steps": 10}, "update_restart", [8, 8, 1, 1, 1]),
+        ("relora", {"warm_start_steps": 60}, "update_restart", [8, 8, 1, 1, 1]),
+        ("relora", {"warm_start_steps": 10}, "update_proxy", [1, 1, 1, 1, 1]),
+        (
+            "relora",
+            {"full_rank_steps": 10, "low_rank_steps": 110},
+            "update_restart",
+            [8, 8, 1, 8, 8],
+        ),
+        # One of two layers has no adapter: no product BA, and an update of any rank.
+        ("relora", {"full_rank_modules": ["layers.1"]}, "update_proxy", [1, 1, 1, 1, 1]),
+        ("relora", {"full_rank_modules": ["layers.1"]}, "update_restart", [4.5] * 5),
+        ("relora", {"full_rank_modules": ["w_2"]}, "update_proxy", []),
+    ],
+)  # fmt: skip
+def test_the_cap_of_a_low_rank_update_follows_the_settings(
+    method: str, knobs: dict[str, object], what: str, caps: list[float]
+) -> None:
+    config = config_of(method, seed=0)
+    for key, value in knobs.items():
+        setattr(config.relora, key, value)
+    found = figures_paper.largest_per(config, what=what, kind="w_2", steps=[30, 60, 90, 130, 170])
+    assert found == pytest.approx([SHARE * cap for cap in caps])
+
+
+def test_caps_are_a_level_where_they_are_one_and_else_a_line() -> None:
+    axis = Progress(key="step", label="optimizer step", factor=1.0)
+
+    def lines(**knobs: object) -> list[Any]:
+        run = run_of("relora", seed=0)
+        for key, value in knobs.items():
+            setattr(run.config.relora, key, value)
+        run.curves["dynamics/update_restart/w_2/per"] = points({30: 0.1, 60: 0.1, 90: 0.1})
+        panel = Panel(ax=Canvas().add_subplot(), axis=axis)
+        arm = arm_of("a", [run], index=0)
+        assert figures_paper._caps(panel, [arm], what="update_restart", kind="w_2")
+        return [list(line.get_ydata()) for line in panel.ax.lines]
+
+    assert lines() == [[SHARE, SHARE]]
+    assert lines(restart_groups=2) == [[SHARE, SHARE, 1.5 * SHARE]]
+    (line,) = lines(warm_start_steps=10)
+    assert line[2] == SHARE
+    assert all(math.isnan(cap) for cap in line[:2])
 
 
 @pytest.mark.parametrize("steps", [240, 20_000, 200_000])

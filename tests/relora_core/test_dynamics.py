@@ -11,13 +11,14 @@ import torch
 
 from experiments.identity import config_to_json
 from relora_core import checkpoint, dynamics
-from relora_core.config import ConfigError, validate
+from relora_core.config import ConfigError, adapted_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dynamics import GradientTap, Recorder
 from relora_core.events import Event
 from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
+from relora_core.schedule import Draws
 from relora_core.train import train
 
 WHAT = ["weight", "base", "gradient", "update_proxy", "update_restart", "update_total"]
@@ -386,6 +387,73 @@ def test_updates_are_of_the_rank_that_the_method_allows(nano):
         ]
     assert ranks["relora"] == [(4, 4), (0, 4), (4, 8)]
     assert ranks["full_rank"][0][1] > 8
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"restart_groups": 2},
+        {"restart_groups": 3, "after_merge": "restore"},
+        {"rank_schedule": [[8, 2], [12, 6]]},
+        {"adaptive_rank_energy": 0.9},
+        {"warm_start_steps": 4},
+        {"warm_start_steps": 2, "full_rank_steps": 3, "low_rank_steps": 7, "restart_groups": 2},
+        {"full_rank_modules": ["last:1"]},
+    ],
+    ids=str,
+)
+def test_no_update_is_of_a_higher_rank_than_the_config_says(nano, knobs):
+    """At every step of 20 and in every layer; and what is said is reached somewhere."""
+    config = nano(
+        train={"steps": 20},
+        relora=knobs,
+        dynamics={"every_steps": 1, "what": ["update_proxy", "update_restart"], "kinds": ["w_2"]},
+    )
+    model, method, optimizer = build(config)
+    recorder = Recorder(config, model=model, method=method)
+    draws, names = Draws(config), list(adapted_shapes(config))
+    assert [name for name, _ in method.adapters(model)] == names  # whose turn it is, by their place
+    reached, highest = set(), 0
+    for step in range(1, 20):
+        advance(model, method, optimizer, steps=1, start=step - 1)
+        for row in recorder.measure()[1]:
+            name = f"layers.{row['layer']}.swiglu.w_2"
+            if row["what"] == "update_proxy":
+                most = draws.rank(step, names.index(name))
+            else:
+                most = draws.update_rank(step, name)
+                highest = max(highest, most) if most < 32 else highest
+            assert row["numerical_rank"] <= most, (step, row)
+            if row["numerical_rank"] == most:
+                reached.add((row["what"], most))
+        method.after_step(step, model, optimizer)
+        if method.redraws(step):
+            recorder.after_restart()
+        method.set_phase(step, model)
+    assert ("update_restart", highest) in reached
+    assert highest == (6 if "rank_schedule" in knobs else 8 if "restart_groups" in knobs else 4)
+
+
+def test_singular_matrices_left_out_of_a_mean_are_counted(nano):
+    """With noise and all, as published, an exactly singular matrix has an infinite condition."""
+    sigma = torch.tensor([[4.0, 2.0], [3.0, 0.0], [0.0, 0.0], [6.0, 1.0]], dtype=torch.float64)
+    spectrum = dynamics.Spectrum(sigma=sigma, noise=torch.zeros(4), layers=[0, 1, 2, 3])
+    values = spectrum.values(d_inter=2)
+    found = dynamics.summary(values)
+    assert found["condition_number_all"] == 4.0  # of 2 and 6; a zero matrix has none
+    assert found["condition_number_all_infinite"] == 1
+    rows = dynamics.table(values, what="weight", kind="w_2", layers=[0, 1, 2, 3])
+    all_of_them = [(r["condition_number_all"], r["condition_number_all_infinite"]) for r in rows]
+    assert all_of_them == [(2.0, 0), (None, 1), (None, 0), (6.0, 0)]
+    heads = dynamics.Spectrum(sigma=sigma[None], noise=torch.zeros(1, 4), layers=[0])
+    found = dynamics.summary(heads.values(d_inter=2))
+    assert found["condition_number_all"] == 4.0
+    assert found["condition_number_all_infinite"] == 1
+    single = dynamics.Spectrum(sigma=sigma[1:2], noise=torch.zeros(1), layers=[0])
+    found = dynamics.summary(single.values(d_inter=2))
+    assert "condition_number_all" not in found
+    assert found["condition_number_all_infinite"] == 1
 
 
 def test_each_metric_is_the_mean_of_its_table_rows(nano):
