@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments import inputs
 from experiments.evaluate import all_metrics
 from experiments.identity import arm_id, run_id
 from experiments.run_dir import RunDir
@@ -65,16 +66,24 @@ def show(run_dir: RunDir) -> dict[str, Any]:
         "metrics": all_metrics(run_dir),
         "notes": run_dir.notes(),
         "attempt_records": run_dir.attempt_records(),
+        "changes": inputs.accepted(run_dir),
         "path": str(run_dir.path),
     }
 
 
 def export(
-    run_dir: RunDir, *, folder: Path, step: int | None, mlflow: bool = False
+    run_dir: RunDir,
+    *,
+    folder: Path,
+    step: int | None,
+    mlflow: bool = False,
+    tokenizer: str | None = None,
+    accept_changed: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder.
 
-    With `mlflow` it is also logged as a model of the run that MLflow shows.
+    With `mlflow` it is also logged as a model of the run that MLflow shows. The tokenizer is the
+    one that the run kept; `tokenizer` names that of a run which kept none.
     """
     from relora_core import checkpoint
     from relora_core.export import check_target, export_run
@@ -94,15 +103,28 @@ def export(
             f"valid: {close}"
         )
     told: dict[str, Any] = {"run_id": run_dir.run_id, "step": step, "path": str(folder)}
+    found, notes = inputs.to_export(run_dir, tokenizer=tokenizer)
+    if found.changes and not accept_changed:
+        remedy = "--accept-changed exports with what is there now (--tokenizer PATH with another)"
+        raise inputs.refusal(found.changes, remedy=remedy)
+    notes += [f"taken as it is now: {change.what}" for change in found.changes]
     if not mlflow:
-        return told | {"notes": export_run(run_dir.config(), checkpoint=steps[step], folder=folder)}
+        notes += export_run(found.config, checkpoint=steps[step], folder=folder)
+        _write_down(run_dir, found)
+        return told | {"notes": notes}
     from experiments.mlflow_model import log_model, tracked
     from experiments.mlflow_store import redacted
 
     shown = tracked(run_dir)  # before anything is written
-    notes = export_run(run_dir.config(), checkpoint=steps[step], folder=folder)
+    notes += export_run(found.config, checkpoint=steps[step], folder=folder)
+    _write_down(run_dir, found)
     model = log_model(shown, folder=folder, step=step)
     return told | {"notes": notes, "mlflow_model": model, "tracking_uri": redacted(shown.uri)}
+
+
+def _write_down(run_dir: RunDir, found: inputs.Opened) -> None:
+    if found.changes:
+        inputs.accept(run_dir, found.changes, by="export")
 
 
 def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[str, Any]:
@@ -161,6 +183,8 @@ def _print_run(found: dict[str, Any]) -> None:
             print(f"{key:<10} {found[key]}")
     for note in found["notes"]:
         print(f"note       {note}")
+    for change in found["changes"]:
+        print(f"{'changed':<10} {change['what']} (taken by {change['by']} --accept-changed)")
     for name, value in sorted(found["metrics"].items()):
         print(f"  {name:<58} {value:>12.5g}")
 
@@ -209,6 +233,10 @@ def build_parser() -> argparse.ArgumentParser:
     three.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     help_mlflow = "log it into the run's MLflow run too, for mlflow.pyfunc.load_model"
     three.add_argument("--mlflow", action="store_true", help=help_mlflow)
+    help_own = "as data.tokenizer (default: the one that the run kept)"
+    three.add_argument("--tokenizer", metavar="PATH", help=help_own)
+    help_changed = "export with a tokenizer that has changed since, and write that down"
+    three.add_argument("--accept-changed", action="store_true", help=help_changed)
     help_import = "write a pico-decoder or relora-pico checkpoint as a LlamaForCausalLM folder"
     four = commands.add_parser("import-pico", help=help_import, description=help_import)
     four.add_argument("source", metavar="SOURCE", type=Path, help="config.json and *.safetensors")
@@ -247,7 +275,12 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "export":
             run_dir = find_run(arguments.output_dir or "outputs", word=arguments.run)
             found = export(
-                run_dir, folder=arguments.folder, step=arguments.step, mlflow=arguments.mlflow
+                run_dir,
+                folder=arguments.folder,
+                step=arguments.step,
+                mlflow=arguments.mlflow,
+                tokenizer=arguments.tokenizer,
+                accept_changed=arguments.accept_changed,
             )
             printer = _print_export
         elif arguments.command == "import-pico":

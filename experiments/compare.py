@@ -116,6 +116,7 @@ def _lead(one: Sweep, two: Sweep, found: Matched) -> list[Block]:
                 "are 0 because a run is compared with itself."
             )
         )
+    blocks += report_tables.other_losses([*one.runs, *two.runs])
     for sweep, names in zip((one, two), found.alone, strict=True):
         if names:
             blocks.append(f"Only in {sweep.name}: {joined(names)}.")

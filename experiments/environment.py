@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.scheduler import current_job
+
 ROOT = Path(__file__).resolve().parents[1]
 SNAPSHOT = "SNAPSHOT.json"
 """Marks a frozen copy of the code and says what it is a copy of."""
@@ -50,7 +52,7 @@ def attempt_record(**extra: Any) -> dict[str, Any]:
         "cpu": cpu(),
         "cores": cores(),
         "gpus": gpus(),
-        "job_id": job_id(),
+        "job_id": current_job(),
         "slurm": slurm(),
         **extra,
     }
@@ -142,15 +144,9 @@ def gpus() -> list[str]:
 
 
 # scheduler --------------------------------------------------------------------------------------
-def job_id() -> str | None:
-    """This process's SLURM job, `123_4` in an array; None outside."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-
-
 def slurm() -> dict[str, Any]:
     """{"node", "partition", "restarts"} of this process's SLURM job; empty outside."""
-    if job_id() is None:
+    if current_job() is None:
         return {}
     return {
         "node": os.environ.get("SLURMD_NODENAME"),

@@ -18,16 +18,16 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import records
+from experiments import inputs, records
 from experiments.identity import config_from_json
 from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
 from relora_core import atomic
-from relora_core.config import ConfigError, EvalConfig, RunConfig, validate
+from relora_core.config import EVALS, ConfigError, EvalConfig, RunConfig, validate
 from relora_core.data.base import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Request:
     """With fingerprints, as `complete_eval` gives it."""
     steps: str | list[int] = "last"
     """`last`: the newest checkpoint when the evaluation begins; `all`; or steps."""
+    changes: list[dict[str, str]] = field(default_factory=list)
+    """What was taken on purpose though it has changed since the plan (`inputs.Change`)."""
 
 
 # requests -----------------------------------------------------------------------------------------
@@ -112,6 +114,8 @@ def check(run_dir: RunDir, *, request: Request) -> None:
 def write_request(run_dir: RunDir, *, request: Request) -> Path:
     """The request as a file; an equal one is the same file."""
     content = dataclasses.asdict(request)
+    if not request.changes:
+        del content["changes"]  # as earlier versions wrote it: the same file
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     path = run_dir.evals / request.name / f"request-{digest}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,12 @@ def read_request(path: Path) -> tuple[RunDir, Request]:
         config = config_from_json(json.dumps(own | {"eval": raw["eval"]}))
         if not isinstance(raw["steps"], list) and raw["steps"] not in ("last", "all"):
             raise ValueError(f"steps: expected last, all or a list, got {raw['steps']!r}")
-        return run_dir, Request(name=raw["name"], eval=config.eval, steps=raw["steps"])
+        changes = raw.get("changes", [])
+        if not records.fits(list[dict[str, str]], changes):
+            raise ValueError(f"changes: expected a list, got {changes!r:.60}")
+        return run_dir, Request(
+            name=raw["name"], eval=config.eval, steps=raw["steps"], changes=changes
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(
@@ -238,6 +247,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
     steps = missing(run_dir, request=request)
     if not steps:
         return
+    config = _opened(run_dir, config, request=request)
     prepared = evals.prepare(config, load_tokenizer(config.data))
     with _kept_threads(), native.kept():
         for step in steps:
@@ -248,6 +258,21 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
             left = _sections_left(run_dir, request=request, step=step)
             for evaluation in [e for e in prepared if e.name in left]:
                 _evaluate(run_dir, request, step=step, evaluation=evaluation, model=model, say=say)
+
+
+def look(run_dir: RunDir, *, eval: EvalConfig) -> inputs.Opened:
+    """Whether an evaluation reads what the run, and `eval` where it has fingerprints, name."""
+    config = replace(inputs.as_accepted(run_dir, run_dir.config()), eval=eval)
+    return inputs.look(config, output_dir=inputs.output_dir_of(run_dir), only=("tokenizer", *EVALS))
+
+
+def _opened(run_dir: RunDir, config: RunConfig, *, request: Request) -> RunConfig:
+    """`config` with the tokenizer that the run kept; ConfigError where something has changed."""
+    found = look(run_dir, eval=request.eval)
+    known = {(change["key"], change["now"]) for change in request.changes}
+    if new := [c for c in found.changes if (c.key, c.now) not in known]:
+        raise inputs.refusal(new, remedy="ask for the evaluation again")
+    return replace(config, data=found.config.data)
 
 
 def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
@@ -332,6 +357,8 @@ def _evaluate(
         "code_hash": code_hash(),
         "finished": time.time(),
     }
+    if request.changes:
+        content["changes"] = request.changes
     folder = run_dir.evals / request.name
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_json(folder / f"step-{step:08d}-{evaluation.name}.json", content)

@@ -22,7 +22,7 @@ from experiments.evaluate import results
 from experiments.identity import arm_id, label, scientific
 from experiments.run_dir import RunDir, Status, parse_event
 from relora_core import atomic
-from relora_core.config import RunConfig, applies, get, walk
+from relora_core.config import EVALS, RunConfig, applies, get, walk
 
 LABELS = ("method", "model.name", "relora.name", "data.kind")
 """Settings that stand for many others, which are then no news as params."""
@@ -314,9 +314,10 @@ class DatasetInput:
 
 def datasets(config: RunConfig) -> list[DatasetInput]:
     """Of the data and of the evals that are on and have a fingerprint."""
-    data, evals = config.data, config.eval
+    data = config.data
     wanted = [(data.kind, data.path, data.fingerprint, "training")]
-    for name, section in (("paloma", evals.paloma), ("blimp", evals.blimp)):
+    for name in EVALS:
+        section = getattr(config.eval, name)
         if section.enabled:
             wanted.append((name, section.path, section.fingerprint, "eval"))
     return [

@@ -199,6 +199,12 @@ def _cautions(sweep: Sweep) -> list[str]:
             f"Arms differ in what they read ({', '.join(differing)}): losses and perplexities of "
             "different texts or vocabularies must not be compared."
         )
+    if changed := [run for run in runs if run.changed]:
+        keys = joined(sorted({key for run in changed for key in run.changed}))
+        lines.append(
+            f"{plural(len(changed), 'run')} went on with other {keys} than planned, on purpose "
+            f"(--accept-changed): {joined([run.run_id for run in changed], most=5)}."
+        )
     if len({run.config.train.steps for run in runs}) > 1:
         lines.append(
             "Arms differ in their number of steps: their final numbers are not at one budget."

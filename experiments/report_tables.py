@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from experiments.document import Block, Bullets, Table, number, plural
+from experiments.document import Block, Bullets, Notice, Table, joined, number, plural
 from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
 from experiments.tidy import Arm, RunData, Sweep, floor
+from relora_core.events import LOSS_STEPS
 
 Pair = tuple[Arm, Arm]
 """An arm and what it is compared with."""
@@ -125,7 +126,7 @@ def results(sweep: Sweep) -> list[Block]:
         if several
         else "One value per arm: no interval. "
     )
-    note += "Loss: training loss since the last log, nats per token. "
+    note += f"Loss: training loss of the last {LOSS_STEPS} updates, nats per token. "
     note += "Tokens and device-hours are those of training. A mean of fewer values than runs that "
     note += "finished says so (n)."
     blocks: list[Block] = [
@@ -136,7 +137,8 @@ def results(sweep: Sweep) -> list[Block]:
             rows=rows,
             data=data,
             note=note,
-        )
+        ),
+        *other_losses(sweep.runs),
     ]
     if known := floor(sweep):
         blocks.append(
@@ -144,6 +146,24 @@ def results(sweep: Sweep) -> list[Block]:
             f"loss is below it. One that knows frequencies only has {known.unigram:.3f}."
         )
     return blocks
+
+
+def other_losses(runs: Iterable[RunData]) -> list[Block]:
+    """Which finished runs' losses are means over another number of updates than LOSS_STEPS.
+
+    Earlier versions took those since the last log.
+    """
+    odd: dict[int, list[str]] = {}
+    for run in runs:
+        if run.finished and run.loss_steps not in (0, min(LOSS_STEPS, run.step)):
+            odd.setdefault(run.loss_steps, []).append(run.run_id)
+    return [
+        Notice(
+            f"The loss of {joined(ids)} is a mean over the last {plural(steps, 'update')}, as an "
+            f"earlier version logged it, that of other runs over {LOSS_STEPS}."
+        )
+        for steps, ids in sorted(odd.items())
+    ]
 
 
 def mean_cell(found: Interval | None, measure: Measure, *, expected: int) -> str:

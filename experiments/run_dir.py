@@ -11,6 +11,7 @@ mlflow.json        position of the sync (experiments/mlflow_record.py)
 lock               host, pid, process start and job of the attempt that is at work
 trial.json         of the search that asked for the run (sweeps/search/), where one did
 cancel             there if the user wants the run to end; a new launch removes it
+changes.json       what was taken on purpose though it had changed (experiments/inputs.py)
 evals/<name>/      evaluations apart from training (experiments/evaluate.py)
 """
 
@@ -32,8 +33,9 @@ import psutil
 
 from experiments import records
 from experiments.identity import config_from_json, config_to_json
+from experiments.scheduler import current_job
 from relora_core import atomic
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import EVALS, ConfigError, RunConfig
 from relora_core.events import Event
 
 STATES = (
@@ -79,7 +81,7 @@ class Status:
     host: str = ""
     pid: int = 0
     job_id: str | None = None
-    """Of the scheduler, where there is one."""
+    """Of a SLURM job that we submitted; any other process is known by its host and pid."""
     error: str | None = None
     """One line; the traceback is in error.txt."""
 
@@ -102,19 +104,42 @@ class RunDir:
     mlflow_path = property(lambda self: self.path / "mlflow.json")
     cancel_path = property(lambda self: self.path / "cancel")
     trial_path = property(lambda self: self.path / "trial.json")
+    changes_path = property(lambda self: self.path / "changes.json")
     evals = property(lambda self: self.path / "evals")
     checkpoints = property(lambda self: self.path / "checkpoints")
     attempts = property(lambda self: self.path / "attempts")
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder and freeze the config in it; an existing run keeps its config."""
+        """Make the folder and freeze the config in it.
+
+        An existing run keeps its config, but for where the same data lie now.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self.attempts.mkdir(exist_ok=True)
         if not self.config_path.exists():
             with contextlib.suppress(FileExistsError):
                 atomic.create_text(self.config_path, config_to_json(config))
+        elif config.data.fingerprint:
+            self._move_data(config)
         if not self.status_path.exists():
             self.write_status(Status(steps=config.train.steps))
+
+    def _move_data(self, config: RunConfig) -> None:
+        """Freeze the paths of data that are the same (by fingerprint) and lie elsewhere now."""
+        with contextlib.suppress(OSError, records.Damaged, KeyError, TypeError):
+            raw = records.read(self.config_path)
+            changed = False
+            for name in ("data", *(f"eval.{name}" for name in EVALS)):
+                own: Any = raw
+                new: Any = config
+                for part in name.split("."):
+                    own, new = own[part], getattr(new, part)
+                same = own["fingerprint"] == new.fingerprint
+                for key in ("path", "tokenizer"):
+                    if same and key in own and own[key] and own[key] != getattr(new, key):
+                        own[key], changed = getattr(new, key), True
+            if changed:
+                atomic.write_json(self.config_path, raw)
 
     def config(self) -> RunConfig:
         """The frozen config; Damaged where this version cannot read it."""
@@ -189,7 +214,7 @@ class RunDir:
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
             "birth": born(os.getpid()),
-            "job_id": slurm_job_id(),
+            "job_id": current_job(),
         }
         taken = False
         while not taken:
@@ -338,15 +363,6 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def slurm_job_id() -> str | None:
-    """`123_4` in an array, `123` in a job of its own, None outside SLURM.
-
-    The job id of an array's task would not do: that of its last task stands for the whole array.
-    """
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

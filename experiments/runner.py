@@ -18,12 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments import inputs
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
-from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, slurm_job_id
+from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
+from experiments.scheduler import current_job
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
-from relora_core.config import ConfigError, RunConfig, validate
+from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
 from relora_core.schedule import notices
@@ -96,9 +98,10 @@ def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
 
 
 def _with_evals(config: RunConfig, prints: dict[str, str | None]) -> RunConfig:
-    paloma = replace(config.eval.paloma, fingerprint=prints.get("paloma"))
-    blimp = replace(config.eval.blimp, fingerprint=prints.get("blimp"))
-    return replace(config, eval=replace(config.eval, paloma=paloma, blimp=blimp))
+    sections = {
+        name: replace(getattr(config.eval, name), fingerprint=prints.get(name)) for name in EVALS
+    }
+    return replace(config, eval=replace(config.eval, **sections))
 
 
 def run_experiment(
@@ -144,7 +147,7 @@ def run_experiment(
                 phase="start",
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                job_id=slurm_job_id(),
+                job_id=current_job(),
                 error=None,
             )
             from relora_core import native  # and torch: the record names the GPUs then
@@ -152,7 +155,10 @@ def run_experiment(
             record = attempt_record(
                 start_step=run_dir.newest_step(), world=world_size(), kernels_key=native.key()
             )
+            if taken := inputs.accepted(run_dir, by="retry"):
+                record["changes"] = taken
             run_dir.write_attempt(attempt, record)
+            config = inputs.opened(run_dir, config)
             state = _attempt(
                 config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks
             )
@@ -213,6 +219,7 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
         return ended
     from relora_core.train import train
 
+    config = inputs.opened(run_dir, config)
     folder = cache_dir(config.output_dir)
     return train(
         config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
@@ -264,8 +271,10 @@ def _attempt(
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
     """What the run came to, from its record: the newest value of every metric."""
     metrics: dict[str, float] = {}
-    step = 0
+    step, loss_steps = 0, None
     for event in run_dir.events():
+        if event["kind"] == "train":
+            loss_steps = event["data"].get("loss_steps")
         if event["kind"] != "system":
             metrics.update(event["metrics"])
         step = max(step, event["step"])
@@ -275,6 +284,7 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
         "step": step,
         "attempts": attempt,
         "attempt_seconds": round(seconds, 3),
+        "loss_steps": loss_steps,  # updates that train/loss is a mean over
         "metrics": metrics,
     }
 
@@ -361,7 +371,8 @@ def run_here(config: RunConfig) -> int:
         return 0 if ended == "finished" else 1
     for note in notes:
         _say(f"note: {note}")
-    data.prepare(config.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    found = inputs.opened(run_dir, config)
+    data.prepare(found.data, cache_dir=cache_dir(config.output_dir), progress=_say)
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:

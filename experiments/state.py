@@ -6,6 +6,7 @@ not death: only a process of this host that is gone for certain makes a running 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from experiments import inputs
 from experiments.run_dir import DONE, RunDir, Status, all_runs
 from relora_core.config import ConfigError, nearest
 
@@ -40,6 +42,9 @@ def state_of(run_dir: RunDir) -> RunState:
     if again.state != status.state:  # it ended between the two looks: judge what it left
         status = again
         state, reason = _judge(run_dir, status)
+    if reason is None and run_dir.changes_path.exists():
+        with contextlib.suppress(ConfigError):
+            reason = inputs.said(run_dir)
     said: dict[str, Any] = dataclasses.asdict(status) | {"state": state}
     return RunState(**said, run_id=run_dir.run_id, reason=reason)
 

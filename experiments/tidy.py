@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import records
+from experiments import inputs, records
 from experiments.evaluate import results
 from experiments.identity import arm_name, config_from_json, scientific
 from experiments.run_dir import DONE, RunDir, run_at
 from experiments.state import RunState, state_of
-from relora_core.config import ConfigError, RunConfig, get, nearest
+from relora_core.config import EVALS, ConfigError, RunConfig, get, nearest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 COLOURS = (
@@ -36,7 +36,7 @@ STYLES = ("-", "--", ":", "-.")
 """Line styles of the first eight arms, of the next eight, ..."""
 LABELS = ("experiment", "method", "model.name", "relora.name", "data.path")
 """Settings outside the identity, or in it, that a reader wants first."""
-KINDS = ("method", "data.kind", "eval.paloma.enabled", "eval.blimp.enabled")
+KINDS = ("method", "data.kind", *(f"eval.{name}.enabled" for name in EVALS))
 """Settings that decide which others apply."""
 ODD = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file of a run may raise."""
@@ -94,6 +94,8 @@ class RunData:
     config: RunConfig
     metrics: dict[str, float] = field(default_factory=dict)
     """Final numbers; empty until it has ended. Those of a diverged run are from where it ended."""
+    loss_steps: int = 0
+    """Updates that the final train/loss is a mean over."""
     curves: dict[str, list[Point]] = field(default_factory=dict)
     """Metric -> points by step, attempts that were taken back left out."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -104,6 +106,8 @@ class RunData:
     """What its attempts said of the data they read, each once."""
     cost: Cost = field(default_factory=Cost)
     attempts: list[Attempt] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    """Sections (`data`, `eval.blimp`) that it read on purpose though they had changed."""
 
     @property
     def finished(self) -> bool:
@@ -303,11 +307,13 @@ def _run(
         _read_record(run, run_dir)
         _read_evaluations(run, run_dir)
         run.attempts = [_attempt(record) for record in run_dir.attempt_records()]
+        run.changed = sorted({c["key"] for c in inputs.accepted(run_dir, by="retry")})
         run.cost.attempts = max(state.attempts, len(run.attempts))
         if run.state in DONE:
             result = run_dir.result() or {}
             run.metrics = _final(run, result)
             run.step = result.get("step", run.step)
+            run.loss_steps = result.get("loss_steps") or _since_log(run)
     except ODD as error:
         what = " ".join(str(error).split())[:200]
         run.state, run.metrics = "unreadable", {}
@@ -324,6 +330,12 @@ def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
         if points[-1].step == result["step"] and name not in result["metrics"]
     }
     return apart | {name: float(value) for name, value in result["metrics"].items()}
+
+
+def _since_log(run: RunData) -> int:
+    """What the final loss of earlier versions was a mean over: the updates since the last log."""
+    steps = [0, 0, *(point.step for point in run.curves.get("train/loss", []))]
+    return steps[-1] - steps[-2]
 
 
 def _attempt(record: Mapping[str, Any]) -> Attempt:

@@ -54,6 +54,8 @@ class Progress:
     """Sum of the losses since the newest train event."""
     loss_count: int = 0
     """Steps in that sum."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, for the run's final loss. Older checkpoints have none."""
     seconds: float = 0.0
     """Training time of all attempts up to here."""
     threads: int = 0
@@ -455,6 +457,9 @@ def read_progress(path: Path) -> Progress:
         for name in ("loss_sum", "loss_count", "seconds"):
             if type(getattr(progress, name)) not in (int, float):
                 raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")
+        losses = progress.losses
+        if type(losses) is not list or any(type(loss) not in (int, float) for loss in losses):
+            raise TypeError(f"progress.json holds {losses!r:.60} as losses")
     return progress
 
 

@@ -290,6 +290,10 @@ class EvalConfig:
     blimp: BlimpConfig = field(default_factory=BlimpConfig)
 
 
+EVALS = tuple(f.name for f in fields(EvalConfig))
+"""Every eval: a section above, and the file of its name in `evals/`."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DynamicsConfig:
     """Effective ranks and condition numbers of weights, gradients and updates (`dynamics.py`)."""
@@ -346,7 +350,8 @@ class RuntimeConfig:
     kernels: str = knob("auto", choices=("auto", "native", "torch"), scientific=False)
     """Of a CPU. `native`: C++ built on first use (needs a compiler); `auto`: that if possible."""
     log_every_steps: int = knob(10, ge=1, scientific=False)
-    """Cadence of train/loss events and of the heartbeat."""
+    """Cadence of train/loss events (each the mean since the last; a run's final one is that of the
+    last ten updates) and of the heartbeat."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,6 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+LOSS_STEPS = 10
+"""A run's final train/loss is the mean over its last updates, so many (or all, where it has fewer):
+what it comes to must not move with runtime.log_every_steps, whose default has the same value."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Event:

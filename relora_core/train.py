@@ -29,7 +29,7 @@ from relora_core.data import load_tokenizer, open_stream
 from relora_core.dynamics import Recorder
 from relora_core.evals import Eval
 from relora_core.evals import prepare as prepare_evals
-from relora_core.events import Event, NullSink, Sink
+from relora_core.events import LOSS_STEPS, Event, NullSink, Sink
 from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
@@ -136,6 +136,7 @@ def _train(
                 precision=config.train.precision,
             )
         log = (step + 1) % config.runtime.log_every_steps == 0 or step + 1 == config.train.steps
+        log |= not math.isfinite(loss)  # so that it ends there, however seldom it logs
         grad_norm = clip(model, limit=config.train.grad_clip, measured=log)
         method.before_update(step, model)
         optimizer.step()
@@ -144,6 +145,7 @@ def _train(
         progress.step = step + 1
         progress.loss_sum += loss
         progress.loss_count += 1
+        progress.losses = [*progress.losses, loss][-LOSS_STEPS:]
         with clock.paused():
             measure.dynamics(step + 1)  # before a restart, which may end what is to be measured
         kind = "restart" if method.restarts(step + 1) else "method"
@@ -448,8 +450,14 @@ def log_train(
     lr: float,
     norm: float | None,
 ) -> float:
-    """Emit the train event since the last one and return its mean loss, nats per token."""
-    mean = progress.loss_sum / progress.loss_count
+    """Emit the train event since the last one and return its mean loss, nats per token.
+
+    The last one's mean is that of the last LOSS_STEPS updates: what a run comes to is not to depend
+    on how often it logs.
+    """
+    mean, count = progress.loss_sum / progress.loss_count, progress.loss_count
+    if progress.step == config.train.steps:
+        mean, count = sum(progress.losses) / len(progress.losses), len(progress.losses)
     progress.loss_sum, progress.loss_count = 0.0, 0
     tokens_per_step = config.train.batch_size * config.data.seq_len
     metrics = {
@@ -461,7 +469,8 @@ def log_train(
     }
     if norm is not None:
         metrics["train/grad_norm"] = norm
-    sink.emit(Event(kind="train", step=progress.step, metrics=metrics))
+    data = {"loss_steps": count}
+    sink.emit(Event(kind="train", step=progress.step, metrics=metrics, data=data))
     return mean
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
 from experiments.state import RunState
 from relora_core import costs
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import EVALS, ConfigError, RunConfig
 from sweeps.plan import Cell
 
 CPU = "cpu"
@@ -116,19 +116,19 @@ def _device(record: Mapping[str, Any], config: RunConfig) -> str:
 def shape(config: RunConfig, *, processes: int) -> str:
     """Runs that agree in this do the same work at the same speed, up to the FLOPs of their rank."""
     model = dataclasses.replace(config.model, name="")
-    paloma = dataclasses.replace(config.eval.paloma, every_steps=None, path=None)
-    blimp = dataclasses.replace(config.eval.blimp, every_steps=None, path=None)
+    evals = [getattr(config.eval, name) for name in EVALS]
+    evals = [dataclasses.replace(section, every_steps=None, path=None) for section in evals]
     dynamics = config.dynamics if config.dynamics.every_steps else None
     kinds = dynamics and (dynamics.what, dynamics.kinds)
     micro = config.train.micro_batch_size or config.train.batch_size // processes
     train = (config.method, config.data.seq_len, micro, config.train.precision, processes)
-    return repr((model, train, paloma, blimp, kinds))
+    return repr((model, train, *evals, kinds))
 
 
 def looks(config: RunConfig, *, done: int = 0) -> int:
     """What happens beside training after step `done`: the start, evals, measures of dynamics."""
     steps, count = config.train.steps, 1
-    for section in (config.eval.paloma, config.eval.blimp):
+    for section in (getattr(config.eval, name) for name in EVALS):
         every = section.every_steps
         if section.enabled and every is None:
             count += 1

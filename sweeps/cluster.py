@@ -46,6 +46,13 @@ SPAN = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 """`1-02:03:04`, `2:03:04`, `3:04`; not `UNLIMITED`, `INVALID`."""
 
 
+SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Where SLURM is and who asks: all that its tools take from the user's environment."""
+TOOLS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
+TOOLS += ("SCONTROL_",)
+"""Variables that are options of SLURM's tools, or of a job around us."""
+
+
 class SlurmError(RuntimeError):
     """SLURM did not answer, or refused; one line."""
 
@@ -78,6 +85,11 @@ class Job:
     def waiting(self) -> bool:
         """It has no node: queued, requeued or held."""
         return self.state in WAITING
+
+
+def is_an_option(variable: str) -> bool:
+    """Whether it would change what SLURM's tools do."""
+    return variable.startswith(TOOLS) and variable not in SITE
 
 
 def available() -> bool:
@@ -348,8 +360,8 @@ def _ask(command: Sequence[str], *, tries: int = 2, forgive: re.Pattern[str] | N
 
 def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
     tool = command[0]
-    # A user's SQUEUE_PARTITION and the like would hide jobs from us.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_"))}
+    # A user's SQUEUE_PARTITION, SCANCEL_STATE and the like would hide jobs from us.
+    environment = {k: v for k, v in os.environ.items() if not is_an_option(k)}
     environment["SLURM_TIME_FORMAT"] = "standard"
     environment["SLURM_BITSTR_LEN"] = "0"  # long lists of array tasks are cut to 64 characters
     try:

@@ -20,15 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.run_dir import RunDir, run_at, slurm_job_id
+from experiments.run_dir import RunDir, run_at
+from experiments.scheduler import JOB, current_job, enter_job, job_environment
 from experiments.stopping import StopFlag, shielded
 from relora_core.config import ConfigError
 from sweeps import cluster, worker
 from sweeps.cluster import SlurmError
+from sweeps.state import record_job
+from sweeps.submit import is_of_a_group
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 
 SIGNALLED = 128
 """Exit codes above are those of processes that a signal has ended."""
+PORTS = range(20000, 32768)
+"""For MASTER_PORT: below those that systems hand out to whoever asks for any."""
 WAIT_S = 120.0
 """For an earlier life of this job to end, and for SLURM to end this one after a requeue."""
 
@@ -78,7 +83,8 @@ def _inside(output_dir: Path, name: str) -> Path:
 
 
 def task_index() -> int:
-    return int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+    """Of this job in its array."""
+    return int((current_job() or "").partition("_")[2] or 0)
 
 
 def rank() -> int:
@@ -89,11 +95,7 @@ def run(work: Work) -> int:
     """The task of srun: the exit code of its worst run."""
     if work.requests:
         return max(_evaluate(request) for request in work.requests)
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks > 1:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+    join_group(processes=int(os.environ.get("SLURM_NTASKS", "1")))
     stop = StopFlag(deadline=_deadline(work) if rank() == 0 else None)
     with stop.installed():
         if work.study is not None:
@@ -108,9 +110,22 @@ def run(work: Work) -> int:
     return max(codes) if rank() == 0 or INTERRUPTED not in codes else FINISHED
 
 
+def join_group(*, processes: int) -> None:
+    """Torch's variables of the processes of this job, and none but those."""
+    for name in [name for name in os.environ if is_of_a_group(name)]:
+        del os.environ[name]
+    if processes == 1:
+        return
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # Jobs of one time have ids of one neighbourhood; a drawn port may be a neighbour's.
+    os.environ["MASTER_PORT"] = str(PORTS[int(os.environ["SLURM_JOB_ID"]) % len(PORTS)])
+    TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
+
+
 def _deadline(work: Work) -> float | None:
     """When to save at the latest: SLURM's warning may not come, or not to every process."""
-    job_id = slurm_job_id()
+    job_id = current_job()
     end = cluster.end_time(job_id) if job_id else None
     return None if end is None else end - work.signal_delay_s
 
@@ -141,7 +156,7 @@ def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
         while (code := worker.work(run_dir.path, stop=stop)) == LOCKED:
             holder = run_dir.lock_holder() or {}
             late = time.monotonic() - waited > WAIT_S
-            if holder.get("job_id") != slurm_job_id() or late or stop():
+            if holder.get("job_id") != current_job() or late or stop():
                 break
             time.sleep(1.0)  # our own earlier life, which SLURM is still ending
     return code
@@ -165,7 +180,7 @@ def followed(run_dir: RunDir) -> Iterator[None]:
 def stalled(run_dir: RunDir, *, limit: int) -> bool:
     """Whether the newest `limit` attempts were all of this job and none has left a checkpoint."""
     newest = run_dir.attempt_records()[-limit:]
-    here = (slurm_job_id(), run_dir.newest_step())
+    here = (current_job(), run_dir.newest_step())
     return len(newest) == limit and all(
         (r.get("job_id"), r.get("start_step")) == here for r in newest
     )
@@ -216,7 +231,7 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
 
 def share(slot: int, *, of: int) -> dict[str, str]:
     """Environment of the process in this slot: one of the job's GPUs, its part of the cores."""
-    environment = dict(os.environ)
+    environment = {**os.environ, **job_environment()}
     gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
@@ -252,12 +267,12 @@ def _unfinished(work: Work) -> list[RunDir]:
 
 def _failed_here(run_dir: RunDir) -> bool:
     status = run_dir.status()
-    return status.state == "failed" and status.job_id == slurm_job_id()
+    return status.state == "failed" and status.job_id == current_job()
 
 
 def _go_on_later(work: Work, *, why: str) -> int:
     """Requeue this job, everything being on disk; INTERRUPTED where it is not to be."""
-    job_id, left = slurm_job_id(), _unfinished(work)
+    job_id, left = current_job(), _unfinished(work)
     if job_id is None or not (left or work.study):
         return INTERRUPTED if left or work.study else CANCELLED
     for run_dir in left:  # SLURM ends this process at once: its last word comes first
@@ -315,12 +330,27 @@ def _after_search(work: Work, study: Path, *, code: int) -> int:
 
 def main(argv: list[str]) -> int:
     """See the module's docstring."""
-    if len(argv) == 3 and argv[0] == "--after":
-        return after(read(Path(argv[2]), index=task_index()), code=int(argv[1]))
-    if len(argv) != 1:
+    ended = argv[:1] == ["--after"]
+    if len(argv) != (3 if ended else 1):
         print("usage: python -m sweeps.job [--after CODE] SUBMISSION", file=sys.stderr)
         return 2
-    return run(read(Path(argv[0]), index=task_index()))
+    file = Path(argv[-1])
+    token = os.environ.get(JOB, "")
+    job_id = enter_job(name=json.loads(file.read_text(encoding="utf-8"))["name"])
+    if job_id is None:
+        print(
+            f"{JOB} must name {file} and the SLURM job around this process, as its batch script "
+            f"has it, got {token!r}: this is not a job of that submission",
+            file=sys.stderr,
+        )
+        return 2
+    work = read(file, index=task_index())
+    if ended:
+        return after(work, code=int(argv[1]))
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # it matters only where the command was killed
+            record_job(file, job_id)
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
     """Launch some runs of a stored plan again, as they were launched last; the exit code."""
     output_dir, console = Path(output_dir), display.make_console()
     launcher = load_launcher(plan_folder(output_dir, name=plan.name))
-    cells = [cell for cell in plan.cells if cell.run_id in run_ids]
+    cells = [_frozen(output_dir, cell) for cell in plan.cells if cell.run_id in run_ids]
     part = dataclasses.replace(plan, cells=cells, collapsed=[])
     launcher.check(part, estimates={})
     prepare_data(part, output_dir, console=console)
@@ -173,6 +173,13 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
     return RunDir(runs_folder(output_dir) / cell.run_id)
 
 
+def _frozen(output_dir: Path, cell: Cell) -> Cell:
+    """The cell with its run's own config, which knows where the data lie now."""
+    run_dir = _run_dir(output_dir, cell)
+    there = run_dir.config_path.exists()
+    return dataclasses.replace(cell, config=run_dir.config()) if there else cell
+
+
 def one_output_dir(plan: Plan) -> Path:
     folders = {cell.config.output_dir for cell in plan.cells}
     if len(folders) > 1:
@@ -196,13 +203,22 @@ def check_tracking(plan: Plan) -> None:
 
 
 def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
-    """One-off work (tokenising) on each data set that a run still needs, before any worker."""
+    """Check, and tokenise once, each data set that a run still needs, before any worker."""
+    from experiments import inputs
     from experiments.runner import cache_dir
     from relora_core import data
 
-    todo = [c for c in plan.cells if state_of(_run_dir(output_dir, c)).state not in DONE]
-    for config in {repr(c.config.data): c.config.data for c in todo}.values():
-        data.prepare(config, cache_dir=cache_dir(output_dir), progress=console.out)
+    seen = set()
+    for cell in plan.cells:
+        run_dir = _run_dir(output_dir, cell)
+        if state_of(run_dir).state in DONE:
+            continue
+        config = inputs.as_accepted(run_dir, cell.config)
+        if (key := repr((config.data, config.eval))) in seen:
+            continue
+        seen.add(key)
+        config = inputs.opened(run_dir, cell.config)
+        data.prepare(config.data, cache_dir=cache_dir(output_dir), progress=console.out)
 
 
 def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:

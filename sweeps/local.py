@@ -26,6 +26,7 @@ from types import FrameType
 from rich.console import Console
 
 from experiments.run_dir import DONE, RunDir, Status, runs_folder
+from experiments.scheduler import JOB
 from experiments.state import RunState, state_of
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
@@ -309,7 +310,8 @@ class Slots:
         share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
-        return {**os.environ, **share}
+        inherited = {name: value for name, value in os.environ.items() if name != JOB}
+        return {**inherited, **share}
 
 
 def _whole(text: str | None, default: int) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from experiments import records
 from experiments.identity import config_from_json, ids, scientific
 from relora_core import atomic
-from relora_core.config import ConfigError, RunConfig, applies, get, validate, walk
+from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, validate, walk
 from sweeps.grid import Point, check_name, sweep_name
 
 LABELS = {
@@ -148,8 +148,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         labels["sweep.arm"] = config.sweep.arm
     if config.method == "relora":
         labels["relora.name"] = config.relora.name
-    for key in ("data.path", "eval.paloma.path", "eval.blimp.path"):
-        section = key.rsplit(".", 1)[0]
+    for section in ("data", *(f"eval.{name}" for name in EVALS)):
+        key = f"{section}.path"
         if get(config, key) and get(config, f"{section}.fingerprint"):
             labels[key] = get(config, key)
     return labels | scientific(config)

@@ -230,5 +230,5 @@ def _jobs_alive(output_dir: Path | str, *, sweep: str) -> bool:
     submissions = recover(output_dir, sweep)
     if any(one.state == "submitting" and one.created > time.time() - 60 for one in submissions):
         return True
-    ids = {job_id for one in submissions for job_id in one.job_ids().values()}
+    ids = {job_id for one in submissions for job_id in one.ids()}
     return bool(ids) and any(job.alive for job in cluster.jobs(ids).values())

@@ -28,7 +28,7 @@ from sweeps.cluster import SlurmError
 from sweeps.options import Shape, SlurmOptions, check_cell, check_options, shape_of
 from sweeps.plan import Cell, Plan, plan_folder
 from sweeps.state import Submission, jobs_folder, recover, survey
-from sweeps.submit import script, send
+from sweeps.submit import Unsure, script, send, tell_environment
 
 IN_FLIGHT = ("running", "queued")
 
@@ -97,6 +97,7 @@ class SlurmLauncher:
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
         """ConfigError before anything is written, where SLURM or arithmetic would refuse."""
         check_options(self.options)
+        tell_environment(self.options)
         for cell in plan.cells:
             check_cell(cell.config, self.options)
             self._check_pace(cell.config, estimates.get(cell.run_id))
@@ -256,7 +257,8 @@ class SlurmLauncher:
             except SlurmError as error:
                 left = sum(len(b.cells) for b in made[number:])
                 console.print(
-                    f"error: sbatch refused job array {number + 1} of {len(made)}: {error}; "
+                    f"error: sbatch {'may have taken' if isinstance(error, Unsure) else 'refused'} "
+                    f"job array {number + 1} of {len(made)}: {error}; "
                     f"{len(todo) - left} runs are submitted and stay so, {left} are not: the same "
                     "command submits them",
                     style="red",
@@ -310,12 +312,7 @@ def _pre_create(plan: Plan, output_dir: Path, *, console: Console) -> None:
 
 def _alive(submissions: Sequence[Submission]) -> int:
     """Jobs of a search that are queued or running: each has a trial, or will take one."""
-    ids = [
-        f"{one.job_id}_{index}" if len(one.tasks) > 1 else str(one.job_id)
-        for one in submissions
-        if one.kind == "search" and one.job_id is not None
-        for index in range(len(one.tasks))
-    ]
+    ids = [job_id for one in submissions if one.kind == "search" for job_id in one.ids()]
     return sum(job.alive for job in cluster.jobs(ids).values()) if ids else 0
 
 
@@ -378,6 +375,7 @@ def submit_evals(requests: Sequence[Path], *, sweep: str, output_dir: Path, afte
             f"--slurm must be left out for {sweep}, which was launched locally: nothing says what "
             "to ask SLURM for"
         )
+    tell_environment(launcher.options)
     output_dir = output_dir.absolute()
     runs = [RunDir(request.absolute().parents[2]) for request in requests]
     configs = [run.config() for run in runs]

@@ -6,11 +6,12 @@ job and the run itself has been silent for long; and even that is judged anew ea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
 
     Where SLURM does not answer the run's own word stands, with a note in `reason`.
     """
-    states = {run.run_id: state_of(run) for run in runs}
+    own = _Own()
+    states = {run.run_id: own(run) for run in runs}
     unsure = {run: _jobs_of(run) for run in runs if _unsure(run, states[run.run_id])}
     if not unsure:
         return states
@@ -44,9 +46,31 @@ def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
         return states
     for run in unsure:
         # Read again: it may have ended while SLURM was asked.
-        own = state_of(run)
-        states[run.run_id] = judge(run, own=own, jobs=jobs) if _unsure(run, own) else own
+        said = own(run)
+        states[run.run_id] = judge(run, own=said, jobs=jobs) if _unsure(run, said) else said
     return states
+
+
+class _Own:
+    """Runs' own word, where a job that is not ours says nothing of a process of this host.
+
+    Earlier versions wrote down whatever job a run was inside of; a queued run's is a launcher's.
+    """
+
+    def __init__(self) -> None:
+        self._ours: dict[Path, set[str]] = {}
+
+    def __call__(self, run: RunDir) -> RunState:
+        state = state_of(run)
+        here = state.host in ("", socket.gethostname()) and state.state != "queued"
+        if state.job_id is None or not here or state.job_id in self._submitted(run.path.parents[1]):
+            return state
+        return dataclasses.replace(state, job_id=None)
+
+    def _submitted(self, output_dir: Path) -> set[str]:
+        if output_dir not in self._ours:
+            self._ours[output_dir] = submitted_jobs(output_dir)
+        return self._ours[output_dir]
 
 
 def gone(holder: dict[str, Any], *, heartbeat: float) -> bool:
@@ -197,14 +221,16 @@ class Submission:
 
     def job_ids(self) -> dict[str, str]:
         """run_id -> its job; empty while there is none."""
+        each = zip(self.tasks, self.ids(), strict=False)
+        return {run_id: job_id for run_ids, job_id in each for run_id in run_ids}
+
+    def ids(self) -> list[str]:
+        """Every job of it, one for each task; none while there is none."""
         if self.job_id is None:
-            return {}
-        array = len(self.tasks) > 1
-        return {
-            run_id: f"{self.job_id}_{index}" if array else self.job_id
-            for index, run_ids in enumerate(self.tasks)
-            for run_id in run_ids
-        }
+            return []
+        if len(self.tasks) == 1:
+            return [self.job_id]
+        return [f"{self.job_id}_{index}" for index in range(len(self.tasks))]
 
     def write(self, folder: Path) -> None:
         """Into `folder`, which is this submission's own."""
@@ -221,15 +247,39 @@ def read_submissions(folder: Path) -> list[Submission]:
     found = []
     for path in folder.glob("*/submission.json"):
         try:
-            raw = records.known(Submission, records.read(path), where="")
-            raw["submission"] = path.parent.name  # whatever the file says
-            found.append(Submission(**raw))
+            found.append(read_submission(path))
         except (ValueError, TypeError) as error:  # whose jobs it names nobody can say
             raise ConfigError(
                 f"{path} must be a submission as this version writes it ({error}); `squeue --me` "
                 "lists its jobs: when none is left, move it away"
             ) from None
     return sorted(found, key=lambda one: (one.created, one.submission))
+
+
+def read_submission(path: Path) -> Submission:
+    raw = records.known(Submission, records.read(path), where="")
+    raw["submission"] = path.parent.name  # whatever the file says
+    return Submission(**raw)
+
+
+def submitted_jobs(output_dir: Path | str) -> set[str]:
+    """Every job that a submission below `output_dir` has recorded: these are ours, no others."""
+    return {job_id for one in _sound(output_dir) for job_id in one.ids()}
+
+
+def _sound(output_dir: Path | str) -> Iterator[Submission]:
+    """All sweeps' submissions; of a damaged one nobody can say whose jobs it names."""
+    for path in Path(output_dir).glob("sweeps/*/jobs/*/submission.json"):
+        with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
+            yield read_submission(path)
+
+
+def record_job(file: Path, job_id: str) -> None:
+    """A job's own word on its id, where the command that submitted it has left none."""
+    one = read_submission(file)
+    if one.job_id is None:
+        one.job_id, one.state, one.error = job_id.partition("_")[0], "submitted", None
+        one.write(file.parent)
 
 
 def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[Submission]:

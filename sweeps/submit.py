@@ -7,29 +7,101 @@ that starts before its command has ended finds all it needs. Not for: what to su
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import os
+import re
 import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from experiments.scheduler import JOB
+from relora_core import shell
 from sweeps import cluster
 from sweeps.cluster import SlurmError
 from sweeps.options import Shape, SlurmOptions
-from sweeps.state import Submission
+from sweeps.state import Submission, read_submission
 
 TRIES = 4
 """At sbatch, where the controller is busy."""
+BY_SITE = ("partition", "account", "qos", "constraint", "reservation")
+"""Options that a profile may have to give: SBATCH_ACCOUNT counts where the launcher has none."""
+DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
+"""What SLURM sets for a job beside its own variables."""
+
+
+SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re.M)
+"""What sbatch says where nobody stands between. Of any other answer we are not sure."""
+
+
+class Unsure(SlurmError):
+    """SLURM may have taken the job and does not say; the next command looks for it."""
+
+
+# the user's environment -------------------------------------------------------------------------
+def is_of_a_group(variable: str) -> bool:
+    """Whether it names a process's place in a group, or how a group computes."""
+    return shell.is_place(variable) or shell.is_accelerate(variable)
+
+
+def set_aside() -> list[str]:
+    """Variables that sbatch, and hence the job, does not get.
+
+    What a job asks for is in its script: options of SBATCH_ variables would beat it. SLURM_
+    variables are of a job around this command, which it would take for its own.
+    """
+    inside = "SLURM_JOB_ID" in os.environ
+    return sorted(
+        name
+        for name in os.environ
+        if cluster.is_an_option(name)
+        or is_of_a_group(name)
+        or name in shell.TASK_NAMES
+        or name.startswith("SUBMITIT_")
+        or name == JOB
+        or (inside and name in DEVICES)
+    )
+
+
+def by_site(options: SlurmOptions) -> dict[str, str]:
+    """Options that the launcher leaves unset and the user's SBATCH_ variables give."""
+    given = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in BY_SITE}
+    return {
+        name: value
+        for name, value in given.items()
+        if value and getattr(options, name) is None and name not in options.extra
+    }
+
+
+def tell_environment(options: SlurmOptions) -> None:
+    """One line on stderr where variables of the user's shell count, or do not."""
+    taken = by_site(options)
+    left = [name for name in set_aside() if name.removeprefix("SBATCH_").lower() not in taken]
+    own = [n for n in left if os.environ[n] and (n.startswith("SBATCH_") or is_of_a_group(n))]
+    words = []
+    if taken:
+        counts = (
+            f"SBATCH_{k.upper()}={v} (hydra.launcher.{k} is not set)" for k, v in taken.items()
+        )
+        words.append(f"take {', '.join(counts)}")
+    if own:
+        words.append(f"do not take {', '.join(own)}")
+    if job_id := os.environ.get("SLURM_JOB_ID"):
+        words.append(f"nothing of the job {job_id} around this command")
+    if words:
+        print(f"of this shell's variables the jobs {'; '.join(words)}", file=sys.stderr)
 
 
 # launching --------------------------------------------------------------------------------------
 
 
 def parameters(
-    options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path
+    options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path, array: bool
 ) -> dict[str, Any]:
     """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
+    options = dataclasses.replace(options, **by_site(options))
     packed = options.runs_per_job > 1
     sbatch = {k: getattr(options, k) for k in ("reservation",) if getattr(options, k)}
     extra = {**sbatch, "requeue": True, **options.extra}
@@ -45,13 +117,19 @@ def parameters(
         "stderr_to_stdout": True,
         "exclusive": True if options.exclusive else None,
         "additional_parameters": extra,
-        "setup": [*environment(code), *options.setup],
+        "setup": [
+            *clearing(shape, array=array),
+            *environment(code),
+            *options.setup,
+            token(name, array=array),
+        ],
         # One dead rank would leave the others waiting for it until the time limit.
         "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
         "teardown": [
             "code=$?",
             f'{python(options)} -m sweeps.job --after "$code" {shlex.quote(str(file))}',
             "code=$?",
+            f"unset {JOB}",
             *options.teardown,
             "exit $code",
         ],
@@ -59,6 +137,25 @@ def parameters(
     same = ("partition", "account", "qos", "constraint", "mail_type", "mail_user", "dependency")
     mine |= {key: getattr(options, key) for key in same}
     return {key: value for key, value in mine.items() if value is not None}
+
+
+def clearing(shape: Shape, *, array: bool) -> list[str]:
+    """Shell lines that take away what is not this job's own, whoever has submitted its script."""
+    prefixes = (*shell.ELASTIC_PREFIXES, *shell.ACCELERATE_PREFIXES)
+    prefixes += ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SLURM_STEP")
+    words = [*shell.PLACE, *shell.ELASTIC, *(f"${{!{prefix}@}}" for prefix in prefixes)]
+    words += [JOB, "SLURM_EXPORT_ENV"]
+    if not array:  # of a job around
+        words.append("${!SLURM_ARRAY_@}")
+    if shape.mem_gb is not None:  # srun refuses to have both
+        words += ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"]
+    return [f"unset {' '.join(words)}"]
+
+
+def token(name: str, *, array: bool) -> str:
+    """The shell line by which the job's processes know that it is ours."""
+    job_id = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if array else "$SLURM_JOB_ID"
+    return f"export {JOB}={shlex.quote(name)}/{job_id}"
 
 
 def environment(code: Path) -> list[str]:
@@ -80,9 +177,7 @@ def python(options: SlurmOptions) -> str:
 
 def script(options: SlurmOptions, shape: Shape, *, tasks: int, name: str, file: Path) -> str:
     """The text of the batch script, for `--test-only` and for the curious."""
-    executor = _executor(options, shape, name=name, code=Path("code"), file=file)
-    if tasks > 1:
-        executor.parameters["map_count"] = tasks
+    executor = _executor(options, shape, tasks=tasks, name=name, code=Path("code"), file=file)
     return executor._make_submission_file_text(_command(options, file), "check")
 
 
@@ -90,12 +185,35 @@ def _command(options: SlurmOptions, file: Path) -> str:
     return f"{python(options)} -m sweeps.job {shlex.quote(str(file))}"
 
 
-def _executor(options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path) -> Any:
+def _executor(
+    options: SlurmOptions, shape: Shape, *, tasks: int, name: str, code: Path, file: Path
+) -> Any:
     from submitit import SlurmExecutor
+    from submitit.core.utils import FailedSubmissionError
 
-    executor = SlurmExecutor(folder=file.parent)
-    executor.update_parameters(**parameters(options, shape, name=name, code=code, file=file))
+    class Executor(SlurmExecutor):
+        """Calls sbatch in an environment that says nothing of the job, and doubts its answer."""
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            unset = [word for variable in set_aside() for word in ("-u", variable)]
+            # On the command line, which beats what a site's wrapper may set.
+            return ["env", *unset, "sbatch", f"--job-name={name}", str(submission_file_path)]
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: str | bytes) -> str:
+            text = string.decode() if isinstance(string, bytes) else string
+            ids = set(SUBMITTED.findall(text))
+            if len(ids) != 1:
+                raise FailedSubmissionError(f"sbatch printed {text[:200]!r}")
+            return ids.pop()
+
+    executor = Executor(folder=file.parent)
+    executor.update_parameters(
+        **parameters(options, shape, name=name, code=code, file=file, array=tasks > 1)
+    )
     executor.parameters["wckey"] = None  # submitit's own; many sites refuse unknown ones
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks
     return executor
 
 
@@ -114,6 +232,8 @@ def send(
             options, shape, tasks=len(one.tasks), at_once=at_once,
             name=one.name, code=code, file=folder / "submission.json",
         )  # fmt: skip
+    except Unsure:
+        raise
     except SlurmError as error:
         one.state, one.error = "refused", str(error)
         one.write(folder)
@@ -132,12 +252,11 @@ def sbatch(
     code: Path,
     file: Path,
 ) -> str:
-    """Submit one array; its job id. A time-out is no refusal: the job is looked for first."""
+    """Submit one array; its job id. Whatever sbatch answers, a job that SLURM has is submitted."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = _executor(options, shape, name=name, code=code, file=file)
+    executor = _executor(options, shape, tasks=tasks, name=name, code=code, file=file)
     if tasks > 1:
-        executor.parameters["map_count"] = tasks
         executor.parameters["array_parallelism"] = at_once or tasks
     for left in reversed(range(TRIES)):
         try:
@@ -145,11 +264,25 @@ def sbatch(
                 return str(executor._submit_command(_command(options, file)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             line = " ".join(str(error).split()).removeprefix("sbatch: error: ")
-            if not cluster.BUSY.search(line):
-                raise SlurmError(line) from None
-            if job_id := cluster.find(name):
+            unclear = isinstance(error, FailedSubmissionError)
+        if job_id := _looked_up(name, file=file, line=line):
+            return job_id
+        if unclear:
+            time.sleep(cluster.PAUSE_S)
+            if job_id := _looked_up(name, file=file, line=line):
                 return job_id
-            if not left:
-                raise SlurmError(line) from None
+            raise SlurmError(f"{line}, and SLURM knows no job {name!r}")
+        if not left or not cluster.BUSY.search(line):
+            raise SlurmError(line)
         time.sleep(cluster.PAUSE_S)
     raise AssertionError("at least one try")
+
+
+def _looked_up(name: str, *, file: Path, line: str) -> str | None:
+    """The job's id by its own word, if it has begun, or by its name."""
+    try:
+        return read_submission(file).job_id or cluster.find(name)
+    except SlurmError as error:
+        raise Unsure(
+            f"{line}; whether SLURM has taken the job {name!r} it does not say: {error}"
+        ) from None

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.run_dir import RunDir, RunLocked
+from experiments.scheduler import enter_job
 from experiments.stopping import StopFlag
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
@@ -97,6 +98,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("usage: python -m sweeps.worker RUN_DIR", file=sys.stderr)
         return 2
+    enter_job()  # where it shares one with others, `job.py` has started it
     stop = StopFlag()
     with stop.installed():
         return work(argv[0], stop=stop)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from relora_core.config import ConfigError, DataConfig
@@ -19,10 +20,15 @@ __all__ = [
     "DataInfo",
     "TokenStream",
     "Tokenizer",
+    "fingerprint",
     "inspect",
+    "is_cached",
     "load_tokenizer",
+    "local_files",
     "open_stream",
     "prepare",
+    "sample",
+    "tokenizer_digest",
 ]
 
 
@@ -53,6 +59,64 @@ def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = Non
         full=full,
         cache_dir=cache_dir,
     )
+
+
+def fingerprint(data: DataConfig, *, tokenizer: str | None = None) -> str:
+    """What `inspect` would give as the fingerprint now; no row is looked at. Raises ConfigError.
+
+    `tokenizer` stands for data.tokenizer where a copy of it was kept.
+    """
+    if data.kind == "grammar":
+        return _grammar_fingerprint()
+    from relora_core.data import documents, parquet, pretokenized
+
+    digest = tokenizer_digest(replace(data, tokenizer=tokenizer or data.tokenizer))
+    try:
+        if data.kind == "text":
+            found = documents.find_files(str(data.path))
+            field = data.text_field
+            return documents.fingerprint(found, text_field=field, tokenizer_digest=digest or "")
+        pretokenized.check_place(data)
+        if (files := parquet.find_files(data)) is None:
+            return pretokenized.hub_fingerprint(data, tokenizer_digest=digest)
+        return parquet.fingerprint(files, tokenizer_digest=digest)
+    except (DataError, OSError) as error:
+        raise ConfigError(f"data.path: {error}") from None
+
+
+def local_files(data: DataConfig) -> list[Path]:
+    """The files that the data are, in order; none for the grammar and the hub's."""
+    if data.kind == "grammar":
+        return []
+    from relora_core.data import documents, parquet
+
+    if data.kind == "text":
+        return [file for _, file in documents.find_files(str(data.path))]
+    return parquet.find_files(data) or []
+
+
+def sample(data: DataConfig) -> str | None:
+    """Digest of what the fingerprint leaves out of files too large to be read; None: nothing."""
+    if data.kind != "pretokenized":
+        return None
+    from relora_core.data import parquet
+
+    files = parquet.find_files(data)
+    return parquet.sample(files) if files else None
+
+
+def is_cached(data: DataConfig, *, cache_dir: Path) -> bool:
+    """Whether a run reads tokens that are in `cache_dir` already, and no file of the data."""
+    if data.kind != "text" or not data.fingerprint:
+        return False
+    from relora_core.data import text
+
+    return text.cache_folder(cache_dir, data.fingerprint).exists()
+
+
+def tokenizer_digest(data: DataConfig) -> str | None:
+    """Stands for what the ids mean: the file, and the EOS that its folder or the config names."""
+    return _tokenizer_digest(_named_tokenizer(data))
 
 
 def prepare(
@@ -130,12 +194,18 @@ def open_stream(
 def _inspect_grammar() -> DataInfo:
     from relora_core.data import grammar
 
-    sample = grammar.GrammarStream(seq_len=64, seed=0).next_rows(64)
     return DataInfo(
         vocab_size=grammar.VOCAB_SIZE,
-        # What it says stands for what it is: another grammar is another data set.
-        fingerprint=hashlib.sha256(sample.tobytes()).hexdigest(),
+        fingerprint=_grammar_fingerprint(),
     )
+
+
+def _grammar_fingerprint() -> str:
+    """What it says stands for what it is: another grammar is another data set."""
+    from relora_core.data import grammar
+
+    sample = grammar.GrammarStream(seq_len=64, seed=0).next_rows(64)
+    return hashlib.sha256(sample.tobytes()).hexdigest()
 
 
 def _named_tokenizer(data: DataConfig) -> HFTokenizer | None:
@@ -143,7 +213,6 @@ def _named_tokenizer(data: DataConfig) -> HFTokenizer | None:
 
 
 def _tokenizer_digest(tokenizer: HFTokenizer | None) -> str | None:
-    """Stands for what the ids mean: the file, and the EOS that its folder or the config names."""
     return f"{tokenizer.digest} {tokenizer.eos_id}" if tokenizer else None
 
 

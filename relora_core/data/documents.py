@@ -7,6 +7,7 @@ A `.txt` file is one document, a line of a `.jsonl` file another; either may be 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import gzip
 import hashlib
@@ -68,10 +69,17 @@ def fingerprint(files: list[tuple[str, Path]], *, text_field: str, tokenizer_dig
     """sha256 over relative names, sizes and contents (as packed), text_field and tokenizer."""
     digest = hashlib.sha256(f"text 1 {tokenizer_digest} {text_field}".encode())
     for name, file in files:
-        with _naming(file), open(file, "rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").digest()
+        with _naming(file):
+            content = _content(*places.looks([file]))
         digest.update(f"\n{name}\0{file.stat().st_size}\0".encode() + content)
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _content(look: places.Look) -> bytes:
+    """Kept while the file looks the same: a plan and its launch ask for it in turn."""
+    with open(look[0], "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Not for: serving rows to a trainer (`pretokenized.py`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ SCANNED_IDS = 2**24
 """Ids that planning decodes at most, about half a second; the rest is checked as it is served."""
 HASHED_WHOLE = 256 * 2**20
 """Bytes up to which the fingerprint covers the files' contents; beyond, their footers."""
+
+SAMPLED_BLOCKS, SAMPLED_BYTES = 2048, 4096
+"""Of files beyond that, what `sample` reads at most: blocks, and bytes of each."""
 
 EXPECTED = "a local folder or file of parquet, or the name of a hub data set"
 COLUMN = "input_ids"
@@ -265,8 +269,18 @@ def _scan_group(footer: Footer, group: int, *, stored: int, vocab_size: int) -> 
 
 
 def fingerprint(files: list[Path], *, tokenizer_digest: str | None) -> str:
-    """sha256 over names and sizes, and contents (or footers, where there is too much to read)."""
-    whole = sum(f.stat().st_size for f in files) <= HASHED_WHOLE
+    """sha256 over names and sizes, and contents (or footers, where there is too much to read).
+
+    Kept while the files look the same: a plan and its launch ask for it in turn.
+    """
+    return _fingerprint(places.looks(files), tokenizer_digest, whole=_read_whole(files))
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(
+    looks: tuple[places.Look, ...], tokenizer_digest: str | None, *, whole: bool
+) -> str:
+    files = [Path(look[0]) for look in looks]
     digest = hashlib.sha256(f"pretokenized 1 {tokenizer_digest}".encode())
     for file in files:
         size = file.stat().st_size
@@ -278,4 +292,30 @@ def fingerprint(files: list[Path], *, tokenizer_digest: str | None) -> str:
                 stream.seek(-8, 2)  # the footer's length and the magic number end the file
                 stream.seek(-8 - int.from_bytes(stream.read(4), "little"), 2)
                 digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _read_whole(files: list[Path]) -> bool:
+    return sum(f.stat().st_size for f in files) <= HASHED_WHOLE
+
+
+def sample(files: list[Path]) -> str | None:
+    """sha256 over blocks spread evenly over the files; None where the fingerprint covers them all.
+
+    A footer does not show every change: ids of equal number, range and packed size may differ. At
+    most SAMPLED_BLOCKS are read, so a change of a few rows between them escapes; that of a file or
+    a row group as a whole does not.
+    """
+    if _read_whole(files):
+        return None
+    digest = hashlib.sha256(b"blocks 1")
+    step = max(SAMPLED_BYTES, sum(f.stat().st_size for f in files) // SAMPLED_BLOCKS)
+    begin = 0  # of the file, in all files joined
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            for at in range(-begin % step, size, step):
+                stream.seek(at)
+                digest.update(stream.read(SAMPLED_BYTES))
+        begin += size
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from relora_core.config import ConfigError
@@ -62,6 +63,23 @@ def hub_commit(source: str, *, repo_type: str) -> str:
     if not info.sha:
         raise LookupError("the hub tells no revision of it")
     return info.sha
+
+
+Look = tuple[str, int, int, int, int]
+"""Path, size, times of the newest change of content and of the file itself (ns), inode."""
+
+
+def looks(files: Iterable[Path]) -> tuple[Look, ...]:
+    """How files look from outside: while that stays, their contents are taken to stay.
+
+    What escapes is a change that keeps size, inode and both times. No command sets the second time
+    (ctime): it takes a clock that was set back, or a file system that keeps no such time.
+    """
+    return tuple(
+        (str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+        for f in files
+        for s in (f.stat(),)
+    )
 
 
 def missing(key: str, *, source: str, expected: str, why: str = "") -> ConfigError:

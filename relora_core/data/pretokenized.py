@@ -76,6 +76,11 @@ def _hub_fingerprint(data: DataConfig, commit: str, *, tokenizer_digest: str | N
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def hub_fingerprint(data: DataConfig, *, tokenizer_digest: str | None) -> str:
+    """Of the commit that the name stands for now."""
+    return _hub_fingerprint(data, _hub_commit(data), tokenizer_digest=tokenizer_digest)
+
+
 def _check_same(data: DataConfig, fingerprint: str) -> None:
     """The hub moves on; a run must go on with the commit that it was planned with."""
     if data.fingerprint not in (None, fingerprint):

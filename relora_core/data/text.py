@@ -4,6 +4,7 @@
         ids.bin         every document's ids and its EOS, one after the other; uint16 or uint32
         documents.npy   where each document starts, int64, and the end of the last
         meta.json       counts and types, to know a damaged cache by
+        digests.json    sha256 of both arrays, and how their files looked when it was taken
 
 Not for: rows that are already ids (`pretokenized.py`).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -121,6 +123,7 @@ class Tokens:
             raise DataError(_damaged(folder, places.first_line(error))) from None
         if len(self.ids) != self.meta.tokens or len(self.starts) != self.meta.documents + 1:
             raise DataError(_damaged(folder, f"{len(self.ids)} of {self.meta.tokens} tokens"))
+        _check_digests(folder)
 
     def rows(self, seq_len: int) -> int:
         """Rows of seq_len + 1 in one pass; ConfigError where there is none."""
@@ -130,6 +133,33 @@ class Tokens:
 
 def _damaged(folder: Path, what: str) -> str:
     return f"the token cache {folder} is damaged ({what}); delete it, and it is made again"
+
+
+def _write_digests(folder: Path, digests: dict[str, str]) -> None:
+    looks = {name: list(places.looks([folder / name])[0][1:]) for name in digests}
+    atomic.write_json(folder / "digests.json", {"sha256": digests, "looks": looks})
+
+
+def _check_digests(folder: Path) -> None:
+    """DataError where an array is not the one that was written; read only if its file looks new.
+
+    Caches of earlier versions have no digests: of these the sizes alone are checked.
+    """
+    try:
+        stored = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+        known, looks = stored["sha256"], stored["looks"]
+        if all(looks.get(n) == list(places.looks([folder / n])[0][1:]) for n in known):
+            return
+        for name, digest in known.items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise DataError(_damaged(folder, f"{name} has other content than was written"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(_damaged(folder, f"digests.json: {places.first_line(error)}")) from None
+    with contextlib.suppress(OSError):  # a copy, or touched; somebody else's may be read-only
+        _write_digests(folder, known)
 
 
 def build(
@@ -222,6 +252,7 @@ def _write(folder: Path, *, texts: Iterable[str], tokenizer: Tokenizer) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     lengths: list[int] = []
     largest = 0
+    written = hashlib.sha256()
     with open(folder / "ids.bin", "wb") as file:
         for batch in _batches(texts):
             for ids in tokenizer.encode_batch(batch):
@@ -230,6 +261,7 @@ def _write(folder: Path, *, texts: Iterable[str], tokenizer: Tokenizer) -> None:
                 largest = max(largest, int(array.max()))
                 lengths.append(len(array))
                 file.write(array.data)
+                written.update(array.data)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     np.save(folder / "documents.npy", starts)
     meta = _Meta(
@@ -240,6 +272,12 @@ def _write(folder: Path, *, texts: Iterable[str], tokenizer: Tokenizer) -> None:
         eos_id=tokenizer.eos_id,
     )
     (folder / "meta.json").write_text(json.dumps(asdict(meta)) + "\n", encoding="utf-8")
+    with open(folder / "documents.npy", "rb") as file:
+        digests = {
+            "ids.bin": written.hexdigest(),
+            "documents.npy": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+    _write_digests(folder, digests)
 
 
 # streaming --------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class HFTokenizer:
         import tokenizers
 
         _allow_forks()
-        file, config = _files(source)
+        file, config = files(source)
         raw = file.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
@@ -98,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> i
     return tokenizer.get_vocab_size()
 
 
-def _files(source: str) -> tuple[Path, Path | None]:
+def files(source: str) -> tuple[Path, Path | None]:
     """(tokenizer.json, tokenizer_config.json beside it or None)."""
     path = Path(source).expanduser()
     if path.is_dir():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import EVALS, ConfigError, RunConfig
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import missing
 
@@ -82,13 +83,10 @@ def inspect(config: RunConfig) -> dict[str, str | None]:
     None stands for the grammar's own texts. Every record is read; the first bad one raises
     ConfigError, one line with file and line number.
     """
-    from relora_core.evals import blimp, paloma
-
     digests = {}
-    for name in _active(config):
-        room = {"paloma": paloma, "blimp": blimp}[name]
-        section = getattr(config.eval, name)
-        digests[name] = room.inspect(section)
+    for name in active(config):
+        room, section = _room(name), getattr(config.eval, name)
+        digests[name] = texts_digest(config, name)
         if section.path is not None and config.data.kind == "grammar":
             _check_words(room.load(section), key=f"eval.{name}.path", path=section.path)
         elif config.data.kind != "grammar" and config.data.tokenizer is None:
@@ -96,11 +94,32 @@ def inspect(config: RunConfig) -> dict[str, str | None]:
     return digests
 
 
+def local_files(config: RunConfig) -> dict[str, list[Path]]:
+    """Section -> files of its texts, for the evals that this run has; none for the grammar's."""
+    found = {}
+    for name in active(config):
+        section = getattr(config.eval, name)
+        found[name] = _room(name).local_files(section) if section.path is not None else []
+    return found
+
+
+def texts_digest(config: RunConfig, name: str) -> str | None:
+    """Of the texts of one eval as they are now; None for the grammar's own."""
+    section = getattr(config.eval, name)
+    found = _room(name).inspect(section)
+    assert found or section.path is None, f"eval.{name} gives its texts no digest"
+    return found
+
+
+def _room(name: str) -> Any:
+    """The file of an eval."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
 def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
     """The run's evals, nothing loaded yet. Raises ConfigError where the tokenizer does not fit."""
-    builders = {"paloma": _build_paloma, "blimp": _build_blimp}
     evals = []
-    for name in _active(config):
+    for name in active(config):
         if tokenizer is None:
             raise _no_tokenizer(name)
         _check_vocabulary(config, tokenizer)
@@ -108,15 +127,15 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
             Eval(
                 name=name,
                 every_steps=getattr(config.eval, name).every_steps,
-                build=functools.partial(builders[name], config, tokenizer),
+                build=functools.partial(_BUILDERS[name], config, tokenizer),
             )
         )
     return evals
 
 
-def _active(config: RunConfig) -> list[str]:
+def active(config: RunConfig) -> list[str]:
     """Without a path an eval falls to the grammar's own texts, and is off for other data."""
-    sections = {"paloma": config.eval.paloma, "blimp": config.eval.blimp}
+    sections = {name: getattr(config.eval, name) for name in EVALS}
     grammar = config.data.kind == "grammar"
     return [n for n, s in sections.items() if s.enabled and (grammar or s.path is not None)]
 
@@ -156,6 +175,9 @@ def _build_blimp(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalR
         windows=blimp.windows(pairs, tokenizer=tokenizer),
         precision=section.precision,
     )
+
+
+_BUILDERS = {"paloma": _build_paloma, "blimp": _build_blimp}
 
 
 def _no_tokenizer(name: str) -> ConfigError:

@@ -27,6 +27,7 @@ import numpy as np
 
 from relora_core.config import BlimpConfig, ConfigError
 from relora_core.data.base import Tokenizer
+from relora_core.data.places import Look, looks
 from relora_core.evals import EvalResult, Window, Work, digest, encode, existing, records, score
 
 if TYPE_CHECKING:
@@ -64,14 +65,17 @@ def inspect(config: BlimpConfig) -> str | None:
     """
     if config.path is None:
         return None
-    root = existing(config.path, key=KEY)
-    files = sorted(_folder(root).glob("*.jsonl")) if root.is_dir() else [root]
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _digest(config.path, stamps)
+    return _digest(config.path, looks(local_files(config)))
+
+
+def local_files(config: BlimpConfig) -> list[Path]:
+    """The files that `load` reads; ConfigError where there are none."""
+    root = existing(str(config.path), key=KEY)
+    return sorted(_folder(root).glob("*.jsonl")) if root.is_dir() else [root]
 
 
 @functools.lru_cache(maxsize=8)
-def _digest(path: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _digest(path: str, looks: tuple[Look, ...]) -> str:
     """Kept per version of the files: the points of a grid mostly share their evals."""
     return digest(_pairs(Path(path).expanduser()))
 

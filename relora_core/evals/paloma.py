@@ -31,6 +31,7 @@ import numpy as np
 
 from relora_core.config import ConfigError, PalomaConfig, nearest
 from relora_core.data.base import DataError
+from relora_core.data.places import Look, looks
 from relora_core.evals import EvalResult, Window, Work, digest, existing, records, score
 
 if TYPE_CHECKING:
@@ -65,13 +66,16 @@ def inspect(config: PalomaConfig) -> str | None:
     """Digest of the documents; None without a path. ConfigError, one line, for any bad input."""
     if config.path is None:
         return None
-    files = _files(existing(config.path, key=KEY), split=config.split)
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _digest(config.path, config.split, stamps)
+    return _digest(config.path, config.split, looks(local_files(config)))
+
+
+def local_files(config: PalomaConfig) -> list[Path]:
+    """The files that `load` reads; ConfigError where there are none."""
+    return _files(existing(str(config.path), key=KEY), split=config.split)
 
 
 @functools.lru_cache(maxsize=8)
-def _digest(path: str, split: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _digest(path: str, split: str, looks: tuple[Look, ...]) -> str:
     """Kept per version of the files: the points of a grid mostly share their evals."""
     return digest(_documents(Path(path).expanduser(), split=split))
 

@@ -22,7 +22,7 @@ from sweeps import cluster
 from sweeps.cluster import SlurmError
 from sweeps.commands import common
 from sweeps.commands.common import GOING, Run
-from sweeps.state import recover
+from sweeps.state import recover, submitted_jobs
 
 HELP = "end runs that are queued or running; they keep their checkpoints"
 EXAMPLES = """examples:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         jobs = _jobs(going, before, output_dir=args.output_dir)
         more = _without_runs(args.words, output_dir=args.output_dir)
     except SlurmError as error:
-        jobs, problem = _known_jobs(going, before), str(error)
+        jobs, problem = _known_jobs(going, before, output_dir=args.output_dir), str(error)
     if not going and not more:
         print("nothing to cancel: none of them is queued or running")
         return 0
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         except SlurmError as error:
             problem = str(error)
     for one in going:
-        if before[one.run_id].job_id is None:
+        if one.run_id not in jobs:
             terminate(one.dir)
     _settle(going, before)
     _tell(going)
@@ -79,15 +79,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 # what -------------------------------------------------------------------------------------------
-def _known_jobs(runs: Sequence[Run], states: Mapping[str, RunState]) -> dict[str, str]:
-    return {r.run_id: job for r in runs if (job := states[r.run_id].job_id) is not None}
+def _known_jobs(
+    runs: Sequence[Run], states: Mapping[str, RunState], *, output_dir: str
+) -> dict[str, str]:
+    """run_id -> its SLURM job, of those that we have submitted: no other is ours to end."""
+    named = {r.run_id: job for r in runs if (job := states[r.run_id].job_id) is not None}
+    ours = submitted_jobs(output_dir) if named else set()
+    return {run_id: job for run_id, job in named.items() if job in ours}
 
 
 def _jobs(
     runs: Sequence[Run], states: Mapping[str, RunState], *, output_dir: str
 ) -> dict[str, str]:
     """run_id -> its SLURM job; also where a submission died before the id was written down."""
-    jobs = _known_jobs(runs, states)
+    jobs = _known_jobs(runs, states, output_dir=output_dir)
     unknown = {run.run_id for run in runs} - jobs.keys()
     for sweep in dict.fromkeys(s for r in runs if r.run_id in unknown for s in r.sweeps):
         for submission in recover(output_dir, sweep):
@@ -102,11 +107,8 @@ def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
     found = {}
     for word in words:
         for one in recover(output_dir, word):  # of a run's id there are none
-            if one.kind != "train" and one.job_id is not None:
-                tasks = len(one.tasks)
-                found |= {
-                    f"{one.job_id}_{i}" if tasks > 1 else one.job_id: None for i in range(tasks)
-                }
+            if one.kind != "train":
+                found |= dict.fromkeys(one.ids())
     return [job_id for job_id, job in cluster.jobs(found).items() if job.alive] if found else []
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from experiments import inputs
 from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
 from sweeps.commands import common
 from sweeps.commands.common import Run
@@ -31,6 +32,8 @@ begins from the defaults); eval=OPTION chooses those of conf/eval/OPTION.yaml. W
 evaluated already is not repeated. A run that is training goes on: its checkpoints are only read.
 """
 COLUMNS = ("paloma/perplexity", "blimp/no_bos/accuracy", "blimp/eos_prefix/accuracy")
+SAME_TEXTS = ("enabled", "every_steps", "precision")
+"""Knobs that leave an eval the texts it has; those that begin with max_ only take fewer of them."""
 GOING = ("queued", "running")
 
 
@@ -46,6 +49,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--as", dest="name", default="eval", help="first part of the metrics' names (default: eval)"
+    )
+    parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="with --as: evaluate texts or a tokenizer that have changed, and write that down",
     )
     parser.add_argument("--slurm", action="store_true", help="as jobs, like the sweep's own")
     parser.add_argument(
@@ -63,7 +71,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("SWEEP|RUN must name runs to evaluate, got settings alone")
     runs = common.resolve(args.output_dir, words)
     waiting = _waiting(runs) if args.after else []
-    requests = _requests(runs, settings=settings, steps=steps, name=args.name, waiting=waiting)
+    requests = _requests(
+        runs,
+        settings=settings,
+        steps=steps,
+        name=args.name,
+        waiting=waiting,
+        accept=args.accept_changed,
+    )
     todo = [pair for pair in requests if _wanted(*pair) or pair[0].run_id in waiting]
     if args.slurm and todo:
         return _submit(todo, words=words, output_dir=args.output_dir, after=args.after)
@@ -107,6 +122,8 @@ def _changed(own: EvalConfig, composed: RunConfig, *, keys: Sequence[str]) -> Ev
     sections = {}
     for name, values in given.items():
         base = getattr(EvalConfig() if "path" in values else own, name)
+        if not all(key in SAME_TEXTS or key.startswith("max_") for key in values):
+            base = dataclasses.replace(base, fingerprint=None)  # other texts than the run's own
         sections[name] = dataclasses.replace(base, **{"enabled": bool(values), **values})
     return EvalConfig(**sections)
 
@@ -151,11 +168,12 @@ def _requests(
     steps: str | list[int],
     name: str,
     waiting: Sequence[str],
+    accept: bool,
 ) -> list[tuple[Run, Request]]:
     """A request per run, all of them checked; runs without such a checkpoint are told."""
     from experiments import evaluate
 
-    completed: dict[str, EvalConfig] = {}
+    completed: dict[str, tuple[EvalConfig, list[dict[str, str]]]] = {}
     requests = []
     for run in runs:
         there = evaluate.steps_of(run.dir)
@@ -165,12 +183,18 @@ def _requests(
             has = f" (it has {', '.join(map(str, there))})" if there else ""
             print(f"{run.name}: no such checkpoint{has}: left out", file=sys.stderr)
             continue
-        config = run.dir.config()
+        config = inputs.as_accepted(run.dir, run.dir.config())
         wanted = _absolute(settings(config))
         key = repr((wanted, config.data, config.model))
         if key not in completed:
-            completed[key] = evaluate.complete_eval(config, eval=wanted)
-        request = evaluate.Request(name=name, eval=completed[key], steps=steps)
+            found = evaluate.look(run.dir, eval=wanted)
+            _check_changes(found.changes, name=name, accept=accept)
+            eval = evaluate.complete_eval(
+                dataclasses.replace(config, data=found.config.data), eval=wanted
+            )
+            completed[key] = eval, [dataclasses.asdict(change) for change in found.changes]
+        eval, changes = completed[key]
+        request = evaluate.Request(name=name, eval=eval, steps=steps, changes=changes)
         evaluate.check(run.dir, request=request)
         requests.append((run, request))
     if not requests:
@@ -179,6 +203,17 @@ def _requests(
             f"{len(runs)}; `--slurm --after` waits for runs that are at work"
         )
     return requests
+
+
+def _check_changes(changes: Sequence[inputs.Change], *, name: str, accept: bool) -> None:
+    """ConfigError unless what has changed is taken on purpose, under a name of its own."""
+    from experiments import evaluate
+
+    if changes and not (accept and name != evaluate.PLAIN):
+        raise inputs.refusal(
+            changes,
+            remedy="`--accept-changed --as NAME` evaluates what is there now, under a name apart",
+        )
 
 
 def _wanted(run: Run, request: Request) -> bool:

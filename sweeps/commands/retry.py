@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
+from experiments import inputs
 from experiments.run_dir import RunDir
 from experiments.state import RunState
 from sweeps.commands import common
@@ -37,6 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--diverged", action="store_true", help="diverged runs, too: anew, the old ones kept aside"
     )
 
+    parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="go on with data or eval texts that have changed since, and write that down",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """The launcher's exit code; 0 where there is nothing to do."""
@@ -49,10 +56,33 @@ def run(args: argparse.Namespace) -> int:
     if not again:
         print("nothing to retry")
         return 0
+    check_inputs([one.dir for one in again], accept=args.accept_changed)
     for one in again:
         if states[one.run_id].state == "diverged":
             begin_anew(one.dir)
     return _relaunch(again, output_dir=where)
+
+
+def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
+    """ConfigError where a run would go on with other data than it was planned with.
+
+    With `accept` that is written down in the runs that it is true of.
+    """
+    changes: dict[str, list[inputs.Change]] = {}
+    keys = {}
+    for run_dir in runs:
+        config = inputs.as_accepted(run_dir, run_dir.config())
+        keys[run_dir.run_id] = key = repr((config.data, config.eval))
+        if key not in changes:
+            changes[key] = inputs.look(config, output_dir=inputs.output_dir_of(run_dir)).changes
+    if (found := [c for of_key in changes.values() for c in of_key]) and not accept:
+        once = list({(c.key, c.now): c for c in found}.values())
+        raise inputs.refusal(once, remedy="--accept-changed goes on with what is there now")
+    for run_dir in runs:
+        if own := changes[keys[run_dir.run_id]]:
+            inputs.accept(run_dir, own, by="retry")
+            for change in own:
+                print(f"{run_dir.run_id}: taken as it is now: {change.what}")
 
 
 def _state(run: Run, states: Mapping[str, RunState]) -> str:

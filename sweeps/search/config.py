@@ -73,7 +73,8 @@ class SearchConfig:
     """Seeds that a trial averages over: a list, or how many from the config's seed on."""
     objectives: Any = field(default_factory=list)
     """list[Objective]; short: `train/loss`, `eval/paloma/perplexity min last`,
-    `train/loss min mean 5`."""
+    `train/loss min mean 5`. `mean` and `best` are of logged points, of train/loss therefore those
+    of runtime.log_every_steps; `last` does not depend on it."""
     space: dict[str, str] = field(default_factory=dict)
     """Key -> values in Hydra's grammar: `tag(log, interval(1e-4, 1e-2))`, `choice(4, 8)`."""
     when: dict[str, str] = field(default_factory=dict)

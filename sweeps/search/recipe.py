@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from relora_core import data
-from relora_core.config import ConfigError, RunConfig, applies, get, walk
+from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, walk
 
 LABELS = ("experiment", "model.name", "relora.name")
-FILLED_IN = ("data.fingerprint", "eval.paloma.fingerprint", "eval.blimp.fingerprint")
+FILLED_IN = ("data.fingerprint", *(f"eval.{name}.fingerprint" for name in EVALS))
 """Written by planning, from what the paths lead to."""
 MEASURED = ("eval", "dynamics")
 """Groups whose option leaves no label in a config: the one that explains most is taken."""

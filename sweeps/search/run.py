@@ -20,8 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from experiments.run_dir import RunDir, RunLocked, born, lives, slurm_job_id
+from experiments import inputs
+from experiments.run_dir import RunDir, RunLocked, born, lives
 from experiments.runner import cache_dir, one_line, run_experiment
+from experiments.scheduler import current_job
 from experiments.state import SILENT_AFTER_S
 from experiments.stopping import StopFlag
 from relora_core import data
@@ -35,6 +37,7 @@ from sweeps.plan import make_plan, store
 from sweeps.search.study import Study
 from sweeps.search.trial import Trial, Worker
 from sweeps.state import gone as holder_gone
+from sweeps.state import submitted_jobs
 from sweeps.worker import FAILED, FINISHED, INTERRUPTED
 
 PRELOAD = worker.PRELOAD
@@ -55,7 +58,7 @@ def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
         stop.next_run()
         if stop():
             return INTERRUPTED
-        if gave_up(study):
+        if gave_up(study) or changed(study):
             return FAILED
         trial = study.take(me, gone=Gone(study))
         if trial is None:
@@ -88,6 +91,20 @@ def gave_up(study: Study) -> bool:
     return True
 
 
+def changed(study: Study) -> bool:
+    """Say so where what the trials read is not what the search was planned with."""
+    bases = {repr((b.data, b.eval)): b for b in study.spec.bases.values()}
+    for base in bases.values():
+        try:
+            found = inputs.look(base, output_dir=study.output_dir)
+            if found.changes:
+                raise inputs.refusal(found.changes, remedy="search under another sweep.name")
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return True
+    return False
+
+
 # whose trial ------------------------------------------------------------------------------------
 def this_process() -> Worker:
     return Worker(
@@ -95,7 +112,7 @@ def this_process() -> Worker:
         pid=os.getpid(),
         started=psutil.Process().create_time(),
         birth=born(os.getpid()),
-        job_id=slurm_job_id(),
+        job_id=current_job(),
     )
 
 
@@ -108,13 +125,18 @@ class Gone:
 
     study: Study
     jobs: dict[str, cluster.Job] | None = field(default=None, init=False)
+    ours: set[str] | None = field(default=None, init=False)
 
     def __call__(self, worker: Worker) -> bool:
-        if worker.job_id is not None:
+        here = worker.host == socket.gethostname()
+        if worker.job_id is not None and (not here or self._is_ours(worker.job_id)):
             return self._job_gone(worker.job_id)
-        return worker.host == socket.gethostname() and not lives(
-            worker.pid, birth=worker.birth, started=worker.started
-        )
+        return here and not lives(worker.pid, birth=worker.birth, started=worker.started)
+
+    def _is_ours(self, job_id: str) -> bool:
+        if self.ours is None:
+            self.ours = submitted_jobs(self.study.output_dir)
+        return job_id in self.ours
 
     def _job_gone(self, job_id: str) -> bool:
         """A job that waits was requeued: the trial is still its own."""
@@ -207,7 +229,8 @@ def prepare(trial: Trial) -> list[RunDir]:
         make_plan([({}, config) for config in configs], name=trial.study.name),
         output_dir=output_dir,
     )
-    data.prepare(configs[0].data, cache_dir=cache_dir(output_dir), progress=print)
+    opened = inputs.opened(runs[0], configs[0])
+    data.prepare(opened.data, cache_dir=cache_dir(output_dir), progress=print)
     return runs
 
 
@@ -295,9 +318,9 @@ def trials_per_job(folder: Path | str) -> int:
 # the process ------------------------------------------------------------------------------------
 def held(folder: Path | str) -> list[RunDir] | None:
     """The runs begun of the trial that this job has not ended; None where it has no trial."""
-    job_id = slurm_job_id()
+    job_id = current_job()
     for trial in running(Study.open(folder)):
-        if _job(trial) == job_id:
+        if job_id is not None and _job(trial) == job_id:
             return [run for run in trial.runs if run.status().attempts]
     return None
 

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from experiments import environment
-from experiments.environment import ROOT, SNAPSHOT, attempt_record, code_hash, git_state, job_id
+from experiments import environment, scheduler
+from experiments.environment import ROOT, SNAPSHOT, attempt_record, code_hash, git_state
 
 
 @pytest.fixture(autouse=True)
@@ -107,22 +107,9 @@ def test_without_git_nothing_is_claimed(tmp_path):
     assert git_state(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_JOB_ID": "12"}, "12"),
-        ({"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
-    ],
-)
-def test_the_job_as_slurm_tells_it(monkeypatch, variables, expected):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert job_id() == expected
-
-
 def test_slurms_facts(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setattr(scheduler, "_job", "s.0123abcd/12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     record = attempt_record()

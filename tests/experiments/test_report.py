@@ -124,6 +124,24 @@ def test_different_code_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_losses_that_are_means_over_other_numbers_of_updates_are_named(tmp_path: Path) -> None:
+    """Earlier versions took those since the last log; at the default those are the ten, too."""
+    one, two = a_sweep(tmp_path, arms(4, seeds=(0,)))
+    for run in (one, two):
+        record(run)
+    told = f"The loss of {one.run_id} is a mean over the last 20 updates, as an earlier version"
+    assert one.result()["loss_steps"] is None
+    assert not report_tables.other_losses(tidy.gather(tmp_path, "mine").runs)
+    lines = one.events_path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"kind": "train", "step": 30' not in line]
+    assert len(kept) == len(lines) - 1
+    one.events_path.write_text("".join(kept))
+    assert told in text(report.write(tmp_path, "mine"))
+    one.write_result(one.result() | {"loss_steps": 10})
+    assert not report_tables.other_losses(tidy.gather(tmp_path, "mine").runs)
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_arms_of_different_length_are_said(tmp_path: Path) -> None:
     longer = a_config(r=2, train=TrainConfig(steps=2 * STEPS, batch_size=4))
     for run in a_sweep(tmp_path, [a_config(r=2), longer]):

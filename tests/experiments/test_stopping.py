@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import stopping
+from experiments import scheduler, stopping
 from experiments.run_dir import RunDir, RunLocked
 from experiments.stopping import SIGNALS, StopFlag, shielded
 
@@ -25,7 +25,6 @@ ALL = (signal.SIGINT, *SIGNALS)
 @pytest.fixture
 def run(nano, tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.0)
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     run_dir = RunDir(tmp_path / "runs" / "a")
     run_dir.create(nano())
     return run_dir
@@ -127,10 +126,7 @@ def test_a_run_that_was_given_away_is_left_at_once(run):
     ],
 )
 def test_who_may_take_a_lock_over(run, monkeypatch, mine, theirs, gone, taken):
-    if mine:
-        array, _, task = mine.partition("_")
-        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", array)
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+    monkeypatch.setattr(scheduler, "_job", mine and f"s.0123abcd/{mine}")
     holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "job_id": theirs}
     (run.path / "lock").write_text(json.dumps(holder))
     refused = pytest.raises(RunLocked, match="process 1 on elsewhere")

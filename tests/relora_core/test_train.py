@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -302,6 +303,59 @@ def test_restarts_happen_where_the_schedule_says(config, tmp_path):
     assert lr[1] == 0.0
     assert lr[5] == 0.0  # the update after a restart: its 0-based index is 4
     assert lr[6] > 0.0
+
+
+def final(recorder: Recorder) -> dict[str, float]:
+    """The newest value of every metric, as a result holds it."""
+    return {name: value for (_, name), value in sorted(recorder.metrics().items())}
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        *({"runtime": {"log_every_steps": n}} for n in (5, 11, 1000)),
+        {"checkpoint": {"every_steps": 1, "keep_last": 1}},
+        {"checkpoint": {"every_minutes": 1e-4}},
+    ],
+)
+def test_what_is_outside_the_identity_moves_no_final_number(config, undisturbed, tmp_path, knobs):
+    """The loss is the mean of the last ten updates, whenever it was logged."""
+    plain = undisturbed(config())[0]
+    losses = [plain.metrics()[step, "train/loss"] for step in range(3, 12)]
+    *_, last = (e for e in plain.events if e.kind == "train")
+    recorder = run(config(**knobs), tmp_path)
+    assert final(recorder) == final(plain)
+    assert last.data == {"loss_steps": 10}
+    assert 10 * last.metrics["train/loss"] - sum(losses) == pytest.approx(losses[-1], rel=0.1)
+
+
+def test_the_final_loss_survives_a_kill_and_an_older_checkpoint(config, tmp_path):
+    setting = config(runtime={"log_every_steps": 7}, checkpoint=EVERY_STEP)
+    whole = run(setting, tmp_path / "whole")
+    for step in (1, 2, 5, 7, 11):
+        again = resumed(setting, tmp_path / f"{step}", whole=tmp_path / "whole", at=step)
+        assert again.metrics() == whole.metrics(after=step)
+    for step, known in ((2, 10), (5, 7)):  # of steps 3 to 12 it knows those from here on
+        name = f"old{step}/checkpoints/step-{step:08d}"
+        shutil.copytree(tmp_path / "whole" / name.partition("/")[2], tmp_path / name)
+        file = tmp_path / name / "progress.json"
+        progress = json.loads(file.read_text())
+        assert len(progress.pop("losses")) == step
+        file.write_text(json.dumps(progress))
+        (file.parent / "checksums.json").unlink()
+        again = run(setting, tmp_path / f"old{step}")
+        *_, last = (e for e in again.events if e.kind == "train")
+        assert last.data == {"loss_steps": known}
+        assert (again.metrics() == whole.metrics(after=step)) == (known == 10)
+
+
+@pytest.mark.parametrize("every", [1, 7, 1000])
+def test_a_run_diverges_at_the_same_step_however_often_it_logs(config, tmp_path, every):
+    setting = config(
+        method="full_rank", train={"lr": 1e30, "steps": 8}, runtime={"log_every_steps": every}
+    )
+    events = [e for e in run(setting, tmp_path).events if e.kind in ("train", "diverged")]
+    assert [(e.kind, e.step) for e in events[-2:]] == [("train", 4), ("diverged", 4)]
 
 
 def test_a_diverged_run_says_so(config, tmp_path):

@@ -21,6 +21,7 @@ In a test file:
     slurm.add("77", name="it's | 100%\\n", state="RUNNING", user="0")  somebody else's
     slurm.script("12"), slurm.options("12")             text and #SBATCH lines of what was submitted
     slurm.calls("sbatch")                               the arguments of each call
+    slurm.environ("12")                     the environment in which it was submitted: the job's
     slurm.run("12")                         runs the job's script, task by task, as a node would
 
 Nothing runs by itself: jobs stay PENDING until the test moves them.
@@ -49,6 +50,11 @@ SHORT = {
     "A": "account", "q": "qos", "C": "constraint", "G": "gpus", "o": "output", "e": "error",
     "d": "dependency", "c": "cpus-per-task",
 }  # fmt: skip
+VARIABLES = {
+    "SBATCH_PARTITION": "partition", "SBATCH_TIMELIMIT": "time", "SBATCH_JOB_NAME": "job-name",
+    "SBATCH_ACCOUNT": "account", "SBATCH_QOS": "qos", "SBATCH_REQUEUE": "requeue",
+}  # fmt: skip
+"""They beat the script, and the command line beats them."""
 SITE = {
     "accounting": True,
     "partitions": ["main", "gpu"],
@@ -157,6 +163,12 @@ class FakeSlurm:
     def options(self, job_id: str) -> dict[str, str]:
         return self._first(job_id)["options"]
 
+    def environ(self, job_id: str) -> dict[str, str]:
+        """What the job gets of the environment in which sbatch was called."""
+        path = self.folder / f"environ-{job_id.partition('_')[0]}"
+        pairs = os.fsdecode(path.read_bytes()).split("\0") if path.exists() else []
+        return dict(pair.split("=", 1) for pair in pairs if pair)
+
     def run(self, job_id: str, *, timeout: float = 120, **environment: str) -> None:
         """Run each pending task's script to its end, in turn; COMPLETED or FAILED."""
         with opened(self.folder) as state:
@@ -172,13 +184,15 @@ class FakeSlurm:
             values |= {"SLURM_TASKS_PER_NODE": "1", "SLURM_NTASKS_PER_NODE": "1"}
             if task:
                 values |= {"SLURM_ARRAY_JOB_ID": base, "SLURM_ARRAY_TASK_ID": task}
+            if "mem" in job["options"]:
+                values |= {"SLURM_MEM_PER_NODE": job["options"]["mem"].rstrip("M")}
             with self._output(job, own=own) as output:
                 done = subprocess.run(
                     ["bash"],
                     input=job["script"],
                     text=True,
                     cwd=job["cwd"],
-                    env={**os.environ, **values, **environment},
+                    env={**(self.environ(job_id) or os.environ), **values, **environment},
                     timeout=timeout,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -242,19 +256,22 @@ def tasks_of(array: str) -> list[int]:
     return tasks
 
 
-def sbatch(state: dict, argv: list[str], *, cwd: str) -> str:
+def sbatch(state: dict, argv: list[str], *, cwd: str, folder: Path, environ: bytes) -> str:
     given, files = parse_options(argv)
     script = Path(cwd, files[0]).read_text()
     options: dict[str, str] = {}
     for line in script.splitlines():
         if line.startswith("#SBATCH"):
             options |= parse_options(shlex.split(line.removeprefix("#SBATCH")))[0]
+    variables = dict(os.fsdecode(pair).split("=", 1) for pair in environ.split(b"\0") if pair)
+    options |= {key: variables[name] for name, key in VARIABLES.items() if name in variables}
     options |= given
     check(state["site"], options)
     state["next"] += 1
     base = str(state["next"] - 1)
     if "test-only" in options:
         return Aside(f"sbatch: Job {base} to start at 2030-01-01T00:00:00")
+    (folder / f"environ-{base}").write_bytes(environ)
     tasks = tasks_of(options["array"]) if "array" in options else [None]
     state["next"] += len(tasks) - 1
     for task in tasks:
@@ -428,7 +445,9 @@ def srun(state: dict, argv: list[str]) -> str:
     return ""
 
 
-def answer(folder: Path, command: str, argv: list[str], *, cwd: str) -> tuple[str, str, int]:
+def answer(
+    folder: Path, command: str, argv: list[str], *, cwd: str, environ: bytes
+) -> tuple[str, str, int]:
     """What the tool says on stdout and stderr, and its exit code."""
     with opened(folder) as state, open(folder / "calls.jsonl", "a") as log:
         log.write(json.dumps([command, argv]) + "\n")
@@ -442,7 +461,9 @@ def answer(folder: Path, command: str, argv: list[str], *, cwd: str) -> tuple[st
             return "", failed, fault["code"]
     try:
         with opened(folder) as state:
-            tool = partial(sbatch, cwd=cwd) if command == "sbatch" else globals()[command]
+            tool = globals()[command]
+            if command == "sbatch":
+                tool = partial(sbatch, cwd=cwd, folder=folder, environ=environ)
             said = tool(state, argv)
     except Refused as error:
         return "", f"{error}\n", 1
@@ -455,13 +476,18 @@ def answer(folder: Path, command: str, argv: list[str], *, cwd: str) -> tuple[st
 # between the two --------------------------------------------------------------------------------
 FRONT = """#!/bin/bash
 exec 3<>/dev/tcp/127.0.0.1/{port} || exit 1
-printf '%s\\0' {folder} {command} "$PWD" "$#" "$@" >&3
+printf '%s\\0' {folder} {command} "$PWD" $$ "$#" "$@" >&3
 IFS= read -r -d '' -u 3 said; IFS= read -r -d '' -u 3 complaint; IFS= read -r -d '' -u 3 code
 exec 3>&-
 printf '%s' "$said"; printf '%s' "$complaint" >&2
 """
 ENDS = dict.fromkeys(COMMANDS, 'exit "$code"\n')
 ENDS["srun"] = """[[ $code == 0 ]] || exit "$code"
+if [[ -n $SLURM_MEM_PER_CPU && -n $SLURM_MEM_PER_NODE ]]; then
+    echo "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually \
+exclusive." >&2
+    exit 1
+fi
 while [[ $1 == -* ]]; do
     case $1 in --output|--error|-o|-e|-n|-N|--ntasks|--jobid) shift;; esac
     shift
@@ -484,9 +510,10 @@ class Desk(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # the caller was killed, as by a timeout
-            folder, command, cwd, count = (self.word() for _ in range(4))
+            folder, command, cwd, pid, count = (self.word() for _ in range(5))
             argv = [self.word() for _ in range(int(count))]
-            for part in answer(Path(folder), command, argv, cwd=cwd):
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+            for part in answer(Path(folder), command, argv, cwd=cwd, environ=environ):
                 self.wfile.write(os.fsencode(f"{part}\0"))
 
 

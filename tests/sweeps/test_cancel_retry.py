@@ -28,9 +28,11 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import signal, sys, time
 from experiments.run_dir import RunDir
+from experiments.scheduler import current_job
 run = RunDir(sys.argv[1])
 with run.lock():
-    run.update_status(state="running", host=__import__("socket").gethostname(), attempts=1)
+    run.update_status(state="running", host=__import__("socket").gethostname(), attempts=1,
+                      job_id=current_job())
     while True:
         time.sleep(0.05)
 """
@@ -67,6 +69,16 @@ def slurm(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def holder_inside(slurm, monkeypatch, request):
+    """The same inside somebody's job, with all that is around there."""
+    slurm.add("4242_1", name="interactive", state="RUNNING")
+    inside = {"SLURM_JOB_ID": "4242", "SLURM_ARRAY_JOB_ID": "4242", "SLURM_ARRAY_TASK_ID": "1"}
+    for name, value in inside.items():
+        monkeypatch.setenv(name, value)
+    return request.getfixturevalue("holder")
+
+
+@pytest.fixture
 def holder(world):
     """A process that works on the first run until it gets a signal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -83,6 +95,13 @@ def holder(world):
 def queue(run: RunDir, *, job_id: str | None = None, host: str | None = None) -> None:
     pid = os.getpid()  # as a launcher that is alive
     run.update_status(state="queued", job_id=job_id, host=host or os.uname().nodename, pid=pid)
+
+
+def submit(world: World, job_id: str, *, tasks: int = 1) -> None:
+    """The record of a submission of the sweep."""
+    one = Submission(submission="aa", name="s.aa", job_id=job_id, state="submitted")
+    one.tasks = [[run.run_id] for run in world.runs[:tasks]]
+    one.write(jobs_folder(world.out, name="s") / "aa")
 
 
 # cancel -----------------------------------------------------------------------------------------
@@ -150,6 +169,7 @@ def test_a_run_at_work_elsewhere_is_asked_and_not_called_cancelled(world, capsys
 
 
 def test_slurm_jobs_are_cancelled_and_their_runs_say_so(world, slurm):
+    submit(world, "12", tasks=3)
     for job in ("12_0", "12_1", "12_2"):
         slurm.add(job, name="s.aa", state="PENDING")
     for index in range(3):
@@ -163,6 +183,7 @@ def test_slurm_jobs_are_cancelled_and_their_runs_say_so(world, slurm):
 @pytest.mark.slow
 def test_a_packed_job_goes_on_for_the_runs_that_are_not_cancelled(world, slurm):
     slurm.add("12", name="s.aa", state="RUNNING")
+    submit(world, "12")
     for run in world.runs[:3]:
         run.update_status(state="running", job_id="12", host="node")
     assert world("cancel", world.runs[0].run_id, "--yes") == 0
@@ -171,6 +192,36 @@ def test_a_packed_job_goes_on_for_the_runs_that_are_not_cancelled(world, slurm):
     world.runs[2].write_result({"state": "finished", "metrics": {}})
     assert world("cancel", world.runs[0].run_id, world.runs[1].run_id, "--yes") == 0
     assert slurm.jobs()["12"]["state"] == "CANCELLED"  # its third run needs it no more
+
+
+@pytest.mark.parametrize("host", [os.uname().nodename, "elsewhere"])
+@pytest.mark.parametrize("words", [["s"], ["seed-of-one"]], ids=["sweep", "run"])
+def test_a_job_that_nobody_submitted_is_never_cancelled(world, slurm, host, words):
+    """The user's own allocation, in records as an earlier version wrote them."""
+    slurm.add("4242", name="interactive", state="RUNNING")
+    submit(world, "12")
+    run = world.runs[1]
+    words = [run.run_id] if words != ["s"] else words
+    lock = {"host": host, "pid": 1, "started": 0.0, "job_id": "4242"}
+    (run.path / "lock").write_text(json.dumps(lock))
+    run.update_status(state="running", host=host, pid=1, job_id="4242")
+    queue(world.runs[2], job_id="4242", host=host)
+    world("cancel", *words, "--yes")
+    assert slurm.calls("scancel") == []
+    assert slurm.jobs()["4242"]["state"] == "RUNNING"
+    assert run.cancel_path.exists() == (host == "elsewhere")  # here it is a process long dead
+
+
+def test_a_local_run_inside_an_allocation_is_a_process(world, slurm, holder_inside, monkeypatch):
+    monkeypatch.setattr(cancel, "GRACE_S", 10.0)
+    reaper = threading.Thread(target=holder_inside.wait)
+    reaper.start()
+    status, lock = world.runs[0].status(), world.runs[0].lock_holder()
+    assert (status.job_id, (lock or {})["job_id"]) == (None, None)
+    assert world("cancel", world.runs[0].run_id, "--yes") == 0
+    reaper.join(10)
+    assert (slurm.calls("scancel"), world.states()[0]) == ([], "cancelled")
+    assert holder_inside.returncode == -signal.SIGTERM
 
 
 def test_a_job_whose_id_was_lost_is_found_by_its_name(world, slurm):
@@ -197,6 +248,7 @@ def test_a_searchs_jobs_end_also_before_they_have_taken_a_trial(world, slurm):
 @pytest.mark.slow
 def test_where_slurm_does_not_answer_the_request_stands(world, slurm, capsys):
     slurm.add("12", name="s.aa", state="PENDING")
+    submit(world, "12")
     queue(world.runs[0], job_id="12", host="login")
     slurm.fail("scancel", "Unable to contact slurm controller")
     assert world("cancel", "s", "--yes") == 1

@@ -15,10 +15,11 @@ from fake_slurm import FakeSlurm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments import scheduler
 from experiments.run_dir import RunDir
 from relora_core.data.grammar import VOCAB_SIZE
 from sweeps import cluster, job
-from sweeps.state import Submission, jobs_folder, survey
+from sweeps.state import Submission, jobs_folder, read_submissions, record_job, survey
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,7 @@ def slurm(tmp_path, monkeypatch):
     slurm.add(JOB, name="s.0123abcd", state="RUNNING")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setattr(scheduler, "_job", f"s.0123abcd/{JOB}")
     return slurm
 
 
@@ -116,11 +118,11 @@ def states(work):
 def test_a_task_finds_its_runs(submitted, tmp_path, monkeypatch):
     file = submitted((0, 1), (2, 3), (4,), max_stalled=3, signal_delay_s=40.0)
     for index, seeds in enumerate([(0, 1), (2, 3), (4,)]):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+        monkeypatch.setattr(scheduler, "_job", f"s.0123abcd/12_{index}")
         found = job.read(file, index=job.task_index())
         assert [run.config().seed for run in found.runs] == list(seeds)
         assert (found.max_stalled, found.signal_delay_s, found.requests) == (3, 40.0, [])
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    monkeypatch.setattr(scheduler, "_job", "s.0123abcd/12")
     assert job.task_index() == 0
 
 
@@ -129,6 +131,103 @@ def test_a_task_finds_its_evaluation(tmp_path):
     one.write(jobs_folder(tmp_path, name="s") / "a")
     found = job.read(jobs_folder(tmp_path, name="s") / "a" / "submission.json", index=0)
     assert (found.runs, found.requests) == ([], [tmp_path / "runs/x/r.json"])
+
+
+# whose job it is ---------------------------------------------------------------------------------
+AROUND = {"SLURM_JOB_ID": "20", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.fixture
+def inside(slurm, monkeypatch):
+    """This process is in job 20, submitted from inside a task of the array 12."""
+    monkeypatch.setattr(scheduler, "_job", None)
+    slurm.add("20", name="s.0123abcd", state="RUNNING")
+    slurm.set_state(JOB, "PENDING")
+    slurm.add("12_3", name="around", state="RUNNING")
+    for name, value in AROUND.items():
+        monkeypatch.setenv(name, value)
+    return slurm
+
+
+def test_a_job_goes_by_its_own_id_not_by_that_of_the_job_around(
+    inside, submitted, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("RELORA_JOB", "s.0123abcd/20")
+    monkeypatch.setattr(job.worker, "work", lambda path, stop: INTERRUPTED)
+    assert job.main([str(submitted((0,)))]) == INTERRUPTED
+    assert requeued(inside) == ["20"]
+    assert read_submissions(jobs_folder(tmp_path / "out", name="s"))[0].job_id == "20"
+
+
+@pytest.mark.parametrize("token", [None, "s.0123abcd/12_3", "around/20", "s.0123abcd/21", ""])
+@pytest.mark.parametrize("after", [(), ("--after", "137")])
+def test_a_process_that_is_not_in_the_job_touches_nothing(
+    inside, submitted, monkeypatch, capsys, tmp_path, token, after
+):
+    if token is not None:
+        monkeypatch.setenv("RELORA_JOB", token)
+    if token == "s.0123abcd/12_3":  # right for SLURM, and a submission of one task has no fourth
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    file = submitted((0,))
+    before = file.read_text()
+    assert job.main([*after, str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"RELORA_JOB must name {file}" in line
+    assert (requeued(inside), inside.calls("scancel")) == ([], [])
+    assert (file.read_text(), RunDir(tmp_path / "out/runs/r0").status().state) == (
+        before,
+        "planned",
+    )
+
+
+def test_a_job_leaves_an_id_that_is_written_down_alone(work, slurm, monkeypatch, tmp_path):
+    folder = jobs_folder(tmp_path / "out", name="s")
+    work(0, job_id="7", state="submitted")
+    record_job(folder / "0123abcd" / "submission.json", "12_0")
+    assert read_submissions(folder)[0].job_id == "7"
+    work(0, state="refused", error="a controller that was slow")
+    record_job(folder / "0123abcd" / "submission.json", "12_0")
+    (one,) = read_submissions(folder)
+    assert (one.job_id, one.state, one.error) == ("12", "submitted", None)
+
+
+# a group of processes ----------------------------------------------------------------------------
+LEAKED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+LEAKED |= {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"}
+LEAKED |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+
+
+def group(monkeypatch, *, processes, **more):
+    """What is left and set of a group's variables."""
+    named = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": str(processes), "SLURM_JOB_NUM_NODES": "1"}
+    named |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "n[3-4]"}
+    with monkeypatch.context() as patch:
+        for name, value in {**named, "SUBMITIT_EXECUTOR": "slurm", **LEAKED, **more}.items():
+            patch.setenv(name, value)
+        job.join_group(processes=processes)
+        found = {name: os.environ.get(name) for name in LEAKED}
+        for name in LEAKED:
+            os.environ.pop(name, None)
+    return found
+
+
+def test_one_process_is_alone_whatever_it_has_inherited(monkeypatch):
+    assert set(group(monkeypatch, processes=1).values()) == {None}
+
+
+def test_several_processes_are_a_group_of_their_own(monkeypatch):
+    expected = dict.fromkeys(LEAKED) | {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "n3"}
+    expected |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "20077"}
+    assert group(monkeypatch, processes=2) == expected
+
+
+def test_jobs_of_one_time_have_ports_of_their_own(monkeypatch):
+    ids = range(987_000, 987_300)
+    ports = {
+        str(group(monkeypatch, processes=2, SLURM_JOB_ID=str(one))["MASTER_PORT"]) for one in ids
+    }
+    assert len(ports) == len(ids)
+    assert all(1024 < int(port) < 32768 for port in ports)
 
 
 # several runs in a job --------------------------------------------------------------------------
@@ -318,17 +417,13 @@ def test_a_killed_run_that_gets_nowhere_is_not_requeued(work, slurm):
     assert (states(made), requeued(slurm)) == (["failed"], [])
 
 
-def test_another_job_begins_to_count_anew(alone, slurm):
+def test_another_job_begins_to_count_anew(alone, slurm, monkeypatch):
     work = alone(FINISHED)
     work.max_stalled = 3
     exhausted(work)
     slurm.add("20", state="RUNNING")
-    os.environ.pop("SLURM_ARRAY_JOB_ID")  # the fixture's monkeypatch puts it back
-    os.environ["SLURM_JOB_ID"] = "20"
-    try:
-        assert job.run(work) == FINISHED
-    finally:
-        del os.environ["SLURM_JOB_ID"]
+    monkeypatch.setattr(scheduler, "_job", "s.0123abcd/20")
+    assert job.run(work) == FINISHED
 
 
 def test_a_finished_run_is_not_given_up(packed, slurm):
@@ -431,10 +526,11 @@ def test_a_refused_requeue_is_a_failure_with_its_reason(alone, slurm, end):
     assert survey(work.runs)["r0"].state == "failed"
 
 
-def test_slurms_own_exit_code_of_an_evaluation_is_passed_on(tmp_path, slurm):
+def test_slurms_own_exit_code_of_an_evaluation_is_passed_on(tmp_path, slurm, monkeypatch):
     one = Submission(submission="a", name="s.a", kind="eval", tasks=[["runs/x/r.json"]])
     one.write(jobs_folder(tmp_path, name="s") / "a")
     file = jobs_folder(tmp_path, name="s") / "a" / "submission.json"
+    monkeypatch.setenv("RELORA_JOB", f"s.a/{JOB}")
     assert job.main(["--after", "137", str(file)]) == 137
     assert requeued(slurm) == []
 
@@ -454,6 +550,7 @@ def test_a_pack_trains(nano, submitted, slurm, monkeypatch):
         return nano(seed=seed, model={"vocab_size": VOCAB_SIZE}, train={"steps": 4})
 
     file = submitted((0, 1), config=config)
+    monkeypatch.setenv("RELORA_JOB", f"s.0123abcd/{JOB}")
     assert job.main([str(file)]) == FINISHED
     work = job.read(file, index=0)
     assert states(work) == ["finished", "finished"]

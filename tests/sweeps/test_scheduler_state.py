@@ -130,7 +130,8 @@ def test_a_silent_run_whose_job_runs_is_running_with_a_note(slurm, run):
     assert now(run) == ("running", f"no word from {ELSEWHERE} for 10 min")
 
 
-def test_a_process_gone_from_this_host_is_no_failure_while_its_job_runs(slurm, run):
+def test_a_process_gone_from_this_host_is_no_failure_while_its_job_runs(slurm, run, tmp_path):
+    submitted(tmp_path / "out", job_id="12", tasks=[[], [], [], [run.run_id]])
     says(run, "running", host=socket.gethostname(), pid=2**22 + 1)
     slurm.add("12_3", state="RUNNING")
     state, reason = now(run)
@@ -175,6 +176,16 @@ def test_a_run_that_was_asked_to_end_is_cancelled_however_its_job_ended(slurm, r
     run.cancel_path.touch()
     slurm.add("12_3", state="FAILED")
     assert now(run)[0] == "cancelled"
+
+
+@pytest.mark.parametrize("job", ["RUNNING", "PENDING", "COMPLETED"])
+def test_a_job_that_nobody_submitted_says_nothing_of_a_process_of_this_host(slurm, run, job):
+    """As an earlier version wrote it down inside an allocation."""
+    slurm.add("4242", name="interactive", state=job)
+    says(run, "running", host=socket.gethostname(), pid=2**22 + 1, job_id="4242")
+    state, reason = now(run)
+    assert (state, str(reason)[:20]) == ("failed", "killed (no process; ")
+    assert survey([run])[run.run_id].job_id is None
 
 
 @pytest.mark.parametrize("result", ["finished", "diverged"])

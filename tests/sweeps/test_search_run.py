@@ -18,6 +18,7 @@ import pytest
 from fake_slurm import FakeSlurm
 from rich.console import Console
 
+from experiments import scheduler
 from experiments.run_dir import RunDir, all_runs
 from experiments.runner import complete, run_experiment
 from experiments.stopping import StopFlag
@@ -240,8 +241,7 @@ def test_a_process_of_this_host_is_gone_when_it_is_dead_or_another(study):
 def submitted(study, slurm, monkeypatch, tmp_path):
     """Task 0 of the array 12, which is to take a trial; (work, study)."""
     slurm.add("12_0", name="s.0123abcd", state="RUNNING")
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setattr(scheduler, "_job", "s.0123abcd/12_0")
     made = study(n_trials=2, train={"steps": 30})
     one = Submission(
         submission="0123abcd", name="s.0123abcd", tasks=[["sweeps/s/study"]] * 2, kind="search"
