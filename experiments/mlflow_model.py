@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import re
+import shlex
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def _remedy(run_dir: RunDir) -> str:
     output_dir = run_dir.path.parents[1]
     if not run_dir.config().tracking.enabled:
         return "it was run with tracking.enabled=false"
-    return f"`python -m sweeps sync --output-dir {output_dir}` first"
+    return f"`python -m sweeps sync --output-dir {shlex.quote(str(output_dir))}` first"
 
 
 def _check_place(experiment: Experiment, *, uri: str) -> None:

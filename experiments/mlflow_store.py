@@ -11,10 +11,11 @@ import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from relora_core.config import ConfigError, RunConfig, TrackingConfig, nearest
 
@@ -48,19 +49,14 @@ class TrackingUnreachable(RuntimeError):
         )
 
 
-def check_uri(
-    tracking: TrackingConfig, *, output_dir: Path | str = ".", recorded: bool = True
-) -> None:
-    """Raise ConfigError where `tracking.uri`, or what stands for it, cannot be a store.
+def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
+    """Raise ConfigError where `tracking.uri` cannot be a store.
 
     Contacts none, loads no MLflow. `recorded`: it will stand in the records of runs, where no
     password may.
     """
     uri = tracking.uri
-    if not tracking.enabled:
-        return
-    if uri is None:
-        default_uri(output_dir)
+    if not tracking.enabled or uri is None:
         return
     scheme, separator, _ = uri.partition("://")
     dialect, _, driver = scheme.partition("+")
@@ -115,8 +111,19 @@ def sqlite_path(uri: str) -> Path | None:
     """The absolute path of a sqlite URI's file; None for other stores and databases in memory."""
     if not re.match(r"sqlite(\+\w+)?:///", uri):
         return None
-    name = uri.split(":///", 1)[1].split("?", 1)[0]
+    name = unquote(uri.split(":///", 1)[1].split("?", 1)[0])
     return Path(name).absolute() if name and name != ":memory:" else None
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a database file.
+
+    SQLAlchemy ends the path at `?` and reads `%20` as a space; MLflow, unless a driver is named,
+    makes the folder that stands in the address as it is.
+    """
+    plain = str(path.absolute())
+    quoted = plain.replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{plain}" if quoted == plain else f"sqlite+pysqlite:///{quoted}"
 
 
 def redacted(text: str) -> str:
@@ -147,14 +154,22 @@ def with_password(uri: str) -> str:
 
 
 def default_uri(output_dir: Path | str) -> str:
-    """The database in `output_dir`; ConfigError where no URI can name it."""
-    path = Path(output_dir).absolute() / "mlflow.db"
-    if "?" in str(path):  # there SQLAlchemy ends the path: the file would lie beside the folder
-        raise ConfigError(
-            f"output_dir must have no '?' in its path where tracking.uri is null, got "
-            f"{str(output_dir)!r}; nearest valid: {str(path.parent).replace('?', '_')!r}"
-        )
-    return f"sqlite:///{path}"
+    """The database in `output_dir`."""
+    return sqlite_uri(Path(output_dir) / "mlflow.db")
+
+
+def misplaced(uri: str) -> str | None:
+    """One line where a version before put the database of this address into another folder."""
+    path = sqlite_path(uri)
+    if path is None or path.exists() or "%" not in str(path):
+        return None
+    other = Path(os.path.normpath(unquote(str(path))))
+    if not other.is_file():
+        return None
+    return (
+        f"an earlier version kept {path} in {other}, which is left as it is; all that is in the "
+        "runs' records is shown anew"
+    )
 
 
 def store_uri(config: RunConfig) -> str:
@@ -199,6 +214,8 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if line := misplaced(uri):
+        print(f"note: {line}", file=sys.stderr)
     with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
         try:
             client = connect(uri)

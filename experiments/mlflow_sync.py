@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 from experiments import mlflow_record as record
 from experiments.identity import config_to_json
 from experiments.mlflow_record import News, Point, Position
-from experiments.mlflow_store import connect, is_outage, lock, reachable, redacted, sqlite_path
+from experiments.mlflow_store import (
+    connect,
+    is_outage,
+    lock,
+    reachable,
+    redacted,
+    sqlite_path,
+    sqlite_uri,
+)
 from experiments.run_dir import RunDir, Status
 from experiments.state import RunState
 from relora_core.config import RunConfig
@@ -116,7 +124,7 @@ class Syncer:
         self._experiment_id = experiment_id
         self._lock = lock(uri, Path(output_dir))
         database = sqlite_path(uri)
-        self._key = f"{f'sqlite:///{database}' if database else redacted(uri)}#{experiment_id}"
+        self._key = f"{sqlite_uri(database) if database else redacted(uri)}#{experiment_id}"
         self._client = connect(uri)
         self._views: dict[str, _View] | None = None
         self._colours: dict[str, str] = {}

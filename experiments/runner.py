@@ -360,7 +360,7 @@ def run_here(config: RunConfig) -> int:
 
     notes: list[str] = []
     config = complete(config, notes=notes)
-    mlflow_store.check_uri(config.tracking, output_dir=config.output_dir)
+    mlflow_store.check_uri(config.tracking)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
     if process_rank():

@@ -199,7 +199,7 @@ def check_tracking(plan: Plan) -> None:
 
     for tracking in {repr(c.config.tracking): c.config.tracking for c in plan.cells}.values():
         if tracking.enabled:
-            mlflow_store.check_uri(tracking, output_dir=plan.cells[0].config.output_dir)
+            mlflow_store.check_uri(tracking)
 
 
 def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:

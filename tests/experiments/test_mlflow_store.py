@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow_runs import Store, a_config, a_run, closed_port, expected, train
 
 from experiments import mlflow_store
-from experiments.mlflow_store import TrackingUnreachable, check_uri, ensure_store
+from experiments.mlflow_store import TrackingUnreachable, check_uri, default_uri, ensure_store
 from experiments.mlflow_sync import sync
 from relora_core.config import ConfigError, SweepConfig, TrackingConfig
 
@@ -144,3 +146,63 @@ def test_the_way_to_the_ui_is_one_command_and_links_lead_to_the_runs() -> None:
     assert link.startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
     assert "workflowType=machine_learning" in link
     assert "start_time" not in link
+
+
+ODD = [
+    "a%20b",
+    "a b",
+    "%2F..%2Fup",
+    "100%",
+    "a#b",
+    "a?b=c",
+    "a&b+c;d",
+    "über 日",
+    "a'b\"c",
+    "a:b@c",
+]
+ODD += ["a%%20b", "%25", "~a"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_database_and_artifacts_lie_in_the_output_folder(
+    migrated: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "here" / name
+    out.mkdir(parents=True)
+    shutil.copy(migrated, out / "mlflow.db")
+    uri = default_uri(out)
+    run = a_run(out)
+    train(run, attempt=1, start=0, stop=20, state="finished")
+    (id_,) = {ensure_store(uri, experiment="x", output_dir=out) for _ in range(2)}
+    assert not sync([run], uri=uri, experiment_id=id_, output_dir=out).errors
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([id_])
+    assert {path.name for path in tmp_path.iterdir()} == {"here"}
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [name]
+    listed = {one.path for one in client.list_artifacts(found.info.run_id)}
+    folder = out / "mlartifacts" / found.info.run_id / "artifacts"
+    assert listed == {path.name for path in folder.iterdir()} != set()
+    assert mlflow_store.sqlite_path(uri) == out / "mlflow.db"
+
+
+def test_a_database_that_an_earlier_version_misplaced_is_said_and_left(
+    migrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a b").mkdir()
+    shutil.copy(migrated, tmp_path / "a b" / "mlflow.db")
+    out = tmp_path / "a%20b"
+    run = a_run(out)
+    train(run, attempt=1, start=0, stop=20)
+    old = f"sqlite:///{out}/mlflow.db"
+    shown = {"experiment": "x", "output_dir": out}
+    sync([run], uri=old, experiment_id=ensure_store(old, **shown), output_dir=out)
+    assert not (out / "mlflow.db").exists()
+    before = (tmp_path / "a b" / "mlflow.db").read_bytes()
+    uri = default_uri(out)
+    assert (mlflow_store.misplaced(uri) or "").startswith(f"an earlier version kept {out}")
+    shutil.copy(migrated, out / "mlflow.db")
+    there = ensure_store(uri, **shown)
+    sync([run], uri=uri, experiment_id=there, output_dir=out)
+    (found,) = MlflowClient(uri).search_runs([there])
+    assert found.data.metrics["train/loss"]
+    assert (tmp_path / "a b" / "mlflow.db").read_bytes() == before
