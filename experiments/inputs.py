@@ -229,6 +229,8 @@ def _data(config: RunConfig, *, output_dir: Path, kept: Path | None) -> list[Cha
     what = f"data.path={data.path} has changed since the run was planned"
     if detail := _difference(known, seen):
         what += f" ({detail})"
+    elif not files:
+        what += " (the hub has another commit of it: owner/name@commit names the planned one)"
     elif data.tokenizer and kept is None:
         what = f"data.path={data.path} or data.tokenizer={data.tokenizer} has changed since the "
         what += "run was planned"

@@ -79,9 +79,7 @@ def test_a_plan_says_it_once_for_all_its_runs(cut: RunConfig) -> None:
 
 
 def test_a_report_says_it() -> None:
-    run = SimpleNamespace(notes=[CUT], state="finished", config=nano_config())
+    run = SimpleNamespace(notes=[CUT], state="finished", config=nano_config(), code=[], changed=[])
     arm = SimpleNamespace(finished=[run, run], runs=[run, run], name="a")
-    for one in (run,):
-        one.code = []
     lines = _cautions(SimpleNamespace(runs=[run, run], arms=[arm], varies={}))  # type: ignore[arg-type]
     assert lines == [f"Data: {CUT}."]

@@ -11,6 +11,8 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,12 +37,13 @@ from relora_core.config import (
     PalomaConfig,
     validate,
 )
-from relora_core.data import documents, parquet
+from relora_core.data import documents, parquet, places
 from relora_core.data.tokenizer import HFTokenizer
 from sweeps.__main__ import main as sweeps
 from sweeps.display import make_console
 from sweeps.launch import prepare_data
 from sweeps.plan import make_plan, store
+from sweeps.search.run import changed
 from tests.conftest import nano_config
 from tests.relora_core.data_files import random_rows, write_bpe, write_rows
 
@@ -608,3 +611,41 @@ def test_another_grammar_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(grammar.GrammarStream, "next_rows", lambda self, n: rows(self, n)[::-1])
     (change,) = inputs.look(config, output_dir=tmp_path).changes
     assert "grammar" in change.what
+
+
+def test_a_hub_data_set_is_its_commit(world, monkeypatch):
+    """Its tokenizer, too, is the copy that was kept."""
+    commits = ["a" * 40]
+    monkeypatch.setattr(places, "hub_commit", lambda source, repo_type: commits[-1])
+    config = nano_config(
+        data={"kind": "pretokenized", "path": "owner/rows", "tokenizer": str(world.tokenizer)}
+    )
+    config.data.fingerprint = data.fingerprint(config.data)
+    assert inputs.look(config, output_dir=world.out).changes == []
+    permute(world.tokenizer)
+    assert inputs.look(config, output_dir=world.out).changes == []
+    commits.append("b" * 40)
+    (change,) = inputs.look(config, output_dir=world.out).changes
+    assert "owner/name@commit names the planned one" in change.what
+
+
+def test_a_search_takes_no_trial_that_would_read_something_else(world, capsys):
+    config = world.config()
+    spec = SimpleNamespace(bases={"": config})
+    study: Any = SimpleNamespace(spec=spec, output_dir=world.out)
+    assert not changed(study)
+    rewrite(world)
+    assert changed(study)
+    line = capsys.readouterr().err
+    assert line.startswith("error: data.path=")
+    assert line.count("\n") == 1
+    assert "sweep.name" in line
+
+
+def test_shorter_data_taken_on_purpose_are_trained_on(world, here):
+    """The position in the old data is one in the new, or in its next pass."""
+    run_dir = world.half_way()
+    lose(world)
+    write_rows(world.rows / "train-00000-of-00002.parquet", random_rows(5, seed=3))
+    assert sweeps_retry(world, run_dir, "--accept-changed") == 0
+    assert len(losses(run_dir)) == 4
