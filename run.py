@@ -28,7 +28,7 @@ schema.register()
 def main(cfg: DictConfig) -> None:
     with reporting():
         schema.refuse_search(cfg, HydraConfig.get().overrides.task)
-        schema.refuse_sweep(HydraConfig.get().sweeper)
+        schema.refuse_sweep(HydraConfig.get())
         sys.exit(run_here(schema.to_run_config(cfg)))
 
 

@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from relora_core.config import ConfigError, RunConfig, get, nearest, walk
 
@@ -88,8 +88,18 @@ def refuse_search(cfg: DictConfig, words: Sequence[str] = ()) -> None:
         )
 
 
-def refuse_sweep(sweeper: DictConfig) -> None:
-    """ConfigError where a sweep file is chosen for a single run, which would take none of it."""
+def refuse_sweep(hydra: Any) -> None:
+    """ConfigError where what is chosen for many runs would be left out of a single one."""
+    choices, sweeper = hydra.runtime.choices, hydra.sweeper
+    if "LocalLauncher" not in hydra.launcher._target_:
+        raise ConfigError(
+            f"hydra/launcher must be local for one run, got {choices['hydra/launcher']!r}: add -m, "
+            "or hydra/launcher=local"
+        )
+    if "GridSweeper" not in sweeper._target_:
+        raise ConfigError(
+            f"hydra/sweeper={choices['hydra/sweeper']} needs -m, or --plan to see what it would do"
+        )
     if sweeper.get("params") or sweeper.get("arms"):
         raise ConfigError("sweep must be none for one run: add -m, or leave sweep out")
 
@@ -114,6 +124,31 @@ def refuse_code(cfg: DictConfig) -> None:
                 raise ConfigError(
                     f"{key} must not be there: a config may call no code, got {value!r}"
                 )
+
+
+PLACES: dict[str, Any] = {
+    "run.dir": ".",
+    "sweep.dir": ".",
+    "sweep.subdir": "${hydra.job.num}",
+    "output_subdir": None,
+    "job.chdir": False,
+    "job.env_set": {},
+    "job.env_copy": [],
+}
+"""Of `hydra`, what conf/config.yaml fixes: nothing here follows it."""
+
+
+def refuse_places(cfg: DictConfig) -> None:
+    """ConfigError where a file sets what Hydra would do around a run, and nobody does here."""
+    plain: Any = OmegaConf.to_container(cfg.hydra, resolve=False) if "hydra" in cfg else None
+    for key, fixed in PLACES.items() if isinstance(plain, dict) else ():
+        section, _, name = key.rpartition(".")
+        node: Any = plain.get(section) if section else plain
+        if isinstance(node, dict) and node.get(name, fixed) != fixed:
+            raise ConfigError(
+                f"hydra.{key} must be left alone by a config file, got {node[name]!r}: output_dir "
+                "says where everything goes, and hydra.launcher.setup what a job does first"
+            )
 
 
 def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -277,8 +312,25 @@ def _copied(section: Any) -> Any:
     return made
 
 
+def _other_launcher(key: str, *, file: str = "") -> str | None:
+    """One line for an option that only another launcher, or sweeper, than the chosen one has."""
+    section, _, name = key.removeprefix("hydra.").partition(".")
+    if section not in ("launcher", "sweeper") or not name:
+        return None
+    nodes = {n.removesuffix(".yaml"): o.node for n, o in _stored(f"hydra/{section}").items()}
+    having = [n for n, node in nodes.items() if n != "basic" and name.split(".")[0] in node]
+    if not having:
+        return None
+    told = (
+        f" (in {file}, whose defaults may say '- override /hydra/{section}: ...')" if file else ""
+    )
+    return f"{key} needs hydra/{section}={' or '.join(having)}{told}"
+
+
 def _explain_value(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and (line := _other_launcher(key)):
+        return line
     expected = _expected(key)
     if re.fullmatch(r"\[?\d+\]?", key):  # an entry of a list inside a list, without the list's name
         return f"an entry of a list must be a list of integers, got {error.msg or error!s}"
@@ -349,6 +401,12 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
             return line
         if "Ambiguous value" in str(error) and text in str(error):
             return f"{text} gives several values: expected one, or -m to run all of them"
+    in_file = re.search(r"In '(.*?)': ConfigKeyError .*full_key: (\S+)", str(error), re.S)
+    if in_file and (line := _other_launcher(in_file.group(2), file=in_file.group(1))):
+        return line
+    pattern = r"In '((experiment|sweep)/[^']*)': .*full_key: (experiment|sweep\.(hydra|sweep))\s"
+    if astray := re.search(pattern, f"{error} ", re.S):
+        return f"{astray.group(1)} must begin with '# @package _global_', got no such line"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
@@ -390,7 +448,7 @@ def _no_option(key: str, value: str) -> str:
 def _options(group: str) -> list[str]:
     """Of a config group: files, and what our plugins have registered."""
     ours = [name for name, one in _stored(group).items() if one.provider == "relora_sweeps"]
-    return sorted({*options(group), *(name.removesuffix(".yaml") for name in ours)})
+    return sorted({*options(group), *(name.removesuffix(".yaml") for name in ours)} - {"basic"})
 
 
 def _diagnose_search(key: str, text: str) -> str | None:

@@ -18,9 +18,11 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.defaults_list import Overrides
 from hydra._internal.grammar import grammar_functions
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import GroupDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
     ChoiceSweep,
@@ -142,6 +144,7 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
             line = " ".join(str(error).split())
             raise ConfigError(f"a config file must be plain YAML in UTF-8: {line}") from None
         schema.refuse_code(config)
+        schema.refuse_places(config)
         return config
 
     return load_configuration
@@ -149,7 +152,34 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
 
+
+def _first_wins(add: Callable[..., None]) -> Callable[..., None]:
+    """Hydra's `add_override`, which drops what a second file says of a group without a word."""
+
+    def add_override(self: Overrides, parent_config_path: str, default: GroupDefault) -> None:
+        key = default.get_override_key()
+        winner = self.override_metadata.get(key)
+        if winner and winner.containing_config_path and not winner.external_override:
+            files = winner.containing_config_path, parent_config_path
+            before, now = self.override_choices[key], default.value
+            # Files of one folder are an heir and what it begins with: the heir is right.
+            if before != now and len({file.rpartition("/")[0] for file in files}) > 1:
+                raise ConfigError(
+                    f"{key} must be chosen by one file, got {before} in {files[0]} and {now} in "
+                    f"{files[1]}"
+                )
+        add(self, parent_config_path, default)
+
+    return add_override
+
+
+Overrides.add_override = _first_wins(Overrides.add_override)  # type: ignore[method-assign]
+
 _store = ConfigStore.instance()
+# Hydra's own config chooses `basic`, and any file may override that; what the primary config
+# overrides, no other file can, and is not told so.
+for _group, _node in (("hydra/sweeper", GridConf), ("hydra/launcher", LocalConf)):
+    _store.store(group=_group, name="basic", node=_node, provider="relora_sweeps")
 _store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
 _store.store(group="hydra/sweeper", name="search", node=SearchConf, provider="relora_sweeps")
 _store.store(group="hydra/launcher", name="local", node=LocalConf, provider="relora_sweeps")
@@ -221,6 +251,12 @@ class SearchSweeper(Sweeper):
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
         given = parse(arguments, loader=self.loader)
+        for override in given:
+            if override.key_or_group in ("search", "sweep") and override.is_sweep_override():
+                raise ConfigError(
+                    f"{override.key_or_group} must be one option with hydra/sweeper=search, got "
+                    f"{override.input_line!r}"
+                )
         fixed = {o.key_or_group: str(o.input_line) for o in given if not o.is_sweep_override()}
         first = self.composer.compose(list(fixed.values()))
         for key in ("space", "when"):
@@ -229,12 +265,14 @@ class SearchSweeper(Sweeper):
                     f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
                 )
         space = self._space(first.search.space, given)
+        self.composer.launchers.clear()  # `first` is no point
+        bases = self._bases(space, list(fixed.values()))
         code = run_search(
             self._search(first, space, fixed),
             space=space,
-            bases=self._bases(space, list(fixed.values())),
+            bases=bases,
             name=self.name,
-            launcher=self.launcher.made(),
+            launcher=self.launcher.agreed(self.composer).made(),
             command=_command(),
             plan_only=self.plan_only,
         )
@@ -289,7 +327,22 @@ class OurLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.loader, self.config = hydra_context.config_loader, config
+        self.context, self.task_function, self.config = hydra_context, task_function, config
+        self.loader = hydra_context.config_loader
+
+    def agreed(self, composer: "Composer") -> "OurLauncher":
+        """This launcher, or the other one that all the composed points ask for."""
+        node = composer.launcher()
+        if node == self.config.hydra.launcher:
+            return self
+        config = self.config.copy()
+        with open_dict(config):
+            config.hydra.launcher = node
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self.context, task_function=self.task_function, config=config
+        )
+        assert isinstance(launcher, OurLauncher)  # refuse_code has seen to it
+        return launcher
 
     def made(self) -> Any:
         """The launcher of `sweeps` that this one stands for."""
@@ -301,9 +354,11 @@ class OurLauncher(Launcher):
         from sweeps.grid import points_from
         from sweeps.launch import run_sweep
 
-        configs = Composer(self.loader, self.config).all(job_overrides)
+        composer = Composer(self.loader, self.config)
+        configs = composer.all(job_overrides)
         points = list(zip(points_from(job_overrides), configs, strict=True))
-        code = run_sweep(points, launcher=self.made(), command=_command(), plan_only=self.plan_only)
+        launcher = self.agreed(composer).made()
+        code = run_sweep(points, launcher=launcher, command=_command(), plan_only=self.plan_only)
         if code:
             raise SystemExit(code)
         return []
@@ -442,6 +497,21 @@ def _explain(texts: Sequence[str], error: Exception) -> str:
     return schema.diagnose(list(texts), error)
 
 
+def _difference(prefix: str, one: Any, two: Any) -> tuple[str, Any, Any]:
+    """(key, value, value) where two configs first differ."""
+    plain: list[Any] = [OmegaConf.to_container(node, resolve=False) for node in (one, two)]
+    if not all(isinstance(values, dict) for values in plain):
+        return prefix, one, two
+    for key in dict.fromkeys(key for values in plain for key in values):
+        left, right = (values.get(key) for values in plain)
+        if key == "_target_" and left != right:
+            one, two = (str(target).rpartition(".")[2] for target in (left, right))
+            return prefix.replace(".", "/"), one, two
+        if left != right:
+            return f"{prefix}.{key}", left, right
+    return prefix, one, two
+
+
 class Composer:
     """Composes many points: files once per distinct choice of options, values on a copy of that.
 
@@ -453,6 +523,31 @@ class Composer:
         self.parse = cache(OverridesParser.create(config_loader=loader).parse_override)
         self.is_group = cache(lambda key: bool(loader.get_group_options(key)))
         self.known: frozenset[str] = frozenset()
+        self.launchers: list[tuple[DictConfig, str]] = []
+        """Each launcher that a point asks for, with the first such point's words."""
+
+    def launcher(self) -> DictConfig:
+        """What all points composed so far say that runs them; ConfigError where they differ."""
+        (node, where), *others = self.launchers
+        for other, elsewhere in others:
+            key, one, two = _difference("hydra.launcher", node, other)
+            raise ConfigError(
+                f"{key} must be the same for all runs of a command, got {one} with {where} and "
+                f"{two} with {elsewhere}; the command line may set it"
+            )
+        return node
+
+    def _note(self, hydra: DictConfig, texts: Sequence[str]) -> None:
+        """Remember the launcher; ConfigError for axes and arms of a file that is itself swept."""
+        where = " ".join(texts) or "the defaults"
+        if hydra.sweeper != self.master.hydra.sweeper:
+            key, _, got = _difference("hydra.sweeper", self.master.hydra.sweeper, hydra.sweeper)
+            raise ConfigError(
+                f"{key} must come from a file that the command line names alone, got {got} with "
+                f"{where}: points are made before a swept file is read; one command for each file"
+            )
+        if all(hydra.launcher != node for node, _ in self.launchers):
+            self.launchers.append((hydra.launcher, where))
 
     def all(self, cells: Sequence[Sequence[str]]) -> list[RunConfig]:
         """The config of each cell; ConfigError at the first that does not compose."""
@@ -485,7 +580,7 @@ class Composer:
         with schema.explaining(texts):
             config = self.loader.load_sweep_config(self.master, list(texts))
         with open_dict(config):
-            config.pop("hydra")
+            self._note(config.pop("hydra"), texts)
         return config
 
     def _base(self, texts: Any) -> Any:

@@ -253,6 +253,6 @@ def test_an_unknown_arm_names_the_nearest(loader):
 def test_a_sweep_file_without_m_is_refused(loader):
     master = loader.load_configuration("config", ["sweep=audit"], run_mode=RunMode.RUN)
     with pytest.raises(ConfigError, match="add -m"):
-        schema.refuse_sweep(master.hydra.sweeper)
+        schema.refuse_sweep(master.hydra)
     plain = loader.load_configuration("config", [], run_mode=RunMode.RUN)
-    schema.refuse_sweep(plain.hydra.sweeper)
+    schema.refuse_sweep(plain.hydra)
