@@ -14,13 +14,20 @@ class Parameters:
     total: int
     trainable: int
     by_group: dict[str, int]
-    """embedding, head, norms, attention, swiglu (the linears' weights) and adapters (A and B)."""
+    """embedding, head, norms, attention, swiglu (the linears' weights) and adapters (A, B and a
+    trained s)."""
 
 
 def _vocab(config: RunConfig) -> int:
     if config.model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: it comes from the data")
     return config.model.vocab_size
+
+
+def _trained_scales(config: RunConfig) -> int:
+    """One scalar for each adapter whose s is trained."""
+    trained = config.relora.scaling == "trainable" and config.relora.r
+    return len(adapted_shapes(config)) if trained else 0
 
 
 def parameters(config: RunConfig) -> Parameters:
@@ -33,7 +40,8 @@ def parameters(config: RunConfig) -> Parameters:
         "norms": (2 * model.n_layers + 1) * model.d_model,
         "attention": sum(o * i for n, (o, i) in linears.items() if ".attention." in n),
         "swiglu": sum(o * i for n, (o, i) in linears.items() if ".swiglu." in n),
-        "adapters": sum(config.relora.r * (o + i) for o, i in adapted.values()),
+        "adapters": sum(config.relora.r * (o + i) for o, i in adapted.values())
+        + _trained_scales(config),
     }
     total = sum(groups.values())
     frozen = sum(o * i for o, i in adapted.values())
@@ -109,10 +117,10 @@ def checkpoint_bytes(config: RunConfig) -> int:
     adapters = counted.by_group["adapters"]
     masters = config.method == "relora" and config.relora.after_merge == "restore"
     plain = 3 + 9 * config.model.n_layers
-    factors = 2 * len(adapted) if config.relora.r else 0
+    factors = 2 * len(adapted) + _trained_scales(config) if config.relora.r else 0
     tensors = plain + factors * (1 + masters)
     states = _moment_bytes(config, trainable=counted.trainable)
-    states += STATE_BYTES * (plain - len(adapted) + factors)  # A and B have one, the weight none
+    states += STATE_BYTES * (plain - len(adapted) + factors)  # A, B, s have one, the weight none
     if adapted and (config.relora.warm_start_steps or config.relora.full_rank_steps):
         base = 8 * (counted.total - adapters) + STATE_BYTES * plain
         states = max(states, base)  # in a full-rank phase it is the base that has moments

@@ -27,6 +27,7 @@ def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, laye
     "changes",
     [
         {"relora": {"after_merge": "restore"}},
+        {"relora": {"after_merge": "restore", "scaling": "trainable"}},
         {"relora": {"full_rank_modules": ["attention"], "r": 8}},
         {"method": "lora", "relora": {"warm_start_steps": 2}},
         {"method": "lora", "relora": {"r": 0}},
