@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from jobs import HELD, Sweep
+from jobs import GATE, HELD, NANO, ROOT, Sweep
 
 from experiments.evaluate import evaluations
 from experiments.run_dir import RunDir
@@ -172,3 +174,53 @@ def test_what_slurm_would_refuse_is_refused_first(
     assert line.startswith("error: hydra.launcher")
     assert told in line
     assert not sweep.out.exists()
+
+
+AROUND = """#!/bin/bash
+export SBATCH_PARTITION=urgent SBATCH_TIMELIMIT=1 SBATCH_JOB_NAME=mine SLURM_CPU_BIND=none
+export PYTHONPATH={gate} RELORA_GATE={open} OMP_NUM_THREADS=1 COLUMNS=200
+cd {root}
+WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 {submit} > {log}.submit 2>&1
+{local} > {log}.local 2>&1
+sleep 120
+"""
+
+
+def test_a_job_around_is_not_ours_and_reaches_none_of_ours(bare: Cluster, tmp_path: Path) -> None:
+    """Somebody's array task submits a sweep, then runs a run of its own, which is cancelled."""
+    asks = ["hydra.launcher.partition=main", "hydra.launcher.mem_gb=0.5"]
+    sweep = Sweep(cluster=bare, out=tmp_path / "out", words=["seed=0", "train.steps=30", *asks])
+    local = [sys.executable, "run.py", *NANO, "seed=9", f"output_dir={sweep.out}"]
+    script, log = tmp_path / "around.sh", tmp_path / "log"
+    script.write_text(
+        AROUND.format(
+            gate=GATE,
+            open=sweep.gate,
+            root=ROOT,
+            log=log,
+            submit=shlex.join(sweep.command),
+            local=shlex.join(local),
+        )
+    )
+    # a task of index 1: a job that took its parent's index for its own had no such run
+    around = bare.sbatch("--array=1", "--mem-per-cpu=100", "-c2", str(script)) + "_1"
+    told = lambda: "\n".join(p.read_text() for p in tmp_path.glob("log.*")) + sweep.told()  # noqa: E731
+    bare.wait_until(lambda: 9 in sweep.runs, 60, told)
+    sweep.wait_at_gate()
+    (one,) = sweep.submissions()
+    assert sweep.jobs() == {one["job_id"]: "RUNNING"}
+    asked = bare.sh("squeue", "-h", "-j", one["job_id"], "-o", "%P %l %j").stdout.split()
+    assert asked == ["main", "4:00:00", one["name"]]
+    assert "do not take MASTER_ADDR, MASTER_PORT, SBATCH_JOB_NAME" in told()
+    assert {seed: run.status().job_id for seed, run in sweep.runs.items()} == {
+        0: one["job_id"],
+        9: None,
+    }
+    sweep.tool("cancel", sweep.runs[9].run_id, "--yes")
+    assert sweep.said()[9]["state"] == "cancelled"
+    sweep.open()
+    sweep.wait_done([0])
+    assert bare.state(around) == "RUNNING"
+    shown = bare.sh("scontrol", "-o", "show", "job", around).stdout
+    assert "Restarts=0" in shown
+    assert [r["job_id"] for r in sweep.runs[0].attempt_records()] == [one["job_id"]]
