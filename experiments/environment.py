@@ -5,7 +5,6 @@ Not for: copying the code (`sweeps/snapshot.py`). Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scheduler import current_job
+from relora_core.sources import code_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 SNAPSHOT = "SNAPSHOT.json"
@@ -59,15 +59,6 @@ def attempt_record(**extra: Any) -> dict[str, Any]:
 
 
 # code -------------------------------------------------------------------------------------------
-def code_hash(root: Path = ROOT) -> str:
-    """Digest of relora_core's sources: runs of different code are different experiments."""
-    digest = hashlib.sha256()
-    core = root / "relora_core"
-    for file in sorted((*core.rglob("*.py"), *core.rglob("*.cpp"))):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def frozen(root: Path = ROOT) -> dict[str, Any] | None:
     """What `root` is a frozen copy of; None for a checkout."""
     try:

@@ -27,6 +27,7 @@ from experiments.mlflow_store import (
 )
 from experiments.mlflow_sync import Syncer, SyncReport
 from experiments.run_dir import RunDir
+from relora_core import shell
 from relora_core.config import ConfigError, RunConfig
 
 
@@ -175,7 +176,8 @@ def _child_environment() -> dict[str, str]:
     """Ours, with this checkout first on the path, so that the child runs the same code anywhere."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = shell.outside(os.environ)
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from experiments.mlflow_store import connect, reachable, redacted, ui_link, with_password
 from experiments.mlflow_views import TAG, TITLES, compare_link, links, slug
+from relora_core import shell
 from relora_core.config import ConfigError
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Server:
 
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {
+        environment = shell.outside(os.environ) | {
             "MLFLOW_BACKEND_STORE_URI": with_password(
                 self._uri
             ),  # a command line shows passwords to everyone

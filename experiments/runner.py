@@ -25,6 +25,7 @@ from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
 from experiments.scheduler import current_job
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
+from relora_core import shell
 from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
@@ -53,6 +54,7 @@ def complete_all(
 
     for config in configs:
         validate(config)
+        shell.check_asked(config, gpu=False)
     inspected: dict[str, DataInfo] = {}
     prints: dict[str, dict[str, str | None]] = {}
     filled = []
@@ -121,8 +123,8 @@ def run_experiment(
     Raises RunLocked while another process is at work on it. Any other failure is recorded in the
     run directory (status.json, error.txt) and raised.
     """
-    stop = stop or StopFlag()
-    if process_rank():
+    stop, place = stop or StopFlag(), shell.settle()
+    if place.rank:
         return _join(config, run_dir, stop)
     run_dir.create(config)
     with run_dir.lock(gone=gone):
@@ -153,14 +155,20 @@ def run_experiment(
             from relora_core import native  # and torch: the record names the GPUs then
 
             record = attempt_record(
-                start_step=run_dir.newest_step(), world=world_size(), kernels_key=native.key()
+                start_step=run_dir.newest_step(), world=place.world, kernels_key=native.key()
             )
             if taken := inputs.accepted(run_dir, by="retry"):
                 record["changes"] = taken
             run_dir.write_attempt(attempt, record)
             config = inputs.opened(run_dir, config)
             state = _attempt(
-                config, run_dir, attempt=attempt, console=console, stop=stop, extra=extra_sinks
+                config,
+                run_dir,
+                attempt=attempt,
+                console=console,
+                stop=stop,
+                extra=extra_sinks,
+                world=place.world,
             )
         except RunLocked:  # given to another process: the run's files are its from now on
             raise
@@ -203,16 +211,6 @@ def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
     print(f"warning: {line}: its numbers may change where it resumes", file=sys.stderr)
 
 
-def process_rank() -> int:
-    """This process's place among those that torchrun or a like launcher started for one run."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes that share this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
     """Ranks above 0 compute; the lock, the record and the status are rank 0's."""
     if ended := run_dir.ended():
@@ -221,9 +219,10 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
 
     config = inputs.opened(run_dir, config)
     folder = cache_dir(config.output_dir)
-    return train(
-        config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
-    )
+    with stop.ending():
+        return train(
+            config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
+        )
 
 
 def _attempt(
@@ -234,6 +233,7 @@ def _attempt(
     console: bool,
     stop: StopFlag,
     extra: Sequence[Sink],
+    world: int,
 ) -> str:
     from relora_core.train import train
 
@@ -248,13 +248,14 @@ def _attempt(
     sinks += extra
     started = time.time()
     try:
-        state = train(
-            config,
-            checkpoints=run_dir.checkpoints,
-            cache_dir=cache_dir(config.output_dir),
-            sink=Fanout(sinks),
-            stop=stop,
-        )
+        with stop.ending() if world > 1 else contextlib.nullcontext():
+            state = train(
+                config,
+                checkpoints=run_dir.checkpoints,
+                cache_dir=cache_dir(config.output_dir),
+                sink=Fanout(sinks),
+                stop=stop,
+            )
         if state == "interrupted":
             return state
         result = make_result(run_dir, state=state, attempt=attempt, seconds=time.time() - started)
@@ -358,13 +359,14 @@ def run_here(config: RunConfig) -> int:
     from experiments import mlflow_follow, mlflow_store
     from relora_core import data
 
+    place = shell.settle()
     notes: list[str] = []
     config = complete(config, notes=notes)
     mlflow_store.check_uri(config.tracking)
     check_output_dir(config.output_dir)
     run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
-    if process_rank():
-        return 0 if run_experiment(config, run_dir) == "finished" else 1
+    if place.rank:
+        return _rank(config, run_dir)
     if ended := run_dir.ended():
         print(f"{run_dir.run_id} is {ended} already: nothing to do")
         print_result(run_dir)
@@ -393,6 +395,19 @@ def run_here(config: RunConfig) -> int:
     if config.tracking.enabled:
         print(f"compare: {mlflow_store.ui_command(config.output_dir)}")
     return 0 if state == "finished" else 1
+
+
+def _rank(config: RunConfig, run_dir: RunDir) -> int:
+    """Rank 0 has the voice: what goes right is its to say."""
+    stop = StopFlag(says=False)
+    try:
+        with stop.installed(signal.SIGINT, *SIGNALS):
+            state = run_experiment(config, run_dir, stop=stop)
+    except (ConfigError, DataError, RunLocked, OSError):
+        raise
+    except Exception as error:
+        fail(one_line(error), code=1)
+    return {"finished": 0, "interrupted": 130}.get(state, 1)
 
 
 def _say(line: str) -> None:

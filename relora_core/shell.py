@@ -6,9 +6,10 @@ the only place that reads them for a run. Not for: SLURM's job ids, or paths and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from relora_core.config import ConfigError, RunConfig
@@ -55,6 +56,8 @@ class Group:
     world: int = 1
     address: str = ""
     """host:port at which rank 0 is found."""
+    served: bool = False
+    """By torchrun itself, not by rank 0."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world} processes at {self.address}"
@@ -119,7 +122,12 @@ def group(environment: Mapping[str, str]) -> Group:
         )
     port = _whole("MASTER_PORT", given["MASTER_PORT"], said=said)
     assert world is not None
-    return Group(rank=place["RANK"], world=world, address=f"{given['MASTER_ADDR']}:{port}")
+    return Group(
+        rank=place["RANK"],
+        world=world,
+        address=f"{given['MASTER_ADDR']}:{port}",
+        served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
 
 
 def _whole(name: str, text: str, *, said: str) -> int:
@@ -182,6 +190,16 @@ def _list(aside: Mapping[str, str], names: list[str]) -> str:
     return " ".join(f"{n}={aside[n]}" for n in names if aside[n].strip().lower() not in _QUIET)
 
 
+def alone(what: str) -> None:
+    """ConfigError in a process of a group: each of them would do the same."""
+    place = settle()
+    if place.world > 1:
+        raise ConfigError(
+            f"{what} must be started as one process, got {place}: it starts processes of its own; "
+            "run it without torchrun (several processes for each run: hydra/launcher=slurm)"
+        )
+
+
 def check_asked(config: RunConfig, *, gpu: bool) -> None:
     """ConfigError where `accelerate launch` was asked for what the config does not say.
 
@@ -199,3 +217,13 @@ def check_asked(config: RunConfig, *, gpu: bool) -> None:
             f"runtime.device must be cpu where {USE_CPU} asks for it, got "
             f"{config.runtime.device!r}; or launch without --cpu"
         )
+
+
+@contextlib.contextmanager
+def unasked() -> Iterator[None]:
+    """Inside, nothing that `accelerate launch` was asked for is in the environment."""
+    kept = {name: os.environ.pop(name) for name in ASKED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

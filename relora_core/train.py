@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from relora_core import checkpoint, native
+from relora_core import checkpoint, native, ranks, shell
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -71,6 +70,10 @@ def _train(
     sink: Sink,
     stop: Stop,
 ) -> str:
+    place = shell.settle()
+    own = ranks.facts(config, run=checkpoints.absolute().parent.name)
+    if not ranks.meet(place, own, backend=backend(config), stop=stop):
+        return "interrupted"
     accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     sink = sink if accelerator.is_main_process else NullSink()
@@ -154,7 +157,10 @@ def _train(
         if method.redraws(step + 1):
             recorder.after_restart()
         if before is not None:
-            changes |= probe.compare(before) | rank_spread(accelerator, model)
+            changes |= probe.compare(before)
+            if world > 1:
+                spread = ranks.require_equal(accelerator, model, step=step + 1)
+                changes["restart/rank_spread"] = spread
         if method.restarts(step):
             changes["restart/loss_next"] = probe.look()[1]
         if changes:
@@ -196,14 +202,10 @@ def _train(
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Device, processes and precision; sharded optimizers are refused: a restart edits state."""
     AcceleratorState._reset_state()  # a second run in this process may want another precision
-    device = config.runtime.device
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    accelerator = Accelerator(
-        # Left to itself, it starts no process group where there is no GPU: every rank would train
-        # alone, with the whole batch.
-        cpu=device == "cpu" or (device == "auto" and not has_gpu),
-        mixed_precision="no",  # bf16 is our own autocast: see `accumulate_gradients`
-    )
+    place, cpu = shell.settle(), backend(config) == "gloo"
+    shell.check_asked(config, gpu=not cpu)
+    with shell.unasked():  # bf16 is our own autocast: see `accumulate_gradients`
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_CPU,
@@ -214,12 +216,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             f"got {accelerator.distributed_type}: "
             "a restart edits weights and optimizer state that sharding keeps elsewhere"
         )
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != wanted:
-        raise RuntimeError(f"{wanted} processes were started, {accelerator.num_processes} share it")
+    if accelerator.num_processes != place.world:
+        raise RuntimeError(f"{place} was started, {accelerator.num_processes} processes share it")
     if config.runtime.device == "cuda" and accelerator.device.type != "cuda":
         raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
     return accelerator
+
+
+def backend(config: RunConfig) -> str:
+    """What processes speak with. Left to itself, accelerate starts no group where there is no GPU:
+    every rank would train alone, with the whole batch."""
+    device = config.runtime.device
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return "gloo" if device == "cpu" or (device == "auto" and not has_gpu) else "nccl"
 
 
 def split_batch(config: RunConfig, *, world: int) -> int:
@@ -407,15 +416,6 @@ class RestartProbe:
         }
 
 
-def rank_spread(accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
-    """Largest difference between ranks of the sum of all parameters; 0 where they agree."""
-    if accelerator.num_processes == 1:
-        return {}
-    total = sum(p.detach().double().sum() for p in model.parameters())
-    sums = accelerator.gather(torch.as_tensor(total, device=accelerator.device).reshape(1))
-    return {"restart/rank_spread": (sums.max() - sums.min()).item()}  # type: ignore[union-attr]
-
-
 class Clock:
     """Training seconds of all attempts, without the time that evals and dynamics take."""
 
@@ -563,6 +563,7 @@ def save(
     reference: dict[str, Tensor],
 ) -> None:
     """Begin a checkpoint on rank 0 with every rank's generators; it is on disk once `settle`d."""
+    ranks.require_equal(accelerator, model, step=progress.step)
     states = gather_object([checkpoint.rng_state()])
     announce(writer, sink)
     if accelerator.is_main_process:

@@ -16,7 +16,7 @@ from rich.console import Console
 from experiments import records
 from experiments.run_dir import DONE, RunDir, runs_folder
 from experiments.state import state_of
-from relora_core import atomic
+from relora_core import atomic, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps import budget, display, snapshot, track
 from sweeps.budget import Estimate, Place
@@ -79,6 +79,8 @@ def run_sweep(
     console = console or display.make_console()
     notes: list[str] = []
     configs = complete_all([config for _, config in points], notes=notes)
+    for config in configs:
+        shell.check_asked(config, gpu=launcher.place(config).gpus > 0)
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
     plan = make_plan(points, command=command, valid=True)  # complete_all has seen to it
     output_dir = one_output_dir(plan)
@@ -130,6 +132,7 @@ def run_sweep(
 
 def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) -> int:
     """Launch some runs of a stored plan again, as they were launched last; the exit code."""
+    shell.alone("a sweep")
     output_dir, console = Path(output_dir), display.make_console()
     launcher = load_launcher(plan_folder(output_dir, name=plan.name))
     cells = [_frozen(output_dir, cell) for cell in plan.cells if cell.run_id in run_ids]

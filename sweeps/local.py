@@ -9,8 +9,9 @@ one plan are harmless: the run's lock decides.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from rich.console import Console
 from experiments.run_dir import DONE, RunDir, Status, runs_folder
 from experiments.scheduler import JOB
 from experiments.state import RunState, state_of
-from relora_core import costs
+from relora_core import costs, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot, track, warm
 from sweeps.budget import Estimate, Place
@@ -274,6 +275,10 @@ def stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
+"""In /dev where there is a GPU: NVIDIA's, AMD's, Windows' below Linux."""
+
+
 # places to run ----------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Slots:
@@ -297,7 +302,8 @@ class Slots:
         return cls(parallel=parallel, threads=threads, gpus=gpus, code=code)
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Environment of the worker in this slot: ours, with its share of the machine."""
+        """Environment of the worker in this slot: ours, outside any group, with its share of the
+        machine."""
         if not self.gpus:
             return self.shared()
         return self.shared() | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
@@ -311,7 +317,7 @@ class Slots:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
         inherited = {name: value for name, value in os.environ.items() if name != JOB}
-        return {**inherited, **share}
+        return {**shell.outside(inherited), **share}
 
 
 def _whole(text: str | None, default: int) -> int:
@@ -319,23 +325,42 @@ def _whole(text: str | None, default: int) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, without loading torch."""
+    """Ids of the GPUs that this process may use, without loading torch.
+
+    CUDA's reading of CUDA_VISIBLE_DEVICES: what follows the first id that is none (SLURM's
+    `NoDevFiles`, -1, an index beyond the last) does not count, and an id given twice hides all.
+    """
+    installed = _installed_gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
-    return _installed_gpus()
+    if chosen is None:
+        return [name for name in installed or [] if name.isdigit()]
+    ids = [part.strip() for part in chosen.split(",")]
+    ids = list(itertools.takewhile(lambda name: _is_gpu(name, installed), ids))
+    return ids if len(set(ids)) == len(ids) else []
+
+
+def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
+    """An index, or a UUID of a GPU or a slice of one, which may be cut short."""
+    if name.isdigit():
+        return installed is None or name in installed
+    if not name.startswith(("GPU-", "MIG-")):
+        return False
+    if installed is None:
+        return True
+    gpu = name.removeprefix("MIG-").partition("/")[0]  # MIG-GPU-.../1/0, as older drivers name it
+    return any(one.startswith((name, gpu)) for one in installed)
 
 
 @cache  # asked for every run of a plan
-def _installed_gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.stdout.split()
+def _installed_gpus() -> list[str] | None:
+    """Indices, and UUIDs of GPUs and their slices; None where no GPU that is there can say."""
+    asked = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "-L"]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    if asked is not None:
+        return re.findall(r"(?<=^GPU )\d+(?=:)|(?<=UUID: )[^)]+", asked.stdout, re.MULTILINE)
+    return None if any(Path("/dev").glob(pattern) for pattern in GPU_FILES) else []
 
 
 # workers ----------------------------------------------------------------------------------------

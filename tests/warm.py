@@ -57,17 +57,23 @@ def run(
     return start(words, cwd=cwd, env=env).wait()
 
 
-def ranks(
-    world: int, words: Sequence[str | Path], *, cwd: str | Path
-) -> list[subprocess.CompletedProcess[str]]:
-    """The same command once for each rank of `world` processes on this host."""
+def places(world: int) -> list[dict[str, str]]:
+    """The environment of each rank of `world` processes on this host, as torchrun names it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [os.environ | shared | names for names in own]
+
+
+def ranks(
+    world: int, words: Sequence[str | Path], *, cwd: str | Path, more: Sequence[str] = ()
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same command once for each rank of `world` processes; rank 1 gets `more` words."""
     started = [
-        start(words, cwd=cwd, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)})
-        for i in range(world)
+        start([*words, *(more if rank == 1 else ())], cwd=cwd, env=env)
+        for rank, env in enumerate(places(world))
     ]
     try:
         return [rank.wait() for rank in started]

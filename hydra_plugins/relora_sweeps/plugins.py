@@ -42,6 +42,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
+from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.options import SlurmOptions
 from sweeps.search.config import SearchConfig
@@ -218,6 +219,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        shell.alone("a sweep (-m)")
         texts = [f"{key}={'null' if v is None else v}" for key, v in self.params.items()]
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError(
@@ -248,6 +250,7 @@ class SearchSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from sweeps.search.launch import run_search
 
+        shell.alone("a search (-m)")
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
         given = parse(arguments, loader=self.loader)

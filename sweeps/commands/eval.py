@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import inputs
+from relora_core import shell
 from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
 from sweeps.commands import common
 from sweeps.commands.common import Run
@@ -62,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    shell.alone("an evaluation")
     words = [word for word in args.words if "=" not in word]
     settings = eval_settings([word for word in args.words if "=" in word])
     steps = _steps(args.steps)

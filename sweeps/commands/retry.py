@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from experiments import inputs
 from experiments.run_dir import RunDir
 from experiments.state import RunState
+from relora_core import shell
 from sweeps.commands import common
 from sweeps.commands.common import Run
 from sweeps.plan import load, plan_folder
@@ -47,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The launcher's exit code; 0 where there is nothing to do."""
+    shell.alone("retry")
     where = args.output_dir
     chosen = common.resolve(where, args.words) if args.words else common.runs_of(where)
     states = common.survey(chosen)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.runner import check_output_dir, complete_all
+from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, validate
 from sweeps import budget, display, snapshot, track
 from sweeps.budget import Estimate
@@ -51,6 +52,8 @@ def run_search(
     console = console or display.make_console()
     notes: list[str] = []
     completed = complete_all([config for _, config in bases], notes=notes)
+    for config in completed:
+        shell.check_asked(config, gpu=launcher.place(config).gpus > 0)
     name = check_name(completed[0].sweep.name or name)
     completed = [
         dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.console import Console
 from experiments.run_dir import RunDir
 from experiments.state import state_of
 from relora_core.config import ConfigError, EvalConfig, PalomaConfig, TrackingConfig
-from sweeps import display
+from sweeps import display, local
 from sweeps.launch import run_sweep
 from sweeps.local import ROOT, LocalLauncher, Slots, cost, launch_local, visible_gpus
 from sweeps.plan import make_plan
@@ -138,6 +139,7 @@ def test_cost_is_proportional_to_the_tokens(make):
 
 def test_each_worker_has_its_share_of_threads_and_its_gpu(make, launch, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(local, "_installed_gpus", lambda: ["3", "4", "5"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
@@ -151,6 +153,59 @@ def test_each_worker_has_its_share_of_threads_and_its_gpu(make, launch, tmp_path
     launch(plan)
     log = RunDir(tmp_path / "out" / "runs" / plan.cells[0].run_id).log_path(1)
     assert log.read_text() == "threads 8 3\n"
+
+
+LISTED = """\
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)
+  MIG 3g.40gb     Device  0: (UUID: MIG-0d1232cf-9a0e-5ffb-9e5c-7ea6e5ba1b8a)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-e2a3a19c-1b1e-11ee-be56-0242ac120002)
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ids"),
+    [
+        (None, ["0", "1"]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),  # SLURM's, in a job without a GPU
+        ("none", []),
+        ("1", ["1"]),
+        ("1, 0", ["1", "0"]),
+        ("0,", ["0"]),
+        ("0,-1,1", ["0"]),
+        ("0,7,1", ["0"]),
+        ("7", []),
+        ("0,0", []),
+        ("GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f", ["GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f"]),
+        ("GPU-e2a3,GPU-5c89", ["GPU-e2a3", "GPU-5c89"]),
+        ("GPU-0000", []),
+        ("MIG-0d1232cf", ["MIG-0d1232cf"]),
+        ("MIG-GPU-e2a3a19c-1b1e-11ee-be56-0242ac120002/1/0",) * 2,
+        ("MIG-GPU-0000/1/0", []),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(monkeypatch, chosen, ids):
+    ids = [ids] if isinstance(ids, str) else ids
+    local._installed_gpus.cache_clear()
+    monkeypatch.setattr(local.subprocess, "run", lambda *a, **b: SimpleNamespace(stdout=LISTED))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    try:
+        assert visible_gpus() == ids
+    finally:
+        local._installed_gpus.cache_clear()
+
+
+@pytest.mark.parametrize("chosen", ["NoDevFiles", "0"])
+def test_where_there_is_no_gpu_a_sweep_takes_all_cores_and_cpu_hours(make, monkeypatch, chosen):
+    monkeypatch.setattr(local, "_installed_gpus", list)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert Slots.of(None, runs=6, device="auto").parallel == 6
+    assert LocalLauncher().unit == "CPU"
+    assert LocalLauncher().place(make()).gpus == 0
 
 
 def test_fewer_than_one_at_a_time_is_refused_before_anything_is_written(make, launch, tmp_path):

@@ -120,6 +120,7 @@ def test_every_end_of_a_run_is_told_as_of_a_process_of_its_own(make, launch, tmp
 
 def test_each_fork_is_a_session_with_its_log_threads_and_gpu(make, launch, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("sweeps.local._installed_gpus", lambda: ["3", "4", "5"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("FAKE_COMPANY", "2")  # both slots are taken
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))

@@ -1,0 +1,211 @@
+"""Processes that share one run: they meet, compare what they are about to do, and stay equal.
+
+Not for: which process is in a group (`shell.py`), nor what they compute (`train.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from relora_core.config import ConfigError, RunConfig
+from relora_core.shell import Group
+from relora_core.sources import code_hash
+
+distributed: Any = torch.distributed  # whose stores its stubs leave out
+Facts = dict[str, Any]
+"""What all ranks must agree in: key -> value."""
+LONGEST_S = 1800.0
+"""For all ranks to come: rank 0 may have text to tokenise first."""
+SAY_AFTER_S = 20.0
+LOOK_EVERY_S = 0.1
+LEAVE_S = 5.0
+"""For the others to have read why they are refused, where this process serves them."""
+_meetings = itertools.count()
+_store: Any = None
+
+
+class RanksDisagree(RuntimeError):
+    """Processes of one run have different weights: none of them is the run's."""
+
+
+def facts(config: RunConfig, *, run: str) -> Facts:
+    """What a rank is about to do: the run's name, every knob, the code."""
+    own = {"run": run, "code of relora_core": code_hash(), "torch": torch.__version__}
+    own |= dict(_flat(dataclasses.asdict(config)))
+    if config.data.fingerprint:  # which stands for the tokenizer, wherever a copy of it lies
+        del own["data.tokenizer"]
+    return own
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) -> bool:
+    """Wait for all ranks and begin their process group; False where `stop` says so meanwhile.
+
+    Raises ConfigError, on every rank that has come, where two of them differ in their facts.
+    """
+    global _store
+    if place.world == 1:
+        return True
+    waiting = _Waiting(place, stop=stop)
+    if _store is None:
+        _store = _open(place, waiting)
+        if _store is None:
+            return False
+    store = distributed.PrefixStore(f"relora/{next(_meetings)}", _store)
+    try:
+        if not _compare(store, place, own, waiting):
+            return False
+        if not distributed.is_initialized():
+            distributed.init_process_group(
+                backend,
+                store=distributed.PrefixStore("group", store),
+                rank=place.rank,
+                world_size=place.world,
+            )
+    except distributed.DistError as error:
+        raise ConfigError(f"{place} cannot speak with the others: {_line(error)}") from None
+    return True
+
+
+class _Waiting:
+    """For the others: until asked to end, or for too long."""
+
+    def __init__(self, place: Group, *, stop: Callable[[], bool]) -> None:
+        self.place, self.stop = place, stop
+        self.start, self.said = time.monotonic(), False
+
+    def goes_on(self, missing: str) -> bool:
+        """After a moment; False where asked to end. ConfigError when it has taken too long."""
+        if self.stop():
+            return False
+        waited = time.monotonic() - self.start
+        if waited > LONGEST_S:
+            raise ConfigError(
+                f"{self.place.world} processes must share this run, got none of {missing} within "
+                f"{LONGEST_S:.0f} s ({self.place})"
+            )
+        if waited > SAY_AFTER_S and not self.said:
+            print(f"waiting for {missing}: this is {self.place}", file=sys.stderr, flush=True)
+            self.said = True
+        time.sleep(LOOK_EVERY_S)
+        return True
+
+
+def _open(place: Group, waiting: _Waiting) -> Any:
+    """The store at rank 0's address, served by rank 0 where torchrun's agent does not."""
+    host, _, port = place.address.rpartition(":")
+    serves = place.rank == 0 and not place.served
+    while not serves and not _listens(host, int(port)):
+        if not waiting.goes_on(f"rank 0 at {place.address}"):
+            return None
+    try:
+        return distributed.TCPStore(
+            host,
+            int(port),
+            is_master=serves,
+            wait_for_workers=False,
+            multi_tenant=True,
+            timeout=timedelta(seconds=LONGEST_S if serves else 60),
+        )
+    except distributed.DistError as error:
+        raise ConfigError(
+            f"MASTER_ADDR and MASTER_PORT must be free for this run's processes, got "
+            f"{place.address}: {_line(error)}"
+        ) from None
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _compare(store: Any, place: Group, own: Facts, waiting: _Waiting) -> bool:
+    own = {"number of processes": place.world, **own}
+    if store.add(f"came/{place.rank}", 1) > 1:
+        raise ConfigError(f"each process must have its own RANK, got two of {place}")
+    store.set(f"facts/{place.rank}", json.dumps(own, default=str))
+    missing = set(range(place.world)) - {place.rank}
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"facts/{rank}"]):
+                missing.remove(rank)
+                other = json.loads(store.get(f"facts/{rank}"))
+                _check_equal(
+                    store,
+                    place,
+                    own=json.loads(json.dumps(own, default=str)),
+                    other=other,
+                    rank=rank,
+                )
+        if missing and not waiting.goes_on(f"rank {', '.join(map(str, sorted(missing)))}"):
+            return False
+    return True
+
+
+def _check_equal(store: Any, place: Group, *, own: Facts, other: Facts, rank: int) -> None:
+    different = [key for key in own | other if own.get(key) != other.get(key)]
+    if not different:
+        return
+    store.add("refused", 1)
+    deadline = time.monotonic() + LEAVE_S
+    while place.rank == 0 and store.add("refused", 0) < 2 and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY_S)
+    key, more = different[0], len(different) - 1
+    mine, theirs = ((place.rank, own), (rank, other))
+    (one, a), (two, b) = sorted((mine, theirs), key=lambda pair: pair[0])
+    raise ConfigError(
+        f"all processes of a run must have the same {key}, got {a.get(key)!r} on rank {one} and "
+        f"{b.get(key)!r} on rank {two}{f' (and {more} more that differ)' if more else ''}"
+    )
+
+
+def spread(accelerator: Accelerator, model: nn.Module) -> float:
+    """Largest difference between ranks of the sum of all parameters; 0 where they agree."""
+    total = sum(p.detach().double().sum() for p in model.parameters())
+    sums = accelerator.gather(torch.as_tensor(total, device=accelerator.device).reshape(1))
+    assert isinstance(sums, torch.Tensor)
+    if sums.isnan().all() or (sums == sums[0]).all():  # a run that diverges does so on all ranks
+        return 0.0
+    return (sums.max() - sums.min()).item()
+
+
+def require_equal(accelerator: Accelerator, model: nn.Module, *, step: int) -> float:
+    """`spread`, which is 0; RanksDisagree, on every rank, where it is not.
+
+    DDP gives all ranks the same gradient, bit for bit, so equal weights stay equal.
+    """
+    if accelerator.num_processes == 1:
+        return 0.0
+    if value := spread(accelerator, model):  # NaN, too
+        raise RanksDisagree(
+            f"the processes of this run have different weights after step {step} (their sums "
+            f"differ by {value:.3g}): nothing of this step is kept, and the same command goes on "
+            "from the newest checkpoint"
+        )
+    return value
