@@ -145,8 +145,13 @@ def make_tokenizer(
     if (folder / "tokenizer.json").exists() or folder.is_file():
         raise ConfigError(f"DIR must hold no tokenizer yet, got {str(folder)!r}")
     try:
-        files = documents.find_files(source)
-        texts = (text for _, f in files for text in documents.read(f, text_field=text_field))
+        files, notes = documents.find(source)
+        texts = (
+            piece
+            for _, file in files
+            for document in documents.read(file, text_field=text_field)
+            for piece in documents.pieces(document)
+        )
         size = train_tokenizer(texts, vocab_size=vocab_size, folder=folder)
     except (ConfigError, DataError) as error:
         message = str(error).replace("data.path", "DATA").replace("data.text_field", "--text-field")
@@ -156,7 +161,7 @@ def make_tokenizer(
         "source": source,
         "path": str(folder),
         "vocab_size": size,
-        "notes": [few] if size < vocab_size else [],
+        "notes": [*(f"DATA: {note}" for note in notes), *([few] if size < vocab_size else [])],
     }
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from relora_core.config import ConfigError
 
+SPLITS = ("train", "validation", "val", "valid", "dev", "test")
+"""Usual names of splits."""
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?")
 
 
@@ -33,6 +35,79 @@ def nearest_sibling(path: Path) -> str:
         names = sorted(os.listdir(missing.parent))
     close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
     return f" Did you mean '{missing.parent / close[0]}'?" if close else ""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of the names, and how many more there are."""
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+
+def walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    """(name relative to `root`, file) of the files below it, by name; what was passed over, a line
+    for each kind.
+
+    Links to folders are followed. A folder that two ways lead to is read once, under its own name
+    where that lies below `root`; so is a circle. Names that begin with a dot are hidden.
+    """
+    files: list[tuple[str, Path]] = []
+    passed: dict[str, list[str]] = {}
+    above = {_identity(parent) for parent in root.resolve().parents}
+    known: set[tuple[int, int]] = set()
+    folders, links = [(root, "")], []
+    while folders or links:  # links last: what lies here goes by its own name
+        folder, prefix = folders.pop() if folders else links.pop(0)
+        try:
+            if (own := _identity(folder)) in known | above:
+                why = "links to folders that are read already, or that hold this one, not followed"
+                passed.setdefault(why, []).append(prefix.rstrip("/"))
+                continue
+            known.add(own)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            passed.setdefault(f"not readable ({error.strerror})", []).append(prefix.rstrip("/"))
+            continue
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                if entry.is_file():
+                    passed.setdefault("hidden files, not read", []).append(name)
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append((Path(entry.path), f"{name}/"))
+            elif entry.is_file():
+                files.append((name, Path(entry.path)))
+            elif entry.is_symlink():
+                passed.setdefault("links that lead nowhere", []).append(name)
+    return sorted(files), [f"{why}: {some(names)}" for why, names in passed.items()]
+
+
+def split_of(name: str) -> str | None:
+    """The split of a hub data set that a parquet file's relative name stands for, if any.
+
+    `train-00000-of-00004.parquet`, `train.parquet`, `default/train/0000.parquet`,
+    `split=train/0.parquet`.
+    """
+    *folders, file = name.split("/")
+    if split := _split_of_file(file):
+        return split
+    for folder in reversed(folders):
+        split = folder.removeprefix("split=")
+        if split != folder or split in SPLITS:
+            return split
+    return None
+
+
+def _split_of_file(name: str) -> str | None:
+    """None where the name tells none."""
+    stem = name.removesuffix(".parquet")
+    split, *rest = stem.split("-")
+    numbered = len(rest) == 3 and rest[0].isdigit() and rest[1] == "of" and rest[2].isdigit()
+    return split if numbered or (split in SPLITS and len(rest) <= 1) else None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    at = path.stat()
+    return at.st_dev, at.st_ino
 
 
 def hub_name(source: str) -> tuple[str, str | None] | None:

@@ -11,6 +11,7 @@ Not for: rows that are already ids (`pretokenized.py`).
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import hashlib
@@ -19,6 +20,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +31,8 @@ import numpy as np
 from relora_core import atomic
 from relora_core.config import ConfigError, DataConfig
 from relora_core.data import documents, places
-from relora_core.data.base import DataError, DataInfo, Tokenizer
+from relora_core.data.base import DataError, DataInfo
+from relora_core.data.tokenizer import HFTokenizer
 
 BATCH_CHARACTERS = 2**21
 """Text encoded at a time; bounds the memory that building a cache takes to some 100 MB."""
@@ -43,14 +46,14 @@ def inspect(
     data: DataConfig,
     *,
     vocab_size: int,
-    tokenizer: Tokenizer,
+    tokenizer: HFTokenizer,
     tokenizer_digest: str,
     full: bool,
     cache_dir: Path | None,
 ) -> DataInfo:
     """Check the files and their documents; see `relora_core.data.inspect`."""
-    files = documents.find_files(str(data.path))
-    info = DataInfo(vocab_size=vocab_size, fingerprint=None)
+    files, notes = documents.find(str(data.path))
+    info = DataInfo(vocab_size=vocab_size, fingerprint=None, notes=notes)
     if not full:
         return info
     try:
@@ -58,7 +61,9 @@ def inspect(
             files, text_field=data.text_field, tokenizer_digest=tokenizer_digest
         )
         if cache_dir is not None and (folder := cache_folder(cache_dir, info.fingerprint)).exists():
-            info.rows = Tokens(folder).rows(data.seq_len)
+            tokens = Tokens(folder)
+            info.rows = tokens.rows(data.seq_len)
+            info.notes += _null_notes(tokens.meta.nulls)
         else:
             info.notes += _check_documents(files, data=data, tokenizer=tokenizer)
     except DataError as error:
@@ -67,21 +72,28 @@ def inspect(
 
 
 def _check_documents(
-    files: list[tuple[str, Path]], *, data: DataConfig, tokenizer: Tokenizer
+    files: list[tuple[str, Path]], *, data: DataConfig, tokenizer: HFTokenizer
 ) -> list[str]:
     """Read the documents, up to a budget; ConfigError where they are shorter than one sequence."""
-    characters, texts = 0, []
+    characters, skipped = 0, Counter()
+    texts: list[tuple[str, str]] = []
     for name, file in files:
-        for text in documents.read(file, text_field=data.text_field):
-            characters += len(text) + 1
-            if characters <= COUNTED_CHARACTERS:
-                texts.append(text)
-            if characters > CHECKED_CHARACTERS:
-                return [f"documents from {name} on are checked when they are tokenised"]
+        for document in documents.read(file, text_field=data.text_field, skipped=skipped):
+            for piece in documents.pieces(document):
+                characters += len(piece) + 1
+                if characters <= COUNTED_CHARACTERS:
+                    texts.append((name, piece))
+                if characters > CHECKED_CHARACTERS:
+                    later = f"documents from {name} on are checked when they are tokenised"
+                    return [*_null_notes(skipped["null"]), later]
     if characters <= COUNTED_CHARACTERS:
-        tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
+        tokens = sum(len(ids) + 1 for ids in _encode(texts, tokenizer=tokenizer))
         check_length(tokens, seq_len=data.seq_len)
-    return []
+    return _null_notes(skipped["null"])
+
+
+def _null_notes(count: int) -> list[str]:
+    return [f"{count:,} records without a text (null) are left out"] if count else []
 
 
 def check_length(tokens: int, *, seq_len: int) -> None:
@@ -105,6 +117,8 @@ class _Meta:
     largest_id: int
     eos_id: int
     version: int = 1
+    nulls: int = 0
+    """Records without a text."""
 
 
 def cache_folder(cache_dir: Path, fingerprint: str) -> Path:
@@ -167,7 +181,7 @@ def build(
     *,
     files: list[tuple[str, Path]],
     text_field: str,
-    tokenizer: Tokenizer,
+    tokenizer: HFTokenizer,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Tokenise `files` into `folder`, unless it is there. All of it appears at once, or nothing.
@@ -187,8 +201,11 @@ def build(
                 tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp")
             )
             try:
-                texts = _all_documents(files, text_field=text_field, progress=progress)
-                _write(temporary, texts=texts, tokenizer=tokenizer)
+                skipped: Counter[str] = Counter()
+                texts = _all_documents(
+                    files, text_field=text_field, skipped=skipped, progress=progress
+                )
+                _write(temporary, texts=texts, tokenizer=tokenizer, skipped=skipped)
                 _publish(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -215,7 +232,7 @@ def _publish(temporary: Path, folder: Path) -> None:
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
     try:
-        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would hide it from the group
+        os.chmod(temporary, 0o777 & ~atomic.UMASK)  # mkdtemp's 0700 would hide it from the group
         temporary.rename(folder)
     except OSError:
         if not folder.exists():
@@ -224,54 +241,114 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _all_documents(
-    files: list[tuple[str, Path]], *, text_field: str, progress: Callable[[str], None] | None
-) -> Iterator[str]:
+    files: list[tuple[str, Path]],
+    *,
+    text_field: str,
+    skipped: Counter[str],
+    progress: Callable[[str], None] | None,
+) -> Iterator[tuple[str, documents.Document]]:
+    """(name of its file, document)."""
     said, characters = time.monotonic(), 0
+
+    def counted(piece: str, name: str, i: int) -> str:
+        nonlocal said, characters
+        characters += len(piece)
+        if progress is not None and time.monotonic() - said > 2:
+            said = time.monotonic()
+            progress(f"tokenising {name} ({i}/{len(files)}): {characters / 1e6:.0f} MB of text")
+        return piece
+
     for i, (name, file) in enumerate(files, 1):
-        for text in documents.read(file, text_field=text_field):
-            yield text
-            characters += len(text)
-            if progress is not None and time.monotonic() - said > 2:
-                said = time.monotonic()
-                progress(f"tokenising {name} ({i}/{len(files)}): {characters / 1e6:.0f} MB of text")
+        for document in documents.read(file, text_field=text_field, skipped=skipped):
+            if isinstance(document, str):
+                yield name, counted(document, name, i)
+            else:
+                yield name, (counted(piece, name, i) for piece in document)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(
+    texts: Iterable[tuple[str, documents.Document]],
+) -> Iterator[list[tuple[str, str]] | tuple[str, Iterator[str]]]:
+    """Documents to encode at a time: short ones together, a long one alone."""
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+    for name, text in texts:
+        if isinstance(text, str):
+            batch.append((name, text))
+            characters += len(text)
+        if batch and (characters >= BATCH_CHARACTERS or not isinstance(text, str)):
             yield batch
             batch, characters = [], 0
+        if not isinstance(text, str):
+            yield name, text
     if batch:
         yield batch
 
 
-def _write(folder: Path, *, texts: Iterable[str], tokenizer: Tokenizer) -> None:
+def _encoded(
+    texts: Iterable[tuple[str, documents.Document]], *, tokenizer: HFTokenizer
+) -> Iterator[tuple[list[int], bool]]:
+    """(ids, whether they end a document), in order. Raises DataError that names the file."""
+    for batch in _batches(texts):
+        if isinstance(batch, list):
+            yield from ((ids, True) for ids in _encode(batch, tokenizer=tokenizer))
+            continue
+        name, pieces = batch
+        with _naming(name):
+            yield from ((ids, False) for ids in tokenizer.encode_long(pieces))
+        yield [], True
+
+
+def _encode(batch: list[tuple[str, str]], *, tokenizer: HFTokenizer) -> list[list[int]]:
+    try:
+        return tokenizer.encode_batch([text for _, text in batch])
+    except DataError:
+        for name, text in batch:
+            with _naming(name):
+                tokenizer.encode(text)
+        raise
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def _write(
+    folder: Path,
+    *,
+    texts: Iterable[tuple[str, documents.Document]],
+    tokenizer: HFTokenizer,
+    skipped: Counter[str],
+) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    lengths: list[int] = []
-    largest = 0
+    starts = array.array("q", [0])  # a list would take four times as much
+    largest = tokens = 0
     written = hashlib.sha256()
     with open(folder / "ids.bin", "wb") as file:
-        for batch in _batches(texts):
-            for ids in tokenizer.encode_batch(batch):
-                ids.append(tokenizer.eos_id)
-                array = np.array(ids, dtype=dtype)
-                largest = max(largest, int(array.max()))
-                lengths.append(len(array))
-                file.write(array.data)
-                written.update(array.data)
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    np.save(folder / "documents.npy", starts)
+        for ids, ended in _encoded(texts, tokenizer=tokenizer):
+            part = np.array([*ids, tokenizer.eos_id] if ended else ids, dtype=dtype)
+            file.write(part.data)
+            written.update(part.data)
+            tokens += len(part)
+            largest = max(largest, int(part.max(initial=0)))
+            if ended:
+                starts.append(tokens)
+    np.save(folder / "documents.npy", np.asarray(starts, dtype=np.int64))
     meta = _Meta(
-        documents=len(lengths),
-        tokens=int(starts[-1]),
+        documents=len(starts) - 1,
+        tokens=tokens,
         dtype=dtype.name,
         largest_id=largest,
         eos_id=tokenizer.eos_id,
+        nulls=skipped["null"],
     )
-    (folder / "meta.json").write_text(json.dumps(asdict(meta)) + "\n", encoding="utf-8")
+    record = asdict(meta)
+    if not meta.nulls:  # as earlier versions wrote and read it
+        del record["nulls"]
+    (folder / "meta.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     with open(folder / "documents.npy", "rb") as file:
         digests = {
             "ids.bin": written.hexdigest(),

@@ -1,24 +1,43 @@
-"""Text to ids with a tokenizer.json, from disk or the hub. Not for: the grammar's own words."""
+"""Text to ids with a tokenizer.json, from disk or the hub. Not for: the grammar's own words.
+
+A long document is encoded in windows that overlap, which takes the memory of a window, and joined
+where both windows agree on the ids: they are those of the document encoded as one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora_core import atomic
 from relora_core.config import ConfigError
 from relora_core.data import places
+from relora_core.data.base import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 """Tokens that end a document, tried in this order where nothing names one."""
 
 _EXPECTED = "a tokenizer.json, a folder that holds one, or a hub name"
 
+
+WINDOW = 2**18
+"""Characters of a long document that are encoded at a time; each takes about a hundred bytes."""
+OVERLAP = 2**12
+"""Characters that two windows share."""
+LONGEST = 2**22
+"""Characters that a window may grow to, where two do not agree anywhere in what they share."""
+AGREEING = 8
+"""Tokens on both sides of a joint between words that must be the same in both windows."""
+AGREEING_WITHIN = 256
+"""The same where a tokenizer does not split text into words, or a word fills what they share."""
 
 SMALLEST_VOCAB = 257
 """A byte-level vocabulary holds every byte and the end of a document."""
@@ -60,12 +79,123 @@ class HFTokenizer:
         self.eos_id = _eos_id(source, config, vocabulary, eos_id=eos_id, size=self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; the library's own threads share the work."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        """Ids of each text; the library's own threads share the work. Raises DataError."""
+        try:
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception:  # the library raises bare Exception, and does not say which text it was
+            encoded = [self._encoding(text) for text in texts]
         return [e.ids for e in encoded]
+
+    def encode_long(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+        """Ids of one document that comes in pieces, some at a time. Raises DataError."""
+        rest = _Pieces(pieces)
+        text = rest.take(WINDOW)
+        here, begin = self._encoding(text), 0  # tokens before `begin` have been given out
+        while more := rest.take(WINDOW):
+            shared = min(OVERLAP, len(text))
+            then = self._encoding(text[-shared:] + more)
+            joint = _joint(here, then, shift=len(text) - shared)
+            if joint is None:  # a larger window shares another stretch with the next one
+                if len(text) > LONGEST:
+                    raise DataError(
+                        f"no place to cut in {len(text)} characters of one document, beginning "
+                        f"{text[:40]!r}: the tokenizer splits them nowhere"
+                    )
+                text += more + rest.take(len(text))
+                here = self._encoding(text)
+                continue
+            yield here.ids[begin : joint[0]]
+            text, here, begin = text[-shared:] + more, then, joint[1]
+        yield here.ids[begin:]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                f"data.tokenizer cannot encode the text that begins {text[:40]!r}: "
+                f"{places.first_line(error)}"
+            ) from None
+
+
+class _Pieces:
+    """Text that comes in pieces, taken in others."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces, self._rest = iter(pieces), ""
+
+    def take(self, count: int) -> str:
+        """The next `count` characters; fewer at the end only."""
+        parts, missing = [], count
+        while missing:
+            self._rest = self._rest or next((p for p in self._pieces if p), "")
+            if not self._rest:
+                break
+            parts.append(self._rest[:missing])
+            self._rest = self._rest[missing:]
+            missing -= len(parts[-1])
+        return "".join(parts)
+
+
+def _joint(
+    here: tokenizers.Encoding, then: tokenizers.Encoding, *, shift: int
+) -> tuple[int, int] | None:
+    """Token of `here` and token of `then` that are the same one, between words if there are any.
+
+    `then` begins `shift` characters after `here`. Where a word begins, what was before it does not
+    matter to a tokenizer that splits text into words first; so if both begin one there, and `here`
+    is right up to it, then `then` is right from it on. The tokens that agree around it show that
+    neither window's edge matters any more.
+    """
+    ids = here.ids
+    tail, first = [], len(ids)
+    while first and (not tail or tail[-1].start >= 0):
+        first -= 1
+        tail.append(_token(here, first, ids, shift=shift))
+    ours, theirs = tail[::-1], []
+    ids = then.ids
+    while len(theirs) < len(ids) and (not theirs or theirs[-1].start <= ours[-1].start):
+        theirs.append(_token(then, len(theirs), ids, shift=0))
+    at = {ours[i].start: i for i in range(len(ours) - 1, 0, -1)}  # the first of several
+    middle = ours[-1].start // 2
+    places = [j for j in range(1, len(theirs)) if theirs[j].start in at]
+    places.sort(key=lambda j: abs(theirs[j].start - middle))
+    for j in places:
+        i = at[theirs[j].start]
+        between = ours[i].word != ours[i - 1].word and theirs[j].word != theirs[j - 1].word
+        if between and _agree(ours, i, theirs, j, count=AGREEING):
+            return first + i, j
+    for j in places:
+        i = at[theirs[j].start]
+        if _agree(ours, i, theirs, j, count=AGREEING_WITHIN):
+            varied = {token.id for token in theirs[j - AGREEING_WITHIN : j + AGREEING_WITHIN]}
+            if (
+                len(varied) > AGREEING_WITHIN // 8
+            ):  # a run of one letter agrees with itself anywhere
+                return first + i, j
+    return None
+
+
+class _Token(NamedTuple):
+    start: int
+    """In characters of the later window."""
+    id: int
+    word: int | None
+
+
+def _token(window: tokenizers.Encoding, i: int, ids: list[int], *, shift: int) -> _Token:
+    start, _ = window.token_to_chars(i) or (0, 0)
+    return _Token(start - shift, ids[i], window.token_to_word(i))
+
+
+def _agree(ours: list[_Token], i: int, theirs: list[_Token], j: int, *, count: int) -> bool:
+    """Whether `count` tokens before and after are the same ones in the same places."""
+    if min(i, j) < count or i + count > len(ours) or j + count > len(theirs):
+        return False
+    return all(ours[i + k][:2] == theirs[j + k][:2] for k in range(-count, count))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> int:

@@ -362,9 +362,9 @@ def test_paths_without_text_are_named(config, corpus, tmp_path):
     assert "Did you mean" in error_line(config(corpus.parent / "text"))
     assert "it holds no file" in error_line(config(tmp_path))
     assert "it holds no file" in error_line(config(f"{tmp_path}/*.jsonl"))
-    (tmp_path / "rows.parquet").write_bytes(b"x")
-    assert "it holds only .parquet" in error_line(config(tmp_path))
-    assert "got" in error_line(config(tmp_path / "rows.parquet"))
+    (tmp_path / "rows.npy").write_bytes(b"x")
+    assert "it holds only .npy" in error_line(config(tmp_path))
+    assert "got" in error_line(config(tmp_path / "rows.npy"))
 
 
 def test_another_text_field_can_be_named(config, tmp_path, tokenizer):

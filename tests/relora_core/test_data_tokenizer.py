@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import lzma
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 from data_files import write_bpe, write_words
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from relora_core.config import ConfigError, DataConfig
-from relora_core.data import load_tokenizer
+from relora_core.data import DataError, load_tokenizer, tokenizer
 from relora_core.data.tokenizer import HFTokenizer, padded_vocab
 
 
@@ -163,3 +168,149 @@ def test_the_real_tokenizer_gives_the_published_ids(shared_data):
     assert tokenizer.encode("Hello world") == [12092, 1533]
     assert tokenizer.encode_batch([" Hello world"]) == [[24387, 1533]]
     assert tokenizer.digest.startswith("9ad33b4b39a9f839")
+
+
+# long documents -----------------------------------------------------------------------------------
+WORDS = "the cat sat on the mat and the dog sat too. Grüße 世界! 12,345 __init__ (a+b)\n\n\t"
+WORDS = WORDS.split(" ")
+
+
+def sentencepiece(folder: Path, *, split: bool, model: str) -> Path:
+    """As Llama's and Gemma's are converted: `▁` for spaces and before the text, no words if not
+    `split`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<unk>", "</s>"]
+    if model == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        trainer = trainers.BpeTrainer(
+            vocab_size=150, special_tokens=special, show_progress=False, max_token_length=8
+        )
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = metaspace
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    if not split:
+        replace = normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        tokenizer.pre_tokenizer = None
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def byte_level(folder: Path, *, prefix: bool) -> Path:
+    """As GPT-2's and RoBERTa's: a space before the text, offsets that leave spaces out."""
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+
+    file = write_bpe(folder, vocab_size=300) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.save(str(file))
+    return folder
+
+
+def wordpiece(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    pieces = ["[UNK]", "<eos>", "the", "cat", "do", "##g", "s", "##at", ".", "12", ",", "("]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+KINDS = {
+    "byte_level": lambda folder: byte_level(folder, prefix=False),
+    "byte_level with a prefix": lambda folder: byte_level(folder, prefix=True),
+    "sentencepiece bpe": lambda folder: sentencepiece(folder, split=True, model="bpe"),
+    "sentencepiece bpe without words": lambda folder: sentencepiece(
+        folder, split=False, model="bpe"
+    ),
+    "unigram": lambda folder: sentencepiece(folder, split=True, model="unigram"),
+    "wordpiece": wordpiece,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_tokenizer(request, tmp_path_factory) -> HFTokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer") / "one"
+    return HFTokenizer(str(KINDS[request.param](folder)), eos_id=1)
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(tokenizer, "WINDOW", 600)
+    monkeypatch.setattr(tokenizer, "OVERLAP", 300)
+    monkeypatch.setattr(tokenizer, "AGREEING_WITHIN", 24)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(seed=st.integers(0, 2**32), runs=st.booleans(), cut=st.integers(1, 900))
+def test_a_document_in_pieces_has_the_ids_of_the_whole(
+    any_tokenizer, small_windows, seed, runs, cut
+):
+    draw = random.Random(seed)
+    odd = [
+        "\n" * 9,
+        " " * 40,
+        "e\u0301\u0301",
+        "\u0301",
+        "a" * 30,
+        "<|endoftext|>",
+        "\r\n",
+        "\U0001d4b3",
+        "\0",
+    ]
+    words = WORDS + (odd if runs else [])
+    text = "".join(draw.choice(words) + draw.choice(["", " ", " "]) for _ in range(900))
+    pieces = [text[i : i + cut] for i in range(0, len(text), cut)]
+    assert [*itertools.chain(*any_tokenizer.encode_long(pieces))] == any_tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "世", "the cat "])
+def test_so_has_one_that_repeats_itself(any_tokenizer, small_windows, letter):
+    text = "the dog " * 50 + letter * 3000 + " sat too" * 50
+    assert [*itertools.chain(*any_tokenizer.encode_long([text]))] == any_tokenizer.encode(text)
+
+
+@pytest.mark.slow
+def test_windows_stay_small_and_what_cannot_be_cut_is_one_line(tmp_path, monkeypatch):
+    own = HFTokenizer(str(write_bpe(tmp_path)))
+    sizes, encoding = [], HFTokenizer._encoding
+    monkeypatch.setattr(
+        HFTokenizer, "_encoding", lambda self, text: sizes.append(len(text)) or encoding(self, text)
+    )
+    monkeypatch.setattr(tokenizer, "WINDOW", 2**13)
+    monkeypatch.setattr(tokenizer, "LONGEST", 2**14)
+    parts = ("the cat sat on the mat " * 100 for _ in range(60))
+    assert sum(map(len, own.encode_long(parts))) > 50_000
+    assert max(sizes) == 2**13 + tokenizer.OVERLAP
+    with pytest.raises(DataError, match=r"no place to cut in \d+ characters .*'xxxx") as caught:
+        list(own.encode_long(["x" * 2**16]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_long_real_document_has_the_ids_of_the_whole(shared_data, monkeypatch):
+    own = HFTokenizer(str(shared_data / "tokenizer"))
+    parts = []
+    for name in ("books", "code", "docs", "wiki"):
+        with lzma.open(shared_data / "corpus" / "train_core" / f"{name}.jsonl.xz", "rt") as lines:
+            parts += [json.loads(line)["text"] for line in itertools.islice(lines, 20)]
+    text = "\n\n".join(parts)[:800_000]
+    monkeypatch.setattr(tokenizer, "WINDOW", 2**14)
+    assert [*itertools.chain(*own.encode_long([text]))] == own.encode(text)
