@@ -135,7 +135,7 @@ class ReLoRAConfig:
     values, at most r or the schedule's. So ranks fall, until the schedule rises: then all have
     its rank. BA = 0 keeps the rank; None: no adapting."""
     nested_rank: bool = knob(False, methods=("relora",))
-    """Train with the first b ranks, b drawn anew at each pass (DyLoRA, Valipour et al. 2023), so
+    """Train with the first b ranks, b drawn anew at each step (DyLoRA, Valipour et al. 2023), so
     that the leading ones carry most."""
     restart_groups: int = knob(1, ge=1, methods=("relora",))
     """Partial restarts: the adapters take turns in so many groups; 1: all at every restart."""

@@ -8,9 +8,9 @@ float64 and plain autograd.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,41 +174,67 @@ class _SwiGLU(torch.autograd.Function):
 
 
 # adapters ---------------------------------------------------------------------------------------
-def keep_mask(x: Tensor, dropout: float) -> tuple[Tensor, float]:
-    """Of x's shape, 1 where dropout keeps an entry, else 0; and the share that it keeps.
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """A layer's dropout in one pass of a step, the same however the step's batch is divided.
 
-    On a CPU torch's draws for dropout took an eighth of a step. 16 bits an entry from a generator
-    that any part can be had from, seeded by torch's, decide as well: the share is at most
-    1 / 131072 from 1 - dropout, and results are scaled by what it is.
+    Whether an entry is kept follows from `seed`, its sequence's place in the batch and its own in
+    the sequence: not from device, kernels, accumulation or processes.
     """
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - dropout), 1 - dropout
-    seed, cut = _draw(dropout)
-    words = _split_mix(seed, count=-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
-    return torch.from_numpy((words < cut).view(np.uint8)).view(x.shape), cut / KEEP_ALL
+
+    share: float
+    """Of entries, dropped."""
+    seed: int
+    """Of the step and the layer."""
+    first: int = 0
+    """Place of the pass's first sequence in the batch of all processes."""
+    stride: int = 1
+    """From one sequence of the pass to its next in that batch."""
+
+    @property
+    def cut(self) -> int:
+        """An entry whose 16 bits are below it is kept: at most 1 / 131072 from the share asked."""
+        return min(max(round((1 - self.share) * KEEP_ALL), 1), KEEP_ALL - 1)
+
+    @property
+    def gain(self) -> float:
+        """Of what is kept, so that its mean stays."""
+        return KEEP_ALL / self.cut
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Of x's shape (sequences, ..., columns) in uint8: 1 where an entry is kept, else 0.
+
+        16 bits an entry, of a generator that any part can be had from: native.cpp draws the same.
+        """
+        each = x[0].numel()
+        words = -(-each // 4)
+        index = torch.arange(1, words + 1, device=x.device).repeat(len(x), 1)
+        index += words * (self.first + self.stride * torch.arange(len(x), device=x.device)[:, None])
+        bits = _split_mix(index, seed=self.seed).view(torch.int16)[:, :each]
+        kept = (bits ^ -(1 << 15)) < self.cut - (1 << 15)  # without a sign they would be < cut
+        return kept.view(torch.uint8).reshape(x.shape)
 
 
-def _draw(dropout: float) -> tuple[int, int]:
-    """(seed, cut): entries whose 16 bits are below `cut` are kept."""
-    if not dropout:
-        return 0, KEEP_ALL
-    return int(torch.randint(2**62, ())), min(max(round((1 - dropout) * KEEP_ALL), 1), KEEP_ALL - 1)
+GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _split_mix(seed: int, *, count: int) -> np.ndarray:
-    """The first numbers of SplitMix64 (Steele et al. 2014), uint64; native.cpp draws the same."""
-    z = np.arange(1, count + 1, dtype=np.uint64)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(seed)
+def _split_mix(index: Tensor, *, seed: int) -> Tensor:
+    """The numbers of SplitMix64 (Steele et al. 2014) at `index`, int64, which is overwritten."""
+    z = index.mul_(_signed(GOLDEN)).add_(_signed(seed))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
+        z ^= (z >> shift).bitwise_and_((1 << 64 - shift) - 1)  # no sign to the right
+        z *= _signed(factor)
+    z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
     return z
 
 
+def _signed(number: int) -> int:
+    """The int64 of these 64 bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def adapted_linear(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scale: float, dropout: float
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scale: float, dropout: Dropout | None
 ) -> Tensor:
     """W x + scale B A dropout(x) for a frozen W (out, in); A (r, in), B (out, r), x (..., in)."""
     whole = a.shape[1] % LANES == 0 == b.shape[0] % LANES
@@ -221,15 +247,26 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: Dropout | None,
     ) -> Tensor:
         rows, weight = to_product_type(x.flatten(0, -2)), to_product_type(weight)
         rows, a, b = rows.contiguous(), a.contiguous(), b.contiguous()
-        seed, cut = _draw(dropout)
         rank = -(-a.shape[0] // LANES) * LANES
         y, low = rows @ weight.T, a.new_empty(len(rows), rank)
-        sizes = *rows.shape, y.shape[1], a.shape[0]
-        ctx.last = *sizes, scale * KEEP_ALL / cut, seed, cut
+        tokens = max(len(rows) // len(x), 1)
+        draw = (0, KEEP_ALL, tokens, 1)
+        if dropout:
+            scale *= dropout.gain
+            before = dropout.first * tokens * rows.shape[1] // 4  # numbers of earlier sequences
+            seed = (dropout.seed + GOLDEN * before) % (1 << 64)
+            draw = (seed, dropout.cut, tokens, dropout.stride)
+        ctx.last = *rows.shape, y.shape[1], a.shape[0], scale, *draw
         native.call(f"adapt_{native.kind(y)}", rows, a, b, y, low, *ctx.last)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.type = x.dtype
@@ -252,13 +289,19 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: Dropout | None,
     ) -> Tensor:
         ctx.type = x.dtype
         rows, weight, a, b = map(to_product_type, (x.flatten(0, -2), weight, a, b))
         with torch.autocast(x.device.type, enabled=False):
-            kept, share = keep_mask(rows, dropout) if dropout else (None, 1.0)
-            ctx.scale = scale / share
+            kept = dropout.mask(x).view(rows.shape) if dropout else None
+            ctx.scale = scale * dropout.gain if dropout else scale
             low = (rows if kept is None else rows * kept) @ a.T
             y = (rows @ weight.T).addmm_(low, b.T, alpha=ctx.scale)
         ctx.save_for_backward(rows, weight, a, b, low, kept)

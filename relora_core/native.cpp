@@ -388,10 +388,12 @@ void product(float* c, int64_t ldc, const float* a, int64_t am, int64_t ap, cons
 }
 
 // Entry e of a dropout is kept where 16 bits of a number, the (e / 4)th of a generator (SplitMix64:
-// Steele et al. 2014), are below `cut`. Any part can be drawn anew, by any thread.
+// Steele et al. 2014), are below `cut`. Any part can be drawn anew, by any thread. Entries are
+// those of all sequences of a step, of which these are every `stride`th.
 struct Dropout {
   uint64_t seed;
-  int64_t cut;
+  int64_t cut, tokens, stride;
+  int64_t place(int64_t row) const { return row + row / tokens * tokens * (stride - 1); }
 };
 typedef uint64_t draws __attribute__((vector_size(2 * LANES)));
 
@@ -405,11 +407,15 @@ inline vec keep(vec x, Dropout dropout, int64_t first) {
   return __builtin_convertvector((halves)z, ints) < static_cast<int>(dropout.cut) ? x : vec{};
 }
 
-// What dropout leaves of n entries from the first on, as float32
+// What dropout leaves of `rows` rows of n entries, from the first row on, as float32
 template <typename F>
-void drop(float* to, const typename F::type* x, int64_t n, Dropout dropout, int64_t first) {
-  for (int64_t i = 0; i < n; i += LANES)
-    store(to + i, dropout.cut < 65536 ? keep(F::get(x + i), dropout, first + i) : F::get(x + i));
+void drop(float* to, const typename F::type* x, int64_t first, int64_t rows, int64_t n,
+          Dropout dropout) {
+  for (int64_t row = first; row < first + rows; ++row, to += n, x += n) {
+    const int64_t entry = dropout.place(row) * n;
+    for (int64_t i = 0; i < n; i += LANES)
+      store(to + i, dropout.cut < 65536 ? keep(F::get(x + i), dropout, entry + i) : F::get(x + i));
+  }
 }
 // n numbers as float32: where they are if they are float32, else in `room`
 template <typename F> const float* wide(const typename F::type* from, float* room, int64_t n) {
@@ -445,7 +451,7 @@ void adapt(const T* x, const float* a, const float* b, T* y, float* low, Sizes s
     for (int64_t first = 0; first < s.rows; first += ROWS) {
       const int64_t rows = std::min<int64_t>(ROWS, s.rows - first);
       float* thin = low + first * R;
-      drop<F>(kept.get(), x + first * s.in, rows * s.in, dropout, first * s.in);
+      drop<F>(kept.get(), x + first * s.in, first, rows, s.in, dropout);
       product(thin, R, kept.get(), s.in, 1, down.get(), R, rows, R, s.in, 1.0f, false);
       T* to = y + first * s.out;
       float* sum = const_cast<float*>(wide<F>(to, outer.get(), rows * s.out));
@@ -474,14 +480,14 @@ void adapt_back(const T* x, const float* a, const float* b, const float* low, co
       for (int64_t first = piece * size; first < stop; first += ROWS) {
         const int64_t rows = std::min<int64_t>(ROWS, stop - first);
         const int64_t entry = first * s.in;
-        drop<F>(kept.get(), x + entry, rows * s.in, dropout, entry);
+        drop<F>(kept.get(), x + entry, first, rows, s.in, dropout);
         const float* g = wide<F>(upstream + first * s.out, outer.get(), rows * s.out);
         product(thin.get(), R, g, s.out, 1, down.get(), R, rows, R, s.out, scale, false);
         product(own_b, R, g, 1, s.out, low + first * R, R, s.out, R, rows, scale, true);
         product(own_a, s.in, thin.get(), 1, R, kept.get(), s.in, s.rank, s.in, rows, 1.0f, true);
         if (dx == nullptr) continue;
         product(back.get(), s.in, thin.get(), R, 1, a, s.in, rows, s.in, s.rank, 1.0f, false);
-        drop<Wide>(back.get(), back.get(), rows * s.in, dropout, entry);
+        drop<Wide>(back.get(), back.get(), first, rows, s.in, dropout);
         for (int64_t i = 0; i < rows * s.in; i += LANES)
           F::set(dx + entry + i, F::get(dx + entry + i) + load<vec>(back.get() + i));
       }
@@ -598,19 +604,19 @@ void swiglu_back_bfloat16(const uint16_t* gate, const uint16_t* value, const uin
 
 // y (rows, out) += scale * b a dropout(x): x (rows, in), a (rank, in), b (out, rank), all of x and y
 // float32 or bf16; in and out are multiples of 16. low (rows, rank padded to 16) is a dropout(x).
-// `cut` of 65536 entries is kept, each scaled by nothing.
+// `cut` of 65536 entries is kept, each scaled by nothing. Sequences have `tokens` rows each.
 #define ADAPT(name, F, T)                                                                         \
   void adapt_##name(const T* x, const float* a, const float* b, T* y, float* low, int64_t rows,   \
                     int64_t in, int64_t out, int64_t rank, float scale, uint64_t seed,            \
-                    int64_t cut, int threads) {                                                   \
-    adapt<F>(x, a, b, y, low, {rows, in, out, rank}, scale, {seed, cut}, threads);                \
+                    int64_t cut, int64_t tokens, int64_t stride, int threads) {                   \
+    adapt<F>(x, a, b, y, low, {rows, in, out, rank}, scale, {seed, cut, tokens, stride}, threads);\
   }                                                                                               \
   void adapt_back_##name(const T* x, const float* a, const float* b, const float* low,            \
                          const T* upstream, T* dx, float* da, float* db, int64_t rows,            \
                          int64_t in, int64_t out, int64_t rank, float scale, uint64_t seed,       \
-                         int64_t cut, int threads) {                                              \
-    adapt_back<F>(x, a, b, low, upstream, dx, da, db, {rows, in, out, rank}, scale, {seed, cut},  \
-                  threads);                                                                       \
+                         int64_t cut, int64_t tokens, int64_t stride, int threads) {              \
+    adapt_back<F>(x, a, b, low, upstream, dx, da, db, {rows, in, out, rank}, scale,               \
+                  {seed, cut, tokens, stride}, threads);                                          \
   }
 ADAPT(float32, Wide, float)
 ADAPT(bfloat16, Narrow, uint16_t)

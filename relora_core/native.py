@@ -52,7 +52,7 @@ COMPILER_READS += ("GCC_COMPARE_DEBUG",)
 BUILD_S = 300.0
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_ADAPT = (*[_INT] * 4, _FLOAT, ctypes.c_uint64, _INT)
+_ADAPT = (*[_INT] * 4, _FLOAT, ctypes.c_uint64, *[_INT] * 3)
 _ARGUMENTS = {
     "attention": (*[_POINTER] * 5, *[_INT] * 5),
     "attention_back": (*[_POINTER] * 9, *[_INT] * 5),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 LOG2E = 1.4426950408889634
 CLOSE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -174,10 +175,14 @@ def _rotate(call: Call, draw: np.random.Generator) -> Iterator[Result]:
 
 # adapters -----------------------------------------------------------------------------------------
 def _adapt(call: Call, draw: np.random.Generator, kind: str) -> Iterator[Result]:
-    """37 rows: more than are in work at a time; a tenth of the inputs is dropped."""
-    from relora_core.kernels import LANES, _split_mix
+    """37 rows: more than are in work at a time; a tenth of the inputs is dropped.
 
-    rows, inner, outer, rank, scale, seed, cut = 37, 32, 48, 5, 0.5, 7, 59_000
+    They are of every third sequence, ten rows each.
+    """
+    from relora_core.kernels import LANES, Dropout
+
+    dropout, rows, tokens = Dropout(0.1, seed=7, stride=3), 37, 10
+    inner, outer, rank, scale = 32, 48, 5, 0.5
     x, y, g, dx = (
         _normal(draw, rows, columns, kind=kind) for columns in (inner, outer, outer, inner)
     )
@@ -185,11 +190,10 @@ def _adapt(call: Call, draw: np.random.Generator, kind: str) -> Iterator[Result]
     low = np.zeros((rows, -(-rank // LANES) * LANES), np.float32)
     d_a, d_b = np.empty_like(a), np.empty_like(b)
     before, d_before = _read(y), _read(dx)
-    sizes = rows, inner, outer, rank, scale, seed, cut
+    sizes = rows, inner, outer, rank, scale, dropout.seed, dropout.cut, tokens, dropout.stride
     call(f"adapt_{kind}", x, a, b, y, low, *sizes)
     call(f"adapt_back_{kind}", x, a, b, low, g, dx, d_a, d_b, *sizes)
-    words = _split_mix(seed, count=x.size // 4).view(np.uint16)
-    keep = (words < cut).reshape(x.shape)
+    keep = dropout.mask(torch.empty(4, tokens, inner)).flatten(0, 1).numpy()[:rows]
     dropped, up, down = _read(x) * keep, _read(g), _read(b)
     thin = dropped @ _read(a).T
     d_thin = up @ down * scale

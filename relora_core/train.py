@@ -6,12 +6,11 @@ Not for: files of a run (`experiments/runner.py`) or anything a method decides (
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,6 @@ def _train(
     )
     probe = RestartProbe(model, config=config, cache_dir=cache_dir)
     evals = prepare_evals(config, load_tokenizer(config.data))
-    torch.manual_seed(rank_seed(config.seed, rank))  # dropout: different on every rank
 
     newest, damaged = newest_intact(accelerator, checkpoints)
     progress = resume(newest, model=model, optimizer=optimizer, rank=rank, config=config)
@@ -134,6 +132,7 @@ def _train(
             loss = accumulate_gradients(
                 accelerator,
                 wrapped,
+                before_pass=partial(method.before_pass, step),
                 rows=rows,
                 micro_batches=micro_batches,
                 precision=config.train.precision,
@@ -272,12 +271,6 @@ class Timer:
         return self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes
 
 
-def rank_seed(seed: int, rank: int) -> int:
-    """Seed of a rank's dropout."""
-    digest = hashlib.sha256(f"{seed}/dropout/{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def newest_intact(
     accelerator: Accelerator, checkpoints: Path
 ) -> tuple[Path | None, dict[str, list[str]]]:
@@ -330,6 +323,7 @@ def accumulate_gradients(
     accelerator: Accelerator,
     wrapped: nn.Module,
     *,
+    before_pass: Callable[..., None],
     rows: Any,
     micro_batches: int,
     precision: str,
@@ -342,8 +336,10 @@ def accumulate_gradients(
     half = precision == "bf16"
     ids = torch.from_numpy(rows).to(accelerator.device, non_blocking=True)
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    rank, world = accelerator.process_index, accelerator.num_processes
     for index, chunk in enumerate(ids.chunk(micro_batches)):
         last = index == micro_batches - 1
+        before_pass(first=rank + world * index * len(chunk), stride=world)  # as a stream deals them
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
             with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
                 loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_core.config import ReLoRAConfig
-from relora_core.kernels import adapted_linear
+from relora_core.kernels import Dropout, adapted_linear
+
+
+def named_seed(seed: int, step: int, name: str) -> int:
+    """63 bits that depend on nothing else: every rank and every resume draws alike."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def named_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing else: every rank and every resume draws alike."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A CPU generator of `named_seed`."""
+    return torch.Generator().manual_seed(named_seed(seed, step, name))
+
+
+@dataclass(slots=True)
+class Pass:
+    """Which pass is made: with a layer's name, all that its dropout and its nested rank follow."""
+
+    seed: int = 0
+    """The run's."""
+    step: int = 0
+    """Updates complete."""
+    first: int = 0
+    stride: int = 1
+    """See `kernels.Dropout`."""
 
 
 class ReLoRALinear(nn.Module):
@@ -29,8 +48,12 @@ class ReLoRALinear(nn.Module):
     master_B: Tensor | None
     master_scalar: Tensor | None
 
-    def __init__(self, linear: nn.Linear, relora: ReLoRAConfig) -> None:
+    def __init__(
+        self, linear: nn.Linear, relora: ReLoRAConfig, *, name: str = "", now: Pass | None = None
+    ) -> None:
+        """`now` is shared by a model's adapters; the loop keeps it up to date."""
         super().__init__()
+        self.name, self.now = name, now or Pass()
         out_features, in_features = linear.weight.shape
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.dropout, self.base_dtype = relora.dropout, getattr(torch, relora.base_dtype)
@@ -67,14 +90,23 @@ class ReLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A, self.lora_B
         if self.nested and self.training:
-            kept = int(torch.randint(1, self.rank + 1, ()))
+            kept = 1 + self._seed("nested") % self.rank
             a, b = a[:kept], b[:, :kept]
-        scale = self.scale
+        scale, dropout = self.scale, self._draw()
         if not self.weight.requires_grad and not isinstance(scale, Tensor):
-            dropout = self.dropout if self.training else 0.0
             return adapted_linear(x, self.weight, a, b, scale=scale, dropout=dropout)
-        low = F.linear(F.dropout(x, self.dropout, self.training), a)
+        low = F.linear(x * dropout.mask(x) * dropout.gain if dropout else x, a)
         return F.linear(x, self.weight) + F.linear(low * scale, b)
+
+    def _seed(self, what: str) -> int:
+        return named_seed(self.now.seed, self.now.step, f"{self.name}/{what}")
+
+    def _draw(self) -> Dropout | None:
+        """This pass's dropout; None: nothing is dropped."""
+        if not self.dropout or not self.training:
+            return None
+        seed, now = self._seed("dropout"), self.now
+        return Dropout(self.dropout, seed=seed, first=now.first, stride=now.stride)
 
     def resize_(self, rank: int) -> None:
         """Make room for another rank, before any pass: the parameters stay the same objects."""

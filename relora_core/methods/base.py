@@ -49,6 +49,10 @@ class Method:
         """Whether it draws adapters anew: at each restart, and where it has nothing to merge."""
         return False
 
+    def before_pass(self, step: int, *, first: int, stride: int) -> None:
+        """Called before each forward pass of update `step` (0-based): of the step's batch over all
+        processes it takes the sequences `first`, `first + stride`, ..."""
+
     def before_update(self, step: int, model: nn.Module) -> None:
         """Called when `step` updates are complete and the gradients of the next one are there."""
 

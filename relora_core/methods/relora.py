@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from relora_core.config import RunConfig, adapted_shapes
 from relora_core.dynamics import product_singular_values
-from relora_core.methods.adapter import ReLoRALinear, named_generator
+from relora_core.methods.adapter import Pass, ReLoRALinear, named_generator
 from relora_core.methods.base import Method
 from relora_core.optim import prune_state_
 from relora_core.schedule import Draws, is_full_rank, scheduled_rank
@@ -27,6 +27,10 @@ from relora_core.schedule import Draws, is_full_rank, scheduled_rank
 
 class LoRA(Method):
     """Adapters on a frozen base (Hu et al. 2021), at full rank in the phases that ask for it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self._now = Pass(seed=config.seed)
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap target linears. Adapters are drawn after the whole base, which stays as it was."""
@@ -39,7 +43,8 @@ class LoRA(Method):
             if relora.r == 0:
                 owner.get_submodule(child).requires_grad_(False)
                 continue
-            linear = ReLoRALinear(owner.get_submodule(child), relora)  # type: ignore[arg-type]
+            target: Any = owner.get_submodule(child)
+            linear = ReLoRALinear(target, relora, name=name, now=self._now)
             zero_a = relora.init_a == "zero"
             linear.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
             setattr(owner, child, linear)
@@ -76,6 +81,10 @@ class LoRA(Method):
                 if parameter is not None:
                     parameter.requires_grad_(not full)
         return changed
+
+    def before_pass(self, step: int, *, first: int, stride: int) -> None:
+        """Dropout and nested ranks are drawn for the place of each sequence in the whole batch."""
+        self._now.step, self._now.first, self._now.stride = step, first, stride
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """Between phases: fold the adapters into the base, or draw them anew on what it became."""

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from relora_core.config import ReLoRAConfig
 from relora_core.kernels import (
+    Dropout,
     adapted_linear,
     causal_attention,
-    keep_mask,
     rms_norm,
     rotate,
     swiglu,
@@ -165,22 +165,18 @@ def test_rotation_equals_float64(kernels, kind):
     assert max(errors(got, want, found, grads)) < (1e-6 if kind == torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [None, Dropout(0.3, seed=1, first=5, stride=3)])
 @pytest.mark.parametrize(("columns", "out", "rank"), [(6, 5, 3), (48, 96, 16), (80, 16, 20)])
 def test_adapted_linear_equals_float64(kernels, columns, out, rank, dropout):
     rows = 75  # twice: more than one piece, and no multiple of one
     shapes = (2, rows, columns), (out, columns), (rank, columns), (out, rank), (2, rows, out)
     x, weight, a, b, upstream = draw(*shapes)
-    torch.manual_seed(1)
-    flat = x.flatten(0, 1)
-    kept, share = keep_mask(flat, dropout) if dropout else (torch.ones_like(flat), 1.0)
 
     def plain(x, a, b):
-        dropped = x * kept.view(x.shape) / share
+        dropped = x * dropout.mask(x) * dropout.gain if dropout else x
         return x @ weight.double().T + 1.5 * dropped @ a.T @ b.T
 
     def fast(x, a, b):
-        torch.manual_seed(1)
         return adapted_linear(x, weight, a, b, scale=1.5, dropout=dropout)
 
     want, grads = gradients(plain, [x.double(), a.double(), b.double()], upstream)
@@ -188,29 +184,45 @@ def test_adapted_linear_equals_float64(kernels, columns, out, rank, dropout):
     assert max(errors(got, want, found, grads)) < 2e-6
 
 
-@pytest.mark.parametrize("dropout", [1e-7, 0.1, 0.5, 0.999])
-def test_dropout_keeps_the_share_that_it_says(dropout):
+@pytest.mark.parametrize("share", [1e-7, 0.1, 0.5, 0.999])
+def test_dropout_keeps_the_share_that_it_says(share):
     """Each lane of the 64-bit words alike, entries and draws independent of each other."""
-    torch.manual_seed(0)
-    (first, share), (second, _) = (keep_mask(torch.empty(501, 403), dropout) for _ in range(2))
-    assert share == pytest.approx(1 - dropout, abs=2**-16)
-    flat, variance = first.flatten().double(), share * (1 - share)
+    first, second = (Dropout(share, seed=seed).mask(torch.empty(501, 403)) for seed in (3, 4))
+    kept = 1 / Dropout(share, seed=0).gain
+    assert kept == pytest.approx(1 - share, abs=2**-16)
+    flat, variance = first.flatten().double(), kept * (1 - kept)
     for lane in range(4):
-        assert flat[lane::4].mean().item() == pytest.approx(share, abs=5 * variance**0.5 / 224)
-    neighbours = ((flat[1:] - share) * (flat[:-1] - share)).mean().item()
-    draws = ((flat - share) * (second.flatten() - share)).mean().item()
-    assert neighbours == pytest.approx(0, abs=5 * variance / 449)
-    assert draws == pytest.approx(0, abs=5 * variance / 449)
+        assert flat[lane::4].mean().item() == pytest.approx(kept, abs=5 * variance**0.5 / 224)
+    neighbours = ((flat[1:] - kept) * (flat[:-1] - kept)).mean().item()
+    rows = ((first[1:] - kept) * (first[:-1] - kept)).mean().item()
+    draws = ((flat - kept) * (second.flatten() - kept)).mean().item()
+    assert [neighbours, rows, draws] == pytest.approx([0] * 3, abs=5 * variance / 449)
 
 
-def test_dropout_follows_the_generator_of_torch():
-    masks = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        masks.append([keep_mask(torch.empty(64, 96), 0.1)[0] for _ in range(2)])
-    assert masks[0][0].equal(masks[1][0])
-    assert masks[0][1].equal(masks[1][1])
-    assert not masks[0][0].equal(masks[0][1])
+def test_dropout_draws_the_numbers_of_split_mix():
+    """Those that Java's SplittableRandom gives for the seed 1234567, cut into 16 bits."""
+    numbers = 6457827717110365317, 3203168211198807973, 9817491932198370423
+    lanes = [number >> shift & 0xFFFF for number in numbers for shift in (0, 16, 32, 48)]
+    for share in (0.2, 0.5, 0.9):
+        dropout = Dropout(share, seed=1234567)
+        assert dropout.mask(torch.empty(1, 12)).tolist() == [[lane < dropout.cut for lane in lanes]]
+
+
+@pytest.mark.parametrize("shape", [(12, 7, 48), (12, 5, 3), (12, 5)])
+def test_dropout_is_the_same_however_a_batch_is_divided(shape):
+    """Into passes of four or two, over two processes that take rows in turn, on other devices."""
+    x = torch.empty(shape)
+    whole = Dropout(0.4, seed=9).mask(x)
+    for first in range(0, 12, 4):
+        part = Dropout(0.4, seed=9, first=first).mask(x[first : first + 4])
+        assert part.equal(whole[first : first + 4])
+    for rank in (0, 1):
+        for index in range(3):
+            first = rank + 2 * 2 * index
+            part = Dropout(0.4, seed=9, first=first, stride=2).mask(x[:2])
+            assert part.equal(whole[[first, first + 2]])
+    if torch.cuda.is_available():
+        assert Dropout(0.4, seed=9).mask(x.cuda()).cpu().equal(whole)
 
 
 def test_adapted_linear_under_autocast_is_near_float64(kernels):
@@ -218,7 +230,7 @@ def test_adapted_linear_under_autocast_is_near_float64(kernels):
 
     def fast(x, a, b):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return adapted_linear(x, weight, a, b, scale=2.0, dropout=0.0)
+            return adapted_linear(x, weight, a, b, scale=2.0, dropout=None)
 
     want, grads = gradients(
         lambda x, a, b: x @ weight.double().T + 2 * x @ a.T @ b.T,

@@ -53,6 +53,7 @@ def batch(seed):
 def one_step(step, model, method, optimizer):
     set_lr_(optimizer, method.config.train.lr * method.lr_multiplier(step))
     model.train()
+    method.before_pass(step, first=0, stride=1)
     model(*batch(step)).backward()
     method.before_update(step, model)
     optimizer.step()
@@ -519,6 +520,24 @@ def test_nested_ranks_train_the_leading_ones_most_and_score_with_all(trained):
     assert mean[0] > mean[-1]
     ids, _ = batch(80)
     assert torch.equal(model.logits(ids), model.logits(ids))  # nothing is drawn in eval mode
+
+
+def test_nested_ranks_are_drawn_for_each_layer_and_step_evenly(trained):
+    model, method, _, _ = trained(0, relora={"nested_rank": True})
+    found = []
+    for step in range(100):
+        method.before_pass(step, first=0, stride=1)
+        found += [m._seed("nested") % m.rank for _, m in method.adapters(model)]
+    counts = torch.tensor(found).bincount(minlength=4) / len(found)
+    assert counts.tolist() == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_a_knob_of_restarts_has_no_say_without_them(trained):
+    """It is outside the identity there."""
+    plain, with_knob = (
+        trained(4, method="lora", relora=knobs)[3] for knobs in ({}, {"nested_rank": True})
+    )
+    assert plain == with_knob
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from relora_core import checkpoint, native
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
+from relora_core.kernels import Dropout
 from relora_core.model import SwiGLU
 from relora_core.train import clip, split_batch, train
 from tests import warm
@@ -288,12 +289,34 @@ def _on(name, **fields):
     return {"paloma": PalomaConfig, "blimp": BlimpConfig}[name](enabled=True, **fields)
 
 
-def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
-    setting = {"relora": {"dropout": 0.0}}
+@pytest.mark.parametrize(
+    "knobs", [{}, {"nested_rank": True}, {"scaling": "trainable", "warm_start_steps": 2}]
+)
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path, knobs):
+    """Dropout's draws are those of a sequence's place in the whole batch, nested ranks a step's."""
+    setting = {"relora": {"dropout": 0.2, **knobs}}
     whole = run(config(**setting), tmp_path / "1").metrics()
     parts = run(config(train={"micro_batch_size": 1}, **setting), tmp_path / "2").metrics()
     for key, value in whole.items():
         assert parts[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+
+
+def test_dropout_differs_between_steps_layers_sequences_and_seeds(config, monkeypatch, tmp_path):
+    """8 steps of 2 passes through 14 adapters draw 224 masks, no two of them alike."""
+    found, mask = [], Dropout.mask
+
+    def heard(self, x):
+        found.append(mask(self, x))
+        return found[-1]
+
+    monkeypatch.setattr(Dropout, "mask", heard)
+    for seed in (0, 1):
+        setting = {"kernels": "torch", "log_every_steps": 1, "threads": 1, "device": "cpu"}
+        train_knobs = {"steps": 8, "micro_batch_size": 2}
+        run(config(seed=seed, train=train_knobs, runtime=setting), tmp_path / f"{seed}")
+    sequences = [bytes(one.numpy()) for pass_ in found for one in pass_]
+    assert len(found) == 2 * 8 * 2 * 14
+    assert len(set(sequences)) == 2 * len(found)
 
 
 def test_restarts_happen_where_the_schedule_says(config, tmp_path):
@@ -543,7 +566,7 @@ def test_bf16_lasts_in_several_processes(config, tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one(config, tmp_path, world):
     """DDP over gloo, restarts included: the same global batches, equal adapters on all ranks."""
-    knobs = {"dropout": 0.0, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
+    knobs = {"dropout": 0.2, "nested_rank": True, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
     setting = config(relora=knobs, train={"micro_batch_size": 1})
     one = run(setting, tmp_path / "one")
     folder = tmp_path / "two"
