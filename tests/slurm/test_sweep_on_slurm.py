@@ -211,7 +211,7 @@ def test_a_job_around_is_not_ours_and_reaches_none_of_ours(bare: Cluster, tmp_pa
     assert sweep.jobs() == {one["job_id"]: "RUNNING"}
     asked = bare.sh("squeue", "-h", "-j", one["job_id"], "-o", "%P %l %j").stdout.split()
     assert asked == ["main", "4:00:00", one["name"]]
-    assert "do not take MASTER_ADDR, MASTER_PORT, SBATCH_JOB_NAME" in told()
+    assert "SBATCH_JOB_NAME, SBATCH_PARTITION, SBATCH_TIMELIMIT" in told()
     assert {seed: run.status().job_id for seed, run in sweep.runs.items()} == {
         0: one["job_id"],
         9: None,
