@@ -41,6 +41,26 @@ def scientific(config: RunConfig) -> dict[str, Any]:
     return chosen
 
 
+def essential(config: RunConfig) -> dict[str, Any]:
+    """Like `scientific`, but alike for all configs that compute the same numbers.
+
+    Knobs that another one rules out are left out, and values that mean the same are one (`moot` and
+    `same_as` in their metadata). Not part of an id: that would rename runs that exist.
+    """
+    kept = {}
+    for key, f, value in walk(config):
+        meta = f.metadata
+        if not meta.get("scientific", True) or not applies(meta, config):
+            continue
+        section = key.rsplit(".", 1)[0]
+        if key.startswith("eval.") and not get(config, f"{section}.enabled"):
+            continue
+        if any(rules_out(config) for rules_out in meta.get("moot", {}).values()):
+            continue
+        kept[key] = meta["same_as"](config) if "same_as" in meta else value
+    return kept
+
+
 def _digest(values: dict[str, Any]) -> str:
     text = json.dumps({"schema": SCHEMA_VERSION, **values}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]  # 64 bit

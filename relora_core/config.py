@@ -9,6 +9,9 @@ Each field may carry metadata that `knob` writes:
   methods          methods that the knob applies to; elsewhere it is left out of the identity
   kinds            kinds of data that the knob applies to; likewise
   scientific       False: where or how it runs, not what it computes; outside the identity
+  moot             key -> predicate of a config: that key's value leaves this knob nothing to say
+  same_as          function of a config: one value for all that mean the same there
+                   (both for planning alone: the identity stays what it was)
   as_before        for a knob added later: the value that means "as before", left out of the hash
 """
 
@@ -86,6 +89,16 @@ class ModelConfig:
     """Rows of embedding and head; None: the data's vocabulary, padded as the data says."""
 
 
+_FROZEN = {"relora.r": lambda c: c.relora.r == 0}
+_ALL_OR_NONE = {"relora.optimizer_state": lambda c: c.relora.optimizer_state in ("zero", "keep")}
+
+
+def _first_multiple(relora: ReLoRAConfig) -> int:
+    """The first multiple of reset_frequency at which there may be a restart."""
+    first = relora.first_restart or relora.reset_frequency
+    return -(-first // relora.reset_frequency) * relora.reset_frequency
+
+
 @dataclass(kw_only=True, slots=True)
 class ReLoRAConfig:
     """Adapters and restarts (Lialin et al. 2023); `lora` has the adapter knobs alone.
@@ -98,20 +111,40 @@ class ReLoRAConfig:
     r: int = knob(16, ge=0, methods=ADAPTERS)
     """Rank of B·A; at most the smaller side of every target. 0 (lora only): targets stay as drawn,
     and embedding, head and norms alone are trained."""
-    alpha: float = knob(16.0, gt=0, methods=ADAPTERS)
+    alpha: float = knob(
+        16.0,
+        gt=0,
+        methods=ADAPTERS,
+        moot={"relora.scaling": lambda c: c.relora.scaling == "trainable", **_FROZEN},
+    )
     """Numerator of the adapter's scale s; no part of a trained one."""
-    scaling: str = knob("standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS)
+    scaling: str = knob(
+        "standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS, moot=_FROZEN
+    )
     """s: alpha / r; alpha / sqrt(r) (Kalajdzievski 2023); or tanh of a trained scalar. r is the
     adapter's own rank: where a restart lowers that, s rises."""
-    dropout: float = knob(0.0, ge=0, lt=1, methods=ADAPTERS)
+    dropout: float = knob(0.0, ge=0, lt=1, methods=ADAPTERS, moot=_FROZEN)
     """Dropout on the adapter's input only."""
-    target_modules: list[str] = knob(factory=lambda: ["attention", "swiglu"], methods=ADAPTERS)
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        methods=ADAPTERS,
+        same_as=lambda c: list(adapted_shapes(c)),
+    )
     """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
-    full_rank_modules: list[str] = knob(factory=list, methods=ADAPTERS)
+    full_rank_modules: list[str] = knob(factory=list, methods=ADAPTERS, same_as=lambda c: None)
     """Targets that stay full rank: parts of names, or `last:n` for the last n layers."""
-    lr_ratio_b: float = knob(1.0, gt=0, methods=ADAPTERS)
+    lr_ratio_b: float = knob(1.0, gt=0, methods=ADAPTERS, moot=_FROZEN)
     """Learning rate of B over that of all else (LoRA+, Hayou et al. 2024)."""
-    init_a: str = knob("kaiming", choices=("kaiming", "zero"), methods=ADAPTERS)
+    init_a: str = knob(
+        "kaiming",
+        choices=("kaiming", "zero"),
+        methods=ADAPTERS,
+        moot={
+            "relora.warm_start_steps": lambda c: c.relora.warm_start_steps > 0,
+            "relora.full_rank_steps": lambda c: c.relora.full_rank_steps > 0,
+            **_FROZEN,
+        },
+    )
     """A at the start; `zero` as published: with B = 0, neither has a gradient before a restart (so
     lora, which has none, refuses it). After a full-rank phase A is kaiming in any case."""
     warm_start_steps: int = knob(0, ge=0, methods=ADAPTERS)
@@ -123,7 +156,9 @@ class ReLoRAConfig:
     reset_frequency: int = knob(2000, ge=1, methods=("relora",))
     """Optimizer steps between restarts (the paper's T). There is none at full rank, nor, though the
     learning rate is re-warmed, where no adapter has had an update since a full-rank phase."""
-    first_restart: int | None = knob(None, ge=1, methods=("relora",))
+    first_restart: int | None = knob(
+        None, ge=1, methods=("relora",), same_as=lambda c: _first_multiple(c.relora)
+    )
     """No restart before this step; None: the first multiple of reset_frequency."""
     restart_offset: int = knob(0, choices=(0, 1), methods=("relora",))
     """Restart before (0) or after (1, as published) the update whose learning rate is 0."""
@@ -155,11 +190,15 @@ class ReLoRAConfig:
     )
     """What a restart does to the adapters' moments: zero a share, all or none of them (`keep` keeps
     Adam's step, too). Where it changes the rank, they go with the old shape."""
-    prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",))
+    prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",), moot=_ALL_OR_NONE)
     """Share that `random` and `magnitude` zero."""
-    joint_mask: bool = knob(True, methods=("relora",))
+    joint_mask: bool = knob(True, methods=("relora",), moot=_ALL_OR_NONE)
     """One mask for both moments; false: each its own, as published."""
-    reset_adam_step: bool = knob(True, methods=("relora",))
+    reset_adam_step: bool = knob(
+        True,
+        methods=("relora",),
+        moot={"relora.optimizer_state": lambda c: c.relora.optimizer_state == "keep"},
+    )
     """Whether bias correction starts anew for a tensor with pruned moments; false as published."""
 
 
@@ -169,13 +208,24 @@ class GaLoreConfig:
 
     r: int = knob(16, ge=1, methods=("galore",))
     """Rank of the projected gradient; at most the smaller side of every target."""
-    update_gap: int = knob(200, ge=1, methods=("galore",))
+    update_gap: int = knob(
+        200, ge=1, methods=("galore",), same_as=lambda c: min(c.galore.update_gap, c.train.steps)
+    )
     """Optimizer steps between projectors (the paper's T, which it finds best at 50 to 1000)."""
     scale: float = knob(0.25, gt=0, methods=("galore",))
     """Factor of a target's update (the paper's alpha); its weight decay is not scaled."""
-    moments: str = knob("keep", choices=("keep", "reset"), methods=("galore",))
+    moments: str = knob(
+        "keep",
+        choices=("keep", "reset"),
+        methods=("galore",),
+        moot={"galore.update_gap": lambda c: c.galore.update_gap >= c.train.steps},
+    )
     """At a new projector: `keep` moments and step counter (as published) or `reset` both."""
-    target_modules: list[str] = knob(factory=lambda: ["attention", "swiglu"], methods=("galore",))
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        methods=("galore",),
+        same_as=lambda c: list(projected_shapes(c)),
+    )
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
@@ -187,9 +237,13 @@ class ScheduleConfig:
     """Decay after the warm-up; `relora` makes it jagged at its restarts."""
     warmup_steps: int = knob(0, ge=0)
     """Linear warm-up from 0."""
-    min_ratio: float = knob(0.0, ge=0, le=1)
+    min_ratio: float = knob(
+        0.0, ge=0, le=1, moot={"schedule.name": lambda c: c.schedule.name == "linear"}
+    )
     """Floor of the cosine, as a share of the peak. The linear decay ends at 0."""
-    total_steps: int | None = knob(None, ge=1)
+    total_steps: int | None = knob(
+        None, ge=1, same_as=lambda c: c.schedule.total_steps or c.train.steps
+    )
     """Horizon of the decay; None: train.steps. The published runs used 200,000 for 20,000 steps."""
 
 
@@ -300,13 +354,20 @@ class DynamicsConfig:
 
     every_steps: int | None = knob(None, ge=1)
     """Cadence in optimizer steps, before the restart where there is one; None: never."""
-    what: list[str] = knob(factory=lambda: ["weight"], as_before=["weight"])
+    what: list[str] = knob(
+        factory=lambda: ["weight"],
+        as_before=["weight"],
+        moot={"dynamics.every_steps": lambda c: c.dynamics.every_steps is None},
+        same_as=lambda c: sorted(set(c.dynamics.what)),
+    )
     """`weight` W + s·BA; `base` W without adapter, as published; `gradient` of W + s·BA;
     `update_proxy` B·A, as published; and the true updates of W + s·BA: `update_restart` since the
     newest restart, `update_total` since the start."""
     kinds: list[str] = knob(
         factory=lambda: ["v_proj", "o_proj", "w_2", "ov"],
         as_before=["v_proj", "o_proj", "w_2", "ov"],
+        moot={"dynamics.every_steps": lambda c: c.dynamics.every_steps is None},
+        same_as=lambda c: sorted(set(c.dynamics.kinds)),
     )
     """Block linears, by default the paper's; `ov`: the circuit of v_proj and o_proj, four ways."""
 

@@ -6,6 +6,7 @@ everything is on disk before anything is queued.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from experiments import records
-from experiments.run_dir import DONE, RunDir, runs_folder
+from experiments.identity import essential
+from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
 from experiments.state import state_of
 from relora_core import atomic, shell
 from relora_core.config import ConfigError, RunConfig
@@ -82,8 +84,12 @@ def run_sweep(
     for config in configs:
         shell.check_asked(config, gpu=launcher.place(config).gpus > 0)
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
-    plan = make_plan(points, command=command, valid=True)  # complete_all has seen to it
+    folder = runs_folder(configs[0].output_dir)
+    plan = make_plan(  # complete_all has seen to it that they are valid
+        points, command=command, valid=True, begun=lambda run_id: (folder / run_id).exists()
+    )
     output_dir = one_output_dir(plan)
+    plan.collapsed += same_elsewhere(plan, output_dir)
     check_tracking(plan)
     states = survey([_run_dir(output_dir, cell) for cell in plan.cells])
     costs = budget.estimates(
@@ -181,6 +187,19 @@ def _frozen(output_dir: Path, cell: Cell) -> Cell:
     run_dir = _run_dir(output_dir, cell)
     there = run_dir.config_path.exists()
     return dataclasses.replace(cell, config=run_dir.config()) if there else cell
+
+
+def same_elsewhere(plan: Plan, output_dir: Path) -> list[str]:
+    """A line for each new run that computes what one of another id, begun before, computes."""
+    new = [cell for cell in plan.cells if not _run_dir(output_dir, cell).path.exists()]
+    seeds = {f"-s{cell.config.seed}-" for cell in new}
+    known = {}
+    for run in all_runs(output_dir) if new else ():
+        if any(seed in run.run_id for seed in seeds):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                known.setdefault(repr(essential(run.config())), run.run_id)
+    pairs = [(cell, known.get(repr(essential(cell.config)))) for cell in new]
+    return [f"{cell.name} computes what run {other} does" for cell, other in pairs if other]
 
 
 def one_output_dir(plan: Plan) -> Path:

@@ -13,13 +13,13 @@ import dataclasses
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments import records
-from experiments.identity import config_from_json, ids, scientific
+from experiments.identity import config_from_json, essential, ids, scientific
 from relora_core import atomic
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, validate, walk
 from sweeps.grid import Point, check_name, sweep_name
@@ -70,9 +70,14 @@ def make_plan(
     name: str | None = None,
     command: str = "",
     valid: bool = False,
+    begun: Callable[[str], bool] = lambda run_id: False,
 ) -> Plan:
     """Validate every point, unless the caller has, give the sweep and its runs names, and let equal
     runs fall together.
+
+    Configs of several ids may compute the same (`identity.essential`): then one is planned, that
+    which has `begun`, else the first by arm_id, in whatever order the grid has them. An arm is one
+    in the plan, even where its seeds have begun under several ids.
 
     Raises ConfigError at the first bad point; touches no disk.
     """
@@ -81,22 +86,37 @@ def make_plan(
     for _, config in [] if valid else points:
         validate(config)
     name = _plan_name(points, name)
-    same: dict[tuple[str, str], list[RunConfig]] = {}
+    spelled: dict[tuple[str, str], list[RunConfig]] = {}
     for _, config in points:
         named = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
-        same.setdefault(ids(named), []).append(named)
-    cells = [
-        Cell(run_id=run_id, arm_id=arm_id, name="", config=configs[0])
-        for (run_id, arm_id), configs in same.items()
-    ]
+        spelled.setdefault(ids(named), []).append(named)
+    same: dict[str, dict[tuple[str, str], list[RunConfig]]] = {}
+    for known, configs in spelled.items():
+        same.setdefault(repr(essential(configs[0])), {})[known] = configs
+    cells = []
+    for one in same.values():
+        run_id, arm_id = min(one, key=lambda known: (not begun(known[0]), known[1]))
+        cells.append(Cell(run_id=run_id, arm_id=arm_id, name="", config=one[run_id, arm_id][0]))
+    _join_arms(cells)
     _rename(cells)
     return Plan(
         name=name,
         cells=cells,
         points=len(points),
-        collapsed=_collapsed(list(same.values()), points=len(points)),
+        collapsed=_collapsed(
+            [[c for configs in one.values() for c in configs] for one in same.values()],
+            points=len(points),
+        ),
         commands=[command] if command else [],
     )
+
+
+def _join_arms(cells: Sequence[Cell]) -> None:
+    """One arm_id for all runs that differ in their seed alone: the first one's."""
+    arms: dict[str, str] = {}
+    for cell in cells:
+        setting = {key: value for key, value in essential(cell.config).items() if key != "seed"}
+        cell.arm_id = arms.setdefault(repr(setting), cell.arm_id)
 
 
 def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
@@ -217,6 +237,10 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
         elif not applies(meta, first):
             on = f"method={first.method}" if "methods" in meta else f"data={first.data.kind}"
             yield key, f"to {on}"
+        elif by := [k for k, rules_out in meta.get("moot", {}).items() if rules_out(first)]:
+            yield key, f"with {by[0]}={_short(get(first, by[0]))}"
+        elif "same_as" in meta:
+            yield key, "same"
         else:
             yield key, f"with {section}.enabled=false"
     if not differs:
@@ -226,6 +250,8 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
 def _sentence(keys: list[str], reason: str) -> str:
     if reason == "twice":
         return "the same setting is there more than once"
+    if reason == "same":
+        return f"values of {', '.join(keys)} mean the same"
     does = "does" if len(keys) == 1 else "do"
     verb = {"to": "apply", "with": "apply", "not": "change"}[reason.split()[0]]
     if verb == "change":
@@ -261,6 +287,7 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
                 commands=list(dict.fromkeys(old.commands + plan.commands)),
                 created=old.created,
             )
+        _join_arms(whole.cells)
         if [cell.run_id for cell in whole.cells] != list(cells):  # else make_plan has named them
             _rename(whole.cells)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))

@@ -8,6 +8,104 @@ from hypothesis import strategies as st
 from experiments.identity import arm_id, config_from_json, config_to_json, run_id, scientific
 from relora_core.config import get, walk
 
+# Ids that runs on people's disks have. None may ever change.
+IDS = [
+    ({}, "nano-relora-r4-t4-grammar-s0-6a1b8eea2a835955"),
+    ({"seed": 7}, "nano-relora-r4-t4-grammar-s7-e0081d908861a0a2"),
+    ({"method": "full_rank"}, "nano-fullrank-grammar-s0-84af881f36eb1a07"),
+    (
+        {"method": "lora", "relora": {"r": 4, "alpha": 8.0}},
+        "nano-lora-r4-grammar-s0-77e91532402fe266",
+    ),
+    ({"method": "lora", "relora": {"r": 0}}, "nano-lora-r0-grammar-s0-e849a86cdfab81c0"),
+    (
+        {"method": "galore", "galore": {"r": 4, "update_gap": 3}},
+        "nano-galore-r4-grammar-s0-00df41cb212949d3",
+    ),
+    ({"relora": {"prune_ratio": 0.5}}, "nano-relora-r4-t4-grammar-s0-2fcd66f107f5eadb"),
+    ({"relora": {"joint_mask": False}}, "nano-relora-r4-t4-grammar-s0-d44810a28eb86a8e"),
+    (
+        {"relora": {"optimizer_state": "magnitude", "prune_ratio": 0.99, "joint_mask": False}},
+        "nano-relora-r4-t4-grammar-s0-eda4777353a36f2b",
+    ),
+    ({"relora": {"optimizer_state": "keep"}}, "nano-relora-r4-t4-grammar-s0-5b36e3131e7793ce"),
+    (
+        {"relora": {"init_a": "zero", "warm_start_steps": 2}},
+        "nano-relora-r4-t4-grammar-s0-3d32779821409cbd",
+    ),
+    (
+        {"relora": {"scaling": "trainable", "alpha": 5.0}},
+        "nano-relora-r4-t4-grammar-s0-c30c1fbdc7a18468",
+    ),
+    (
+        {"relora": {"scaling": "rslora", "dropout": 0.1}},
+        "nano-relora-r4-t4-grammar-s0-28de4333927a1756",
+    ),
+    (
+        {"relora": {"target_modules": ["swiglu", "attention"]}},
+        "nano-relora-r4-t4-grammar-s0-8d8849a021d0b778",
+    ),
+    (
+        {"relora": {"first_restart": 3, "reset_frequency": 3}},
+        "nano-relora-r4-t3-grammar-s0-fe4abe083069abcc",
+    ),
+    (
+        {"relora": {"rank_schedule": [[2, 4]], "restart_groups": 2}},
+        "nano-relora-r4-t4-grammar-s0-12b57deb99cfdacd",
+    ),
+    (
+        {"relora": {"adaptive_rank_energy": 0.9, "nested_rank": True}},
+        "nano-relora-r4-t4-grammar-s0-b3986054ee84132b",
+    ),
+    (
+        {"schedule": {"name": "linear", "min_ratio": 0.1}},
+        "nano-relora-r4-t4-grammar-s0-a2131634827ade61",
+    ),
+    ({"schedule": {"total_steps": 99}}, "nano-relora-r4-t4-grammar-s0-3394086ad243a4cf"),
+    (
+        {"train": {"lr": 0.001, "grad_clip": 1.0, "precision": "bf16"}},
+        "nano-relora-r4-t4-grammar-s0-87b1d1b7e15a2008",
+    ),
+    (
+        {
+            "data": {
+                "kind": "text",
+                "path": "x",
+                "tokenizer": "y",
+                "fingerprint": "f",
+                "shuffle_rows": True,
+            }
+        },
+        "nano-relora-r4-t4-text-s0-4a18b0464b522b00",
+    ),
+    (
+        {"data": {"kind": "pretokenized", "path": "x", "vocab_size": 64, "eos_id": 0}},
+        "nano-relora-r4-t4-pretokenized-s0-c496c7be3feb3668",
+    ),
+    (
+        {
+            "eval": {
+                "paloma": {"enabled": True, "every_steps": 2},
+                "blimp": {"enabled": True, "precision": "bf16"},
+            }
+        },
+        "nano-relora-r4-t4-grammar-s0-e7d671632c570bb8",
+    ),
+    (
+        {"dynamics": {"every_steps": 2, "what": ["weight", "gradient"]}},
+        "nano-relora-r4-t4-grammar-s0-4b0e1bf3963393e8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "name"), IDS)
+def test_no_run_is_ever_renamed(nano, change, name):
+    config = nano(**{section: values for section, values in change.items() if section != "eval"})
+    for eval_name, values in change.get("eval", {}).items():
+        for key, value in values.items():
+            setattr(getattr(config.eval, eval_name), key, value)
+    assert run_id(config) == name
+
 
 def test_seeds_share_an_arm_and_not_a_run(nano):
     one, two = nano(seed=1), nano(seed=2)
