@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from relora_core import atomic
 from relora_core.checkpoint import weight_files
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data import HFTokenizer, load_tokenizer
@@ -67,6 +68,9 @@ LLAMA_KEYS = {
     "norm_eps": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
+
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+"""What Llama's class takes where an older config.json is silent."""
 
 
 # a run --------------------------------------------------------------------------------------------
@@ -130,7 +134,8 @@ def write_llama(
     """
     folder = folder.expanduser().resolve()
     check_target(folder)
-    generation = {"eos_token_id": eos_id, "pad_token_id": eos_id}
+    # Without a prompt a text begins as documents do in training: after the end of another one.
+    generation = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
     configs = {
         "config.json": llama_config(model, eos_id=eos_id),
         "generation_config.json": generation if eos_id is not None else {},
@@ -144,6 +149,7 @@ def write_llama(
         for name, text in (files | dict(texts)).items():
             (temporary / name).write_text(text, encoding="utf-8")
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o666 & ~atomic.UMASK)  # else 0600
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -313,7 +319,9 @@ def import_model(source: Path, *, folder: Path, tokenizer: str | None) -> list[s
 
 
 def _llama_shape(config: dict[str, Any], *, path: Path) -> ModelConfig:
-    sizes = _take(config, LLAMA_KEYS, path=path)
+    given = {name: value for name, value in config.items() if value is not None}
+    sizes = _take(LLAMA_DEFAULTS | given, LLAMA_KEYS, path=path, without=("n_kv_heads",))
+    sizes["n_kv_heads"] = given.get(LLAMA_KEYS["n_kv_heads"], sizes["n_heads"])
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = {
         "hidden_act": config.get("hidden_act", "silu"),
@@ -336,13 +344,16 @@ def _llama_shape(config: dict[str, Any], *, path: Path) -> ModelConfig:
     return ModelConfig(name=path.parent.name, rope_theta=theta, **sizes)
 
 
-def _take(config: dict[str, Any], keys: Mapping[str, str], *, path: Path) -> dict[str, Any]:
-    for theirs in keys.values():
+def _take(
+    config: dict[str, Any], keys: Mapping[str, str], *, path: Path, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    wanted = {ours: theirs for ours, theirs in keys.items() if ours not in without}
+    for theirs in wanted.values():
         if theirs not in config:
             raise DataError(
                 f"{path}: expected a pico-decoder's or Llama's config, without {theirs}"
             )
-    return {ours: config[theirs] for ours, theirs in keys.items()}
+    return {ours: config[theirs] for ours, theirs in wanted.items()}
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -375,6 +386,7 @@ def _tokenizer_texts(
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # what is generated follows the last token of each text
         "model_max_length": model.max_seq_len,
     }
     eos = backend.id_to_token(tokenizer.eos_id)

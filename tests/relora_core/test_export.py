@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,39 @@ def test_exported_tokenizer_encodes_as_the_grammars(exported_grammar):
         assert exported_grammar.decode([*ids, ours.eos_id], skip_special_tokens=True).strip()
 
 
+def test_exported_tokenizer_pads_left(exported_grammar):
+    one, two = exported_grammar(["the king", "the king sleeps"], padding=True)["input_ids"]
+    assert one == [exported_grammar.pad_token_id, *two[:2]]
+
+
+def test_an_exported_model_generates_without_a_prompt(exported_grammar):
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported_grammar.name_or_path)
+    ids = model.generate(max_new_tokens=5, do_sample=False)
+    assert ids[0, 0] == exported_grammar.eos_token_id
+    assert 1 < ids.shape[1] <= 6
+    prompts = exported_grammar(["the king", "the"], padding=True, return_tensors="pt")
+    prompts.pop("token_type_ids", None)
+    two = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    alone = model.generate(prompts["input_ids"][1:, 1:], max_new_tokens=4, do_sample=False)
+    assert two[1, 1:].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_exported_files_have_the_mode_that_the_umask_asks_for(tmp_path, monkeypatch, umask):
+    model = ModelConfig(name="a", d_model=8, d_ff=8, n_layers=1, n_heads=2, n_kv_heads=1)
+    model.vocab_size = 8
+    monkeypatch.setattr(export.atomic, "UMASK", umask)
+    before = os.umask(umask)
+    try:
+        state = Decoder(model).state_dict()
+        export.write_llama(tmp_path / "out", model=model, state=state, eos_id=0, texts={"a": ""})
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}
+    assert "model.safetensors" in modes
+
+
 @given(st.text(alphabet=st.sampled_from("the king.,:?TK\u212a \t\n\x1d\u2003\u0130s"), max_size=40))
 @settings(max_examples=2 * settings.default.max_examples)
 def test_exported_tokenizer_refuses_what_the_grammars_refuses(exported_grammar, text):
@@ -350,6 +384,28 @@ def test_transformers_own_llama_loads_here(tmp_path):
     theirs.save_pretrained(tmp_path / "llama")
     shape, state = export.read_model(tmp_path / "llama")
     assert shape.rope_theta == 777.0
+    ours = Decoder(shape)
+    ours.load_state_dict(state)
+    ids = random_ids(64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", ["absent", "null"])
+def test_a_llama_of_before_grouped_queries_loads_here(tmp_path, heads):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=6)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    for key in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "head_dim"):
+        del record[key]
+    if heads == "null":
+        record["num_key_value_heads"] = None
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    shape, state = export.read_model(tmp_path)
+    assert (shape.n_kv_heads, shape.max_seq_len, shape.norm_eps) == (6, 2048, 1e-6)
     ours = Decoder(shape)
     ours.load_state_dict(state)
     ids = random_ids(64)
