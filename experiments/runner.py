@@ -66,9 +66,11 @@ def complete_all(
             of_this = [*_data_notes(config, inspected[key]), *notices(config)]
             notes += [n for n in of_this if n not in notes]
         config = _with_data(config, inspected[key])
-        key = repr((config.data, config.eval, config.model.vocab_size))
+        key = repr((config.data, config.eval, config.model.vocab_size, config.model.max_seq_len))
         if key not in prints:
             prints[key] = evals.inspect(config)
+            if notes is not None:
+                notes += [n for n in evals.notes(config) if n not in notes]
         config = _with_evals(config, prints[key])
         validate(config)
         filled.append(config)

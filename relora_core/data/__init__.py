@@ -51,7 +51,7 @@ def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = Non
         return pretokenized.inspect(data, vocab_size=vocab_size, full=full, tokenizer_digest=digest)
     assert tokenizer is not None
     assert digest is not None
-    return text.inspect(
+    info = text.inspect(
         data,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
@@ -59,6 +59,12 @@ def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = Non
         full=full,
         cache_dir=cache_dir,
     )
+    if tokenizer.unknown == "dropped":
+        info.notes.append(
+            f"data.tokenizer={data.tokenizer} has no unk token and not every byte: characters that "
+            f"it does not know are left out of the text"
+        )
+    return info
 
 
 def fingerprint(data: DataConfig, *, tokenizer: str | None = None) -> str:

@@ -57,7 +57,7 @@ Document = str | Iterator[str]
 """Its text, or the pieces of a long one."""
 
 _EXPECTED = "a folder, file or glob of txt, jsonl (.gz, .xz, .zst), json.gz or parquet"
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
     *(pa.ArrowInvalid, pa.ArrowNotImplementedError),
 )
@@ -98,7 +98,7 @@ def find(path: str) -> Found:
         has = f"only {', '.join(endings[:5])}" if endings else "no file"
         raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}: it holds {has}")
     try:
-        files, doubled = _without_doubles(files)
+        files, doubled = without_doubles(files)
     except DataError as error:
         raise ConfigError(f"data.path: {error}") from None
     own = {name for name, _ in files}
@@ -161,7 +161,7 @@ def _match(names: list[str], pattern: tuple[str, ...]) -> bool:
     return fnmatch.fnmatchcase(names[0], pattern[0]) and _match(names[1:], pattern[1:])
 
 
-def _without_doubles(
+def without_doubles(
     files: list[tuple[str, Path]],
 ) -> tuple[list[tuple[str, Path]], list[str]]:
     """The files less those that hold another one's text in another packing; and these names."""
@@ -182,7 +182,7 @@ def _without_doubles(
 
 @functools.lru_cache(maxsize=1024)
 def _unpacked_content(look: places.Look) -> bytes:
-    with _unpacked(Path(look[0])) as stream:
+    with unpacked(Path(look[0])) as stream:
         return hashlib.file_digest(stream, "sha256").digest()  # type: ignore[arg-type]
 
 
@@ -243,7 +243,7 @@ def _reading(look: places.Look) -> bytes:
     """What is special about reading a txt file; empty for most."""
     mark, separator = codecs.BOM_UTF8, SEPARATOR.encode()
     special, tail, start = b"", b"", True
-    with _unpacked(Path(look[0])) as stream:
+    with unpacked(Path(look[0])) as stream:
         while block := stream.read(LONG):
             special += b"\0mark" if start and block.startswith(mark) else b""
             if separator in tail + block:
@@ -257,7 +257,7 @@ def _naming(file: Path) -> Iterator[None]:
     """Turn whatever reading `file` raises into one line that names it."""
     try:
         yield
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{file} is damaged or unreadable: {places.first_line(error)}") from None
 
 
@@ -277,7 +277,7 @@ def read(file: Path, *, text_field: str, skipped: Counter[str] | None = None) ->
         if kind == ".parquet":
             found = _whole(_rows(file, text_field=text_field, skipped=skipped))
         else:
-            stream = stack.enter_context(_unpacked(file))
+            stream = stack.enter_context(unpacked(file))
             _check_encoding(stream, file=file)
             if kind == ".txt":
                 found = _parts(_separated(stream, file=file))
@@ -322,7 +322,8 @@ def _until_last(flat: Iterator[tuple[str, bool]]) -> Iterator[str]:
             return
 
 
-def _unpacked(file: Path) -> BinaryIO:
+def unpacked(file: Path) -> BinaryIO:
+    """The file's content. Reading raises one of UNREADABLE where it is damaged."""
     packing = file.suffix.lower()
     if packing == ".gz":
         return cast(BinaryIO, gzip.open(file, "rb"))

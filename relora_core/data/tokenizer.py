@@ -54,6 +54,9 @@ class HFTokenizer:
     Text that spells a special token (`<|endoftext|>`) is encoded as that token, as the tokenizer
     library does. Truncation and padding that the file asks for are switched off: they would cut
     documents in silence. `digest` is the file's sha256.
+
+    `unknown` is what becomes of characters that the vocabulary has not: an id stands for them
+    (`known`), the text cannot be encoded (`error`), or they are left out of it (`dropped`).
     """
 
     def __init__(self, source: str, *, eos_id: int | None = None) -> None:
@@ -75,6 +78,7 @@ class HFTokenizer:
         if not vocabulary:
             raise ConfigError(f"data.tokenizer must hold a vocabulary, got {source!r}: it is empty")
         self.digest = hashlib.sha256(raw).hexdigest()
+        self.unknown = _unknown(json.loads(raw), vocabulary)
         self.vocab_size = max(vocabulary.values()) + 1  # not len(): ids may have holes
         self.eos_id = _eos_id(source, config, vocabulary, eos_id=eos_id, size=self.vocab_size)
 
@@ -119,6 +123,30 @@ class HFTokenizer:
                 f"data.tokenizer cannot encode the text that begins {text[:40]!r}: "
                 f"{places.first_line(error)}"
             ) from None
+
+
+def _unknown(file: dict[str, Any], vocabulary: dict[str, int]) -> str:
+    """What becomes of characters that the vocabulary has not: see `HFTokenizer.unknown`."""
+    from tokenizers import pre_tokenizers
+
+    model = file.get("model") or {}
+    unk, unigram = model.get("unk_token"), model.get("type") == "Unigram"
+    known = model.get("unk_id") is not None if unigram else unk in vocabulary
+    if model.get("byte_fallback"):
+        known = known or all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    if model.get("type", "BPE") != "BPE":
+        return "known" if known else "error"
+    if _has_byte_level(file.get("pre_tokenizer")) or _has_byte_level(file.get("normalizer")):
+        unused = {*map(chr, (0xC0, 0xC1, *range(0xF5, 0x100)))}  # bytes that UTF-8 has not
+        known = known or vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()) - unused
+    return "known" if known else "error" if unk is not None else "dropped"
+
+
+def _has_byte_level(step: Any) -> bool:
+    if not isinstance(step, dict):
+        return False
+    parts = [*(step.get("pretokenizers") or []), *(step.get("normalizers") or [])]
+    return step.get("type") == "ByteLevel" or any(map(_has_byte_level, parts))
 
 
 class _Pieces:
@@ -236,6 +264,7 @@ def files(source: str) -> tuple[Path, Path | None]:
         if not file.is_file():
             raise ConfigError(
                 f"data.tokenizer must be {_EXPECTED}, got {source!r}: a folder without one"
+                + _slow(path)
             )
     elif path.is_file():
         file = path
@@ -243,6 +272,24 @@ def files(source: str) -> tuple[Path, Path | None]:
         return _hub_files(source)
     config = file.with_name("tokenizer_config.json")
     return file, config if config.is_file() else None
+
+
+def _slow(folder: Path) -> str:
+    """Words on a tokenizer in another form, where the folder holds one."""
+    forms = (
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "vocab.json",
+        "vocab.txt",
+    )
+    there = [name for name in forms if (folder / name).is_file()]
+    if not there:
+        return ""
+    return (
+        f"; from its {there[0]}, transformers writes it with "
+        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+    )
 
 
 def _hub_files(source: str) -> tuple[Path, Path | None]:

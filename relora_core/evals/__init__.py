@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 import numpy as np
 
 from relora_core.config import EVALS, ConfigError, RunConfig
+from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import missing
 
@@ -89,9 +90,34 @@ def inspect(config: RunConfig) -> dict[str, str | None]:
         digests[name] = texts_digest(config, name)
         if section.path is not None and config.data.kind == "grammar":
             _check_words(room.load(section), key=f"eval.{name}.path", path=section.path)
-        elif config.data.kind != "grammar" and config.data.tokenizer is None:
-            raise _no_tokenizer(name)
+        elif config.data.kind != "grammar":
+            _check_tokens(config, name)
     return digests
+
+
+def notes(config: RunConfig) -> list[str]:
+    """What the evals' folders hold and no eval reads, a line each."""
+    sections = {name: getattr(config.eval, name) for name in active(config)}
+    return [
+        f"eval.{name}: {note}"
+        for name, section in sections.items()
+        if section.path is not None
+        for note in _room(name).notes(section)
+    ]
+
+
+def _check_tokens(config: RunConfig, name: str) -> None:
+    """ConfigError where the texts do not become tokens that the eval can score: not after hours of
+    training. A tokenizer that knows every character needs no pass over all of them."""
+    tokenizer = load_tokenizer(config.data)
+    if tokenizer is None:
+        raise _no_tokenizer(name)
+    section = getattr(config.eval, name)
+    knows_all = getattr(tokenizer, "unknown", "error") == "known"
+    try:
+        _room(name).check(section, tokenizer=tokenizer, knows_all=knows_all, model=config.model)
+    except DataError as error:
+        raise ConfigError(f"eval.{name}.path={section.path}: {error}") from None
 
 
 def local_files(config: RunConfig) -> dict[str, list[Path]]:

@@ -14,29 +14,33 @@ tokens are summed, not averaged. Not for: cadence and registry (`evals/__init__.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import tarfile
+import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from relora_core.config import BlimpConfig, ConfigError
+from relora_core.config import BlimpConfig, ConfigError, ModelConfig
 from relora_core.data.base import Tokenizer
-from relora_core.data.places import Look, looks
+from relora_core.data.places import SPLITS, Look, first_line, looks, some, split_of, walk
 from relora_core.evals import EvalResult, Window, Work, digest, encode, existing, records, score
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder
 
 KEY = "eval.blimp.path"
-FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID", "pairID")
+FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
 MAX_BYTES = 1 << 30
 """Of an archive's files in memory; BLiMP has 40 MB."""
+_MEMBER = r"(.*/)?[^./][^/]*\.jsonl"
+_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError)  # the last: encrypted
 GRAMMAR_SEED = 0
 """Pairs of the grammar."""
 
@@ -71,13 +75,39 @@ def inspect(config: BlimpConfig) -> str | None:
 def local_files(config: BlimpConfig) -> list[Path]:
     """The files that `load` reads; ConfigError where there are none."""
     root = existing(str(config.path), key=KEY)
-    return sorted(_folder(root).glob("*.jsonl")) if root.is_dir() else [root]
+    return [file for _, file in _in_folder(root)] if root.is_dir() else [root]
 
 
 @functools.lru_cache(maxsize=8)
 def _digest(path: str, looks: tuple[Look, ...]) -> str:
     """Kept per version of the files: the points of a grid mostly share their evals."""
     return digest(_pairs(Path(path).expanduser()))
+
+
+def notes(config: BlimpConfig) -> list[str]:
+    """What the folder holds besides."""
+    root = existing(str(config.path), key=KEY)
+    if not root.is_dir():
+        return []
+    read = {file for _, file in _in_folder(root)}
+    there, passed = walk(root)
+    other = [n for n, file in there if file not in read and file.suffix in (".jsonl", ".parquet")]
+    return [*passed, *([f"not read beside {len(read)} files: {some(other)}"] if other else [])]
+
+
+def check(
+    config: BlimpConfig, *, tokenizer: Tokenizer, knows_all: bool, model: ModelConfig
+) -> None:
+    """DataError where a sentence has no tokens that can be had, ConfigError where it is too long.
+
+    With a tokenizer that knows every character only sentences that may be too long are encoded.
+    """
+    pairs = load(config)
+    if knows_all:  # hardly any makes more than two tokens of a byte
+        longest = model.max_seq_len // 2 - 1
+        pairs = [pair for pair in pairs if max(len(t.encode()) for t in pair.texts()) > longest]
+    if pairs:
+        _check_lengths(windows(pairs, tokenizer=tokenizer), max_seq_len=model.max_seq_len)
 
 
 def load(config: BlimpConfig) -> list[Pair]:
@@ -109,70 +139,130 @@ def _pair(record: dict[str, Any]) -> Pair:
         field=re.sub(r"[^a-z0-9_]", "_", record["field"].lower()),
         good=record["sentence_good"],
         bad=record["sentence_bad"],
-        pair_id=record["pairID"],
+        pair_id=_pair_id(record),
     )
 
 
+def _pair_id(record: dict[str, Any]) -> str:
+    """`pairID` of the original files; the hub's call it `pair_id` and make it a number."""
+    return str(record.get("pairID", record.get("pair_id", "")))
+
+
 def _pairs(root: Path) -> Iterator[Pair]:
-    for uid, where, content in _files(root):
-        found = False
-        for record in records(content.splitlines(), where=where, fields=FIELDS):
+    for names, where, found in _files(root):
+        empty = True
+        for record in found:
             pair = _pair(record)
-            if pair.uid != uid:
-                raise ConfigError(f"{where}: UID must be the file's name {uid!r}, got {pair.uid!r}")
+            if names and pair.uid not in names:
+                name = names[0] if len(names) == 1 else " or ".join(names)
+                raise ConfigError(
+                    f"{where}: UID must be the file's name {name!r}, got {pair.uid!r}"
+                )
             if not (pair.good.strip() and pair.bad.strip()):
                 raise ConfigError(f"{where}: pair {pair.pair_id} must be two sentences, got none")
-            found = True
+            empty = False
             yield pair
-        if not found:
+        if empty:
             raise ConfigError(f"{where} must hold at least one pair, got none")
 
 
-def _files(root: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(UID, words for an error, content) of each <UID>.jsonl, by name."""
+def _files(root: Path) -> Iterator[tuple[list[str], str, Iterator[dict[str, Any]]]]:
+    """(names that its UID may have, words for an error, records) of each file, by name."""
     if root.is_dir():
-        for file in sorted(_folder(root).glob("*.jsonl")):
-            yield file.stem, f"{KEY}: {file.relative_to(root)}", file.read_bytes()
+        for name, file in _in_folder(root):
+            where = f"{KEY}: {file.relative_to(root)}"
+            if file.suffix == ".parquet":
+                rows = _rows(file, where=where)
+            else:
+                rows = file.read_bytes().splitlines()
+            yield _names(name), where, _records(rows, where=where)
         return
     for member, content in sorted(_archive(root).items()):
-        yield PurePosixPath(member).stem, f"{KEY}: {member}", content
+        where = f"{KEY}: {member}"
+        yield [PurePosixPath(member).stem], where, _records(content.splitlines(), where=where)
 
 
-def _folder(root: Path) -> Path:
-    """The folder with the jsonl files: root itself, or where BLiMP's repository has them."""
-    folders = [root, root / "data", root / "blimp" / "data"]
-    for folder in folders:
-        if any(folder.glob("*.jsonl")):
-            return folder
+def _records(rows: Iterable[bytes], *, where: str) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(records(rows, where=where, fields=FIELDS), 1):
+        name = "pairID" if "pairID" in record else "pair_id"
+        if not isinstance(found := record.get(name), str | int):
+            raise ConfigError(
+                f"{where} pair {number}: '{name}' must be a string, got {found!r:.40}"
+            )
+        yield record
+
+
+def _rows(file: Path, *, where: str) -> list[bytes]:
+    """A parquet file's rows as lines of jsonl."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return [json.dumps(row).encode() for row in pq.read_table(file).to_pylist()]
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: no readable parquet file ({first_line(error)})") from None
+
+
+def _names(name: str) -> list[str]:
+    """UIDs that a file of this relative name may be of: `<UID>.jsonl`, `<UID>/train.jsonl`,
+    `<UID>/train/0000.parquet`; none where the file is all there is to go by."""
+    *folders, file = PurePosixPath(name).with_suffix("").parts
+    own = [] if split_of(f"{file}.parquet") or file.isdigit() else [file]
+    return own or [part for part in folders if part not in SPLITS and part != "data"]
+
+
+def _in_folder(root: Path) -> list[tuple[str, Path]]:
+    """(relative name, file): `<UID>.jsonl` in root or where BLiMP's repository has them, else the
+    hub's files, a folder for each UID."""
+    for folder in (root, root / "data", root / "blimp" / "data"):
+        flat = sorted(f for f in folder.glob("*.jsonl") if not f.name.startswith("."))
+        if flat:
+            return [(file.name, file) for file in flat]
+    there, _ = walk(root)
+    for ending in (".parquet", ".jsonl"):
+        if files := [(name, file) for name, file in there if name.endswith(ending)]:
+            return files
     raise ConfigError(
-        f"{KEY} must hold <UID>.jsonl or blimp/data/<UID>.jsonl, found none in {root}"
+        f"{KEY} must hold <UID>.jsonl, blimp/data/<UID>.jsonl or <UID>/*.parquet, found none in "
+        f"{root}"
     )
 
 
 def _archive(root: Path) -> dict[str, bytes]:
-    """Member name -> content of a tar file, compressed or not, read without unpacking to disk."""
+    """Member name -> content of a tar or zip file, read without unpacking to disk."""
+    members: dict[str, bytes] = {}
+    left = MAX_BYTES
     try:
-        with tarfile.open(root) as archive:
-            members: dict[str, bytes] = {}
-            left = MAX_BYTES
-            for member in archive:
-                if member.isfile() and re.fullmatch(r"(.*/)?[^./][^/]*\.jsonl", member.name):
-                    left -= member.size
-                    if left < 0:
-                        raise tarfile.TarError(f"more than {MAX_BYTES} bytes unpacked")
-                    members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-            # tarfile takes a damaged header for the end; the checksums of xz and gzip tell.
-            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
-                pass
-    except (tarfile.TarError, LZMAError, EOFError, OSError, zlib.error) as error:
+        if zipfile.is_zipfile(root):
+            with zipfile.ZipFile(root) as archive:
+                for entry in archive.infolist():
+                    if re.fullmatch(_MEMBER, entry.filename):
+                        left = _less(left, entry.file_size)
+                        members[entry.filename] = archive.read(entry)
+        else:
+            with tarfile.open(root) as archive:
+                for member in archive:
+                    if member.isfile() and re.fullmatch(_MEMBER, member.name):
+                        left = _less(left, member.size)
+                        members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+                # tarfile takes a damaged header for the end; the checksums of xz and gzip tell.
+                while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                    pass
+    except (tarfile.TarError, LZMAError, EOFError, OSError, zlib.error, *_ZIP) as error:
         raise ConfigError(
-            f"{KEY} must be a folder or a readable .tar.xz or .tar.gz of <UID>.jsonl, got {root} "
-            f"({str(error).splitlines()[0].rstrip(':')})"
+            f"{KEY} must be a folder or a readable .tar.xz, .tar.gz or .zip of <UID>.jsonl, got "
+            f"{root} ({first_line(error).rstrip(':')})"
         ) from None
     data = {name: c for name, c in members.items() if PurePosixPath(name).parent.name == "data"}
     if not members:
         raise ConfigError(f"{KEY} must hold blimp/data/<UID>.jsonl, found none in {root}")
     return data or members
+
+
+def _less(left: int, size: int) -> int:
+    if size > left:
+        raise tarfile.TarError(f"more than {MAX_BYTES} bytes unpacked")
+    return left - size
 
 
 def windows(pairs: Sequence[Pair], *, tokenizer: Tokenizer) -> dict[str, list[Window]]:
@@ -202,7 +292,7 @@ def evaluate(
     `eval/blimp/<variant>/<phenomenon>` that over the phenomenon's paradigms. Table
     `blimp_paradigms`: both accuracies of each paradigm; `ties` counts equal scores in eos_prefix.
     """
-    _check_lengths(model, windows)
+    _check_lengths(windows, max_seq_len=model.config.max_seq_len)
     both = [*windows["no_bos"], *windows["eos_prefix"]]
     scores = score(model, both, share_prefixes=True, precision=precision, **work)
     (bare_good, bare_bad), (good, bad) = scores.reshape(2, len(pairs), 2).transpose(0, 2, 1)
@@ -234,10 +324,10 @@ def _mean(values: Iterator[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _check_lengths(model: Decoder, windows: Mapping[str, Sequence[Window]]) -> None:
+def _check_lengths(windows: Mapping[str, Sequence[Window]], *, max_seq_len: int) -> None:
     longest = max(len(w.ids) - 1 for sequences in windows.values() for w in sequences)
-    if longest > model.config.max_seq_len:
+    if longest > max_seq_len:
         raise ConfigError(
             f"model.max_seq_len must be >= {longest} (the longest sentence of {KEY}), got "
-            f"{model.config.max_seq_len}; nearest valid: {longest}"
+            f"{max_seq_len}; nearest valid: {longest}"
         )

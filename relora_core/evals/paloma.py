@@ -18,9 +18,7 @@ Not for: cadence and registry (`evals/__init__.py`).
 from __future__ import annotations
 
 import functools
-import gzip
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,15 +27,17 @@ from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import numpy as np
 
-from relora_core.config import ConfigError, PalomaConfig, nearest
-from relora_core.data.base import DataError
-from relora_core.data.places import Look, looks
+from relora_core.config import ConfigError, ModelConfig, PalomaConfig, nearest
+from relora_core.data.base import DataError, Tokenizer
+from relora_core.data.places import Look, looks, some, walk
 from relora_core.evals import EvalResult, Window, Work, digest, existing, records, score
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder
 
 KEY = "eval.paloma.path"
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".json.gz")
+"""Of the files that are read."""
 MAX_LEN = 2048
 """Paloma's guideline for the longest window."""
 PAPER_ROWS = 100
@@ -105,11 +105,55 @@ def grammar_documents(count: int) -> list[Document]:
     ]
 
 
+def notes(config: PalomaConfig) -> list[str]:
+    """What the folder holds besides; macro averages are over the sources that are read."""
+    root = existing(str(config.path), key=KEY)
+    read = {file.relative_to(root) for file in _files(root, split=config.split)}
+    sources = {name.parts[0] for name in read}
+    there, passed = walk(root)
+    data = [Path(name) for name, _ in there if name.lower().endswith(ENDINGS)]
+    without = sorted({name.parts[0] for name in data if len(name.parts) > 1} - sources)
+    other = [
+        name.as_posix()
+        for name in data
+        if name.parts[0] in sources or len(name.parts) == 1
+        if name not in read and (len(name.parts) != 3 or name.parts[1] == config.split)
+    ]
+    said = [f"sources without a split {config.split}, left out: {some(without)}"] if without else []
+    said += [f"no <source>/<split>/FILE, or there twice, not read: {some(other)}"] if other else []
+    return said + passed
+
+
+def check(
+    config: PalomaConfig, *, tokenizer: Tokenizer, knows_all: bool, model: ModelConfig
+) -> None:
+    """DataError where a text has no tokens, or a domain none at all."""
+    del model  # texts are cut to any length
+    empty: dict[tuple[str, str], bool] = {}
+    for document in load(config):
+        key = document.source, document.domain
+        if not knows_all:
+            found = bool(tokenizer.encode(document.text))
+        else:  # a text has tokens if its beginning has
+            found = not empty.get(key, True) or bool(tokenizer.encode(document.text[:1000]))
+        empty[key] = empty.get(key, True) and not found
+    for (source, domain), nothing in empty.items():
+        if nothing:
+            raise DataError(f"domain {source}/{domain} must hold tokens, got none")
+
+
 def _files(root: Path, *, split: str) -> list[Path]:
-    """<source>/<split>/*.jsonl.gz; a source without that split is left out."""
+    """<source>/<split>/*.jsonl, packed or not; a source without that split is left out."""
+    from relora_core.data.documents import without_doubles  # loads pyarrow
+
     if not root.is_dir():
         raise ConfigError(f"{KEY} must be a folder of <source>/<split>/*.jsonl.gz, got {root}")
-    found = sorted(root.glob("*/*/*.jsonl.gz"))
+    found = [
+        file
+        for file in sorted(root.glob("*/*/*"))
+        if file.name.lower().endswith(ENDINGS) and file.is_file()
+        if not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
     files = [file for file in found if file.parent.name == split]
     if not files:
         splits = sorted({file.parent.name for file in found})
@@ -119,7 +163,11 @@ def _files(root: Path, *, split: str) -> list[Path]:
                 f"{split!r}.{nearest(split, splits)}"
             )
         raise ConfigError(f"{KEY} must hold <source>/{split}/*.jsonl.gz, found none in {root}")
-    return files
+    try:
+        named = [(file.relative_to(root).as_posix(), file) for file in files]
+        return [file for _, file in without_doubles(named)[0]]
+    except DataError as error:
+        raise ConfigError(f"{KEY}: {error}") from None
 
 
 def _documents(root: Path, *, split: str) -> Iterator[Document]:
@@ -137,13 +185,16 @@ def _documents(root: Path, *, split: str) -> Iterator[Document]:
 
 
 def _lines(file: Path, *, where: str) -> Iterator[bytes]:
+    from relora_core.data.documents import UNREADABLE, unpacked
+
     number = 0
     try:
-        with gzip.open(file) as lines:
+        with unpacked(file) as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007 (read where reading fails)
                 yield line
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{where} line {number + 1}: broken gzip file ({error})") from None
+    except UNREADABLE as error:
+        broken = "broken gzip file" if file.suffix == ".gz" else "unreadable"
+        raise ConfigError(f"{where} line {number + 1}: {broken} ({error})") from None
 
 
 def document_windows(ids: np.ndarray, *, prefix: int, max_len: int) -> Iterator[Window]:

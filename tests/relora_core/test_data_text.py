@@ -367,6 +367,40 @@ def test_paths_without_text_are_named(config, corpus, tmp_path):
     assert "got" in error_line(config(tmp_path / "rows.npy"))
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_tokenizer_without_unk_is_one_line_that_names_the_file(
+    config, tmp_path, monkeypatch, many
+):
+    source = write_words(tmp_path / "tokenizer", ["a", "b"]) / "tokenizer.json"
+    source.write_text(source.read_text().replace('"unk_token": "a"', '"unk_token": "[UNK]"'))
+    assert "[UNK]" in source.read_text()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a b " * 20)
+    (tmp_path / "texts" / "b.txt").write_text("a c b " * 20)
+    data = config(tmp_path / "texts", tokenizer=str(source))
+    if many:  # too much to be tokenised by a plan
+        monkeypatch.setattr(text, "COUNTED_CHARACTERS", 10)
+        assert inspect(data).fingerprint
+        with pytest.raises(ConfigError, match=r"^data\.path: b\.txt: data\.tokenizer cannot") as at:
+            prepare(data, cache_dir=tmp_path / "cache")
+        assert folders(tmp_path / "cache") == []
+        line = str(at.value)
+    else:
+        line = error_line(data)
+    assert line.startswith("data.path: b.txt: data.tokenizer cannot encode the text that begins")
+    assert "[UNK]" in line
+
+
+def test_characters_that_a_tokenizer_drops_are_said(config, tmp_path):
+    file = write_bpe(tmp_path / "tokenizer") / "tokenizer.json"
+    assert not [note for note in inspect(config(tokenizer=str(file))).notes if "unk" in note]
+    record = json.loads(file.read_text())
+    record["pre_tokenizer"] = None
+    file.write_text(json.dumps(record))
+    (note,) = inspect(config(tokenizer=str(file))).notes
+    assert "characters that it does not know are left out of the text" in note
+
+
 def test_another_text_field_can_be_named(config, tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["the cat"] * 9, key="content"))
     assert "got keys id, content" in error_line(config(tmp_path))

@@ -168,6 +168,62 @@ def test_the_real_tokenizer_gives_the_published_ids(shared_data):
     assert tokenizer.encode("Hello world") == [12092, 1533]
     assert tokenizer.encode_batch([" Hello world"]) == [[24387, 1533]]
     assert tokenizer.digest.startswith("9ad33b4b39a9f839")
+    assert tokenizer.unknown == "known"  # though 13 bytes are not in it: UTF-8 has none of them
+
+
+def test_other_forms_of_a_tokenizer_are_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
+    line = error_line(tmp_path)
+    assert "a folder without one; from its tokenizer.model, transformers writes it with" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "unknown"),
+    [
+        ({"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[UNK]"}, {}, "error"),
+        ({"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}, {}, "known"),
+        ({"type": "Unigram", "vocab": [["a", 0.0], ["</s>", 0.0]], "unk_id": None}, {}, "error"),
+        ({"type": "Unigram", "vocab": [["a", 0.0], ["</s>", 0.0]], "unk_id": 0}, {}, "known"),
+        ({"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}, {}, "dropped"),
+        (
+            {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []},
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "use_regex": True,
+                    "trim_offsets": True,
+                }
+            },
+            "dropped",
+        ),
+        (
+            {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": [], "unk_token": "a"},
+            {},
+            "known",
+        ),
+    ],
+)
+def test_what_becomes_of_unknown_characters(tmp_path, model, steps, unknown):
+    """Compared with what the library does."""
+    file = {"version": "1.0", "added_tokens": [], "model": model, "normalizer": None}
+    file |= {"pre_tokenizer": None, "post_processor": None, "decoder": None, **steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    own = HFTokenizer(str(tmp_path))
+    assert own.unknown == unknown
+    for encode in (own.encode, lambda text: own.encode_batch([text])[0]):
+        if unknown == "error":
+            with pytest.raises(DataError, match=r"^data\.tokenizer cannot encode .*'axa'") as at:
+                encode("axa")
+            assert "\n" not in str(at.value)
+        elif model["type"] == "BPE":
+            assert (len(encode("axa")) < 3) == (unknown == "dropped")
+        else:
+            assert encode("axa")
+
+
+def test_a_byte_level_tokenizer_knows_every_character(tmp_path):
+    assert HFTokenizer(str(write_bpe(tmp_path))).unknown == "known"
 
 
 # long documents -----------------------------------------------------------------------------------

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -232,6 +236,40 @@ def test_folder_repository_and_archives_give_the_same_pairs(tmp_path):
     assert blimp.inspect(BlimpConfig(path=str(changed))) != blimp.inspect(configs[0])
 
 
+def test_zip_archives_and_the_hubs_files_give_the_same_pairs(tmp_path):
+    """The hub has a folder for each paradigm, `pair_id` as a number, and more columns."""
+    original = BlimpConfig(path=str(write(tmp_path / "flat", FILES)))
+    with zipfile.ZipFile(tmp_path / "BLiMP.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in FILES.items():
+            archive.writestr(f"blimp-master/data/{name}", content)
+        archive.writestr("__MACOSX/data/._island.jsonl", b"\0")
+    for name, content in FILES.items():
+        rows = [json.loads(line) for line in content.splitlines() if line]
+        for row in rows:
+            row |= {"pair_id": int(row.pop("pairID")), "simple_LM_method": True}
+        uid = name.removesuffix(".jsonl")
+        for layout in ("train-00000-of-00001.parquet", "train/0000.parquet"):
+            file = tmp_path / layout[:6] / uid / layout
+            file.parent.mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        write(tmp_path / "lines" / uid, {"train.jsonl": lines(*rows)})
+    want = blimp.load(original)
+    for place in ("BLiMP.zip", "train-", "train/", "lines"):
+        config = BlimpConfig(path=str(tmp_path / place))
+        assert blimp.load(config) == want, place
+        assert blimp.inspect(config) == blimp.inspect(original)
+        assert blimp.notes(config) == []
+    shutil.move(tmp_path / "lines" / "island", tmp_path / "lines" / "peninsula")
+    with pytest.raises(ConfigError, match="UID must be the file's name 'peninsula', got 'island'"):
+        blimp.inspect(BlimpConfig(path=str(tmp_path / "lines")))
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "BLiMP.zip").read_bytes()[:-40])
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.parquet").write_bytes(b"PAR1")
+    for place in ("cut.zip", "rows"):
+        with pytest.raises(ConfigError, match=r"^eval\.blimp\.path[^\n]*readable"):
+            blimp.inspect(BlimpConfig(path=str(tmp_path / place)))
+
+
 def test_max_pairs_keeps_the_first_of_each_paradigm(tmp_path):
     write(tmp_path, FILES)
     kept = blimp.load(BlimpConfig(path=str(tmp_path), max_pairs=1))
@@ -255,7 +293,7 @@ def test_spellings_of_phenomenon_and_field_are_joined(tmp_path):
             lines({"sentence_good": "x"}),
             "line 1: expected a field 'sentence_bad', got sentence_good",
         ),
-        (lines(record(pairID=3)), "line 1: 'pairID' must be a string, got 3"),
+        (lines(record(pairID=[3])), "pair 1: 'pairID' must be a string, got [3]"),
         (lines(record(sentence_bad=" ")), "passive_1.jsonl: pair 0 must be two sentences"),
         (
             lines(record("other")),

@@ -213,6 +213,30 @@ def test_load_takes_source_from_the_folder_and_domain_from_the_record(tmp_path):
     ]
 
 
+def test_plain_jsonl_and_other_packings_are_sources_too_and_what_is_left_out_is_said(tmp_path):
+    write(tmp_path, [record("one")])
+    config = PalomaConfig(path=str(tmp_path))
+    before = paloma.inspect(config)
+    assert paloma.notes(config) == []
+    write(tmp_path, [record("elsewhere")], source="mC4", split="test")
+    write(tmp_path, [record("hidden")], source=".cache")
+    line = json.dumps(record("one")).encode()
+    (tmp_path / "wiki" / "val" / "wiki_00000000.jsonl").write_bytes(line + b"\n")
+    (tmp_path / "wiki" / "val" / "deep").mkdir()
+    (tmp_path / "wiki" / "val" / "deep" / "x.jsonl.gz").write_bytes(gzip.compress(line))
+    (tmp_path / "x.jsonl").write_bytes(line)
+    assert paloma.inspect(config) == before  # the plain copy is the packed file's own
+    assert paloma.notes(config) == [
+        "sources without a split val, left out: mC4",
+        "no <source>/<split>/FILE, or there twice, not read: wiki/val/deep/x.jsonl.gz, "
+        "wiki/val/wiki_00000000.jsonl.gz, x.jsonl",
+    ]
+    for name, content in {"a.jsonl": line, "b.json.gz": gzip.compress(line)}.items():
+        (tmp_path / name[0] / "val").mkdir(parents=True)
+        (tmp_path / name[0] / "val" / name).write_bytes(content)
+    assert [d.source for d in paloma.load(config)] == ["a", "b", "wiki"]
+
+
 def test_max_documents_keeps_the_first_of_each_domain(tmp_path):
     lines = [record(f"{d}{i}", subdomain=d) for i in range(3) for d in "ab"]
     write(tmp_path, lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_files import write_bpe, write_words
 
 from relora_core import evals
 from relora_core.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -130,8 +131,56 @@ def test_text_needs_a_tokenizer(tmp_path):
         evals.inspect(config)
     with pytest.raises(ConfigError, match=message):
         evals.prepare(config, None)
-    config.data.tokenizer = "named"
+    config.data.tokenizer = str(write_bpe(tmp_path / "tokenizer"))
     assert list(evals.inspect(config)) == ["paloma"]
+
+
+PAIR = '{"sentence_good": "%s", "sentence_bad": "a b", "field": "f", "linguistics_term": "l", '
+PAIR += '"UID": "u", "pairID": "0"}\n'
+
+
+def words_without_unk(folder: Path) -> str:
+    """Knows `a` and `b`; anything else is an error of its library."""
+    file = write_words(folder, ["a", "b"]) / "tokenizer.json"
+    record = json.loads(file.read_text())
+    record["model"]["unk_token"] = "[UNK]"
+    file.write_text(json.dumps(record))
+    return str(folder)
+
+
+def test_texts_that_a_tokenizer_cannot_encode_are_found_while_planning(tmp_path):
+    config = make_config("text", tokenizer=words_without_unk(tmp_path / "tokenizer"))
+    config.eval.paloma.path = write_paloma(tmp_path / "paloma", "a b")
+    config.eval.blimp.path = write_blimp(tmp_path / "blimp", PAIR % "b a")
+    assert set(evals.inspect(config)) == {"paloma", "blimp"}
+    config.eval.paloma.path = write_paloma(tmp_path / "other", "a c")
+    with pytest.raises(
+        ConfigError, match=r"^eval\.paloma\.path=.*/other: .*'a c': .*\[UNK\]"
+    ) as at:
+        evals.inspect(config)
+    assert "\n" not in str(at.value)
+    config.eval.paloma.enabled = False
+    config.eval.blimp.path = write_blimp(tmp_path / "pairs", PAIR % "c")
+    with pytest.raises(ConfigError, match=r"^eval\.blimp\.path=.*/pairs: .*'c': .*UNK"):
+        evals.inspect(config)
+
+
+@pytest.mark.parametrize("knows_all", [True, False])
+def test_what_would_end_the_last_evaluation_is_found_while_planning(tmp_path, knows_all):
+    folder = tmp_path / "tokenizer"
+    tokenizer = str(write_words(folder, ["a", "b"])) if knows_all else words_without_unk(folder)
+    config = make_config("text", tokenizer=tokenizer)
+    config.eval.paloma.path = write_paloma(tmp_path / "paloma", " ")
+    with pytest.raises(ConfigError, match=r"^eval\.paloma.*domain wiki/wiki must hold tokens"):
+        evals.inspect(config)
+    config.eval.paloma.enabled = False
+    config.eval.blimp.path = write_blimp(tmp_path / "blimp", PAIR % ("a " * 300).strip())
+    with pytest.raises(
+        ConfigError, match=r"model\.max_seq_len must be >= 300 .*nearest valid: 300"
+    ):
+        evals.inspect(config)
+    config.model.max_seq_len = 300
+    evals.inspect(config)
 
 
 def test_a_tokenizer_must_fit_the_model():
