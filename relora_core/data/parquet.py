@@ -51,11 +51,9 @@ def find_files(data: DataConfig) -> list[Path] | None:
         if names:
             break
     else:
-        raise ConfigError(
-            f"data.path must be {EXPECTED}, got {data.path!r}: no *.parquet in it or in its data/"
-        )
+        return _below(path, data=data)
     chosen = [n for n in names if n == f"{data.split}.parquet" or n.startswith(f"{data.split}-")]
-    splits = sorted({s for n in names if (s := _split_name(n))})
+    splits = sorted({s for n in names if (s := places.split_of(n))})
     if not splits:  # files that name no split are all of the one there is
         splits, chosen = ["train"], names if data.split == "train" else []
     if not chosen:
@@ -66,13 +64,41 @@ def find_files(data: DataConfig) -> list[Path] | None:
     return [folder / n for n in chosen]
 
 
-def _split_name(file_name: str) -> str | None:
-    """`train` of `train-00000-of-00004.parquet` or `train.parquet`; None where none is named."""
-    stem = file_name.removesuffix(".parquet")
-    name, *rest = stem.split("-")
-    numbered = len(rest) == 3 and rest[0].isdigit() and rest[1] == "of" and rest[2].isdigit()
-    known = name in ("train", "validation", "val", "valid", "dev", "test")
-    return name if numbered or (known and len(rest) <= 1) else None
+def _below(path: Path, *, data: DataConfig) -> list[Path]:
+    """Files in the hub's other layouts: `default/train/0000.parquet`, `split=train/0.parquet`."""
+    there = [(name, file) for name, file in places.walk(path)[0] if name.endswith(".parquet")]
+    if not there:
+        raise ConfigError(f"data.path must be {EXPECTED}, got {data.path!r}: no *.parquet in it")
+    found = {name: places.split_of(name) for name, _ in there}
+    splits = sorted({split for split in found.values() if split}) or ["train"]
+    if data.split not in splits:
+        raise ConfigError(
+            f"data.split must be one of {', '.join(splits)} (below {path}), got {data.split!r}."
+            f"{nearest(data.split, splits)}"
+        )
+    chosen = {n for n, split in found.items() if split == data.split or not any(found.values())}
+    configs = {n.split("/")[0] for n in chosen if data.split in n.split("/")[1:]}
+    if len(configs) > 1:
+        raise ConfigError(
+            f"data.path must name one configuration of {data.path!r}, which holds "
+            f"{places.some(configs)}; for example {str(path / min(configs))!r}"
+        )
+    return [file for name, file in there if name in chosen]
+
+
+def left_out(data: DataConfig, files: list[Path]) -> list[str]:
+    """What a folder holds of the split, or of none by its name, and is not read: a line."""
+    path = Path(str(data.path)).expanduser()
+    if not path.is_dir():
+        return []
+    there, passed = places.walk(path)
+    other = [
+        name
+        for name, file in there
+        if name.endswith(".parquet") and file not in files
+        if places.split_of(name) in (None, data.split)
+    ]
+    return passed + ([f"parquet files that are not read: {places.some(other)}"] if other else [])
 
 
 # rows -------------------------------------------------------------------------------------------
@@ -86,6 +112,8 @@ class BadRow(ValueError):
 
 def _matrix(block: Any, *, stored: int, vocab_size: int) -> np.ndarray:
     """(rows, stored) ids of a block of lists, without a copy; BadRow at the first wrong row."""
+    if pa.types.is_list_view(block.type) or pa.types.is_large_list_view(block.type):
+        block = block.cast(pa.large_list(block.type.value_type))  # these may share ids: a copy
     lengths = pc.call_function("list_value_length", [block]).fill_null(-1)
     lengths = lengths.to_numpy(zero_copy_only=False)
     if (wrong := lengths != stored).any():
@@ -153,6 +181,8 @@ def read_footer(file: Path) -> Footer:
         raise ConfigError(
             f"data.path: {file} is no readable parquet file: {places.first_line(error)}"
         ) from None
+    if not meta.num_rows and COLUMN in schema.names:
+        return Footer(file, [], [], [])  # of an empty shard's column the type may be null
     check_schema(file, schema)
     leaves = [
         i for i in range(meta.num_columns) if meta.schema.column(i).path.split(".")[0] == COLUMN
@@ -177,7 +207,10 @@ def check_schema(file: Path, schema: pa.Schema) -> None:
             f"{', '.join(schema.names) or '(none)'}.{nearest(COLUMN, schema.names)}"
         )
     kind = schema.field(COLUMN).type
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    lists = (
+        *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+        *(pa.types.is_list_view, pa.types.is_large_list_view),
+    )
     if not any(is_list(kind) for is_list in lists) or not pa.types.is_integer(kind.value_type):
         raise ConfigError(
             f"data.path: column {COLUMN} of {file} must hold lists of integers, got {kind}"

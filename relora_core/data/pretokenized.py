@@ -43,7 +43,10 @@ def inspect(
         vocab_size=vocab_size,
         fingerprint=None,
         rows=rows * parquet.windows_per_row(stored, seq_len=data.seq_len),
-        notes=parquet.length_notes(stored, seq_len=data.seq_len),
+        notes=[
+            *parquet.length_notes(stored, seq_len=data.seq_len),
+            *parquet.left_out(data, files),
+        ],
     )
     if full:
         info.notes += parquet.scan(footers, stored=stored, vocab_size=vocab_size)

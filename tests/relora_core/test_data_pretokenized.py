@@ -351,6 +351,73 @@ def test_a_row_spoilt_after_planning_is_found_where_it_lies(tmp_path, folder, ro
     assert f"{file}: row {stored_row - start} holds id -3 at position 5" in str(caught.value)
 
 
+# layouts and types --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("names", "other"),
+    [
+        (["default/train/0000.parquet", "default/train/0001.parquet"], "default/test/0000.parquet"),
+        (["split=train/0.parquet", "split=train/1.parquet"], "split=test/0.parquet"),
+        (["dump=a/0.parquet", "dump=b/0.parquet"], None),
+        (["en/train-00000-of-00002.parquet", "en/train-00001-of-00002.parquet"], "en/test.parquet"),
+    ],
+)
+def test_the_hubs_other_layouts_are_read_in_order(tmp_path, names, other):
+    rows = random_rows(20)
+    for name, part in zip(names, (rows[:10], rows[10:]), strict=True):
+        write_rows(tmp_path / name, part)
+    if other:
+        write_rows(tmp_path / other, random_rows(5, seed=1))
+        assert "data.split must be one of test, train" in error_line(config(tmp_path, split="tset"))
+    assert inspect(config(tmp_path)).rows == 20
+    np.testing.assert_array_equal(stream(config(tmp_path)).next_rows(20), rows)
+    if other and other.startswith("default"):
+        write_rows(tmp_path / "fr" / "train" / "0.parquet", random_rows(5))
+        assert "one configuration" in error_line(config(tmp_path))
+        assert inspect(config(tmp_path / "fr")).rows == 5
+
+
+def test_parquet_that_is_not_read_is_said(tmp_path):
+    write_rows(tmp_path / "train-0.parquet", random_rows(20))
+    before = inspect(config(tmp_path))
+    for name in ("part.parquet", "deep/train-0.parquet", "test-0.parquet"):
+        write_rows(tmp_path / name, random_rows(20))
+    after = inspect(config(tmp_path))
+    assert after.fingerprint == before.fingerprint
+    assert set(after.notes) - set(before.notes) == {
+        "parquet files that are not read: deep/train-0.parquet, part.parquet"
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.list_(pa.int64())),
+        *(pa.list_(pa.uint64()), pa.large_list(pa.int32()), pa.list_(pa.int32(), 33)),
+        *(pa.list_view(pa.int32()), pa.large_list_view(pa.int64())),
+    ],
+    ids=str,
+)
+def test_every_type_of_list_and_of_whole_number_is_read(tmp_path, kind):
+    rows = random_rows(600)
+    table = pa.table({"input_ids": pa.array(rows.tolist(), type=kind)})
+    pq.write_table(table, tmp_path / "train-0.parquet", row_group_size=400)
+    assert inspect(config(tmp_path)).rows == 600
+    np.testing.assert_array_equal(stream(config(tmp_path)).next_rows(600), rows)
+
+
+@pytest.mark.parametrize("kind", [pa.null(), pa.list_(pa.null()), pa.list_(pa.int32())], ids=str)
+def test_empty_shards_are_passed_over(tmp_path, kind):
+    rows = random_rows(20)
+    write_rows(tmp_path / "train-0.parquet", rows[:10])
+    pq.write_table(pa.table({"input_ids": pa.array([], kind)}), tmp_path / "train-1.parquet")
+    write_rows(tmp_path / "train-2.parquet", rows[10:])
+    assert inspect(config(tmp_path)).rows == 20
+    np.testing.assert_array_equal(stream(config(tmp_path)).next_rows(20), rows)
+    nulls = pa.table({"input_ids": pa.array([None], pa.null())})
+    pq.write_table(nulls, tmp_path / "train-3.parquet")
+    assert "must hold lists of integers, got null" in error_line(config(tmp_path))
+
+
 # hub --------------------------------------------------------------------------------------------
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
