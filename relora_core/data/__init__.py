@@ -171,9 +171,14 @@ def open_stream(
             )
         return grammar.GrammarStream(seq_len=data.seq_len, seed=seed, rank=rank, world=world)
     if data.kind == "pretokenized":
-        from relora_core.data import parquet, pretokenized
+        from relora_core.data import binary, parquet, pretokenized
 
-        on_hub = parquet.find_files(data) is None
+        files = parquet.find_files(data)
+        if files and binary.is_binary(files):
+            return binary.BinaryStream(
+                files[0], seq_len=data.seq_len, vocab_size=vocab_size, rank=rank, world=world
+            )
+        on_hub = files is None
         return pretokenized.PretokenizedStream(
             data,
             vocab_size=vocab_size,

@@ -51,7 +51,8 @@ def find_files(data: DataConfig) -> list[Path] | None:
         if names:
             break
     else:
-        return _below(path, data=data)
+        ids = path / f"{data.split}.bin"
+        return [ids] if ids.is_file() else _below(path, data=data)
     chosen = [n for n in names if n == f"{data.split}.parquet" or n.startswith(f"{data.split}-")]
     splits = sorted({s for n in names if (s := places.split_of(n))})
     if not splits:  # files that name no split are all of the one there is
@@ -321,6 +322,10 @@ def _fingerprint(
         with open(file, "rb") as stream:
             if whole:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
+            elif file.suffix == ".bin":  # no footer: its ends stand for it
+                digest.update(stream.read(2**20))
+                stream.seek(-(2**20), 2)
+                digest.update(stream.read())
             else:
                 stream.seek(-8, 2)  # the footer's length and the magic number end the file
                 stream.seek(-8 - int.from_bytes(stream.read(4), "little"), 2)

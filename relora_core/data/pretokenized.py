@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from relora_core.config import ConfigError, DataConfig
-from relora_core.data import parquet, places
+from relora_core.data import binary, parquet, places
 from relora_core.data.base import DataError, DataInfo
 
 
@@ -32,6 +32,11 @@ def inspect(
     files = parquet.find_files(data)
     if files is None:
         return _inspect_hub(data, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest)
+    if binary.is_binary(files):
+        info = binary.inspect(data, files[0], vocab_size=vocab_size)
+        if full:
+            info.fingerprint = parquet.fingerprint(files, tokenizer_digest=tokenizer_digest)
+        return info
     footers = [parquet.read_footer(file) for file in files]
     rows = sum(sum(f.rows) for f in footers)
     if not rows:

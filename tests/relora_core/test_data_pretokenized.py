@@ -418,6 +418,42 @@ def test_empty_shards_are_passed_over(tmp_path, kind):
     assert "must hold lists of integers, got null" in error_line(config(tmp_path))
 
 
+@pytest.mark.parametrize("header", [None, (20240520, np.uint16), (20240801, np.uint32)])
+def test_a_file_of_bare_ids_is_read_in_order(tmp_path, header):
+    """nanoGPT's train.bin, and llm.c's with a header."""
+    ids = np.random.default_rng(0).integers(0, 500, 1001)
+    magic, dtype = header or (None, np.uint16)
+    start = np.array([magic, 1, 1001] + [0] * 253, dtype=np.int32).tobytes() if magic else b""
+    (tmp_path / "train.bin").write_bytes(start + ids.astype(dtype).tobytes())
+    data = config(tmp_path, seq_len=10)
+    info = inspect(data)
+    assert info.rows == 100
+    assert info.fingerprint == inspect(config(tmp_path / "train.bin", seq_len=10)).fingerprint
+    want = np.stack([ids[10 * j : 10 * j + 11] for j in range(100)] * 2)
+    np.testing.assert_array_equal(stream(data).next_rows(200), want)
+    ranks = [stream(data, rank=rank, world=2) for rank in range(2)]
+    for rank, source in enumerate(ranks):
+        source.next_rows(30)
+        resumed = stream(data, rank=rank, world=2)
+        resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
+        np.testing.assert_array_equal(resumed.next_rows(50), want[60 + rank : 160 : 2])
+        assert resumed.epoch == 1
+
+
+def test_a_bad_file_of_ids_is_one_line(tmp_path):
+    file = tmp_path / "train.bin"
+    file.write_bytes(np.arange(100, dtype=np.uint16).tobytes())
+    assert "holds id 99, expected ids in [0, 50)" in error_line(config(file, vocab_size=50))
+    assert "data.seq_len must be in [1, 99]" in error_line(config(file, seq_len=100))
+    with pytest.raises(DataError, match=r"id 50 at position 50, expected ids in \[0, 50\)"):
+        stream(config(file, seq_len=9), vocab_size=50).next_rows(9)
+    file.write_bytes(b"odd")
+    assert "must hold ids of 2 bytes (uint16), got 3 bytes" in error_line(config(file))
+    before = (tmp_path / "val.bin").write_bytes(bytes(200))
+    assert before
+    assert inspect(config(tmp_path, split="val")).rows == 3
+
+
 # hub --------------------------------------------------------------------------------------------
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
