@@ -9,11 +9,9 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
-from xdist.scheduler import LoadScopeScheduling
 
 from relora_core.config import (
     DataConfig,
@@ -59,6 +57,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # what is imported stays
+    config.option.loadscopereorder = False  # xdist's order is by number of tests, ours is `LONG`'s
     settings.register_profile("fast", max_examples=25, deadline=None)
     settings.register_profile("whole", max_examples=100, deadline=None)
     settings.load_profile("fast" if "not slow" in config.getoption("markexpr") else "whole")
@@ -70,8 +69,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-LONG = ("slurm/", "faults/", "browser/", "security/", "fuzz/", "relora_core/test_native.py")
-"""Begun first, so that no worker is at them long after the others have ended."""
+LONG = (
+    *("slurm/test_life.py", "faults/", "slurm/test_search.py", "slurm/", "browser/"),
+    *("security/", "fuzz/", "relora_core/test_native.py"),
+)
+"""Begun first, so that no worker is at them long after the others have ended. Each file is one
+worker's: tests of SLURM mostly wait, and a cluster of their own costs a second worker seconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,21 +82,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, one in enumerate(LONG) if f"tests/{one}" in item.nodeid), len(LONG))
 
     items.sort(key=rank)
-
-
-class OneCluster(LoadScopeScheduling):
-    """As loadscope, with all of tests/slurm on one worker, which starts its clusters once."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        slurm = nodeid.startswith("tests/slurm/")
-        return "tests/slurm" if slurm else super()._split_scope(nodeid)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-    one = config.getoption("dist") == "loadscope"
-    config.option.loadscopereorder = False  # by number of tests: the order is `LONG`'s
-    return OneCluster(config, log) if one else None
 
 
 def nano_config(**changes: object) -> RunConfig:
