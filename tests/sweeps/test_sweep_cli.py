@@ -61,6 +61,10 @@ def test_status_json_has_one_entry_per_run(out, capsys):
 def test_status_json_tells_arm_seed_and_job(out, make, capsys):
     alone = RunDir(out / "runs" / "alone")
     alone.update_status(state="failed", job_id="12_3")
+    tasks = [["others"]] * 3 + [["alone"]]
+    ours = Submission(submission="aa", name="s.aa", job_id="12", tasks=tasks, state="submitted")
+    ours.write(jobs_folder(out, name="s") / "aa")
+    RunDir(next(out.glob("runs/*-s1-*"))).update_status(state="failed", job_id="77")  # not ours
     main(["status", "--json", "--output-dir", str(out)])
     runs = {run["run_id"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
     assert {run["arm_id"] for run in runs.values()} == {arm_id(make())}  # seeds of one setting
