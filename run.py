@@ -27,9 +27,10 @@ schema.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     with reporting():
-        schema.refuse_search(cfg, HydraConfig.get().overrides.task)
+        words = list(HydraConfig.get().overrides.task)
+        schema.refuse_search(cfg, words)
         schema.refuse_sweep(HydraConfig.get())
-        sys.exit(run_here(schema.to_run_config(cfg)))
+        sys.exit(run_here(schema.to_run_config(cfg, words=words)))
 
 
 if __name__ == "__main__":

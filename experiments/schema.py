@@ -24,7 +24,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from relora_core.config import ConfigError, RunConfig, get, nearest, walk
+from relora_core.config import ALPHA, ConfigError, RunConfig, get, nearest, scaled, walk
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
@@ -51,8 +51,11 @@ def register() -> None:
     ConfigStore.instance().store(name="run_schema", node=Composed)
 
 
-def to_run_config(cfg: DictConfig) -> RunConfig:
-    """A composed config as dataclasses; ConfigError if a required value is missing or mistyped."""
+def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
+    """A composed config as dataclasses; ConfigError if a required value is missing or mistyped.
+
+    `words` are the overrides that it was composed of: what they say of alpha counts beside a scale.
+    """
     try:
         if "hydra" in cfg:
             cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in ("hydra", "search")])
@@ -71,7 +74,19 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     for key, _, value in walk(config):
         if value == 0 and isinstance(value, float):
             _put(config, key, 0.0)  # -0.0 would be another run
-    return config
+    return _scaled(config, words)
+
+
+def _scaled(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """With the alpha of a given scale. Words count for more than files: a scale among them stands
+    against the alpha of a file, such as those of conf/relora."""
+    pairs = [word.lstrip("+").partition("=")[::2] for word in words]
+
+    def named(name: str) -> bool:
+        return any(k == f"relora.{name}" or (k == "relora" and f"{name}:" in v) for k, v in pairs)
+
+    in_files = config.relora.alpha != ALPHA and not named("scale")
+    return scaled(config, alpha_given=named("alpha") or in_files)
 
 
 def _put(config: RunConfig, key: str, value: Any) -> None:
@@ -166,7 +181,7 @@ def compose(overrides: list[str]) -> RunConfig:
     begun = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
     own = nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3")
     with own, explaining(overrides):
-        return to_run_config(hydra_compose("config", overrides))
+        return to_run_config(hydra_compose("config", overrides), words=overrides)
 
 
 @contextlib.contextmanager
@@ -269,22 +284,25 @@ class Base:
     converts each new value once, and dataclasses are what is copied.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg, self._scratch = cfg, cfg.copy()
+    def __init__(self, cfg: DictConfig, *, words: Sequence[str] = ()) -> None:
+        self.cfg, self._scratch, self._words = cfg, cfg.copy(), words
         self._typed: dict[tuple[str, str], Any] = {}
         self._config: RunConfig | None = None
         if not OmegaConf.missing_keys(cfg) and "${" not in str(cfg):
-            self._config = to_run_config(cfg)
+            self._config = to_run_config(cfg, words=words)
         self._leaves = {key for key, _, _ in walk(self._config)} if self._config else set()
 
     def changed(self, values: dict[str, Any]) -> RunConfig:
         """The config with typed values set at dotted keys; ConfigError where one does not fit."""
+        words = [*self._words, *values]
         if self._config is None or not all(map(self._is_plain, values, values.values())):
-            return to_run_config(set_values(self.cfg, values))
+            return to_run_config(set_values(self.cfg, values), words=words)
         made = _copied(self._config)
+        if made.relora.scale is not None:  # alpha followed from the base's r
+            made.relora.alpha = self.cfg.relora.alpha
         for key, value in values.items():
             _put(made, key, self._checked(key, value))
-        return made
+        return _scaled(made, words)
 
     def _is_plain(self, key: str, value: Any) -> bool:
         """Whether no other value depends on it, nor it on others."""

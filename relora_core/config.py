@@ -12,6 +12,7 @@ Each field may carry metadata that `knob` writes:
   moot             key -> predicate of a config: that key's value leaves this knob nothing to say
   same_as          function of a config: one value for all that mean the same there
                    (both for planning alone: the identity stays what it was)
+  sets             for a knob outside the identity: the key inside that follows from it
   as_before        for a knob added later: the value that means "as before", left out of the hash
 """
 
@@ -22,6 +23,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from decimal import Decimal
 from functools import cache
 from operator import attrgetter
 from typing import Any, cast, get_type_hints
@@ -118,6 +120,8 @@ class ReLoRAConfig:
         moot={"relora.scaling": lambda c: c.relora.scaling == "trainable", **_FROZEN},
     )
     """Numerator of the adapter's scale s; no part of a trained one."""
+    scale: float | None = knob(None, gt=0, methods=ADAPTERS, scientific=False, sets="relora.alpha")
+    """s itself, for sweeps over r: alpha is scale * r then, and the run that of such an alpha."""
     scaling: str = knob(
         "standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS, moot=_FROZEN
     )
@@ -454,7 +458,8 @@ class RunConfig:
     output_dir: str = knob("outputs", scientific=False)
     """Everything goes there."""
     seed: int = knob(0, ge=0, lt=2**31)
-    """Initialisation, dropout, restarts and data order. The arm is the setting without it."""
+    """Initialisation, dropout, restarts and the order of grammar and shuffled text. The arm is the
+    setting without it."""
     method: str = knob("relora", choices=METHODS)
     """How the model is parametrised and updated."""
     model: ModelConfig
@@ -504,6 +509,31 @@ def get(config: RunConfig, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def scaled(config: RunConfig, *, alpha_given: bool) -> RunConfig:
+    """The config with `relora.alpha` as `relora.scale` has it, if that is set; ConfigError where
+    an alpha that was given says otherwise."""
+    relora = config.relora
+    possible = relora.r > 0 and relora.scaling == "standard"
+    if relora.scale is None or not (possible and 0 < relora.scale < math.inf):
+        return config  # `validate` says what cannot be
+    alpha = _alpha(relora)
+    if alpha_given and relora.alpha != alpha and config.method in ADAPTERS:
+        raise ConfigError(
+            f"relora.alpha must be {alpha:g} with relora.scale={relora.scale:g} and relora.r="
+            f"{relora.r}, got {relora.alpha:g}; leave one of relora.alpha and relora.scale out"
+        )
+    return dataclasses.replace(config, relora=dataclasses.replace(relora, alpha=alpha))
+
+
+def _alpha(relora: ReLoRAConfig) -> float:
+    """scale * r, of decimals as they are written: 0.1 * 3 is 0.3."""
+    return float(Decimal(str(relora.scale)) * relora.r)
+
+
+ALPHA = cast(float, next(f.default for f in fields(ReLoRAConfig) if f.name == "alpha"))
+"""Where nobody has named one."""
 
 
 def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -652,6 +682,7 @@ def _check_adapters(config: RunConfig) -> None:
     _check_phases(config)
     _check_inert(config)
     _check_rank(config, "relora.r", adapted)
+    _check_scale(config.relora)
     if config.relora.r == 0:
         _check_frozen(config)
 
@@ -664,6 +695,21 @@ def _check_inert(config: RunConfig) -> None:
         raise ConfigError(
             "relora.init_a must be kaiming with method=lora (A and B would both stay 0), got "
             "'zero'; nearest valid: kaiming, or relora.r=0 for a frozen body"
+        )
+
+
+def _check_scale(relora: ReLoRAConfig) -> None:
+    if relora.scale is None or not relora.r:
+        return
+    if relora.scaling != "standard":
+        raise ConfigError(
+            f"relora.scale must be null with relora.scaling={relora.scaling} (it is alpha / r), "
+            f"got {relora.scale:g}"
+        )
+    if relora.alpha != _alpha(relora):
+        raise ConfigError(
+            f"relora.alpha must be scale * r = {_alpha(relora):g}, got {relora.alpha:g}; leave "
+            "one of relora.alpha and relora.scale out"
         )
 
 

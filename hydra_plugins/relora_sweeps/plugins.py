@@ -268,6 +268,10 @@ class SearchSweeper(Sweeper):
                     f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
                 )
         space = self._space(first.search.space, given)
+        if "relora.scale" in {*space, *fixed} and "relora.alpha" in {*space, *fixed}:
+            raise ConfigError(
+                "relora.alpha must be left out where relora.scale is given: it follows"
+            )
         self.composer.launchers.clear()  # `first` is no point
         bases = self._bases(space, list(fixed.values()))
         code = run_search(
@@ -308,7 +312,8 @@ class SearchSweeper(Sweeper):
         for options in product(*groups.values()):
             choices = dict(zip(groups, map(str, options), strict=True))
             words = [*fixed, *(f"{key}={option}" for key, option in choices.items())]
-            bases.append((choices, schema.to_run_config(self.composer.compose(words))))
+            config = schema.to_run_config(self.composer.compose(words), words=words)
+            bases.append((choices, config))
         return bases
 
     def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
@@ -592,7 +597,7 @@ class Composer:
         config = self.compose(texts)
         schema.refuse_search(config)
         config.search = None
-        return schema.Base(config)
+        return schema.Base(config, words=texts)
 
     def _change(self, base: Any, texts: Sequence[str]) -> RunConfig:
         from experiments import schema

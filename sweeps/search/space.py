@@ -15,7 +15,15 @@ from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from relora_core.config import ConfigError, RunConfig, applies, get, nearest, walk
+from relora_core.config import (
+    ConfigError,
+    RunConfig,
+    applies,
+    get,
+    nearest,
+    scaled,
+    walk,
+)
 
 MAX_FINITE = 10_000
 """More values than this are no grid."""
@@ -222,7 +230,7 @@ def _check_key(key: str, config: RunConfig) -> None:
         )
     if key == "seed":
         raise ConfigError("search.space.seed must not be searched; search.seeds are averaged over")
-    if not known[key].get("scientific", True):
+    if not known[key].get("scientific", True) and "sets" not in known[key]:
         raise ConfigError(
             f"search.space.{key} must be a knob that changes what is computed, got {key!r}"
         )
@@ -329,7 +337,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """A copy with values set at dotted keys, in the types of their knobs; not validated."""
     for key, value in values.items():
         config = _replaced(config, key.split("."), convert(key, value, name=key))
-    return config
+    return scaled(config, alpha_given="relora.alpha" in values)
 
 
 def _replaced(section: Any, path: list[str], value: Any) -> Any:

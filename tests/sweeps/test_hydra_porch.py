@@ -13,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 
 from experiments import schema
+from experiments.identity import run_id
 from hydra_plugins.relora_sweeps import plugins
 from hydra_plugins.relora_sweeps.plugins import Composer, GridSweeper, LocalLauncher, expand
-from relora_core.config import ConfigError
+from relora_core.config import ConfigError, validate
 from sweeps.local import ROOT
 from sweeps.plan import make_plan
 from tests import warm
@@ -137,6 +138,54 @@ def test_values_on_a_copy_give_the_config_that_hydra_composes(loader, master, ce
     slow = schema.to_run_config(loader.load_sweep_config(master, cell))
     composer = Composer(loader, master)
     assert composer.all([["model=nano", "seed=1"], cell, cell])[1:] == [slow, slow]
+
+
+SCALED = ["relora.scale=2"]
+
+
+def test_a_fixed_scale_is_an_alpha_that_follows_the_rank(loader, master):
+    """And the runs are those of such alphas, by name and folder."""
+    ranks, alphas = ["relora.r=8", "relora.r=16"], ["relora.alpha=16", "relora.alpha=32.0"]
+    given = [[rank, alpha] for rank, alpha in zip(ranks, alphas, strict=True)]
+    for base in (["model=nano"], ["model=nano", "relora=as_coded"], ["relora={dropout: 0.5}"]):
+        made = Composer(loader, master).all([[*base, rank, *SCALED] for rank in ranks])
+        assert [config.relora.alpha for config in made] == [16.0, 32.0]
+        usual = Composer(loader, master).all([[*base, *cell] for cell in given])
+        assert list(map(run_id, made)) == list(map(run_id, usual))
+    composer = Composer(loader, master)  # the same, with alphas that agree and arms that name both
+    assert composer.all([[*cell, *SCALED] for cell in given]) == composer.all(
+        [[rank, *SCALED] for rank in ranks]
+    )
+    assert schema.compose(["relora.r=3", "relora.scale=0.1"]).relora.alpha == 0.3
+    swept = Composer(loader, master).all([["relora.scale=1", "relora.r=4"], ["relora.scale=0.5"]])
+    assert [config.relora.alpha for config in swept] == [4.0, 8.0]
+    assert schema.compose(["method=full_rank", *SCALED]).relora.scale == 2
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (
+            ["relora.r=8", "relora.alpha=8"],
+            "relora.alpha must be 16 with relora.scale=2 and relora.r=8, got 8; leave one of",
+        ),
+        (["relora.r=16", "relora.alpha=16"], "relora.alpha must be 32 with relora.scale=2"),
+        (["relora={r: 4, alpha: 5.0}"], "relora.alpha must be 8 with relora.scale=2"),
+        (["relora.scaling=trainable"], "relora.scale must be null with relora.scaling=trainable"),
+        (["relora.scaling=rslora"], "relora.scale must be null with relora.scaling=rslora"),
+        (["relora={r: 8, alpha: 16.0, scale: 1}"], "relora.alpha must be 8 with relora.scale=1"),
+        (["relora.scale=-1"], "relora.scale must be > 0, got -1.0"),
+        (["relora.scale=null", "relora.r=0"], "relora.r must be >= 1 with method=relora, got 0"),
+    ],
+)
+def test_a_scale_at_odds_with_another_knob_is_refused(loader, master, cell, expected):
+    words = ["model=nano", *SCALED[: "scale" not in str(cell[0]) or "scaling" in cell[0]], *cell]
+    for compose in (
+        lambda: Composer(loader, master).all([words])[0],
+        lambda: schema.compose(words),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
+            validate(compose())
 
 
 def test_configs_of_one_grid_share_no_part(loader, master):

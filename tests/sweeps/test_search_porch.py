@@ -12,9 +12,10 @@ from hydra.types import HydraContext, RunMode
 from experiments import schema
 from experiments.identity import run_id
 from hydra_plugins.relora_sweeps.plugins import dimension, parse
+from relora_core.config import ConfigError
 from sweeps.local import ROOT
 from sweeps.search import samplers
-from sweeps.search.space import Choice, Float, Int, with_values
+from sweeps.search.space import Choice, Float, Int, check_space, with_values
 from tests import warm
 
 BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
@@ -157,3 +158,17 @@ def test_every_search_of_the_project_can_be_planned(option, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "left" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_search_alpha_follows_the_rank_at_a_fixed_or_searched_scale(searched):
+    given = searched(*SMALL, "relora.scale=2")
+    ((_, base),) = given["bases"]
+    assert [with_values(base, {"relora.r": r}).relora.alpha for r in (4, 8)] == [8.0, 16.0]
+    given = searched("relora.r=8", "relora.scale=interval(0.5,4)", "search.enqueue=[]")
+    ((_, base),) = given["bases"]
+    check_space(given["space"], groups=[], when={}, config=base)
+    one = with_values(base, {"relora.scale": 0.5})
+    assert (one.relora.alpha, one.relora.scale) == (4.0, 0.5)  # kept: a study is made of its runs
+    for words in (["relora.alpha=4,8"], ["relora.alpha=16"]):
+        with pytest.raises(ConfigError, match=r"^relora.alpha must be left out"):
+            searched(*SMALL, "relora.scale=2", *words)
