@@ -229,6 +229,9 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", help="as for run.py, for example model=small relora.r=32"
     )
     one.add_argument("--at-steps", type=_steps, default=[], help="0-based updates, comma-separated")
+    one.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="options of your own, as for run.py"
+    )
     two = commands.add_parser("show", help="state, attempts and final metrics of a run")
     two.add_argument("run", help="run_id, or any part of it that only one run has")
     help_export = "write a run's model, adapters merged, as a LlamaForCausalLM folder"
@@ -274,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             from experiments import schema
 
             extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
-            config = schema.compose(arguments.overrides + extra)
+            config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
             found = describe(config, at_steps=arguments.at_steps)
             printer = _print_description
         elif arguments.command == "export":

@@ -10,13 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.core.plugins import Plugins
@@ -32,6 +37,25 @@ HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
 WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 WITH_VALUE += ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 """Hydra's flags that take the word after them."""
+HYDRAS = ("hydra/launcher", "hydra/sweeper")
+OTHERS = {
+    **dict.fromkeys(("optuna", "ax", "nevergrad"), "search"),
+    **dict.fromkeys(("joblib", "submitit_local"), "local"),
+    "submitit_slurm": "slurm",
+}
+"""Hydra's other launchers and sweepers -> what stands in their place here."""
+SWEEPERS = {
+    "n_jobs": "hydra.launcher.max_parallel",
+    "max_batch_size": "hydra.launcher.max_parallel",
+    "direction": "search.objectives",
+    "search_space": "search.space",
+    "study_name": "sweep.name",
+    "max_trials": "search.n_trials",
+    "budget": "search.n_trials",
+    "custom_search_space": "search.when",
+    "max_failure_rate": "search.max_failures",
+}
+"""Keys of `hydra.sweeper` in Hydra's other sweepers -> ours; those of `search` are as there."""
 INSTANTIATING = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()")
 """Keys by which Hydra, or Python's logging, is told what to call."""
 LOGGING = ("logging.StreamHandler", "logging.NullHandler", "logging.Formatter")
@@ -141,6 +165,8 @@ def refuse_code(cfg: DictConfig) -> None:
                 )
 
 
+LONGEST_GROUP = 100
+"""No folder of options has a longer name; the file system may not take one that has."""
 PLACES: dict[str, Any] = {
     "run.dir": ".",
     "sweep.dir": ".",
@@ -175,13 +201,36 @@ def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _entries(item, f"{prefix}.{key}")
 
 
-def compose(overrides: list[str]) -> RunConfig:
-    """What `python run.py OVERRIDES` would run; ConfigError with one line where it would refuse."""
+def compose(overrides: list[str], *, config_dir: str | None = None) -> RunConfig:
+    """What `python run.py OVERRIDES` would run; ConfigError with one line where it would refuse.
+
+    `config_dir` is a folder of further options, as --config-dir of run.py.
+    """
     register()
     begun = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
     own = nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3")
-    with own, explaining(overrides):
+    with own, _also(config_dir), explaining(overrides):
         return to_run_config(hydra_compose("config", overrides), words=overrides)
+
+
+@contextlib.contextmanager
+def _also(config_dir: str | None) -> Iterator[None]:
+    """The options of one more folder inside, after those that Hydra knows."""
+    if config_dir is None:
+        yield
+        return
+    if not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir must be a folder of options, got {config_dir!r}")
+    before = GlobalHydra.instance().hydra
+    places = create_config_search_path(str(CONF))
+    last = SearchPathQuery(provider="schema")
+    places.prepend("command-line", str(Path(config_dir).absolute()), anchor=last)
+    GlobalHydra.instance().clear()
+    try:
+        Hydra.create_main_hydra2(task_name="app", config_search_path=places)
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 @contextlib.contextmanager
@@ -210,8 +259,27 @@ def overrides_among(words: Sequence[str]) -> list[str]:
     return [w for b, w in zip(before, words, strict=False) if w[:1] != "-" and b not in WITH_VALUE]
 
 
+def places_of(words: Sequence[str]) -> list[Path]:
+    """Folders of options: conf/, those that Hydra was begun with, and those that the words name."""
+    texts = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
+    texts += [w for b, w in pairwise(words) if b in ("--config-dir", "-cd")]
+    for text in overrides_among(words):
+        if text.lstrip("+").startswith("hydra.searchpath="):
+            with contextlib.suppress(HydraException):
+                value: Any = OverridesParser.create().parse_override(text).value()
+                texts += map(str, value if isinstance(value, list) else [value])
+    if GlobalHydra.instance().is_initialized():
+        known = GlobalHydra.instance().config_loader().get_search_path().get_path()
+        texts += [str(place.path) for place in known]
+    if HydraConfig.initialized():
+        texts += map(str, HydraConfig.get().searchpath)
+    paths = [Path(text.removeprefix("file://")) for text in texts]
+    return list(dict.fromkeys([CONF, *(path for path in paths if path.is_dir())]))
+
+
 def check_words(words: Sequence[str]) -> None:
     """ConfigError for an override that Hydra would take for something else than was meant."""
+    places = places_of(words)
     for text in overrides_among(words):
         try:
             override = OverridesParser.create().parse_override(text)
@@ -221,7 +289,7 @@ def check_words(words: Sequence[str]) -> None:
         if key.startswith(("hydra.", "hydra/")):
             _check_hydra(key, text)
         for value in _values(override):
-            _check_value(key, value, text)
+            _check_value(key, value, text, places)
 
 
 def _check_hydra(key: str, text: str) -> None:
@@ -241,15 +309,15 @@ def _values(override: Override) -> list[Any]:
     return list(override.sweep_iterator()) if isinstance(chosen, ChoiceSweep) else []
 
 
-def _check_value(key: str, value: Any, text: str) -> None:
+def _check_value(key: str, value: Any, text: str, places: Sequence[Path]) -> None:
     if not key or ("@" in key and not key.split("@")[0]):
         raise ConfigError(f"{text!r} is not an override: expected KEY=VALUE, like relora.r=16")
-    if key in (*groups(), "hydra/launcher", "hydra/sweeper") and not isinstance(value, (str, dict)):
+    if _is_group(key, places) and not isinstance(value, (str, dict)):
         names = value if isinstance(value, list) else [value]
         if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(_no_option(key, str(value)))
-    if key.startswith("hydra/") and str(value) not in _options(key):
-        raise ConfigError(_no_option(key, str(value)))
+            raise ConfigError(_no_option(key, str(value), places))
+    if key.startswith("hydra/") and str(value) not in _options(key, places):
+        raise ConfigError(_no_option(key, str(value), places))
     number = str(value).strip().lstrip("+-").isdecimal() and str(value) not in ("0", "1")
     if _expected(key) == "true or false" and number:
         raise ConfigError(f"{key} must be true or false, got {value}")
@@ -335,6 +403,8 @@ def _other_launcher(key: str, *, file: str = "") -> str | None:
     section, _, name = key.removeprefix("hydra.").partition(".")
     if section not in ("launcher", "sweeper") or not name:
         return None
+    if line := _elsewhere(key, f"in {file}" if file else ""):
+        return line
     nodes = {n.removesuffix(".yaml"): o.node for n, o in _stored(f"hydra/{section}").items()}
     having = [n for n, node in nodes.items() if n != "basic" and name.split(".")[0] in node]
     if not having:
@@ -349,23 +419,38 @@ def _explain_value(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and (line := _other_launcher(key)):
         return line
+    return _explain_text(key, str(error.msg or error))
+
+
+def _explain_text(key: str, told: str) -> str:
+    """One line from what OmegaConf says of a value."""
     expected = _expected(key)
     if re.fullmatch(r"\[?\d+\]?", key):  # an entry of a list inside a list, without the list's name
-        return f"an entry of a list must be a list of integers, got {error.msg or error!s}"
-    value = re.search(r"Value '(.*?)' (?:of type|could not|is not)", str(error.msg or error), re.S)
-    if "is not Optional" in str(error):
+        return f"an entry of a list must be a list of integers, got {told}"
+    value = re.search(r"Value '(.*?)' (?:of type|could not|is not)", told, re.S)
+    if "is not Optional" in told:
         return f"{key} must be {expected}, got null"
-    if "is not a ListConfig" in str(error):
+    if "is not a ListConfig" in told:
         return f"{key} must be {expected}, got something else"
     if value:
         got = value.group(1)
+        if got.startswith("[") and "list" not in expected:
+            return f"{key} must be {expected}, got {got!r}{_as_axis(key, got)}"
         whole = expected.startswith("an integer") and re.fullmatch(r"-?\d{1,15}\.0", got)
         near = f"; nearest valid: {got[:-2]}" if whole else ""
         near = "; nearest valid: null" if got == "None" and "null" in expected else near
         return f"{key} must be {expected}, got '{got}'{near}"
-    if "Missing mandatory value" in str(error):
+    if "issing mandatory value" in told:
         return f"{key} must be set ({expected})"
-    return f"{key}: {str(error.msg or error).splitlines()[0]}"
+    return f"{key}: {told.splitlines()[0]}"
+
+
+def _as_axis(key: str, got: str) -> str:
+    """How values that stand in brackets are written as an axis."""
+    inside = got[1:-1].strip()
+    if not inside or set(inside) & set("[]{}"):
+        return ""
+    return f"; values of an axis go without brackets, {key}={inside.replace(', ', ',')}"
 
 
 def schema_keys() -> list[str]:
@@ -399,9 +484,15 @@ def _expected(key: str) -> str:
     return " or ".join(dict.fromkeys(names)) or "a section"
 
 
-def options(group: str) -> list[str]:
-    """Names of the options of a config group in conf/."""
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+def options(group: str, places: Sequence[Path] | None = None) -> list[str]:
+    """Names of the options of a config group, in conf/ or in all of `places`."""
+    return sorted({p.stem for place in places or [CONF] for p in (place / group).glob("*.yaml")})
+
+
+def _is_group(key: str, places: Sequence[Path]) -> bool:
+    if key in HYDRAS:
+        return True
+    return 0 < len(key) < LONGEST_GROUP and bool(options(key, places))
 
 
 def groups() -> list[str]:
@@ -413,8 +504,9 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
     """One line for an override that Hydra refused: key, value, expectation, nearest choice."""
     missing = isinstance(error, MissingConfigException)
     found = isinstance(error, ConfigCompositionException) and not missing
+    places = places_of(overrides)
     for text in overrides_among(overrides):
-        line = _diagnose_one(text, found=found)
+        line = _diagnose_one(text, places=places, found=found)
         if line:
             return line
         if "Ambiguous value" in str(error) and text in str(error):
@@ -422,9 +514,20 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
     in_file = re.search(r"In '(.*?)': ConfigKeyError .*full_key: (\S+)", str(error), re.S)
     if in_file and (line := _other_launcher(in_file.group(2), file=in_file.group(1))):
         return line
+    typed = r"In '(.*?)': ValidationError .*?(Value '.*?' (?:of|could|is).*) full_key: (\S+)"
+    if in_file := re.search(typed, " ".join(str(error).split())):
+        file, told, key = in_file.groups()
+        return f"{_explain_text(key, told)} (in {file})"
     pattern = r"In '((experiment|sweep)/[^']*)': .*full_key: (experiment|sweep\.(hydra|sweep))\s"
     if astray := re.search(pattern, f"{error} ", re.S):
         return f"{astray.group(1)} must begin with '# @package _global_', got no such line"
+    absent = re.search(r"In '(.*?)': Could not find '/?([^']*)/([^'/]*)'", str(error))
+    if absent and _options(absent.group(2), places):
+        file, group, name = absent.groups()
+        told = (
+            "" if file.rpartition("/")[2] == "config" else f" (in {file})"
+        )  # whoever overrides it
+        return f"{_no_option(group, name, places)}{told}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
@@ -433,22 +536,24 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _diagnose_one(text: str, *, found: bool = False) -> str | None:
-    """`found`: all options were; a folder of the user's may hold more than ours."""
+def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> str | None:
+    """`found`: all options were, wherever Hydra looks."""
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException:
+    except HydraException as error:
+        if called := re.search(r"while evaluating '.*?': (.*)", str(error), re.S):
+            return f"{text!r} cannot be evaluated: {' '.join(called.group(1).split())}"
         return f"{text!r} is not an override: expected KEY=VALUE, for example relora.r=16"
     key = override.key_or_group
     if key.startswith("hydra."):
-        return _diagnose_launcher(key, text)
+        return _elsewhere(key, text) or _diagnose_launcher(key, text)
     if key.startswith("search."):
         return _diagnose_search(key, text)
-    if key in groups() or key in ("hydra/launcher", "hydra/sweeper"):
+    if _is_group(key, places):
         for value in _values(override):
             named = not isinstance(value, (dict, list))
-            if not found and named and str(value) not in _options(key):
-                return _no_option(key, str(value))
+            if not found and named and str(value) not in _options(key, places):
+                return _no_option(key, str(value), places)
         return None
     keys = schema_keys()
     if key not in keys:
@@ -458,15 +563,32 @@ def _diagnose_one(text: str, *, found: bool = False) -> str | None:
     return None
 
 
-def _no_option(key: str, value: str) -> str:
-    known = _options(key)
-    return f"{key} must be one of {', '.join(known)}, got {value!r}.{nearest(value, known)}"
+def _no_option(key: str, value: str, places: Sequence[Path]) -> str:
+    known = _options(key, places)
+    near = f" Did you mean '{OTHERS[value]}'?" if value in OTHERS and key in HYDRAS else ""
+    return f"{key} must be one of {', '.join(known)}, got {value!r}.{near or nearest(value, known)}"
 
 
-def _options(group: str) -> list[str]:
+def _options(group: str, places: Sequence[Path]) -> list[str]:
     """Of a config group: files, and what our plugins have registered."""
     ours = [name for name, one in _stored(group).items() if one.provider == "relora_sweeps"]
-    return sorted({*options(group), *(name.removesuffix(".yaml") for name in ours)} - {"basic"})
+    names = {*options(group, places), *(name.removesuffix(".yaml") for name in ours)}
+    return sorted(names - {"basic"})
+
+
+def _elsewhere(key: str, text: str = "") -> str | None:
+    """One line for an option of another project's sweeper or launcher, which is a key here."""
+    section, _, name = key.removeprefix("hydra.").partition(".")
+    if section != "sweeper":
+        return None
+    name = name.split(".")[0]
+    known = list(_stored("search_schema.yaml").node)  # type: ignore[attr-defined]
+    there = SWEEPERS.get(name) or (f"search.{name}" if name in known else None)
+    if there is None:
+        return None
+    with_search = " with hydra/sweeper=search" if there.startswith("search") else ""
+    got = f" ({text})" if text else ""
+    return f"{key} is not a known key{got}. Did you mean '{there}'{with_search}?"
 
 
 def _diagnose_search(key: str, text: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import schema
+from experiments.__main__ import main
 from experiments.runner import complete
 from relora_core.config import ConfigError
 from tests import warm
@@ -144,3 +145,18 @@ def test_describe_says_all_of_a_run_without_training_it(tmp_path):
     assert found["config"]["model"]["d_ff"] == 384
     assert found["flops_per_token"] > found["flops_per_token_forward"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_describe_knows_options_of_ones_own(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("d_model: 48\nd_ff: 96\n")
+    words = ["describe", "model=mine", "--json", "--config-dir"]
+    assert main([*words, str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["model"]["d_model"] == 48
+    with pytest.raises(SystemExit) as ended:
+        main([*words, str(tmp_path), "relora.rr=8"])
+    assert ended.value.code == 2
+    assert "Did you mean 'relora.r'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "none")])
+    assert "--config-dir must be a folder of options" in capsys.readouterr().err

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, partial
 from itertools import product, zip_longest
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.grammar import grammar_functions
@@ -36,6 +38,7 @@ from hydra.core.override_parser.types import (
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigSource
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -131,6 +134,8 @@ def _points(sweep: RangeSweep) -> int:
 
 
 grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
+# Hydra checks the words of a function against its annotations; null is a value like others.
+grammar_functions.choice.__annotations__["args"] |= None
 
 
 def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
@@ -144,14 +149,49 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
         except (YAMLError, UnicodeDecodeError) as error:
             line = " ".join(str(error).split())
             raise ConfigError(f"a config file must be plain YAML in UTF-8: {line}") from None
-        schema.refuse_code(config)
-        schema.refuse_places(config)
+        if (args[0] if args else options["config_name"]) is not None:  # --hydra-help reads no file
+            schema.refuse_code(config)
+            schema.refuse_places(config)
         return config
 
     return load_configuration
 
 
 ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
+
+
+def _unshadowed(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Hydra's `load_config`, which takes the first of several files and is silent on the others."""
+
+    def load_config(self: ConfigRepository, config_path: str) -> Any:
+        having = [source for source in self.get_sources() if source.is_config(config_path)]
+        files = [_file_of(source, config_path) for source in having]
+        for own in files[1:]:
+            if own and (not files[0] or files[0].read_bytes() != own.read_bytes()):
+                raise ConfigError(
+                    f"{config_path.removesuffix('.yaml')} must be one file, got "
+                    f"{files[0] or f'that of {having[0].provider}'} and {own}: give your own "
+                    "another name"
+                )
+        return load(self, config_path)
+
+    return load_config
+
+
+def _file_of(source: ConfigSource, config_path: str) -> Path | None:
+    name = source._normalize_file_name(config_path)
+    return Path(source.path) / name if source.scheme() == "file" else None
+
+
+ConfigRepository.load_config = _unshadowed(ConfigRepository.load_config)
+
+
+def _unmarked(read: Callable[[str], dict[str, str | None]]) -> Callable[..., Any]:
+    """Hydra's reading of `# @package`, without the mark that some editors put before all text."""
+    return lambda text: read(text.removeprefix("\ufeff"))
+
+
+ConfigSource._get_header_dict = staticmethod(_unmarked(ConfigSource._get_header_dict))
 
 
 def _first_wins(add: Callable[..., None]) -> Callable[..., None]:
@@ -220,7 +260,7 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         shell.alone("a sweep (-m)")
-        texts = [f"{key}={'null' if v is None else v}" for key, v in self.params.items()]
+        texts = _lines(self.params, of="hydra.sweeper.params")
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError(
                 "hydra/launcher must be local or slurm with hydra/sweeper=relora_grid"
@@ -318,7 +358,7 @@ class SearchSweeper(Sweeper):
 
     def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
         """The file's space with the command line's: what that fixes is not searched."""
-        lines = [f"{key}={text}" for key, text in texts.items()]
+        lines = _lines(texts, of="search.space")
         space = {o.key_or_group: o for o in parse(lines, loader=self.loader)}
         for override in given:
             space.pop(override.key_or_group, None)
@@ -408,6 +448,18 @@ def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
     for override in overrides:
         _values(override)
     return overrides
+
+
+def _lines(values: Mapping[str, Any], *, of: str) -> list[str]:
+    """KEY=VALUE of each entry, as on the command line; ConfigError for a section, which is none."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            name, inner = next(iter(value.items()), ("KEY", "VALUE"))
+            inner = ",".join(map(str, inner)) if OmegaConf.is_list(inner) else inner
+            raise ConfigError(
+                f"{of}.{key} must be values, got a section; write {key}.{name}: {inner}"
+            )
+    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
 
 
 def _values(override: Override) -> int:

@@ -107,7 +107,8 @@ class Spec:
                 near = dimension.nearest(value) if number else None
                 hint = "" if near is None else f"; nearest valid: {near:.12g}"
                 raise ConfigError(
-                    f"{name}: {key} must lie in {dimension.text()}, got {value!r}{hint}"
+                    f"{name}: {key} must lie in {dimension.text()}, got {value!r}{hint}; "
+                    "search.enqueue=[] tries nothing first"
                 )
         missing = [key for key in self.space if key not in entry]
         if missing and self.config.sampler["name"] == "grid":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import schema
 from tests.fuzz import porch
 
 SLURM = "defaults: [demo, override /hydra/launcher: slurm]\n"
@@ -32,8 +33,18 @@ FILES = {
         "defaults: [override /hydra/launcher: slurm]\n"
         "hydra: {launcher: {partition: p}, sweeper: {params: {seed: '0,1'}}}"
     ),
+    "experiment/typo": "defaults: [demo, override /model: tny]",
+    "experiment/float": "defaults: [demo]\ntrain: {steps: 1.5}",
+    "experiment/trials": "defaults: [demo]\nhydra: {sweeper: {n_trials: 3}}",
+    "sweep/list": "hydra: {sweeper: {params: {relora.r: [4, 8]}}}",
+    "sweep/nested": "hydra: {sweeper: {params: {relora: {r: '4,8'}}}}",
+    "sweep/nested_list": "hydra: {sweeper: {params: {relora: {r: [4, 8]}}}}",
+    "sweep/body": "relora: {r: [4, 8]}",
+    "sweep/arm": "hydra: {sweeper: {arms: {a: ['relora.r=[4,8]']}}}",
     "sweep/names_one": "hydra: {sweeper: {params: {experiment: a, seed: '0,1'}}}",
 }
+MARKED = {"experiment/marked": "\ufeff# @package _global_\ndefaults: [demo]\nseed: 7\n"}
+MINE = {"model/mine": "d_model: 48\nd_ff: 96\n", "hydra/launcher/mine": "defaults: [slurm]\n"}
 BARE = {"experiment/bare": "seed: 4", "sweep/bare": "hydra: {sweeper: {params: {seed: '0,1'}}}"}
 SLURM_Q = ("hydra/launcher=slurm", "hydra.launcher.partition=q")
 SEARCH = ("hydra/sweeper=search", "search=lr_and_rank", "model=nano")
@@ -50,6 +61,10 @@ def own(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         head = "" if name in BARE else "# @package _global_\n"
         path.write_text(f"{head}{text}\n")
+    for name, text in (MARKED | MINE).items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
     return folder
 
 
@@ -113,6 +128,50 @@ def test_a_sweep_that_an_experiment_asks_for_is_one(answer, words):
     assert len(points) == (2 if "--plan" in words else 1)
 
 
+def test_a_mark_of_an_editor_takes_nothing_from_a_file(answer):
+    told, [(points, _)] = answer("-m", "experiment=marked")
+    assert (told.code, [config.seed for _, config in points]) == (0, [7])
+
+
+def test_a_launcher_of_ones_own_is_one(answer):
+    told, [(_, launcher)] = answer("-m", "hydra/launcher=mine", "model=mine,nano")
+    assert (told.code, launcher.kind) == (0, "slurm")
+
+
+def test_null_is_a_value_of_an_axis_like_others(answer):
+    told, [(points, _)] = answer("-m", "train.grad_clip=choice(null,1.0)")
+    assert (told.code, [config.train.grad_clip for _, config in points]) == (0, [None, 1.0])
+
+
+def test_hydras_own_help_is_shown(answer):
+    told, _ = answer("--hydra-help")
+    assert told.code == 0
+    assert "hydra/launcher: " in told.out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model/tiny", ()),
+        ("model/tiny", ("-m", "model=nano,tiny")),
+        ("experiment/demo", ()),
+        ("config", ("model=nano",)),
+    ],
+)
+def test_an_option_of_ones_own_that_ours_would_shadow_is_refused(tmp_path, name, words):
+    path = tmp_path / "own" / f"{name}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\nseed: 3\n")
+    words = ["--config-dir", str(tmp_path / "own"), *words]
+    told = porch.run_py(words, cwd=tmp_path)
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert (
+        f"{name} must be one file, got {schema.CONF / name}.yaml and {path}: give your" in told.err
+    )
+    path.write_bytes((schema.CONF / f"{name}.yaml").read_bytes())
+    assert porch.run_py([*words, "model=nano"], cwd=tmp_path).begun
+
+
 def test_a_file_may_choose_the_search(answer):
     told, [(bases, _)] = answer("--plan", "experiment=search")
     assert (told.code, len(bases)) == (0, 1)
@@ -149,6 +208,33 @@ def test_a_file_may_choose_the_search(answer):
         (("-m", *SEARCH[:1], "search=lr_and_rank,pareto"), "search must be one option"),
         (("-m", *SEARCH, "experiment=a,other"), "hydra.launcher.partition must be the same"),
         (("-m", *SEARCH, "sweep=s1"), "hydra.sweeper.params needs hydra/sweeper=relora_grid (in s"),
+        # With options of one's own, a mistake elsewhere is not theirs.
+        (("experiment=a", "model=tny"), "model must be one of micro, mine, nano, small, tiny, got"),
+        (("experiment=aa",), "got 'aa'. Did you mean 'a'?"),
+        (("model=mine", "relora.rr=8"), "Did you mean 'relora.r'?"),
+        (("model=mine", "relora.r=8,16"), "relora.r=8,16 gives several values: expected one"),
+        (("-m", "model=mine,nano", "eval=nine"), "eval must be one of none, paloma_blimp, got"),
+        (("-m", "hydra/launcher=mime"), "Did you mean 'mine'?"),
+        (("experiment=typo",), "model must be one of micro, mine, nano, small, tiny, got 'tny'"),
+        (("experiment=float",), "train.steps must be an integer, got '1.5' (in experiment/float)"),
+        # Several values stand without brackets.
+        (("-m", "relora.r=[4,8]"), "'[4, 8]'; values of an axis go without brackets, relora.r=4,8"),
+        (("-m", "sweep=list"), "'[4, 8]'; values of an axis go without brackets, relora.r=4,8"),
+        (("-m", "sweep=arm"), "'[4, 8]'; values of an axis go without brackets, relora.r=4,8"),
+        (("-m", "sweep=body"), "go without brackets, relora.r=4,8 (in sweep/body)"),
+        (("-m", "sweep=nested"), "must be values, got a section; write relora.r: 4,8"),
+        (("-m", "sweep=nested_list"), "must be values, got a section; write relora.r: 4,8"),
+        (("-m", *SEARCH, "relora.r=[4,8]"), "go without brackets, relora.r=4,8"),
+        (("-m", *SEARCH, "search.space.relora.r=[4,8]"), "a section; write relora.r: 4,8"),
+        # What other sweepers and launchers call it.
+        (("-m", *SEARCH, "hydra.sweeper.n_trials=3"), "Did you mean 'search.n_trials' with hydra"),
+        (("-m", "+hydra.sweeper.n_trials=3"), "Did you mean 'search.n_trials' with hydra"),
+        (("-m", "hydra.sweeper.direction=min"), "Did you mean 'search.objectives' with"),
+        (("-m", "hydra.sweeper.n_jobs=2"), "Did you mean 'hydra.launcher.max_parallel'?"),
+        (("experiment=trials",), "(in experiment/trials). Did you mean 'search.n_trials' with"),
+        (("-m", "hydra/sweeper=optuna"), "Did you mean 'search'?"),
+        (("-m", "hydra/launcher=joblib"), "Did you mean 'local'?"),
+        (("-m", "train.grad_clip=sort(null,1)"), "sort(null,1)' cannot be evaluated: "),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_have_is_refused_in_one_line(answer, words, line):

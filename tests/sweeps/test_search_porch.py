@@ -131,6 +131,7 @@ def command(*words, cwd):
         (["relora.r=4,4096"], "relora.r must be in [1, 16]"),
         (["relora.rr=4,8"], "Did you mean 'relora.r'?"),
         (["train.lr=interval(1,-1)"], "search.space.train.lr"),
+        (["search.enqueue=[{relora.r: 16}]"], "got 16; search.enqueue=[] tries nothing first"),
         (["search=lr_nd_rank"], "Did you mean 'lr_and_rank'?"),
         (["search.sampler.name=tpee"], "tpe"),
         (["search.objectives=[cost/trainabl]"], "cost/trainable"),
