@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import shlex
+import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
@@ -27,6 +28,9 @@ SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """What SQLAlchemy imports for a dialect where the URI names no driver."""
 
+ARTIFACTS = {"experiments": "artifact_location", "runs": "artifact_uri"}
+ARTIFACTS |= {"logged_models": "artifact_location"}
+"""Tables of MLflow's database, and what of them says where files are."""
 DAMAGED = re.compile(
     r"file is not a database|disk image is malformed|no such (table|column): [\w.]+|"
     r"has no column named \w+|Can't locate revision identified by '\w+'"
@@ -46,6 +50,18 @@ class TrackingUnreachable(RuntimeError):
             if damage
             else f"tracking: {redacted(uri)} unreachable; nothing is lost, "
             "run `python -m sweeps sync` later"
+        )
+
+
+class DatabaseNotFound(TrackingUnreachable):
+    """An earlier version wrote an address down as it was typed, and its database is not there."""
+
+    def __init__(self, uri: str) -> None:
+        RuntimeError.__init__(
+            self,
+            f"tracking: tracking.uri={uri} was written down as it was typed, and "
+            f"{sqlite_path(uri)} does not exist; nothing is lost, `python -m sweeps sync "
+            "--tracking-uri sqlite:////FOLDER/FILE.db` names the database, or makes it anew",
         )
 
 
@@ -107,6 +123,12 @@ def _check_sqlite(uri: str) -> None:
         raise ConfigError(f"tracking.uri must be writable, got {uri!r}")
 
 
+def rooted(path: Path) -> Path:
+    """The path from the root. Links stay links, but where `..` goes up from one."""
+    path = path.absolute()
+    return path.resolve() if ".." in path.parts else path
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The absolute path of a sqlite URI's file; None for other stores and databases in memory."""
     if not re.match(r"sqlite(\+\w+)?:///", uri):
@@ -115,7 +137,7 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(name).absolute() if name and name != ":memory:" else None
 
 
-def sqlite_uri(path: Path) -> str:
+def sqlite_uri(path: Path, *, dialect: str = "sqlite", options: str = "") -> str:
     """The address of a database file.
 
     SQLAlchemy ends the path at `?` and reads `%20` as a space; MLflow, unless a driver is named,
@@ -123,7 +145,38 @@ def sqlite_uri(path: Path) -> str:
     """
     plain = str(path.absolute())
     quoted = plain.replace("%", "%25").replace("?", "%3F")
-    return f"sqlite:///{plain}" if quoted == plain else f"sqlite+pysqlite:///{quoted}"
+    if quoted != plain and dialect == "sqlite":
+        dialect = "sqlite+pysqlite"
+    return f"{dialect}:///{quoted}{options}"
+
+
+RELATIVE = re.compile(
+    r"(?P<dialect>sqlite(\+\w+)?):///(?P<name>(?!/|file:|:memory:)[^?]+)(?P<o>.*)"
+)
+
+
+def relative_database(uri: str | None) -> bool:
+    """Whether it depends on the working directory which database an address stands for."""
+    return uri is not None and RELATIVE.fullmatch(uri) is not None
+
+
+def located(uri: str, bases: Sequence[Path], *, new: bool = False) -> str:
+    """The address with its database in the first of `bases` that has it; as it is where none has.
+
+    `new`: in the first of them, whether it is there or not.
+    """
+    if (match := RELATIVE.fullmatch(uri)) is None:
+        return uri
+    for path in (rooted(base / unquote(match["name"])) for base in bases):
+        if new or path.exists():
+            return sqlite_uri(path, dialect=match["dialect"], options=match["o"])
+    return uri
+
+
+def given(uri: str) -> str:
+    """An address that a command line names for this once, checked, for use from any folder."""
+    check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
+    return located(uri, [Path.cwd()], new=True)
 
 
 def redacted(text: str) -> str:
@@ -203,6 +256,32 @@ def ui_link(base: str, experiment_id: str) -> str:
     )
 
 
+def move_artifacts(output_dir: Path | str) -> None:
+    """Where an output folder was moved: let its own database say that its files came along.
+
+    MLflow writes each run's folder down from the root, and has no call to change that.
+    """
+    folder = rooted(Path(output_dir))
+    database, new = folder / "mlflow.db", (folder / "mlartifacts").as_uri()
+    if not (database.is_file() and (folder / "mlartifacts").is_dir()):
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as db, db:
+        try:
+            found = db.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        except sqlite3.Error:  # damaged, or not MLflow's: it is said where it is opened
+            return
+        for (old,) in found:
+            place = Path(unquote(urlsplit(old or "").path))
+            if not str(old).startswith("file:///") or place.name != "mlartifacts" or place.exists():
+                continue
+            for table, column in ARTIFACTS.items():
+                db.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
+
+
 def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
     """Create database and MLflow experiment where they are missing; the experiment's id.
 
@@ -212,11 +291,15 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
+    if relative_database(uri):  # what is given now is absolute: frozen.py, given()
+        raise DatabaseNotFound(uri)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if line := misplaced(uri):
         print(f"note: {line}", file=sys.stderr)
     with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
+        if uri == default_uri(output_dir):
+            move_artifacts(output_dir)
         try:
             client = connect(uri)
             return _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)

@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from experiments import records
+from experiments import frozen, records
 from experiments.identity import config_from_json, config_to_json
 from experiments.scheduler import current_job
 from relora_core import atomic
@@ -114,6 +114,7 @@ class RunDir:
 
         An existing run keeps its config, but for where the same data lie now.
         """
+        config = frozen.absolute(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self.attempts.mkdir(exist_ok=True)
         if not self.config_path.exists():
@@ -144,11 +145,17 @@ class RunDir:
     def config(self) -> RunConfig:
         """The frozen config; Damaged where this version cannot read it."""
         try:
-            return config_from_json(self.config_path.read_text(encoding="utf-8"))
+            config = config_from_json(self.config_path.read_text(encoding="utf-8"))
+            return frozen.read(config, output_dir=self._output_dir())
         except (ValueError, TypeError) as error:
             raise records.Damaged(
                 f"{self.config_path} must be a config as this version writes it ({error})"
             ) from None
+
+    def _output_dir(self) -> Path | None:
+        """The folder that has the run in its `runs`, wherever it has been moved to."""
+        place = self.path.absolute()
+        return place.parents[1] if place.parent.name == "runs" else None
 
     def trial_tags(self) -> dict[str, Any]:
         """Search and number of the trial that asked for this run; empty where none did."""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments import inputs
+from experiments import frozen, inputs
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
@@ -366,7 +366,8 @@ def run_here(config: RunConfig) -> int:
     config = complete(config, notes=notes)
     mlflow_store.check_uri(config.tracking)
     check_output_dir(config.output_dir)
-    run_dir = RunDir(runs_folder(config.output_dir) / run_id(config))
+    run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir
+    config = frozen.absolute(config)
     if place.rank:
         return _rank(config, run_dir)
     if ended := run_dir.ended():
@@ -395,7 +396,7 @@ def run_here(config: RunConfig) -> int:
         fail(f"{run_dir.run_id} {run_dir.status().error or state}", code=130)
     print_result(run_dir)
     if config.tracking.enabled:
-        print(f"compare: {mlflow_store.ui_command(config.output_dir)}")
+        print(f"compare: {mlflow_store.ui_command(typed)}")
     return 0 if state == "finished" else 1
 
 

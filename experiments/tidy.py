@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import inputs, records
+from experiments import frozen, inputs, records
 from experiments.evaluate import results
 from experiments.identity import arm_name, config_from_json, scientific
 from experiments.run_dir import DONE, RunDir, run_at
@@ -232,7 +232,9 @@ def _plan(output_dir: Path | str, sweep: str) -> tuple[dict[str, Any], list[RunC
         plan = records.plan(path)
         if not plan["cells"]:
             raise ValueError("it has no runs")
-        return plan, [config_from_json(json.dumps(cell["config"])) for cell in plan["cells"]]
+        configs = [config_from_json(json.dumps(cell["config"])) for cell in plan["cells"]]
+        folder = folder.parent.absolute()
+        return plan, [frozen.read(config, output_dir=folder) for config in configs]
     except ODD as error:
         raise ConfigError(
             f"{path} must be a plan as this version writes it ({error}); plan the sweep anew"

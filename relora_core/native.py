@@ -130,14 +130,14 @@ def build() -> dict[str, Any]:
     if problem() is not None:
         return {}
     library, path = _library()
-    words, flags, left = _wishes()
+    words, flags, _ = _wishes()
     made = {"key": path.stem.removeprefix("kernels-"), "compiler": library.compiler().decode()}
-    return {**made, "flags": " ".join([*words[1:], *FLAGS, *flags]), "set_aside": " ".join(left)}
+    return {**made, "flags": " ".join([*words[1:], *FLAGS, *flags]), "set_aside": " ".join(_left())}
 
 
 def set_aside() -> str | None:
     """One line on what of the user's CXX and CXXFLAGS the build does not take; None: all of it."""
-    left = _wishes()[2]
+    left = _left()
     if not left:
         return None
     return f"{' '.join(left)} (of CXX, CXXFLAGS) set aside: native kernels keep their values"
@@ -232,6 +232,13 @@ def _wishes() -> tuple[list[str], list[str], list[str]]:
     return words, flags, left
 
 
+def _left() -> list[str]:
+    """What of CXX and CXXFLAGS has no effect on the build: flags, a compiler that is missing."""
+    words, _, left = _wishes()
+    absent = bool(words) and shutil.which(words[0]) is None
+    return [f"{words[0]} [no such compiler]", *left] if absent else left
+
+
 def _split(text: str) -> list[str]:
     try:
         return shlex.split(text)
@@ -265,7 +272,9 @@ def _cache() -> Path | None:
 def _build(folder: Path, name: str) -> Path:
     """Compile into `folder`; the file is there whole or not at all: others may be at it, too."""
     words, flags, _ = _wishes()
-    compiler = shutil.which((words or ["c++"])[0]) or shutil.which("g++")
+    compiler = shutil.which((words or ["c++"])[0])
+    if compiler is None:
+        compiler, words = shutil.which("g++"), []
     if compiler is None:
         raise NativeError("there is no C++ compiler (install g++, or set CXX)")
     environment = {k: v for k, v in os.environ.items() if k not in COMPILER_READS}

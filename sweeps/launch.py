@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,6 +153,9 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
 def store_launcher(launcher: Launcher, folder: Path) -> None:
     options = launcher.options
     values = dataclasses.asdict(options) if isinstance(options, SlurmOptions) else options
+    word = values.get("python") or ""
+    if "/" in word and Path(word).is_file():  # else a command with arguments, or one of PATH
+        values |= {"python": shlex.quote(str(Path(word).absolute()))}
     atomic.write_json(folder / "launcher.json", {"kind": launcher.kind, "options": values})
 
 

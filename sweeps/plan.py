@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import records
+from experiments import frozen, records
 from experiments.identity import config_from_json, essential, ids, scientific
 from relora_core import atomic
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, validate, walk
@@ -202,9 +202,18 @@ def _short(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _rename(cells: list[Cell]) -> None:
-    for cell, name in zip(cells, cell_names([cell.config for cell in cells]), strict=True):
+def _rename(cells: list[Cell], configs: Sequence[RunConfig] | None = None) -> None:
+    configs = configs or [cell.config for cell in cells]
+    for cell, name in zip(cells, cell_names(configs), strict=True):
         cell.name = name
+
+
+def _as_typed(cells: list[Cell], *, new: Sequence[Cell]) -> list[RunConfig]:
+    """The cells' configs, with the paths of earlier commands' in the manner of the `new` cells."""
+    if all(cell.config.data == frozen.absolute(cell.config).data for cell in new):
+        return [cell.config for cell in cells]
+    mine = {cell.run_id for cell in new}
+    return [c.config if c.run_id in mine else frozen.from_here(c.config) for c in cells]
 
 
 # collapse ---------------------------------------------------------------------------------------
@@ -265,7 +274,7 @@ def plan_folder(output_dir: Path | str, *, name: str) -> Path:
 
 
 def store(plan: Plan, *, output_dir: Path | str) -> Plan:
-    """Extend the stored plan of this name by `plan`; give `plan` with the names that it has there.
+    """Extend the stored plan of this name by `plan`; give `plan` as it is there, by name and path.
 
     Cells that earlier commands planned stay in the file and out of the plan that is returned: a
     command runs its own points only.
@@ -289,7 +298,9 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             )
         _join_arms(whole.cells)
         if [cell.run_id for cell in whole.cells] != list(cells):  # else make_plan has named them
-            _rename(whole.cells)
+            _rename(whole.cells, _as_typed(whole.cells, new=plan.cells))
+        for cell in plan.cells:
+            cell.config = frozen.absolute(cell.config)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))
     return dataclasses.replace(plan, cells=list(cells.values()))
 
@@ -308,7 +319,7 @@ def load(path: Path) -> Plan:
         raw = records.plan(path)
         check_name(raw["name"])
         cells = [
-            Cell(**{**cell, "config": config_from_json(json.dumps(cell["config"]))})
+            Cell(**{**cell, "config": _config(cell, output_dir=path.absolute().parents[2])})
             for cell in raw["cells"]
         ]
         return Plan(**{**records.known(Plan, raw | {"cells": []}, where=""), "cells": cells})
@@ -318,6 +329,10 @@ def load(path: Path) -> Plan:
         raise ConfigError(
             f"{path} must be a plan as this version writes it ({error}); move it away to plan anew"
         ) from None
+
+
+def _config(cell: dict[str, Any], *, output_dir: Path) -> RunConfig:
+    return frozen.read(config_from_json(json.dumps(cell["config"])), output_dir=output_dir)
 
 
 def stored_names(output_dir: Path | str) -> dict[str, dict[str, str]]:

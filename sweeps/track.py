@@ -13,8 +13,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import records
+from experiments import frozen, records
 from experiments.identity import arm_id
+from experiments.mlflow_store import located
 from experiments.run_dir import DONE, RunDir, all_runs, run_at
 from experiments.state import RunState, state_of
 from experiments.tidy import question
@@ -293,6 +294,7 @@ def _members(plan: Mapping[str, Any], output_dir: Path, *, sweep: str) -> list[M
 def _planned(cell: Mapping[str, Any], *, output_dir: Path) -> Member:
     config = cell["config"]
     tracking, experiment = config["tracking"], config["experiment"]
+    bases = frozen.typed_in(config["output_dir"], output_dir)
     return Member(
         run=run_at(output_dir, cell["run_id"]),
         name=cell["name"],
@@ -300,7 +302,7 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path) -> Member:
         seed=config["seed"],
         experiment=experiment,
         tracked=tracking["enabled"],
-        uri=tracking["uri"],
+        uri=tracking["uri"] and located(tracking["uri"], bases),
         shown_in=tracking["experiment"] or config["sweep"]["name"] or experiment,
     )
 

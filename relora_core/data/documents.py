@@ -118,6 +118,16 @@ def _ends(name: str, endings: Iterable[str]) -> bool:
     return name.lower().endswith(tuple(endings))
 
 
+def _unescaped(part: str) -> str:
+    """Inverse of glob.escape."""
+    return re.sub(r"\[([*?[])\]", r"\1", part)
+
+
+def _literal(part: str) -> bool:
+    """Whether this part of a glob stands for one name."""
+    return glob.escape(_unescaped(part)) == part
+
+
 def _kinds(names: Iterable[str]) -> str:
     return " and ".join(sorted({_kind(name).lstrip(".") for name in names}))
 
@@ -133,7 +143,7 @@ def _matching(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     glob itself would walk `**` round in circles of links, without an end.
     """
     parts, notes = pattern.parts, []
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    root = Path(*map(_unescaped, itertools.takewhile(_literal, parts[:-1])))
     deep = parts.index("**") if "**" in parts else len(parts)
     found = [Path(p) for p in sorted(glob.glob(str(Path(*parts[:deep]))))]
     if deep < len(parts):

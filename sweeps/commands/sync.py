@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from relora_core.config import TrackingConfig
 from sweeps import track
 from sweeps.commands import common
 
@@ -25,16 +24,14 @@ def run(args: argparse.Namespace) -> int:
     """Repeating it changes nothing; 1 where a store does not answer or a run was not synced."""
     from experiments import mlflow_store
 
-    if args.tracking_uri is not None:
-        tracking = TrackingConfig(enabled=True, uri=args.tracking_uri)
-        mlflow_store.check_uri(tracking, recorded=False)
+    uri = None if args.tracking_uri is None else mlflow_store.given(args.tracking_uri)
     if args.sweep is not None:
         names = list(track.plans(args.output_dir))
         common.check_sweep(args.sweep, names, output_dir=args.output_dir)
     passes = track.bring_up_to_date(
         args.output_dir,
         None if args.sweep is None else [args.sweep],
-        tracking_uri=args.tracking_uri,
+        tracking_uri=uri,
     )
     if not passes:
         print(f"nothing to sync in {args.output_dir}")

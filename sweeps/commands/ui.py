@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from relora_core.config import ConfigError, TrackingConfig
+from relora_core.config import ConfigError
 from sweeps import display
 from sweeps.commands import common
 
@@ -62,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _store(args: argparse.Namespace) -> str:
     """The store to show: the one asked for, the sweep's own, or the one of output_dir."""
-    from experiments.mlflow_store import check_uri, default_uri, redacted, sqlite_path
+    from experiments.mlflow_store import (
+        default_uri,
+        given,
+        move_artifacts,
+        redacted,
+        sqlite_path,
+    )
 
     default = default_uri(args.output_dir)
     runs = common.runs_of(args.output_dir, sweep=args.sweep)
@@ -70,13 +76,14 @@ def _store(args: argparse.Namespace) -> str:
     own = {sweep: run_dir.config().tracking.uri or default for sweep, run_dir in first.items()}
     stores = list(dict.fromkeys(own.values()))
     if args.uri is not None:
-        uri = args.uri
-        check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
+        uri = given(args.uri)
     else:
         uri = default if default in stores or not stores else stores[0]
         for other in stores:
             if other != uri:
                 print(f"another store: python -m sweeps ui --uri {redacted(other)}")
+    if uri == default:
+        move_artifacts(args.output_dir)
     database = sqlite_path(uri)
     if database is not None and not database.exists():
         raise ConfigError(

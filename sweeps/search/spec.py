@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from experiments import records
+from experiments import frozen, records
 from experiments.identity import config_from_json, scientific
+from experiments.mlflow_store import located
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.search import samplers
@@ -57,13 +58,15 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> Spec:
         """ConfigError where the file is missing or is none."""
+        output_dir = path.absolute().parents[3]
         try:
             raw = records.parse(path.read_bytes())
+            bases = {k: config_from_json(json.dumps(one)) for k, one in raw["bases"].items()}
             return cls(
-                config=normalise(raw["config"]),
+                config=_located(normalise(raw["config"]), bases, output_dir=output_dir),
                 space={key: from_json(one) for key, one in raw["space"].items()},
                 groups=raw["groups"],
-                bases={k: config_from_json(json.dumps(one)) for k, one in raw["bases"].items()},
+                bases={k: frozen.read(c, output_dir=output_dir) for k, c in bases.items()},
                 command=raw["command"],
                 id=raw["id"],
             )
@@ -76,6 +79,15 @@ class Spec:
                 f"{path} must be a search as this version writes it ({error!r}); move it away to "
                 "begin anew"
             ) from None
+
+    def frozen(self) -> Spec:
+        """The same to be written: nothing in it depends on the folder of the command."""
+        storage = self.config.storage and located(self.config.storage, [Path.cwd()], new=True)
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(self.config, storage=storage),
+            bases={key: frozen.absolute(config) for key, config in self.bases.items()},
+        )
 
     # checks -------------------------------------------------------------------------------------
     def check(self) -> None:
@@ -148,6 +160,16 @@ class Spec:
                 if before.get(knob) != now.get(knob) and knob not in (*self.space, "seed"):
                     _refuse(knob, before.get(knob), now.get(knob))
         return dataclasses.replace(new, id=self.id)
+
+
+def _located(
+    config: SearchConfig, bases: Mapping[str, RunConfig], *, output_dir: Path
+) -> SearchConfig:
+    """`config` with its storage where an earlier version, which wrote it as typed, has it."""
+    typed = next((base.output_dir for base in bases.values()), str(output_dir))
+    places = frozen.typed_in(typed, output_dir)
+    storage = config.storage and located(config.storage, places)
+    return dataclasses.replace(config, storage=storage)
 
 
 def _refuse(key: str, before: Any, now: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.mlflow_store import with_password
+from experiments.mlflow_store import relative_database, with_password
 from relora_core.config import ConfigError
 from sweeps.search import draws, journal, samplers
 from sweeps.search.config import SearchConfig
@@ -60,6 +60,7 @@ class Study:
             study._load()
             return study
         create.check()
+        create = create.frozen()
         path.parent.mkdir(parents=True, exist_ok=True)
         with journal.only_one(path.parent / ".lock"):
             old = Spec.read(path) if path.exists() else None
@@ -118,6 +119,11 @@ class Study:
 
     def _database(self) -> Any:
         assert self.config.storage
+        if relative_database(self.config.storage):
+            raise ConfigError(
+                f"search.storage={self.config.storage} was written down as it was typed, and is no "
+                f"database in {Path.cwd()}: run this where the search was begun"
+            )
         return optuna.storages.get_storage(with_password(self.config.storage))
 
     def _catch_up(self, records: Mapping[int, dict[str, Any]]) -> None:

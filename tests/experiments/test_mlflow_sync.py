@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mlflow_runs import T0, Store, a_config, a_run, expected, loss, train
 
 from experiments import mlflow_record, mlflow_store, mlflow_sync
-from experiments.identity import arm_id
+from experiments.identity import arm_id, config_to_json
 from experiments.run_dir import EventLog, RunDir
 from experiments.state import RunState
 from relora_core import atomic
@@ -289,7 +289,7 @@ def test_params_and_tags_say_what_the_run_is(store: Store, tmp_path: Path) -> No
         "mlflow.parentRunId": "0" * 32,
     }
     assert tags.items() <= shown.data.tags.items()
-    assert json.loads(store.artifact(run, "config.json")) == json.loads(run.config_path.read_text())
+    assert store.artifact(run, "config.json") == config_to_json(run.config())
 
 
 def test_what_varies_in_a_sweep_is_a_param_unless_a_label_says_it(

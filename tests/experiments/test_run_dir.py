@@ -23,9 +23,9 @@ def log(run, attempt, *events):
     writer.close()
 
 
-def test_the_config_is_frozen_once(run, nano):
+def test_the_config_is_frozen_once(run, nano, tmp_path):
     run.create(nano(seed=7))
-    assert run.config() == nano()
+    assert run.config() == nano(output_dir=str(tmp_path))
 
 
 def test_the_newest_attempt_counts_from_its_first_step_on(run):

@@ -124,6 +124,13 @@ def test_flags_that_change_none_are_taken(monkeypatch):
     assert flags(monkeypatch, CXX="g++ -O1 'x") == (["g++", "'x"], ["-O1"], [])
 
 
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+    flags(monkeypatch, CXX="nope-g++ -O2")
+    assert (native.set_aside() or "").startswith("nope-g++ [no such compiler] (of CXX, CXXFLAGS)")
+    flags(monkeypatch, CXX="sh", CXXFLAGS="-O2")
+    assert native.set_aside() is None
+
+
 def script(folder, command):
     """A compiler that is a script, as clusters have them."""
     path = folder / "c++"

@@ -559,6 +559,49 @@ def test_a_database_serves_as_storage(spec, folder, tmp_path):
     assert Study.open(folder).counts() == {"COMPLETE": 3}
 
 
+def test_a_database_named_from_a_folder_is_the_same_from_another(
+    spec, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    study = Study.open(folder, create=spec(n_trials=2, storage="sqlite:///optuna.db"))
+    right = f"sqlite:///{tmp_path}/optuna.db"
+    assert study.config.storage == right
+    assert finish_all(study) == [0, 1]
+    again = spec(n_trials=3, storage="sqlite:///optuna.db")
+    assert finish_all(Study.open(folder, create=again)) == [2]  # the same command goes on
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    assert Study.open(folder).counts() == {"COMPLETE": 3}
+    with pytest.raises(ConfigError, match=f"search.storage must stay {right}"):
+        Study.open(folder, create=again)
+    assert [path.parent for path in tmp_path.rglob("optuna.db")] == [tmp_path]
+
+
+@pytest.mark.parametrize("output_dir", ["out", None])
+def test_a_database_as_an_earlier_version_wrote_it_goes_on_or_is_refused(
+    spec, folder, make, tmp_path, monkeypatch, output_dir
+):
+    monkeypatch.chdir(tmp_path)
+    typed = spec(n_trials=2, storage="sqlite:///optuna.db")
+    study = Study.open(folder, create=typed)
+    assert finish_all(study) == [0, 1]
+    raw = json.loads((folder / "study.json").read_text())
+    raw["config"]["storage"] = "sqlite:///optuna.db"
+    raw["bases"][""]["output_dir"] = output_dir or str(tmp_path / "out")
+    (folder / "study.json").write_text(json.dumps(raw))
+    assert Study.open(folder).counts() == {"COMPLETE": 2}
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    if output_dir:  # it says where the command was given
+        assert Study.open(folder).counts() == {"COMPLETE": 2}
+    else:
+        with pytest.raises(ConfigError, match=r"search.storage=sqlite:///optuna.db was written"):
+            Study.open(folder)
+    monkeypatch.chdir(tmp_path)
+    assert Study.open(folder, create=typed).counts() == {"COMPLETE": 2}
+    assert [path.parent for path in tmp_path.rglob("optuna.db")] == [tmp_path]
+
+
 # many processes ---------------------------------------------------------------------------------
 def is_dead(worker):
     """As a launcher would judge processes of this machine."""

@@ -160,10 +160,9 @@ def test_files_are_composed_once_per_choice():
 
 
 def test_a_stored_plan_reads_back_as_it_was(make, tmp_path):
-    plan = store(
-        make_plan(grid(make, r=[4, 8]), command="run -m relora.r=4,8"), output_dir=tmp_path
-    )
-    assert load(plan_folder(tmp_path, name=plan.name) / "plan.json") == plan
+    out = tmp_path / "out"
+    plan = store(make_plan(grid(make, r=[4, 8]), command="run -m relora.r=4,8"), output_dir=out)
+    assert load(plan_folder(out, name=plan.name) / "plan.json") == plan
 
 
 def test_a_widened_grid_extends_the_stored_plan_and_runs_its_own_points_only(make, tmp_path):
