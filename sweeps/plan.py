@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -269,6 +270,13 @@ def _sentence(keys: list[str], reason: str) -> str:
 
 
 # disk -------------------------------------------------------------------------------------------
+def command(name: str, *words: str, output_dir: Path | str) -> str:
+    """The shell command that does this below `output_dir`; it works as it is printed."""
+    there = Path(output_dir).absolute()
+    where = [] if there == Path("outputs").absolute() else ["--output-dir", str(there)]
+    return shlex.join(["python", "-m", "sweeps", name, *words, *where])
+
+
 def plan_folder(output_dir: Path | str, *, name: str) -> Path:
     return Path(output_dir) / "sweeps" / name
 

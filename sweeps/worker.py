@@ -56,6 +56,7 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
         state = run_experiment(
             run_dir.config(),
             run_dir,
+            console=True,
             stop=stop,
             gone=lambda holder: gone(holder, heartbeat=heartbeat),
         )

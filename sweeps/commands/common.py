@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from sweeps.plan import plan_folder
 
 GOING = ("queued", "running")
 BAD = ("failed", "diverged", "cancelled", "lost")
+JOB_ID = re.compile(r"\d+(_\d+)?")
+"""Of a job, a task of an array, or all of an array."""
 ASK_S = 20.0
 """Shortest time between two questions to the scheduler of a command that stays."""
 
@@ -113,13 +116,16 @@ def check_sweep(sweep: str, sweeps: Sequence[str], *, output_dir: Path | str) ->
 
 
 def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
-    """The runs that `words` name: names of sweeps, or (parts of) the id of one run; each once."""
+    """The runs that `words` name, each once: sweeps, what `status` shows of runs (names, arms, ids
+    of jobs), or (parts of) the id of one run."""
     everything = {run.run_id: run for run in runs_of(output_dir)}
     sweeps = list(dict.fromkeys(name for run in everything.values() for name in run.sweeps))
     chosen: dict[str, Run] = {}
     for word in words:
         if word in sweeps:  # its own plan's order and names
             members = runs_of(output_dir, sweep=word)
+        elif word not in everything and (named := _named(output_dir, word)):
+            members = [everything[run_id] for run_id in named]
         elif any(word in run.run_id for run in all_runs(output_dir)):
             members = [everything[find_run(output_dir, word=word).run_id]]
         elif word in everything:  # planned, and without a folder yet
@@ -127,13 +133,53 @@ def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
         else:
             hint = nearest(word, [*sweeps, *everything])
             raise ConfigError(
-                f"SWEEP|RUN must be the name of a sweep or (part of) the id of a run in "
-                f"{output_dir}, got {word!r}."
+                f"SWEEP|RUN must be the name of a sweep, a run, an arm or a job, or (part of) the "
+                f"id of a run in {output_dir}, got {word!r}."
                 f"{hint or ' `python -m sweeps status --json` lists them.'}"
             )
         for run in members:
             chosen.setdefault(run.run_id, run)
     return list(chosen.values())
+
+
+def named_runs(output_dir: Path | str, word: str | None) -> list[Run]:
+    """What `status` and `watch` show: all, or what one word names."""
+    sweeps = list(_plans(output_dir))
+    if word is None or word in sweeps:
+        return runs_of(output_dir, sweep=word)
+    try:
+        return resolve(output_dir, [word])
+    except ConfigError:
+        check_sweep(word, sweeps, output_dir=output_dir)
+        raise
+
+
+def one_run(output_dir: Path | str, word: str) -> Run:
+    """The only run that a word names."""
+    chosen = resolve(output_dir, [word])
+    if len(chosen) != 1:
+        some = ", ".join(run.run_id for run in chosen[:3]) + (", ..." if len(chosen) > 3 else "")
+        raise ConfigError(f"RUN must name one run, got {word!r} of {len(chosen)} runs: {some}")
+    return chosen[0]
+
+
+def is_named(output_dir: Path | str, word: str) -> bool:
+    """Whether it is the name of a run or an arm, as `status` shows them."""
+    return bool(_named(output_dir, word))
+
+
+def _named(output_dir: Path | str, word: str) -> list[str]:
+    """Ids of the runs that a word is the whole name of, or that are of that arm or job."""
+    planned = [run for runs in _plans(output_dir).values() for run in runs]
+    runs = [run for run in planned if word == run.name]
+    runs = runs or [run for run in planned if word in (run.arm, run.arm_id)]
+    if len({run.arm_id for run in runs}) > 1:
+        places = ", ".join(f"{run.run_id} of {run.sweep}" for run in runs[:4])
+        raise ConfigError(f"{word!r} names different runs ({places}): give their ids")
+    if not runs and JOB_ID.fullmatch(word):
+        jobs = {run.run_id: run.status().job_id or "" for run in all_runs(output_dir)}
+        return [id_ for id_, job in jobs.items() if word in (job, job.partition("_")[0])]
+    return list(dict.fromkeys(run.run_id for run in runs))
 
 
 # looking ----------------------------------------------------------------------------------------
@@ -198,3 +244,8 @@ def no_runs(output_dir: Path | str) -> str:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="name of a sweep (default: all)")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    words = "sweep, run, arm or job (default: all)"
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP|RUN", help=words)

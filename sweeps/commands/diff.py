@@ -19,9 +19,10 @@ from experiments import records
 from experiments.environment import ROOT, frozen, git
 from experiments.identity import arm_id, scientific
 from experiments.run_dir import RunDir
-from experiments.state import find_run, state_of
+from experiments.state import state_of
 from relora_core.config import ConfigError, RunConfig, applies, walk
 from sweeps import display, snapshot
+from sweeps.commands import common
 from sweeps.plan import plan_folder, stored_names
 
 HELP = "what two runs differ in: config, code, environment, results"
@@ -49,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    one, two = (find_run(args.output_dir, word=word) for word in args.run)
+    one, two = (common.one_run(args.output_dir, word).dir for word in args.run)
     sections = compare(one, two)
     files = changed_files(one, two, output_dir=args.output_dir)
     if args.json:

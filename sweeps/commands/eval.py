@@ -64,8 +64,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     shell.alone("an evaluation")
-    words = [word for word in args.words if "=" not in word]
-    settings = eval_settings([word for word in args.words if "=" in word])
+    words = [w for w in args.words if "=" not in w or common.is_named(args.output_dir, w)]
+    settings = eval_settings([word for word in args.words if word not in words])
     steps = _steps(args.steps)
     if args.after and not args.slurm:
         raise ConfigError("--after needs --slurm: here an evaluation waits for nothing")

@@ -31,7 +31,10 @@ that has not finished; the only checkpoint of any run
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="*", metavar="SWEEP|RUN", help="sweeps, or (parts of) run ids (default: all)"
+        "words",
+        nargs="*",
+        metavar="SWEEP|RUN",
+        help="sweeps, runs, arms, jobs, or (parts of) run ids (default: all)",
     )
     parser.add_argument(
         "--keep-latest", type=int, default=1, metavar="K", help="newest of each run (default: 1)"

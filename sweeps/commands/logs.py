@@ -33,10 +33,8 @@ def run(args: argparse.Namespace) -> int:
     """Print, or with --follow print until the run has ended, over its attempts."""
     if args.slurm and args.attempt is not None:
         raise ConfigError(f"--attempt must be left out with --slurm, got {args.attempt}")
-    found = common.resolve(args.output_dir, [args.run])
-    if len(found) != 1:
-        raise ConfigError(f"RUN must name one run, got the sweep {args.run!r} of {len(found)} runs")
-    log = _Log(found[0], output_dir=Path(args.output_dir), slurm=args.slurm, attempt=args.attempt)
+    run = common.one_run(args.output_dir, args.run)
+    log = _Log(run, output_dir=Path(args.output_dir), slurm=args.slurm, attempt=args.attempt)
     path = log.newest()
     if args.follow and (path or log.going()):
         for text in log.follow():
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
         return 0
     if path is None:
-        raise ConfigError(_no_log(found[0], slurm=args.slurm))
+        raise ConfigError(_no_log(run, slurm=args.slurm))
     sys.stdout.write(path.read_text(encoding="utf-8", errors="replace"))
     return 0
 

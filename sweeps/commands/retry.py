@@ -32,7 +32,10 @@ REST = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="*", metavar="SWEEP|RUN", help="sweep, or part of a run_id (default: all)"
+        "words",
+        nargs="*",
+        metavar="SWEEP|RUN",
+        help="sweep, run, arm, job, or part of a run_id (default: all)",
     )
     parser.add_argument("--cancelled", action="store_true", help="cancelled runs, too")
     parser.add_argument(

@@ -20,6 +20,7 @@ from experiments.state import RunState
 from sweeps import display
 from sweeps.commands import common
 from sweeps.commands.common import BAD, Run
+from sweeps.plan import command
 
 HELP = "state, step and loss of every run; changes nothing"
 EXAMPLES = """examples:
@@ -35,14 +36,14 @@ States = Mapping[str, RunState]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    common.add_sweep(parser)
+    common.add_runs(parser)
     parser.add_argument("--runs", action="store_true", help="one line per run, however many")
     parser.add_argument("--json", action="store_true", help='{"runs": [...]} for scripts')
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the states; the exit code says only whether they could be read."""
-    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+    runs = common.named_runs(args.output_dir, args.sweep)
     states = common.survey(runs)
     if args.json:
         json.dump({"runs": [entry(one, states[one.run_id]) for one in runs]}, sys.stdout, indent=2)
@@ -110,7 +111,8 @@ def failure_lines(runs: Sequence[Run], states: States) -> list[str]:
 def _why(run: Run, state: RunState) -> str:
     why = display.error_line(run.dir, attempts=state.attempts, reason=state.reason or state.state)
     if state.job_id and not run.dir.log_path(max(state.attempts, 1)).exists():
-        why += f" (python -m sweeps logs {run.run_id} --slurm)"
+        logs = command("logs", run.run_id, "--slurm", output_dir=run.dir.path.parents[1])
+        why += f" ({logs})"
     return why
 
 

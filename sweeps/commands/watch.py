@@ -30,7 +30,7 @@ SYNC_S = 15.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    common.add_sweep(parser)
+    common.add_runs(parser)
     parser.add_argument(
         "--interval", type=float, default=5.0, metavar="S", help="seconds between looks (5)"
     )
@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
     """0 when every run has ended well, 1 when some have not, 130 on Ctrl-C."""
     if args.interval <= 0:
         raise ConfigError(f"--interval must be > 0 s, got {args.interval:g}; nearest valid: 1")
-    if not (runs := common.runs_of(args.output_dir, sweep=args.sweep)):
+    if not (runs := common.named_runs(args.output_dir, args.sweep)):
         print(common.no_runs(args.output_dir))
         return 0
-    mirror = Mirror(args.output_dir, sweep=args.sweep)
+    whole = args.sweep in runs[0].sweeps
+    mirror = Mirror(args.output_dir, sweep=args.sweep if whole else None)
     console = display.make_console()
     if args.once:
         states = mirror.states = common.survey(runs)
@@ -76,7 +77,7 @@ def _watch(
         with show:
             while True:
                 if observer.due:  # the sweep may have been widened meanwhile
-                    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+                    runs = common.named_runs(args.output_dir, args.sweep)
                 states = mirror.states = observer.look(runs, ask=over)
                 show(runs, states, mirror)
                 before, over = over, not any(s.state in GOING for s in states.values())

@@ -251,6 +251,7 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> s
                 state = run_experiment(
                     config,
                     run_dir,
+                    console=True,
                     stop=stop,
                     gone=lambda holder, at=heartbeat: holder_gone(holder, heartbeat=at),
                     extra_sinks=[listener],
@@ -278,7 +279,8 @@ class SearchSink:
         self.metric, self.pruner = search.prune_metric, search.pruner["name"]
         self.pruning = self.pruner != "none"
         self.reporting = len(search.objectives) == 1
-        self.every = trial.config(trial.seeds[0]).train.steps / REPORTS
+        self.steps = trial.config(trial.seeds[0]).train.steps
+        self.every = self.steps / REPORTS
         self.next = 0.0
 
     def emit(self, event: Event) -> None:
@@ -287,7 +289,8 @@ class SearchSink:
         if self.metric in event.metrics and event.step >= self.next:
             self.next = event.step + self.every
             self.trial.report(event.step, event.metrics[self.metric])
-            if self.pruning and self.trial.should_prune():
+            # At its last step there is nothing left to save: it is complete.
+            if self.pruning and event.step < self.steps and self.trial.should_prune():
                 self.stop.prune()
 
     def hear_again(self, run_dir: RunDir) -> None:

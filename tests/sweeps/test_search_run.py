@@ -385,6 +385,18 @@ def test_a_search_whose_trials_all_fail_says_so_and_exits_with_1(tmp_path):
     assert "train/lossy was never logged" in done.stdout
 
 
+def test_a_trial_at_its_last_step_is_complete(study, monkeypatch):
+    """A pruner that would end it there saves nothing."""
+    made = study(train={"steps": 8}, pruner={"name": "percentile", "percentile": 50.0})
+    trial = made.take(process.this_process())
+    monkeypatch.setattr(type(trial), "should_prune", lambda self: True)
+    for step, ended in ((8, False), (7, True)):
+        stop = StopFlag()
+        sink = process.SearchSink(trial, stop=stop, index=0)
+        sink.emit(Event(kind="train", step=step, metrics={"train/loss": 1.0}))
+        assert stop() == ended
+
+
 def test_the_sink_says_a_curve_in_few_words(study):
     made = study(train={"steps": 1000})
     trial = made.take(process.this_process())

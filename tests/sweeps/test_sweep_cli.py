@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from experiments.identity import arm_id
-from experiments.run_dir import STATES, RunDir
-from sweeps import cluster
+from experiments.run_dir import STATES, RunDir, all_runs
+from sweeps import cluster, launch
 from sweeps.__main__ import main
 from sweeps.plan import make_plan, store
 from sweeps.state import Submission, jobs_folder
@@ -159,6 +159,50 @@ def test_status_of_one_sweep_shows_its_runs_only(out, capsys):
     assert "alone" not in text
 
 
+SHOWN = [("relora.r=2 seed=1", 1), ("relora.r=2", 2), ("77_1", 1), ("77", 2)]
+"""What status shows of runs, and how many of `many` it names."""
+
+
+@pytest.fixture
+def shown(many, monkeypatch):
+    """`many` with two runs as tasks of one array, where SLURM says nothing."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(launch, "relaunch", lambda plan, run_ids, output_dir: 0)
+    runs = [run for run in all_runs(many) if run.config().relora.r == 3]
+    for index, run in enumerate(runs):
+        run.update_status(state="queued", job_id=f"77_{index}", host="login")
+        run.log_path(1).parent.mkdir(exist_ok=True)
+    for run in all_runs(many):
+        run.log_path(1).parent.mkdir(exist_ok=True)
+        run.log_path(1).write_text("said\n")
+    return many
+
+
+@pytest.mark.parametrize(("word", "count"), SHOWN)
+def test_what_status_shows_names_runs_in_every_command(shown, capsys, word, count):
+    where = ["--output-dir", str(shown)]
+    assert main(["status", word, "--json", *where]) == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == count
+    assert main(["watch", word, "--once", *where]) in (0, 1)
+    assert main(["logs", word, *where]) == (0 if count == 1 else 2)
+    assert ("said" if count == 1 else f"{word!r} of 2 runs") in "".join(capsys.readouterr())
+    assert main(["retry", word, *where]) == 0
+    assert main(["gc", word, *where]) == 0
+    capsys.readouterr()
+    assert main(["cancel", word, *where]) in (0, 2)  # asks first, where something is at work
+    assert "must be" not in capsys.readouterr().err.replace("--yes must be", "")
+    main(["eval", word, *where])
+    assert f"among {count}" in capsys.readouterr().err
+    assert main(["diff", word, "relora.r=2 seed=0", *where]) == (0 if count == 1 else 2)
+
+
+def test_a_name_of_several_runs_is_not_guessed_at(out, make, capsys):
+    points = [({"seed": str(s)}, make(r=3, seed=s)) for s in (0, 1)]
+    store(make_plan(points, name="other"), output_dir=out)
+    assert main(["logs", "seed=0", "--output-dir", str(out)]) == 2
+    assert "'seed=0' names different runs" in capsys.readouterr().err
+
+
 def test_no_runs_is_no_error(tmp_path, capsys):
     assert main(["status", "--output-dir", str(tmp_path / "none")]) == 0
     assert "no runs" in capsys.readouterr().out
@@ -174,7 +218,7 @@ def test_no_runs_is_no_error(tmp_path, capsys):
         (["logs", "alon"], "no log yet"),
         (["logs", "nobody"], "got 'nobody'"),
         (["logs", "sed"], "Did you mean 'seed'?"),
-        (["logs", "seed"], "RUN must name one run, got the sweep"),
+        (["logs", "seed"], "RUN must name one run, got 'seed' of 2 runs"),
         (["logs", "alone", "--slurm"], "alone is planned"),
         (["logs", "alone", "--slurm", "--attempt", "1"], "--attempt must be left out"),
         (["cancel", "sed"], "Did you mean 'seed'?"),
