@@ -6,10 +6,13 @@ error of its own, SlurmError: silence is never read as news about a job.
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +22,21 @@ from relora_core.config import ConfigError, nearest
 
 ANSWER_S = 60.0
 """How long a tool may take; a busy controller needs tens of seconds."""
+PATIENCE_S = 5.0
+"""After so long a tool that does not answer is named, so that nobody thinks that we hang."""
 PAUSE_S = 2.0
 """Between two tries at a controller that is busy or being restarted."""
 SACCT_DAYS = 30
 """How far back a job is looked for by name."""
+ARRAY = 1000
+"""Tasks of an array where SLURM does not say how many it may have."""
 SCONTROL_MAX = 8
 """How many jobs that neither squeue nor sacct knows are asked for one by one."""
 
+UNLISTED = "UNLISTED"
+"""Our word for a task that SLURM does not list though it lists others of the array: it is over."""
 OVER = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL")).union(
-    ("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
+    ("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT", UNLISTED)
 )
 WAITING = frozenset(
     ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
@@ -55,6 +64,11 @@ TOOLS += ("SCONTROL_",)
 
 class SlurmError(RuntimeError):
     """SLURM did not answer, or refused; one line."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the controller, not the request, is the trouble: it may answer later."""
+        return bool(BUSY.search(str(self)) or "did not answer" in str(self))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -106,13 +120,22 @@ def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
     wanted = _well_formed(job_ids)
     if not wanted:
         return {}
-    found = {job.job_id: job for job in _squeue() if job.job_id in wanted}
+    listed = _squeue()
+    found = {job.job_id: job for job in listed if job.job_id in wanted}
     for ask in (_sacct, _scontrol):
         missing = wanted - found.keys()
         if missing:
-            bases = sorted({job_id.partition("_")[0] for job_id in missing}, key=_number)
+            bases = sorted({_base(job_id) for job_id in missing}, key=_number)
             found |= {job.job_id: job for job in ask(bases) if job.job_id in missing}
-    return found
+    # A task that was cancelled while it was pending leaves no record anywhere.
+    arrays = {_base(job.job_id) for job in listed if "_" in job.job_id}
+    unlisted = [id_ for id_ in wanted - found.keys() if "_" in id_ and _base(id_) in arrays]
+    return found | {id_: Job(job_id=id_, state=UNLISTED) for id_ in unlisted}
+
+
+def _base(job_id: str) -> str:
+    """The array of a task; of a job alone its id."""
+    return job_id.partition("_")[0]
 
 
 def _well_formed(job_ids: Iterable[str]) -> set[str]:
@@ -125,7 +148,7 @@ def find(name: str) -> str | None:
     for listed in (_squeue, _sacct_recent):
         # The accounting stores a double quote as a backtick.
         same = (name, name.replace('"', "`"))
-        ids = {job.job_id.partition("_")[0] for job in listed() if job.name in same}
+        ids = {_base(job.job_id) for job in listed() if job.name in same}
         if ids:
             return max(ids, key=_number)
     return None
@@ -249,17 +272,41 @@ def end_time(job_id: str) -> float | None:
         known = os.environ.get("SLURM_JOB_END_TIME", "")  # of our own job; since release 22.05
         return float(known) if known.isdigit() else None
     for id_, seconds in _rows(left, columns=2):
-        if id_ == job_id and (match := SPAN.fullmatch(seconds)):
-            days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-            return time.time() + ((days * 24 + hours) * 60 + minutes) * 60 + rest
+        if id_ == job_id and SPAN.fullmatch(seconds):
+            return time.time() + _seconds(seconds)
     return None
 
 
 # the site ---------------------------------------------------------------------------------------
-def max_array_size() -> int | None:
-    """How many tasks an array may have, None where SLURM does not say."""
+def max_array_size() -> int:
+    """How many tasks an array may have; 1 where the site has no arrays (MaxArraySize=0)."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.M)
-    return int(match[1]) if match else None
+    return max(1, int(match[1])) if match else ARRAY
+
+
+def time_limit(partition: str) -> tuple[int, str] | None:
+    """Minutes that a job may take in the most generous of these partitions (`a,b`; empty: the
+    default one), and SLURM's way to write them; None where there is no limit, or no answer."""
+    try:
+        rows = [row.split("|") for row in _ask(_sinfo(partition, "%P|%l")).splitlines()]
+    except SlurmError:
+        return None
+    limits = {row[1].strip() for row in rows if partition or row[0].endswith("*")}
+    if not limits or not all(SPAN.fullmatch(limit) for limit in limits):
+        return None  # `infinite`
+    return max((_seconds(limit) // 60, limit) for limit in limits)
+
+
+def _sinfo(partition: str, form: str) -> list[str]:
+    """The question about some partitions, or all: it takes no -a beside -p."""
+    return ["sinfo", "-h", *(["-p", partition] if partition else ["-a"]), "-o", form]
+
+
+def _seconds(span: str) -> int:
+    match = SPAN.fullmatch(span)
+    assert match is not None
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def partitions() -> list[str]:
@@ -273,7 +320,7 @@ def test(script: Path) -> None:
     try:
         _ask(["sbatch", "--test-only", str(script)])
     except SlurmError as error:
-        if BUSY.search(str(error)) or "did not answer" in str(error):
+        if error.passing:
             raise
         raise ConfigError(_refusal(str(error), asked=asked)) from None
 
@@ -292,29 +339,140 @@ ASKED = re.compile(
 
 
 def _refusal(message: str, *, asked: dict[str, str]) -> str:
+    """SLURM's reason in its own words, with what would be granted as far as its tools say it."""
     partition = asked.get("partition", "")
-    known = partitions()
-    if partition and not set(partition.split(",")) <= set(known):
-        return (
-            f"hydra.launcher.partition must be one of {', '.join(known)}, got {partition!r}."
-            + nearest(partition, known)
-        )
+    try:
+        known = partitions()
+        if partition and not set(partition.split(",")) <= set(known):
+            return (
+                f"hydra.launcher.partition must be one of {', '.join(known)}, got {partition!r}."
+                + nearest(partition, known)
+            )
+        nodes = _nodes(partition)
+    except SlurmError:  # SLURM's reason is what counts
+        nodes = []
+    hints = [*_beyond(nodes, asked=asked), *_unknown_word(message, asked=asked, nodes=nodes)]
     words = [f"{key}={value}" for key, value in asked.items() if ASKED.fullmatch(key)]
-    return (
+    line = (
         f"hydra.launcher must ask for what SLURM can give, got "
-        f"{', '.join(words) or 'its defaults'}: {message}; {_offer(partition)}"
+        f"{', '.join(words) or 'its defaults'}: {message}"
     )
+    if hints:
+        line += f"; nearest valid: {', '.join(hints)}"
+    return "; ".join([line, *dict.fromkeys(str(one) for one in nodes[:4])])
 
 
-def _offer(partition: str) -> str:
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Nodes:
+    """Nodes of one kind in a partition, as sinfo sums them up."""
+
+    partition: str
+    count: int
+    cpus: int
+    memory_mb: int
+    gres: str
+    limit: str
+    features: frozenset[str]
+
+    @property
+    def gpus(self) -> int:
+        return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[\w.-]+)*?:(\d+)", self.gres))
+
+    def __str__(self) -> str:
+        gpus = f", {self.gres}" if self.gres else ""
+        return (
+            f"{self.partition} has {self.count} nodes of {self.cpus} CPUs, {self.memory_mb} MB"
+            f"{gpus}, time <= {self.limit}"
+        )
+
+
+def _nodes(partition: str) -> list[_Nodes]:
     """What the nodes are, so that a user sees what to ask for."""
-    choice = ["-p", partition] if partition else []
-    rows = _ask(["sinfo", "-h", "-a", *choice, "-o", "%R|%D|%c|%m|%G|%l"]).splitlines()
     kinds = []
-    for name, nodes, cpus, memory, gres, limit in (r.split("|", 5) for r in dict.fromkeys(rows)):
-        gpus = "" if gres == "(null)" else f", {gres}"
-        kinds.append(f"{name} has {nodes} nodes of {cpus} CPUs, {memory} MB{gpus}, time <= {limit}")
-    return "; ".join(kinds[:4]) or "there are no nodes"
+    for row in _ask(_sinfo(partition, "%R|%D|%c|%m|%G|%l|%f")).splitlines():
+        name, *numbers, gres, limit, features = row.split("|")
+        count, cpus, memory = (int(re.sub(r"\D.*", "", n) or 0) for n in numbers)  # `16+`
+        kinds.append(
+            _Nodes(
+                partition=name,
+                count=count,
+                cpus=cpus,
+                memory_mb=memory,
+                gres="" if gres == "(null)" else gres,
+                limit=limit.strip(),
+                features=frozenset() if features == "(null)" else frozenset(features.split(",")),
+            )
+        )
+    return kinds
+
+
+def _beyond(nodes: Sequence[_Nodes], *, asked: dict[str, str]) -> list[str]:
+    """The largest values there are, of the options that ask for more."""
+    if not nodes:
+        return []
+
+    def number(key: str) -> int:
+        match = re.match(r"\d+", asked.get(key, ""))
+        return int(match[0]) if match else 0
+
+    hints = []
+    by_partition: dict[str, int] = {}
+    for one in nodes:
+        by_partition[one.partition] = by_partition.get(one.partition, 0) + one.count
+    if number("nodes") > (most := max(by_partition.values())):
+        hints.append(f"nodes={most}")
+    if number("gpus-per-node") > (most := max(one.gpus for one in nodes)):
+        hints.append(f"gpus_per_node={most}")
+    tasks = max(1, number("ntasks-per-node"))
+    if tasks * number("cpus-per-task") > (most := max(one.cpus for one in nodes)):
+        each = most // tasks
+        hints.append(f"cpus_per_task={each}" if each else f"tasks_per_node={most}")
+    if number("mem") > (most := max(one.memory_mb for one in nodes)):
+        hints.append(f"mem_gb={most / 1024:.4g}" if most % 1024 else f"mem_gb={most // 1024}")
+    limits = [one.limit for one in nodes]
+    if all(SPAN.fullmatch(limit) for limit in limits):
+        limit = max(limits, key=_seconds)
+        if number("time") * 60 > _seconds(limit):
+            hints.append(f"time={limit}")
+    return hints
+
+
+def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes]) -> list[str]:
+    """The site's word that is nearest to one that SLURM does not know."""
+    features = sorted({word for one in nodes for word in one.features})
+    words: dict[str, tuple[str, Sequence[str]]] = {"constraint": (r"feature|constraint", features)}
+    if re.search(r"account|qos", message, re.IGNORECASE):
+        accounts, qos = _associations()
+        words |= {"account": ("account", accounts), "qos": ("qos|quality", qos)}
+    if re.search(r"licen[cs]e", message, re.IGNORECASE):
+        words["licenses"] = ("licen[cs]e", _licenses())
+    hints = []
+    for key, (sign, known) in words.items():
+        value = asked.get(key, "")
+        if known and value not in known and re.search(sign, message, re.IGNORECASE):
+            near = re.findall(r"'(.*?)'", nearest(value, list(known)))
+            hints.append(f"{key}={near[0]}" if near else f"{key} one of {', '.join(known[:8])}")
+    return hints
+
+
+def _associations() -> tuple[list[str], list[str]]:
+    """Accounts and QOS that the accounting grants this user; none where it is not asked."""
+    who = [f"user={getpass.getuser()}", "format=account,qos"]
+    try:
+        rows = _ask(["sacctmgr", "-nP", "show", "assoc", "where", *who], tries=1).splitlines()
+    except (SlurmError, KeyError, OSError):
+        return [], []
+    cells = [row.split("|", 1) for row in rows if "|" in row]
+    accounts = sorted({account for account, _ in cells if account})
+    return accounts, sorted({q for _, all_ in cells for q in all_.split(",") if q})
+
+
+def _licenses() -> list[str]:
+    try:
+        answer = _ask(["scontrol", "-o", "show", "licenses"], tries=1)
+    except SlurmError:
+        return []
+    return sorted(set(re.findall(r"LicenseName=(\S+)", answer)))
 
 
 # acting -----------------------------------------------------------------------------------------
@@ -336,7 +494,7 @@ def may_requeue(job_id: str) -> bool:
 
 def cancel(job_ids: Iterable[str]) -> None:
     """End these jobs; those already over are no error."""
-    ids = sorted(_well_formed(job_ids), key=lambda job_id: _number(job_id.partition("_")[0]))
+    ids = sorted(_well_formed(job_ids), key=lambda job_id: _number(_base(job_id)))
     for start in range(0, len(ids), 500):  # bounds the command line
         _ask(["scancel", "-Q", *ids[start : start + 500]], forgive=FORGOTTEN)
 
@@ -365,28 +523,43 @@ def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
     environment["SLURM_TIME_FORMAT"] = "standard"
     environment["SLURM_BITSTR_LEN"] = "0"  # long lists of array tasks are cut to 64 characters
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            timeout=ANSWER_S,
             env=environment,
         )
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{tool} did not answer within {ANSWER_S:.0f} s") from None
     except OSError as error:
         raise SlurmError(f"{tool} did not answer: {error.strerror or error}") from None
-    if done.returncode == 0:
-        return done.stdout
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    with process:
+        answer, complaint = _heard(process, tool=tool)
+    if process.returncode == 0:
+        return answer
+    said = [line.strip() for line in complaint.splitlines() if line.strip()]
     if forgive is not None:
         said = [line for line in said if not forgive.search(line)]
         if not said:
-            return done.stdout
+            return answer
     words = "; ".join(_plain(line, tool=tool) for line in said)
-    raise SlurmError(f"{tool}: {words or f'exit code {done.returncode}'}")
+    raise SlurmError(f"{tool}: {words or f'exit code {process.returncode}'}")
+
+
+def _heard(process: subprocess.Popen[str], *, tool: str) -> tuple[str, str]:
+    """What the tool prints; a line on stderr where that takes long, and SlurmError too long."""
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=min(PATIENCE_S, ANSWER_S))
+        if ANSWER_S > PATIENCE_S:
+            print(f"waiting for SLURM's {tool} (up to {ANSWER_S:.0f} s)", file=sys.stderr)
+        return process.communicate(timeout=max(0.0, ANSWER_S - PATIENCE_S))
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{tool} did not answer within {ANSWER_S:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            process.kill()
 
 
 def _plain(line: str, *, tool: str) -> str:

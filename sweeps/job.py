@@ -10,12 +10,14 @@ says which of its entries this job is. Not for: submitting (`slurm.py`), trainin
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from experiments.stopping import StopFlag, shielded
 from relora_core.config import ConfigError
 from sweeps import cluster, worker
 from sweeps.cluster import SlurmError
+from sweeps.plan import command
 from sweeps.state import record_job
 from sweeps.submit import is_of_a_group
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
@@ -35,7 +38,10 @@ SIGNALLED = 128
 PORTS = range(20000, 32768)
 """For MASTER_PORT: below those that systems hand out to whoever asks for any."""
 WAIT_S = 120.0
-"""For an earlier life of this job to end, and for SLURM to end this one after a requeue."""
+"""For an earlier life of this job to end, for SLURM to end this one after a requeue, and for a
+controller that is away."""
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +51,8 @@ class Work:
     runs: list[RunDir]
     requests: list[Path]
     """Of evaluations, where it is one of those."""
+    packed: int = 1
+    """Runs for which the job has cores: a pack may have fewer."""
     study: Path | None = None
     """Where the job is to ask a search for what it runs; `runs` are those that it has asked for."""
     max_stalled: int
@@ -70,6 +78,7 @@ def read(file: Path, *, index: int) -> Work:
     return Work(
         runs=[run_at(output_dir, name) for name in names],
         requests=[],
+        packed=max(len(task) for task in raw["tasks"]),
         max_stalled=raw["max_stalled"],
         signal_delay_s=raw["signal_delay_s"],
     )
@@ -100,7 +109,7 @@ def run(work: Work) -> int:
     with stop.installed():
         if work.study is not None:
             codes = [_search(work, work.study, stop)]
-        elif len(work.runs) > 1:
+        elif work.packed > 1:
             codes = _packed(work, stop)
         else:
             codes = [_alone(work.runs[0], stop, max_stalled=work.max_stalled)]
@@ -189,9 +198,10 @@ def stalled(run_dir: RunDir, *, limit: int) -> bool:
 def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
     if run_dir.ended() or not stalled(run_dir, limit=max_stalled):
         return False
+    again = command("retry", run_dir.run_id, output_dir=run_dir.path.parents[1])
     line = (
         f"{max_stalled} attempts of this job ended at step {run_dir.newest_step()} without a new "
-        f"checkpoint; `python -m sweeps retry {run_dir.run_id}` tries again"
+        f"checkpoint; `{again}` tries again"
     )
     run_dir.update_status(state="failed", phase="", error=line)
     return True
@@ -210,7 +220,8 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=share(slot, of=len(work.runs)),
+                    env=share(slot, of=work.packed),
+                    preexec_fn=_dying_with(os.getpid()),
                 )
             )
     told = False
@@ -227,6 +238,18 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
     codes = [INTERRUPTED if code < 0 else code for code in codes]
     failed = any(run_dir.status().state == "failed" for run_dir in work.runs)
     return [*codes, FAILED if failed else FINISHED]
+
+
+def _dying_with(parent: int) -> Callable[[], None]:
+    """For a new process: where this one is killed, nobody else would end it."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def tie() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was quicker
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return tie
 
 
 def share(slot: int, *, of: int) -> dict[str, str]:
@@ -277,11 +300,20 @@ def _go_on_later(work: Work, *, why: str) -> int:
         return INTERRUPTED if left or work.study else CANCELLED
     for run_dir in left:  # SLURM ends this process at once: its last word comes first
         run_dir.update_status(state="queued", phase=f"stopped: {why}", error=None)
+    until = time.monotonic() + max(WAIT_S, work.signal_delay_s)
     try:
-        with shielded():  # SLURM's signals to the job would end the question, too
-            if not cluster.may_requeue(job_id):
-                return INTERRUPTED  # cancelled, or SLURM requeues it: SLURM's word counts from here
-            cluster.requeue(job_id)
+        while True:
+            try:
+                with shielded():  # SLURM's signals to the job would end the question, too
+                    if not cluster.may_requeue(job_id):
+                        return INTERRUPTED  # cancelled, or SLURM requeues it: its word counts now
+                    cluster.requeue(job_id)
+                break
+            except SlurmError as error:  # away for a while, as where it is restarted
+                if not error.passing or time.monotonic() > until:
+                    raise
+                print(f"requeue: {error}; trying again", file=sys.stderr, flush=True)
+                time.sleep(cluster.PAUSE_S)
     except SlurmError as error:
         for run_dir in left:
             line = f"stopped ({why}) and not requeued: {error}"

@@ -26,7 +26,7 @@ from sweeps.budget import Estimate, Place
 from sweeps.grid import Point
 from sweeps.local import LocalLauncher, written
 from sweeps.options import SlurmOptions
-from sweeps.plan import Cell, Plan, make_plan, plan_folder, store
+from sweeps.plan import Cell, Plan, command, make_plan, plan_folder, store
 from sweeps.slurm import SlurmLauncher
 from sweeps.state import survey
 
@@ -257,7 +257,8 @@ def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
     try:
         line(f"report: {report.write(output_dir, plan.name)}")
     except (ConfigError, OSError) as error:
-        line(f"no report: {error}; `python -m sweeps report {plan.name}` tries again")
+        again = command("report", plan.name, output_dir=output_dir)
+        line(f"no report: {error}; `{again}` tries again")
     if any(cell.config.tracking.enabled for cell in plan.cells):
         for one in track.bring_up_to_date(output_dir, [plan.name]):
             if one.problem:

@@ -14,21 +14,21 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments.run_dir import DONE, RunDir, runs_folder
 from relora_core.config import ConfigError, RunConfig
-from sweeps import cluster, snapshot, track
+from sweeps import cluster, display, snapshot, track
 from sweeps.budget import Estimate, Place
 from sweeps.cluster import SlurmError
 from sweeps.options import Shape, SlurmOptions, check_cell, check_options, shape_of
-from sweeps.plan import Cell, Plan, plan_folder
-from sweeps.state import Submission, jobs_folder, recover, survey
-from sweeps.submit import Unsure, script, send, tell_environment
+from sweeps.plan import Cell, Plan, command, plan_folder
+from sweeps.state import Submission, adopt, recover, survey
+from sweeps.submit import Unsure, by_site, script, send, tell_environment
 
 IN_FLIGHT = ("running", "queued")
 
@@ -49,6 +49,17 @@ class Batch:
     def cells(self) -> list[Cell]:
         return [cell for task in self.tasks for cell in task]
 
+    def asks(self, options: SlurmOptions) -> tuple[SlurmOptions, Shape]:
+        """What its jobs ask for: cores and GPUs for the runs of its largest task, not for more."""
+        if options.runs_per_job == 1:
+            return options, self.shape
+        runs = max(len(task) for task in self.tasks)
+        gpus = min(self.shape.gpus_per_node, runs)
+        return (
+            dataclasses.replace(options, runs_per_job=runs),
+            dataclasses.replace(self.shape, gpus_per_node=gpus),
+        )
+
 
 def batches(
     cells: Sequence[Cell], *, options: SlurmOptions, max_array_size: int | None
@@ -57,18 +68,24 @@ def batches(
     by_shape: dict[Shape, list[Cell]] = {}
     for cell in cells:
         by_shape.setdefault(shape_of(cell.config, options), []).append(cell)
-    k, most = options.runs_per_job, max_array_size or 1000
+    k, most = options.runs_per_job, max_array_size or cluster.ARRAY
+    cap = None if options.max_parallel is None else max(1, options.max_parallel // k)
     made = []
     for shape, members in by_shape.items():
         tasks = [members[i : i + k] for i in range(0, len(members), k)]
+        short = []
+        if cap is None and len(tasks) > 1 and len(tasks[-1]) < k:
+            short = [tasks.pop()]  # asks for less; a cap would be shared with it for little
         made += [Batch(shape=shape, tasks=tasks[i : i + most]) for i in range(0, len(tasks), most)]
-    if options.max_parallel is not None:
-        _share_cap(made, jobs=max(1, options.max_parallel // k))
+        made += [Batch(shape=shape, tasks=short)] * bool(short)
+    _share_cap(made, jobs=cap)
     return made
 
 
-def _share_cap(made: list[Batch], *, jobs: int) -> None:
+def _share_cap(made: list[Batch], *, jobs: int | None) -> None:
     """At most `jobs` tasks at once over all arrays: SLURM caps each array alone."""
+    if jobs is None:
+        return
     lanes = min(jobs, len(made))
     for index, batch in enumerate(made):
         batch.lane = index % lanes
@@ -140,6 +157,21 @@ class SlurmLauncher:
             path = Path(folder) / "check.sh"
             path.write_text(text, encoding="utf-8")
             cluster.test(path)
+        self._check_limit(shape)
+
+    def _check_limit(self, shape: Shape) -> None:
+        """SLURM may take a job that is longer than its partition allows, and never start it."""
+        options = dataclasses.replace(self.options, **by_site(self.options))
+        if options.qos or "qos" in options.extra:  # which may allow more
+            return
+        partition = str(options.extra.get("partition") or options.partition or "")
+        limit = cluster.time_limit(partition)
+        if limit is not None and shape.minutes > limit[0]:
+            raise ConfigError(
+                f"hydra.launcher.time must be <= {limit[1]} (the limit of partition "
+                f"{partition or 'by default'}), got {shape.minutes} min: such a job never starts; "
+                f"nearest valid: {limit[0]}"
+            )
 
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
         """Submit what is not done and not in flight; the exit code. The jobs go on without us."""
@@ -159,7 +191,8 @@ class SlurmLauncher:
                 )
                 _pre_create(plan, output_dir, console=console)
                 done = self._submit_all(plan, todo, output_dir, code=code, console=console)
-                console.print(f"watch: python -m sweeps watch {plan.name}", highlight=False)
+                watch = command("watch", plan.name, output_dir=output_dir)
+                console.print(f"watch: {watch}", markup=False, highlight=False, soft_wrap=True)
                 return done
             except SlurmError as error:
                 raise ConfigError(
@@ -186,57 +219,48 @@ class SlurmLauncher:
             )
 
     def search(self, study: Path, *, left: int, config: RunConfig, console: Console) -> int:
-        """One array with a task for each trial that no living job is to run; the exit code."""
+        """Arrays with a task for each trial that no living job is to run; the exit code."""
         output_dir, name = study.absolute().parents[2], study.parent.name
-        folder, options = plan_folder(output_dir, name=name), self.options
+        options = self.options
         with _only_submitter(output_dir, console):
             try:
                 alive = _alive(recover(output_dir, name, write=True))
                 if alive:
                     console.print(f"{alive} jobs of this search are in flight", highlight=False)
-                count = min(left - alive, cluster.max_array_size() or 1000)
-                if count <= 0:
+                if (count := left - alive) <= 0:
                     return 0
+                room = _room(output_dir, name, most=options.max_parallel, console=console)
                 code = snapshot.freeze(
-                    folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
+                    plan_folder(output_dir, name=name) / "code",
+                    output_dir=output_dir,
+                    limit_mb=options.snapshot_limit_mb,
                 )
-                one = Submission(
-                    submission=uuid.uuid4().hex[:8],
-                    name="",
-                    created=time.time(),
-                    tasks=[[str(study.absolute().relative_to(output_dir))]] * count,
-                    kind="search",
-                    max_stalled=options.max_stalled,
-                    signal_delay_s=options.signal_delay_s,
-                )
-                one.name = f"{name}.{one.submission}"
-                shape = shape_of(config, options)
-                one.write(folder / "jobs" / one.submission)
-                send(
-                    one, folder / "jobs" / one.submission, options=options, shape=shape,
-                    at_once=options.max_parallel, code=code,
-                )  # fmt: skip
+                size, shape = cluster.max_array_size(), shape_of(config, options)
+                sizes = [min(size, count - start) for start in range(0, count, size)]
+                made = [Batch(shape=shape, tasks=[[] for _ in range(n)]) for n in sizes]
+                _share_cap(made, jobs=room.runs)
+                lanes: dict[int, str] = {}
+                for batch in made:
+                    one = _send(
+                        name, [[str(study.absolute().relative_to(output_dir))]] * len(batch.tasks),
+                        output_dir=output_dir, kind="search", options=options, shape=shape,
+                        at_once=batch.at_once, waits_for=room.after(batch, lanes), code=code,
+                    )  # fmt: skip
+                    lanes[batch.lane] = one.job_id or ""
+                    array = f" (array of {len(one.tasks)})" if len(one.tasks) > 1 else ""
+                    console.print(
+                        f"submitted job {one.job_id}{array}, a trial each", highlight=False
+                    )
             except SlurmError as error:
                 raise ConfigError(f"SLURM did not take the search: {error}") from None
-        array = f" (array of {count})" if count > 1 else ""
-        console.print(f"submitted job {one.job_id}{array}, a trial each", highlight=False)
-        if count < left - alive:
-            console.print(f"MaxArraySize leaves {left - alive - count} for the same command again")
-        console.print(f"watch: python -m sweeps search {name}", highlight=False)
+        watch = command("search", name, output_dir=output_dir)
+        console.print(f"watch: {watch}", markup=False, highlight=False, soft_wrap=True)
         return 0
 
     def _todo(self, plan: Plan, output_dir: Path) -> list[Cell]:
         """Runs without a result that no job is to run."""
-        known = {
-            run_id: job_id
-            for one in recover(output_dir, plan.name, write=True)
-            for run_id, job_id in one.job_ids().items()
-        }
+        adopt(output_dir, plan.name)
         runs = {cell.run_id: _run_dir(output_dir, cell) for cell in plan.cells}
-        for run_id, run in runs.items():
-            job_id = known.get(run_id)
-            if job_id and run.status().job_id is None and run.status().state == "planned":
-                run.update_status(state="queued", job_id=job_id)  # its sbatch outlived its command
         states = survey(list(runs.values()))
         return [c for c in plan.cells if states[c.run_id].state not in (*DONE, *IN_FLIGHT)]
 
@@ -248,14 +272,20 @@ class SlurmLauncher:
     def _submit_all(
         self, plan: Plan, todo: list[Cell], output_dir: Path, *, code: Path, console: Console
     ) -> int:
-        made = batches(todo, options=self.options, max_array_size=cluster.max_array_size())
+        room = _room(
+            output_dir, plan.name, most=self.options.max_parallel, console=console,
+            each=self.options.runs_per_job,
+        )  # fmt: skip
+        options = dataclasses.replace(self.options, max_parallel=room.runs)
+        made = batches(todo, options=options, max_array_size=cluster.max_array_size())
         lanes: dict[int, str] = {}  # lane -> its newest job
         for number, batch in enumerate(made):
-            after = lanes.get(batch.lane) if batch.at_once else None  # no cap, no waiting
+            left = sum(len(b.cells) for b in made[number:])
             try:
-                submission = self._submit(plan, batch, output_dir, code=code, after=after)
+                submission = self._submit(
+                    plan, batch, output_dir, code=code, waits_for=room.after(batch, lanes)
+                )
             except SlurmError as error:
-                left = sum(len(b.cells) for b in made[number:])
                 console.print(
                     f"error: sbatch {'may have taken' if isinstance(error, Unsure) else 'refused'} "
                     f"job array {number + 1} of {len(made)}: {error}; "
@@ -266,37 +296,136 @@ class SlurmLauncher:
                     soft_wrap=True,
                 )
                 return 1
+            except KeyboardInterrupt:
+                states = survey([_run_dir(output_dir, cell) for cell in todo])
+                done = sum(one.state in IN_FLIGHT for one in states.values())
+                cancel = command("cancel", plan.name, output_dir=output_dir)
+                console.print(
+                    f"Ctrl-C: {done} runs are submitted and go on, {len(todo) - done} are not: the "
+                    f"same command submits them; to end what is submitted: {cancel}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                raise
             lanes[batch.lane] = submission.job_id or ""
-            console.print(_told(submission, batch), highlight=False, soft_wrap=True)
+            console.print(
+                _told(submission, batch, options=self.options), highlight=False, soft_wrap=True
+            )
         return 0
 
     def _submit(
-        self, plan: Plan, batch: Batch, output_dir: Path, *, code: Path, after: str | None
+        self, plan: Plan, batch: Batch, output_dir: Path, *, code: Path, waits_for: list[str]
     ) -> Submission:
-        one = Submission(
-            submission=uuid.uuid4().hex[:8],
-            name="",
-            created=time.time(),
-            tasks=[[cell.run_id for cell in task] for task in batch.tasks],
-            max_stalled=self.options.max_stalled,
-            signal_delay_s=self.options.signal_delay_s,
-        )
-        one.name = f"{plan.name}.{one.submission}"
-        folder = jobs_folder(output_dir, name=plan.name) / one.submission
-        one.write(folder)
-        options = self.options
-        if after:
-            waits = f"afterany:{after}"
-            both = f"{options.dependency},{waits}" if options.dependency else waits
-            options = dataclasses.replace(options, dependency=both)
+        options, shape = batch.asks(self.options)
         runs = [_run_dir(output_dir, cell) for cell in batch.cells]
         for run in runs:
             run.cancel_path.unlink(missing_ok=True)
             run.update_status(state="planned", phase="", job_id=None, error=None)
-        send(one, folder, options=options, shape=batch.shape, at_once=batch.at_once, code=code)
+        try:
+            return _send(
+                plan.name, [[cell.run_id for cell in task] for task in batch.tasks],
+                output_dir=output_dir, options=options, shape=shape, at_once=batch.at_once,
+                waits_for=waits_for, code=code,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            with contextlib.suppress(SlurmError):
+                adopt(output_dir, plan.name)  # its sbatch may have been taken
+            raise
+
+
+def _send(
+    sweep: str,
+    tasks: list[list[str]],
+    *,
+    output_dir: Path,
+    options: SlurmOptions,
+    shape: Shape,
+    at_once: int | None,
+    waits_for: list[str],
+    code: Path,
+    kind: str = "train",
+) -> Submission:
+    """One submission, written down, submitted, and known to its runs."""
+    one = Submission(
+        submission=uuid.uuid4().hex[:8],
+        name="",
+        created=time.time(),
+        tasks=tasks,
+        kind=kind,
+        max_stalled=options.max_stalled,
+        signal_delay_s=options.signal_delay_s,
+        at_once=at_once,
+        waits_for=waits_for,
+    )
+    one.name = f"{sweep}.{one.submission}"
+    folder = plan_folder(output_dir, name=sweep) / "jobs" / one.submission
+    one.write(folder)
+    if waits_for:
+        waits = f"afterany:{':'.join(waits_for)}"
+        both = f"{options.dependency},{waits}" if options.dependency else waits
+        options = dataclasses.replace(options, dependency=both)
+    send(one, folder, options=options, shape=shape, at_once=at_once, code=code)
+    if kind == "train":
         for run_id, job_id in one.job_ids().items():
             _queued(RunDir(runs_folder(output_dir) / run_id), job_id)
-        return one
+    return one
+
+
+# what earlier commands have left in flight ------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Room:
+    """What `max_parallel` leaves beside the jobs that earlier commands have submitted."""
+
+    runs: int | None
+    """That may run at a time; None: as many as SLURM lets."""
+    behind: list[str] = field(default_factory=list)
+    """Jobs to wait for, where there is no room beside them."""
+
+    def after(self, batch: Batch, lanes: Mapping[int, str]) -> list[str]:
+        """Jobs that must have ended before this array begins; `lanes` has the newest of each."""
+        if self.runs is None:  # no cap, no waiting
+            return []
+        return [lanes[batch.lane]] if batch.lane in lanes else self.behind
+
+
+def _room(
+    output_dir: Path,
+    sweep: str,
+    *,
+    most: int | None,
+    console: Console | None = None,
+    kinds: Sequence[str] = ("train", "search"),
+    each: int = 1,
+) -> Room:
+    """The cap is the sweep's, not a command's; `each` new job runs so many at a time."""
+    if most is None:
+        return Room(runs=None)
+    living = [one for one in recover(output_dir, sweep) if one.kind in kinds and one.ids()]
+    jobs = cluster.jobs([job_id for one in living for job_id in one.ids()])
+    chains: list[tuple[Submission, int]] = []  # the last of each, and how many it may run
+    for one in living:
+        alive = sum(job_id in jobs and jobs[job_id].alive for job_id in one.ids())
+        if not alive:
+            continue
+        runs = min(one.at_once or alive, alive) * max(len(task) for task in one.tasks)
+        waits = next((c for c in chains if c[0].job_id in one.waits_for), None)
+        if waits is not None:  # never beside that one
+            chains.remove(waits)
+            runs = max(runs, waits[1])
+        chains.append((one, runs))
+    if not chains:
+        return Room(runs=most)
+    taken = sum(runs for _, runs in chains)
+    room = Room(runs=most - taken)
+    if most - taken < each:
+        room = Room(runs=most, behind=[str(one.job_id) for one, _ in chains])
+    if console is not None:
+        how = f"wait for jobs {', '.join(room.behind)}" if room.behind else f"are {room.runs}"
+        console.print(
+            f"max_parallel={most}: {taken} at a time are in flight, these {how}", highlight=False
+        )
+    return room
 
 
 def _pre_create(plan: Plan, output_dir: Path, *, console: Console) -> None:
@@ -326,9 +455,9 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
     return RunDir(runs_folder(output_dir) / cell.run_id)
 
 
-def _told(one: Submission, batch: Batch) -> str:
+def _told(one: Submission, batch: Batch, *, options: SlurmOptions) -> str:
     """What was submitted, in the units that people think in."""
-    shape, jobs = batch.shape, len(batch.tasks)
+    (_, shape), jobs = batch.asks(options), len(batch.tasks)
     runs, most = len(batch.cells), max(len(task) for task in batch.tasks)
     words = [
         _count(shape.nodes, "node"),
@@ -380,11 +509,6 @@ def submit_evals(requests: Sequence[Path], *, sweep: str, output_dir: Path, afte
     runs = [RunDir(request.absolute().parents[2]) for request in requests]
     configs = [run.config() for run in runs]
     options = launcher.options
-    if after:
-        waits = {run.status().job_id for run in runs if not run.ended()} - {None}
-        if waits:
-            ids = ":".join(sorted(str(job_id) for job_id in waits))
-            options = dataclasses.replace(options, dependency=f"afterany:{ids}")
     # Scoring is not shared between processes: one of them, one GPU.
     options = dataclasses.replace(options, runs_per_job=1)
     shapes = {shape_of(config, options) for config in configs}
@@ -396,17 +520,54 @@ def submit_evals(requests: Sequence[Path], *, sweep: str, output_dir: Path, afte
         folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
     )
     names = [str(request.absolute().relative_to(output_dir)) for request in requests]
-    size = cluster.max_array_size() or 1000
-    for start in range(0, len(names), size):
-        one = Submission(
-            submission=uuid.uuid4().hex[:8],
-            name="",
-            created=time.time(),
-            tasks=[[name] for name in names[start : start + size]],
-            kind="eval",
-        )
-        one.name = f"{sweep}.{one.submission}"
-        place = folder / "jobs" / one.submission
-        one.write(place)
-        send(one, place, options=options, shape=shape, at_once=options.max_parallel, code=code)
-        print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
+    with _only_submitter(output_dir, display.make_console()):
+        jobs_of = {
+            name: str(run.status().job_id)
+            for name, run in zip(names, runs, strict=True)
+            if after and not run.ended() and run.status().job_id
+        }
+        queued = _queued_evals(output_dir, sweep, ended=[r.run_id for r in runs if r.ended()])
+        todo = [n for n in names if n not in queued or not {jobs_of.get(n)} - {None} <= queued[n]]
+        if len(todo) < len(names):
+            print(f"{len(names) - len(todo)} of {len(names)} evaluations are queued already")
+        if not todo:
+            return
+        waits = sorted({jobs_of[name] for name in todo if name in jobs_of})
+        room = _room(output_dir, sweep, most=options.max_parallel, kinds=("eval",))
+        size = cluster.max_array_size()
+        made = [
+            Batch(shape=shape, tasks=[[] for _ in todo[start : start + size]])
+            for start in range(0, len(todo), size)
+        ]
+        _share_cap(made, jobs=room.runs)
+        lanes: dict[int, str] = {}
+        for number, batch in enumerate(made):
+            part = todo[number * size : (number + 1) * size]
+            one = _send(
+                sweep, [[name] for name in part], output_dir=output_dir, kind="eval",
+                options=options, shape=shape, at_once=batch.at_once,
+                waits_for=[*waits, *room.after(batch, lanes)], code=code,
+            )  # fmt: skip
+            lanes[batch.lane] = one.job_id or ""
+            print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
+
+
+def _queued_evals(
+    output_dir: Path, sweep: str, *, ended: Collection[str]
+) -> dict[str, set[str | None]]:
+    """Request -> the jobs that its own waits for, of requests that will see what there is now.
+
+    One that has begun may have looked for checkpoints before the run's last one was there.
+    """
+    evals = [one for one in recover(output_dir, sweep, write=True) if one.kind == "eval"]
+    jobs = cluster.jobs([job_id for one in evals for job_id in one.ids()])
+    queued: dict[str, set[str | None]] = {}
+    for one in evals:
+        for job_id, names in zip(one.ids(), one.tasks, strict=False):
+            job = jobs.get(job_id)
+            if job is None or not job.alive:
+                continue
+            for name in names:
+                if job.waiting or Path(name).parts[1] in ended:
+                    queued[name] = {*queued.get(name, ()), *one.waits_for}
+    return queued

@@ -17,15 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records
-from experiments.run_dir import RunDir, Status
+from experiments.run_dir import RunDir, Status, run_at
 from experiments.state import SILENT_AFTER_S, RunState, state_of
 from relora_core import atomic
 from relora_core.config import ConfigError
 from sweeps import cluster
 from sweeps.cluster import Job, SlurmError
-from sweeps.plan import plan_folder
+from sweeps.plan import command, plan_folder
 
 HELD = re.compile(r"held|hold|special.?exit", re.IGNORECASE)
+NEVER = re.compile(
+    r"DependencyNeverSatisfied|PartitionTimeLimit|PartitionNodeLimit|BadConstraints|"
+    r"MaxWallDurationPerJob\w*|MaxTimeLimit|TimeLimitExceeded"
+)
+"""Reasons that do not pass by themselves: what was asked for is beyond what there is."""
 
 
 def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
@@ -128,6 +133,8 @@ def judge(run: RunDir, *, own: RunState, jobs: dict[str, Job]) -> RunState:
         return _said(own, "cancelled", word.error)
     if job.waiting:
         return _said(own, "queued", _waits(job, word=word, run=run))
+    if job.state == cluster.UNLISTED and word.state in ("queued", "planned"):
+        return _never_listed(run, own, job=job)
     if job.over:
         return _over(run, own, word=word.state, error=word.error, job=job)
     if word.state == "failed":
@@ -151,8 +158,7 @@ def _unknown(run: RunDir, own: RunState, *, word: str, job_id: str) -> RunState:
     return _said(
         own,
         "lost",
-        f"{since} and SLURM does not know job {job_id}; "
-        f"`python -m sweeps retry {run.run_id}` runs it again",
+        f"{since} and SLURM does not know job {job_id}; `{_command('retry', run)}` runs it again",
     )
 
 
@@ -166,7 +172,34 @@ def _over(run: RunDir, own: RunState, *, word: str, error: str | None, job: Job)
         return _said(own, "failed", f"its job {job.job_id} ended without a result")
     if job.state == "PREEMPTED":
         return _said(own, "failed", f"preempted and not requeued (job {job.job_id})")
-    return _said(own, "failed", f"SLURM: {job.state} (job {job.job_id})")
+    if job.state == cluster.UNLISTED:
+        return _said(own, "failed", f"its job {job.job_id} ended without a word: SLURM forgot it")
+    reason = f"SLURM: {job.state} (job {job.job_id})"
+    if job.state == "FAILED" and not own.attempts and _began(run, job.job_id) is False:
+        reason += (
+            f" and its node {job.node or ''} wrote nothing: output_dir must be on a shared file "
+            f"system that the nodes see, got {run.path.absolute().parents[1]}"
+        ).replace("  ", " ")
+    return _said(own, "failed", reason)
+
+
+def _never_listed(run: RunDir, own: RunState, *, job: Job) -> RunState:
+    """SLURM lists the array without this task: it was taken out before it had a node, or it is
+    long over. SLURM writes a file when it begins."""
+    if _began(run, job.job_id):
+        return _said(own, "failed", f"its job {job.job_id} ended without a result")
+    return _said(own, "cancelled", f"SLURM does not list job {job.job_id} with its array any more")
+
+
+def _began(run: RunDir, job_id: str) -> bool | None:
+    """Whether SLURM has begun this job of ours: it then makes the file that submitit has named.
+
+    None where no submission names the job.
+    """
+    for folder, one in _sound(run.path.parents[1]):
+        if job_id in one.ids():
+            return (folder / f"{job_id}_0_log.out").exists()
+    return None
 
 
 def _waits(job: Job, *, word: Status, run: RunDir) -> str:
@@ -176,14 +209,17 @@ def _waits(job: Job, *, word: Status, run: RunDir) -> str:
         return f"held by an administrator (SLURM: {why})"
     if HELD.search(why) or HELD.search(job.state):
         return f"held (SLURM: {why}); `scontrol release {job.job_id}` lets it go on"
-    if why == "DependencyNeverSatisfied":
-        return (
-            f"never starts (SLURM: {why}); `python -m sweeps cancel {run.run_id}`, "
-            "then launch it again"
-        )
+    if NEVER.search(why):
+        return f"never starts (SLURM: {why}); `{_command('cancel', run)}`, then launch it again"
+    if run.cancel_path.exists():
+        return f"asked to end: it does so when it begins (SLURM: {why})"
     if word.phase.startswith("requeued"):
         return f"{word.phase}, SLURM: {why}"
     return f"SLURM: {why}" if word.state in ("planned", "queued") else f"requeued, SLURM: {why}"
+
+
+def _command(name: str, run: RunDir) -> str:
+    return command(name, run.run_id, output_dir=run.path.parents[1])
 
 
 def _said(own: RunState, state: str, reason: str | None) -> RunState:
@@ -218,6 +254,10 @@ class Submission:
     """Seconds between SLURM's warning and its kill."""
     error: str | None = None
     """One line, where SLURM refused."""
+    at_once: int | None = None
+    """Tasks of its array that may run at a time; None: all."""
+    waits_for: list[str] = field(default_factory=list)
+    """Jobs that must have ended before it begins."""
 
     def job_ids(self) -> dict[str, str]:
         """run_id -> its job; empty while there is none."""
@@ -264,14 +304,14 @@ def read_submission(path: Path) -> Submission:
 
 def submitted_jobs(output_dir: Path | str) -> set[str]:
     """Every job that a submission below `output_dir` has recorded: these are ours, no others."""
-    return {job_id for one in _sound(output_dir) for job_id in one.ids()}
+    return {job_id for _, one in _sound(output_dir) for job_id in one.ids()}
 
 
-def _sound(output_dir: Path | str) -> Iterator[Submission]:
-    """All sweeps' submissions; of a damaged one nobody can say whose jobs it names."""
+def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
+    """All sweeps' submissions and their folders; of a damaged one nobody can say what it names."""
     for path in Path(output_dir).glob("sweeps/*/jobs/*/submission.json"):
         with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
-            yield read_submission(path)
+            yield path.parent, read_submission(path)
 
 
 def record_job(file: Path, job_id: str) -> None:
@@ -299,3 +339,25 @@ def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[S
             if write:
                 one.write(folder / one.submission)
     return submissions
+
+
+def adopt(output_dir: Path | str, name: str) -> None:
+    """Tell runs that do not know it of their job: its sbatch outlived the command around it."""
+    newest: dict[str, Submission] = {}
+    for one in recover(output_dir, name, write=True):
+        if one.kind == "train":  # a run that was asked for anew has no older job, refused or not
+            newest |= dict.fromkeys((run_id for task in one.tasks for run_id in task), one)
+    runs = {run_id: run_at(output_dir, run_id) for run_id, one in newest.items() if one.job_id}
+    lost = {run_id: run for run_id, run in runs.items() if run.path.exists() and _unaware(run)}
+    ids = {run_id: newest[run_id].job_ids()[run_id] for run_id in lost}
+    jobs = cluster.jobs(ids.values())
+    for run_id, run in lost.items():
+        job = jobs.get(ids[run_id])
+        recent = time.time() - newest[run_id].created < SILENT_AFTER_S
+        if job.alive if job is not None else recent:
+            run.update_status(state="queued", job_id=ids[run_id])
+
+
+def _unaware(run: RunDir) -> bool:
+    status = run.status()
+    return status.state == "planned" and status.job_id is None and run.lock_holder() is None

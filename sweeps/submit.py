@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def parameters(
     options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path, array: bool
 ) -> dict[str, Any]:
     """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
-    options = dataclasses.replace(options, **by_site(options))
+    given, options = options, dataclasses.replace(options, **by_site(options))
     packed = options.runs_per_job > 1
     sbatch = {k: getattr(options, k) for k in ("reservation",) if getattr(options, k)}
     extra = {**sbatch, "requeue": True, **options.extra}
@@ -119,8 +120,10 @@ def parameters(
         "additional_parameters": extra,
         "setup": [
             *clearing(shape, array=array),
-            *environment(code),
-            *options.setup,
+            *ENVIRONMENT,
+            *_own_setup(options.setup),
+            *_frozen(code),
+            *_seen(file, code, python=None if given.python else sys.executable),
             token(name, array=array),
         ],
         # One dead rank would leave the others waiting for it until the time limit.
@@ -158,16 +161,56 @@ def token(name: str, *, array: bool) -> str:
     return f"export {JOB}={shlex.quote(name)}/{job_id}"
 
 
-def environment(code: Path) -> list[str]:
-    """Shell lines that make the job's Python use the frozen code and its own cores."""
+ENVIRONMENT = (
+    "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
+    "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
+    "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
+    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # since SLURM 22.05 srun asks anew
+    "ulimit -c 0",
+)
+"""Shell lines that give the job's Python its own cores; `setup` may change them."""
+
+
+ON_ERROR = (
+    'trap \'code=$?; if [ ${#BASH_SOURCE[@]} -le "$relora_depth" ]; then echo '
+    '"error: hydra.launcher.setup failed with exit code $code: $BASH_COMMAND" >&2; '
+    "exit $code; fi' ERR"
+)
+
+
+def _own_setup(lines: Sequence[str]) -> list[str]:
+    """The user's lines, one of which must not fail, and what they leave set in this shell.
+
+    Functions (`module`) and files that are sourced may hold commands that fail: their last counts.
+    """
+    if not lines:
+        return []
+    return [
+        "relora_depth=${#BASH_SOURCE[@]}",
+        ON_ERROR,
+        *lines,
+        "trap - ERR",
+        "set +eu",  # else a run that fails would end this script before its last lines
+    ]
+
+
+def _frozen(code: Path) -> list[str]:
+    """Shell lines that make the job's Python use the frozen code, whatever `setup` has set."""
     return [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
-        "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
-        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
-        "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
-        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # since SLURM 22.05 srun asks anew
-        "ulimit -c 0",
+    ]
+
+
+def _seen(file: Path, code: Path, *, python: str | None) -> list[str]:
+    """Shell lines that end the job in one line where its node does not see what it needs."""
+    must = dict.fromkeys((str(file), str(code)), "output_dir must be")
+    if python is not None:
+        must[python] = "this Python, or the one that hydra.launcher.python names, must be"
+    return [
+        f'[ -e {shlex.quote(path)} ] || {{ echo "error: $HOSTNAME does not see "'
+        f"{shlex.quote(f'{path}: {what} on a shared file system')} >&2; exit 1; }}"
+        for path, what in must.items()
     ]
 
 
@@ -238,8 +281,25 @@ def send(
         one.state, one.error = "refused", str(error)
         one.write(folder)
         raise
+    except KeyboardInterrupt:
+        one.job_id = _taken_meanwhile(one, folder)
+        if one.job_id is not None:
+            one.state = "submitted"
+            one.write(folder)
+        raise
     one.state = "submitted"
     one.write(folder)
+
+
+def _taken_meanwhile(one: Submission, folder: Path) -> str | None:
+    """The job that an interrupted sbatch has left, if SLURM knows it by now."""
+    for pause in (0.0, cluster.PAUSE_S):  # sbatch may still be at it
+        time.sleep(pause)
+        with contextlib.suppress(SlurmError, OSError, ValueError):
+            file = folder / "submission.json"
+            if job_id := read_submission(file).job_id or cluster.find(one.name):
+                return job_id
+    return None
 
 
 def sbatch(

@@ -415,12 +415,13 @@ class OurLauncher(Launcher):
 class LocalLauncher(OurLauncher):
     """Worker processes on this machine."""
 
-    def __init__(self, max_parallel: int | None = None) -> None:
-        self.max_parallel = max_parallel
+    def __init__(self, max_parallel: int | None = None, **added: Any) -> None:
+        self.max_parallel, self.added = max_parallel, added
 
     def made(self) -> Any:
         from sweeps.local import LocalLauncher as Local
 
+        _refuse_added(self.added, known=["max_parallel"])
         return Local(max_parallel=self.max_parallel)
 
 
@@ -436,7 +437,19 @@ class SlurmLauncher(OurLauncher):
     def made(self) -> Any:
         from sweeps.slurm import SlurmLauncher as Slurm
 
+        _refuse_added(self.values, known=[f.name for f in dataclasses.fields(SlurmOptions)])
         return Slurm(options=SlurmOptions(**self.values))
+
+
+def _refuse_added(values: Mapping[str, Any], *, known: list[str]) -> None:
+    """ConfigError for a key that a plus has added: what sbatch has and we do not goes elsewhere."""
+    for key in values:
+        if key in known:
+            continue
+        line = f"hydra.launcher.{key} is not a known key.{nearest(key, known)}"
+        if "extra" in known:
+            line += f" +hydra.launcher.extra.{key}=... hands any option to sbatch."
+        raise ConfigError(line)
 
 
 def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:

@@ -22,7 +22,7 @@ from sweeps import cluster
 from sweeps.cluster import SlurmError
 from sweeps.commands import common
 from sweeps.commands.common import GOING, Run
-from sweeps.state import recover, submitted_jobs
+from sweeps.state import adopt, recover, submitted_jobs
 
 HELP = "end runs that are queued or running; they keep their checkpoints"
 EXAMPLES = """examples:
@@ -36,19 +36,27 @@ TELL = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="SWEEP|RUN", help="sweep, or part of a run_id")
+    parser.add_argument(
+        "words", nargs="+", metavar="SWEEP|RUN", help="sweep, run, arm, job, or part of a run_id"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when all were asked to end, 1 when SLURM did not take our word for some."""
     chosen = common.resolve(args.output_dir, args.words)
+    problem = None
+    try:  # a command that was ended inside sbatch has left jobs that no run knows of
+        for sweep in dict.fromkeys(name for one in chosen for name in one.sweeps):
+            adopt(args.output_dir, sweep)
+    except SlurmError as error:
+        problem = str(error)
     before = common.survey(chosen)
     going = [one for one in chosen if before[one.run_id].state in GOING]
     alone = [before[one.run_id] for one in chosen if one not in going]
     if alone:
         print(f"left alone: {common.counts(alone)}")
-    problem, more = None, []
+    more = []
     try:
         jobs = _jobs(going, before, output_dir=args.output_dir)
         more = _without_runs(args.words, output_dir=args.output_dir)
@@ -56,22 +64,25 @@ def run(args: argparse.Namespace) -> int:
         jobs, problem = _known_jobs(going, before, output_dir=args.output_dir), str(error)
     if not going and not more:
         print("nothing to cancel: none of them is queued or running")
-        return 0
+        if problem:
+            print(f"SLURM: {problem}; there may be jobs of theirs", file=sys.stderr)
+        return int(problem is not None)
     whole = [*_wholly_ours(jobs, output_dir=args.output_dir), *more]
     if not _agreed(going, before, whole=whole, yes=args.yes):
         print("nothing was cancelled")
         return 0
     for one in going:
         one.dir.cancel_path.touch()
+    kept: set[str] = set()
     if whole:
         try:
             cluster.cancel(whole)
         except SlurmError as error:
-            problem = str(error)
+            problem, kept = str(error), _alive(whole)
     for one in going:
         if one.run_id not in jobs:
             terminate(one.dir)
-    _settle(going, before)
+    _settle([one for one in going if jobs.get(one.run_id) not in kept], before)
     _tell(going)
     if problem:
         print(f"SLURM: {problem}; the runs end once they see the request", file=sys.stderr)
@@ -110,6 +121,15 @@ def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
             if one.kind != "train":
                 found |= dict.fromkeys(one.ids())
     return [job_id for job_id, job in cluster.jobs(found).items() if job.alive] if found else []
+
+
+def _alive(jobs: Sequence[str]) -> set[str]:
+    """Those that SLURM has not ended though it was asked to; in doubt all."""
+    try:
+        known = cluster.jobs(jobs)
+    except SlurmError:
+        return set(jobs)
+    return {job_id for job_id, job in known.items() if job.alive and job.state != "COMPLETING"}
 
 
 def _written(jobs: Mapping[str, str], output_dir: str) -> bool:
@@ -190,5 +210,6 @@ def _tell(runs: Sequence[Run]) -> None:
     print(f"now: {common.counts(list(after.values()))}")
     still = [run for run in runs if after[run.run_id].state in GOING]
     for run in still[:TELL]:
-        where = after[run.run_id].host or "its host"
-        print(f"  {after[run.run_id].state} {run.name}: asked to end, on {where}")
+        state = after[run.run_id]
+        where = f"on {state.host or 'its host'}" if state.state == "running" else "when it begins"
+        print(f"  {state.state} {run.name}: asked to end, {where}")

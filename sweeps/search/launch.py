@@ -23,7 +23,7 @@ from sweeps.budget import Estimate
 from sweeps.grid import check_name
 from sweeps.launch import Launcher, check_tracking, one_output_dir, prepare_data, store_launcher
 from sweeps.local import written
-from sweeps.plan import Plan, make_plan, plan_folder
+from sweeps.plan import Plan, command, make_plan, plan_folder
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
 from sweeps.search.space import Choice, Dimension
@@ -134,7 +134,8 @@ def close(study: Study, console: Console) -> int:
             if one.problem:
                 console.print(one.problem, style="yellow", highlight=False, soft_wrap=True)
     name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
-    console.print(f"results: python -m sweeps search {name}", highlight=False)
+    results = command("search", name, output_dir=output_dir)
+    console.print(f"results: {results}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -18,6 +18,7 @@ In a test file:
     slurm.fail("squeue", "Unable to contact slurm controller")        every call; slurm.heal()
     slurm.fail("squeue", sleep=5.0, code=0)             slow
     slurm.config(accounting=False, partitions=["cpu"], max_array_size=4, unexpanded=True, gpus=8)
+    slurm.config(limit="1:00:00", features="a100,ib", denied=True)      scancel is denied
     slurm.add("77", name="it's | 100%\\n", state="RUNNING", user="0")  somebody else's
     slurm.script("12"), slurm.options("12")             text and #SBATCH lines of what was submitted
     slurm.calls("sbatch")                               the arguments of each call
@@ -62,6 +63,9 @@ SITE = {
     "nodes": 2,
     "gpus": 4,
     "unexpanded": False,
+    "limit": "1-00:00:00",
+    "features": "(null)",
+    "denied": False,
 }
 
 
@@ -419,6 +423,10 @@ def scancel(state: dict, argv: list[str]) -> str:
     unknown = []
     for job_id in [word for word in argv if not word.startswith("-")]:
         found = select(state, job_id)
+        if found and state["site"]["denied"]:
+            denied = "Access/permission denied"
+            unknown.append(f"scancel: error: Kill job error on job id {job_id}: {denied}")
+            continue
         if not found:
             unknown.append(f"scancel: error: Kill job error on job id {job_id}: Invalid job id")
         for job in found:
@@ -432,9 +440,13 @@ def scancel(state: dict, argv: list[str]) -> str:
 def sinfo(state: dict, argv: list[str]) -> str:
     site, rows = state["site"], []
     form, only = value_of(argv, "-o") or "%R", value_of(argv, "-p")
+    if only is not None and "-a" in argv:
+        raise Refused("sinfo: error: Conflicting options, -a and -p were specified")
     for name in site["partitions"]:
         fields = {"%R": name, "%D": str(site["nodes"]), "%c": "8", "%m": "8000"}
-        fields |= {"%G": f"gpu:{site['gpus']}" if site["gpus"] else "(null)", "%l": "1-00:00:00"}
+        fields |= {"%G": f"gpu:{site['gpus']}" if site["gpus"] else "(null)"}
+        fields |= {"%l": site["limit"], "%f": site["features"]}
+        fields["%P"] = name + "*" * (name == site["partitions"][0])
         if only is None or name in only.split(","):
             rows.append(re.sub(r"%[a-zA-Z]", lambda m, f=fields: f[m[0]], form))
     return "\n".join(rows)

@@ -19,6 +19,7 @@ from experiments.run_dir import RunDir
 from experiments.state import state_of
 from sweeps import launch
 from sweeps.__main__ import main
+from sweeps.cluster import SlurmError
 from sweeps.commands import cancel
 from sweeps.commands.retry import begin_anew
 from sweeps.plan import make_plan, store
@@ -254,6 +255,38 @@ def test_where_slurm_does_not_answer_the_request_stands(world, slurm, capsys):
     assert world("cancel", "s", "--yes") == 1
     assert world.runs[0].cancel_path.exists()
     assert "SLURM" in capsys.readouterr().err
+
+
+def test_a_denied_scancel_is_not_cancelled(world, slurm, capsys):
+    submit(world, "12", tasks=3)
+    slurm.config(denied=True)
+    for index in range(3):
+        slurm.add(f"12_{index}", name="s.aa", state="RUNNING" if index == 2 else "PENDING")
+        queue(world.runs[index], job_id=f"12_{index}", host="login")
+    world.runs[2].update_status(state="running", host="n1")
+    assert world("cancel", "s", "--yes") == 1
+    assert world.states()[:3] == ["queued", "queued", "running"]
+    assert all(run.cancel_path.exists() for run in world.runs[:3])  # they end once they see it
+    printed = capsys.readouterr()
+    assert "Access/permission denied" in printed.err
+    assert "now: 2 queued, 1 running" in printed.out
+    assert printed.out.count("asked to end, when it begins") == 2
+    assert "asked to end, on n1" in printed.out
+
+
+def test_what_scancel_ended_beside_what_it_was_denied_is_cancelled(world, slurm, monkeypatch):
+    submit(world, "12", tasks=2)
+    for index in range(2):
+        slurm.add(f"12_{index}", name="s.aa")
+        queue(world.runs[index], job_id=f"12_{index}", host="login")
+
+    def denied(job_ids):
+        slurm.set_state("12_0", "CANCELLED")
+        raise SlurmError("scancel: Kill job error on job id 12_1: Access/permission denied")
+
+    monkeypatch.setattr(cancel.cluster, "cancel", denied)
+    assert world("cancel", "s", "--yes") == 1
+    assert world.states()[:2] == ["cancelled", "queued"]
 
 
 # retry ------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def test_pending_tasks_in_one_row_are_told_apart(slurm, submit):
         "4": "PENDING",
         "5": "PENDING",
         "9": "PENDING",
+        "10": cluster.UNLISTED,
     }
 
 
@@ -247,6 +248,98 @@ def test_an_unknown_partition_gets_the_nearest_one(slurm, tmp_path):
     assert str(caught.value) == (
         "hydra.launcher.partition must be one of gpu, main, got 'mian'. Did you mean 'main'?"
     )
+
+
+def test_no_arrays_are_arrays_of_one(slurm):
+    slurm.config(max_array_size=0)
+    assert cluster.max_array_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "said", "nearest"),
+    [
+        (["--gpus-per-node=9"], "node configuration is not available", "gpus_per_node=4"),
+        (["--nodes=7"], "node configuration is not available", "nodes=2"),
+        (["--cpus-per-task=9"], "CPU count per node can not be satisfied", "cpus_per_task=8"),
+        (["--ntasks-per-node=3", "--cpus-per-task=4"], "CPU count", "cpus_per_task=2"),
+        (["--ntasks-per-node=16", "--cpus-per-task=4"], "CPU count", "tasks_per_node=8"),
+        (["--mem=64000M"], "Memory specification can not be satisfied", "mem_gb=7.812"),
+        (["--time=2000"], "Requested time limit is invalid", "time=1-00:00:00"),
+        (["--constraint=a10"], "Invalid feature specification", "constraint=a100"),
+        (["--constraint=zzz"], "Invalid feature specification", "constraint one of a100, ib"),
+        (["--account=grnat"], "Invalid account or account/partition combination specified",
+         "account=grant"),
+        (["--qos=hihg"], "Invalid qos specification", "qos=high"),
+        (["--licenses=matlb"], "Invalid license specification", "licenses=matlab"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("partition", [["--partition=gpu"], []])
+def test_a_refusal_has_slurms_words_and_the_nearest_value(
+    slurm, tmp_path, monkeypatch, lines, said, nearest, partition
+):
+    slurm.config(features="a100,ib")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sacctmgr").write_text("#!/bin/sh\necho 'grant|normal,high'; echo 'ours|normal'\n")
+    real = slurm.folder / "bin" / "scontrol"
+    (site / "scontrol").write_text(f'#!/bin/sh\n[ "$3" = licenses ] && echo LicenseName=matlab '
+                                   f'|| exec "{real}" "$@"\n')  # fmt: skip
+    for tool in site.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(site), prepend=":")
+    slurm.fail("sbatch", f"Batch job submission failed: {said}")
+    with pytest.raises(ConfigError) as caught:
+        cluster.test(script(tmp_path, *partition, *lines))
+    message = str(caught.value)
+    assert f"Batch job submission failed: {said}" in message
+    assert f"; nearest valid: {nearest};" in message
+    assert "sinfo" not in message
+    assert "\n" not in message
+
+
+def test_slurms_reason_stands_where_sinfo_has_none(slurm, tmp_path):
+    slurm.fail("sbatch", "Batch job submission failed: Access denied")
+    slurm.fail("sinfo", "Unable to contact slurm controller")
+    with pytest.raises(ConfigError, match=r"got partition=gpu: sbatch: .*Access denied$"):
+        cluster.test(script(tmp_path, "--partition=gpu"))
+
+
+def test_what_the_nodes_cannot_say_is_no_traceback(slurm, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    site.mkdir()
+    rows = "gpu|4+|64+|257000+|gpu:a100:4(S:0-1),nvme:1|infinite|(null)"
+    (site / "sinfo").write_text(f"#!/bin/sh\necho '{rows}'\n")
+    (site / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(site), prepend=":")
+    slurm.fail("sbatch", "Batch job submission failed: Requested node configuration")
+    with pytest.raises(ConfigError, match=r"nearest valid: gpus_per_node=4; gpu has 4 nodes"):
+        cluster.test(script(tmp_path, "--gpus-per-node=5", "--time=99999"))
+
+
+@pytest.mark.parametrize(
+    ("partition", "limit"),
+    [("", (60, "1:00:00")), ("gpu", (60, "1:00:00")), ("gpu,main", (60, "1:00:00"))],
+)
+def test_a_partitions_limit(slurm, partition, limit):
+    slurm.config(limit="1:00:00")
+    assert cluster.time_limit(partition) == limit
+    slurm.config(limit="infinite")
+    assert cluster.time_limit(partition) is None
+    slurm.fail("sinfo", "Unable to contact slurm controller")
+    assert cluster.time_limit(partition) is None
+
+
+def test_a_tool_that_hangs_is_named_and_given_up(slurm, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "PATIENCE_S", 0.1)
+    slurm.fail("squeue", sleep=0.3, code=0)
+    assert cluster.jobs(["12"]) == {}
+    assert capsys.readouterr().err == "waiting for SLURM's squeue (up to 60 s)\n"
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.2)
+    with pytest.raises(SlurmError, match="squeue did not answer within"):
+        cluster.jobs(["12"])
+    slurm.heal()
+    assert cluster.jobs(["12"]) == {}
+    assert capsys.readouterr().err == "waiting for SLURM's squeue (up to 0 s)\n"
 
 
 @pytest.mark.parametrize("line", ["--gpus-per-node=9", "--nodes=7", "--gres=gpu:a100:8"])

@@ -108,6 +108,21 @@ def test_another_type_is_refused_with_the_right_spelling(loader, master, word, n
         Composer(loader, master).all([["seed=0"], [word]])
 
 
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        (plugins.SlurmLauncher(gres="x"), "hydra.launcher.gres is not a known key. "
+         "+hydra.launcher.extra.gres=... hands any option to sbatch."),
+        (plugins.SlurmLauncher(partitoin="x"), "is not a known key. Did you mean 'partition'?"),
+        (LocalLauncher(gres="x"), "hydra.launcher.gres is not a known key."),
+        (LocalLauncher(max_paralel=2), "Did you mean 'max_parallel'?"),
+    ],
+)  # fmt: skip
+def test_a_key_added_to_a_launcher_is_one_line(launcher, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        launcher.made()
+
+
 @pytest.mark.parametrize("axis", ["relora.r=range(5,1)", "model=glob(zz*)", "relora.r=range(4,4)"])
 def test_an_empty_axis_is_named(loader, axis):
     with pytest.raises(ConfigError, match=r"^\S+ must have at least one value, got '"):

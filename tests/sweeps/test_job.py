@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_slurm import FakeSlurm
 from hypothesis import HealthCheck, given, settings
@@ -244,6 +248,49 @@ def test_packed_runs_share_gpus_and_cores(packed, slurm, monkeypatch):
     assert requeued(slurm) == []
 
 
+def test_a_short_packs_runs_have_the_share_of_any_other(packed, submitted, slurm, monkeypatch):
+    """The numbers of a run depend on its threads, so on no chance of where it was packed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    file = submitted((0, 1, 2), (3,))
+    packed(4)  # the workers' module
+    made = job.read(submitted((0, 1, 2), (3,)), index=1)
+    assert file.exists()
+    assert job.run(made) == FINISHED
+    share = json.loads((made.runs[0].path / "share-1.json").read_text())
+    assert {share[name] for name in ("OMP_NUM_THREADS", "RELORA_THREADS")} == {"2"}
+
+
+PACK = """
+import sys
+from pathlib import Path
+from sweeps import job
+job.run(job.read(Path(sys.argv[1]), index=0))
+"""
+
+
+@pytest.mark.slow
+def test_a_packs_workers_end_with_it(packed, slurm, tmp_path):
+    """A kill -9 of the job's own process, as for want of memory."""
+    made = packed(8, 8, 0)
+    (file,) = tmp_path.glob("out/sweeps/s/jobs/*/submission.json")
+    process = subprocess.Popen([sys.executable, "-c", PACK, str(file)])
+    run, until = made.runs[0], time.monotonic() + 20
+    try:
+        while run.lock_holder() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        holder = run.lock_holder()
+        assert holder is not None
+    finally:
+        process.kill()
+        process.wait()
+    while psutil.pid_exists(holder["pid"]) and time.monotonic() < until:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE:
+                break
+        time.sleep(0.02)
+    assert run.lock_holder() is None
+
+
 def test_a_run_killed_in_a_pack_goes_on_and_the_others_stay(packed, slurm):
     work = packed(0, 9, 1)
     assert job.run(work) == INTERRUPTED
@@ -326,6 +373,29 @@ def test_an_early_end_requeues_the_job(alone, slurm):
     assert requeued(slurm) == [JOB]
     assert states(work) == ["queued"]
     assert survey(work.runs)["r0"].state == "queued"
+
+
+@pytest.mark.parametrize("tool", ["squeue", "scontrol"])
+def test_a_controller_away_at_the_warning_is_asked_again(alone, slurm, monkeypatch, tool, capsys):
+    """For as long as SLURM's grace lasts: a restart of the controller takes seconds."""
+    work = alone(INTERRUPTED)
+    pauses = []
+    monkeypatch.setattr(job.time, "sleep", pauses.append)
+    for at in range(1, 12):
+        slurm.fail(tool, "Unable to contact slurm controller (connect failure)", at=at)
+    assert job.run(work) == INTERRUPTED
+    assert requeued(slurm)[-1:] == [JOB]
+    assert states(work) == ["queued"]
+    assert capsys.readouterr().err.count("trying again") >= 3
+
+
+def test_a_controller_that_stays_away_is_a_failure_in_its_words(alone, slurm):
+    work = alone(INTERRUPTED)
+    work.signal_delay_s = -1.0  # the grace is over
+    slurm.fail("squeue", "Unable to contact slurm controller (connect failure)")
+    assert job.run(work) == INTERRUPTED
+    assert states(work) == ["failed"]
+    assert "not requeued: squeue: Unable to contact" in str(work.runs[0].status().error)
 
 
 def test_ranks_above_0_leave_that_to_rank_0_and_end_in_peace(alone, slurm):

@@ -105,12 +105,17 @@ def test_a_held_job_says_what_lets_it_go_on(slurm, run, state, reason):
     assert "`scontrol release 12_3` lets it go on" in why
 
 
-def test_a_dependency_that_cannot_come_true_says_what_to_do(slurm, run):
-    slurm.add("12_3", reason="DependencyNeverSatisfied")
+@pytest.mark.parametrize(
+    "reason",
+    ["DependencyNeverSatisfied", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints",
+     "AssocMaxWallDurationPerJobLimit"],
+)  # fmt: skip
+def test_what_cannot_come_true_says_what_to_do(slurm, run, reason):
+    slurm.add("12_3", reason=reason)
     assert now(run) == (
         "queued",
-        f"never starts (SLURM: DependencyNeverSatisfied); `python -m sweeps cancel {run.run_id}`, "
-        "then launch it again",
+        f"never starts (SLURM: {reason}); `python -m sweeps cancel {run.run_id} --output-dir "
+        f"{run.path.parents[1]}`, then launch it again",
     )
 
 
@@ -219,8 +224,59 @@ def test_absence_is_not_death_until_the_run_has_long_been_silent(slurm, run, wor
     assert now(run) == (
         "lost",
         "no word for 12 min and SLURM does not know job 12_3; "
-        f"`python -m sweeps retry {run.run_id}` runs it again",
+        f"`python -m sweeps retry {run.run_id} --output-dir {run.path.parents[1]}` runs it again",
     )
+
+
+# of an array whose other tasks are listed ---------------------------------------------------------
+@pytest.mark.parametrize("accounting", [True, False])
+@pytest.mark.parametrize("sibling", ["PENDING", "RUNNING", "COMPLETED"])
+def test_a_task_taken_out_of_its_array_is_cancelled_at_once(slurm, run, accounting, sibling):
+    """scancel of a pending task leaves no record of it, with the controller or the accounting."""
+    slurm.config(accounting=accounting)
+    slurm.add("12_1", state=sibling)
+    assert now(run) == ("cancelled", "SLURM does not list job 12_3 with its array any more")
+    slurm.add("12_3")
+    assert now(run)[0] == "queued"
+
+
+def test_a_job_alone_and_an_array_that_is_gone_are_no_such_case(slurm, run):
+    slurm.add("13_1")
+    assert now(run) == ("queued", "SLURM does not list job 12_3")
+    run.update_status(job_id="12")
+    slurm.add("12_1")
+    assert now(run) == ("queued", "SLURM does not list job 12")
+
+
+def test_a_task_that_began_and_is_not_listed_has_failed(slurm, run, tmp_path):
+    submitted(tmp_path / "out", job_id="12", tasks=[[], [], [], [run.run_id]])
+    slurm.add("12_1")
+    assert now(run)[0] == "cancelled"
+    folder = next(tmp_path.glob("out/sweeps/*/jobs/*"))
+    (folder / "12_3_0_log.out").touch()  # SLURM makes it at the job's begin
+    assert now(run) == ("failed", "its job 12_3 ended without a result")
+    says(run, "running")
+    assert now(run)[0] == "failed"
+
+
+def test_a_node_that_saw_nothing_is_told_of_shared_file_systems(slurm, run, tmp_path):
+    submitted(tmp_path / "out", job_id="12", tasks=[[], [], [], [run.run_id]])
+    slurm.add("12_3", state="FAILED", node="n7")
+    assert now(run) == (
+        "failed",
+        "SLURM: FAILED (job 12_3) and its node n7 wrote nothing: output_dir must be on a shared "
+        f"file system that the nodes see, got {tmp_path / 'out'}",
+    )
+    folder = next(tmp_path.glob("out/sweeps/*/jobs/*"))
+    (folder / "12_3_0_log.out").touch()
+    assert now(run) == ("failed", "SLURM: FAILED (job 12_3)")
+
+
+def test_a_pending_run_that_was_asked_to_end_is_still_queued(slurm, run):
+    """As where scancel was denied."""
+    run.cancel_path.touch()
+    slurm.add("12_3", reason="Priority")
+    assert now(run) == ("queued", "asked to end: it does so when it begins (SLURM: Priority)")
 
 
 def test_a_failed_run_whose_job_slurm_forgot_stays_failed(slurm, run):

@@ -25,8 +25,11 @@ from submitit import SlurmExecutor
 from experiments.run_dir import RunDir, all_runs
 from relora_core.config import CheckpointConfig, ConfigError, ResourcesConfig, TrainConfig
 from sweeps import cluster, snapshot
+from sweeps import slurm as slurm_module
+from sweeps import submit as submit_module
+from sweeps.__main__ import main
 from sweeps.budget import Estimate
-from sweeps.launch import relaunch, run_sweep
+from sweeps.launch import relaunch, run_sweep, store_launcher
 from sweeps.options import SlurmOptions, check_cell, check_options, minutes, shape_of
 from sweeps.plan import load, make_plan, plan_folder
 from sweeps.slurm import SlurmLauncher, batches, script, submit_evals
@@ -65,7 +68,7 @@ def submit(make, code):
             config = make(seed=seed, resources=resources, **(changes or {}))
             config.model.vocab_size, config.sweep.name = None, "s"
             points.append(({"seed": str(seed)}, config))
-        console = Console(file=io.StringIO(), width=400)
+        go.console = console = Console(file=io.StringIO(), width=400)
         launcher = SlurmLauncher(options=SlurmOptions(**{**CPU, **options}))
         done = run_sweep(points, launcher=launcher, plan_only=plan_only, console=console)
         return done, console.file.getvalue()  # type: ignore[attr-defined]
@@ -207,13 +210,28 @@ def test_other_time_limits_are_refused(text):
 
 def test_small_runs_share_jobs(submit, slurm, out):
     submit(range(5), runs_per_job=2, cpus_per_task=3)
-    (one,) = read_submissions(plan_folder(out, name="s") / "jobs")
-    assert sorted(map(len, one.tasks)) == [1, 2, 2]
+    one, short = read_submissions(plan_folder(out, name="s") / "jobs")
+    assert sorted(map(len, one.tasks)) == [2, 2]
     assert Counter(job_ids(out).values()) == Counter(
-        f"{one.job_id}_{i}" for i, task in enumerate(one.tasks) for _ in task
+        [*(f"{one.job_id}_{i}" for i, task in enumerate(one.tasks) for _ in task), short.job_id]
     )
     given_ = slurm.options(str(one.job_id))
     assert (given_["ntasks-per-node"], given_["cpus-per-task"]) == ("1", "6")
+    given_ = slurm.options(str(short.job_id))  # what is left over asks for no more than it uses
+    assert (given_["ntasks-per-node"], given_["cpus-per-task"]) == ("1", "3")
+
+
+def test_a_short_pack_asks_for_the_gpus_of_its_runs(submit, slurm):
+    submit(range(6), runs_per_job=4, gpus_per_node=4, tasks_per_node=1, partition="gpu")
+    asked = [slurm.options(base) for base in sorted(arrays(slurm))]
+    assert [(a["gpus-per-node"], a["cpus-per-task"]) for a in asked] == [("4", "16"), ("2", "8")]
+
+
+def test_a_pack_alone_asks_for_its_own(submit, slurm):
+    """As where one run of a pack is tried again."""
+    submit([0], runs_per_job=4, cpus_per_task=3, max_parallel=4)
+    (job_id,) = slurm.jobs()
+    assert slurm.options(job_id)["cpus-per-task"] == "3"
 
 
 def test_the_script_holds_every_option(submit, slurm):
@@ -259,6 +277,7 @@ def python(tmp_path):
         f'{shlex.quote(str(log))} "$@"\n'
     )
     path.chmod(0o755)
+    log.touch()
     return path, lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -494,6 +513,195 @@ def test_in_doubt_and_without_an_answer_nothing_is_submitted_again(submit, slurm
     assert list(slurm.jobs()) == list(job_ids(out).values())
 
 
+# set-up and what the node sees ------------------------------------------------------------------
+def slurm_log(out) -> str:
+    return "".join(path.read_text() for path in sorted(out.rglob("*_log.out")))
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (["false"], 1),
+        (["export A=1", "no-such-command-here", "true"], 127),
+        (["load() { return 3; }", "load x"], 3),
+        (["true\nfalse\ntrue"], 1),
+        (["set -e", "false"], 1),
+        (["[[ -n $NOT_THERE ]] && echo it is", "fine() { false; true; }", "fine",
+          "if false; then", "true", "fi", "false || true", "set -eu"], 0),
+    ],
+)  # fmt: skip
+def test_a_line_of_setup_that_fails_fails_the_job(submit, slurm, out, python, lines, code):
+    path, words = python
+    submit([0], python=shlex.quote(str(path)), setup=lines)
+    (job_id,) = slurm.jobs()
+    slurm.run(job_id)
+    assert slurm.jobs()[job_id]["state"] == ("FAILED" if code else "COMPLETED")
+    if code:
+        assert words() == []  # nothing was begun
+        assert f"hydra.launcher.setup failed with exit code {code}: " in slurm_log(out)
+    (state,) = survey(all_runs(out)).values()
+    assert state.state == "failed"
+
+
+def test_setup_may_source_what_holds_failing_commands(submit, slurm, out, python, tmp_path):
+    path, _ = python
+    (tmp_path / "profile").write_text("false\ntrue\n")
+    submit([0], python=shlex.quote(str(path)), setup=[f". {tmp_path / 'profile'}"])
+    (job_id,) = slurm.jobs()
+    slurm.run(job_id)
+    assert slurm.jobs()[job_id]["state"] == "COMPLETED"
+
+
+def test_a_run_that_fails_has_its_last_lines_whatever_setup_has_set(submit, slurm, out, python):
+    path, words = python
+    submit([0], python=shlex.quote(str(path)), setup=["set -eu"], teardown=["true"])
+    (job_id,) = slurm.jobs()
+    slurm.run(job_id, CODE="137")
+    assert words()[1][4:6] == ["--after", "137"]
+
+
+@pytest.mark.parametrize(
+    "line", ["export PYTHONPATH=/elsewhere PYTHONSAFEPATH=", "unset PYTHONPATH PYTHONSAFEPATH"]
+)
+def test_setup_cannot_displace_the_frozen_code(submit, slurm, out, tmp_path, line):
+    stand_in, seen = tmp_path / "stand-in", tmp_path / "seen"
+    stand_in.write_text(f'#!/bin/sh\necho "$PYTHONSAFEPATH $PYTHONPATH" > {seen}\n')
+    stand_in.chmod(0o755)
+    submit([0], python=str(stand_in), setup=[line])
+    (job_id,) = slurm.jobs()
+    slurm.run(job_id)
+    safe, _, folders = seen.read_text().strip().partition(" ")
+    first, *more = folders.split(":")
+    assert (safe, Path(first).parent) == ("1", plan_folder(out, name="s") / "code")
+    assert (more == ["/elsewhere"]) == line.startswith("export")
+
+
+@pytest.mark.parametrize("what", ["code", "submission.json"])
+def test_a_node_that_does_not_see_the_folder_says_so(submit, slurm, out, python, what):
+    path, words = python
+    submit([0], python=shlex.quote(str(path)))
+    (job_id,) = slurm.jobs()
+    (gone,) = out.glob("sweeps/s/code/*" if what == "code" else "sweeps/s/jobs/*/submission.json")
+    gone.rename(gone.with_name("away"))
+    slurm.run(job_id)
+    assert slurm.jobs()[job_id]["state"] == "FAILED"
+    assert words() == []
+    assert f"does not see {gone}: output_dir must be on a shared file system" in slurm_log(out)
+
+
+def test_a_python_that_the_node_does_not_see(submit, slurm, out, monkeypatch):
+    monkeypatch.setattr(submit_module.sys, "executable", "/nowhere/python")
+    submit([0])
+    (job_id,) = slurm.jobs()
+    slurm.run(job_id)
+    log = slurm_log(out)
+    assert "does not see /nowhere/python: this Python, or the one that hydra.launcher.python" in log
+
+
+# the cap over several commands ------------------------------------------------------------------
+def waits(slurm) -> dict[str, str | None]:
+    return {base: slurm.options(base).get("dependency") for base in arrays(slurm)}
+
+
+def test_the_cap_is_the_sweeps_not_a_commands(submit, slurm):
+    _, text = submit(range(4), max_parallel=2)
+    assert "in flight" not in text
+    (first,) = arrays(slurm)
+    _, text = submit(range(6), max_parallel=2)
+    second = max(arrays(slurm), key=int)
+    assert f"max_parallel=2: 2 at a time are in flight, these wait for jobs {first}" in text
+    assert (waits(slurm)[second], slurm.options(second)["array"]) == (f"afterany:{first}", "0-1%2")
+    slurm.set_state(first, "COMPLETED")
+    submit([*range(6), 6], max_parallel=2)
+    third = max(arrays(slurm), key=int)
+    assert waits(slurm)[third] == f"afterany:{second}"
+
+
+def test_what_the_cap_leaves_is_used(submit, slurm):
+    submit(range(4), max_parallel=3)
+    (first,) = arrays(slurm)
+    for task in (0, 1):
+        slurm.set_state(f"{first}_{task}", "COMPLETED")
+    _, text = submit([*range(2, 4), 10, 11], max_parallel=3)  # two are left of the first four
+    second = max(arrays(slurm), key=int)
+    assert "max_parallel=3: 2 at a time are in flight, these are 1" in text
+    assert (waits(slurm)[second], slurm.options(second)["array"]) == (None, "0-1%1")
+
+
+def test_a_lane_counts_once(submit, slurm):
+    """Two arrays one after another are never at work together."""
+    submit([0, 1, (2, BIG), (3, HUGE)], max_parallel=2)
+    submit([4], max_parallel=3)
+    last = max(arrays(slurm), key=int)
+    assert waits(slurm)[last] is None
+
+
+def test_packs_count_by_their_runs(submit, slurm):
+    submit(range(4), max_parallel=4, runs_per_job=2)
+    (first,) = arrays(slurm)
+    slurm.set_state(f"{first}_0", "COMPLETED")
+    submit(range(4, 8), max_parallel=4, runs_per_job=2)
+    second = max(arrays(slurm), key=int)
+    assert (waits(slurm)[second], slurm.options(second)["array"]) == (None, "0-1%1")
+
+
+def test_a_dependency_of_the_users_stays(submit, slurm):
+    submit([0], max_parallel=1)
+    (first,) = arrays(slurm)
+    submit([1], max_parallel=1, dependency="afterok:7")
+    assert waits(slurm)[max(arrays(slurm), key=int)] == f"afterok:7,afterany:{first}"
+
+
+def test_a_search_counts_too(submit, slurm, out, make):
+    submit([0, 1], max_parallel=2)
+    (first,) = arrays(slurm)
+    study = plan_folder(out, name="s") / "study"
+    console = Console(file=io.StringIO(), width=400)
+    launcher = SlurmLauncher(options=SlurmOptions(**CPU, max_parallel=2))
+    launcher.search(study, left=3, config=make(), console=console)
+    second = max(arrays(slurm), key=int)
+    assert (waits(slurm)[second], slurm.options(second)["array"]) == (f"afterany:{first}", "0-2%2")
+    slurm.set_state(first, "COMPLETED")
+    slurm.set_state(f"{second}_0", "COMPLETED")
+    slurm.set_state(f"{second}_1", "FAILED")
+    launcher.search(study, left=3, config=make(), console=console)
+    third = max(arrays(slurm), key=int)
+    assert (waits(slurm)[third], slurm.options(third)["array"]) == (None, "0-1%1")
+    assert f"watch: python -m sweeps search s --output-dir {out}" in console.file.getvalue()
+
+
+def test_a_site_without_arrays_gets_jobs_of_one(submit, slurm, out, make):
+    slurm.config(max_array_size=0)
+    assert submit([0, 1, 2], max_parallel=2)[0] == 0
+    jobs = sorted(slurm.jobs(), key=int)
+    assert [slurm.options(job).get("array") for job in jobs] == [None] * 3
+    assert [waits(slurm)[job] for job in jobs] == [None, None, f"afterany:{jobs[0]}"]
+    launcher = SlurmLauncher(options=SlurmOptions(**CPU))
+    study = plan_folder(out, name="t") / "study"
+    launcher.search(study, left=3, config=make(), console=Console(file=io.StringIO()))
+    assert len(slurm.jobs()) == 6
+
+
+def test_the_printed_watch_line_works(submit, slurm, out, monkeypatch):
+    _, text = submit([0])
+    (line,) = [line for line in text.splitlines() if line.startswith("watch: ")]
+    words = shlex.split(line.removeprefix("watch: "))
+    assert words[:3] == ["python", "-m", "sweeps"]
+    monkeypatch.chdir("/")
+    slurm.set_state("102", "FAILED")
+    assert main([*words[3:], "--once"]) == 1  # as the run has failed
+
+
+def test_a_time_beyond_the_partitions_limit_is_refused(submit, slurm, out):
+    slurm.config(limit="0:30:00")
+    message = r"time must be <= 0:30:00 \(the limit of partition main\), got 60 min: .*valid: 30$"
+    with pytest.raises(ConfigError, match=message):
+        submit([0])
+    assert not out.exists()
+    assert submit([0], time="30")[0] == 0
+    assert submit([0, 1], qos="long")[0] == 0  # which may allow more
+
+
 # submitted once ---------------------------------------------------------------------------------
 def test_submitting_twice_submits_nothing(submit, slurm, out):
     submit([0, 1])
@@ -594,17 +802,98 @@ def test_a_controller_that_stays_away_is_a_refusal(submit, slurm, out):
     assert list(arrays(slurm).values()) == [2]
 
 
+class Killed(BaseException):
+    """The command ends here and now."""
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Ctrl-C inside sbatch of the array of this number, which SLURM takes all the same."""
+
+    def go(number: int) -> None:
+        real, left = SlurmExecutor._submit_command, [number]
+
+        def interrupted(self, command):
+            job = real(self, command)
+            left[0] -= 1
+            if left[0]:
+                return job
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
+
+    return go
+
+
+def test_ctrl_c_says_what_was_submitted_and_cancel_ends_it(submit, slurm, out, taken, capsys):
+    taken(2)
+    with pytest.raises(KeyboardInterrupt):
+        submit([0, (1, BIG), (2, HUGE)])
+    text = submit.console.file.getvalue()
+    cancel = f"python -m sweeps cancel s --output-dir {out}"
+    assert "Ctrl-C: 2 runs are submitted and go on, 1 are not: the same command submits" in text
+    assert f"to end what is submitted: {cancel}" in text
+    assert Counter(job_ids(out).values()) == Counter([*slurm.jobs(), None])
+    assert main([*shlex.split(cancel)[3:], "--yes"]) == 0
+    assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
+    assert "now: 2 cancelled" in capsys.readouterr().out
+
+
+def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, monkeypatch, capsys):
+    """Nothing was written down: no run knows that it is queued."""
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(
+        slurm_module, "send", lambda *a, **k: (submit_module.send(*a, **k), killed())
+    )
+    with pytest.raises(Killed):
+        submit([0, 1])
+    for file in out.glob("sweeps/s/jobs/*/submission.json"):
+        lost = {**json.loads(file.read_text()), "state": "submitting", "job_id": None}
+        file.write_text(json.dumps(lost))
+    assert {run.status().state for run in all_runs(out)} == {"planned"}
+    assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
+    assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
+    assert "now: 2 cancelled" in capsys.readouterr().out
+
+
+def test_cancel_without_an_answer_does_not_say_that_there_is_nothing(submit, slurm, out, capsys):
+    submit([0])
+    for file in out.glob("sweeps/s/jobs/*/submission.json"):
+        lost = {**json.loads(file.read_text()), "state": "submitting", "job_id": None}
+        file.write_text(json.dumps(lost))
+    for run in all_runs(out):
+        run.update_status(state="planned", job_id=None)
+    slurm.fail("squeue", "Unable to contact slurm controller")
+    assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 1
+    assert "there may be jobs of theirs" in capsys.readouterr().err
+
+
+def test_an_old_job_is_not_taken_for_that_of_a_refused_submission(submit, slurm, out):
+    submit([0])
+    slurm.set_state("102", "FAILED")
+    slurm.forget("102", by=["squeue", "scontrol", "sacct"])
+    (run,) = all_runs(out)
+    run.update_status(state="failed")
+    slurm.fail("sbatch", "Batch job submission failed: Job violates accounting/QOS policy", at=2)
+    assert submit([0])[0] == 1
+    assert submit([0])[0] == 0
+    assert len(slurm.jobs()) == 2
+
+
 @pytest.mark.parametrize("accounting", [True, False])
-def test_ctrl_c_before_the_job_id_is_written_down(submit, slurm, out, monkeypatch, accounting):
+def test_a_kill_before_the_job_id_is_written_down(submit, slurm, out, monkeypatch, accounting):
     slurm.config(accounting=accounting)
     real = SlurmExecutor._submit_command
 
     def interrupted(self, command):
         real(self, command)
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         submit([0, 1])
     assert len(slurm.jobs()) == 2
     assert set(job_ids(out).values()) == {None}
@@ -634,11 +923,11 @@ def test_no_answer_to_whether_runs_are_in_flight_submits_nothing(submit, slurm, 
 
     def interrupted(self, command):
         real(self, command)
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(SlurmExecutor, "_submit_command", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             submit([0])
     slurm.fail("squeue", "Unable to contact slurm controller (connect failure)")
     with pytest.raises(ConfigError, match=r"nothing was submitted: .*Unable to contact"):
@@ -880,6 +1169,37 @@ def test_evaluations_wait_for_the_runs_that_are_in_flight(requests, slurm, out):
     kind, *waits = asked["dependency"].split(":")
     assert kind == "afterany"
     assert sorted(waits) == sorted([str(before[1]), str(before[2])])
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_the_same_evaluations_are_queued_once(requests, slurm, out, capsys, after):
+    submit_evals(requests, sweep="s", output_dir=out, after=after)
+    submit_evals(requests, sweep="s", output_dir=out, after=after)
+    one, _ = eval_job(slurm, out)
+    assert "3 of 3 evaluations are queued already" in capsys.readouterr().out
+    slurm.set_state(f"{one.job_id}_1", "FAILED")  # it may be asked for again
+    submit_evals(requests, sweep="s", output_dir=out, after=after)
+    again = read_submissions(plan_folder(out, name="s") / "jobs")[-1]
+    assert again.tasks == [one.tasks[1]]
+
+
+def test_evaluations_that_would_come_too_early_do_not_count(requests, slurm, out):
+    submit_evals(requests, sweep="s", output_dir=out, after=False)
+    submit_evals(requests, sweep="s", output_dir=out, after=True)
+    later = read_submissions(plan_folder(out, name="s") / "jobs")[-1]
+    assert len(later.tasks) == 2  # of the runs in flight: the first may begin before they end
+    slurm.set_state(str(later.job_id), "RUNNING")
+    submit_evals(requests, sweep="s", output_dir=out, after=True)
+    assert len(read_submissions(plan_folder(out, name="s") / "jobs")[-1].tasks) == 2
+
+
+def test_the_cap_holds_for_evaluations_and_trainings_apart(requests, slurm, out):
+    launcher = SlurmLauncher(options=SlurmOptions(**CPU, max_parallel=1))
+    store_launcher(launcher, plan_folder(out, name="s"))
+    submit_evals(requests[:1], sweep="s", output_dir=out, after=False)
+    submit_evals(requests[1:], sweep="s", output_dir=out, after=False)
+    evals = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
+    assert [one.waits_for for one in evals] == [[], [evals[0].job_id]]
 
 
 def test_a_refused_evaluation_is_written_down_as_refused(requests, slurm, out):
