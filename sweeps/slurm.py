@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -365,7 +366,16 @@ def _send(
         waits = f"afterany:{':'.join(waits_for)}"
         both = f"{options.dependency},{waits}" if options.dependency else waits
         options = dataclasses.replace(options, dependency=both)
-    send(one, folder, options=options, shape=shape, at_once=at_once, code=code)
+    try:
+        send(one, folder, options=options, shape=shape, at_once=at_once, code=code)
+    except KeyboardInterrupt:
+        if kind != "train" and one.job_id is not None:
+            end = command("cancel", sweep, output_dir=output_dir)
+            print(
+                f"Ctrl-C: job {one.job_id} is submitted and goes on; to end it: {end}",
+                file=sys.stderr,
+            )
+        raise
     if kind == "train":
         for run_id, job_id in one.job_ids().items():
             _queued(RunDir(runs_folder(output_dir) / run_id), job_id)

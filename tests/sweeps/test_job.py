@@ -625,4 +625,6 @@ def test_a_pack_trains(nano, submitted, slurm, monkeypatch):
     work = job.read(file, index=0)
     assert states(work) == ["finished", "finished"]
     assert Counter((run.result() or {})["step"] for run in work.runs) == {4: 2}
+    for run in work.runs:  # what `logs` shows of a run without trouble
+        assert f"{run.run_id}  4/4  loss " in run.log_path(1).read_text()
     assert {r["job_id"] for run in work.runs for r in run.attempt_records()} == {JOB}

@@ -839,6 +839,20 @@ def test_ctrl_c_says_what_was_submitted_and_cancel_ends_it(submit, slurm, out, t
     assert "now: 2 cancelled" in capsys.readouterr().out
 
 
+def test_ctrl_c_inside_the_sbatch_of_a_search(submit, slurm, out, make, taken, capsys):
+    submit([0])
+    taken(1)
+    launcher = SlurmLauncher(options=SlurmOptions(**CPU))
+    study = plan_folder(out, name="s") / "study"
+    with pytest.raises(KeyboardInterrupt):
+        launcher.search(study, left=2, config=make(), console=Console(file=io.StringIO()))
+    job_id = max(arrays(slurm), key=int)
+    line = f"Ctrl-C: job {job_id} is submitted and goes on; to end it: python -m sweeps cancel s"
+    assert line in capsys.readouterr().err
+    assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
+    assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
+
+
 def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, monkeypatch, capsys):
     """Nothing was written down: no run knows that it is queued."""
 
