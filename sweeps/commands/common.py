@@ -109,9 +109,13 @@ def check_sweep(sweep: str, sweeps: Sequence[str], *, output_dir: Path | str) ->
     """ConfigError unless there is a plan of this name."""
     if sweep not in sweeps:
         some = ", ".join(sweeps[:8]) + (", ..." if len(sweeps) > 8 else "")
+        hint = nearest(sweep, list(sweeps))
+        if named := _named(output_dir, sweep):
+            every = (run for run in runs_of(output_dir) if run.run_id in named)
+            owners = dict.fromkeys(name for run in every for name in run.sweeps)
+            hint = f" It names runs of {', '.join(owners) or 'no sweep'}: this command takes SWEEP."
         raise ConfigError(
-            f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}."
-            f"{nearest(sweep, list(sweeps))}"
+            f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}.{hint}"
         )
 
 
