@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.scheduler import current_job
+from experiments.scheduler import current_job, gpus_asked
+from relora_core.config import ConfigError, RunConfig
 from relora_core.sources import code_hash
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,31 +70,58 @@ def frozen(root: Path = ROOT) -> dict[str, Any] | None:
 
 @cache
 def git_state(root: Path = ROOT) -> dict[str, Any]:
-    """{"commit", "dirty"}, and "tree_hash" of a frozen copy; empty where there is no git."""
+    """{"commit", "dirty"}, and "tree_hash" of a frozen copy; empty where git does not say."""
     copy = frozen(root)
     if copy is not None:  # git would tell of the checkout around the copy
-        return {key: copy[key] for key in ("commit", "dirty", "tree_hash")}
+        facts = {key: copy[key] for key in ("commit", "dirty", "tree_hash")}
+        return {key: value for key, value in facts.items() if value is not None}
     commit = git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    return {"commit": commit.strip(), "dirty": git(root, "status", "--porcelain", ".") != ""}
+    changes = git(root, "status", "--porcelain", ".")
+    told = {} if changes is None else {"dirty": changes != ""}
+    return {"commit": commit.strip(), **told}
+
+
+@cache
+def notes(root: Path = ROOT) -> tuple[str, ...]:
+    """A line where the code lies in a checkout and git does not say which commit it is.
+
+    It looks at no checkout of another owner, unless told that it is safe, and may be missing.
+    """
+    if frozen(root) or not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return ()
+    try:
+        done = _run(root, "rev-parse", "HEAD")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (f"code: no commit is recorded, git cannot be run: {error}",)
+    if not done.returncode:
+        return ()
+    said = done.stderr.decode("utf-8", "replace").splitlines()
+    why = next((line.removeprefix("fatal: ") for line in said if line), "git gives no reason")
+    way = f" (git config --global --add safe.directory {root})" if "ownership" in why else ""
+    return (f"code: no commit is recorded: {why}{way}",)
 
 
 def git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
     """git's output at `root`, or None where it has none to give; not even its index is written."""
-    environment = {k: v for k, v in os.environ.items() if k not in _REDIRECTS}
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            timeout=60,
-            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
-            check=False,
-        )
+        done = _run(root, *arguments)
     except (OSError, subprocess.TimeoutExpired):
         return None
     text = done.stdout.decode("utf-8", "surrogateescape")
     return text if done.returncode in ok else None
+
+
+def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {k: v for k, v in os.environ.items() if k not in _REDIRECTS}
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments],
+        capture_output=True,
+        timeout=60,
+        env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+        check=False,
+    )
 
 
 # machine ----------------------------------------------------------------------------------------
@@ -132,6 +160,38 @@ def gpus() -> list[str]:
     if torch is None or not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def gpu_asked(config: RunConfig) -> str | None:
+    """What asks for a GPU for a run of this config; None where nothing does, or a CPU is wanted."""
+    if config.runtime.device == "cpu":
+        return None
+    if config.runtime.device == "cuda":
+        return "runtime.device=cuda"
+    if asked := gpus_asked():
+        return f"a job of {asked} GPUs on each node (hydra.launcher.gpus_per_node or resources)"
+    asked = config.resources.gpus_per_node
+    return f"resources.gpus_per_node={asked}" if asked else None
+
+
+def check_gpu(config: RunConfig) -> None:
+    """ConfigError where a GPU is asked for and this process finds none. May import torch."""
+    asked = gpu_asked(config)
+    if asked is None:
+        return
+    import torch
+
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise no_gpu(config, asked)
+
+
+def no_gpu(config: RunConfig, asked: str) -> ConfigError:
+    device = config.runtime.device
+    return ConfigError(
+        f"runtime.device must be cpu here (no GPU found), got {device!r} with {asked}"
+        if device != "cuda"
+        else "runtime.device must be auto or cpu here (no GPU found), got 'cuda'"
+    )
 
 
 # scheduler --------------------------------------------------------------------------------------

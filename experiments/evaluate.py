@@ -22,10 +22,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import inputs, records
+from experiments import environment, inputs, records
 from experiments.identity import config_from_json
 from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
+from experiments.scheduler import enter_job
 from relora_core import atomic
 from relora_core.config import EVALS, ConfigError, EvalConfig, RunConfig, validate
 from relora_core.data.base import DataError
@@ -300,8 +301,7 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     except RuntimeError:
         raise DataError(f"{checkpoint} must hold the weights of its run's config") from None
     method.load_state_dict(progress.method)
-    if config.runtime.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
+    environment.check_gpu(config)
     if config.runtime.device != "cpu" and torch.cuda.is_available():
         model.to("cuda")
     else:
@@ -372,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(words) != 1 or words[0].startswith("-"):
         print("usage: python -m experiments.evaluate REQUEST", file=sys.stderr)
         return 1
+    enter_job()
     try:
         run_dir, request = read_request(Path(words[0]))
         evaluate(run_dir, request=request, say=lambda line: print(line, flush=True))

@@ -91,7 +91,7 @@ def plan(path: Path) -> dict[str, Any]:
             raise ValueError("it has no list of cells")
         for cell in raw["cells"]:
             _check_cell(cell)
-        for key in ("commands", "collapsed"):
+        for key in ("commands", "collapsed", "notes"):
             if not fits(list[str], raw.get(key, [])):
                 raise ValueError(f"{key} is no list of text")
         return raw

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import report_tables, tidy
+from experiments import notices, report_tables, tidy
 from experiments.document import (
     Block,
     Bullets,
@@ -209,7 +209,9 @@ def _cautions(sweep: Sweep) -> list[str]:
         lines.append(
             "Arms differ in their number of steps: their final numbers are not at one budget."
         )
-    lines += dict.fromkeys(f"Data: {note}." for run in runs for note in run.notes)
+    planned = [*notices.across([run.config for run in runs]), *sweep.notes]
+    read = [f"data: {note}" for run in runs for note in run.notes]
+    lines += dict.fromkeys(f"{n[:1].upper()}{n[1:]}." for n in [*planned, *read])
     codes = {tuple(sorted({c for run in arm.runs for c in run.code})) for arm in sweep.arms}
     codes.discard(())
     if len({code for arm_codes in codes for code in arm_codes}) > 1:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from experiments.document import Block, Bullets, Notice, Table, joined, number, plural
+from experiments.notices import fixed_order
 from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
 from experiments.tidy import Arm, RunData, Sweep, floor
 from relora_core.events import LOSS_STEPS
@@ -126,6 +127,10 @@ def results(sweep: Sweep) -> list[Block]:
         if several
         else "One value per arm: no interval. "
     )
+    if several:
+        note += "".join(
+            f"{line[:1].upper()}{line[1:]}. " for line in fixed_order(r.config for r in sweep.runs)
+        )
     note += f"Loss: training loss of the last {LOSS_STEPS} updates, nats per token. "
     note += "Tokens and device-hours are those of training. A mean of fewer values than runs that "
     note += "finished says so (n)."

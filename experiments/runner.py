@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments import frozen, inputs
+from experiments import environment, frozen, inputs
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
@@ -74,17 +74,31 @@ def complete_all(
         config = _with_evals(config, prints[key])
         validate(config)
         filled.append(config)
+    if notes is not None:
+        notes += environment.notes()
     return filled
 
 
 def _data_notes(config: RunConfig, info: DataInfo) -> list[str]:
     """One line each; of several data sets each names its own."""
     notes = [note if str(config.data.path) in note else f"data: {note}" for note in info.notes]
-    rows = config.train.steps * config.train.batch_size
-    if info.rows and rows > info.rows:
-        passes = f"{rows / info.rows:.3g} passes over the {info.rows:,} sequences of data.path"
-        notes.append(f"data: {rows:,} sequences are trained on: {passes}={config.data.path}")
-    return notes
+    return notes + _passes(config, info.rows)
+
+
+def _passes(config: RunConfig, rows: int | None) -> list[str]:
+    read = config.train.steps * config.train.batch_size
+    if not rows or read <= rows:
+        return []
+    passes = f"{read / rows:.3g} passes over the {rows:,} sequences of data.path"
+    return [f"data: {read:,} sequences are trained on: {passes}={config.data.path}"]
+
+
+def prepared_notes(config: RunConfig) -> list[str]:
+    """What is known of a large text only when it is tokenised."""
+    from relora_core import data
+
+    rows = data.prepared_rows(config.data, cache_dir=cache_dir(config.output_dir))
+    return _passes(config, rows)
 
 
 def _with_data(config: RunConfig, info: DataInfo) -> RunConfig:
@@ -162,6 +176,7 @@ def run_experiment(
             if taken := inputs.accepted(run_dir, by="retry"):
                 record["changes"] = taken
             run_dir.write_attempt(attempt, record)
+            environment.check_gpu(config)
             config = inputs.opened(run_dir, config)
             state = _attempt(
                 config,
@@ -365,8 +380,10 @@ def run_here(config: RunConfig) -> int:
     notes: list[str] = []
     config = complete(config, notes=notes)
     mlflow_store.check_uri(config.tracking)
-    check_output_dir(config.output_dir)
     run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir
+    if not run_dir.ended():
+        environment.check_gpu(config)
+    check_output_dir(config.output_dir)
     config = frozen.absolute(config)
     if place.rank:
         return _rank(config, run_dir)
@@ -378,6 +395,9 @@ def run_here(config: RunConfig) -> int:
         _say(f"note: {note}")
     found = inputs.opened(run_dir, config)
     data.prepare(found.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    for note in prepared_notes(found):
+        if note not in notes:
+            _say(f"note: {note}")
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:

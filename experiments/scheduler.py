@@ -12,6 +12,8 @@ import os
 
 JOB = "RELORA_JOB"
 """Set by the batch script of a job of ours: the submission's name, a slash, the job's id."""
+GPUS = "RELORA_GPUS"
+"""Likewise: how many GPUs each node of the job was asked for."""
 _job: str | None = None
 
 
@@ -45,3 +47,9 @@ def job_environment() -> dict[str, str]:
 def current_job() -> str | None:
     """Id of the job that this process has entered, `123_4` in an array; None elsewhere."""
     return None if _job is None else _job.rpartition("/")[2]
+
+
+def gpus_asked() -> int:
+    """GPUs that the job of this process asked for; 0 outside of one."""
+    asked = os.environ.get(GPUS, "")
+    return int(asked) if _job is not None and asked.isdecimal() else 0

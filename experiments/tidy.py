@@ -157,6 +157,8 @@ class Sweep:
     commands: list[str] = field(default_factory=list)
     collapsed: list[str] = field(default_factory=list)
     """Why there are fewer runs than points of the grid."""
+    notes: list[str] = field(default_factory=list)
+    """What planning said of settings and data."""
     arms: list[Arm]
     """In the plan's order, so that a wider plan changes no colour."""
 
@@ -213,6 +215,7 @@ def gather(
         question=question(sweep, commands, [config.experiment for config in configs]),
         commands=commands,
         collapsed=plan.get("collapsed", []),
+        notes=plan.get("notes", []),
         arms=_arms(runs),
     )
 

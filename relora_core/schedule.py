@@ -192,6 +192,50 @@ def _moves(first: int, *, config: RunConfig) -> bool:
     )
 
 
+def _never(config: RunConfig) -> list[str]:
+    """What is asked for and lies beyond the run's end."""
+    found, steps, relora = [], config.train.steps, config.relora
+    end, floor = config.schedule.total_steps or steps, config.schedule.min_ratio
+    if end < steps - 1 and (config.schedule.name == "linear" or not floor):
+        found.append(
+            f"the learning rate is 0 from step {end} of train.steps={steps} on: "
+            f"schedule.total_steps={end}"
+        )
+    if (every := config.dynamics.every_steps) and every > steps:
+        found.append(
+            f"weights are measured before the first step alone: dynamics.every_steps={every} of "
+            f"train.steps={steps}"
+        )
+    if config.method != "relora":
+        return found
+    if not (at := restart_steps(config)):
+        first = _first_multiple(config)
+        why = f"the first would be at step {first}" if first >= steps else "it has none to merge"
+        found.append(
+            f"no restart within train.steps={steps}: {why} (relora.reset_frequency="
+            f"{relora.reset_frequency}), so method=relora does what method=lora does"
+        )
+    elif len(at) < relora.restart_groups:
+        found.append(
+            f"relora.restart_groups={relora.restart_groups} take turns in {len(at)} restarts: "
+            "the others never restart"
+        )
+    for step, rank in relora.rank_schedule:
+        if at and step > max(redraws(config)):
+            found.append(
+                f"relora.rank_schedule never comes to [{step}, {rank}]: the last restart is at "
+                f"step {max(redraws(config))}"
+            )
+    return found
+
+
+def _first_multiple(config: RunConfig) -> int:
+    """The first step at which the knobs would have a restart, however long the run."""
+    relora = config.relora
+    first = max(relora.first_restart or 0, relora.reset_frequency)
+    return -(-first // relora.reset_frequency) * relora.reset_frequency
+
+
 def notices(config: RunConfig) -> list[str]:
     """What a plan should say of a valid config that may not do what its author expects."""
     found = []
@@ -204,9 +248,9 @@ def notices(config: RunConfig) -> list[str]:
             "relora.reset_adam_step has no say where no moment is pruned; runs of such a setting "
             "that earlier versions made had Adam's step reset"
         )
-    factors = (lr_factor(step, config=config) for step in range(config.train.steps))
+    n = config.train.steps
+    factors = (lr_factor(step, config=config) for step in range(n))
     if not any(factors):
-        n = config.train.steps
         return [*found, f"nothing is learnt: every update of train.steps={n} has learning rate 0"]
     if idle := idle_adapters(config):
         why = "every update of them has learning rate 0"
@@ -217,4 +261,4 @@ def notices(config: RunConfig) -> list[str]:
             )
         of = len(adapted_shapes(config))
         found.append(f"{len(idle)} of {of} adapters learn nothing: {why}")
-    return found
+    return found + _never(config)

@@ -140,7 +140,8 @@ def _deadline(work: Work) -> float | None:
 
 
 def _evaluate(request: Path) -> int:
-    return subprocess.call([sys.executable, "-P", "-m", "experiments.evaluate", str(request)])
+    command = [sys.executable, "-P", "-m", "experiments.evaluate", str(request)]
+    return subprocess.call(command, env={**os.environ, **job_environment()})
 
 
 def _search(work: Work, study: Path, stop: StopFlag) -> int:

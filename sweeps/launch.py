@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from experiments import records
+from experiments import notices, records
 from experiments.identity import essential
 from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
 from experiments.state import state_of
@@ -26,7 +26,7 @@ from sweeps.budget import Estimate, Place
 from sweeps.grid import Point
 from sweeps.local import LocalLauncher, written
 from sweeps.options import SlurmOptions
-from sweeps.plan import Cell, Plan, command, make_plan, plan_folder, store
+from sweeps.plan import Cell, Plan, command, make_plan, other_settings, plan_folder, store
 from sweeps.slurm import SlurmLauncher
 from sweeps.state import survey
 
@@ -77,7 +77,7 @@ def run_sweep(
 
     Raises ConfigError, or DataError, before anything is queued where the user made a mistake.
     """
-    from experiments.runner import check_output_dir, complete_all
+    from experiments.runner import check_output_dir, complete_all, prepared_notes
 
     console = console or display.make_console()
     notes: list[str] = []
@@ -90,6 +90,13 @@ def run_sweep(
         points, command=command, valid=True, begun=lambda run_id: (folder / run_id).exists()
     )
     output_dir = one_output_dir(plan)
+    plan.notes = [*notes, *notices.across(configs)]
+    if any(c.runtime.device == "cpu" and launcher.place(c).gpus for c in configs):
+        plan.notes.append(
+            "jobs hold GPUs that runtime.device=cpu leaves idle: hydra.launcher.gpus_per_node=0"
+        )
+    if not configs[0].sweep.name:
+        plan.notes += other_settings(plan, [point for point, _ in points], output_dir=output_dir)
     plan.collapsed += same_elsewhere(plan, output_dir)
     check_tracking(plan)
     states = survey([_run_dir(output_dir, cell) for cell in plan.cells])
@@ -112,7 +119,7 @@ def run_sweep(
             max_hours=limit,
             output_dir=output_dir,
         )
-        display.show_notes(notes, console=console)
+        display.show_notes(plan.notes, console=console)
 
     if plan_only:
         show()
@@ -123,6 +130,8 @@ def run_sweep(
     check_output_dir(output_dir)
     todo = [cell for cell in plan.cells if states[cell.run_id].state not in DONE]
     prepare_data(dataclasses.replace(plan, cells=todo), output_dir, console=console)
+    later = [note for cell in todo for note in prepared_notes(cell.config)]
+    plan.notes = list(dict.fromkeys(plan.notes + later))
     with written(output_dir):
         plan = store(plan, output_dir=output_dir)
         snapshot.record(plan_folder(output_dir, name=plan.name), output_dir=output_dir)

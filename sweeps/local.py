@@ -26,6 +26,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from experiments import environment
 from experiments.run_dir import DONE, RunDir, Status, runs_folder
 from experiments.scheduler import JOB
 from experiments.state import RunState, state_of
@@ -88,6 +89,12 @@ class LocalLauncher:
 
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
         check_parallel(self.max_parallel)
+        for cell in plan.cells:
+            asked = environment.gpu_asked(cell.config)
+            if asked is None or sys.platform == "darwin" or visible_gpus():
+                continue
+            if not _run_dir(Path(cell.config.output_dir), cell).ended():
+                raise environment.no_gpu(cell.config, asked)
 
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
         """Run everything that is not done, show how it ended; the exit code."""

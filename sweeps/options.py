@@ -160,6 +160,11 @@ def check_cell(config: RunConfig, options: SlurmOptions) -> None:
             f"({shape.nodes} nodes of {shape.tasks_per_node}), got {config.train.batch_size}; "
             f"nearest valid: {good}"
         )
+    if config.runtime.device == "cuda" and not shape.gpus_per_node and not options.extra:
+        raise ConfigError(
+            "hydra.launcher.gpus_per_node must be >= 1 with runtime.device=cuda, got 0; nearest "
+            "valid: 1, or runtime.device=cpu"
+        )
     every = config.checkpoint.every_minutes
     if every is not None and every >= shape.minutes:
         raise ConfigError(

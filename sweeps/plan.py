@@ -14,16 +14,16 @@ import fcntl
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import frozen, records
+from experiments import frozen, notices, records
 from experiments.identity import config_from_json, essential, ids, scientific
 from relora_core import atomic
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, validate, walk
-from sweeps.grid import Point, check_name, sweep_name
+from sweeps.grid import Point, axes, check_name, sweep_name
 
 LABELS = {
     "sweep.arm": "arm",
@@ -59,6 +59,8 @@ class Plan:
     """Points of the grid before duplicates fell together."""
     collapsed: list[str] = field(default_factory=list)
     """Why there are fewer runs than points, one line each."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of settings and data, one line each."""
     commands: list[str] = field(default_factory=list)
     """Command lines that planned these cells, oldest first."""
     created: float = field(default_factory=time.time)
@@ -301,6 +303,7 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             whole = dataclasses.replace(
                 plan,
                 cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
+                notes=_joined(old, plan),
                 commands=list(dict.fromkeys(old.commands + plan.commands)),
                 created=old.created,
             )
@@ -311,6 +314,64 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             cell.config = frozen.absolute(cell.config)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))
     return dataclasses.replace(plan, cells=list(cells.values()))
+
+
+def _joined(old: Plan, new: Plan) -> list[str]:
+    """Notes of both; what is said of runs side by side is said of all of them together."""
+    runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
+    parts = {note for configs in runs for note in notices.across(configs)}
+    alone = [note for note in old.notes + new.notes if note not in parts]
+    return list(dict.fromkeys(alone + notices.across(runs[0] + runs[1])))
+
+
+def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | str) -> list[str]:
+    """A line where a stored plan of the same automatic name holds runs with other fixed settings.
+
+    More values of the axes, and more seeds, are what a wider grid is made of.
+    """
+    path = plan_folder(output_dir, name=plan.name) / "plan.json"
+    if not path.exists():
+        return []
+    before, now = load(path).cells, plan.cells
+    old, new = (_values([cell.config for cell in cells]) for cells in (before, now))
+    varied = axes(points)
+    named = {key for point in points for key in point}
+    apart = []
+    for key, values in new.items():
+        if not old.get(key) or values & old[key] or _follows(key, varied, named=named):
+            continue
+        if key.endswith(".fingerprint"):
+            key = key.replace("fingerprint", "path")
+        one, two = (_short(get(cells[0].config, key)) for cells in (before, now))
+        apart.append(f"{key}={one} (now {two})" if one != two else f"other data at {key}={one}")
+    if not apart:
+        return []
+    more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
+    return [
+        f"sweep {plan.name} has runs of earlier commands with {', '.join(apart[:3])}{more}, and "
+        "these join them: sweep.name=NAME keeps them apart"
+    ]
+
+
+def _values(configs: Sequence[RunConfig]) -> dict[str, set[str]]:
+    """Key -> its values, of what changes the numbers; the seed and what the data imply left out."""
+    found: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in essential(config).items():
+            found.setdefault(key, set()).add(repr(value))
+    for key in ("seed", "model.vocab_size"):
+        found.pop(key, None)
+    key = "schedule.total_steps"  # in `essential` it follows from train.steps
+    found[key] = {repr(get(config, key)) for config in configs}
+    return found
+
+
+def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool:
+    """Whether an axis may have brought this key's values."""
+    if {"experiment", "sweep.arm"} & {*varied} and key not in named:
+        return True
+    by_scale = key == "relora.alpha" and "relora.scale" in named
+    return by_scale or any(key == axis or key.startswith(f"{axis}.") for axis in varied)
 
 
 @contextlib.contextmanager

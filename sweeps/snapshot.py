@@ -49,9 +49,10 @@ class CodeState:
     """What the code was."""
 
     commit: str | None
-    """None outside a git checkout."""
-    dirty: bool
-    """Whether anything tracked differs from the commit, or is new and not ignored."""
+    """None where git does not say: no checkout, or one of another owner."""
+    dirty: bool | None
+    """Whether anything tracked differs from the commit, or is new and not ignored; None: nobody
+    knows."""
     code_hash: str
     """Digest of relora_core, the same that each attempt records."""
     untracked: list[str]
@@ -74,14 +75,14 @@ def code_state(root: Path = ROOT, *, output_dir: Path | str | None = None) -> Co
         return CodeState(**{f.name: copy[f.name] for f in dataclasses.fields(CodeState)})
     commit = git(root, "rev-parse", "HEAD")
     if commit is None:
-        return CodeState(commit=None, dirty=False, code_hash=code_hash(root), untracked=[])
-    untracked = _listed(root, "ls-files", "--others", "--exclude-standard") or []
-    untracked = _outside(untracked, root=root, output_dir=output_dir)
+        return CodeState(commit=None, dirty=None, code_hash=code_hash(root), untracked=[])
+    listed = _listed(root, "ls-files", "--others", "--exclude-standard")
+    untracked = _outside(listed or [], root=root, output_dir=output_dir)
     edited = _listed(root, "diff", "--name-only", "--relative", "HEAD")
     kept = _outside(edited or [], root=root, output_dir=output_dir)
     return CodeState(
         commit=commit.strip(),
-        dirty=edited is None or bool(kept or untracked),
+        dirty=bool(kept or untracked) or (None if edited is None or listed is None else False),
         code_hash=code_hash(root),
         untracked=untracked,
     )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.scheduler import JOB
+from experiments.scheduler import GPUS, JOB
 from relora_core import shell
 from sweeps import cluster
 from sweeps.cluster import SlurmError
@@ -124,6 +124,7 @@ def parameters(
             *_own_setup(options.setup),
             *_frozen(code),
             *_seen(file, code, python=None if given.python else sys.executable),
+            f"export {GPUS}={shape.gpus_per_node}",
             token(name, array=array),
         ],
         # One dead rank would leave the others waiting for it until the time limit.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from experiments import tidy
+from experiments import document, environment, report, report_tables, scheduler, tidy
 from experiments.__main__ import describe, show
+from experiments.identity import run_id
+from experiments.notices import fixed_order, scales
 from experiments.report import _cautions
 from experiments.run_dir import RunDir, runs_folder
-from experiments.runner import run_here
-from relora_core.config import RunConfig
+from experiments.runner import complete, run_experiment, run_here
+from relora_core.config import ConfigError, RunConfig
+from sweeps.__main__ import main
+from sweeps.budget import Place
 from sweeps.launch import run_sweep
 from sweeps.local import LocalLauncher
+from sweeps.options import SlurmOptions, check_cell
+from sweeps.plan import Plan, load, plan_folder
+from sweeps.search.space import with_values
 from tests.conftest import nano_config
 
 CUT = "each stored row of 17 ids gives 3 sequences of data.seq_len=5; its last 1 ids are not used"
@@ -79,7 +88,205 @@ def test_a_plan_says_it_once_for_all_its_runs(cut: RunConfig) -> None:
 
 
 def test_a_report_says_it() -> None:
-    run = SimpleNamespace(notes=[CUT], state="finished", config=nano_config(), code=[], changed=[])
+    run = SimpleNamespace(
+        notes=[CUT], state="finished", config=nano_config(), code=[], changed=[], seed=0
+    )
     arm = SimpleNamespace(finished=[run, run], runs=[run, run], name="a")
-    lines = _cautions(SimpleNamespace(runs=[run, run], arms=[arm], varies={}))  # type: ignore[arg-type]
-    assert lines == [f"Data: {CUT}."]
+    sweep = SimpleNamespace(runs=[run, run], arms=[arm], varies={}, notes=[f"data: {CUT}", "x"])
+    assert _cautions(sweep) == [f"Data: {CUT}.", "X."]  # type: ignore[arg-type]
+
+
+# what planning knows of many runs ---------------------------------------------------------------
+SCALES = (
+    "relora.r varies at relora.alpha=8, and with it the scale alpha / r (4 at r=2, 2 at r=4): "
+    "relora.scale=4 keeps it the same"
+)
+ORDER = (
+    "seeds do not change the order of the data (data=pretokenized): intervals over them speak of "
+    "weights, dropout and restarts alone"
+)
+NO_RESTART = (
+    "no restart within train.steps=9: the first would be at step 10 (relora.reset_frequency=10), "
+    "so method=relora does what method=lora does"
+)
+PASSES = "data: 36 sequences are trained on: 1.2 passes over the 30 sequences of data.path="
+
+
+class Idle(LocalLauncher):
+    """Plans, stores, and runs nothing."""
+
+    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
+        return 130
+
+
+def planned(cut: RunConfig, *axes: dict[str, Any]) -> list[str]:
+    """The notes that a sweep of these points prints; it is stored and nothing is run."""
+    out = io.StringIO()
+    points = [({k: str(v) for k, v in one.items()}, with_values(cut, one)) for one in axes]
+    run_sweep(points, launcher=Idle(), console=Console(file=out, width=100))
+    lines = out.getvalue().splitlines()
+    return [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+
+
+def test_plan_status_and_report_say_what_is_known(
+    cut: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut.relora.reset_frequency = 10
+    grid = [{"relora.r": r, "seed": k} for r in (2, 4) for k in (0, 1)]
+    known = [f"data: {CUT}", f"{PASSES}{cut.data.path}", NO_RESTART, SCALES, ORDER]
+    assert planned(cut, *grid) == known
+    for words in (["status"], ["status", "relora.r-seed"], ["plan", "relora.r-seed"]):
+        assert main(["--output-dir", cut.output_dir, *words]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line for line in said if line.startswith("note: ")] == [f"note: {n}" for n in known]
+    page = report.write(cut.output_dir, "relora.r-seed").with_suffix(".md").read_text()
+    for line in known:
+        assert page.count(f"{line[:1].upper()}{line[1:]}.") == 1
+
+
+def test_the_order_of_the_data_is_said_beside_the_intervals(cut: RunConfig) -> None:
+    assert planned(cut, {"seed": 0}, {"seed": 1})[-1] == ORDER
+    found = tidy.gather(cut.output_dir, "seed")
+    for run in found.runs:
+        run.state, run.metrics = "finished", {"train/loss": 1.0 + run.seed}
+    (table,) = (b for b in report_tables.results(found) if isinstance(b, document.Table))
+    assert f"{ORDER[0].upper()}{ORDER[1:]}." in table.note
+    text = {"kind": "text", "path": "x", "tokenizer": "y"}
+    two = [nano_config(data=text, seed=k) for k in (0, 1)]
+    assert fixed_order(two)[0].startswith(
+        "seeds do not change the order of the data (data=text, data.shuffle_rows=false)"
+    )
+    for config in two:
+        config.data.shuffle_rows = True
+    assert fixed_order(two) == fixed_order(two[:1]) == []
+    assert fixed_order([nano_config(seed=k) for k in (0, 1)]) == []  # the grammar's follows it
+
+
+def test_what_is_said_of_runs_side_by_side_is_said_of_a_wider_grid_once(cut: RunConfig) -> None:
+    planned(cut, {"relora.r": 2}, {"relora.r": 4})
+    planned(cut, {"relora.r": 2}, {"relora.r": 8})
+    stored = load(plan_folder(cut.output_dir, name="relora.r") / "plan.json").notes
+    (line,) = [note for note in stored if note.startswith("relora.r varies")]
+    assert "(4 at r=2, 2 at r=4, 1 at r=8)" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([{"r": 2}, {"r": 4}], 1),
+        ([{"r": 2}, {"r": 4}, {"r": 2, "alpha": 5.0}], 1),
+        ([{"r": 2, "alpha": 4.0}, {"r": 4, "alpha": 8.0}], 0),  # the same scale
+        ([{"r": 2, "scaling": "rslora"}, {"r": 4, "scaling": "rslora"}], 0),  # its very point
+        ([{"r": 2, "scaling": "trainable"}, {"r": 4, "scaling": "trainable"}], 0),
+    ],
+)
+def test_ranks_at_one_alpha_are_said_where_the_scale_follows(changes: Any, said: int) -> None:
+    assert len(scales([nano_config(relora=change) for change in changes])) == said
+    assert scales([nano_config(relora=c, method="full_rank") for c in changes]) == []
+
+
+# joining an older sweep -------------------------------------------------------------------------
+def joins(notes: list[str]) -> str:
+    return next((note for note in notes if "sweep.name=NAME" in note), "")
+
+
+def test_a_sweep_that_would_join_one_of_other_fixed_settings_says_so(cut: RunConfig) -> None:
+    axis = {"relora.r": 2}, {"relora.r": 4}
+    assert not joins(planned(cut, *axis))
+    assert not joins(planned(cut, *axis))  # the same again
+    assert not joins(planned(cut, {"relora.r": 2}, {"relora.r": 8}))  # a wider grid
+    assert not joins(planned(cut, *({**one, "seed": 1} for one in axis)))  # another seed
+    longer = [{**one, "train.steps": 12} for one in axis]
+    assert joins(planned(cut, *longer)) == (
+        "sweep relora.r has runs of earlier commands with train.steps=9 (now 12), and these join "
+        "them: sweep.name=NAME keeps them apart"
+    )
+    assert not joins(planned(cut, *longer))  # they are there by now
+    assert "relora.dropout=0 (now 0.1), train.lr=0.01 (now 0.02)" in joins(
+        planned(cut, *({**one, "relora.dropout": 0.1, "train.lr": 0.02} for one in axis))
+    )
+    named = [{**one, "train.steps": 5, "sweep.name": "relora.r"} for one in axis]
+    assert not joins(planned(cut, *named))  # on purpose
+
+
+def test_what_follows_from_an_axis_is_no_fixed_setting(cut: RunConfig) -> None:
+    one = with_values(cut, {"model.d_model": 64, "model.name": "a"})
+    two = with_values(cut, {"model.d_model": 48, "model.name": "b"})
+    three = with_values(cut, {"model.d_model": 16, "model.name": "c", "relora.r": 2})
+    for configs in ((cut, one), (two, three)):
+        out = io.StringIO()
+        points = [({"model": c.model.name}, c) for c in configs]
+        run_sweep(points, launcher=Idle(), console=Console(file=out, width=100))
+    assert "relora.r=4 (now" not in out.getvalue()  # 2 and 4 are there
+    assert "sweep.name=NAME" not in out.getvalue()
+
+
+# a GPU asked for --------------------------------------------------------------------------------
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+
+
+CUDA = "runtime.device must be auto or cpu here (no GPU found), got 'cuda'"
+RESOURCES = "runtime.device must be cpu here (no GPU found), got 'auto' with resources."
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"runtime.device": "cuda"}, CUDA),
+        (
+            {"runtime.device": "auto", "resources.gpus_per_node": 1},
+            f"{RESOURCES}gpus_per_node=1",
+        ),
+    ],
+)
+def test_a_gpu_asked_for_and_not_there_is_one_line_before_anything_is_written(
+    cut: RunConfig, no_gpu: None, changes: dict[str, Any], line: str
+) -> None:
+    config = with_values(cut, changes)
+    for go in (
+        lambda: run_here(config),
+        lambda: run_sweep([({}, config)], launcher=LocalLauncher(), plan_only=True),
+        lambda: run_sweep([({}, config)], launcher=LocalLauncher()),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(line)}$"):
+            go()
+    assert not Path(cut.output_dir).exists()
+    assert environment.gpu_asked(with_values(config, {"runtime.device": "cpu"})) is None
+
+
+def test_a_job_that_asked_for_a_gpu_and_finds_none_fails_in_one_line(
+    cut: RunConfig, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = complete(with_values(cut, {"runtime.device": "auto"}))
+    run = RunDir(runs_folder(cut.output_dir) / run_id(config))
+    monkeypatch.setattr(scheduler, "_job", "a.b/12")
+    monkeypatch.setenv(scheduler.GPUS, "2")
+    line = "runtime.device must be cpu here (no GPU found), got 'auto' with a job of 2 GPUs on each"
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}"):
+        run_experiment(config, run)
+    assert (run.status().state, run.newest_step()) == ("failed", 0)
+    assert (run.status().error or "").startswith(line)
+    monkeypatch.setattr(scheduler, "_job", None)  # a stray variable of the shell asks for nothing
+    assert environment.gpu_asked(config) is None
+
+
+def test_a_job_without_gpus_cannot_have_a_run_on_one(cut: RunConfig) -> None:
+    on_gpu = with_values(cut, {"runtime.device": "cuda"})
+    with pytest.raises(ConfigError, match=r"^hydra.launcher.gpus_per_node must be >= 1 with "):
+        check_cell(on_gpu, SlurmOptions(gpus_per_node=0))
+    check_cell(on_gpu, SlurmOptions(gpus_per_node=1))
+    check_cell(with_values(cut, {"runtime.device": "auto"}), SlurmOptions(gpus_per_node=0))
+
+
+def test_a_job_whose_gpus_nobody_uses_is_said(cut: RunConfig) -> None:
+    class Cluster(Idle):
+        def place(self, config: RunConfig) -> Place:
+            return Place(gpus=1)
+
+    out = io.StringIO()
+    run_sweep([({}, cut)], launcher=Cluster(), plan_only=True, console=Console(file=out, width=99))
+    assert "jobs hold GPUs that runtime.device=cpu leaves idle" in out.getvalue()

@@ -27,6 +27,7 @@ __all__ = [
     "local_files",
     "open_stream",
     "prepare",
+    "prepared_rows",
     "sample",
     "tokenizer_digest",
 ]
@@ -135,6 +136,16 @@ def prepare(
     """
     if data.kind == "text":
         _token_cache(data, cache_dir=cache_dir, progress=progress)
+
+
+def prepared_rows(data: DataConfig, *, cache_dir: Path) -> int | None:
+    """Rows in one pass over text that `prepare` has tokenised; None where it had nothing to do."""
+    if not is_cached(data, cache_dir=cache_dir):
+        return None
+    from relora_core.data import text
+
+    assert data.fingerprint is not None
+    return text.Tokens(text.cache_folder(cache_dir, data.fingerprint)).rows(data.seq_len)
 
 
 def load_tokenizer(data: DataConfig) -> Tokenizer | None:

@@ -65,7 +65,9 @@ def inspect(
             info.rows = tokens.rows(data.seq_len)
             info.notes += _null_notes(tokens.meta.nulls)
         else:
-            info.notes += _check_documents(files, data=data, tokenizer=tokenizer)
+            said, tokens = _check_documents(files, data=data, tokenizer=tokenizer)
+            info.notes += said
+            info.rows = tokens and (tokens - 1) // data.seq_len
     except DataError as error:
         raise ConfigError(f"data.path: {error}") from None
     return info
@@ -73,8 +75,9 @@ def inspect(
 
 def _check_documents(
     files: list[tuple[str, Path]], *, data: DataConfig, tokenizer: HFTokenizer
-) -> list[str]:
-    """Read the documents, up to a budget; ConfigError where they are shorter than one sequence."""
+) -> tuple[list[str], int | None]:
+    """Read the documents, up to a budget; ConfigError where they are shorter than one sequence.
+    Also the tokens of them all, where they are few."""
     characters, skipped = 0, Counter()
     texts: list[tuple[str, str]] = []
     for name, file in files:
@@ -85,11 +88,12 @@ def _check_documents(
                     texts.append((name, piece))
                 if characters > CHECKED_CHARACTERS:
                     later = f"documents from {name} on are checked when they are tokenised"
-                    return [*_null_notes(skipped["null"]), later]
+                    return [*_null_notes(skipped["null"]), later], None
+    tokens = None
     if characters <= COUNTED_CHARACTERS:
         tokens = sum(len(ids) + 1 for ids in _encode(texts, tokenizer=tokenizer))
         check_length(tokens, seq_len=data.seq_len)
-    return _null_notes(skipped["null"])
+    return _null_notes(skipped["null"]), tokens
 
 
 def _null_notes(count: int) -> list[str]:

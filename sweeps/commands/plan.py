@@ -25,4 +25,5 @@ def run(args: argparse.Namespace) -> int:
     console.print(display.plan_table(stored, states=states))
     for line in [*stored.collapsed, *stored.commands]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    display.show_notes(stored.notes, console=console)
     return 0

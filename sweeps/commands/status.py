@@ -9,18 +9,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from experiments import records
 from experiments.run_dir import DONE
 from experiments.sinks import clock
 from experiments.state import RunState
 from sweeps import display
 from sweeps.commands import common
 from sweeps.commands.common import BAD, Run
-from sweeps.plan import command
+from sweeps.plan import command, plan_folder
 
 HELP = "state, step and loss of every run; changes nothing"
 EXAMPLES = """examples:
@@ -52,8 +54,21 @@ def run(args: argparse.Namespace) -> int:
         print(common.no_runs(args.output_dir))
     else:
         by_run = True if args.runs else None
-        display.make_console().print(view(runs, states, by_run=by_run))
+        console = display.make_console()
+        console.print(view(runs, states, by_run=by_run))
+        display.show_notes(_notes(args.output_dir, runs), console=console)
     return 0
+
+
+def _notes(output_dir: Path | str, runs: Sequence[Run]) -> list[str]:
+    """What the shown sweeps' plans say; each line names its sweep where there are several."""
+    sweeps = list(dict.fromkeys(run.sweep for run in runs if run.sweep))
+    notes = {s: records.plan(plan_folder(output_dir, name=s) / "plan.json") for s in sweeps}
+    return [
+        f"{sweep}: {note}" if len(sweeps) > 1 else note
+        for sweep, plan in notes.items()
+        for note in plan.get("notes", [])
+    ]
 
 
 def entry(run: Run, state: RunState) -> dict[str, object]:

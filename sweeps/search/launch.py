@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.notices import across
 from experiments.runner import check_output_dir, complete_all
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, validate
@@ -71,7 +72,7 @@ def run_search(
         },
         command=command,
     )
-    check_corners(spec, bases)
+    notes += across(check_corners(spec, bases), seeds=len(search.seeds))
     spec.check()
     plan = make_plan([(dict(c), config) for (c, _), config in zip(bases, completed, strict=True)])
     output_dir = one_output_dir(plan)
@@ -140,8 +141,9 @@ def close(study: Study, console: Console) -> int:
 
 
 # checks -----------------------------------------------------------------------------------------
-def check_corners(spec: Spec, bases: Sequence[tuple[dict[str, str], RunConfig]]) -> None:
-    """ConfigError where an end of the space is no valid run."""
+def check_corners(spec: Spec, bases: Sequence[tuple[dict[str, str], RunConfig]]) -> list[RunConfig]:
+    """The runs at the ends of the space; ConfigError where one is not valid."""
+    found = []
     for choices, _ in bases:
         base = spec.bases[spaces.base_key(choices)]
         active = applying(spec, choices=choices, base=base)
@@ -154,6 +156,8 @@ def check_corners(spec: Spec, bases: Sequence[tuple[dict[str, str], RunConfig]])
                 raise ConfigError(
                     f"search.space must hold valid runs only, got {where}: {error}"
                 ) from None
+            found.append(config)
+    return found
 
 
 def applying(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list[str]:

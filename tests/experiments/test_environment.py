@@ -95,6 +95,43 @@ def test_git_state_of_a_checkout(repository):
     assert git_state(repository) == clean | {"dirty": True}
 
 
+@pytest.fixture
+def of_another(repository, monkeypatch):
+    """A checkout that git refuses to look at."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    return repository
+
+
+def test_of_a_checkout_of_another_owner_nothing_is_known_and_it_is_said(of_another):
+    assert git_state(of_another) == {}
+    (line,) = environment.notes(of_another)
+    assert line.startswith("code: no commit is recorded: detected dubious ownership in repository")
+    assert line.endswith(f"(git config --global --add safe.directory {of_another})")
+
+
+def test_where_git_speaks_or_there_is_no_checkout_there_is_nothing_to_say(repository, tmp_path):
+    assert environment.notes(repository) == ()
+    (tmp_path / "alone").mkdir()
+    assert environment.notes(tmp_path / "alone") == ()
+
+
+def test_a_checkout_without_git_or_without_a_commit_is_said(tmp_path, repository, monkeypatch):
+    new = tmp_path / "new"
+    new.mkdir()
+    subprocess.run(["git", "init", "-q", str(new)], check=True)
+    assert environment.notes(new)[0].startswith("code: no commit is recorded: ambiguous argument")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.notes(repository)[0].startswith(
+        "code: no commit is recorded, git cannot be run"
+    )
+
+
+def test_a_copy_of_what_nobody_knows_says_nothing_of_it(tmp_path):
+    facts = {"commit": None, "dirty": None, "tree_hash": "t" * 16, "code_hash": "x"}
+    (tmp_path / SNAPSHOT).write_text(json.dumps(facts))
+    assert git_state(tmp_path) == {"tree_hash": "t" * 16}
+
+
 def test_a_copy_below_a_checkout_reports_what_it_is_a_copy_of(repository):
     copy = repository / "outputs" / "code"
     copy.mkdir(parents=True)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relora_core.config import ConfigError, DataConfig
-from relora_core.data import DataError, inspect, open_stream, prepare, text
+from relora_core.data import DataError, inspect, open_stream, prepare, prepared_rows, text
 from relora_core.data.tokenizer import HFTokenizer
 
 DOCUMENTS = [
@@ -223,9 +223,19 @@ def test_text_is_tokenised_once_and_only_in_prepare(config, tmp_path, monkeypatc
     stream(data, tmp_path).next_rows(3)
 
 
-def test_planning_says_the_rows_once_the_cache_is_there(config, cache):
-    tokens = len(one_pass(config(), cache))
-    assert inspect(config(seq_len=20), cache_dir=cache).rows == (tokens - 1) // 20
+def test_planning_says_the_rows_of_a_small_text_and_of_one_that_is_in_the_cache(
+    config, cache, tmp_path, monkeypatch
+):
+    data = config(seq_len=20)
+    rows = (len(one_pass(config(), cache)) - 1) // 20
+    assert inspect(data, cache_dir=cache).rows == rows
+    assert inspect(data, cache_dir=tmp_path / "none").rows == rows
+    monkeypatch.setattr(text, "COUNTED_CHARACTERS", 10)  # a large one is counted once, by `prepare`
+    info = inspect(data, cache_dir=tmp_path / "none")
+    assert info.rows is None
+    data.fingerprint = info.fingerprint
+    assert prepared_rows(data, cache_dir=tmp_path / "none") is None
+    assert prepared_rows(data, cache_dir=cache) == rows
 
 
 def build_one(data: DataConfig, cache: Path) -> None:

@@ -172,6 +172,47 @@ def test_a_long_warm_up_may_wait_for_a_late_first_restart(nano):
 def test_what_cannot_learn_is_said_before_it_runs(nano, changes, words):
     config = nano(**changes)
     validate(config)
-    found = notices(config)
+    found = [line for line in notices(config) if "never restart" not in line]
+    found = [line for line in found if not line.startswith("no restart")]
     assert len(found) == bool(words)
     assert not words or words in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, None),  # 12 steps, restarts at 4 and 8
+        (
+            {"relora": {"reset_frequency": 12}},
+            "no restart within train.steps=12: the first would be at step 12 "
+            "(relora.reset_frequency=12), so method=relora does what method=lora does",
+        ),
+        ({"relora": {"first_restart": 9}}, "the first would be at step 12"),
+        ({"relora": {"warm_start_steps": 11}}, "it has none to merge"),
+        ({"relora": {"reset_frequency": 100}, "method": "lora"}, None),
+        ({"relora": {"reset_frequency": 100}, "method": "full_rank"}, None),
+        (
+            {"relora": {"restart_groups": 3}},
+            "relora.restart_groups=3 take turns in 2 restarts: the others never restart",
+        ),
+        (
+            {"relora": {"rank_schedule": [[8, 2], [9, 3]]}},
+            "relora.rank_schedule never comes to [9, 3]: the last restart is at step 8",
+        ),
+        (
+            {"schedule": {"total_steps": 6, "min_ratio": 0.0}},
+            "the learning rate is 0 from step 6 of train.steps=12 on: schedule.total_steps=6",
+        ),
+        ({"schedule": {"total_steps": 6, "min_ratio": 0.1}}, None),
+        (
+            {"dynamics": {"every_steps": 13}},
+            "weights are measured before the first step alone: dynamics.every_steps=13 of",
+        ),
+    ],
+)
+def test_what_lies_beyond_the_end_is_said(nano, changes, line):
+    config = nano(**changes)
+    validate(config)
+    found = notices(config)
+    assert len(found) == bool(line)
+    assert not line or line in found[0]

@@ -105,8 +105,16 @@ def test_a_name_that_is_not_utf8_can_be_recorded(checkout, tmp_path):
 
 def test_without_git_there_is_still_the_digest(tmp_path):
     code = code_state(tmp_path)
-    assert (code.commit, code.dirty) == (None, False)
+    assert (code.commit, code.dirty) == (None, None)
     assert code.code_hash == environment.code_hash(tmp_path)
+
+
+def test_a_checkout_of_another_owner_is_not_called_clean(checkout, tmp_path, monkeypatch):
+    (checkout / "a.py").write_text("edited\n")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    code = record(tmp_path, root=checkout)
+    assert (code.commit, code.dirty) == (None, None)
+    assert json.loads((tmp_path / "code.json").read_text())["dirty"] is None
 
 
 # freeze -----------------------------------------------------------------------------------------
