@@ -58,9 +58,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_flag(word: str) -> bool:
+    return word.startswith("-")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and isinstance(getattr(args, "words", None), list) and not any(map(_is_flag, rest)):
+        args.words += rest  # argparse takes those before the first option only
+    elif rest:
+        unknown = [word for word in rest if _is_flag(word)] or rest
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return args.run_command(args)
     except ConfigError as error:

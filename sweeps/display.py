@@ -5,6 +5,7 @@ Reads run directories and nothing else. Not for: numbers that scripts rely on (`
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,20 +107,23 @@ def plan_table(
     estimates: Mapping[str, Estimate | None] | None = None,
     unit: str = "GPU",
     output_dir: Path | str | None = None,
+    most: int | None = None,
 ) -> Table:
     """Runs, sizes, what each will take and what will happen to it.
 
     `estimates` holds the runs that the command would queue (`budget.estimates`); without it there
-    is no column of hours. `output_dir` is where the runs are, where that is not as planned.
+    is no column of hours. `output_dir` is where the runs are, where that is not as planned. Rows
+    after the first `most` are left out.
     """
     title = f"sweep {plan.name}: {len(plan.cells)} runs"
+    cells = plan.cells if most is None else plan.cells[:most]
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("run", overflow="fold")
     hours = [] if estimates is None else [f"{unit}-hours"]
     for name in ("parameters", "trainable", "steps", "tokens", *hours, "disk"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("state")
-    for cell in plan.cells:
+    for cell in cells:
         sizes, state = costs.parameters(cell.config), states.get(cell.run_id)
         after = _planned_dir(cell, output_dir).newest_step() if budget.to_run(state) else 0
         table.add_row(
@@ -197,18 +201,34 @@ def show_plan(
     unit: str = "GPU",
     max_hours: float | None = None,
     output_dir: Path | str | None = None,
+    stored: bool = True,
 ) -> None:
-    """Print the plan, what it takes in all and what fell together; hundreds of runs are cut."""
-    short = plan
-    if len(plan.cells) > 40:
-        short = Plan(name=plan.name, cells=plan.cells[:20], points=plan.points)
+    """Print the plan, what it takes in all and what fell together.
+
+    Hundreds of runs are cut: a stored plan has a command that shows them all, and one that is not
+    is whole where no terminal shows it.
+    """
+    cut = len(plan.cells) > 40 and (stored or console.is_terminal)
     console.print(
-        plan_table(short, states=states, estimates=estimates, unit=unit, output_dir=output_dir)
-    )
-    if short is not plan:
-        console.print(
-            f"... and {len(plan.cells) - 20} more runs (python -m sweeps plan {plan.name})"
+        plan_table(
+            plan,
+            states=states,
+            estimates=estimates,
+            unit=unit,
+            output_dir=output_dir,
+            most=20 if cut else None,
         )
+    )
+    if cut:
+        where = (
+            ["--output-dir", str(output_dir)] if str(output_dir or "outputs") != "outputs" else []
+        )
+        words = shlex.join(["python", "-m", "sweeps", "plan", plan.name, *where])
+        hint = words if stored else "`| less` after the command shows all"
+        console.print(
+            f"... and {len(plan.cells) - 20} more runs ({hint})",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     told = totals_line(plan, states=states, estimates=estimates, unit=unit, max_hours=max_hours)
     for line in [told, *plan.collapsed]:
         console.print(line, markup=False, highlight=False)

@@ -118,6 +118,7 @@ def run_sweep(
             unit=launcher.unit,
             max_hours=limit,
             output_dir=output_dir,
+            stored=not plan_only,
         )
         display.show_notes(plan.notes, console=console)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import shlex
 import time
@@ -34,6 +35,8 @@ LABELS = {
 }
 """Key -> the word that names its choice on the command line."""
 FIRST = ("sweep.arm", "experiment", "method", "model.name", "relora.name", "data.kind", "data.path")
+LONGEST_VALUE = 80
+"""Of a name, in characters: a list of a hundred entries would fill the screen."""
 LAST = ("seed", "model.vocab_size")
 """Order in which `cell_names` tries keys; those of LAST often follow from others."""
 
@@ -197,6 +200,15 @@ def _name(row: dict[str, Any], keys: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value as text, of which a long one keeps its ends; a digest tells it from others."""
+    text = _text(value)
+    if len(text) <= LONGEST_VALUE:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{text[:30]}...{text[-20:]}({digest})"
+
+
+def _text(value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:.12g}"
         return short if float(short) == value else repr(value)

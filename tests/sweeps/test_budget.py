@@ -358,7 +358,13 @@ def test_the_plan_shows_hours_disk_and_totals_of_all_runs_though_rows_are_cut(ma
     text = shown(plan, states=states, estimates=asked, unit="CPU", max_hours=500)
     whole = budget.total(asked.values())
     assert "CPU-hours" in text
-    assert "and 80 more runs" in text
+    assert f"sweep {plan.name}: 100 runs" in text
+    assert f"... and 80 more runs (python -m sweeps plan {plan.name})" in text
+    elsewhere = shown(plan, states=states, output_dir="a b")
+    assert f"(python -m sweeps plan {plan.name} --output-dir 'a b')" in elsewhere
+    unstored = shown(plan, states=states, stored=False)
+    assert "more runs" not in unstored
+    assert all(cell.name in unstored for cell in plan.cells)
     assert "to run: 90 of 100 runs, 5.76k tokens" in text
     assert f"{budget.interval(whole)} CPU-hours by 1 finished run of nano on cpu" in text
     assert whole.hours == pytest.approx(90 * asked[plan.cells[50].run_id].hours)

@@ -15,6 +15,7 @@ from experiments.run_dir import RunDir
 from experiments.runner import run_experiment
 from relora_core.config import BlimpConfig, ConfigError, EvalConfig, PalomaConfig
 from relora_core.data.grammar import VOCAB_SIZE
+from sweeps.__main__ import main
 from sweeps.commands import eval as command
 from sweeps.plan import make_plan, store
 from tests.conftest import nano_config
@@ -210,3 +211,15 @@ def test_a_run_of_no_sweep_has_no_launcher(out, runs, call, submitted):
     with pytest.raises(ConfigError, match="--slurm needs runs of a sweep"):
         call(runs[0].name, "--slurm")
     assert not (runs[0] / "evals").exists()
+
+
+def test_settings_may_stand_after_options(untouched, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(command, "run", lambda args: given.append((args.words, args.name)) or 0)
+    words = ["eval", "s", "--as", "short", "eval.blimp.max_pairs=1"]
+    assert main(["--output-dir", str(untouched), *words]) == 0
+    assert main([*words[:1], "--as", "short", "s", "--steps", "all", words[-1]]) == 0
+    assert given == [(["s", "eval.blimp.max_pairs=1"], "short")] * 2
+    with pytest.raises(SystemExit):
+        main([*words, "--stepz", "all"])
+    assert "unrecognized arguments: --stepz" in capsys.readouterr().err
