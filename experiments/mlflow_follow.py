@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import mlflow_store
 from experiments.mlflow_store import (
     TrackingUnreachable,
     ensure_store,
@@ -28,7 +29,7 @@ from experiments.mlflow_store import (
 from experiments.mlflow_sync import Syncer, SyncReport
 from experiments.run_dir import RunDir
 from relora_core import shell
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import RunConfig
 
 
 def _to_stderr(line: str) -> None:
@@ -160,6 +161,7 @@ def follow(
     config: RunConfig,
     names: Mapping[str, str] | None = None,
     parent: str | None = None,
+    warn: Callable[[str], None] = _to_stderr,
 ) -> Follower:
     """A Follower of runs that are tracked as `config` says; `parent` is an MLflow run's id."""
     return Follower(
@@ -169,6 +171,7 @@ def follow(
         uri=store_uri(config),
         experiment=experiment_name(config),
         output_dir=config.output_dir,
+        warn=warn,
     )
 
 
@@ -220,8 +223,7 @@ def _follow(
             pause = spec["every_s"]
         except Exception as error:  # whatever it is: the runs go on, and the next pass may succeed
             print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
-            known = isinstance(error, (TrackingUnreachable, ConfigError))
-            problem = str(error) if known else str(TrackingUnreachable(spec["uri"]))
+            problem = mlflow_store.problem(spec["uri"], error)
             pause = min(60.0, 2 * pause)
             if syncer is None:
                 say("waiting")
@@ -245,7 +247,7 @@ def _complaint(report: SyncReport, *, total: int) -> str | None:
     if report.busy:
         return "tracking: another sync holds the store, run `python -m sweeps sync` later"
     if not report.errors:
-        return None
+        return report.files
     for name, line in report.errors.items():
         print(f"{name}: {line}", file=sys.stderr)
     name, line = next(iter(report.errors.items()))

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from experiments import mlflow_scorer
 from experiments.environment import ROOT
 from experiments.mlflow_store import (
+    LOOPBACK,
     TrackingUnreachable,
     connect,
     default_uri,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("torch", "numpy", "safetensors", "tokenizers", "pyarrow")
 """What relora_core imports to load and score."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -72,6 +72,8 @@ class Position:
     """Metric key -> steps that are there from evaluations apart from training, in any order."""
     described: bool = False
     """Whether the config and the data sets are there."""
+    waiting: list[str] = field(default_factory=list)
+    """Tables that are not there yet."""
     sending: bool = False
     """A batch was on its way when this was written: ask MLflow what arrived."""
 
@@ -219,6 +221,12 @@ def evaluated(run: RunDir, position: Position) -> News:
         fresh |= set(tables) if points else set()
     found.tables = {path: rows for path, rows in found.tables.items() if path in fresh}
     return found
+
+
+def tables(run: RunDir, position: Position) -> dict[str, list[dict[str, Any]]]:
+    """The newest rows of every table of the life that counts."""
+    trained = news(run, Position(run=position.run))
+    return trained.tables | evaluated(run, trained.position).tables
 
 
 # what the run is ----------------------------------------------------------------------------------

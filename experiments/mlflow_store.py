@@ -23,6 +23,7 @@ from relora_core.config import ConfigError, RunConfig, TrackingConfig, nearest
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
@@ -38,6 +39,11 @@ DAMAGED = re.compile(
 """What is said of a database that is damaged, or that a newer MLflow wrote."""
 PASSWORD = "RELORA_DB_PASSWORD"
 """Environment variable with the password of a database, whose address is written down."""
+
+
+MAX_NAME = 500
+"""Characters of an MLflow experiment's name."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class TrackingUnreachable(RuntimeError):
@@ -100,6 +106,18 @@ def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
         raise ConfigError(
             f"tracking.uri needs the Python package {driver or DRIVERS[dialect]} for {dialect}, "
             f"which is not installed, got {redacted(uri)!r}"
+        )
+
+
+def check(config: RunConfig) -> None:
+    """ConfigError where MLflow would refuse to show a run that is tracked as `config` says."""
+    check_uri(config.tracking)
+    name = experiment_name(config)
+    if config.tracking.enabled and len(name) > MAX_NAME:
+        key = "tracking.experiment" if config.tracking.experiment else "sweep.name"
+        raise ConfigError(
+            f"{key} must be at most {MAX_NAME} characters for MLflow, got {len(name)}; nearest "
+            f"valid: tracking.experiment={name[:40].strip()!r}"
         )
 
 
@@ -177,6 +195,14 @@ def given(uri: str) -> str:
     """An address that a command line names for this once, checked, for use from any folder."""
     check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
     return located(uri, [Path.cwd()], new=True)
+
+
+def local_folder(place: str) -> Path | None:
+    """The folder of an artifact location; None where it is no folder of a machine."""
+    parts = urlsplit(place)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    return Path(place) if not parts.scheme and place else None
 
 
 def redacted(text: str) -> str:
@@ -302,7 +328,8 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
             move_artifacts(output_dir)
         try:
             client = connect(uri)
-            return _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
+            found = _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
+            return found.experiment_id
         except MlflowException as error:
             if "out-of-date database schema" in str(error):
                 raise ConfigError(
@@ -312,7 +339,9 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
             raise
 
 
-def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir: Path) -> str:
+def _ensure_experiment(
+    client: MlflowClient, name: str, *, uri: str, output_dir: Path
+) -> Experiment:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -324,14 +353,15 @@ def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir:
             "mlflow.note.content": f"Runs of {name}; rebuilt at any time from their events.jsonl.",
         }
         try:
-            return client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            id_ = client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            return client.get_experiment(id_)
         except MlflowException as error:  # another host was faster
             found = client.get_experiment_by_name(name)
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                 raise
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+    return found
 
 
 def connect(uri: str) -> MlflowClient:
@@ -357,6 +387,18 @@ def lock(uri: str, output_dir: Path) -> BaseFileLock:
 
     database = sqlite_path(uri)
     return FileLock(f"{database}.lock" if database else output_dir / "mlflow.lock")
+
+
+def problem(uri: str, error: Exception) -> str:
+    """One line on anything that keeps a store from being up to date."""
+    if isinstance(error, (TrackingUnreachable, ConfigError)):
+        return str(error)
+    line = next(iter(str(error).splitlines()), "")
+    what = f"{type(error).__name__}: {redacted(line)}"[:300]
+    return (
+        f"tracking: {redacted(uri)} was not brought up to date ({what}); nothing is lost, "
+        "run `python -m sweeps sync` later"
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import mlflow_note, mlflow_views
+from experiments.mlflow_artifacts import Artifacts
 from experiments.mlflow_note import BAD, significant
+from experiments.mlflow_record import MAX_PARAM, MAX_TAG
 from experiments.mlflow_store import connect, is_outage, lock, reachable
 from experiments.state import RunState
 from experiments.stats import Interval, mean_interval
@@ -100,30 +102,43 @@ def update(
     experiment_id: str,
     output_dir: Path | str,
     wait_s: float = WAIT_S,
-) -> str:
-    """Show the sweep as it is now; MLflow's id of its parent run. Repeating it changes nothing.
+) -> tuple[str, str | None]:
+    """Show the sweep as it is now; MLflow's id of its parent run, and a line where files of it are
+    not where MLflow shows them. Repeating it changes nothing.
 
     Raises TrackingUnreachable where the store does not answer, filelock's Timeout where another
     process writes into it for longer than `wait_s`.
     """
     with lock(uri, Path(output_dir)).acquire(timeout=wait_s), reachable(uri):
         sweep = _Sweep(connect(uri), experiment_id, view)
+        place = {"uri": uri, "experiment_id": experiment_id, "output_dir": output_dir}
+        files = Artifacts(sweep.client, **place)
         parent = sweep.parent().info.run_id
         summaries = {arm.arm_id: summary(arm) for arm in view.arms}
         arm_runs = sweep.show_arms(parent, summaries)
         sweep.show_parent(summaries, arm_runs, output_dir=output_dir)
         sweep.show_experiment(parent)
-        return parent
+        sweep.show_table(summaries, files)
+        return parent, files.problem
 
 
 SHOWN = (".png", ".svg", ".html", ".csv", ".json", ".yaml", ".md", ".parquet")
 """Files of a report or a search that are worth a look in MLflow."""
 
 
-def attach(parent: str, folder: Path, *, uri: str, output_dir: Path | str, wait_s: float) -> None:
+def attach(
+    parent: str,
+    folder: Path,
+    *,
+    uri: str,
+    experiment_id: str,
+    output_dir: Path | str,
+    wait_s: float,
+) -> str | None:
     """Put what reports and searches have left in the sweep's `folder` on its parent run, where it
-    has changed since.
+    has changed since; a line where MLflow cannot show it.
     """
+    problem = None
     for place in ("study", "report"):
         files = [p for p in sorted((folder / place).rglob("*")) if p.suffix in SHOWN]
         if not files:
@@ -134,9 +149,13 @@ def attach(parent: str, folder: Path, *, uri: str, output_dir: Path | str, wait_
             client = connect(uri)
             if client.get_run(parent).data.tags.get(f"files.{place}") == digest:
                 continue
+            there = Artifacts(client, uri=uri, experiment_id=experiment_id, output_dir=output_dir)
             for file in files:
-                client.log_artifact(parent, str(file), str(file.parent.relative_to(folder)))
-            client.set_tag(parent, f"files.{place}", digest)
+                there.file(parent, file, str(file.parent.relative_to(folder)))
+            if there.problem is None:
+                client.set_tag(parent, f"files.{place}", digest)
+            problem = problem or there.problem
+    return problem
 
 
 def summary(arm: ArmView) -> dict[str, Interval]:
@@ -232,7 +251,7 @@ class _Sweep:
         tags = {
             **self._tags("arm"),
             "arm": arm.arm_id,
-            "arm_name": arm.name,
+            "arm_name": arm.name[:MAX_TAG],
             "finished": f"{n} of {m}",
             **{
                 title: mlflow_note.cell(found[metric])
@@ -245,7 +264,7 @@ class _Sweep:
         return _Content(
             name=f"{arm.name} (mean of {n if n == m else f'{n} of {m}'})",
             tags=tags,
-            params=arm.axes,
+            params={key: value[:MAX_PARAM] for key, value in arm.axes.items()},
             metrics=metrics,
             step=max((run.state.step for run in arm.runs), default=0),
             states=[run.state for run in arm.runs],
@@ -275,19 +294,21 @@ class _Sweep:
             NOTE: text,
         }
         metrics = {"n_finished": float(finished), "n_planned": float(len(states))}
-        run = self.parent()
-        self._show(run, _Content(name=view.name, tags=tags, metrics=metrics, states=states))
-        self._show_table(run, summaries)
+        content = _Content(name=view.name, tags=tags, metrics=metrics, states=states)
+        self._show(self.parent(), content)
 
-    def _show_table(self, run: Run, summaries: Mapping[str, Mapping[str, Interval]]) -> None:
+    def show_table(self, summaries: Mapping[str, Mapping[str, Interval]], files: Artifacts) -> None:
+        run = self.parent()
         columns, rows = mlflow_note.table(self.view, summaries)
         text = mlflow_note.table_json(columns, rows)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         if run.data.tags.get("table") == digest:
             return
         path, id_ = "tables/arms.json", run.info.run_id
-        self.client.log_text(id_, text, path)
-        self.client.log_text(id_, mlflow_note.table_csv(columns, rows), "arms.csv")
+        there = files.text(id_, text, path)
+        there &= files.text(id_, mlflow_note.table_csv(columns, rows), "arms.csv")
+        if not there:
+            return
         listed = json.dumps([{"path": path, "type": "table"}])
         self.client.set_tag(id_, "mlflow.loggedArtifacts", listed)
         self.client.set_tag(id_, "table", digest)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import mlflow_record as record
 from experiments.identity import config_to_json
+from experiments.mlflow_artifacts import Artifacts
 from experiments.mlflow_record import News, Point, Position
 from experiments.mlflow_store import (
     connect,
@@ -72,6 +73,8 @@ class SyncReport:
     """Another process is syncing into this store; nothing was done."""
     errors: dict[str, str] = field(default_factory=dict)
     """run_id -> one line; the other runs were synced."""
+    files: str | None = None
+    """One line where files of runs are not where MLflow shows them; all else was synced."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +125,8 @@ class Syncer:
         """arm_id -> colour, where the sweep says; other arms take one of PALETTE."""
         self._uri = uri
         self._experiment_id = experiment_id
-        self._lock = lock(uri, Path(output_dir))
+        self._output_dir = Path(output_dir)
+        self._lock = lock(uri, self._output_dir)
         database = sqlite_path(uri)
         self._key = f"{sqlite_uri(database) if database else redacted(uri)}#{experiment_id}"
         self._client = connect(uri)
@@ -133,6 +137,16 @@ class Syncer:
         """Of so many runs."""
         self._seen: dict[str, tuple[Any, ...]] = {}
         self._failed: set[str] = set()
+        """Runs that are not shown as they should be."""
+        self._files = self._artifacts()
+
+    def _artifacts(self) -> Artifacts:
+        return Artifacts(
+            self._client,
+            uri=self._uri,
+            experiment_id=self._experiment_id,
+            output_dir=self._output_dir,
+        )
 
     def sync(
         self,
@@ -152,6 +166,7 @@ class Syncer:
         news = [run for run in runs if marks[run.run_id] != self._seen.get(run.run_id)]
         if not news:
             return report
+        self._files = self._artifacts()  # its place may be back
         varying = self.varying if self.varying is not None else self._varying(runs)
         try:
             with self._lock.acquire(timeout=600 if final else 0), reachable(self._uri):
@@ -160,6 +175,7 @@ class Syncer:
                     self._seen[run.run_id] = marks[run.run_id]
         except Timeout:
             report.busy = True
+        report.files = self._files.problem
         return report
 
     def _mark(self, run: RunDir, state: RunState | None) -> tuple[Any, ...]:
@@ -190,6 +206,8 @@ class Syncer:
         try:
             self._sync_run(run, report, **settings)
             self._failed.discard(run.run_id)
+            if self._files.problem:
+                self._failed.add(run.run_id)
         except Exception as error:
             if is_outage(error) or isinstance(error, MlflowException):
                 self._views = None  # a request may have arrived although it failed: look again
@@ -221,20 +239,22 @@ class Syncer:
             tags=self._tags(run, config, status, view, news.position),
         )
         self._log_points(view, news.points)
-        self._log_tables(view, news.tables)
-        if not position.described:
-            self._describe(view, config)
-            news.position.described = True
-        if news.position != position:
-            record.save(run, self._key, news.position)
-            view.last |= news.position.last
         self._set_status(view, status, news.position)
         name = self.names.get(run.run_id)
         if name and name != view.name:
             self._client.update_run(view.run, name=name)
             view.name = name
+        tables = self._with_waiting(run, news)
+        if not position.described:
+            self._log_inputs(view, config)
+            described = self._files.text(view.run, config_to_json(config), "config.json")
+            news.position.described = described
+        news.position.waiting = self._log_tables(view, tables)
+        if news.position != position:
+            record.save(run, self._key, news.position)
+            view.last |= news.position.last
         report.points += len(news.points)
-        report.tables += len(news.tables)
+        report.tables += len(tables) - len(news.position.waiting)
 
     # the run in MLflow --------------------------------------------------------------------------
     def _open(self, run: RunDir, config: RunConfig, report: SyncReport) -> tuple[_View, Position]:
@@ -368,11 +388,16 @@ class Syncer:
         news.tables |= apart.tables
         news.position = apart.position
 
-    def _describe(self, view: _View, config: RunConfig) -> None:
-        """The whole config as an artifact, and what the run reads as MLflow's datasets."""
+    def _with_waiting(self, run: RunDir, news: News) -> dict[str, list[dict[str, Any]]]:
+        """The new tables, and older ones that MLflow does not have yet."""
+        waiting = [name for name in news.position.waiting if name not in news.tables]
+        older = record.tables(run, news.position) if waiting else {}
+        return {name: older[name] for name in waiting if name in older} | news.tables
+
+    def _log_inputs(self, view: _View, config: RunConfig) -> None:
+        """What the run reads, as MLflow's datasets."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        self._client.log_text(view.run, config_to_json(config), "config.json")
         inputs = [
             DatasetInput(
                 Dataset(name=d.name, digest=d.digest, source_type=d.source_type, source=d.source),
@@ -383,19 +408,23 @@ class Syncer:
         if inputs:  # those that are there already are not doubled
             self._client.log_inputs(view.run, datasets=inputs)
 
-    def _log_tables(self, view: _View, tables: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Each table as an artifact in the place of its predecessor, to which log_table appends."""
+    def _log_tables(self, view: _View, tables: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+        """Each table as an artifact in the place of its predecessor, to which log_table appends;
+        those that are not in MLflow yet."""
         if not tables:
-            return
-        listed = json.loads(view.tags.get("mlflow.loggedArtifacts", "[]"))
+            return []
+        listed, waiting = json.loads(view.tags.get("mlflow.loggedArtifacts", "[]")), []
         for name, rows in tables.items():
             path = f"tables/{record.metric_key(name)}.json"
-            self._client.log_text(view.run, record.table_json(rows), path)
-            listed.append({"path": path, "type": "table"})
+            if self._files.text(view.run, record.table_json(rows), path):
+                listed.append({"path": path, "type": "table"})
+            else:
+                waiting.append(name)
         unique = json.dumps(list({entry["path"]: entry for entry in listed}.values()))
         if unique != view.tags.get("mlflow.loggedArtifacts"):
             self._client.set_tag(view.run, "mlflow.loggedArtifacts", unique)
             view.tags["mlflow.loggedArtifacts"] = unique
+        return waiting
 
     def _set_status(self, view: _View, status: Status, position: Position) -> None:
         wanted = MLFLOW_STATUS[status.state]

@@ -379,7 +379,7 @@ def run_here(config: RunConfig) -> int:
     place = shell.settle()
     notes: list[str] = []
     config = complete(config, notes=notes)
-    mlflow_store.check_uri(config.tracking)
+    mlflow_store.check(config)
     run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir
     if not run_dir.ended():
         environment.check_gpu(config)

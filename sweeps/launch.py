@@ -230,12 +230,19 @@ def one_output_dir(plan: Plan) -> Path:
 
 
 def check_tracking(plan: Plan) -> None:
-    """ConfigError where a run is to be tracked at an address that MLflow does not know."""
+    """ConfigError where a run is to be tracked in a way that MLflow does not take."""
     from experiments import mlflow_store
 
-    for tracking in {repr(c.config.tracking): c.config.tracking for c in plan.cells}.values():
-        if tracking.enabled:
-            mlflow_store.check_uri(tracking)
+    for config in tracked(plan).values():
+        mlflow_store.check(config)
+
+
+def tracked(plan: Plan) -> dict[tuple[str, str], RunConfig]:
+    """Store and MLflow experiment -> one of the runs that go there."""
+    from experiments.mlflow_store import experiment_name, store_uri
+
+    configs = [cell.config for cell in plan.cells if cell.config.tracking.enabled]
+    return {(store_uri(config), experiment_name(config)): config for config in configs}
 
 
 def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
@@ -260,19 +267,19 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
 def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
     """The sweep's page, and all of it on its MLflow parent. What fails here costs no run."""
     from experiments import report
+    from experiments.runner import one_line
 
     def line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
         line(f"report: {report.write(output_dir, plan.name)}")
-    except (ConfigError, OSError) as error:
+    except Exception as error:  # whatever it is: the runs have their results
         again = command("report", plan.name, output_dir=output_dir)
-        line(f"no report: {error}; `{again}` tries again")
+        line(f"no report: {one_line(error)}; `{again}` tries again")
     if any(cell.config.tracking.enabled for cell in plan.cells):
-        for one in track.bring_up_to_date(output_dir, [plan.name]):
-            if one.problem:
-                line(one.problem)
+        for text in track.complaints(track.shown(output_dir, plan.name)):
+            line(text)
 
 
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:

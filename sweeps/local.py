@@ -240,7 +240,7 @@ def _follow(plan: Plan, output_dir: Path, ended: threading.Event) -> None:
     tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
     config = tracked[0].config
     place = (mlflow_store.store_uri(config), mlflow_store.experiment_name(config))
-    shown = _shown(plan, output_dir)
+    shown = track.shown(output_dir, plan.name)
     here = next((one for one in shown if (one.uri, one.experiment) == place), None)
     if not ended.is_set():
         with mlflow_follow.follow(
@@ -248,19 +248,11 @@ def _follow(plan: Plan, output_dir: Path, ended: threading.Event) -> None:
             config=config,
             names=here.names if here else {cell.run_id: cell.name for cell in tracked},
             parent=here.parent if here else None,
+            warn=lambda _: None,  # a pass over all of it follows
         ):
             ended.wait()
-    _shown(plan, output_dir)
-
-
-def _shown(plan: Plan, output_dir: Path) -> list[track.Pass]:
-    """What came of showing the sweep; nothing, and a line, where it failed."""
-    try:
-        return track.bring_up_to_date(output_dir, [plan.name])
-    except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
-        return []
+    for line in track.complaints(track.shown(output_dir, plan.name)):
+        print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -444,9 +444,8 @@ def _pre_create(plan: Plan, output_dir: Path, *, console: Console) -> None:
     A server that does not answer stops nothing: the records can be synced at any time.
     """
     if any(cell.config.tracking.enabled for cell in plan.cells):
-        for one in track.bring_up_to_date(output_dir, [plan.name]):
-            if one.problem:
-                console.print(one.problem, style="yellow", highlight=False, soft_wrap=True)
+        for line in track.complaints(track.shown(output_dir, plan.name)):
+            console.print(line, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _alive(submissions: Sequence[Submission]) -> int:

@@ -6,8 +6,11 @@ it looks in MLflow (`experiments/mlflow_*.py`), nor for what is true of a run (`
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -83,6 +86,8 @@ class Pass:
     report: SyncReport | None = None
     problem: str | None = None
     """One line where something was not synced."""
+    files: str | None = None
+    """One line where files of runs are not where MLflow shows them; all else was synced."""
 
 
 def bring_up_to_date(
@@ -123,7 +128,7 @@ class Tracker:
         states: Mapping[str, RunState] | None = None,
         final: bool = False,
     ) -> list[Pass]:
-        """One pass over each place. A store that does not answer is a `problem`, not an error.
+        """One pass over each place. Whatever a store says is a `problem`, not an error.
 
         `states` spares asking the scheduler; `final` awaits another process that is at a store.
         """
@@ -171,8 +176,7 @@ class Tracker:
     def _bring(self, group: Group, states: Mapping[str, RunState], *, final: bool) -> Pass:
         from filelock import Timeout
 
-        from experiments import mlflow_views
-        from experiments.mlflow_store import TrackingUnreachable
+        from experiments import mlflow_store, mlflow_views
 
         view = sweep_view(group, states) if group.sweep else None
         done = Pass(
@@ -184,15 +188,25 @@ class Tracker:
         )
         try:
             self._send(group, view, states, done, final=final)
-        except TrackingUnreachable as error:
-            done.problem = str(error)
         except Timeout:
             done.problem = "tracking: another sync holds the store, the next pass tries again"
+        except Exception as error:  # whatever it is: the runs are on disk, a later sync can succeed
+            self._log()
+            done.problem = mlflow_store.problem(group.uri, error)
         if done.report and done.report.errors:
             run_id, line = next(iter(done.report.errors.items()))
             count = f"{len(done.report.errors)} of {len(group.members)} runs not synced"
             done.problem = f"tracking: {count} ({run_id}: {line})"
         return done
+
+    def _log(self) -> None:
+        from experiments.mlflow_store import redacted
+
+        with contextlib.suppress(OSError):
+            path = self.output_dir / "logs" / "mlflow-sync.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as log:
+                log.write(redacted(traceback.format_exc()))
 
     def _send(
         self,
@@ -227,6 +241,7 @@ class Tracker:
         runs = [m.run for m in group.members if m.run.config_path.exists()]
         done.runs = len(runs)
         done.report = syncer.sync(runs, final=final, states=states)
+        done.files = done.report.files
         if view:
             self._update(view, done, settings)
 
@@ -249,12 +264,36 @@ class Tracker:
 
         key, now = (done.uri, done.experiment, view.name), _fingerprint(view)
         if self._shown.get(key) != now:
-            done.parent = mlflow_sweep.update(view, **settings)
-            self._parents[key], self._shown[key] = done.parent, now
+            done.parent, files = mlflow_sweep.update(view, **settings)
+            self._parents[key] = done.parent
+            self._shown[key] = "" if files else now
+            done.files = done.files or files
         if done.parent:
             folder = plan_folder(self.output_dir, name=view.name)
-            where = {k: settings[k] for k in ("uri", "output_dir", "wait_s")}
-            mlflow_sweep.attach(done.parent, folder, **where)
+            files = mlflow_sweep.attach(done.parent, folder, **settings)
+            done.files = done.files or files
+
+
+def shown(output_dir: Path | str, sweep: str) -> list[Pass]:
+    """What came of showing the sweep; none, and a line on stderr, where its plan cannot be read."""
+    try:
+        return bring_up_to_date(output_dir, [sweep])
+    except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
+        return []
+
+
+def complaints(passes: Sequence[Pass]) -> Iterator[str]:
+    """What is wrong, in lines of which each is said once in a process."""
+    for one in passes:
+        for line in (one.problem, one.files):
+            if line and line not in _SAID:
+                _SAID.add(line)
+                yield line
+
+
+_SAID: set[str] = set()
 
 
 def _fingerprint(view: SweepView) -> str:

@@ -54,3 +54,5 @@ def _tell(one: track.Pass) -> None:
         print(f"{run_id}: {line}", file=sys.stderr)
     if one.problem and not one.report.errors:
         print(one.problem, file=sys.stderr)
+    if one.files:
+        print(one.files, file=sys.stderr)

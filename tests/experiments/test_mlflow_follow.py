@@ -228,7 +228,7 @@ def test_a_server_that_dies_at_any_request_loses_and_doubles_nothing(
         proxy.mode, proxy.healthy = mode, requests
         try:
             report = mlflow_sync.sync([run], **settings)
-            failures += bool(report.errors)
+            failures += bool(report.errors or report.files)
         except TrackingUnreachable:
             failures += 1
         requests += 1

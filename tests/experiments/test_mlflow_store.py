@@ -206,3 +206,18 @@ def test_a_database_that_an_earlier_version_misplaced_is_said_and_left(
     (found,) = MlflowClient(uri).search_runs([there])
     assert found.data.metrics["train/loss"]
     assert (tmp_path / "a b" / "mlflow.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["tracking.experiment", "sweep.name"])
+def test_a_name_that_mlflow_would_refuse_after_training_is_refused_before(key: str) -> None:
+    config = a_config()
+    config.tracking.enabled = True
+    section, _, name = key.partition(".")
+    for length in (500, 501):
+        setattr(getattr(config, section), name, "x" * length)
+        if length == 500:
+            mlflow_store.check(config)
+    with pytest.raises(ConfigError, match=f"^{key} must be at most 500 .* got 501; nearest valid"):
+        mlflow_store.check(config)
+    config.tracking.enabled = False
+    mlflow_store.check(config)

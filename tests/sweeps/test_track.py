@@ -303,3 +303,64 @@ def test_everything_is_shown_again_after_the_database_is_lost(
     bring_up_to_date(out)
     assert [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")] == before
     assert [r.data.metrics["train/loss"] for r in shown(out, "ranks", "run")] == [1.5, 1.5]
+
+
+# what goes wrong at a store costs no sweep ------------------------------------------------------
+def closing(plan: Plan, out: Path) -> str:
+    """What a local sweep prints when its runs have ended."""
+    import io
+
+    from rich.console import Console
+
+    from sweeps import launch
+
+    said = io.StringIO()
+    launch._report(plan, output_dir=out, console=Console(file=said, width=1000))
+    return said.getvalue()
+
+
+@pytest.mark.slow
+def test_files_that_cannot_be_written_cost_a_finished_sweep_one_hint(
+    out: Path, plan: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweeps.__main__ import main
+
+    monkeypatch.setattr(track, "_SAID", set())
+    made = plan(ranks=(8,), seeds=2)
+    client(out).create_experiment("ranks", artifact_location=f"file://{out}/mlflow.db/x")
+    for cell in made.cells:
+        finish(out, cell.run_id)
+    page, hint = closing(made, out).splitlines()
+    assert page.startswith("report: ")
+    assert hint.startswith(f"tracking: files (tables, configs) cannot be written to file://{out}")
+    assert closing(made, out).splitlines() == [page]
+    (parent,) = shown(out, "ranks", "sweep")
+    runs = shown(out, "ranks", "run")
+    assert [run.info.status for run in (*runs, parent)] == ["FINISHED"] * 3
+    assert [run.data.metrics["train/loss"] for run in runs] == [1.5, 1.5]
+    here = out / "mlartifacts" / parent.info.run_id / "artifacts"
+    assert (here / "tables" / "arms.json").is_file()
+    assert (here / "report" / "report.html").is_file()
+    assert main(["sync", "--output-dir", str(out)]) == 0
+    assert capsys.readouterr().err.strip() == hint
+
+
+def test_any_error_of_a_store_is_one_line_at_a_sweeps_end(
+    out: Path, plan: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments import mlflow_store
+    from sweeps.__main__ import main
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Could not determine home directory.\nand more")
+
+    monkeypatch.setattr(track, "_SAID", set())
+    monkeypatch.setattr(mlflow_store, "ensure_store", fails)
+    made = plan(ranks=(8,), seeds=2)
+    for cell in made.cells:
+        finish(out, cell.run_id)
+    _, line = closing(made, out).splitlines()
+    assert "(RuntimeError: Could not determine home directory.); nothing is lost" in line
+    assert main(["sync", "--output-dir", str(out)]) == 1
+    assert capsys.readouterr().err.strip() == line
+    assert "Traceback" in (out / "logs" / "mlflow-sync.log").read_text()
