@@ -1,7 +1,8 @@
 """Files of MLflow's runs: to the place that MLflow has for them, or where none can get there, here.
 
-MLflow fixes each experiment's place when the experiment is made, for good. A server without `--artifacts-destination` names a folder of its own machine. Not for: metrics
-and status, which go without their files (`mlflow_sync.py`).
+MLflow fixes each experiment's place when the experiment is made, for good. A server without
+`--artifacts-destination` names a folder of its own machine. Not for: metrics and status, which go
+without their files (`mlflow_sync.py`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Checking an address loads no MLflow. Not for: what is shown of a run (`mlflow_sy
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -37,6 +39,14 @@ DAMAGED = re.compile(
     r"has no column named \w+|Can't locate revision identified by '\w+'"
 )
 """What is said of a database that is damaged, or that a newer MLflow wrote."""
+REFUSED = re.compile(
+    r"error code (40[13])|(password authentication failed|no password supplied|Access denied for "
+    r"user|Login failed for user)"
+)
+"""What servers and databases say of a login."""
+LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
+"""MLflow's own variables, where the config's `tracking` says nothing."""
 PASSWORD = "RELORA_DB_PASSWORD"
 """Environment variable with the password of a database, whose address is written down."""
 
@@ -68,6 +78,19 @@ class DatabaseNotFound(TrackingUnreachable):
             f"tracking: tracking.uri={uri} was written down as it was typed, and "
             f"{sqlite_path(uri)} does not exist; nothing is lost, `python -m sweeps sync "
             "--tracking-uri sqlite:////FOLDER/FILE.db` names the database, or makes it anew",
+        )
+
+
+class LoginRefused(TrackingUnreachable):
+    """The store answers, and wants another user or password."""
+
+    def __init__(self, uri: str, *, said: str) -> None:
+        web = uri.startswith(("http://", "https://"))
+        where = f"{LOGIN}, or MLFLOW_TRACKING_TOKEN," if web else PASSWORD
+        RuntimeError.__init__(
+            self,
+            f"tracking: login refused by {redacted(uri)} ({said}); the environment's {where} hold"
+            f"{'' if web else 's'} it; nothing is lost, run `python -m sweeps sync` then",
         )
 
 
@@ -107,6 +130,69 @@ def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
             f"tracking.uri needs the Python package {driver or DRIVERS[dialect]} for {dialect}, "
             f"which is not installed, got {redacted(uri)!r}"
         )
+
+
+def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
+    """The config with what MLflow's variables say where its `tracking` says nothing.
+
+    Appends to `notes` what they decide, and why the store will show nothing, where that is known.
+    """
+    tracking, said = config.tracking, []
+    if not tracking.enabled:
+        return config
+    for key, variable in VARIABLES.items():
+        value = os.environ.get(variable, "").strip()
+        if not value or getattr(tracking, key) is not None:
+            continue
+        tracking = dataclasses.replace(tracking, **{key: value})
+        try:
+            check_uri(tracking)
+        except ConfigError as error:
+            line = str(error).replace("tracking.uri", variable)
+            raise ConfigError(f"{line}; or unset it, tracking.uri goes before it") from None
+        said.append(f"tracking.{key}={value} (the environment's {variable})")
+    config = dataclasses.replace(config, tracking=tracking)
+    if notes is not None:
+        said += [line for line in (schema(sqlite_path(store_uri(config))),) if line]
+        notes += [line for line in said if line not in notes]
+    return config
+
+
+def schema(database: Path | None) -> str | None:
+    """One line where a database is of another MLflow's schema; loads no MLflow."""
+    if database is None or not database.is_file():
+        return None
+    try:
+        address = f"file:{quote(str(database))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as there:
+            (found,) = there.execute("select version_num from alembic_version").fetchone()
+    except (sqlite3.Error, TypeError):  # not made yet, or damaged, which its first use says
+        return None
+    known, newest = _revisions()
+    if not known or found == newest:
+        return None
+    older, here = found in known, shlex.quote(sqlite_uri(database))
+    way = f"`mlflow db upgrade {here}` (keep a copy)" if older else "MLflow is upgraded"
+    return (
+        f"tracking: {database} was written by {'an older' if older else 'a newer'} MLflow (schema "
+        f"{found}, this one's is {newest}) and shows nothing new until {way}, or tracking.uri "
+        "names another; the runs' records lose nothing"
+    )
+
+
+@functools.cache
+def _revisions() -> tuple[set[str], str]:
+    """The schemas that the installed MLflow knows, and its own."""
+    spec = importlib.util.find_spec("mlflow")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    before: dict[str, str] = {}
+    for file in folder.glob("store/db_migrations/versions/*.py"):
+        text = file.read_text(encoding="utf-8")
+        named = dict(re.findall(r"^(revision|down_revision) = [\"'](\w+)[\"']", text, re.MULTILINE))
+        if "revision" in named:
+            before[named["revision"]] = named.get("down_revision", "")
+    newest = set(before) - set(before.values())
+    return (set(before), newest.pop()) if len(newest) == 1 else (set(), "")
 
 
 def check(config: RunConfig) -> None:
@@ -217,7 +303,7 @@ def check_secret(key: str, uri: str) -> None:
     if redacted(uri) == uri:
         return
     web = uri.startswith(("http://", "https://"))
-    where = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if web else PASSWORD
+    where = LOGIN if web else PASSWORD
     raise ConfigError(
         f"{key} must hold no password, since it stands in the records of every run, got "
         f"{redacted(uri)!r}; the environment's {where} may hold it"
@@ -409,9 +495,20 @@ def reachable(uri: str) -> Iterator[None]:
     except Exception as error:
         if found := DAMAGED.search(str(error)):
             raise TrackingUnreachable(uri, damage=found[0]) from error
+        if said := _refusal(error):
+            raise LoginRefused(uri, said=said) from error
         if not is_outage(error):
             raise
         raise TrackingUnreachable(uri) from error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """In a word why a login was refused; None where it was not."""
+    codes = {"UNAUTHENTICATED": "401", "PERMISSION_DENIED": "403"}
+    if code := codes.get(getattr(error, "error_code", "")):
+        return code
+    found = REFUSED.search(str(error)) if is_outage(error) else None
+    return found and (found[1] or found[2])
 
 
 def is_outage(error: BaseException) -> bool:

@@ -359,13 +359,17 @@ class _Sweep:
         )
 
     def _show(self, run: Run, content: _Content) -> None:
-        """Write what differs; a metric that is no longer there becomes NaN, as none can go."""
+        """Write what differs; a metric that is no longer there becomes NaN, as none can go.
+
+        Each value has a step of its own: of a step with two values MLflow's charts show both.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         id_, data, now = run.info.run_id, run.data, int(time.time() * 1000)
         gone = {key: math.nan for key in data.metrics if key not in content.metrics}
+        last = {metric.key: metric.step for metric in data.to_proto().metrics}
         metrics = [
-            Metric(key, value, now, content.step)
+            Metric(key, value, now, max(content.step, last.get(key, -1) + 1))
             for key, value in {**content.metrics, **gone}.items()
             if not _same(data.metrics.get(key), value)
         ]

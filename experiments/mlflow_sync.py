@@ -57,6 +57,8 @@ PALETTE = (
 )
 """Colours that colour-blind readers tell apart; the first six best of all."""
 
+SUPERSEDED = "superseded"
+"""State of what showed a run before it began anew."""
 MAX_METRICS = 1000  # per log_batch call
 PASSING = ("reason", "job_id", "checkpoint", "error")
 """Tags that go when there is no more to say."""
@@ -131,6 +133,8 @@ class Syncer:
         self._key = f"{sqlite_uri(database) if database else redacted(uri)}#{experiment_id}"
         self._client = connect(uri)
         self._views: dict[str, _View] | None = None
+        self._ids: dict[str, list[str]] = {}
+        """run_id -> all that claims to show it: restoring an experiment restores every run."""
         self._colours: dict[str, str] = {}
         self._configs: dict[str, RunConfig] = {}
         self._varies: tuple[int, list[str]] = (0, [])
@@ -272,6 +276,9 @@ class Syncer:
         elif position.sending:
             position.last = {**position.last, **_view(self._client.get_run(view.run)).last}
         self._known()[run.run_id] = view
+        for other in self._ids.pop(run.run_id, []):
+            if other != view.run:
+                self._client.delete_run(other)
         return view, position
 
     def _find(self, run: RunDir, position: Position | None) -> _View | None:
@@ -286,15 +293,18 @@ class Syncer:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return known
-        return _view(found) if found.info.lifecycle_stage == "active" else known
+        counts = found.data.tags.get("state") != SUPERSEDED
+        return _view(found) if found.info.lifecycle_stage == "active" and counts else known
 
     def _known(self) -> dict[str, _View]:
         """run_id -> what MLflow shows of it. The oldest one counts where there are several."""
         if self._views is None:
-            self._views = {}
+            self._views, self._ids = {}, {}
             for run in self._search():
-                self._views.setdefault(run.data.tags.get("run_id", ""), _view(run))
                 tags = run.data.tags
+                self._ids.setdefault(tags.get("run_id", ""), []).append(run.info.run_id)
+                if tags.get("state") != SUPERSEDED:
+                    self._views.setdefault(tags.get("run_id", ""), _view(run))
                 if "arm" in tags and "mlflow.runColor" in tags:
                     self._colours.setdefault(tags["arm"], tags["mlflow.runColor"])
         return self._views
@@ -331,7 +341,7 @@ class Syncer:
         It stays in MLflow's trash; a kill after this leaves nothing that shows the run, so that the
         next pass makes it.
         """
-        self._client.set_tag(view.run, "state", "superseded")
+        self._client.set_tag(view.run, "state", SUPERSEDED)
         self._client.delete_run(view.run)
         self._known().pop(run.run_id, None)
 

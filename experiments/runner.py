@@ -50,8 +50,10 @@ def complete_all(
     configs: Sequence[RunConfig], *, notes: list[str] | None = None
 ) -> list[RunConfig]:
     """`complete` of each; data and evals that several share are inspected once."""
+    from experiments import mlflow_store
     from relora_core import data, evals
 
+    configs = [mlflow_store.settle(config, notes=notes) for config in configs]
     for config in configs:
         validate(config)
         shell.check_asked(config, gpu=False)

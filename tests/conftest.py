@@ -24,6 +24,8 @@ from relora_core.config import (
 )
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers share two cores
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # a tester's own
+    os.environ.pop(name, None)
 
 # A shell starts its background jobs deaf to Ctrl-C, which their children inherit; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -221,3 +227,156 @@ def test_a_name_that_mlflow_would_refuse_after_training_is_refused_before(key: s
         mlflow_store.check(config)
     config.tracking.enabled = False
     mlflow_store.check(config)
+
+
+# a login that is refused ------------------------------------------------------------------------
+@contextmanager
+def answering(status: int, body: str) -> Iterator[str]:
+    """A server with one answer to everything; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, "You are not authenticated. Please see https://www.mlflow.org/docs"),
+        (401, '{"error_code": "UNAUTHENTICATED", "message": "who are you"}'),
+        (403, "Permission denied"),
+        (403, "<html>a proxy's page</html>"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "not yours"}'),
+    ],
+)
+def test_a_refused_login_is_called_one_and_names_the_variables(
+    status: int, body: str, tmp_path: Path
+) -> None:
+    with answering(status, body) as uri, pytest.raises(TrackingUnreachable) as caught:
+        ensure_store(uri, experiment="x", output_dir=tmp_path)
+    line = str(caught.value)
+    assert line.startswith(f"tracking: login refused by {uri} ({status}); ")
+    for variable in ("USERNAME", "PASSWORD", "TOKEN"):
+        assert f"MLFLOW_TRACKING_{variable}" in line
+    assert "\n" not in line
+    assert "nothing is lost" in line
+    assert "unreachable" not in line
+
+
+def test_a_server_that_is_broken_or_gone_has_refused_no_login(tmp_path: Path) -> None:
+    for status in (404, 500, 503):
+        with answering(status, "no") as uri, pytest.raises(TrackingUnreachable) as caught:
+            ensure_store(uri, experiment="x", output_dir=tmp_path)
+        assert "login" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        'FATAL: password authentication failed for user "me"',
+        "fe_sendauth: no password supplied",
+        "(1045, \"Access denied for user 'me'@'host' (using password: YES)\")",
+        "[28000] Login failed for user 'me'",
+    ],
+)
+def test_a_database_that_refuses_a_login_names_its_variable(words: str) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    uri = "postgresql://me@db/x"
+    error = OperationalError("connect", {}, Exception(words))
+    with pytest.raises(TrackingUnreachable) as caught, mlflow_store.reachable(uri):
+        raise error
+    line = str(caught.value)
+    assert line.startswith(f"tracking: login refused by {uri} (")
+    assert "RELORA_DB_PASSWORD holds it" in line
+
+
+# MLflow's own variables -------------------------------------------------------------------------
+def settled(**tracking: Any) -> tuple[TrackingConfig, list[str]]:
+    config, notes = a_config(), []
+    config.tracking = TrackingConfig(**{"enabled": True, **tracking})
+    for _ in range(2):
+        shown = mlflow_store.settle(config, notes=notes).tracking
+    assert config.tracking == TrackingConfig(**{"enabled": True, **tracking})
+    return shown, notes
+
+
+def test_mlflows_variables_are_defaults_below_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled() == (TrackingConfig(enabled=True), [])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab:5000")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
+    shown, notes = settled()
+    assert (shown.uri, shown.experiment) == ("http://lab:5000", "ours")
+    assert notes == [
+        "tracking.uri=http://lab:5000 (the environment's MLFLOW_TRACKING_URI)",
+        "tracking.experiment=ours (the environment's MLFLOW_EXPERIMENT_NAME)",
+    ]
+    shown, notes = settled(uri="http://mine:1", experiment="mine")
+    assert (shown.uri, shown.experiment, notes) == ("http://mine:1", "mine", [])
+    shown, notes = settled(uri="http://mine:1")
+    assert (shown.uri, shown.experiment, len(notes)) == ("http://mine:1", "ours", 1)
+    assert settled(enabled=False) == (TrackingConfig(enabled=False), [])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " ")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    assert settled() == (TrackingConfig(enabled=True), [])
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://me:secret@lab:5000", ["no password", "MLFLOW_TRACKING_PASSWORD"]),
+        ("postgresql://me:secret@db/x", ["no password", "RELORA_DB_PASSWORD"]),
+        ("./mlruns", ["sqlite:///./mlruns/mlflow.db"]),
+        ("databricks", ["'databricks'"]),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_refused_by_its_name(
+    uri: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigError) as caught:
+        settled()
+    line = str(caught.value)
+    assert line.startswith("MLFLOW_TRACKING_URI must ")
+    assert line.endswith("; or unset it, tracking.uri goes before it")
+    assert "secret" not in line
+    for word in words:
+        assert word in line
+    settled(uri="http://mine:1")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("451aebb31d03", ["an older MLflow", "mlflow db upgrade"]), ("f" * 12, ["a newer MLflow"])],
+)
+def test_a_schema_of_another_mlflow_is_said_at_the_start(
+    version: str, words: list[str], migrated: Path, tmp_path: Path
+) -> None:
+    database = tmp_path / "a ?b.db"
+    uri = mlflow_store.sqlite_uri(database)
+    assert settled(uri=uri)[1] == []  # there is none
+    shutil.copy(migrated, database)
+    assert settled(uri=uri)[1] == []
+    with closing(sqlite3.connect(database)) as there, there:
+        there.execute("update alembic_version set version_num = ?", [version])
+    (note,) = settled(uri=uri)[1]
+    assert f"tracking: {database} was written by" in note
+    assert version in note
+    for word in words:
+        assert word in note
+    database.write_bytes(b"no database at all, which is said by what opens it")
+    assert settled(uri=uri)[1] == []

@@ -73,9 +73,11 @@ def two_arms() -> SweepView:
 @pytest.fixture
 def show(store: Store) -> Callable[[SweepView], str]:
     def show(view: SweepView) -> str:
-        return mlflow_sweep.update(
+        parent, problem = mlflow_sweep.update(
             view, uri=store.uri, experiment_id=store.experiment_id, output_dir=store.folder
         )
+        assert problem is None
+        return parent
 
     return show
 
@@ -367,3 +369,20 @@ def test_arms_carry_their_colour(store: Store, show: Any) -> None:
     show(view)
     shown_as = {r.data.tags["arm"]: r.data.tags["mlflow.runColor"] for r in shown(store, "arm")}
     assert shown_as == mlflow_views.colours(view.arms)
+
+
+def test_no_step_of_an_arm_or_a_parent_has_two_values(store: Store, show: Any) -> None:
+    for finished in range(4):
+        states = ["finished"] * finished + ["running"] * (3 - finished)
+        runs = [a_run("r8", s, state=state, train__loss=1.0 + s) for s, state in enumerate(states)]
+        show(a_sweep(an_arm(8, *runs)))
+    show(a_sweep(an_arm(8, *runs[:2])))  # one is gone, and no step is larger
+    seen = 0
+    for run in (*shown(store, "arm"), *shown(store, "sweep")):
+        for key in run.data.metrics:
+            steps = [m.step for m in store.client.get_metric_history(run.info.run_id, key)]
+            assert len(steps) == len(set(steps)), (key, steps)
+            seen += len(steps)
+    assert seen > 15
+    (arm,) = shown(store, "arm")
+    assert (arm.data.metrics["n_finished"], arm.data.metrics["train/loss_mean"]) == (2, 1.5)

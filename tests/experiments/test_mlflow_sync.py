@@ -395,6 +395,39 @@ def test_a_run_begun_anew_shows_none_of_its_old_points(
     assert (shown.info.lifecycle_stage, shown.data.tags["state"]) == ("deleted", "superseded")
 
 
+@pytest.mark.parametrize("position", ["kept", "lost"])
+@pytest.mark.parametrize("how", ["deleted in the UI", "begun anew"])
+def test_a_run_is_shown_once_after_its_experiment_was_deleted_and_restored(
+    store: Store, tmp_path: Path, how: str, position: str
+) -> None:
+    """MLflow then restores every run in it, those deleted before as well."""
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=40)
+    store.sync(run)
+    old = store.run(run).info.run_id
+    if how == "begun anew":
+        begin_anew(run)
+    else:
+        store.client.delete_run(old)
+        train(run, attempt=1, start=40, stop=60)
+    store.sync(run)
+    new = store.run(run).info.run_id
+    assert new != old
+    before = store.points(run)
+    store.client.delete_experiment(store.experiment_id)
+    name = store.client.get_experiment(store.experiment_id).name
+    assert store.experiment(name) == store.experiment_id
+    assert len(store.client.search_runs([store.experiment_id])) == 2
+    if position == "lost":
+        run.mlflow_path.unlink()
+    store.sync(run)
+    shown = store.run(run)  # there is one
+    assert store.points(run)["train/loss"] == before["train/loss"]
+    if position == "kept" or how == "begun anew":
+        assert shown.info.run_id == new
+    assert store.sync(run).points == 0
+
+
 @pytest.mark.parametrize("call", ["delete_run", "create_run", "log_batch"])
 def test_a_kill_while_a_run_is_begun_anew_leaves_one_right_view(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
