@@ -7,7 +7,9 @@ it looks in MLflow (`experiments/mlflow_*.py`), nor for what is true of a run (`
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from experiments.mlflow_store import located
 from experiments.run_dir import DONE, RunDir, all_runs, run_at
 from experiments.state import RunState, state_of
 from experiments.tidy import question
+from relora_core import shell
 from relora_core.config import ConfigError
 from sweeps.plan import LABELS, plan_folder
 from sweeps.state import survey
@@ -282,6 +285,26 @@ def shown(output_dir: Path | str, sweep: str) -> list[Pass]:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
         return []
+
+
+def in_background(output_dir: Path | str, sweep: str) -> Path:
+    """Show the sweep from a process that outlives this one; the file that has what it said."""
+    output_dir = Path(output_dir).absolute()
+    log = output_dir / "logs" / "mlflow-sync.log"
+    root = str(Path(__file__).resolve().parents[1])
+    paths = filter(None, (root, os.environ.get("PYTHONPATH")))
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as said:
+            subprocess.Popen(
+                [sys.executable, "-P", "-m", "sweeps", "sync", sweep, "--output-dir", output_dir],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**shell.outside(os.environ), "PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # Ctrl-C, and the terminal's end, are not for it
+            )
+    return log
 
 
 def complaints(passes: Sequence[Pass]) -> Iterator[str]:

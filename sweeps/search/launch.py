@@ -131,9 +131,8 @@ def close(study: Study, console: Console) -> int:
     write_results(study.folder)
     if any(base.tracking.enabled for base in study.spec.bases.values()):
         name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
-        for one in track.bring_up_to_date(output_dir, [name]):  # plots go to the parent run
-            if one.problem:
-                console.print(one.problem, style="yellow", highlight=False, soft_wrap=True)
+        for line in track.complaints(track.shown(output_dir, name)):  # plots go to the parent run
+            console.print(line, style="yellow", highlight=False, soft_wrap=True)
     name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
     results = command("search", name, output_dir=output_dir)
     console.print(f"results: {results}", markup=False, highlight=False, soft_wrap=True)

@@ -57,6 +57,8 @@ def test_a_grid_becomes_finished_runs_in_mlflow(cluster: Cluster, tmp_path: Path
     printed = sweep.launch()
     (submission,) = sweep.submissions()
     assert f"submitted job {submission['job_id']} (array of 6)" in printed
+    log = sweep.out / "logs" / "mlflow-sync.log"  # of the process that shows it
+    cluster.wait_until(lambda: "points sent" in log.read_text(), 120, sweep.told)
     before = mlflow_runs(sweep.out)
     assert Counter(status for status, _ in before.values()) == {"SCHEDULED": 6}
     sweep.open()

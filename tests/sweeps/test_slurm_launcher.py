@@ -14,6 +14,7 @@ import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_slurm import FakeSlurm
@@ -23,7 +24,13 @@ from rich.console import Console
 from submitit import SlurmExecutor
 
 from experiments.run_dir import RunDir, all_runs
-from relora_core.config import CheckpointConfig, ConfigError, ResourcesConfig, TrainConfig
+from relora_core.config import (
+    CheckpointConfig,
+    ConfigError,
+    ResourcesConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from sweeps import cluster, snapshot
 from sweeps import slurm as slurm_module
 from sweeps import submit as submit_module
@@ -1062,7 +1069,7 @@ def test_an_output_dir_that_cannot_be_written_to(submit, slurm):
 
 def test_a_disk_that_fills_up_while_submitting(submit, slurm, out, monkeypatch):
     """One line, and what SLURM took before is known to the next command."""
-    real, left = RunDir.write_status, [2]
+    real, left = RunDir.write_status, [1]  # the run is made; its job is not written down
 
     def full(self, status):
         left[0] -= 1
@@ -1229,3 +1236,26 @@ def test_evaluations_of_a_local_sweep_are_refused(requests, out):
     Path(plan_folder(out, name="s") / "launcher.json").unlink()
     with pytest.raises(ConfigError, match=r"--slurm must be left out for s"):
         submit_evals(requests, sweep="s", output_dir=out, after=False)
+
+
+def test_mlflows_part_begins_when_the_jobs_are_submitted_and_nobody_waits_for_it(
+    submit, slurm, out, monkeypatch
+):
+    asked = []
+
+    def start(words, **options):
+        asked.append((words[3:], len(slurm.jobs()), options["start_new_session"]))
+
+    def waits(*words, **options):
+        raise AssertionError("submitting waits for a store")
+
+    stand_in = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("sweeps.track.subprocess", stand_in)
+    monkeypatch.setattr("sweeps.track.bring_up_to_date", waits)
+    done, text = submit([0, 1], changes={"tracking": TrackingConfig(enabled=True)})
+    assert done == 0
+    words = ["sweeps", "sync", "s", "--output-dir", out.absolute()]
+    assert asked == [(words, 2, True)]
+    assert f"(log: {out.absolute()}/logs/mlflow-sync.log)" in text
+    submit([2], changes={"tracking": TrackingConfig(enabled=False)})
+    assert len(asked) == 1
