@@ -287,6 +287,10 @@ def shown(output_dir: Path | str, sweep: str) -> list[Pass]:
         return []
 
 
+_BESIDE: list[subprocess.Popen[bytes]] = []
+"""Processes that outlive this one: Python warns of those that it forgets."""
+
+
 def in_background(output_dir: Path | str, sweep: str) -> Path:
     """Show the sweep from a process that outlives this one; the file that has what it said."""
     output_dir = Path(output_dir).absolute()
@@ -296,7 +300,7 @@ def in_background(output_dir: Path | str, sweep: str) -> Path:
     with contextlib.suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as said:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sweeps", "sync", sweep, "--output-dir", output_dir],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
@@ -304,6 +308,7 @@ def in_background(output_dir: Path | str, sweep: str) -> Path:
                 env={**shell.outside(os.environ), "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C, and the terminal's end, are not for it
             )
+        _BESIDE.append(process)
     return log
 
 
