@@ -183,7 +183,8 @@ def test_two_processes_equal_one(
         for metrics in (found, expected):  # one rounding error
             assert metrics.pop("restart/logit_change_max") < 1e-5
         assert found == pytest.approx(expected, rel=1e-5)
-    assert two.runs[0].attempt_records()[1]["start_step"] == 25
+    # Where they stopped, not a checkpoint before. The gate counts calls, the ranks' meeting's, too.
+    assert two.runs[0].attempt_records()[1]["start_step"] in range(21, 26)
 
 
 def test_packed_runs_share_a_job_and_one_that_is_killed_goes_on(
