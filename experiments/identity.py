@@ -14,7 +14,7 @@ import re
 from typing import Any, get_args
 
 from experiments import records
-from relora_core.config import RunConfig, applies, get, walk
+from relora_core.config import RunConfig, applies, get, runs_eval, walk
 
 SCHEMA_VERSION = 1
 """Part of every digest; raised when the meaning of an existing knob changes."""
@@ -52,13 +52,27 @@ def essential(config: RunConfig) -> dict[str, Any]:
         meta = f.metadata
         if not meta.get("scientific", True) or not applies(meta, config):
             continue
-        section = key.rsplit(".", 1)[0]
-        if key.startswith("eval.") and not get(config, f"{section}.enabled"):
+        if key.startswith("eval.") and not runs_eval(config, key.split(".")[1]):
             continue
         if any(rules_out(config) for rules_out in meta.get("moot", {}).values()):
             continue
-        kept[key] = meta["same_as"](config) if "same_as" in meta else value
+        if "same_as" not in meta:
+            kept[key] = value
+        elif (meaning := meta["same_as"](config)) is not None:
+            kept[key] = meaning
     return kept
+
+
+def plain_keys(config: RunConfig) -> list[str]:
+    """Keys of `essential` at which configs of this method and kind of data must simply agree."""
+    return [
+        key
+        for key, f, _ in walk(config)
+        if f.metadata.get("scientific", True)
+        and applies(f.metadata, config)
+        and not {"moot", "same_as"} & set(f.metadata)
+        and not key.startswith("eval.")
+    ]
 
 
 def _digest(values: dict[str, Any]) -> str:

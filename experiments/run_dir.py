@@ -20,11 +20,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from typing import Any
 import psutil
 
 from experiments import frozen, records
-from experiments.identity import config_from_json, config_to_json
+from experiments.identity import config_from_json, config_to_json, essential, plain_keys
 from experiments.scheduler import current_job
 from relora_core import atomic
 from relora_core.config import EVALS, ConfigError, RunConfig
@@ -426,3 +427,35 @@ def all_runs(output_dir: Path | str) -> list[RunDir]:
     """Every run below `output_dir`, by name."""
     folder = runs_folder(output_dir)
     return [RunDir(p.parent) for p in sorted(folder.glob("*/config.json"))]
+
+
+def same_runs(
+    configs: Sequence[RunConfig],
+    *,
+    output_dir: Path | str,
+    among: Callable[[RunDir], bool] = lambda run: True,
+) -> list[RunDir | None]:
+    """For each config the first run below `output_dir` that computes the same numbers, if any.
+
+    Most runs differ in a knob that simply counts, and cost no more than reading it.
+    """
+    seeds = {f"-s{config.seed}-" for config in configs}
+    keys = {(c.method, c.data.kind): [k.split(".") for k in plain_keys(c)] for c in configs}
+    plain = {_values(dataclasses.asdict(c), keys[c.method, c.data.kind]) for c in configs}
+    known: dict[str, RunDir] = {}
+    for run in all_runs(output_dir) if configs else ():
+        if not any(seed in run.run_id for seed in seeds):
+            continue
+        with contextlib.suppress(OSError, ValueError, TypeError):  # another version's, or damaged
+            raw = records.read(run.config_path)
+            with contextlib.suppress(KeyError):  # an older run's, without a knob added since
+                shared = keys.get((raw["method"], raw["data"]["kind"]))
+                if shared is None or _values(raw, shared) not in plain:
+                    continue
+            if among(run):
+                known.setdefault(repr(essential(run.config())), run)
+    return [known.get(repr(essential(config))) for config in configs]
+
+
+def _values(raw: dict[str, Any], keys: list[list[str]]) -> tuple[Any, ...]:
+    return tuple(functools.reduce(lambda part, name: part[name], key, raw) for key in keys)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from experiments import environment, frozen, inputs
 from experiments.environment import attempt_record, code_hash
 from experiments.identity import run_id
-from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder
+from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, same_runs
 from experiments.scheduler import current_job
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
@@ -393,6 +393,12 @@ def run_here(config: RunConfig) -> int:
         print(f"{run_dir.run_id} is {ended} already: nothing to do")
         print_result(run_dir)
         return 0 if ended == "finished" else 1
+    if not run_dir.path.exists():
+        [other] = same_runs(
+            [config], output_dir=config.output_dir, among=lambda run: run.ended() == "finished"
+        )
+        if other:
+            notes.append(f"it computes what run {other.run_id} did, which is finished")
     for note in notes:
         _say(f"note: {note}")
     found = inputs.opened(run_dir, config)

@@ -10,7 +10,7 @@ Each field may carry metadata that `knob` writes:
   kinds            kinds of data that the knob applies to; likewise
   scientific       False: where or how it runs, not what it computes; outside the identity
   moot             key -> predicate of a config: that key's value leaves this knob nothing to say
-  same_as          function of a config: one value for all that mean the same there
+  same_as          function of a config: one value for all that mean the same there, None: nothing
                    (both for planning alone: the identity stays what it was)
   sets             for a knob outside the identity: the key inside that follows from it
   as_before        for a knob added later: the value that means "as before", left out of the hash
@@ -37,6 +37,10 @@ LARGEST_INT = 2**31 - 1
 """What counts and sizes fit into everywhere."""
 MOST_RESTARTS = 1_000_000
 """More than a schedule can list."""
+GRAMMAR_DOCUMENTS = 40
+"""Held-out documents per register of the grammar."""
+GRAMMAR_PAIRS = 60
+"""Pairs per paradigm of the grammar."""
 DYNAMICS_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2", "ov")
 
 
@@ -91,14 +95,78 @@ class ModelConfig:
     """Rows of embedding and head; None: the data's vocabulary, padded as the data says."""
 
 
+def adapter_scale(alpha: float, *, rank: int, rslora: bool) -> float:
+    """s of an adapter whose scale is not trained."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _within(every: int | None, most: int) -> int | None:
+    """A cadence beyond the end is one that ends with it: with any, step 0 is measured."""
+    return every and min(every, most)
+
+
+def _of_grammar(path: str | None, most: int | None, there: int) -> int | None:
+    """How many texts the grammar gives; None, all, of a folder's unknown number."""
+    return most if path is not None or (most or there) < there else None
+
+
+# what other knobs leave a knob to say; the schedule is asked, which imports this file ------------
+def _constant_scale(c: RunConfig) -> float | None:
+    """s of every adapter throughout the run; None where it is trained or ranks change."""
+    relora = c.relora
+    ranks_change = relora.adaptive_rank_energy is not None and not _never_redraws(c)
+    if relora.scaling == "trainable" or not relora.r or ranks_change or _rank_changes(c):
+        return None
+    return adapter_scale(relora.alpha, rank=relora.r, rslora=relora.scaling == "rslora")
+
+
+def _rank_changes(c: RunConfig) -> list[tuple[int, int]] | None:
+    from relora_core import schedule
+
+    return schedule.rank_changes(c) or None
+
+
+def _phase_changes(c: RunConfig) -> list[int] | None:
+    from relora_core import schedule
+
+    return schedule.phase_changes(c) or None
+
+
+def _first_multiple(c: RunConfig) -> int | None:
+    from relora_core import schedule
+
+    return next(schedule.restart_multiples(c), None)
+
+
+def _never_redraws(c: RunConfig) -> bool:
+    first = _first_multiple(c)
+    return first is None or first + c.relora.restart_offset >= c.train.steps
+
+
+def _never_rewarms(c: RunConfig) -> bool:
+    return not c.relora.restart_warmup_steps or _first_multiple(c) is None
+
+
+def _never_decays(c: RunConfig) -> bool:
+    """All is warm-up, restarts included: none may come before its end."""
+    return c.train.steps <= c.schedule.warmup_steps
+
+
+def _pruning(relora: ReLoRAConfig) -> str:
+    """The policy; of a share that is none or all, the one that says so."""
+    all_or_none = {0.0: "keep", 1.0: "zero"}
+    partial = relora.optimizer_state in ("random", "magnitude")
+    return all_or_none.get(relora.prune_ratio if partial else -1, relora.optimizer_state)
+
+
+def _is_zero_or_keep(c: RunConfig) -> bool:
+    return c.relora.optimizer_state in ("zero", "keep")
+
+
 _FROZEN = {"relora.r": lambda c: c.relora.r == 0}
-_ALL_OR_NONE = {"relora.optimizer_state": lambda c: c.relora.optimizer_state in ("zero", "keep")}
-
-
-def _first_multiple(relora: ReLoRAConfig) -> int:
-    """The first multiple of reset_frequency at which there may be a restart."""
-    first = relora.first_restart or relora.reset_frequency
-    return -(-first // relora.reset_frequency) * relora.reset_frequency
+_NO_REDRAW = {"relora.reset_frequency": _never_redraws}
+_NO_RESTART = {"relora.reset_frequency": lambda c: _never_redraws(c) and _never_rewarms(c)}
+_NO_DECAY = {"schedule.warmup_steps": _never_decays}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,12 +186,17 @@ class ReLoRAConfig:
         gt=0,
         methods=ADAPTERS,
         moot={"relora.scaling": lambda c: c.relora.scaling == "trainable", **_FROZEN},
+        same_as=lambda c: _constant_scale(c) or c.relora.alpha,
     )
     """Numerator of the adapter's scale s; no part of a trained one."""
     scale: float | None = knob(None, gt=0, methods=ADAPTERS, scientific=False, sets="relora.alpha")
     """s itself, for sweeps over r: alpha is scale * r then, and the run that of such an alpha."""
     scaling: str = knob(
-        "standard", choices=("standard", "rslora", "trainable"), methods=ADAPTERS, moot=_FROZEN
+        "standard",
+        choices=("standard", "rslora", "trainable"),
+        methods=ADAPTERS,
+        moot=_FROZEN,
+        same_as=lambda c: None if _constant_scale(c) else c.relora.scaling,
     )
     """s: alpha / r; alpha / sqrt(r) (Kalajdzievski 2023); or tanh of a trained scalar. r is the
     adapter's own rank: where a restart lowers that, s rises."""
@@ -151,57 +224,105 @@ class ReLoRAConfig:
     )
     """A at the start; `zero` as published: with B = 0, neither has a gradient before a restart (so
     lora, which has none, refuses it). After a full-rank phase A is kaiming in any case."""
-    warm_start_steps: int = knob(0, ge=0, methods=ADAPTERS)
+    warm_start_steps: int = knob(0, ge=0, methods=ADAPTERS, same_as=_phase_changes)
     """Full-rank steps before the adapters begin (Lialin et al. 2023, Sec. 3)."""
-    full_rank_steps: int = knob(0, ge=0, methods=ADAPTERS)
+    full_rank_steps: int = knob(0, ge=0, methods=ADAPTERS, same_as=lambda c: None)
     """Duty cycle after the warm start: so many full-rank steps ..."""
-    low_rank_steps: int = knob(0, ge=0, methods=ADAPTERS)
+    low_rank_steps: int = knob(0, ge=0, methods=ADAPTERS, same_as=lambda c: None)
     """... then so many with adapters, in turn; both 0: adapters all the time."""
-    reset_frequency: int = knob(2000, ge=1, methods=("relora",))
+    reset_frequency: int = knob(
+        2000,
+        ge=1,
+        methods=("relora",),
+        moot={
+            "train.steps": lambda c: _first_multiple(c) is None,
+            "relora.restart_offset": lambda c: _never_redraws(c) and _never_rewarms(c),
+        },
+    )
     """Optimizer steps between restarts (the paper's T). There is none at full rank, nor, though the
     learning rate is re-warmed, where no adapter has had an update since a full-rank phase."""
     first_restart: int | None = knob(
-        None, ge=1, methods=("relora",), same_as=lambda c: _first_multiple(c.relora)
+        None, ge=1, methods=("relora",), moot=_NO_RESTART, same_as=_first_multiple
     )
     """No restart before this step; None: the first multiple of reset_frequency."""
-    restart_offset: int = knob(0, choices=(0, 1), methods=("relora",))
+    restart_offset: int = knob(0, choices=(0, 1), methods=("relora",), moot=_NO_REDRAW)
     """Restart before (0) or after (1, as published) the update whose learning rate is 0."""
-    rank_schedule: list[list[int]] = knob(factory=list, methods=("relora",))
+    rank_schedule: list[list[int]] = knob(
+        factory=list, methods=("relora",), moot=_NO_REDRAW, same_as=_rank_changes
+    )
     """[[step, rank], ...]: adapters drawn at a multiple of reset_frequency from a step on have this
     rank, else r."""
-    adaptive_rank_energy: float | None = knob(None, gt=0, le=1, methods=("relora",))
+    adaptive_rank_energy: float | None = knob(
+        None, gt=0, le=1, methods=("relora",), moot=_NO_REDRAW
+    )
     """A restart gives each adapter the fewest ranks that hold this share of BA's squared singular
     values, at most r or the schedule's. So ranks fall, until the schedule rises: then all have
     its rank. BA = 0 keeps the rank; None: no adapting."""
-    nested_rank: bool = knob(False, methods=("relora",))
+    nested_rank: bool = knob(
+        False,
+        methods=("relora",),
+        moot={"relora.r": lambda c: c.relora.r == 1 and _rank_changes(c) is None},
+    )
     """Train with the first b ranks, b drawn anew at each step (DyLoRA, Valipour et al. 2023), so
     that the leading ones carry most."""
-    restart_groups: int = knob(1, ge=1, methods=("relora",))
+    restart_groups: int = knob(1, ge=1, methods=("relora",), moot=_NO_REDRAW)
     """Partial restarts: the adapters take turns in so many groups; 1: all at every restart."""
-    restart_warmup_steps: int = knob(0, ge=0, methods=("relora",))
+    restart_warmup_steps: int = knob(
+        0, ge=0, methods=("relora",), moot={"relora.reset_frequency": _never_rewarms}
+    )
     """Steps over which the learning rate is re-warmed after a restart (jagged schedule)."""
-    merge: str = knob("scaled", choices=("scaled", "unscaled"), methods=("relora",))
+    merge: str = knob(
+        "scaled",
+        choices=("scaled", "unscaled"),
+        methods=("relora",),
+        moot={**_NO_REDRAW, "relora.alpha": lambda c: _constant_scale(c) == 1},
+    )
     """A restart's W += s·BA (Weiss et al. 2025, Eq. 3), or 1·BA as the published trainer does. The
     end of a low-rank phase folds s·BA in either case."""
-    after_merge: str = knob("reinit", choices=("reinit", "restore"), methods=("relora",))
+    after_merge: str = knob(
+        "reinit", choices=("reinit", "restore"), methods=("relora",), moot=_NO_REDRAW
+    )
     """New A and B (and trained s); or, as very probably ran, the old ones back from the optimizer's
     masters after one forward and backward pass with the new ones."""
     base_dtype: str = knob("float32", choices=("float32", "bfloat16"), methods=("relora",))
     """Precision that a frozen W is kept and merged in; the published runs' copies were bfloat16.
     Full-rank phases train it in float32."""
     optimizer_state: str = knob(
-        "zero", choices=("random", "magnitude", "zero", "keep"), methods=("relora",)
+        "zero",
+        choices=("random", "magnitude", "zero", "keep"),
+        methods=("relora",),
+        moot=_NO_REDRAW,
+        same_as=lambda c: _pruning(c.relora),
     )
     """What a restart does to the adapters' moments: zero a share, all or none of them (`keep` keeps
     Adam's step, too). Where it changes the rank, they go with the old shape."""
-    prune_ratio: float = knob(1.0, ge=0, le=1, methods=("relora",), moot=_ALL_OR_NONE)
+    prune_ratio: float = knob(
+        1.0,
+        ge=0,
+        le=1,
+        methods=("relora",),
+        moot={**_NO_REDRAW, "relora.optimizer_state": _is_zero_or_keep},
+        same_as=lambda c: None if _pruning(c.relora) in ("zero", "keep") else c.relora.prune_ratio,
+    )
     """Share that `random` and `magnitude` zero."""
-    joint_mask: bool = knob(True, methods=("relora",), moot=_ALL_OR_NONE)
+    joint_mask: bool = knob(
+        True,
+        methods=("relora",),
+        moot={
+            **_NO_REDRAW,
+            "relora.optimizer_state": _is_zero_or_keep,
+            "relora.prune_ratio": lambda c: _pruning(c.relora) in ("zero", "keep"),
+        },
+    )
     """One mask for both moments; false: each its own, as published."""
     reset_adam_step: bool = knob(
         True,
         methods=("relora",),
-        moot={"relora.optimizer_state": lambda c: c.relora.optimizer_state == "keep"},
+        moot={
+            **_NO_REDRAW,
+            "relora.optimizer_state": lambda c: c.relora.optimizer_state == "keep",
+            "relora.prune_ratio": lambda c: _pruning(c.relora) == "keep",
+        },
     )
     """Whether bias correction starts anew for a tensor with pruned moments; false as published."""
 
@@ -237,16 +358,27 @@ class GaLoreConfig:
 class ScheduleConfig:
     """Learning-rate factor as a pure function of the 0-based optimizer step (`schedule.py`)."""
 
-    name: str = knob("cosine", choices=("cosine", "linear"))
+    name: str = knob("cosine", choices=("cosine", "linear"), moot=_NO_DECAY)
     """Decay after the warm-up; `relora` makes it jagged at its restarts."""
     warmup_steps: int = knob(0, ge=0)
     """Linear warm-up from 0."""
     min_ratio: float = knob(
-        0.0, ge=0, le=1, moot={"schedule.name": lambda c: c.schedule.name == "linear"}
+        0.0,
+        ge=0,
+        le=1,
+        moot={**_NO_DECAY, "schedule.name": lambda c: c.schedule.name == "linear"},
     )
     """Floor of the cosine, as a share of the peak. The linear decay ends at 0."""
     total_steps: int | None = knob(
-        None, ge=1, same_as=lambda c: c.schedule.total_steps or c.train.steps
+        None,
+        ge=1,
+        moot={
+            "schedule.min_ratio": lambda c: (
+                c.schedule.name == "cosine" and c.schedule.min_ratio == 1
+            ),
+            **_NO_DECAY,
+        },
+        same_as=lambda c: c.schedule.total_steps or c.train.steps,
     )
     """Horizon of the decay; None: train.steps. The published runs used 200,000 for 20,000 steps."""
 
@@ -294,9 +426,19 @@ class DataConfig:
     shuffle_rows: bool = knob(False, kinds=("text",), as_before=False)
     """Rows in a seeded order of their own; false: as they lie, so that a step's rows are often of
     one document, and a short run sees what few documents it happens to begin with."""
-    vocab_size: int | None = knob(None, ge=2, kinds=("pretokenized",))
+    vocab_size: int | None = knob(
+        None,
+        ge=2,
+        kinds=("pretokenized",),
+        moot={"model.vocab_size": lambda c: c.model.vocab_size is not None},
+    )
     """Ids that rows may hold; None: the tokenizer's size padded to a multiple of 128."""
-    eos_id: int | None = knob(None, ge=0, kinds=("pretokenized", "text"))
+    eos_id: int | None = knob(
+        None,
+        ge=0,
+        kinds=("pretokenized", "text"),
+        same_as=lambda c: None if c.data.fingerprint else c.data.eos_id,
+    )
     """Id that ends a document; None: the tokenizer's `<|endoftext|>`, `</s>` or `<eos>`."""
     seq_len: int = knob(ge=1)
     """Tokens per training sequence (inputs; labels are shifted by one)."""
@@ -312,11 +454,19 @@ class PalomaConfig:
     """Whether it runs."""
     path: str | None = knob(None, scientific=False)
     """Folder <source>/<split>/*.jsonl.gz; None: the grammar's own registers (other data: off)."""
-    split: str = knob("val")
+    split: str = knob("val", moot={"eval.paloma.path": lambda c: c.eval.paloma.path is None})
     """Folder below each source."""
-    every_steps: int | None = knob(None, ge=1)
+    every_steps: int | None = knob(
+        None, ge=1, same_as=lambda c: _within(c.eval.paloma.every_steps, c.train.steps)
+    )
     """Cadence in optimizer steps; None: only at the end. The end is always evaluated."""
-    max_documents: int | None = knob(None, ge=1)
+    max_documents: int | None = knob(
+        None,
+        ge=1,
+        same_as=lambda c: _of_grammar(
+            c.eval.paloma.path, c.eval.paloma.max_documents, GRAMMAR_DOCUMENTS
+        ),
+    )
     """Documents per domain at most; None: all."""
     precision: str = knob("fp32", choices=EVAL_PRECISIONS, as_before="fp32")
     """Of the head's matmuls; sums and exponentials are float32 in any case."""
@@ -332,9 +482,15 @@ class BlimpConfig:
     """Whether it runs."""
     path: str | None = knob(None, scientific=False)
     """Folder or .tar.xz of <UID>.jsonl; None: the grammar's own pairs (off for other data)."""
-    every_steps: int | None = knob(None, ge=1)
+    every_steps: int | None = knob(
+        None, ge=1, same_as=lambda c: _within(c.eval.blimp.every_steps, c.train.steps)
+    )
     """Cadence in optimizer steps; None: only at the end. The end is always evaluated."""
-    max_pairs: int | None = knob(None, ge=1)
+    max_pairs: int | None = knob(
+        None,
+        ge=1,
+        same_as=lambda c: _of_grammar(c.eval.blimp.path, c.eval.blimp.max_pairs, GRAMMAR_PAIRS),
+    )
     """Pairs per paradigm at most (the first ones); None: all."""
     precision: str = knob("fp32", choices=EVAL_PRECISIONS, as_before="fp32")
     """Of the head's matmuls; bf16 is faster and may flip pairs that are nearly even."""
@@ -348,6 +504,12 @@ class EvalConfig:
     blimp: BlimpConfig = field(default_factory=BlimpConfig)
 
 
+def runs_eval(config: RunConfig, name: str) -> bool:
+    """Without a path an eval falls to the grammar's own texts, and is off for other data."""
+    section = getattr(config.eval, name)
+    return section.enabled and (config.data.kind == "grammar" or section.path is not None)
+
+
 EVALS = tuple(f.name for f in fields(EvalConfig))
 """Every eval: a section above, and the file of its name in `evals/`."""
 
@@ -356,7 +518,9 @@ EVALS = tuple(f.name for f in fields(EvalConfig))
 class DynamicsConfig:
     """Effective ranks and condition numbers of weights, gradients and updates (`dynamics.py`)."""
 
-    every_steps: int | None = knob(None, ge=1)
+    every_steps: int | None = knob(
+        None, ge=1, same_as=lambda c: _within(c.dynamics.every_steps, c.train.steps + 1)
+    )
     """Cadence in optimizer steps, before the restart where there is one; None: never."""
     what: list[str] = knob(
         factory=lambda: ["weight"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 
 from relora_core.config import (
     ADAPTERS,
@@ -56,6 +57,13 @@ def _is_restart(step: int, *, config: RunConfig) -> bool:
     return step >= first and not is_full_rank(step, config=config)
 
 
+def restart_multiples(config: RunConfig) -> Iterator[int]:
+    """Multiples of F within the run from which on `relora` re-warms, and at which it draws anew."""
+    steps, f = config.train.steps, config.relora.reset_frequency
+    if config.method == "relora":
+        yield from (k for k in range(f, steps, f) if _is_restart(k, config=config))
+
+
 def redraws(config: RunConfig) -> dict[int, int | None]:
     """Completed steps at which `relora` draws A and B anew -> the restart's number from 0, or None.
 
@@ -64,16 +72,12 @@ def redraws(config: RunConfig) -> dict[int, int | None]:
     before it, or, with restart_offset = 1 as published, just after it. None: since the base was
     trained, no adapter has had an update. That merges zero, is no restart and takes nobody's turn.
     """
-    if config.method != "relora":
-        return {}
-    relora, steps = config.relora, config.train.steps
     found: dict[int, int | None] = {}
     last = restarts = 0
-    multiples = range(relora.reset_frequency, steps - relora.restart_offset, relora.reset_frequency)
-    for k in multiples:
-        if not _is_restart(k, config=config):
-            continue
-        step = k + relora.restart_offset
+    for k in restart_multiples(config):
+        step = k + config.relora.restart_offset
+        if step == config.train.steps:
+            break
         if _follows_full_rank(step, config=config, last=last):
             found[step] = None
         else:
@@ -107,6 +111,29 @@ def is_full_rank(step: int, *, config: RunConfig) -> bool:
         return True
     cycle = relora.full_rank_steps + relora.low_rank_steps
     return cycle > 0 and (step - relora.warm_start_steps) % cycle < relora.full_rank_steps
+
+
+def phase_changes(config: RunConfig) -> list[int]:
+    """The first steps of the run at which full and low rank take turns; the others follow."""
+    relora = config.relora
+    warm, full, low = relora.warm_start_steps, relora.full_rank_steps, relora.low_rank_steps
+    return [
+        step
+        for step in sorted({0, warm, warm + full, warm + full + low, warm + 2 * full + low})
+        if step <= config.train.steps
+        and is_full_rank(step, config=config)
+        != (step > 0 and is_full_rank(step - 1, config=config))
+    ]
+
+
+def rank_changes(config: RunConfig) -> list[tuple[int, int]]:
+    """(step, rank) of each redraw at which `rank_schedule` gives another rank than before."""
+    relora = config.relora
+    ranks = [(0, relora.r)]
+    for step in redraws(config) if relora.rank_schedule else ():
+        if (rank := scheduled_rank(step, config=config)) != ranks[-1][1]:
+            ranks.append((step, rank))
+    return ranks[1:]
 
 
 def scheduled_rank(step: int, *, config: RunConfig) -> int:

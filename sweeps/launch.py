@@ -6,7 +6,6 @@ everything is on disk before anything is queued.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -16,8 +15,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from experiments import notices, records
-from experiments.identity import essential
-from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
+from experiments.run_dir import DONE, RunDir, runs_folder, same_runs
 from experiments.state import state_of
 from relora_core import atomic, shell
 from relora_core.config import ConfigError, RunConfig
@@ -206,14 +204,9 @@ def _frozen(output_dir: Path, cell: Cell) -> Cell:
 def same_elsewhere(plan: Plan, output_dir: Path) -> list[str]:
     """A line for each new run that computes what one of another id, begun before, computes."""
     new = [cell for cell in plan.cells if not _run_dir(output_dir, cell).path.exists()]
-    seeds = {f"-s{cell.config.seed}-" for cell in new}
-    known = {}
-    for run in all_runs(output_dir) if new else ():
-        if any(seed in run.run_id for seed in seeds):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                known.setdefault(repr(essential(run.config())), run.run_id)
-    pairs = [(cell, known.get(repr(essential(cell.config)))) for cell in new]
-    return [f"{cell.name} computes what run {other} does" for cell, other in pairs if other]
+    others = same_runs([cell.config for cell in new], output_dir=output_dir)
+    pairs = zip(new, others, strict=True)
+    return [f"{cell.name} computes what run {run.run_id} does" for cell, run in pairs if run]
 
 
 def one_output_dir(plan: Plan) -> Path:

@@ -23,7 +23,16 @@ from typing import Any
 from experiments import frozen, notices, records
 from experiments.identity import config_from_json, essential, ids, scientific
 from relora_core import atomic
-from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, validate, walk
+from relora_core.config import (
+    EVALS,
+    ConfigError,
+    RunConfig,
+    applies,
+    get,
+    runs_eval,
+    validate,
+    walk,
+)
 from sweeps.grid import Point, axes, check_name, sweep_name
 
 LABELS = {
@@ -263,10 +272,11 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
             yield key, f"to {on}"
         elif by := [k for k, rules_out in meta.get("moot", {}).items() if rules_out(first)]:
             yield key, f"with {by[0]}={_short(get(first, by[0]))}"
-        elif "same_as" in meta:
-            yield key, "same"
+        elif key.startswith("eval.") and not runs_eval(first, key.split(".")[1]):
+            on = any(get(config, f"{section}.enabled") for config in configs)
+            yield key, f"with {section}.{'path=none' if on else 'enabled=false'}"
         else:
-            yield key, f"with {section}.enabled=false"
+            yield key, "same"
     if not differs:
         yield "", "twice"
 
@@ -352,9 +362,11 @@ def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | st
     for key, values in new.items():
         if not old.get(key) or values & old[key] or _follows(key, varied, named=named):
             continue
-        if key.endswith(".fingerprint"):
-            key = key.replace("fingerprint", "path")
+        data = key.endswith(".fingerprint")
+        key = key.replace("fingerprint", "path") if data else key
         one, two = (_short(get(cells[0].config, key)) for cells in (before, now))
+        if one == two and not data:  # what it means follows from an axis, as a scale from r
+            continue
         apart.append(f"{key}={one} (now {two})" if one != two else f"other data at {key}={one}")
     if not apart:
         return []

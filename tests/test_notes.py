@@ -195,6 +195,7 @@ def test_a_sweep_that_would_join_one_of_other_fixed_settings_says_so(cut: RunCon
     assert not joins(planned(cut, *axis))
     assert not joins(planned(cut, *axis))  # the same again
     assert not joins(planned(cut, {"relora.r": 2}, {"relora.r": 8}))  # a wider grid
+    assert not joins(planned(cut, {"relora.r": 1}, {"relora.r": 3}))  # of other scales alpha / r
     assert not joins(planned(cut, *({**one, "seed": 1} for one in axis)))  # another seed
     longer = [{**one, "train.steps": 12} for one in axis]
     assert joins(planned(cut, *longer)) == (

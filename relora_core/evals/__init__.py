@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
-from relora_core.config import EVALS, ConfigError, RunConfig
+from relora_core.config import (
+    EVALS,
+    GRAMMAR_DOCUMENTS,
+    GRAMMAR_PAIRS,
+    ConfigError,
+    RunConfig,
+    runs_eval,
+)
 from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import missing
@@ -28,10 +35,6 @@ if TYPE_CHECKING:
 
     from relora_core.model import Decoder
 
-GRAMMAR_DOCUMENTS = 40
-"""Held-out documents per register of the grammar."""
-GRAMMAR_PAIRS = 60
-"""Pairs per paradigm of the grammar."""
 BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
 """Tokens per forward pass; a CPU wants activations that stay in its caches."""
 SHORT = 64
@@ -160,10 +163,8 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
 
 
 def active(config: RunConfig) -> list[str]:
-    """Without a path an eval falls to the grammar's own texts, and is off for other data."""
-    sections = {name: getattr(config.eval, name) for name in EVALS}
-    grammar = config.data.kind == "grammar"
-    return [n for n, s in sections.items() if s.enabled and (grammar or s.path is not None)]
+    """The evals that this run has."""
+    return [name for name in EVALS if runs_eval(config, name)]
 
 
 def _build_paloma(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_core.config import ReLoRAConfig
+from relora_core.config import ReLoRAConfig, adapter_scale
 from relora_core.kernels import Dropout, adapted_linear
 
 
@@ -85,7 +85,7 @@ class ReLoRALinear(nn.Module):
         """s."""
         if self.scalar is not None:
             return self.scalar.tanh()
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return adapter_scale(self.alpha, rank=self.rank, rslora=self.rslora)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A, self.lora_B

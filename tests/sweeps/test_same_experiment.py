@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from experiments.identity import essential, run_id
-from experiments.run_dir import RunDir, runs_folder
-from relora_core.config import RunConfig
+from experiments import runner
+from experiments.identity import config_to_json, essential, run_id
+from experiments.run_dir import RunDir, runs_folder, same_runs
+from experiments.runner import complete
+from relora_core.config import BlimpConfig, DataConfig, PalomaConfig, RunConfig
 from sweeps.launch import same_elsewhere
 from sweeps.plan import load, make_plan, plan_folder, store
 
@@ -69,6 +73,163 @@ SAME = {
         {"method": "galore", "galore": {"r": 4, "update_gap": 300, "moments": "reset"}},
         "galore.moments does not apply with galore.update_gap=",
     ),
+    "no restart within the run": (
+        {"relora": {"reset_frequency": 8}},
+        {
+            "relora": {
+                "reset_frequency": 2000,
+                "first_restart": 3000,
+                "restart_warmup_steps": 5,
+                "merge": "unscaled",
+                "optimizer_state": "random",
+                "prune_ratio": 0.5,
+                "joint_mask": False,
+                "reset_adam_step": False,
+                "restart_offset": 1,
+                "restart_groups": 2,
+                "adaptive_rank_energy": 0.5,
+                "rank_schedule": [[2, 2]],
+            }
+        },
+        "relora.optimizer_state, relora.prune_ratio, relora.joint_mask, relora.reset_adam_step do "
+        "not apply with relora.reset_frequency=",
+    ),
+    "masters without a restart": (
+        {"relora": {"reset_frequency": 9, "base_dtype": "bfloat16"}},
+        {"relora": {"reset_frequency": 9, "base_dtype": "bfloat16", "after_merge": "restore"}},
+        "relora.after_merge does not apply with relora.reset_frequency=9",
+    ),
+    "a restart after the last update": (
+        {"relora": {"reset_frequency": 7, "restart_warmup_steps": 0, "restart_offset": 1}},
+        {"relora": {"reset_frequency": 8, "restart_warmup_steps": 0, "restart_offset": 1}},
+        "relora.reset_frequency does not apply with ",
+    ),
+    "every restart at full rank": (
+        {"relora": {"full_rank_steps": 2, "low_rank_steps": 2, "reset_frequency": 4}},
+        {
+            "relora": {
+                "full_rank_steps": 2,
+                "low_rank_steps": 2,
+                "reset_frequency": 4,
+                "merge": "unscaled",
+                "restart_warmup_steps": 3,
+            }
+        },
+        "do not apply with relora.reset_frequency=4",
+    ),
+    "first restart at full rank": (
+        {"relora": {"reset_frequency": 2, "full_rank_steps": 1, "low_rank_steps": 2}},
+        {
+            "relora": {
+                "reset_frequency": 2,
+                "full_rank_steps": 1,
+                "low_rank_steps": 2,
+                "first_restart": 1,
+            }
+        },
+        "values of relora.first_restart mean the same",
+    ),
+    "ranks after the last restart": (
+        {"relora": {"rank_schedule": [[3, 2]]}},
+        {"relora": {"rank_schedule": [[0, 4], [2, 2], [4, 2], [7, 3]]}},
+        "values of relora.rank_schedule mean the same",
+    ),
+    "ranks that stay": (
+        {},
+        {"relora": {"rank_schedule": [[0, 4], [3, 4], [7, 1]]}},
+        "values of relora.rank_schedule mean the same",
+    ),
+    "a low-rank phase beyond the end": (
+        {"relora": {"full_rank_steps": 2, "low_rank_steps": 7}},
+        {"relora": {"warm_start_steps": 1, "full_rank_steps": 1, "low_rank_steps": 9}},
+        "values of relora.warm_start_steps, relora.full_rank_steps, relora.low_rank_steps mean the",
+    ),
+    "a cycle beyond the end": (
+        {"relora": {"warm_start_steps": 2}},
+        {"relora": {"full_rank_steps": 2, "low_rank_steps": 7}},
+        "relora.full_rank_steps, relora.low_rank_steps mean the same",
+    ),
+    "a second full-rank phase beyond the end": (
+        {"relora": {"warm_start_steps": 1, "full_rank_steps": 3, "low_rank_steps": 3}},
+        {"relora": {"warm_start_steps": 0, "full_rank_steps": 4, "low_rank_steps": 3}},
+        "values of relora.warm_start_steps, relora.full_rank_steps mean the same",
+    ),
+    "two ways to write a scale": (
+        {"relora": {"alpha": 8.0}},
+        {"relora": {"alpha": 4.0, "scaling": "rslora"}},
+        "values of relora.alpha, relora.scaling mean the same",
+    ),
+    "two ways to write lora's scale": (
+        {"method": "lora", "relora": {"alpha": 8.0}},
+        {"method": "lora", "relora": {"alpha": 4.0, "scaling": "rslora"}},
+        "values of relora.alpha, relora.scaling mean the same",
+    ),
+    "merge at s = 1": (
+        {"relora": {"alpha": 4.0}},
+        {"relora": {"alpha": 4.0, "merge": "unscaled"}},
+        "relora.merge does not apply with relora.alpha=4",
+    ),
+    "nested in one rank": (
+        {"relora": {"r": 1}},
+        {"relora": {"r": 1, "nested_rank": True}},
+        "relora.nested_rank does not apply with relora.r=1",
+    ),
+    "random of none": (
+        {"relora": {"optimizer_state": "keep"}},
+        {
+            "relora": {
+                "optimizer_state": "random",
+                "prune_ratio": 0.0,
+                "joint_mask": False,
+                "reset_adam_step": False,
+            }
+        },
+        "values of relora.optimizer_state",
+    ),
+    "magnitude of none": (
+        {"relora": {"optimizer_state": "random", "prune_ratio": 0.0}},
+        {"relora": {"optimizer_state": "magnitude", "prune_ratio": 0.0, "joint_mask": False}},
+        "relora.joint_mask does not apply with relora.prune_ratio=0",
+    ),
+    "random of all": (
+        {"relora": {"optimizer_state": "random", "reset_adam_step": False}},
+        {"relora": {"prune_ratio": 0.2, "joint_mask": False, "reset_adam_step": False}},
+        "values of relora.optimizer_state",
+    ),
+    "magnitude of all": (
+        {"relora": {"optimizer_state": "zero"}},
+        {"relora": {"optimizer_state": "magnitude", "joint_mask": False}},
+        "values of relora.optimizer_state",
+    ),
+    "a decay that is not reached": (
+        {"method": "lora", "schedule": {"warmup_steps": 8}},
+        {
+            "method": "lora",
+            "schedule": {
+                "warmup_steps": 8,
+                "name": "linear",
+                "min_ratio": 0.5,
+                "total_steps": 99,
+            },
+        },
+        "schedule.name, schedule.min_ratio, schedule.total_steps do not apply with "
+        "schedule.warmup_steps=8",
+    ),
+    "horizon of no decay": (
+        {"schedule": {"min_ratio": 1.0}},
+        {"schedule": {"min_ratio": 1.0, "total_steps": 99}},
+        "schedule.total_steps does not apply with schedule.min_ratio=1",
+    ),
+    "evals at start and end": (
+        {"eval": {"paloma": PalomaConfig(enabled=True, every_steps=8, max_documents=40)}},
+        {"eval": {"paloma": PalomaConfig(enabled=True, every_steps=99, split="test")}},
+        "values of eval.paloma.every_steps, eval.paloma.max_documents mean the same",
+    ),
+    "measures of the start": (
+        {"dynamics": {"every_steps": 9}},
+        {"dynamics": {"every_steps": 99}},
+        "values of dynamics.every_steps mean the same",
+    ),
     "measures": (
         {},
         {"dynamics": {"what": ["base"]}},
@@ -77,25 +238,56 @@ SAME = {
 }
 DIFFERENT = [
     ({"relora": {"optimizer_state": "random", "prune_ratio": p}} for p in (0.5, 1.0)),
-    ({"relora": {"joint_mask": j, "optimizer_state": "magnitude"}} for j in (True, False)),
+    (
+        {"relora": {"joint_mask": j, "optimizer_state": "magnitude", "prune_ratio": 0.5}}
+        for j in (True, False)
+    ),
     ({"relora": {"init_a": a}} for a in ("kaiming", "zero")),
     ({"relora": {"reset_frequency": 3, "first_restart": f}} for f in (3, 4)),
     ({"schedule": {"min_ratio": m}} for m in (0.0, 0.3)),
     ({"relora": {"target_modules": t}} for t in (["attention"], ["q_proj"])),
     ({"relora": {"optimizer_state": "zero", "reset_adam_step": z}} for z in (True, False)),
+    ({"relora": {"reset_frequency": 8, "base_dtype": d}} for d in ("float32", "bfloat16")),
+    ({"relora": {"reset_frequency": f}} for f in (7, 8)),
+    ({"relora": {"reset_frequency": 7, "restart_offset": o}} for o in (0, 1)),
+    ({"relora": {"rank_schedule": s}} for s in ([[6, 2]], [[7, 2]])),
+    ({"relora": {"rank_schedule": [[6, 2]], "merge": m}} for m in ("scaled", "unscaled")),
+    (
+        {"relora": {"alpha": a, "scaling": s, "rank_schedule": [[6, 2]]}}
+        for a, s in ((8.0, "standard"), (4.0, "rslora"))
+    ),
+    (
+        {"relora": {"alpha": a, "scaling": s, "adaptive_rank_energy": 0.5}}
+        for a, s in ((8.0, "standard"), (4.0, "rslora"))
+    ),
+    ({"relora": {"full_rank_steps": 2, "low_rank_steps": n}} for n in (6, 7)),
+    ({"relora": {"full_rank_steps": n, "low_rank_steps": 99}} for n in (8, 9)),
+    ({"relora": w} for w in ({}, {"full_rank_steps": 9, "low_rank_steps": 1})),
+    (
+        {"method": "lora", "schedule": {"warmup_steps": 7, "total_steps": 9, "name": n}}
+        for n in ("cosine", "linear")
+    ),
+    ({"relora": {"optimizer_state": "random", "prune_ratio": p}} for p in (0.0, 1.0)),
+    ({"eval": {"blimp": BlimpConfig(enabled=True, every_steps=e)}} for e in (None, 99)),
+    ({"eval": {"blimp": BlimpConfig(enabled=True, max_pairs=m)}} for m in (59, 60)),
+    ({"dynamics": {"every_steps": e}} for e in (None, 99)),
+    ({"dynamics": {"every_steps": e}} for e in (8, 9)),
 ]
 SMALL = {"train": {"steps": 8}, "relora": {"r": 4, "reset_frequency": 3}}
 
 
 class Heard:
-    """A sink that keeps the losses."""
+    """A sink that keeps the losses, and what evals and dynamics measure."""
 
     def __init__(self):
-        self.losses = []
+        self.losses, self.measures = [], []
 
     def emit(self, event):
         if "train/loss" in event.metrics and event.kind == "train":
             self.losses.append(event.metrics["train/loss"])
+        if event.kind in ("eval", "dynamics"):
+            values = {k: v for k, v in event.metrics.items() if not k.startswith("perf/")}
+            self.measures.append((event.kind, event.step, values))
 
     def close(self):
         pass
@@ -127,14 +319,15 @@ def test_what_another_knob_rules_out_makes_no_second_run(nano, case):
 def test_both_compute_the_same_bit_for_bit(nano, case, tmp_path):
     from relora_core.train import train
 
-    losses = []
+    heard = []
     for index, config in enumerate(both(nano, *SAME[case][:2])):
         config.runtime.log_every_steps = 1
         sink, folder = Heard(), tmp_path / str(index)
         train(config, checkpoints=folder, cache_dir=folder / "cache", sink=sink)
-        losses.append(sink.losses)
-    assert len(losses[0]) == 8
-    assert losses[0] == losses[1]
+        heard.append(sink)
+    assert len(heard[0].losses) == 8
+    assert heard[0].losses == heard[1].losses
+    assert heard[0].measures == heard[1].measures
 
 
 @pytest.mark.parametrize("pair", DIFFERENT)
@@ -171,3 +364,55 @@ def test_a_run_that_computes_the_same_under_another_id_is_named(make):
     [line] = same_elsewhere(plan, Path(old.output_dir))
     assert line == f"{plan.cells[0].name} computes what run {run_id(old)} does"
     assert same_elsewhere(make_plan([({}, old)]), Path(old.output_dir)) == []
+
+
+def test_texts_that_no_eval_scores_make_no_second_run(make):
+    rows = {"kind": "pretokenized", "path": "rows", "fingerprint": "f", "seq_len": 8}
+
+    def plan(**changes):
+        config = make(data=DataConfig(**rows | changes))
+        config.model.vocab_size = 128
+        return config
+
+    on = plan()
+    on.eval.paloma = PalomaConfig(enabled=True, every_steps=2)
+    same = [plan(), plan(vocab_size=128), plan(eos_id=0), on]
+    assert len({run_id(config) for config in same}) == 4
+    found = make_plan([({}, config) for config in same])
+    assert len(found.cells) == 1
+    assert "with eval.paloma.path=none" in "\n".join(found.collapsed)
+    assert "data.vocab_size does not apply with model.vocab_size=128" in "\n".join(found.collapsed)
+    assert len(make_plan([({}, plan()), ({}, plan(fingerprint="g"))]).cells) == 2
+
+
+def test_a_thousand_runs_are_looked_through_within_a_second(make):
+    new = make()
+    text = config_to_json(new)
+    for index in range(1000):
+        folder = runs_folder(new.output_dir) / f"x-s0-{index}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text.replace('"lr": 0.0003', f'"lr": {index + 1}.0'))
+    start = time.process_time()
+    assert same_runs([new], output_dir=new.output_dir) == [None]
+    assert time.process_time() - start < 1
+
+
+def test_a_single_run_says_that_another_has_done_the_same(make, capsys, monkeypatch):
+    def planned(**changes):
+        config = make(**changes)
+        config.model.vocab_size = None
+        return complete(config)
+
+    old, new = planned(), planned()
+    new.relora.prune_ratio = 0.5
+    monkeypatch.setattr(runner, "run_experiment", lambda *_, **__: "finished")
+    done = RunDir(runs_folder(old.output_dir) / run_id(old))
+    done.create(old)
+    line = f"note: it computes what run {run_id(old)} did, which is finished"
+    assert runner.run_here(planned(seed=1)) == 0
+    assert runner.run_here(new) == 0
+    assert line not in capsys.readouterr().err  # it has only begun
+    shutil.rmtree(runs_folder(old.output_dir) / run_id(new))
+    done.write_result({"run_id": run_id(old), "state": "finished", "step": 4, "metrics": {}})
+    assert runner.run_here(new) == 0
+    assert line in capsys.readouterr().err.splitlines()

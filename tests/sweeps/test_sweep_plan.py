@@ -78,7 +78,8 @@ def test_names_tell_numbers_apart_that_differ_in_the_last_digit(make):
 
 def test_a_long_value_is_cut_in_a_name_and_still_told_apart(make):
     phases = [[[step, 4 + step % (3 + last)] for step in range(200)] for last in range(3)]
-    plan = make_plan([({}, make(relora=ReLoRAConfig(r=8, rank_schedule=one))) for one in phases])
+    every = [ReLoRAConfig(r=8, reset_frequency=1, rank_schedule=one) for one in phases]
+    plan = make_plan([({}, make(steps=200, relora=relora)) for relora in every])
     names = [cell.name for cell in plan.cells]
     assert len(set(names)) == 3
     assert all(len(name) < 120 for name in names)
