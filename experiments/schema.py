@@ -95,10 +95,28 @@ def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(_unknown_key(unknown, f"+{unknown}")) from None
     assert isinstance(made, Composed)
     config = RunConfig(**{f.name: getattr(made, f.name) for f in dataclasses.fields(RunConfig)})
-    for key, _, value in walk(config):
+    try:
+        leaves = list(walk(config))
+    except AttributeError:
+        _check_sections(config)
+        raise
+    for key, _, value in leaves:
         if value == 0 and isinstance(value, float):
             _put(config, key, 0.0)  # -0.0 would be another run
     return _scaled(config, words)
+
+
+def _check_sections(section: Any, prefix: str = "") -> None:
+    """ConfigError where an interpolation has put a value in the place of a section."""
+    hints = get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        if not dataclasses.is_dataclass(hints[f.name]):
+            continue
+        key, value = f"{prefix}{f.name}", getattr(section, f.name)
+        if not isinstance(value, hints[f.name]):
+            first = dataclasses.fields(hints[f.name])[0].name
+            raise ConfigError(f"{key} must hold keys such as {key}.{first}, got {value!r}")
+        _check_sections(value, f"{key}.")
 
 
 def _scaled(config: RunConfig, words: Sequence[str]) -> RunConfig:

@@ -36,6 +36,8 @@ OVERRIDES = [
     (["data=pretokenized", "data.path=/nowhere"], "data.path"),
     (["data=text"], "data.path must name a folder or file for data=text"),
     (["eval.paloma.path=/nowhere"], "eval.paloma.path"),
+    (["checkpoint=${method}"], "checkpoint must hold keys such as checkpoint.every_steps, got"),
+    (["eval.blimp=${method}"], "eval.blimp must hold keys such as eval.blimp.enabled, got"),
 ]  # fmt: skip
 
 

@@ -60,7 +60,9 @@ def test_a_grid_becomes_finished_runs_in_mlflow(cluster: Cluster, tmp_path: Path
     log = sweep.out / "logs" / "mlflow-sync.log"  # of the process that shows it
     cluster.wait_until(lambda: "points sent" in log.read_text(), 120, sweep.told)
     before = mlflow_runs(sweep.out)
-    assert Counter(status for status, _ in before.values()) == {"SCHEDULED": 6}
+    states = Counter(status for status, _ in before.values())
+    assert (states.total(), states.keys() <= {"SCHEDULED", "RUNNING"}) == (6, True)
+    assert states["SCHEDULED"] >= 4  # two may have begun before MLflow was told
     sweep.open()
     runs = [sweep.out / "runs" / run_id for (run_id,) in submission["tasks"]]
     cluster.wait_until(lambda: all((run / "result.json").exists() for run in runs), 120, sweep.told)
