@@ -580,7 +580,8 @@ def test_lora_without_an_a_is_refused_where_nothing_would_draw_one(nano):
 
 
 ELSEWHERE = {
-    "r": 3, "alpha": 3.0, "scaling": "rslora", "dropout": 0.3, "target_modules": ["w_2"],
+    "r": 3, "alpha": 3.0, "scale": 1.0, "scaling": "rslora", "dropout": 0.3,
+    "target_modules": ["w_2"],
     "full_rank_modules": ["w_2"], "lr_ratio_b": 3.0, "init_a": "zero", "warm_start_steps": 2,
     "full_rank_steps": 1, "low_rank_steps": 2, "reset_frequency": 3, "first_restart": 8,
     "restart_offset": 1, "rank_schedule": [[4, 2]], "adaptive_rank_energy": 0.5,
@@ -609,7 +610,7 @@ def test_a_knob_of_another_method_changes_no_bit(nano, method):
         for f in dataclasses.fields(ReLoRAConfig)
         if method not in f.metadata["methods"]
     }
-    assert len(foreign) == (16 if method == "lora" else 27)
+    assert len(foreign) == (16 if method == "lora" else 28)
     one, two = after_steps(nano(method=method)), after_steps(nano(method=method, relora=foreign))
     for (name, weight), (_, other) in zip(one, two, strict=True):
         assert torch.equal(weight, other), name
