@@ -21,7 +21,7 @@ demo: $(READY)  ## six runs, trained, evaluated and tracked, in some minutes on 
 	$(BIN)/python run.py -m model=tiny,small relora.r=8,16,32
 
 test: $(READY)  ## the whole suite
-	$(BIN)/python -m pytest -n 4 --dist loadscope
+	$(BIN)/python -m pytest -n 3 --dist loadscope
 
 test-slurm: $(READY)  ## real jobs on a private SLURM cluster; installs its packages where it may
 	RELORA_SLURM=require $(BIN)/python -m pytest tests/slurm

@@ -71,7 +71,10 @@ def test_an_error_at_every_distinct_operation(warm_runner, whole, tmp_path):
     for number, (label, times) in enumerate(tried):
         fault = {"at": 1 + number % times, "on": f"^{re.escape(label)}$"}
         fault["errno"] = (ENOSPC, EIO)[number % 2]
-        if not failed(warm_runner, tmp_path / str(number), whole=whole, **fault):
+        if failed(warm_runner, tmp_path / str(number), whole=whole, **fault):
+            continue
+        fault["at"] = 1  # a slow machine's traced run may have had more heartbeats than this one
+        if not failed(warm_runner, tmp_path / f"{number}-first", whole=whole, **fault):
             harmless.append(label)
     spared = ("link ", "open .", "mkdir ", "unlink run/lock")  # done otherwise, or there already
     assert [label for label in harmless if not label.startswith(spared)] == []
