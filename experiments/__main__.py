@@ -102,7 +102,7 @@ def export(
             f"--step must be one of {run_dir.run_id}'s checkpoints {has}, got {step}; nearest "
             f"valid: {close}"
         )
-    told: dict[str, Any] = {"run_id": run_dir.run_id, "step": step, "path": str(folder)}
+    exported: dict[str, Any] = {"run_id": run_dir.run_id, "step": step, "path": str(folder)}
     found, notes = inputs.to_export(run_dir, tokenizer=tokenizer)
     if found.changes and not accept_changed:
         remedy = "--accept-changed exports with what is there now (--tokenizer PATH with another)"
@@ -111,7 +111,7 @@ def export(
     if not mlflow:
         notes += export_run(found.config, checkpoint=steps[step], folder=folder)
         _write_down(run_dir, found)
-        return told | {"notes": notes}
+        return exported | {"notes": notes}
     from experiments.mlflow_model import log_model, tracked
     from experiments.mlflow_store import redacted
 
@@ -119,7 +119,7 @@ def export(
     notes += export_run(found.config, checkpoint=steps[step], folder=folder)
     _write_down(run_dir, found)
     model = log_model(shown, folder=folder, step=step)
-    return told | {"notes": notes, "mlflow_model": model, "tracking_uri": redacted(shown.uri)}
+    return exported | {"notes": notes, "mlflow_model": model, "tracking_uri": redacted(shown.uri)}
 
 
 def _write_down(run_dir: RunDir, found: inputs.Opened) -> None:

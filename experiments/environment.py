@@ -79,15 +79,15 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
     if commit is None:
         return {}
     changes = git(root, "status", "--porcelain", ".")
-    told = {} if changes is None else {"dirty": changes != ""}
-    return {"commit": commit.strip(), **told}
+    dirty = {} if changes is None else {"dirty": changes != ""}
+    return {"commit": commit.strip(), **dirty}
 
 
 @cache
 def notes(root: Path = ROOT) -> tuple[str, ...]:
     """A line where the code lies in a checkout and git does not say which commit it is.
 
-    It looks at no checkout of another owner, unless told that it is safe, and may be missing.
+    Git may be missing; it refuses a checkout of another owner that is not a safe.directory.
     """
     if frozen(root) or not any((folder / ".git").exists() for folder in (root, *root.parents)):
         return ()

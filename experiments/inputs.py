@@ -49,14 +49,14 @@ class Change:
 
 def refusal(changes: Sequence[Change], *, remedy: str) -> ConfigError:
     """One line for all of them."""
-    told = "; ".join(
+    differences = "; ".join(
         f"{c.what} (fingerprint {c.planned[:12]} -> {_short(c.now, c.planned)})" for c in changes
     )
-    return ConfigError(f"{told}: put back what the run was planned with, or {remedy}")
+    return ConfigError(f"{differences}: put back what the run was planned with, or {remedy}")
 
 
 def _short(now: str, planned: str) -> str:
-    """Enough of a fingerprint to be told from the planned one."""
+    """The start of a fingerprint, enough to see that it is not the planned one."""
     return now[:12] if now[:12] != planned[:12] else now.replace(planned[:64], planned[:12])[:26]
 
 
@@ -338,12 +338,12 @@ def _difference(known: dict[str, Any] | None, seen: Sequence[Look]) -> str:
     after = {look[0]: list(look) for look in seen}
     if not before.keys() & after.keys():
         return ""
-    told = [f"{Path(p).name} is missing" for p in before if p not in after]
-    told += [f"{Path(p).name} is new" for p in after if p not in before]
+    lines = [f"{Path(p).name} is missing" for p in before if p not in after]
+    lines += [f"{Path(p).name} is new" for p in after if p not in before]
     for path in before.keys() & after.keys():
         was, now = before[path], after[path]
         if was[1] != now[1]:
-            told.append(f"{Path(path).name} had {was[1]:,} bytes, has {now[1]:,}")
+            lines.append(f"{Path(path).name} had {was[1]:,} bytes, has {now[1]:,}")
         elif was != now:
-            told.append(f"{Path(path).name} was written again")
-    return ", ".join(sorted(told)[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+            lines.append(f"{Path(path).name} was written again")
+    return ", ".join(sorted(lines)[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
