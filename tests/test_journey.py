@@ -112,7 +112,7 @@ def test_real_text_tokenizer_and_evals_to_mlflow(shared_data, tmp_path):
     assert done.returncode == 0, done.stderr
     found = numbers(out)
     assert found["restart/count"] == 3
-    assert found["train/loss"] < 10.95  # ln 50304 + 1/6 at the start
+    assert found["train/loss"] < 10.98  # ln 50304 + 1/6 = 10.99 at the start; mean of ten
     assert {"eval/blimp/no_bos/accuracy", "eval/blimp/eos_prefix/accuracy"} <= set(found)
     phenomena = {k for k in found if k.startswith("eval/blimp/no_bos/")} - {
         "eval/blimp/no_bos/accuracy"

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,11 @@ def wait_for(what: Callable[[], object], *, timeout_s: float = 120) -> Any:
 
 # the follower -----------------------------------------------------------------------------------
 def follower_of(process: subprocess.Popen[str]) -> psutil.Process | None:
-    children = psutil.Process(process.pid).children()
-    return next((c for c in children if "experiments.mlflow_follow" in c.cmdline()), None)
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.Error):  # others come and go while they are looked at
+            if "experiments.mlflow_follow" in child.cmdline():
+                return child
+    return None
 
 
 @pytest.mark.parametrize("when", ["at its start", "in a pass"])

@@ -176,14 +176,16 @@ def test_two_processes_equal_one(
     for sweep in (one, two):
         sweep.wait_done()
         (run,) = sweep.runs.values()
-        assert [record["world"] for record in run.attempt_records()] == [2] * (1 + (sweep is two))
+        assert {record["world"] for record in run.attempt_records()} == {2}
         found = numbers(run)
         assert found.pop("restart/rank_spread") == 0.0
         expected = numbers(undisturbed[0])
         for metrics in (found, expected):  # one rounding error
             assert metrics.pop("restart/logit_change_max") < 1e-5
         assert found == pytest.approx(expected, rel=1e-5)
+    assert len(one.runs[0].attempt_records()) == 1
     # Where they stopped, not a checkpoint before. The gate counts calls, the ranks' meeting's, too.
+    # On a slow machine the second attempt may meet its limit as well.
     assert two.runs[0].attempt_records()[1]["start_step"] in range(21, 26)
 
 
