@@ -117,26 +117,25 @@ class Panel:
     bands: list[float] = field(default_factory=list)
     end: float = 0.0
 
-    def arm(self, arm: Arm, metric: str) -> bool:
-        """Draw an arm's mean and band, and its other runs; whether there was anything."""
+    def arm(self, arm: Arm, metric: str) -> None:
+        """Draw an arm's mean and band, and its other runs."""
         finished, others = arm.finished, [run for run in arm.runs if not run.finished]
         mean = curve(finished, metric, axis=self.axis, scale=self.scale)
         look: dict[str, Any] = {"color": arm.colour, "linestyle": arm.style}
-        drawn = self._draw(mean, **look, linewidth=1.7 if mean and mean.n > 1 else 1.0)
+        self._draw(mean, **look, linewidth=1.7 if mean and mean.n > 1 else 1.0)
         for run in others:
             alone = curve([run], metric, axis=self.axis, scale=self.scale)
-            drawn |= self._draw(alone, **look, linewidth=0.8, alpha=0.6)
+            self._draw(alone, **look, linewidth=0.8, alpha=0.6)
             if alone and len(alone.x) and run.state == "diverged":
                 self.ax.plot(alone.x[-1:], alone.mean[-1:], "x", color=arm.colour, markersize=6)
-        return drawn
 
-    def _draw(self, found: Curve | None, **look: Any) -> bool:
+    def _draw(self, found: Curve | None, **look: Any) -> None:
         if found is None:
-            return False
+            return
         kept = found.x >= self.start
         x, mean, low, high = (v[kept] for v in (found.x, found.mean, found.low, found.high))
         if not len(x):
-            return False
+            return
         marker = "." if len(x) == 1 else ""
         self.ax.plot(x, mean, marker=marker, **look)
         if found.n > 1:
@@ -144,7 +143,6 @@ class Panel:
         self.lines += [mean.min(), mean.max()]
         self.bands += [*finite(low), *finite(high)]
         self.end = max(self.end, x.max())
-        return True
 
     def level(self, value: float, *, text: str, inside: bool = True) -> None:
         """A horizontal line with words on it; in view if `inside`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
 
-from experiments import canvas, figures_arms, figures_paper, published, report_tables, tidy
+from experiments import canvas, figures_arms, figures_paper, published, tidy
 from experiments.canvas import Drawing, Figure, NoData
 from experiments.curves import Panel, Progress, progress, restart_ticks
 from experiments.figures_arms import BLIMP, LOSS, PAPER_PERPLEXITY, PERPLEXITY
@@ -26,9 +26,9 @@ def all_figures(
     sweep: Sweep,
     folder: Path,
     *,
-    x: str = "tokens",
-    published: Path | str | None = None,
-    pairs: Sequence[tuple[Arm, Arm]] | None = None,
+    x: str,
+    published: Path | str | None,
+    pairs: Sequence[tuple[Arm, Arm]],
 ) -> list[Figure]:
     """Draw what the sweep has data for; of the other figures `missing` says why there is none.
 
@@ -45,9 +45,9 @@ def all_figures(
 def catalogue(
     sweep: Sweep,
     *,
-    x: str = "tokens",
-    published: Path | str | None = None,
-    pairs: Sequence[tuple[Arm, Arm]] | None = None,
+    x: str,
+    published: Path | str | None,
+    pairs: Sequence[tuple[Arm, Arm]],
 ) -> dict[str, tuple[str, Callable[[], Drawing]]]:
     """Name -> title and how to draw it, of every figure; arguments as of `all_figures`."""
     axis = progress(sweep, x)
@@ -61,7 +61,7 @@ def catalogue(
         "arms": ("Final numbers by arm", partial(figures_arms.arms_summary, sweep)),
         "differences": (
             "Differences on common seeds",
-            partial(figures_arms.differences, _pairs(sweep) if pairs is None else pairs),
+            partial(figures_arms.differences, pairs),
         ),
         "blimp_phenomena": ("BLiMP by phenomenon", partial(figures_arms.blimp_phenomena, sweep)),
         "weights_rank": (
@@ -86,10 +86,6 @@ def catalogue(
         ),
         "restarts": ("What restarts do", partial(figures_paper.restarts, sweep)),
     }
-
-
-def _pairs(sweep: Sweep) -> Sequence[tuple[Arm, Arm]]:
-    return report_tables.against(sweep, reference=None) if sweep.arms else []
 
 
 def _load(path: Path | str | None, sweep: Sweep) -> Published | None:

@@ -192,9 +192,9 @@ def _count(arm: Arm) -> str:
 
 
 # BLiMP ------------------------------------------------------------------------------------------
-def blimp_phenomena(sweep: Sweep, *, scoring: str = "no_bos") -> Drawing:
+def blimp_phenomena(sweep: Sweep) -> Drawing:
     """A group of dots for each phenomenon, a dot for each arm, beside chance."""
-    prefix = f"eval/blimp/{scoring}/"
+    prefix = "eval/blimp/no_bos/"
     finished = [arm for arm in sweep.arms if arm.values(prefix + "accuracy")]
     names = [m.removeprefix(prefix) for m in sweep.metrics() if m.startswith(prefix)]
     groups = ["accuracy", *sorted(set(names) - {"accuracy"})]
@@ -216,7 +216,7 @@ def blimp_phenomena(sweep: Sweep, *, scoring: str = "no_bos") -> Drawing:
     chance = Line2D([], [], color=canvas.GREY, linestyle=(0, (1, 2)), label="chance")
     canvas.legend(figure, finished, extra=[chance], dots=True)
     caption = (
-        f"Scored as {scoring}. Means over finished seeds with 95 % t intervals over seeds, cut at 0"
+        "Scored as no_bos. Means over finished seeds with 95 % t intervals over seeds, cut at 0"
         " and 1; an open dot is a single seed. `all` is the mean over paradigms."
     )
     return Drawing(canvas=figure, caption=caption)

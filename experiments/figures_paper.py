@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -316,7 +316,7 @@ def _with_changes(arm: Arm) -> Arm:
     for run in arm.runs:
         curves = {k: v for k, v in run.curves.items() if k == "restart/merged_norm"}
         curves |= dict(_changes(run))
-        runs.append(_replaced(run, curves))
+        runs.append(dataclasses.replace(run, curves=curves))
     return Arm(arm_id=arm.arm_id, name=arm.name, colour=arm.colour, style=arm.style, runs=runs)
 
 
@@ -336,7 +336,3 @@ def _changes(run: RunData) -> Iterator[tuple[str, list[Any]]]:
         ]
         if points:
             yield name, points
-
-
-def _replaced(run: RunData, curves: Mapping[str, list[Any]]) -> RunData:
-    return dataclasses.replace(run, curves=dict(curves))

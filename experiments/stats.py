@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 CONFIDENCE = 0.95
+POWER = 0.8
 MAX_SEEDS = 1000
 """More than these resolve no gap that anyone would pay for."""
 RESAMPLES = 5000
@@ -107,7 +108,7 @@ class Comparison:
     p: float | None = None
     """Two-sided."""
     p_holm: float | None = None
-    """Adjusted for the family it was compared in (`compare_all`)."""
+    """Adjusted for all comparisons of its table (`holm`)."""
     bootstrap: tuple[float, float] | None = None
     """95 % percentile interval over resampled seeds, from three pairs on."""
     effect: float | None = None
@@ -148,20 +149,6 @@ def compare(
     return found
 
 
-def compare_all(
-    arms: Mapping[str, Mapping[int, float]], *, reference: str, scale: Scale = "linear"
-) -> dict[str, Comparison]:
-    """Every other arm against `reference`, with Holm's adjustment over those that have a p."""
-    found = {
-        name: compare(values, arms[reference], scale=scale)
-        for name, values in arms.items()
-        if name != reference
-    }
-    for comparison, p in zip(found.values(), holm([c.p for c in found.values()]), strict=True):
-        comparison.p_holm = p
-    return found
-
-
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjustment: holds the chance of any false positive in the family.
 
@@ -175,19 +162,17 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else adjusted[p] for p in p_values]
 
 
-def seeds_needed(
-    differences: Sequence[float], *, power: float = 0.8, alpha: float = 0.05
-) -> SeedsNeeded:
+def seeds_needed(differences: Sequence[float]) -> SeedsNeeded:
     """Common seeds with which a paired t-test would resolve the mean of `differences`."""
     kept = [value for value in differences if finite(value)]
     sd = statistics.stdev(kept) if len(kept) > 1 else 0.0
     if sd <= ROUNDING * max(map(abs, kept), default=0.0):
         return SeedsNeeded()
-    return _needed(statistics.fmean(kept) / sd, arms=1, power=power, alpha=alpha)
+    return _needed(statistics.fmean(kept) / sd, arms=1)
 
 
 def bootstrap_interval(
-    values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+    values: Sequence[float], *, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """Percentile bootstrap of the mean, 95 % in name: it covers 75 % with 3 values, 84 with 5.
 
@@ -195,7 +180,7 @@ def bootstrap_interval(
     """
     import numpy as np
 
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    rows = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     with np.errstate(all="ignore"):
         means = np.asarray(values, dtype=float)[rows].mean(axis=1)
         tail = 50 * (1 - CONFIDENCE)
@@ -268,7 +253,7 @@ def _welch(a: Sequence[float], b: Sequence[float], *, scale: Scale) -> Compariso
     return found
 
 
-def _needed(effect: float, *, arms: int, power: float = 0.8, alpha: float = 0.05) -> SeedsNeeded:
+def _needed(effect: float, *, arms: int) -> SeedsNeeded:
     from scipy.special import nctdtr, stdtrit
 
     def reached(n: int) -> float:
@@ -276,10 +261,10 @@ def _needed(effect: float, *, arms: int, power: float = 0.8, alpha: float = 0.05
         df = arms * (n - 1)
         # Beyond 40 power is 1 at any n, and scipy's noncentral t gives nan.
         shift = min(abs(effect) * math.sqrt(n / arms), 40.0)
-        return 1 - float(nctdtr(df, shift, stdtrit(df, 1 - alpha / 2)))
+        return 1 - float(nctdtr(df, shift, stdtrit(df, 0.5 + CONFIDENCE / 2)))
 
     sizes = range(2, MAX_SEEDS + 1)
-    at = bisect.bisect_left(sizes, power, key=reached)
+    at = bisect.bisect_left(sizes, POWER, key=reached)
     if at == len(sizes):
         return SeedsNeeded(text=f"> {MAX_SEEDS}")
     return SeedsNeeded(n=sizes[at], text=str(sizes[at]))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 PAIRS = 1000
 """Sentence pairs of a BLiMP paradigm."""
-Side = Literal["smaller", "larger", "two-sided"]
 Runs = Mapping[int, Mapping[str, float]]
 """Seed -> paradigm -> accuracy, in [0, 1]."""
 FIXED_SEEDS = "silent on other seeds"
@@ -40,7 +39,7 @@ class BlimpTest:
     high: float | None = None
     statistic: float | None = None
     p: float | None = None
-    side: Side = "two-sided"
+    side: Literal["smaller", "two-sided"] = "two-sided"
     """What `p` looks for: `smaller`, that the arm's accuracy is."""
     note: str = ""
     """What was left out, averaged or cannot be said."""
@@ -70,9 +69,7 @@ def blimp_tests(arm: Runs, reference: Runs, *, pairs: int = PAIRS) -> list[Blimp
     return found
 
 
-def proportion_test(
-    accuracy: float, reference: float, *, trials: int = 67 * PAIRS, side: Side = "smaller"
-) -> BlimpTest:
+def proportion_test(accuracy: float, reference: float, *, trials: int = 67 * PAIRS) -> BlimpTest:
     """The paper's Z-test: two pooled proportions of `trials` pairs each."""
     from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
@@ -81,14 +78,14 @@ def proportion_test(
         unit="sentence pair",
         n=trials,
         difference=accuracy - reference,
-        side=side,
+        side="smaller",
         assumes="pairs independent, though made from few templates; the models' pairs unrelated,"
         f" though they are the same; direction chosen beforehand; {FIXED_SEEDS}",
     )
     if not 0 < accuracy + reference < 2:
         return replace(found, note="all right or all wrong in both: nothing to test against")
     a, b = accuracy * trials, reference * trials
-    z, p = proportions_ztest([a, b], [trials, trials], alternative=side)
+    z, p = proportions_ztest([a, b], [trials, trials], alternative="smaller")
     alpha = 1 - CONFIDENCE
     low, high = confint_proportions_2indep(a, trials, b, trials, method="wald", alpha=alpha)
     return replace(found, statistic=float(z), p=float(p), low=float(low), high=float(high))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -47,9 +47,6 @@ GRACE_S = 60.0
 """From terminate, at which a worker saves, to kill, when the sweep is stopped."""
 STORE_S = 120.0
 """Longest wait for MLflow's store when all runs have ended."""
-
-Track = Callable[[Plan, Path], contextlib.AbstractContextManager[object]]
-"""Something that follows the runs of a plan while they run, ready when entered."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,14 +135,12 @@ def launch_local(
     worker: Sequence[str] = WORKER,
     parent: Sequence[str] | None = None,
     code: Path = ROOT,
-    track: Track | None = None,
 ) -> Summary:
     """Run what is not done and not at work elsewhere, at most `max_parallel` at a time.
 
     Workers import the project from `code`, a frozen copy: edits do not reach those that wait.
     `worker` is the command that RUN_DIR is appended to, `parent` that of a warm parent of such
-    workers (default: ours, where the workers are ours). `track` follows the runs (default: MLflow,
-    where tracking is on). The data must be prepared.
+    workers (default: ours, where the workers are ours). The data must be prepared.
     """
     check_parallel(max_parallel)
     output_dir, console = Path(output_dir), console or display.make_console()
@@ -168,7 +163,7 @@ def launch_local(
         parent = warm.COMMAND
     with (
         warmed(parent, slots=slots, runs=len(todo)) as forks,
-        (track or follow)(plan, output_dir),
+        follow(plan, output_dir),
         display.Progress(plan.cells, output_dir=output_dir, console=console) as progress,
         stop_requested() as stop,
     ):

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
-from experiments import canvas, figures, figures_paper, published, stats
+from experiments import canvas, figures, figures_paper, published, report_tables, stats
 from experiments.canvas import Figure
 from experiments.curves import Panel, Progress, curve
 from experiments.tidy import COLOURS, STYLES, Arm, Point, RunData, Sweep
@@ -130,12 +130,16 @@ def sweep_of(
     return Sweep(name="s", arms=made)
 
 
+def catalogue(sweep: Sweep, *, x: str = "tokens", published: Path | None = None) -> Any:
+    pairs = report_tables.against(sweep, reference=None) if sweep.arms else []
+    return figures.catalogue(sweep, x=x, published=published, pairs=pairs)
+
+
 def drawn(sweep: Sweep, folder: Path, *names: str, **options: Any) -> dict[str, Figure]:
     """The figures of these names; all of them, if none is given."""
-    found = figures.catalogue(sweep, **options)
     return {
         name: canvas.produce(name, title=title, draw=draw, folder=folder)
-        for name, (title, draw) in found.items()
+        for name, (title, draw) in catalogue(sweep, **options).items()
         if not names or name in names
     }
 
@@ -143,7 +147,7 @@ def drawn(sweep: Sweep, folder: Path, *names: str, **options: Any) -> dict[str, 
 def sketched(sweep: Sweep, *names: str, **options: Any) -> dict[str, canvas.Drawing]:
     """The figures of these names, in memory: files take ten times as long."""
     with canvas.style():
-        found = figures.catalogue(sweep, **options)
+        found = catalogue(sweep, **options)
         return {name: found[name][1]() for name in names}
 
 
@@ -175,7 +179,7 @@ def write_paper(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figure]:
     folder = tmp_path_factory.mktemp("figures")
-    return {f.name: f for f in figures.all_figures(sweep_of(), folder)}
+    return drawn(sweep_of(), folder)
 
 
 @pytest.mark.slow

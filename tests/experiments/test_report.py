@@ -18,6 +18,7 @@ from synthetic import STEPS, a_config, a_sweep, arms, attempt, loss_of, record
 
 from experiments import compare, document, report, report_tables, tidy
 from experiments.document import Bullets, Code, Document, Notice, Section, Table
+from experiments.stats import holm
 from relora_core.config import ConfigError, RunConfig, TrainConfig
 
 
@@ -56,6 +57,8 @@ def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
     row = compared["method=relora relora.r=2"]
     assert float(row["difference"]) == pytest.approx(statistics.fmean(gap))
     assert row["reference"] == "method=full_rank"
+    adjusted = holm([float(r["p"]) for r in compared.values()])
+    assert [float(r["p_holm"]) for r in compared.values()] == adjusted
     assert f"{statistics.fmean(losses):.3f} [" in text(page)
 
 

@@ -17,7 +17,6 @@ from experiments.stats import (
     Comparison,
     bootstrap_interval,
     compare,
-    compare_all,
     geometric_interval,
     holm,
     interval,
@@ -330,16 +329,6 @@ def test_holm_agrees_with_statsmodels(p_values: list[float], at: int) -> None:
     assert ours == pytest.approx(list(theirs))
 
 
-def test_every_arm_is_compared_with_the_reference_and_adjusted() -> None:
-    random = SEEDED(0)
-    arms = {name: seeded(random.normal(size=5)) for name in ("full_rank", "lora", "relora")}
-    found = compare_all(arms | {"lone": {0: 1.0}}, reference="full_rank")
-    assert list(found) == ["lora", "relora", "lone"]
-    assert [c.p_holm for c in found.values()] == holm([c.p for c in found.values()])
-    assert found["lone"].p_holm is None
-    assert found["lora"].p_holm is not None
-
-
 # seeds needed -----------------------------------------------------------------------------------
 def of_effect(effect: float) -> list[float]:
     """Two differences whose mean is `effect` standard deviations."""
@@ -352,21 +341,21 @@ def test_seeds_needed_as_in_cohens_tables(effect: float, n: int) -> None:
     assert seeds_needed([-d for d in of_effect(effect)]).n == n
 
 
-@given(st.floats(0.1, 11), st.sampled_from([0.5, 0.8, 0.95]))
-def test_seeds_needed_agree_with_statsmodels(effect: float, power: float) -> None:
+@given(st.floats(0.1, 11))
+def test_seeds_needed_agree_with_statsmodels(effect: float) -> None:
     from statsmodels.stats.power import TTestPower
 
-    n = seeds_needed(of_effect(effect), power=power).n
+    n = seeds_needed(of_effect(effect)).n
 
     def theirs(size: int) -> float:
         # One-sided at half the level: a gap found with the wrong sign is no success.
         return float(TTestPower().power(effect, size, 0.025, alternative="larger"))
 
     if n is None:
-        assert theirs(1000) < power + 1e-6
+        assert theirs(1000) < 0.8 + 1e-6
         return
-    assert theirs(n) > power - 1e-6
-    assert n == 2 or theirs(n - 1) < power + 1e-6
+    assert theirs(n) > 0.8 - 1e-6
+    assert n == 2 or theirs(n - 1) < 0.8 + 1e-6
 
 
 @pytest.mark.parametrize("effect", [0.6, 1.2, 2.5])

@@ -84,12 +84,7 @@ def test_proportions_by_hand() -> None:
     found = proportion_test(0.6, 0.7, trials=100)
     assert found.statistic == pytest.approx(-1.48250, abs=1e-5)
     assert found.p == pytest.approx(0.06911, abs=1e-5)
-    assert proportion_test(0.6, 0.7, trials=100, side="larger").p == pytest.approx(
-        0.93089, abs=1e-5
-    )
-    assert proportion_test(0.6, 0.7, trials=100, side="two-sided").p == pytest.approx(
-        2 * 0.06911, abs=2e-5
-    )
+    assert proportion_test(0.7, 0.6, trials=100).p == pytest.approx(0.93089, abs=1e-5)
 
 
 @pytest.mark.parametrize("same", [0.0, 1.0])

@@ -325,7 +325,7 @@ def test_a_lock_of_another_host_is_left_alone(make, launch, tmp_path):
     assert summary.exit_code == 0
 
 
-def test_tracking_stands_before_any_worker_starts(make, launch, tmp_path):
+def test_tracking_stands_before_any_worker_starts(make, launch, tmp_path, monkeypatch):
     order: list[str] = []
 
     @contextlib.contextmanager
@@ -334,7 +334,8 @@ def test_tracking_stands_before_any_worker_starts(make, launch, tmp_path):
         yield
         order.append(f"untrack {len(starts(tmp_path))}")
 
-    launch(planned(make, [0, 1]), track=track)
+    monkeypatch.setattr(local, "follow", track)
+    launch(planned(make, [0, 1]))
     assert order == ["track 0", "untrack 2"]
 
 
