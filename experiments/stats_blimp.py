@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments.stats import CONFIDENCE, bootstrap_interval, compare, t_test
+from experiments.stats import CONFIDENCE, ROUNDING, bootstrap_interval, compare, t_test
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def proportion_test(accuracy: float, reference: float, *, trials: int = 67 * PAI
         assumes="pairs independent, though made from few templates; the models' pairs unrelated,"
         f" though they are the same; direction chosen beforehand; {FIXED_SEEDS}",
     )
-    if not 0 < accuracy + reference < 2:
+    if not ROUNDING < accuracy + reference < 2 - ROUNDING:
         return replace(found, note="all right or all wrong in both: nothing to test against")
     a, b = accuracy * trials, reference * trials
     z, p = proportions_ztest([a, b], [trials, trials], alternative="smaller")

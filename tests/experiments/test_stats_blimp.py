@@ -87,9 +87,11 @@ def test_proportions_by_hand() -> None:
     assert proportion_test(0.7, 0.6, trials=100).p == pytest.approx(0.93089, abs=1e-5)
 
 
-@pytest.mark.parametrize("same", [0.0, 1.0])
-def test_no_variance_is_no_test(same: float) -> None:
-    found = proportion_test(same, same)
+@pytest.mark.parametrize(
+    ("arm", "other"), [(0.0, 0.0), (1.0, 1.0), (0.0, 5e-324), (1.0, 1 - 1e-16)]
+)
+def test_no_variance_is_no_test(arm: float, other: float) -> None:
+    found = proportion_test(arm, other)
     assert found.p is None
     assert found.note
 
