@@ -142,29 +142,10 @@ def concatenated(left: Tensor, right: Tensor) -> Tensor:
     return (left.double() @ r_right.mT).movedim(1, -2).flatten(-2)
 
 
-@functools.lru_cache
-def t_quantile(df: int) -> float:
-    """t with P(|T| < t) = 0.95 for Student's T (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-
-    def inside(t: float) -> float:
-        theta = math.atan(t / math.sqrt(df))
-        cos, odd = math.cos(theta), df % 2
-        term, total = cos if odd else 1.0, 0.0
-        for k in range(1 + odd, df, 2):
-            total += term
-            term *= cos * cos * k / (k + 1)
-        total *= math.sin(theta)
-        return (theta + total) * 2 / math.pi if odd else total
-
-    low, high = 0.0, 16.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return high
-
-
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
     """Mean and 95 % t-interval of the finite values; nan, too, for the ends of a single one."""
+    from scipy.special import stdtrit  # half a second, which a run without dynamics need not wait
+
     finite = [v for v in values if math.isfinite(v)]
     n = len(finite)
     if not n:
@@ -173,7 +154,7 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     if n == 1:
         return mean, math.nan, math.nan
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in finite) / (n - 1))
-    half = t_quantile(n - 1) * deviation / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
