@@ -71,11 +71,13 @@ class Place:
     """Of one attempt."""
 
 
+ONE_PROCESS = Place()
+
+
 # what was measured ------------------------------------------------------------------------------
 def measured(output_dir: Path | str) -> list[Rate]:
     """The rate of every run below `output_dir` that has its result and says what it ran on."""
-    rates = (_rate(run_dir) for run_dir in all_runs(output_dir))
-    return [rate for rate in rates if rate is not None]
+    return [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
 
 
 def _rate(run_dir: RunDir) -> Rate | None:
@@ -128,38 +130,33 @@ def shape(config: RunConfig, *, processes: int) -> str:
 def looks(config: RunConfig, *, done: int = 0) -> int:
     """What happens beside training after step `done`: the start, evals, measures of dynamics."""
     steps, count = config.train.steps, 1
+
+    def times(every: int) -> int:
+        return steps // every - done // every + (done == 0)
+
     for section in (getattr(config.eval, name) for name in EVALS):
-        every = section.every_steps
-        if section.enabled and every is None:
-            count += 1
-        elif section.enabled and every:
-            count += steps // every - done // every + bool(steps % every) + (done == 0)
+        if section.enabled:
+            every = section.every_steps
+            count += times(every) + bool(steps % every) if every else 1
     if every := config.dynamics.every_steps:
-        count += steps // every - done // every + (done == 0)
+        count += times(every)
     return count
 
 
 # what is to come --------------------------------------------------------------------------------
 def estimate(
-    config: RunConfig,
-    *,
-    rates: Sequence[Rate],
-    processes: int = 1,
-    gpus: float = 0,
-    done: int = 0,
-    time_limit_h: float | None = None,
+    config: RunConfig, *, rates: Sequence[Rate], place: Place = ONE_PROCESS, done: int = 0
 ) -> Estimate | None:
     """Device-hours of a run from step `done` on: GPU-hours where it holds GPUs, else process-hours.
 
-    `processes` and `gpus` are those of the whole run, over all nodes. Without a measured run on
-    such a device it is what `time_limit_h` allows, and None without that.
+    Without a measured run on such a device it is what the time limit allows; None without a limit.
     """
-    devices = gpus or processes
-    alike, basis, factor = _alike(config, rates=rates, processes=processes, on_gpu=gpus > 0)
+    devices = place.gpus or place.processes
+    alike, basis, factor = _alike(config, rates=rates, place=place)
     if not alike:
-        if time_limit_h is None:
+        if place.time_limit_h is None:
             return None
-        hours = time_limit_h * devices
+        hours = place.time_limit_h * devices
         return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
     seconds = _predicted(config, alike, done=done)
     middle = statistics.median(seconds)
@@ -167,27 +164,27 @@ def estimate(
     tenths = statistics.quantiles([*seconds, *seconds], n=10, method="inclusive")
     low = min(tenths[0], middle * (1 - margin)) / factor
     high = max(tenths[-1], middle * (1 + margin)) * factor
-    hours = devices / processes / 3600
+    hours = devices / place.processes / 3600
     return Estimate(hours=middle * hours, low=low * hours, high=high * hours, basis=basis)
 
 
 def _alike(
-    config: RunConfig, *, rates: Sequence[Rate], processes: int, on_gpu: bool
+    config: RunConfig, *, rates: Sequence[Rate], place: Place
 ) -> tuple[list[Rate], str, float]:
     """Rates to go by, why in words, and the factor of doubt that they need."""
-    there = [rate for rate in rates if (rate.device != CPU) == on_gpu]
+    there = [rate for rate in rates if (rate.device != CPU) == (place.gpus > 0)]
     if not there:
         return [], "", 1.0
-    own = shape(config, processes=processes)
+    own = shape(config, processes=place.processes)
     if same := [rate for rate in there if rate.shape == own]:
-        return same, _told(same), 1.0
+        return same, _describe(same), 1.0
     flops = costs.flops_per_token(config).forward
     nearest = min(there, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
     group = [rate for rate in there if rate.shape == nearest.shape]
-    return group, f"{_told(group)}, scaled by FLOPs", SCALED
+    return group, f"{_describe(group)}, scaled by FLOPs", SCALED
 
 
-def _told(rates: Sequence[Rate]) -> str:
+def _describe(rates: Sequence[Rate]) -> str:
     """`3 finished runs of tiny on cpu`."""
     runs = f"{len(rates)} finished run{'s' if len(rates) > 1 else ''}"
     devices = " and ".join(sorted({rate.device for rate in rates}))
@@ -199,13 +196,13 @@ def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[f
     flops = costs.flops_per_token(config)
     steps = max(config.train.steps - done, 0)
     work = flops.train * steps * config.train.batch_size * config.data.seq_len
-    known = [r.overhead_s / r.forward_flops for r in rates if r.overhead_s is not None]
-    typical = statistics.median(known) if known else 0.0
+    overheads = [r.overhead_s and r.overhead_s / r.forward_flops for r in rates]
+    measured = [overhead for overhead in overheads if overhead is not None]
+    typical = statistics.median(measured) if measured else 0.0
     beside = flops.forward * looks(config, done=done)
     return [
-        work / rate.flops_per_s
-        + beside * (typical if rate.overhead_s is None else rate.overhead_s / rate.forward_flops)
-        for rate in rates
+        work / rate.flops_per_s + beside * (typical if overhead is None else overhead)
+        for rate, overhead in zip(rates, overheads, strict=True)
     ]
 
 
@@ -214,15 +211,15 @@ def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
 
     Ends are added: runs that are judged by the same measurements err together.
     """
-    known = [one for one in estimates if one is not None]
-    if not known:
+    parts = [part for part in estimates if part is not None]
+    if not parts:
         return None
     return Estimate(
-        hours=sum(one.hours for one in known),
-        low=sum(one.low for one in known),
-        high=sum(one.high for one in known),
-        basis="; ".join(dict.fromkeys(one.basis for one in known)),
-        bound=any(one.bound for one in known),
+        hours=sum(part.hours for part in parts),
+        low=sum(part.low for part in parts),
+        high=sum(part.high for part in parts),
+        basis="; ".join(dict.fromkeys(part.basis for part in parts)),
+        bound=any(part.bound for part in parts),
     )
 
 
@@ -238,22 +235,16 @@ def estimates(
     states: Mapping[str, RunState],
     output_dir: Path | str,
     rates: Sequence[Rate],
-    place: Callable[[RunConfig], Place] = lambda config: Place(),
+    place: Callable[[RunConfig], Place] = lambda config: ONE_PROCESS,
 ) -> dict[str, Estimate | None]:
     """run_id -> what is left of each run that the command would queue; None: not known."""
-    folder, found = runs_folder(output_dir), {}
+    hours: dict[str, Estimate | None] = {}
     for cell in cells:
         if to_run(states.get(cell.run_id)):
-            where, done = place(cell.config), RunDir(folder / cell.run_id).newest_step()
-            found[cell.run_id] = estimate(
-                cell.config,
-                rates=rates,
-                processes=where.processes,
-                gpus=where.gpus,
-                done=done,
-                time_limit_h=where.time_limit_h,
-            )
-    return found
+            done = RunDir(runs_folder(output_dir) / cell.run_id).newest_step()
+            config, where = cell.config, place(cell.config)
+            hours[cell.run_id] = estimate(config, rates=rates, place=where, done=done)
+    return hours
 
 
 def check_budget(
@@ -261,8 +252,8 @@ def check_budget(
 ) -> None:
     """ConfigError where the runs to queue are expected to take more than the budget.
 
-    The middle of the estimate decides. A run that nothing is known of is refused: a budget that
-    lets it pass would be none.
+    The middle of the estimate decides. A run without an estimate is refused: a budget that let it
+    pass would be none.
     """
     if max_gpu_hours is None or not estimates:
         return
@@ -273,15 +264,15 @@ def check_budget(
             f"{key} must be null while nothing is known of the cost of {unknown} of {runs} runs, "
             f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
         )
-    whole = total(estimates.values())
+    asked = total(estimates.values())
     # A sum of floats may exceed its own figure in the last digit.
-    if whole is None or whole.hours <= max_gpu_hours * (1 + 1e-9):
+    if asked is None or asked.hours <= max_gpu_hours * (1 + 1e-9):
         return
-    fits = _fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
-    told = f"{interval(whole)} {unit}-hours by {whole.basis}"
+    fits = _count_fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
+    help_ = f"; {_how_to_measure(unit)}" if asked.bound else ""
     raise ConfigError(
-        f"{key} must be >= {_rounded_up(whole.hours)} for {runs} runs ({told}), got "
-        f"{max_gpu_hours:g}; {fits} of them fit" + whole.bound * f"; {_how_to_measure(unit)}"
+        f"{key} must be >= {_round_up(asked.hours)} for {runs} runs ({interval(asked)} {unit}-hours"
+        f" by {asked.basis}), got {max_gpu_hours:g}; {fits} of them fit{help_}"
     )
 
 
@@ -290,7 +281,7 @@ def _how_to_measure(unit: str) -> str:
     return f"finish one run on a {unit} first (fewer train.steps will do)"
 
 
-def _fitting(hours: Iterable[float], *, limit: float) -> int:
+def _count_fitting(hours: Iterable[float], *, limit: float) -> int:
     """How many runs fit at most: the cheapest ones."""
     spent, count = 0.0, 0
     for one in sorted(hours):
@@ -299,7 +290,7 @@ def _fitting(hours: Iterable[float], *, limit: float) -> int:
     return count
 
 
-def _rounded_up(value: float) -> str:
+def _round_up(value: float) -> str:
     """To three digits, so that what is advised suffices."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return f"{math.ceil(value / unit - 1e-9) * unit:.12g}"

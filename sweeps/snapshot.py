@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,13 +75,14 @@ def code_state(root: Path = ROOT, *, output_dir: Path | str | None = None) -> Co
     commit = git(root, "rev-parse", "HEAD")
     if commit is None:
         return CodeState(commit=None, dirty=None, code_hash=code_hash(root), untracked=[])
-    listed = _listed(root, "ls-files", "--others", "--exclude-standard")
-    untracked = _outside(listed or [], root=root, output_dir=output_dir)
-    edited = _listed(root, "diff", "--name-only", "--relative", "HEAD")
-    kept = _outside(edited or [], root=root, output_dir=output_dir)
+    new = _list(root, "ls-files", "--others", "--exclude-standard")
+    edited = _list(root, "diff", "--name-only", "--relative", "HEAD")
+    untracked, changed = (
+        _outside(names or [], root=root, output_dir=output_dir) for names in (new, edited)
+    )
     return CodeState(
         commit=commit.strip(),
-        dirty=bool(kept or untracked) or (None if edited is None or listed is None else False),
+        dirty=bool(changed or untracked) or (None if edited is None or new is None else False),
         code_hash=code_hash(root),
         untracked=untracked,
     )
@@ -119,7 +119,8 @@ def _readable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _listed(root: Path, command: str, *arguments: str) -> list[str] | None:
+def _list(root: Path, command: str, *arguments: str) -> list[str] | None:
+    """The names that a git command prints, files with passwords left out; None where it fails."""
     text = git(root, command, "-z", *arguments)
     if text is None:
         return None
@@ -183,7 +184,7 @@ def _names(root: Path) -> list[str]:
     """What belongs to the code at `root`; git may also name what is gone, and submodules."""
     if frozen(root):
         return list(_walk(root, ["."]))
-    names = _listed(root, "ls-files", "--cached", "--others", "--exclude-standard")
+    names = _list(root, "ls-files", "--cached", "--others", "--exclude-standard")
     return sorted(set(names)) if names else list(_walk(root, PARTS))
 
 
@@ -203,18 +204,14 @@ def _entries(root: Path, names: list[str]) -> list[Entry]:
 
 
 def _read(root: Path, name: str, *, names: list[str]) -> Entry | None:
-    """The file as it is now; None for one that is gone, a submodule or a checkout of its own."""
+    """The file as it is now; None for a deleted one, a submodule and a checkout of its own."""
     path = root / name
-    try:
-        if (target := _link(root, name, names=names)) is not None:
-            return Entry(name=name, mode="120000", content=os.fsencode(target))
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            return None
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if (target := _link(root, name, names=names)) is not None:
+        return Entry(name=name, mode="120000", content=os.fsencode(target))
+    if not path.is_file():
         return None
-    return Entry(name=name, mode="100755" if mode & 0o100 else "100644", content=content)
+    mode = "100755" if path.stat().st_mode & 0o100 else "100644"
+    return Entry(name=name, mode=mode, content=path.read_bytes())
 
 
 def _link(root: Path, name: str, *, names: list[str]) -> str | None:
@@ -276,20 +273,17 @@ def _check_apart(root: Path, *, output_dir: Path | str) -> None:
 
 
 def _check_size(root: Path, names: list[str], *, limit_mb: float) -> None:
-    sizes: dict[str, int] = {}
-    for name in names:
-        if _link(root, name, names=names) is not None:
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            found = (root / name).stat()
-            if stat.S_ISREG(found.st_mode):
-                sizes[name] = found.st_size
+    sizes = {
+        name: (root / name).stat().st_size
+        for name in names
+        if (root / name).is_file() and _link(root, name, names=names) is None
+    }
     total = sum(sizes.values()) / MB
     if total > limit_mb:
         largest = sorted(sizes, key=lambda n: -sizes[n])[:3]
-        told = ", ".join(f"{_readable(n)} ({sizes[n] / MB:.1f} MB)" for n in largest)
+        listed = ", ".join(f"{_readable(n)} ({sizes[n] / MB:.1f} MB)" for n in largest)
         raise ConfigError(
             f"hydra.launcher.snapshot_limit_mb must be at least {math.ceil(total)}, the code to "
-            f"freeze is {total:.1f} MB, got {limit_mb:g}; largest files: {told} (.gitignore leaves "
-            f"files out)"
+            f"freeze is {total:.1f} MB, got {limit_mb:g}; largest files: {listed} (.gitignore "
+            "leaves files out)"
         )

@@ -7,8 +7,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ ABSENT = "-"
 MOST_ROWS, MOST_NAMES = 16, 8
 """Rows of a section and file names that the table shows; --json has all of them."""
 
+Facts = dict[str, Any]
 Pairs = dict[str, tuple[Any, Any]]
 
 
@@ -64,13 +67,16 @@ def run(args: argparse.Namespace) -> int:
 # comparing --------------------------------------------------------------------------------------
 def compare(one: RunDir, two: RunDir) -> dict[str, Section]:
     """`config` (what is computed), `seeds`, `other` (how and where), `code`, ... -> differences."""
-    pairs = _config_pairs(_config(one), _config(two))
-    left, right = (_newest_attempt(run) for run in (one, two))
-    facts = {key: (left.get(key), right.get(key)) for key in left | right if key not in OWN}
+    configs = _config(one), _config(two)
+    identity = scientific(configs[0]).keys() | scientific(configs[1]).keys()
+    values = [{key: value for key, _, value in walk(config)} for config in configs]
+    science = [key for key in values[0] if key in identity and key != "seed"]
+    attempts = [_newest_attempt(run) for run in (one, two)]
+    facts = {key: v for key, v in _pairs(*attempts).items() if key not in OWN}
     groups = {
-        "config": {k: v for k, (science, *v) in pairs.items() if science and k != "seed"},
-        "seeds": {"seed": pairs["seed"][1:]},
-        "other config": {k: v for k, (science, *v) in pairs.items() if not science},
+        "config": _pairs(*map(_effects, configs), keys=science, absent=ABSENT),
+        "seeds": _pairs(*values, keys=["seed"]),
+        "other config": _pairs(*values, keys=[key for key in values[0] if key not in identity]),
         "code": {k: v for k, v in facts.items() if k in CODE},
         "environment": {k: v for k, v in facts.items() if k not in CODE},
         "results": _results(one, two),
@@ -78,7 +84,15 @@ def compare(one: RunDir, two: RunDir) -> dict[str, Section]:
     return {name: _section(group) for name, group in groups.items()}
 
 
-def _section(pairs: Mapping[str, Any]) -> Section:
+def _pairs(
+    left: Facts, right: Facts, *, keys: Iterable[str] | None = None, absent: str | None = None
+) -> Pairs:
+    """Both values of each key, by default of all; `absent` where a side has none."""
+    keys = (left | right) if keys is None else keys
+    return {key: (left.get(key, absent), right.get(key, absent)) for key in keys}
+
+
+def _section(pairs: Pairs) -> Section:
     differ = {key: (a, b) for key, (a, b) in pairs.items() if not _same(a, b)}
     return Section(differ=differ, equal=len(pairs) - len(differ))
 
@@ -97,82 +111,73 @@ def _config(run: RunDir) -> RunConfig:
         ) from None
 
 
-def _config_pairs(one: RunConfig, two: RunConfig) -> dict[str, tuple[bool, Any, Any]]:
-    """Key -> (whether it is part of either's identity, value, value); ABSENT: without effect."""
-    chosen, values = (scientific(one), scientific(two)), [{}, {}]
-    for i, config in enumerate((one, two)):
-        for key, f, value in walk(config):
-            before = "as_before" in f.metadata and value == f.metadata["as_before"]
-            counts = key in chosen[i] or (before and applies(f.metadata, config))
-            values[i][key] = value if counts else ABSENT
-    pairs = {}
-    for (key, _, a), (_, _, b) in zip(walk(one), walk(two), strict=True):
-        science = key in chosen[0] or key in chosen[1]
-        pairs[key] = (True, values[0][key], values[1][key]) if science else (False, a, b)
-    return pairs
+def _effects(config: RunConfig) -> Facts:
+    """The values of its identity, and those left out of it because they mean "as before"."""
+    before = {
+        key: value
+        for key, f, value in walk(config)
+        if "as_before" in f.metadata and value == f.metadata["as_before"]
+        if applies(f.metadata, config)
+    }
+    return scientific(config) | before
 
 
-def _newest_attempt(run: RunDir) -> dict[str, Any]:
+def _newest_attempt(run: RunDir) -> Facts:
     """What the newest attempt said, nested facts with dotted keys; empty before the first."""
-    flat: dict[str, Any] = {}
+    flat: Facts = {}
     for key, value in (run.attempt_records() or [{}])[-1].items():
-        inner = value if isinstance(value, dict) else {}
-        flat |= {f"{key}.{k}": v for k, v in inner.items()} or ({} if value == {} else {key: value})
+        nested = isinstance(value, dict)
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if nested else {key: value}
     return flat
 
 
 def _results(one: RunDir, two: RunDir) -> Pairs:
     """State and step, then the final metrics: those people look at first, evals, others."""
-    states = [state_of(run) for run in (one, two)]
-    metrics = [(run.result() or {}).get("metrics", {}) for run in (one, two)]
-    names = metrics[0].keys() | metrics[1].keys()
+    a, b = state_of(one), state_of(two)
+    left, right = ((run.result() or {}).get("metrics", {}) for run in (one, two))
+    names = left.keys() | right.keys()
     first = [name for name in display.METRICS.values() if name in names]
     others = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
-    pairs: Pairs = {k: (getattr(states[0], k), getattr(states[1], k)) for k in ("state", "step")}
-    for name in dict.fromkeys([*first, *others]):
-        pairs[name] = (metrics[0].get(name), metrics[1].get(name))
-    return pairs
+    pairs: Pairs = {"state": (a.state, b.state), "step": (a.step, b.step)}
+    return pairs | _pairs(left, right, keys=[*first, *others])
 
 
 # code -------------------------------------------------------------------------------------------
-@dataclass(kw_only=True, slots=True)
-class Source:
-    """The code of an attempt as far as it is at hand: a frozen copy, or a commit and a patch."""
-
-    copy: Path | None
-    commit: str | None
-    patch: dict[str, str] | None
-    """File -> its part of the patch; None: unknown."""
-
-
 def changed_files(one: RunDir, two: RunDir, *, output_dir: Path | str) -> list[str] | None:
     """Names of the files that the newest attempts' code differs in; None where that is unknown."""
-    a, b = (_source(run, output_dir=output_dir) for run in (one, two))
-    if a.copy and b.copy:
-        return snapshot.changed_files(a.copy, b.copy)
-    if a.commit is None or b.commit is None or a.patch is None or b.patch is None:
+    facts = [_newest_attempt(run) for run in (one, two)]
+    a, b = (_frozen_copy(fact, output_dir=output_dir) for fact in facts)
+    if a and b:
+        return snapshot.changed_files(a, b)
+    before, after = (fact.get("commit") for fact in facts)
+    left, right = (
+        _patch(run, fact, output_dir=output_dir)
+        for run, fact in zip((one, two), facts, strict=True)
+    )
+    if before is None or after is None or left is None or right is None:
         return None
-    names = {n for n in a.patch.keys() | b.patch.keys() if a.patch.get(n) != b.patch.get(n)}
-    if a.commit != b.commit:
+    names = {n for n in left.keys() | right.keys() if left.get(n) != right.get(n)}
+    if before != after:
         form = ("diff", "--name-only", "-z", "--no-renames", "--relative")
-        between = git(ROOT, *form, a.commit, b.commit, "--")
+        between = git(ROOT, *form, before, after, "--")
         if between is None:
             return None
         names |= set(between.split("\0")) - {""}
     return sorted(names)
 
 
-def _source(run: RunDir, *, output_dir: Path | str) -> Source:
-    facts = _newest_attempt(run)
+def _frozen_copy(facts: Facts, *, output_dir: Path | str) -> Path | None:
     copies = Path(output_dir).glob(f"sweeps/*/code/{facts.get('tree_hash')}")
-    copy = next((path for path in sorted(copies) if frozen(path)), None)
-    commit = facts.get("commit")
-    patch = {} if facts.get("dirty") is False else _patch(run, facts, output_dir=output_dir)
-    return Source(copy=copy, commit=commit, patch=patch)
+    return next((path for path in sorted(copies) if frozen(path)), None)
 
 
-def _patch(run: RunDir, facts: dict[str, Any], *, output_dir: Path | str) -> dict[str, str] | None:
-    """The patch beside a plan of this run, if it was taken from the same code."""
+def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, str] | None:
+    """File -> what an attempt's code changed in its commit, as stored with a plan of the run.
+
+    Empty where nothing was changed; None where no plan was made from the same code.
+    """
+    if facts.get("dirty") is False:
+        return {}
     for name, runs in stored_names(output_dir).items():
         folder = plan_folder(output_dir, name=name)
         try:
@@ -196,17 +201,17 @@ def by_file(patch: str) -> dict[str, str]:
 def _as_json(
     one: RunDir, two: RunDir, sections: dict[str, Section], *, files: list[str] | None
 ) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    content: dict[str, Any] = {
         name: {
             "differ": {k: [_finite(a), _finite(b)] for k, (a, b) in section.differ.items()},
             "equal": section.equal,
         }
         for name, section in sections.items()
     }
-    told["code"]["files"] = files
+    content["code"]["files"] = files
     deltas = {k: _delta(*v) for k, v in sections["results"].differ.items()}
-    told["results"]["difference"] = {k: d for k, d in deltas.items() if d is not None}
-    return {"runs": [one.run_id, two.run_id], "same_arm": _same_arm(one, two), **told}
+    content["results"]["difference"] = {k: d for k, d in deltas.items() if d is not None}
+    return {"runs": [one.run_id, two.run_id], "same_arm": _same_arm(one, two), **content}
 
 
 def _finite(value: Any) -> Any:
@@ -227,8 +232,9 @@ def _show(
     one: RunDir, two: RunDir, sections: dict[str, Section], *, files: list[str] | None
 ) -> None:
     console = display.make_console()
+    line = partial(console.print, markup=False, highlight=False)
     for sign, run_dir in (("A", one), ("B", two)):
-        console.print(f"{sign}  {run_dir.run_id}", markup=False, highlight=False, soft_wrap=True)
+        line(f"{sign}  {run_dir.run_id}", soft_wrap=True)
     table = Table(box=None, header_style="bold")
     for name in ("", "A", "B"):
         table.add_column(name, overflow="fold")
@@ -241,29 +247,28 @@ def _show(
     if shown:
         console.print(table)
     if files != []:
-        console.print(f"files that differ: {_file_names(files)}", markup=False, highlight=False)
+        line(f"files that differ: {_file_names(files)}")
     if alike := [f"{name} ({s.equal})" for name, s in sections.items() if name not in shown]:
-        console.print(f"equal: {', '.join(alike)}", markup=False, highlight=False)
+        line(f"equal: {', '.join(alike)}")
     if _same_arm(one, two):
         console.print("one arm" + ("" if one.run_id == two.run_id else ", two seeds"))
 
 
 def _rows(name: str, section: Section) -> list[tuple[str, ...]]:
     """A row for each difference; what only one run has is counted by group, not listed."""
-    counted: dict[tuple[str, bool], int] = {}
+    counted: Counter[tuple[str, bool]] = Counter()
     rows: list[tuple[str, ...]] = []
     for key, (a, b) in section.differ.items():
         if group := _one_sided(name, key, a, b):
-            side = (group, a == (ABSENT if name == "config" else None))
-            counted[side] = counted.get(side, 0) + 1
+            counted[group, a == (ABSENT if name == "config" else None)] += 1
             continue
         delta = _delta(a, b) if name == "results" else None
         rows.append((f"  {key}", _cell(a), _cell(b), "" if delta is None else f"{delta:+.4g}"))
     if len(rows) > MOST_ROWS:
         rows[MOST_ROWS:] = [(f"  ... and {len(rows) - MOST_ROWS} more (--json)", "", "", "")]
     for (group, in_b), number in counted.items():
-        told = f"{number} here alone"
-        rows.append((f"  {group}", *((ABSENT, told) if in_b else (told, ABSENT)), ""))
+        count = f"{number} here alone"
+        rows.append((f"  {group}", *((ABSENT, count) if in_b else (count, ABSENT)), ""))
     return rows
 
 

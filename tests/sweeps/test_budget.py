@@ -91,7 +91,7 @@ def rate_of(config=None, *, processes=1, **changes):
 @pytest.mark.parametrize(("gpus", "world"), [((), 1), ((GPU, GPU), 2)])
 def test_a_run_that_is_measured_is_estimated_to_take_what_it_took(make, finish, out, gpus, world):
     took = finish(make(), speed=3e5, beside=7.0, gpus=gpus, world=world)
-    one = estimate(make(seed=1), rates=measured(out), processes=world, gpus=len(gpus))
+    one = estimate(make(seed=1), rates=measured(out), place=Place(processes=world, gpus=len(gpus)))
     assert one.hours == pytest.approx(took * world / 3600)
     assert one.low < one.hours < one.high
 
@@ -165,13 +165,13 @@ def test_seed_steps_rate_and_rank_are_not():
 def test_a_gpu_says_nothing_of_a_cpu_nor_the_reverse(make, finish, out):
     finish(make(), gpus=[GPU])
     assert estimate(make(seed=1), rates=measured(out)) is None
-    assert GPU in estimate(make(seed=1), rates=measured(out), gpus=1).basis
+    assert GPU in estimate(make(seed=1), rates=measured(out), place=Place(gpus=1)).basis
 
 
 def test_packed_runs_are_charged_their_share_of_the_gpu():
     rates = [rate_of(device=GPU)]
-    whole, half = (estimate(nano(), rates=rates, gpus=n).hours for n in (1, 0.5))
-    assert half == pytest.approx(whole / 2)
+    one, half = (estimate(nano(), rates=rates, place=Place(gpus=n)).hours for n in (1, 0.5))
+    assert half == pytest.approx(one / 2)
 
 
 def test_a_resumed_run_costs_what_is_left():
@@ -206,7 +206,8 @@ def test_runs_that_do_not_say_where_they_ran_or_ran_in_two_places_measure_nothin
 
 def test_without_anything_measured_the_time_limit_bounds_the_cost():
     assert estimate(nano(), rates=[]) is None
-    one = estimate(nano(), rates=[], processes=4, gpus=4, time_limit_h=12.0)
+    place = Place(processes=4, gpus=4, time_limit_h=12.0)
+    one = estimate(nano(), rates=[], place=place)
     assert (one.hours, one.high, one.bound) == (48.0, 48.0, True)
 
 
@@ -294,7 +295,8 @@ def test_the_refusal_names_value_estimate_interval_and_what_fits():
 def test_a_budget_refuses_what_nothing_is_known_of_and_says_what_helps():
     with pytest.raises(ConfigError, match=r"got 1e\+06; finish one run on a GPU first"):
         check_budget(expected([1.0, None]), max_gpu_hours=1e6)
-    bounds = {str(i): estimate(nano(), rates=[], gpus=1, time_limit_h=12.0) for i in range(3)}
+    place = Place(gpus=1, time_limit_h=12.0)
+    bounds = {str(i): estimate(nano(), rates=[], place=place) for i in range(3)}
     check_budget(bounds, max_gpu_hours=36)
     with pytest.raises(ConfigError, match=r"<= 36 GPU-hours by the time limit.*2 of them fit; fin"):
         check_budget(bounds, max_gpu_hours=35)
