@@ -83,11 +83,9 @@ def _digest(values: dict[str, Any]) -> str:
 def label(config: RunConfig) -> str:
     """Readable part of the ids: model and method with what tells its runs apart at a glance."""
     parts = [config.model.name, config.method.replace("_", "")]
-    if config.method != "full_rank":
-        section = config.galore if config.method == "galore" else config.relora
-        parts.append(f"r{section.r}")
-    if config.method == "relora":
-        parts.append(f"t{config.relora.reset_frequency}")
+    for _, f, value in walk(config):
+        if (letter := f.metadata.get("label")) and applies(f.metadata, config):
+            parts.append(f"{letter}{value}")
     parts.append(config.data.kind)
     safe = "-".join(parts)
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in safe)

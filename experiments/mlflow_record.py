@@ -29,10 +29,8 @@ LABELS = ("method", "model.name", "relora.name", "data.kind")
 MAIN = (
     *LABELS,
     *("seed", "train.steps", "train.batch_size", "train.lr", "data.seq_len"),
-    *("relora.r", "relora.alpha", "relora.reset_frequency", "relora.optimizer_state"),
-    *("galore.r", "galore.update_gap"),
 )
-"""Params of every run that they apply to; what varies in a sweep comes on top."""
+"""Params of every run, beside the `main` knobs of its method; what varies comes on top."""
 
 MAX_PARAM = 6000
 MAX_TAG = 5000
@@ -251,7 +249,8 @@ def params(config: RunConfig, *, varying: Sequence[str]) -> dict[str, str]:
     """Few and flat: MAIN and what varies, where they apply; the whole config is an artifact."""
     wanted, chosen = {*MAIN, *varying}, {}
     for key, f, value in walk(config):
-        if key in wanted and value is not None and applies(f.metadata, config):
+        shown = key in wanted or f.metadata.get("main")
+        if shown and value is not None and applies(f.metadata, config):
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             chosen[key] = text[:MAX_PARAM]
     return chosen

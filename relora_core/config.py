@@ -8,6 +8,8 @@ Each field may carry metadata that `knob` writes:
   choices          the allowed strings
   methods          methods that the knob applies to; elsewhere it is left out of the identity
   kinds            kinds of data that the knob applies to; likewise
+  label            letter before its value in run names, where it applies
+  main             True: among the params that MLflow shows of every run it applies to
   scientific       False: where or how it runs, not what it computes; outside the identity
   moot             key -> predicate of a config: that key's value leaves this knob nothing to say
   same_as          function of a config: one value for all that mean the same there, None: nothing
@@ -178,13 +180,14 @@ class ReLoRAConfig:
 
     name: str = knob("custom", scientific=False, methods=("relora",))
     """Label of the procedure in run names and tables; says nothing that the knobs do not."""
-    r: int = knob(16, ge=0, methods=ADAPTERS)
+    r: int = knob(16, ge=0, methods=ADAPTERS, label="r", main=True)
     """Rank of B·A; at most the smaller side of every target. 0 (lora only): targets stay as drawn,
     and embedding, head and norms alone are trained."""
     alpha: float = knob(
         16.0,
         gt=0,
         methods=ADAPTERS,
+        main=True,
         moot={"relora.scaling": lambda c: c.relora.scaling == "trainable", **_FROZEN},
         same_as=lambda c: _constant_scale(c) or c.relora.alpha,
     )
@@ -234,6 +237,8 @@ class ReLoRAConfig:
         2000,
         ge=1,
         methods=("relora",),
+        label="t",
+        main=True,
         moot={
             "train.steps": lambda c: _first_multiple(c) is None,
             "relora.restart_offset": lambda c: _never_redraws(c) and _never_rewarms(c),
@@ -291,6 +296,7 @@ class ReLoRAConfig:
         "zero",
         choices=("random", "magnitude", "zero", "keep"),
         methods=("relora",),
+        main=True,
         moot=_NO_REDRAW,
         same_as=lambda c: _pruning(c.relora),
     )
@@ -331,10 +337,14 @@ class ReLoRAConfig:
 class GaLoreConfig:
     """Low-rank moments for full-rank weights (GaLore, Zhao et al. 2024, arXiv 2403.03507)."""
 
-    r: int = knob(16, ge=1, methods=("galore",))
+    r: int = knob(16, ge=1, methods=("galore",), label="r", main=True)
     """Rank of the projected gradient; at most the smaller side of every target."""
     update_gap: int = knob(
-        200, ge=1, methods=("galore",), same_as=lambda c: min(c.galore.update_gap, c.train.steps)
+        200,
+        ge=1,
+        methods=("galore",),
+        main=True,
+        same_as=lambda c: min(c.galore.update_gap, c.train.steps),
     )
     """Optimizer steps between projectors (the paper's T, which it finds best at 50 to 1000)."""
     scale: float = knob(0.25, gt=0, methods=("galore",))
