@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from relora_core import native, native_check
+from tests import warm
 
-QUICK = {"CXXFLAGS": "-O1"}  # to build, that is
 BUILT = """
 from relora_core import native
 print(native.choose("auto"), native.problem())
@@ -21,41 +21,45 @@ print(native.choose("auto"), native.problem())
 
 
 def ask(**environment):
-    """What a fresh process says of its kernels."""
-    done = subprocess.run(
-        [sys.executable, "-c", BUILT],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    """What another process says of its kernels."""
+    done = warm.run(["-c", BUILT], cwd=Path.cwd(), env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
+@pytest.fixture
+def copier(compiler, tmp_path):
+    """A compiler that gives what a real one made before, in no time."""
+    (tmp_path / "copy").write_text(
+        f"while [ $1 != -o ]; do shift; done; cp '{native._library()[1]}' $2\n"
+    )
+    return script(tmp_path, f'sh {tmp_path}/copy "$@"')
+
+
 @pytest.mark.slow
-def test_built_once_then_found_and_built_again_if_damaged(compiler, tmp_path):
-    environment = {"XDG_CACHE_HOME": str(tmp_path), **QUICK}
+def test_built_once_then_found_and_built_again_if_damaged(copier, tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": copier}
     assert ask(**environment) == "native None"
     (built,) = (tmp_path / "relora-sweeps").iterdir()  # nothing else is left
     whole = built.read_bytes()
-    assert ask(**environment, PATH="", CXX="none") == "native None"  # by nobody else
+    assert ask(**environment | {"PATH": "", "CXX": "none"}) == "native None"  # by nobody else
     built.write_bytes(whole[:1000])
     assert ask(**environment) == "native None"
     assert built.read_bytes() == whole
 
 
 @pytest.mark.slow
-def test_what_others_can_write_to_is_not_run(compiler, tmp_path):
+def test_what_others_can_write_to_is_not_run(copier, tmp_path):
     (tmp_path / "relora-sweeps").mkdir()
     (tmp_path / "relora-sweeps").chmod(0o777)
-    assert ask(XDG_CACHE_HOME=str(tmp_path), **QUICK) == "native None"
+    assert ask(XDG_CACHE_HOME=str(tmp_path), CXX=copier) == "native None"
     assert not list((tmp_path / "relora-sweeps").iterdir())
 
 
 @pytest.mark.slow
-def test_without_a_cache_they_are_built_for_the_process(compiler, tmp_path):
+def test_without_a_cache_they_are_built_for_the_process(copier, tmp_path):
     (tmp_path / "file").touch()
-    assert ask(XDG_CACHE_HOME=str(tmp_path / "file"), **QUICK) == "native None"
+    assert ask(XDG_CACHE_HOME=str(tmp_path / "file"), CXX=copier) == "native None"
 
 
 @pytest.mark.parametrize(
@@ -79,12 +83,8 @@ def test_narrower_vectors_compute_the_same(compiler, tmp_path, processor):
     """Four and eight lanes instead of sixteen, through every test of the kernels."""
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": f"-O1 -march={processor}"}
     tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "loss")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", *tests],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--assert=plain", "-k", "native"]
+    done = warm.run([*words, *tests], cwd=Path.cwd(), env=os.environ | environment)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " skipped" not in done.stdout
     assert len(list((tmp_path / "relora-sweeps").iterdir())) == 1
@@ -147,7 +147,7 @@ def test_a_script_that_adds_such_flags_is_found_out(compiler, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_script_that_puts_them_first_is_overruled(compiler, tmp_path, monkeypatch):
-    flags(monkeypatch, CXX=script(tmp_path, '/usr/bin/env g++ -ffast-math "$@"'), **QUICK)
+    flags(monkeypatch, CXX=script(tmp_path, '/usr/bin/env g++ -ffast-math "$@"'), CXXFLAGS="-O1")
     monkeypatch.setattr(
         native, "_flushes", lambda: False
     )  # GCC before 13 links that in all the same
@@ -169,7 +169,9 @@ def library(folder, text, *arguments):
 def test_kernels_built_with_fast_math_are_not_used(compiler, tmp_path, monkeypatch):
     """As an older version built and kept them: attention is off by a tenth."""
     text = native.SOURCE.read_text().replace("#error", "#warning")
-    made = library(tmp_path, text, "-std=c++17", "-O1", "-march=native", "-fopenmp", "-w", "-Ofast")
+    made = library(
+        tmp_path, text, "-std=c++17", "-O1", "-march=native", "-fopenmp", "-w", "-ffast-math"
+    )
     monkeypatch.setattr(native, "_flushes", lambda: False)  # newer compilers link nothing in
     with pytest.raises(native.NativeError, match=r"\(attention is off by 0\.[12]"):
         native._load(made)
