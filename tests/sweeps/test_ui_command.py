@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mlflow_store import default_uri, ensure_store
+from experiments.mlflow_store import default_uri
 from experiments.mlflow_ui import Server, ServerFailed, free_port, without_user
 from experiments.run_dir import RunDir, runs_folder
 from relora_core.config import ConfigError, RunConfig, SweepConfig, TrackingConfig
@@ -63,14 +64,13 @@ def test_a_host_that_is_not_this_machine_is_refused_in_one_line(host: str) -> No
         free_port(host, wanted=5000)
 
 
-@pytest.mark.slow
 def test_each_sweep_is_shown_from_its_own_store(
-    make: Make, capsys: pytest.CaptureFixture[str]
+    make: Make, migrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = "http://127.0.0.1:9"
     plan(make, name="at-a-server", uri=own)
     out = plan(make, name="here", uri=None)
-    ensure_store(default_uri(out), experiment="x", output_dir=out)
+    shutil.copy(migrated, out / "mlflow.db")
     assert chosen(out, sweep="at-a-server") == own
     assert chosen(out, sweep="here") == default_uri(out)
     assert capsys.readouterr().out == ""
@@ -113,10 +113,10 @@ def test_links_do_not_show_a_password() -> None:
 
 @pytest.mark.slow
 def test_a_server_that_cannot_start_says_why_and_leaves_no_process(
-    tmp_path: Path, taken: int
+    tmp_path: Path, migrated: Path, taken: int
 ) -> None:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
     uri = default_uri(tmp_path)
-    ensure_store(uri, experiment="x", output_dir=tmp_path)
     log = tmp_path / "log"
     with (
         Server(uri, host="127.0.0.1", port=taken, log=log) as server,
@@ -130,9 +130,9 @@ def test_a_server_that_cannot_start_says_why_and_leaves_no_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_no_process_outlives_the_command(tmp_path: Path, number: int) -> None:
+def test_no_process_outlives_the_command(tmp_path: Path, migrated: Path, number: int) -> None:
     """However the terminal ends it, even before the server stands."""
-    ensure_store(default_uri(tmp_path), experiment="x", output_dir=tmp_path)
+    shutil.copy(migrated, tmp_path / "mlflow.db")
     command = [sys.executable, "-u", "-m", "sweeps", "ui", "--output-dir", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
