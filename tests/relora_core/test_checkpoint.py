@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from relora_core.checkpoint import FROZEN, MODEL
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
 from relora_core.train import train
+from tests import warm
 
 EVERY = 2
 STEPS = 12
@@ -324,10 +323,9 @@ def test_killed_in_mid_write_it_goes_on_from_the_one_before(config, tmp_path, at
     """Six files a checkpoint, or five where the frozen weights are linked."""
     setting, _, metrics = whole
     (tmp_path / "config.json").write_text(config_to_json(setting))
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), str(at)]
-    root = Path(__file__).resolve().parents[2]
-    one = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    assert subprocess.run(command, cwd=root, env=one).returncode == -signal.SIGKILL
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = warm.run(["-c", KILLED, tmp_path, str(at)], cwd=tmp_path, env=one)
+    assert killed.returncode == -signal.SIGKILL
     left = found(tmp_path)
     record = run(setting, tmp_path)
     assert record.events[0].step == EVERY * len(left) == EVERY * ((at - 1) // 6)

@@ -1,9 +1,5 @@
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +16,7 @@ from relora_core.model import Decoder
 from relora_core.optim import set_lr_
 from relora_core.schedule import Draws
 from relora_core.train import train
+from tests import warm
 
 WHAT = ["weight", "base", "gradient", "update_proxy", "update_restart", "update_total"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2"]
@@ -646,29 +643,10 @@ def test_two_processes_measure_what_one_does(setting, tmp_path):
     config.relora.dropout, config.train.micro_batch_size = 0.0, 1
     one = run(config, tmp_path / "one").numbers()
     (tmp_path / "config.json").write_text(config_to_json(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = []
-    for rank in ("0", "1"):
-        ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
-        root = Path(__file__).resolve().parents[2]
-        ranks.append(
-            subprocess.Popen(
-                command,
-                env=os.environ | ids | address,
-                cwd=root,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], outputs
-    assert outputs[1][0] == ""
-    steps = dict(map(json.loads, outputs[0][0].splitlines()))
+    done = warm.ranks(2, ["-c", RANK, tmp_path], cwd=tmp_path)
+    assert [rank.returncode for rank in done] == [0, 0], done
+    assert done[1].stdout == ""
+    steps = dict(map(json.loads, done[0].stdout.splitlines()))
     assert set(steps) == {0, 3, 6, 9, 12}
     for name in (f"dynamics/{what}/w_2/per" for what in WHAT):
         if "gradient" not in name:
