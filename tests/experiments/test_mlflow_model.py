@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,19 @@ from tests.conftest import nano_config
 from tests.relora_core.test_export import RUN, grammar_config, random_ids, save_run
 
 ELSEWHERE = """
-import json, sys
-import mlflow
-mlflow.set_tracking_uri(sys.argv[1])
-model = mlflow.pyfunc.load_model(sys.argv[2])
-found = model.predict(json.loads(sys.argv[3]))
-import relora_core
-print(json.dumps({"found": found, "code": relora_core.__file__}))
+import json, os, sys
+import mlflow.pyfunc, torch
+for line in sys.stdin:
+    if os.fork():
+        if os.wait()[1]:
+            print("null", flush=True)
+        continue
+    uri, model, inputs = json.loads(line)
+    mlflow.set_tracking_uri(uri)
+    found = mlflow.pyfunc.load_model(model).predict(inputs)
+    import relora_core
+    print(json.dumps({"found": found, "code": relora_core.__file__}), flush=True)
+    os._exit(0)
 """
 
 
@@ -118,37 +124,57 @@ def assert_same_numbers(found: list[dict[str, Any]], rows: list[list[int]], mode
         assert expected.std() > 0.1  # so that 1e-5 says something
 
 
-def elsewhere(tmp_path: Path, *, uri: str, model: str, inputs: list[Any]) -> dict[str, Any]:
-    """What a process outside the checkout reads out of the store."""
+Elsewhere = Callable[[str, str, list[Any]], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """What a process outside the checkout reads out of a store: a new one for each, that begins
+    with MLflow and torch loaded, which takes seconds, and nothing of ours."""
     names = ("PYTHONPATH", "MLFLOW_TRACKING_URI")
-    environment = {k: v for k, v in os.environ.items() if k not in names}
-    command = [sys.executable, "-c", ELSEWHERE, uri, model, json.dumps(inputs)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(
+        [sys.executable, "-c", ELSEWHERE],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={k: v for k, v in os.environ.items() if k not in names},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+
+        def ask(uri: str, model: str, inputs: list[Any]) -> dict[str, Any]:
+            assert parent.stdin is not None
+            assert parent.stdout is not None
+            print(json.dumps([uri, model, inputs]), file=parent.stdin, flush=True)
+            answer = json.loads(parent.stdout.readline())
+            assert answer, "it failed; its traceback is above"
+            return answer
+
+        yield ask
 
 
 @pytest.mark.slow
 def test_it_loads_in_a_fresh_process_and_gives_the_runs_numbers(
-    without_models: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    without_models: Exported,
+    elsewhere: Elsewhere,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ids and texts, with the code that came with the model and not the checkout's."""
     assert export(without_models.output, tmp_path / "a 'b' é", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     text = GrammarTokenizer().decode(random_ids(VOCAB_SIZE)[0].clamp(min=1).tolist())
     rows = [random_ids(VOCAB_SIZE)[1].tolist(), GrammarTokenizer().encode(text)]
-    answer = elsewhere(
-        tmp_path, uri=told["tracking_uri"], model=told["mlflow_model"], inputs=[rows[0], text]
-    )
+    answer = elsewhere(told["tracking_uri"], told["mlflow_model"], [rows[0], text])
     assert_same_numbers(answer["found"], rows, without_models.model)
     assert str(without_models.output / "mlartifacts") in answer["code"]
 
 
 @pytest.mark.slow
-def test_it_goes_and_comes_through_a_server(tmp_path: Path) -> None:
+def test_it_goes_and_comes_through_a_server(
+    tmp_path: Path, migrated: Path, elsewhere: Elsewhere
+) -> None:
     (tmp_path / "server").mkdir()
+    shutil.copy(migrated, tmp_path / "server" / "mlflow.db")
     with server(tmp_path / "server") as uri:
         model = save_run(tmp_path, a_config(uri=uri))
         run_dir = RunDir(tmp_path / "runs" / RUN)
@@ -157,7 +183,7 @@ def test_it_goes_and_comes_through_a_server(tmp_path: Path) -> None:
         found = mlflow_model.tracked(run_dir)
         (logged,) = found.client.search_logged_models([found.run.info.experiment_id])
         row = random_ids(VOCAB_SIZE)[0].tolist()
-        answer = elsewhere(tmp_path, uri=uri, model=logged.model_uri, inputs=[row])
+        answer = elsewhere(uri, logged.model_uri, [row])
     assert_same_numbers(answer["found"], [row], model)
 
 
