@@ -1,7 +1,6 @@
-"""From a command to a tracked, evaluated run, as a user goes: real processes, real data."""
+"""From a command to a tracked, evaluated run, as a user goes: processes of their own, real data."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from experiments.mlflow_store import connect
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = [
@@ -21,13 +23,11 @@ NANO = [
 
 
 def command(out: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "run.py", *overrides, f"output_dir={out}"]
+    return ["run.py", *overrides, f"output_dir={out}"]
 
 
 def run(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(out, *overrides), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return warm.run(command(out, *overrides), cwd=ROOT)
 
 
 def only_run(out: Path) -> Path:
@@ -46,16 +46,17 @@ def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed twice"
     assert run(whole, *NANO, "tracking=none").returncode == 0
     for step in (17, 40):
-        process = subprocess.Popen(
-            command(killed, *NANO, "tracking=none"),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        started = warm.start(command(killed, *NANO, "tracking=none"), cwd=ROOT)
         wait_for_step(killed, step)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = run(killed, *NANO, "tracking=none")
+        started.process.kill()
+        assert started.wait().returncode == -signal.SIGKILL
+    done = subprocess.run(
+        [sys.executable, *command(killed, *NANO, "tracking=none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stderr
     assert numbers(killed) == numbers(whole)
@@ -82,7 +83,7 @@ def test_torchrun_shares_one_run_between_processes(tmp_path):
     assert run(tmp_path / "one", *settings).returncode == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     free = ["--master-addr", "127.0.0.1", "--master-port", "0", "--rdzv-backend", "c10d"]
-    both = [*launcher, *free, *command(tmp_path / "two", *settings)[1:]]
+    both = [*launcher, *free, *command(tmp_path / "two", *settings)]
     done = subprocess.run(both, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
@@ -126,22 +127,12 @@ def test_real_text_tokenizer_and_evals_to_mlflow(shared_data, tmp_path):
 
 
 def tracked(database: Path, experiment: str) -> dict[str, float]:
-    """Final metrics of the only run that MLflow has, less the timings; asked in a fresh process."""
-    code = (
-        "import json, sys; from mlflow import MlflowClient\n"
-        "client = MlflowClient('sqlite:///' + sys.argv[1])\n"
-        "found = client.get_experiment_by_name(sys.argv[2])\n"
-        "(run,) = client.search_runs([found.experiment_id])\n"
-        "assert run.info.status == 'FINISHED', run.info.status\n"
-        "print(json.dumps(run.data.metrics))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(database), experiment],
-        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    metrics = json.loads(done.stdout.splitlines()[-1])
+    """Final metrics of the only run that MLflow has, less the timings."""
+    client = connect(f"sqlite:///{database}")
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    (run,) = client.search_runs([found.experiment_id])
+    assert run.info.status == "FINISHED"
+    metrics = dict(run.data.metrics)
     assert metrics.pop("train/gpu_hours") > 0  # MLflow's own, for its axes
     return {k: v for k, v in metrics.items() if not k.startswith("perf/")}
