@@ -53,7 +53,7 @@ AT_ONCE = """if True:
     out = sys.argv[1]
     runs, uri = list(all_runs(out)), default_uri(out)
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(len(runs), timeout=120)
+    barrier = context.Barrier(len(runs), timeout=60)
 
     def one(run):
         barrier.wait()
