@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -152,7 +153,11 @@ def make_tokenizer(
             for document in documents.read(file, text_field=text_field)
             for piece in documents.pieces(document)
         )
-        size = train_tokenizer(texts, vocab_size=vocab_size, folder=folder)
+        if (first := next(texts, None)) is None:
+            raise ConfigError(f"data.path holds no text, got {source!r}")
+        size = train_tokenizer(
+            itertools.chain([first], texts), vocab_size=vocab_size, folder=folder
+        )
     except (ConfigError, DataError) as error:
         message = str(error).replace("data.path", "DATA").replace("data.text_field", "--text-field")
         raise ConfigError(message) from None

@@ -96,6 +96,7 @@ def find(path: str) -> Found:
     else:
         endings = sorted({"".join(file.suffixes[-2:]) or file.name for _, file in there})
         has = f"only {', '.join(endings[:5])}" if endings else "no file"
+        has += ". Ids in train.bin are data=pretokenized" if ".bin" in endings else ""
         raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}: it holds {has}")
     try:
         files, doubled = without_doubles(files)
@@ -209,12 +210,18 @@ def _remarks(files: list[tuple[str, Path]]) -> list[str]:
         by_place.setdefault((at.st_dev, at.st_ino), []).append(name)
     if same := [" = ".join(names) for names in by_place.values() if len(names) > 1]:
         remarks.append(f"names of one and the same file, read once for each: {places.some(same)}")
+    splits = {word for name, _ in files for word in re.split("[^a-z]+", name.lower())}
+    if "train" in splits and len(splits := sorted(splits & {*places.SPLITS})) > 1:
+        remarks.append(
+            f"{' and '.join(splits)} by their names, all read: a glob can name one split"
+        )
     return remarks
 
 
 def _check_splits(files: list[tuple[str, Path]], *, path: str) -> None:
     """A hub data set has its splits side by side; a test set is not to be trained on."""
-    splits = sorted({s for n, f in files if f.suffix == ".parquet" and (s := places.split_of(n))})
+    tables = [name for name, file in files if file.suffix == ".parquet"]
+    splits = sorted({split for name in tables if (split := places.split_of(name))})
     if len(splits) > 1:
         wanted = "train" if "train" in splits else splits[0]
         file = next(file for name, file in files if places.split_of(name) == wanted)
@@ -276,7 +283,7 @@ def read(file: Path, *, text_field: str, skipped: Counter[str] | None = None) ->
     """The documents of one file, in order. Raises DataError, naming file and line.
 
     The pieces of a long document must be taken before the next one. `skipped` counts the records
-    whose text is null.
+    whose text is null; a file may hold nothing else, and parquet, as a shard, no row at all.
     """
     if not file.stat().st_size:
         raise DataError(f"{file} is empty (0 bytes)")
@@ -295,10 +302,8 @@ def read(file: Path, *, text_field: str, skipped: Counter[str] | None = None) ->
                 found = _whole(_records(stream, file=file, text_field=text_field, skipped=skipped))
         for count, text in enumerate(found, 1):  # noqa: B007 (read after the loop)
             yield text
-    empty_shard = kind == ".parquet" and skipped["null"] == nulls
-    if not (count or empty_shard):
-        nulls = skipped["null"] - nulls
-        raise DataError(f"{file} holds no document" + (f", {nulls} null texts" if nulls else ""))
+    if not count and kind != ".parquet" and skipped["null"] == nulls:
+        raise DataError(f"{file} holds no document")
 
 
 def pieces(document: Document) -> Iterator[str]:

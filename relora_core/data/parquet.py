@@ -68,6 +68,11 @@ def find_files(data: DataConfig) -> list[Path] | None:
 def _below(path: Path, *, data: DataConfig) -> list[Path]:
     """Files in the hub's other layouts: `default/train/0000.parquet`, `split=train/0.parquet`."""
     there = [(name, file) for name, file in places.walk(path)[0] if name.endswith(".parquet")]
+    if not there and (ids := sorted(file.stem for file in path.glob("*.bin"))):
+        raise ConfigError(
+            f"data.split must be one of {', '.join(ids)} (*.bin in {path}), got {data.split!r}."
+            f"{nearest(data.split, ids)}"
+        )
     if not there:
         raise ConfigError(f"data.path must be {EXPECTED}, got {data.path!r}: no *.parquet in it")
     found = {name: places.split_of(name) for name, _ in there}

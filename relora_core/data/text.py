@@ -90,6 +90,9 @@ def _check_documents(
                     later = f"documents from {name} on are checked when they are tokenised"
                     return [*_null_notes(skipped["null"]), later], None
     tokens = None
+    if not characters:
+        nulls = f": {skipped['null']} null texts under {data.text_field!r} (data.text_field)"
+        raise ConfigError(f"data.path holds no document{nulls if skipped['null'] else ''}")
     if characters <= COUNTED_CHARACTERS:
         tokens = sum(len(ids) + 1 for ids in _encode(texts, tokenizer=tokenizer))
         check_length(tokens, seq_len=data.seq_len)

@@ -30,6 +30,8 @@ _EXPECTED = "a tokenizer.json, a folder that holds one, or a hub name"
 
 WINDOW = 2**18
 """Characters of a long document that are encoded at a time; each takes about a hundred bytes."""
+LONG = 2**20
+"""Characters from which on a text is a long one."""
 OVERLAP = 2**12
 """Characters that two windows share."""
 LONGEST = 2**22
@@ -83,10 +85,14 @@ class HFTokenizer:
         self.eos_id = _eos_id(source, config, vocabulary, eos_id=eos_id, size=self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding(text).ids
+        if len(text) <= LONG:
+            return self._encoding(text).ids
+        return [id_ for ids in self.encode_long([text]) for id_ in ids]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; the library's own threads share the work. Raises DataError."""
+        if len(texts) == 1:
+            return [self.encode(texts[0])]
         try:
             encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception:  # the library raises bare Exception, and does not say which text it was

@@ -21,6 +21,7 @@ def texts(tmp_path):
     lines = [json.dumps({"text": text}) for text in TEXTS]
     (folder / "a.jsonl").write_text("\n".join(lines))
     (folder / "b.txt").write_text("and the cow jumped over the moon")
+    (tmp_path / "nulls.jsonl").write_text('{"text": null}\n')
     return folder
 
 
@@ -72,6 +73,7 @@ def test_too_little_text_says_so(texts, tmp_path, capsys):
         (["{texts}", "{texts}/a.jsonl"], "DIR must hold no tokenizer yet"),
         (["{new}", "{new}2"], "DATA must be"),
         (["{texts}", "{new}", "--text-field", "txt"], "Did you mean 'text'?"),
+        (["{texts}/../nulls.jsonl", "{new}"], "DATA holds no text"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(texts, tmp_path, capsys, words, message):

@@ -298,8 +298,31 @@ def test_null_texts_are_left_out_and_counted(tmp_path):
     assert info.fingerprint
     tokens = text.Tokens(text.cache_folder(tmp_path / "cache", info.fingerprint))
     assert tokens.meta.documents == 2
-    only = write(tmp_path / "b.jsonl", jsonl(None))
-    assert "holds no document, 1 null texts" in refused(only)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_of_null_texts_alone_is_passed_over_unless_there_is_no_other(tmp_path, kind):
+    nulls = tmp_path / "data" / f"a.{kind}"
+    write_texts(nulls, [None] * 3) if kind == "parquet" else write(nulls, jsonl(*[None] * 3))
+    tokenizer = str(write_bpe(tmp_path / "tokenizer"))
+    data = DataConfig(kind="text", path=str(nulls.parent), tokenizer=tokenizer, seq_len=4)
+    with pytest.raises(ConfigError, match=r"holds no document: 3 null texts under 'text' .data"):
+        inspect(data)
+    other = nulls.with_name(f"b.{kind}")
+    write_texts(other, ["the cat sat"]) if kind == "parquet" else write(other, jsonl("the cat sat"))
+    assert inspect(data).notes == ["3 records without a text (null) are left out"]
+    assert texts(nulls.parent) == ["the cat sat"]
+
+
+def test_splits_side_by_side_are_said_as_all_are_read(tmp_path):
+    """C4 lies so; to refuse it would end runs that were begun."""
+    for split in ("train.00000-of-01024", "validation.00000-of-00008"):
+        write(tmp_path / "en" / f"c4-{split}.json.gz", gzip.compress(jsonl(split)))
+    assert notes(tmp_path / "en").startswith("train and validation by their names, all read")
+    assert notes(f"{tmp_path}/en/c4-train*") == ""
+    write(tmp_path / "x" / "contest" / "training.txt", b"no split")
+    write(tmp_path / "x" / "test.txt", b"no training set beside it")
+    assert notes(tmp_path / "x") == ""
 
 
 # parquet ------------------------------------------------------------------------------------------

@@ -452,6 +452,9 @@ def test_a_bad_file_of_ids_is_one_line(tmp_path):
     before = (tmp_path / "val.bin").write_bytes(bytes(200))
     assert before
     assert inspect(config(tmp_path, split="val")).rows == 3
+    line = error_line(config(tmp_path, split="valid"))
+    assert "data.split must be one of train, val (*.bin in " in line
+    assert line.endswith("got 'valid'. Did you mean 'val'?")
 
 
 # hub --------------------------------------------------------------------------------------------

@@ -374,6 +374,8 @@ def test_paths_without_text_are_named(config, corpus, tmp_path):
     assert "it holds no file" in error_line(config(f"{tmp_path}/*.jsonl"))
     (tmp_path / "rows.npy").write_bytes(b"x")
     assert "it holds only .npy" in error_line(config(tmp_path))
+    (tmp_path / "train.bin").write_bytes(b"x")
+    assert error_line(config(tmp_path)).endswith("Ids in train.bin are data=pretokenized")
     assert "got" in error_line(config(tmp_path / "rows.npy"))
 
 

@@ -343,6 +343,20 @@ def test_so_has_one_that_repeats_itself(any_tokenizer, small_windows, letter):
     assert [*itertools.chain(*any_tokenizer.encode_long([text]))] == any_tokenizer.encode(text)
 
 
+def test_a_long_text_takes_the_memory_of_a_window_wherever_it_is_encoded(
+    any_tokenizer, small_windows, monkeypatch
+):
+    """An eval's, too: a document of 30 MB would take 3.5 GB."""
+    text = "the dog sat on the mat " * 400
+    whole, sizes, encoding = any_tokenizer.encode(text), [], HFTokenizer._encoding
+    monkeypatch.setattr(
+        HFTokenizer, "_encoding", lambda self, text: sizes.append(len(text)) or encoding(self, text)
+    )
+    monkeypatch.setattr(tokenizer, "LONG", 2000)
+    assert any_tokenizer.encode_batch([text]) == [any_tokenizer.encode(text)] == [whole]
+    assert max(sizes) < len(text) / 2
+
+
 @pytest.mark.slow
 def test_windows_stay_small_and_what_cannot_be_cut_is_one_line(tmp_path, monkeypatch):
     own = HFTokenizer(str(write_bpe(tmp_path)))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_texts_are_tokenised_once_however_often_a_run_evaluates():
     once = len(calls)
     assert [e.run(model) for e in found] == first
     assert len(calls) == once > 0
+
+
+def test_texts_are_encoded_some_characters_at_a_time(monkeypatch):
+    given = []
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        given.append([len(t) for t in texts])
+        return [[len(t)] for t in texts]
+
+    monkeypatch.setattr(evals, "PORTION", 10)
+    texts = ["x" * n for n in (4, 6, 1, 12, 0, 3)]
+    ids = evals.encode(texts, SimpleNamespace(encode_batch=encode_batch))  # type: ignore[arg-type]
+    assert [int(i[0]) for i in ids] == [4, 6, 1, 12, 0, 3]
+    assert given == [[4, 6], [1], [12], [0, 3]]
+    assert evals.encode([], SimpleNamespace()) == []  # type: ignore[arg-type]
 
 
 def test_windows_stay_within_the_positions_that_training_reached():
