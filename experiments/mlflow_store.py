@@ -419,7 +419,8 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
         except MlflowException as error:
             if "out-of-date database schema" in str(error):
                 raise ConfigError(
-                    f"tracking.uri must hold a database of the installed MLflow's version, got "
+                    schema(sqlite_path(uri))
+                    or f"tracking.uri must hold a database of the installed MLflow's version, got "
                     f"{redacted(uri)!r}; back it up, then run `mlflow db upgrade`, or name another"
                 ) from None
             raise

@@ -375,5 +375,8 @@ def test_a_schema_of_another_mlflow_is_said_at_the_start(
     assert version in note
     for word in words:
         assert word in note
+    with pytest.raises(ConfigError) as caught:  # and again by what would have shown the runs
+        ensure_store(uri, experiment="a", output_dir=tmp_path)
+    assert str(caught.value) == note
     database.write_bytes(b"no database at all, which is said by what opens it")
     assert settled(uri=uri)[1] == []
