@@ -1,4 +1,4 @@
-"""What figures have in common: style, legends, words, files with fixed bytes.
+"""What figures have in common: style, legends, captions, reproducible files.
 
 Not for: curves and their bands (`curves.py`), what a figure shows (`figures*.py`).
 """
@@ -24,7 +24,7 @@ from experiments.tidy import STYLES, Arm
 
 DPI = 150
 MOST_CURVES = 24
-"""Arms beyond these are named in the caption instead of drawn: nobody could tell them apart."""
+"""More arms cannot be told apart: the caption counts the others."""
 GREY, DARK = "#8a8f94", "#3b4046"
 STYLE: dict[str, Any] = {
     "font.size": 9.5,
@@ -48,15 +48,15 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text as text
     "svg.hashsalt": "relora-sweeps",
 }
-UNSAID: dict[str, dict[str, Any]] = {
+NO_METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None, "Creator": None},
     ".png": {"Software": None},
 }
-"""What a file would say of the day and the program that made it."""
+"""Metadata left out: the date and the program, which would change a file's bytes."""
 
 
 class NoData(Exception):
-    """Why a sweep has no such figure, in words for its reader."""
+    """Why a sweep has no such figure, for the reader of the report."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +81,7 @@ class Figure:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Our looks whatever the machine's matplotlibrc says."""
+    """Our style, whatever the machine's matplotlibrc sets."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[call-overload]
@@ -103,37 +103,36 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
         drawing.canvas.set_layout_engine("none")
         # savefig would draw all of it twice for each file, once more to lay it out.
         for path, kind in ((svg, FigureCanvasSVG), (png, FigureCanvasAgg)):
-            buffer, unsaid = io.BytesIO(), UNSAID[path.suffix]
+            buffer, metadata = io.BytesIO(), NO_METADATA[path.suffix]
             drawing.canvas.dpi = DPI
-            getattr(kind(drawing.canvas), f"print_{path.suffix[1:]}")(buffer, metadata=unsaid)
+            getattr(kind(drawing.canvas), f"print_{path.suffix[1:]}")(buffer, metadata=metadata)
             path.write_bytes(buffer.getvalue())
     return Figure(name=name, title=title, caption=drawing.caption, svg=svg, png=png)
 
 
-# words ------------------------------------------------------------------------------------------
+# captions ---------------------------------------------------------------------------------------
 RESTART = Line2D([], [], color=DARK, marker="|", linestyle="none", markersize=7, label="restart")
 
 
 MARKERS: dict[str, str] = dict(zip(STYLES, "oD^v", strict=True))
-"""Of dots, where lines would have these styles."""
+"""Line style of an arm -> marker of its dots."""
 
 
 def legend(
     canvas: Canvas, arms: Iterable[Arm], *, extra: Iterable[Line2D] = (), dots: bool = False
 ) -> None:
-    """One for the whole figure, below it, in as many columns as the names leave room for."""
+    """One for the figure, below it, in as many columns as fit."""
     lines = []
     for arm in arms:
         line, marker = ("-", MARKERS[arm.style]) if dots else (arm.style, "")
         label = textwrap.fill(arm.name, 44, break_on_hyphens=False)
         lines.append(Line2D([], [], color=arm.colour, linestyle=line, marker=marker, label=label))  # type: ignore[arg-type]
     handles = [*lines, *extra]
-    longest = max(
-        (len(line) for h in handles for line in str(h.get_label()).split("\n")), default=1
-    )
+    labels = [str(handle.get_label()).split("\n") for handle in handles]
+    longest = max((len(line) for lines in labels for line in lines), default=1)
     columns = int(canvas.get_figwidth() * 11.5 / (longest + 7))
     columns = max(1, min(columns, len(handles)))
-    tallest = max((str(h.get_label()).count("\n") + 1 for h in handles), default=1)
+    tallest = max(map(len, labels), default=1)
     rows = math.ceil(len(handles) / columns) + (tallest - 1)
     canvas.set_figheight(canvas.get_figheight() + 0.2 * rows + 0.1)
     canvas.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.6)
@@ -148,21 +147,22 @@ def few(arms: Sequence[Arm], *, most: int = MOST_CURVES) -> tuple[list[Arm], str
 
 
 def bands(arms: Sequence[Arm]) -> str:
-    """What lines and bands are, given what these arms have."""
+    """What lines and bands are in a figure of these arms."""
     ns = sorted({len(arm.finished) for arm in arms})
-    told = []
+    sentences = []
     if ns and ns[-1] > 1:
         seeds = f"{ns[-1]}" if ns[0] == ns[-1] else f"{ns[0]} to {ns[-1]}"
-        told.append(
+        sentences.append(
             f"Lines are means over finished runs ({seeds} seeds), bands their 95 % t intervals over"
             " seeds, cut where they would set the scale."
         )
     if 1 in ns:
-        told.append("A thin line is a single finished run: it has no band.")
+        sentences.append("A thin line is a single finished run: it has no band.")
     odd = sum(not run.finished and bool(run.curves) for arm in arms for run in arm.runs)
     if odd:
-        told.append(f"Faint lines are the {odd} runs that have not finished; x: it diverged there.")
-    return " ".join(told)
+        faint = f"Faint lines are the {odd} runs that have not finished; x: it diverged there."
+        sentences.append(faint)
+    return " ".join(sentences)
 
 
 def has(arm: Arm, metric: str) -> bool:

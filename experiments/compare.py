@@ -23,7 +23,7 @@ from relora_core.config import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class Matched:
-    """What two sweeps have in common."""
+    """The arms of two sweeps that belong together."""
 
     pairs: list[Pair]
     """(arm of the second, arm of the first)."""
@@ -36,24 +36,24 @@ class Matched:
 
 
 def write(first: tuple[Path, str], second: tuple[Path, str], *, output: Path | None = None) -> Path:
-    """Write the comparison second minus first, each (output_dir, sweep); its HTML page."""
+    """Write the comparison, second minus first, each (output_dir, sweep); its HTML page's path."""
     if (first[0].resolve(), first[1]) == (second[0].resolve(), second[1]):
         raise ConfigError(f"SWEEP SWEEP must be two sweeps, got {first[1]!r} twice")
     one, two = (tidy.gather(output_dir, name) for output_dir, name in (first, second))
     if one.name == two.name:
         one.name, two.name = f"{one.name} ({first[0]})", f"{two.name} ({second[0]})"
-    found = match(one, two)
+    matched = match(one, two)
     if first[0].resolve() == second[0].resolve():
-        found.same_runs = [arm.name for arm, other in found.pairs if arm.arm_id == other.arm_id]
+        matched.same_runs = [arm.name for arm, other in matched.pairs if arm.arm_id == other.arm_id]
     folder = output or (first[0] / "sweeps" / first[1] / "report" / f"compare-{second[1]}")
     pictures = report.draw(
-        folder, lambda figures: _figures(figures, found, one.name, folder / "figures")
+        folder, lambda figures: _figures(figures, matched, one.name, folder / "figures")
     )
-    return report.save(_document(one, two, found, pictures), [one, two], folder=folder)
+    return report.save(_document(one, two, matched, pictures), [one, two], folder=folder)
 
 
 def locate(output_dir: Path | str, word: str) -> tuple[Path, str]:
-    """(output_dir, sweep) of a sweep's name, or of the path of its folder, `DIR/sweeps/NAME`."""
+    """(output_dir, sweep) from a sweep's name or its folder's path, `DIR/sweeps/NAME`."""
     path = Path(word)
     if path.name != word and path.parent.name == "sweeps" and (path / "plan.json").exists():
         return path.parent.parent, path.name
@@ -61,7 +61,7 @@ def locate(output_dir: Path | str, word: str) -> tuple[Path, str]:
 
 
 def match(one: Sweep, two: Sweep) -> Matched:
-    """Arms of `two` with those of `one` that are the same; by name where ids differ."""
+    """Pair the arms of `two` with those of `one`: by arm_id, else by name."""
     ids = {arm.arm_id: arm for arm in one.arms}
     same = {arm.arm_id for arm in two.arms if arm.arm_id in ids}
     names = {arm.name: arm for arm in one.arms if arm.arm_id not in same}
@@ -82,42 +82,42 @@ def match(one: Sweep, two: Sweep) -> Matched:
 
 
 # the document -----------------------------------------------------------------------------------
-def _document(one: Sweep, two: Sweep, found: Matched, pictures: list[Block]) -> Document:
+def _document(one: Sweep, two: Sweep, matched: Matched, pictures: list[Block]) -> Document:
     sections = [
-        Section(title="Settings that differ", blocks=_settings(found)),
-        Section(title="Differences", blocks=_differences(one, found)),
+        Section(title="Settings that differ", blocks=_settings(matched)),
+        Section(title="Differences", blocks=_differences(one, matched)),
         Section(title="Figures", blocks=pictures),
         Section(title="Code", blocks=_code([one, two])),
     ]
     return Document(
         title=f"{two.name} against {one.name}",
-        lead=_lead(one, two, found),
+        lead=_lead(one, two, matched),
         sections=[section for section in sections if section.blocks],
     )
 
 
-def _lead(one: Sweep, two: Sweep, found: Matched) -> list[Block]:
-    common = sum(len(_common(pair)) for pair in found.pairs)
+def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
+    common = sum(len(_common(pair)) for pair in matched.pairs)
     blocks: list[Block] = [
-        f"{plural(len(found.pairs), 'common arm')} with {plural(common, 'pair')} of finished runs "
-        "at the same seed. Differences are the second sweep minus the first."
+        f"{plural(len(matched.pairs), 'common arm')} with {plural(common, 'pair')} of finished "
+        "runs at the same seed. Differences are the second sweep minus the first."
     ]
     for sweep in (one, two):
-        told = ", ".join(f"{n} {state}" for state, n in sweep.counts.items())
-        blocks.append(f"{sweep.name}: {plural(len(sweep.runs), 'run')} ({told}).")
-    if not found.pairs:
+        counts = ", ".join(f"{n} {state}" for state, n in sweep.counts.items())
+        blocks.append(f"{sweep.name}: {plural(len(sweep.runs), 'run')} ({counts}).")
+    if not matched.pairs:
         blocks.append(Notice("The sweeps have no arm in common: there is nothing to compare."))
     elif not common:
         blocks.append(Notice("No seed of a common arm has finished in both: no differences."))
-    if found.same_runs:
+    if matched.same_runs:
         blocks.append(
             Notice(
-                f"The runs of {joined(found.same_runs)} belong to both sweeps: these differences "
+                f"The runs of {joined(matched.same_runs)} belong to both sweeps: these differences "
                 "are 0 because a run is compared with itself."
             )
         )
     blocks += report_tables.other_losses([*one.runs, *two.runs])
-    for sweep, names in zip((one, two), found.alone, strict=True):
+    for sweep, names in zip((one, two), matched.alone, strict=True):
         if names:
             blocks.append(f"Only in {sweep.name}: {joined(names)}.")
     return blocks
@@ -127,9 +127,9 @@ def _common(pair: Pair) -> set[int]:
     return {r.seed for r in pair[0].finished} & {r.seed for r in pair[1].finished}
 
 
-def _settings(found: Matched) -> list[Block]:
+def _settings(matched: Matched) -> list[Block]:
     rows = []
-    for arm, other in found.pairs:
+    for arm, other in matched.pairs:
         new, old = (tidy.settings(a.runs[0].config) for a in (arm, other))
         for key in dict.fromkeys([*old, *new]):
             if old.get(key) != new.get(key):
@@ -138,17 +138,17 @@ def _settings(found: Matched) -> list[Block]:
         return []
     columns = ["arm", "setting", "first", "second"]
     table = Table(name="settings", title="Settings that differ", columns=columns, rows=rows)
-    names = joined(found.by_name)
+    names = joined(matched.by_name)
     return [f"Matched by name, with other settings: {names}.", table] if names else [table]
 
 
-def _differences(one: Sweep, found: Matched) -> list[Block]:
+def _differences(one: Sweep, matched: Matched) -> list[Block]:
     blocks: list[Block] = []
     for measure in MEASURES:
-        compared = report_tables.compared(found.pairs, measure)
+        compared = report_tables.compared(matched.pairs, measure)
         if any(c.difference is not None for c in compared):
             blocks.append(
-                report_tables.difference_table(measure, found.pairs, compared, to=one.name)
+                report_tables.difference_table(measure, matched.pairs, compared, to=one.name)
             )
     return blocks
 
@@ -157,14 +157,14 @@ def _code(sweeps: Sequence[Sweep]) -> list[Block]:
     lines = []
     for sweep in sweeps:
         codes = sorted({code for run in sweep.runs for code in run.code})
-        lines.append(f"{sweep.name}: relora_core {joined(codes) or 'not written down'}")
+        lines.append(f"{sweep.name}: relora_core {joined(codes) or 'not recorded'}")
     return [Bullets(lines)]
 
 
-def _figures(figures: Any, found: Matched, first: str, folder: Path) -> Sequence[Any]:
-    """The forest plot, in which the first sweep stands in for each of its arms."""
+def _figures(figures: Any, matched: Matched, first: str, folder: Path) -> Sequence[Any]:
+    """The forest plot; every reference has the name of the first sweep."""
     from experiments import canvas
 
-    pairs = [(arm, replace(other, name=first, arm_id=first)) for arm, other in found.pairs]
+    pairs = [(arm, replace(other, name=first, arm_id=first)) for arm, other in matched.pairs]
     draw = partial(figures.differences, pairs)
     return [canvas.produce("differences", title="Differences", draw=draw, folder=folder)]

@@ -56,7 +56,7 @@ UNITS = {
 
 
 def progress(sweep: Sweep, x: str) -> Progress:
-    """The axis in a unit that suits the longest run; ConfigError for an axis that is none."""
+    """The axis in a unit that suits the longest run; ConfigError for an unknown axis."""
     if x not in AXES:
         raise ConfigError(f"x must be one of {', '.join(AXES)}, got {x!r}.{nearest(x, list(AXES))}")
     ends = [points[-1] for run in sweep.runs for points in run.curves.values() if points]
@@ -83,17 +83,17 @@ def curve(runs: Sequence[RunData], metric: str, *, axis: Progress, scale: Scale)
 
     A step where a run's value is not finite is left out, so that n is the same all along.
     """
-    found = [{p.step: p for p in run.curves.get(metric, ())} for run in runs]
-    found = [points for points in found if points]
-    if not found:
+    by_run = [{p.step: p for p in run.curves.get(metric, ())} for run in runs]
+    by_run = [points for points in by_run if points]
+    if not by_run:
         return None
-    steps = sorted(set.intersection(*(set(points) for points in found)))
-    values = np.array([[points[s].value for s in steps] for points in found], dtype=float)
-    x = np.array([[axis.of(points[s]) for s in steps] for points in found], dtype=float)
+    steps = sorted(set.intersection(*(set(points) for points in by_run)))
+    values = np.array([[points[s].value for s in steps] for points in by_run], dtype=float)
+    x = np.array([[axis.of(points[s]) for s in steps] for points in by_run], dtype=float)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.log(values) if scale == "log" else values
-    kept = np.isfinite(values).all(axis=0)
-    values, at, n = values[:, kept], x[:, kept].mean(axis=0), len(found)
+    usable = np.isfinite(values).all(axis=0)
+    values, at, n = values[:, usable], x[:, usable].mean(axis=0), len(by_run)
     mean = values.mean(axis=0)
     half = np.full_like(mean, math.nan)
     if n > 1:
@@ -106,7 +106,7 @@ def curve(runs: Sequence[RunData], metric: str, *, axis: Progress, scale: Scale)
 
 @dataclass(kw_only=True, slots=True)
 class Panel:
-    """Axes with the extent of what was drawn in them, so that wide bands do not set the scale."""
+    """Axes, and the values drawn in them; wide bands do not set the scale."""
 
     ax: Axes
     axis: Progress
@@ -129,23 +129,23 @@ class Panel:
             if alone and len(alone.x) and run.state == "diverged":
                 self.ax.plot(alone.x[-1:], alone.mean[-1:], "x", color=arm.colour, markersize=6)
 
-    def _draw(self, found: Curve | None, **look: Any) -> None:
-        if found is None:
+    def _draw(self, line: Curve | None, **look: Any) -> None:
+        if line is None:
             return
-        kept = found.x >= self.start
-        x, mean, low, high = (v[kept] for v in (found.x, found.mean, found.low, found.high))
+        inside = line.x >= self.start
+        x, mean, low, high = (v[inside] for v in (line.x, line.mean, line.low, line.high))
         if not len(x):
             return
         marker = "." if len(x) == 1 else ""
         self.ax.plot(x, mean, marker=marker, **look)
-        if found.n > 1:
+        if line.n > 1:
             self.ax.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
         self.lines += [mean.min(), mean.max()]
         self.bands += [*finite(low), *finite(high)]
         self.end = max(self.end, x.max())
 
     def level(self, value: float, *, text: str, inside: bool = True) -> None:
-        """A horizontal line with words on it; in view if `inside`."""
+        """A horizontal line with a label; always in view if `inside`."""
         self.ax.axhline(value, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1.5)
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
         self.ax.text(
@@ -156,14 +156,14 @@ class Panel:
             fontsize=9,
             color=DARK,
             clip_on=True,
-            zorder=1.6,  # curves go over the words
+            zorder=1.6,  # curves go over the label
             bbox=box,
         )
         if inside:
             self.lines.append(value)
 
     def bound(self, line: Sequence[tuple[float, float]]) -> None:
-        """A dotted line of steps through (x, what a share can be at most up to x); none at 1."""
+        """A dotted line of steps through (x, upper bound up to x); bounds of 1 are not drawn."""
         x, y = (np.array(values) for values in zip(*line, strict=True))
         y = np.where(y < 1, y, math.nan)
         look: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 2))}
@@ -171,7 +171,7 @@ class Panel:
         self.lines += finite(y)
 
     def finish(self, *, ylabel: str, title: str = "", xlabel: bool = True) -> None:
-        """Scales, limits and labels. A band counts up to the height of what the lines span."""
+        """Set scales, limits and labels. Bands widen limits by the span of the lines at most."""
         ax = self.ax
         if self.scale == "log":
             ax.set_yscale("log")
@@ -198,7 +198,7 @@ class Panel:
         return back(low - margin), back(high + margin)
 
     def _plain_ticks(self) -> None:
-        """A log axis of less than two decades needs ticks between the powers of ten."""
+        """Label ticks between the powers of ten where a log axis spans three decades or less."""
         low, high = self._limits() if self.lines else (1.0, 10.0)
         decades = math.log10(high / low)
         subs = (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
@@ -210,7 +210,7 @@ class Panel:
 
 
 def restart_ticks(ax: Axes, arms: Sequence[Arm], *, axis: Progress) -> bool:
-    """Short marks above the x axis where arms restart, a row for each pattern; whether any do."""
+    """Mark restarts above the x axis, a row for arms that restart alike; whether any arm does."""
     rows: dict[tuple[float, ...], list[Arm]] = {}
     for arm in arms:
         run = max(arm.runs, key=lambda run: len(run.restarts), default=None)

@@ -1,4 +1,4 @@
-"""A report as sections of text, tables and pictures; written as HTML, Markdown and CSV alike.
+"""A report as sections of text, tables and pictures, and its HTML, Markdown and CSV.
 
 Not for: what a report says (`report.py`).
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NUMBER = re.compile(r"(> |\[)?[-+]?[\d.]|-$")
-"""How the cells of a column begin that is set flush right."""
+"""How the cells of a right-aligned column begin."""
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1240px; margin: 2rem auto;
   padding: 0 1.2rem; }
@@ -51,9 +51,9 @@ class Table:
     data: Sequence[Mapping[str, Any]] | None = None
     """None: the CSV holds the cells."""
     note: str = ""
-    """What a reader must know to read it."""
+    """What a reader must know to understand it."""
     folded: bool = False
-    """Long and of use to few: HTML shows its title until it is clicked."""
+    """HTML shows the title alone until it is clicked: for long tables that few need."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class Code:
 
 @dataclass(slots=True)
 class Notice:
-    """What must not be overlooked."""
+    """A paragraph that must not be overlooked."""
 
     text: str
 
@@ -164,29 +164,27 @@ def _html_table(table: Table) -> str:
         for i in range(len(table.columns))
     ]
     css = [' class="n"' if number else "" for number in numeric]
-    head = "".join(
-        f"<th{c}>{_inline(name)}</th>" for c, name in zip(css, table.columns, strict=True)
-    )
-    body = "\n".join(
-        "<tr>"
-        + "".join(f"<td{c}>{_inline(cell)}</td>" for c, cell in zip(css, row, strict=True))
-        + "</tr>"
-        for row in table.rows
-    )
+    head = _html_row("th", table.columns, css)
+    body = "\n".join(_html_row("td", row, css) for row in table.rows)
     caption = "" if table.folded else f"<caption>{html.escape(table.title)}</caption>"
     note = f'<p class="note">{_inline(table.note)}</p>' if table.note else ""
-    whole = (
-        f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead>'
+    content = (
+        f'<div class="wide"><table>{caption}<thead>{head}</thead>'
         f"<tbody>\n{body}\n</tbody></table></div>{note}"
     )
     if not table.folded:
-        return whole
-    return f"<details><summary>{html.escape(table.title)}</summary>{whole}</details>"
+        return content
+    return f"<details><summary>{html.escape(table.title)}</summary>{content}</details>"
+
+
+def _html_row(tag: str, cells: Sequence[str], css: Sequence[str]) -> str:
+    row = (f"<{tag}{c}>{_inline(cell)}</{tag}>" for c, cell in zip(css, cells, strict=True))
+    return f"<tr>{''.join(row)}</tr>"
 
 
 # Markdown ---------------------------------------------------------------------------------------
 def to_markdown(document: Document) -> str:
-    """The same, with the pictures as files beside it."""
+    """The same; pictures are files in the folder `figures`."""
     parts = [f"# {document.title}", *map(_markdown, document.lead)]
     for section in document.sections:
         parts += [f"## {section.title}", *map(_markdown, section.blocks)]
@@ -219,7 +217,7 @@ def _markdown(block: Block) -> str:
 
 # CSV --------------------------------------------------------------------------------------------
 def to_csv(table: Table) -> str:
-    """The numbers behind the table, unrounded; its cells where it has none."""
+    """The numbers behind the table, unrounded; the cells of a table without numbers."""
     out = io.StringIO()
     if table.data is None:
         csv.writer(out).writerows([table.columns, *table.rows])
@@ -231,13 +229,13 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
-# words ------------------------------------------------------------------------------------------
+# text -------------------------------------------------------------------------------------------
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def number(value: float | None, *, digits: int = 4) -> str:
-    """So many significant digits, without an exponent where it reads well; `-` for none."""
+    """To `digits` significant digits, with an exponent only outside 1e-4 to 1e7; `-` for None."""
     if value is None:
         return "-"
     if value == 0 or not math.isfinite(value):

@@ -3,7 +3,7 @@
     all_figures(sweep, folder) -> list[Figure]     <folder>/<name>.svg and .png
 
 Figures with rows of arms are in `figures_arms.py`, those after the paper's own in
-`figures_paper.py`. Not for: looks (`canvas.py`), what stands beside a figure (`report.py`).
+`figures_paper.py`. Not for: style (`canvas.py`), the text beside a figure (`report.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from experiments.figures_arms import BLIMP, LOSS, PAPER_PERPLEXITY, PERPLEXITY
 from experiments.published import Published
 from experiments.tidy import Arm, Sweep
 
+DYNAMICS = {
+    "weights_rank": ("Proportional effective rank of weights", "weights", "per"),
+    "updates_rank": ("Proportional effective rank of updates", "updates", "per"),
+    "weights_condition": ("Condition number of weights", "weights", "condition_number"),
+    "updates_condition": ("Condition number of updates", "updates", "condition_number"),
+}
+"""Name -> title, group and measure of the paper's Figures 3 to 6."""
+
 
 def all_figures(
     sweep: Sweep,
@@ -30,10 +38,10 @@ def all_figures(
     published: Path | str | None,
     pairs: Sequence[tuple[Arm, Arm]],
 ) -> list[Figure]:
-    """Draw what the sweep has data for; of the other figures `missing` says why there is none.
+    """Draw every figure that the sweep has data for; `missing` of the others says why not.
 
     `x` is `steps`, `tokens` or `gpu_hours`; `published` a file of the paper's curves; `pairs` are
-    (arm, reference). ConfigError for an axis or a file that is none.
+    (arm, reference). ConfigError for another axis or a bad file.
     """
     wanted = catalogue(sweep, x=x, published=published, pairs=pairs)
     return [
@@ -52,7 +60,7 @@ def catalogue(
     """Name -> title and how to draw it, of every figure; arguments as of `all_figures`."""
     axis = progress(sweep, x)
     paper = _load(published, sweep)
-    whole = partial(figures_paper.dynamics, sweep, axis=axis, paper=paper)
+    dynamics = partial(figures_paper.dynamics, sweep, axis=axis, paper=paper)
     return {
         "learning_curves": (
             "Learning curves (paper's Figure 2)",
@@ -64,22 +72,13 @@ def catalogue(
             partial(figures_arms.differences, pairs),
         ),
         "blimp_phenomena": ("BLiMP by phenomenon", partial(figures_arms.blimp_phenomena, sweep)),
-        "weights_rank": (
-            "Proportional effective rank of weights (paper's Figure 3)",
-            partial(whole, group="weights", measure="per"),
-        ),
-        "updates_rank": (
-            "Proportional effective rank of updates (paper's Figure 4)",
-            partial(whole, group="updates", measure="per"),
-        ),
-        "weights_condition": (
-            "Condition number of weights (paper's Figure 5)",
-            partial(whole, group="weights", measure="condition_number"),
-        ),
-        "updates_condition": (
-            "Condition number of updates (paper's Figure 6)",
-            partial(whole, group="updates", measure="condition_number"),
-        ),
+        **{
+            name: (
+                f"{title} (paper's Figure {number})",
+                partial(dynamics, group=group, measure=measure),
+            )
+            for number, (name, (title, group, measure)) in enumerate(DYNAMICS.items(), start=3)
+        },
         "schedules": (
             "Learning rates as used (paper's Figure 8)",
             partial(figures_paper.schedules, sweep),

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Transform
 
 from experiments import canvas, stats
 from experiments.canvas import Drawing, NoData
@@ -25,12 +24,12 @@ from experiments.tidy import Arm, Sweep
 MOST_ROWS = 60
 """Arms in a figure with a row for each."""
 MOST_DOTS = 12
-"""Arms in the figure of BLiMP's phenomena, where each has a dot in every group."""
+"""Arms in the figure of BLiMP's phenomena, which has a dot for each arm and phenomenon."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Metric:
-    """A final number and how it is written."""
+    """A final metric and its label."""
 
     key: str
     label: str
@@ -53,6 +52,8 @@ BLIMP_EOS = Metric(
     better="higher",
     chance=0.5,
 )
+METRICS = (LOSS, PERPLEXITY, BLIMP, BLIMP_EOS)
+"""Columns of the figures with a row for each arm."""
 
 
 # rows of arms -----------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def arms_summary(sweep: Sweep) -> Drawing:
     """A row for each arm: mean with interval, and every seed's own value."""
     metrics = [
         metric
-        for metric in (LOSS, PERPLEXITY, BLIMP, BLIMP_EOS)
+        for metric in METRICS
         if any(canvas.finite(arm.values(metric.key).values()) for arm in sweep.arms)
     ]
     if not metrics:
@@ -72,15 +73,14 @@ def arms_summary(sweep: Sweep) -> Drawing:
         for row, arm in enumerate(arms):
             values = canvas.finite(arm.values(metric.key).values())
             if not values:
-                ax.text(
-                    0.02, row, "no value", transform=_across(ax), va="center", color=canvas.GREY
-                )
+                _no_value(ax, row)
                 continue
-            found = stats.interval(values, scale=metric.scale)
-            if found.n > 1:
-                ax.plot(values, [row + 0.22] * found.n, "|", color=arm.colour, markersize=5)
+            estimate = stats.interval(values, scale=metric.scale)
+            if estimate.n > 1:
+                ax.plot(values, [row + 0.22] * estimate.n, "|", color=arm.colour, markersize=5)
             shape = canvas.MARKERS[arm.style]
-            _dot(ax, row, found.mean, found.low, found.high, colour=arm.colour, shape=shape)
+            ends = estimate.low, estimate.high
+            _dot(ax, row, estimate.mean, *ends, colour=arm.colour, shape=shape)
         ax.set_xlabel(f"{metric.label}\n({metric.better} is better)")
     caption = (
         "Filled dots are means over finished seeds with 95 % t intervals (perplexity: geometric);"
@@ -95,7 +95,7 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
         raise NoData("there is one arm only, so nothing to compare")
     metrics = [
         metric
-        for metric in (LOSS, PERPLEXITY, BLIMP, BLIMP_EOS)
+        for metric in METRICS
         if any(_compare(arm, to, metric).difference is not None for arm, to in pairs)
     ]
     if not metrics:
@@ -107,16 +107,14 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
     for ax, metric in zip(panels, metrics, strict=True):
         ax.axvline(0, color=canvas.DARK, linewidth=1.0, zorder=1.5)
         for row, (arm, to) in enumerate(shown):
-            found = _compare(arm, to, metric)
+            comparison = _compare(arm, to, metric)
             change = partial(_change, scale=metric.scale)
-            if found.difference is None:
-                ax.text(
-                    0.02, row, "no value", transform=_across(ax), va="center", color=canvas.GREY
-                )
+            if comparison.difference is None:
+                _no_value(ax, row)
                 continue
-            low, high = change(found.low), change(found.high)
-            shape = "s" if found.kind == "welch" else canvas.MARKERS[arm.style]
-            middle = change(found.difference)
+            low, high = change(comparison.low), change(comparison.high)
+            shape = "s" if comparison.kind == "welch" else canvas.MARKERS[arm.style]
+            middle = change(comparison.difference)
             assert middle is not None
             _dot(ax, row, middle, low, high, colour=arm.colour, shape=shape)
         unit = "change in %" if metric.scale == "log" else "difference"
@@ -168,15 +166,16 @@ def _dot(
     size: float = 6.5,
 ) -> None:
     """A mean with its interval, or an open dot where there is none."""
-    known = low is not None and high is not None
-    if known:
+    measured = low is not None and high is not None
+    if measured:
         ax.plot([low, high], [row, row], "-", color=colour, linewidth=1.6)  # type: ignore[list-item]
-    face = colour if known and shape != "s" else "white"
+    face = colour if measured and shape != "s" else "white"
     ax.plot([middle], [row], shape, color=colour, markerfacecolor=face, markersize=size)
 
 
-def _across(ax: Axes) -> Transform:
-    return ax.get_yaxis_transform()
+def _no_value(ax: Axes, row: int) -> None:
+    across = ax.get_yaxis_transform()
+    ax.text(0.02, row, "no value", transform=across, va="center", color=canvas.GREY)
 
 
 def _short(name: str) -> str:
@@ -187,8 +186,8 @@ def _count(arm: Arm) -> str:
     """`n = 5`, or `n = 3 of 5: 1 diverged, 1 running`."""
     n, m = len(arm.finished), len(arm.runs)
     rest = Counter(run.state for run in arm.runs if not run.finished)
-    told = ", ".join(f"{count} {state}" for state, count in rest.items())
-    return f"n = {n}" + (f" of {m}: {told}" if n < m else "")
+    others = ", ".join(f"{count} {state}" for state, count in rest.items())
+    return f"n = {n}" + (f" of {m}: {others}" if n < m else "")
 
 
 # BLiMP ------------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def blimp_phenomena(sweep: Sweep) -> Drawing:
 def _phenomena(
     ax: Axes, groups: Sequence[str], arms: Sequence[Arm], *, prefix: str, rows: int
 ) -> list[float]:
-    """Draw some groups in one column; the ends of what was drawn."""
+    """Draw some groups in one column; all values drawn, ends of intervals included."""
     ends: list[float] = []
     ax.axvline(0.5, color=canvas.GREY, linestyle=(0, (1, 2)), linewidth=1.2, zorder=1.5)
     step = 0.8 / len(arms)
@@ -236,13 +235,13 @@ def _phenomena(
             values = canvas.finite(arm.values(prefix + group).values())
             if not values:
                 continue
-            found = stats.mean_interval(values)
-            low = None if found.low is None else max(0.0, found.low)
-            high = None if found.high is None else min(1.0, found.high)
+            estimate = stats.mean_interval(values)
+            low = None if estimate.low is None else max(0.0, estimate.low)
+            high = None if estimate.high is None else min(1.0, estimate.high)
             at = row + (index - (len(arms) - 1) / 2) * step
             shape = canvas.MARKERS[arm.style]
-            _dot(ax, at, found.mean, low, high, colour=arm.colour, shape=shape, size=4.5)
-            ends += [v for v in (found.mean, low, high) if v is not None]
+            _dot(ax, at, estimate.mean, low, high, colour=arm.colour, shape=shape, size=4.5)
+            ends += [v for v in (estimate.mean, low, high) if v is not None]
     words = ["all" if g == "accuracy" else g.replace("_", " ") for g in groups]
     ax.set_yticks(range(len(groups)), words)
     ax.set_ylim(rows - 0.5, -0.5)

@@ -49,10 +49,10 @@ MEASURES: dict[str, tuple[str, Scale]] = {
     "condition_number": ("condition number", "log"),
 }
 SMALLEST_CHANGE = 0.005
-"""Nats that a panel shows at least, so that rounding looks like nothing."""
+"""Least height of a panel in nats, so that rounding looks flat."""
 MOST_SCHEDULES = 8
 FINEST = 4000
-"""Points of a schedule; more are not to be seen."""
+"""Points of a schedule; more cannot be seen."""
 
 
 # learning dynamics ------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def _same_scale(panels: Sequence[Panel]) -> None:
 
 
 def _caps(panel: Panel, arms: Sequence[Arm], *, what: str, kind: str) -> bool:
-    """Draw the largest PER that updates of the adapters' ranks can have, where there is one."""
+    """Draw the largest PER that the adapters' ranks allow; whether there is one."""
     levels, lines = set[float](), set[tuple[tuple[float, float], ...]]()
     for arm in arms:
         run = max(arm.runs, key=lambda run: run.step)
@@ -158,10 +158,10 @@ def _caps(panel: Panel, arms: Sequence[Arm], *, what: str, kind: str) -> bool:
 
 
 def largest_per(config: RunConfig, *, what: str, kind: str, steps: Sequence[int]) -> list[float]:
-    """By step, the mean over layers of rank / min(shape) by what the config lets an update be.
+    """The mean over layers of rank / min(shape) that the config allows an update, by step.
 
-    Layers that the record's mean is over: of a product BA those with an adapter. 1 where any rank
-    is possible; empty for what is no low-rank update by its nature, or no linear.
+    Over the layers that were measured: for a product BA those with an adapter. 1 where any rank is
+    possible; empty where the matrix is no low-rank update, or there is no such layer.
     """
     if config.method not in ADAPTERS or what not in ("update_proxy", "update_restart"):
         return []
@@ -183,21 +183,21 @@ def largest_per(config: RunConfig, *, what: str, kind: str, steps: Sequence[int]
 
 def _measure_words(group: str, measure: str, *, capped: bool) -> str:
     if measure == "per":
-        told = "Proportional effective rank, exp(entropy of the singular values) / min(shape)"
+        text = "Proportional effective rank, exp(entropy of the singular values) / min(shape)"
         cap = "; dotted: the most that the adapters' ranks allow" if capped else ""
-        return f"{told}, mean over layers{cap}."
-    told = (
+        return f"{text}, mean over layers{cap}."
+    text = (
         "Largest over smallest singular value, mean over layers, log axis; singular values that may"
         " be rounding are left out."
     )
     if group == "updates":
-        told += " So BA is conditioned by its r directions only, unlike the paper's Figure 6."
-    return told
+        text += " So BA is conditioned by its r directions only, unlike the paper's Figure 6."
+    return text
 
 
 # schedules --------------------------------------------------------------------------------------
 def schedules(sweep: Sweep) -> Drawing:
-    """The rate of every update by each arm's settings, under the rates that the runs recorded."""
+    """Each arm's learning rate by its settings, and the rates that its runs recorded."""
     groups: dict[Any, list[Arm]] = {}
     for arm in sweep.arms:
         if arm.runs:
@@ -242,20 +242,20 @@ def _schedule_key(config: RunConfig) -> Any:
 
 
 def _rates(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(step, rate) of every update, thinned out where there are many, but never at a restart."""
+    """(step, rate) of the updates: of many only some, but all turning points at restarts."""
     n, relora = config.train.steps, config.relora
     steps = set(range(0, n, max(1, n // FINEST))) | {n - 1}
     for restart in redraws(config):
         start = restart - relora.restart_offset
         rise = relora.restart_warmup_steps
         steps |= {start - 1, *(start + rise * i // 8 for i in range(9))}
-    kept = sorted(step for step in steps if 0 <= step < n)
-    rates = [config.train.lr * lr_factor(step, config=config) for step in kept]
-    return np.array(kept), np.array(rates)
+    drawn = sorted(step for step in steps if 0 <= step < n)
+    rates = [config.train.lr * lr_factor(step, config=config) for step in drawn]
+    return np.array(drawn), np.array(rates)
 
 
 def _logged(arms: Sequence[Arm], *, most: int = 60) -> list[tuple[int, float]]:
-    """Recorded rates of the run with most; the rate of update k is logged when k + 1 are done."""
+    """Rates of the run that recorded most; that of update k is logged when k + 1 are done."""
     points = max((r.curves.get("train/lr", []) for a in arms for r in a.runs), key=len)
     every = max(1, -(-len(points) // most))
     return [(p.step - 1, p.value) for p in points[::every]]
@@ -328,11 +328,11 @@ def _changes(run: RunData) -> Iterator[tuple[str, list[Any]]]:
         # The next update's event comes a step later.
         "loss next - before": {p.step - 1: p for p in following},
     }
-    for name, found in later.items():
+    for name, after in later.items():
         points = [
-            at._replace(value=found[step].value - at.value)
+            at._replace(value=after[step].value - at.value)
             for step, at in before.items()
-            if step in found
+            if step in after
         ]
         if points:
             yield name, points

@@ -1,4 +1,4 @@
-"""The paper's own curves, laid under ours: read from a file that is not part of the project.
+"""The paper's own curves under ours, read from a file that is not part of the project.
 
 The file holds what Weiss et al. (2025) published: `models` (`t-rel`, `t-dec`, `s-rel`, `s-dec`)
 with evals and losses by step, `gpu_hours` and `learning_dynamics_digitised`. Not for: our own runs.
@@ -20,7 +20,7 @@ from relora_core.config import ConfigError
 
 TOKENS_PER_STEP = 1024 * 2048
 REFERENCE_STEP = 20_000
-"""The published GPU-hours are those of so many steps."""
+"""Steps that the published GPU-hours are of."""
 SIZES = {"tiny": "t", "small": "s"}
 METHODS = {"relora": "rel", "decoder": "dec"}
 LABELS = {"relora": "ReLoRA", "decoder": "decoder"}
@@ -34,7 +34,7 @@ SERIES = {
     "eval/paloma/paper_perplexity": ("eval", ("paloma_ppl", "paloma_ppl_digitised")),
     "eval/blimp/no_bos/accuracy": ("eval", ("blimp",)),
 }
-"""Metric -> where it stands below a model, and under which names."""
+"""Metric -> its key below a model, and the names of its values there."""
 KINDS = {
     "weights": {"w_2": "swiglu_w2", "vo": "ov_circuit"},
     "updates": {"w_2": "swiglu_w2", "v_proj": "attn_v", "o_proj": "attn_o"},
@@ -45,7 +45,7 @@ WHATS = {
     ("updates", "gradient"): ("decoder",),
     ("updates", "update_proxy"): ("relora",),
 }
-"""What our figures call the matrices -> whose curves are of that sort."""
+"""(figure, sort of matrix) as we name them -> methods with published curves of them."""
 
 SWAPPED = (
     " The published figure files very probably carry exchanged tiny and small labels on the decoder"
@@ -85,13 +85,13 @@ class Series:
 
 @dataclass(kw_only=True, slots=True)
 class Published:
-    """The file's content, and the sizes of model that a sweep can be laid beside."""
+    """The file's content, and the model sizes to draw."""
 
     data: dict[str, Any]
     sizes: list[str]
 
     def check(self) -> None:
-        """Raises what drawing would raise."""
+        """Read every curve once: raises what drawing would raise."""
         for metric in SERIES:
             list(self._series(metric))
         for group, what in WHATS:
@@ -100,7 +100,7 @@ class Published:
                     list(self._dynamics(group, what, kind, measure))
 
     def lay(self, panel: Panel, metric: str) -> list[Series]:
-        """Draw what falls within the panel's extent; the curves of which something does."""
+        """Draw the curves with points within the panel's extent; those that were drawn."""
         return self._draw(panel, self._series(metric))
 
     def lay_dynamics(
@@ -141,8 +141,8 @@ class Published:
                 labelled = _other(size) if (group, method) == ("weights", "decoder") else size
                 points = curves.get(f"{name}|{labelled}|{method}", [])
                 late = 100 if method == "relora" else 0
-                kept = [(s + late if s else s, v) for s, v in points if math.isfinite(v)]
-                yield self._of(method, size, kept)
+                usable = [(s + late if s else s, v) for s, v in points if math.isfinite(v)]
+                yield self._of(method, size, usable)
 
     def _models(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for method, short in METHODS.items():
@@ -159,13 +159,13 @@ class Published:
         )
 
     def legend(self, drawn: Sequence[Sequence[Series]]) -> list[Line2D]:
-        """An entry for each curve that is in a figure at all."""
-        found = {series.label: series.look for panel in drawn for series in panel}
-        return [Line2D([], [], **look, label=label) for label, look in found.items()]
+        """An entry for each curve that was drawn."""
+        looks = {series.label: series.look for panel in drawn for series in panel}
+        return [Line2D([], [], **look, label=label) for label, look in looks.items()]
 
 
 def load(path: Path | str, *, models: Iterable[str]) -> Published:
-    """The published curves for the sizes among `models`, tiny's where none is; or ConfigError."""
+    """The published curves of the sizes among `models`, by default tiny's; or ConfigError."""
     try:
         data = records.parse(Path(path).expanduser().read_bytes())
     except OSError as error:
@@ -179,15 +179,15 @@ def load(path: Path | str, *, models: Iterable[str]) -> Published:
         raise ConfigError(f"published must hold {', '.join(parts)}, got {path}")
     if not all(isinstance(data["gpu_hours"].get(m), dict) for m in wanted):
         raise ConfigError(f"published must hold gpu_hours of {', '.join(wanted)}, got {path}")
-    known = set(models)
-    found = Published(data=data, sizes=[s for s in SIZES if s in known] or ["tiny"])
+    names = set(models)
+    paper = Published(data=data, sizes=[s for s in SIZES if s in names] or ["tiny"])
     try:
-        found.check()
+        paper.check()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"published must hold numbers by step, got {path}: {type(error).__name__}: {error}"
         ) from None
-    return found
+    return paper
 
 
 def note(
@@ -197,14 +197,14 @@ def note(
     series = [s for panel in drawn for s in panel]
     if not series:
         return " No published curve has points within the extent of these runs."
-    told = " Dashed grey: published (Weiss et al. 2025), one seed, other text and hardware."
+    text = " Dashed grey: published (Weiss et al. 2025), one seed, other text and hardware."
     methods = {s.method for s in series}
     if group == "weights" and "decoder" in methods:
-        told += SWAPPED
+        text += SWAPPED
     if group and "relora" in methods:
-        told += LATER
+        text += LATER
     noise = (group, measure) == ("updates", "condition_number") and "relora" in methods
-    return told + (ROUNDED if noise else "")
+    return text + (ROUNDED if noise else "")
 
 
 def _other(size: str) -> str:

@@ -24,7 +24,7 @@ Pair = tuple[Arm, Arm]
 
 @dataclass(kw_only=True, slots=True)
 class Measure:
-    """A final number that the report is about."""
+    """A final metric of a run, and how its values are shown."""
 
     title: str
     metric: str
@@ -34,7 +34,7 @@ class Measure:
     digits: int = 3
     """Decimals of a mean; a difference has one more."""
     significant: bool = False
-    """`digits` counts from the first digit that is not 0."""
+    """`digits` are significant digits, not decimals."""
 
     def show(self, value: float | None) -> str:
         if value is None or math.isnan(value):
@@ -52,31 +52,19 @@ class Measure:
         return f"{value * self.factor:+,.{self.digits + 1}f}"
 
 
+perplexity = partial(Measure, scale="log", digits=4, significant=True)
+accuracy = partial(Measure, factor=100, digits=1)
 MEASURES = (
     Measure(title="loss", metric="train/loss"),
-    Measure(
-        title="perplexity",
-        metric="eval/paloma/perplexity",
-        scale="log",
-        digits=4,
-        significant=True,
-    ),
-    Measure(
-        title="paper's perplexity",
-        metric="eval/paloma/paper_perplexity",
-        scale="log",
-        digits=4,
-        significant=True,
-    ),
-    Measure(title="BLiMP no_bos, %", metric="eval/blimp/no_bos/accuracy", factor=100, digits=1),
-    Measure(
-        title="BLiMP eos_prefix, %", metric="eval/blimp/eos_prefix/accuracy", factor=100, digits=1
-    ),
+    perplexity(title="perplexity", metric="eval/paloma/perplexity"),
+    perplexity(title="paper's perplexity", metric="eval/paloma/paper_perplexity"),
+    accuracy(title="BLiMP no_bos, %", metric="eval/blimp/no_bos/accuracy"),
+    accuracy(title="BLiMP eos_prefix, %", metric="eval/blimp/eos_prefix/accuracy"),
 )
 HOURS = Measure(title="device-hours", metric="perf/train_seconds", digits=3, significant=True)
 VARIANTS = ("no_bos", "eos_prefix")
 SAME_TASK = ("model.", "data.", "train.", "eval.")
-"""Settings that a fair reference shares with its arm."""
+"""Prefixes of the settings that a fair reference shares with its arm."""
 
 
 def shown(sweep: Sweep) -> list[Measure]:
@@ -85,10 +73,10 @@ def shown(sweep: Sweep) -> list[Measure]:
 
 
 def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
-    """Each arm with the reference; by default with full rank where there is such an arm.
+    """Each arm with its reference, by default a full-rank arm.
 
-    Of several full-rank arms the one that shares most of model, data and training; where there is
-    none, or nothing else, the sweep's first arm.
+    Of several full-rank arms it is the one that shares most settings of model, data and training.
+    Where there is none, or nothing else, the reference is the sweep's first arm.
     """
     full = [arm for arm in sweep.arms if arm.runs[0].config.method == "full_rank"]
     if reference is None and 0 < len(full) < len(sweep.arms):
@@ -115,9 +103,9 @@ def results(sweep: Sweep) -> list[Block]:
         done, cells = len(arm.finished), []
         for measure in measures:
             values = list(arm.values(measure.metric).values())
-            found = interval(values, scale=measure.scale) if values else None
-            cells.append(mean_cell(found, measure, expected=done))
-            data.append(_row(arm, measure, found))
+            estimate = interval(values, scale=measure.scale) if values else None
+            cells.append(mean_cell(estimate, measure, expected=done))
+            data.append(_row(arm, measure, estimate))
         cells += [tokens_per_run(arm), mean_cell(hours_per_run(arm), HOURS, expected=done)]
         rows.append([arm.name, f"{done} of {len(arm.runs)}", *cells])
     several = any(len(arm.finished) > 1 for arm in sweep.arms)
@@ -145,10 +133,10 @@ def results(sweep: Sweep) -> list[Block]:
         ),
         *other_losses(sweep.runs),
     ]
-    if known := floor(sweep):
+    if bound := floor(sweep):
         blocks.append(
-            f"The grammar's entropy is {known.entropy:.3f} nats per token: no model's expected "
-            f"loss is below it. One that knows frequencies only has {known.unigram:.3f}."
+            f"The grammar's entropy is {bound.entropy:.3f} nats per token: no model's expected "
+            f"loss is below it. One that knows frequencies only has {bound.unigram:.3f}."
         )
     return blocks
 
@@ -171,17 +159,17 @@ def other_losses(runs: Iterable[RunData]) -> list[Block]:
     ]
 
 
-def mean_cell(found: Interval | None, measure: Measure, *, expected: int) -> str:
-    """`2.61 [2.58, 2.64]`, and what is missing in it."""
-    if found is None or not found.n:
+def mean_cell(estimate: Interval | None, measure: Measure, *, expected: int) -> str:
+    """`2.61 [2.58, 2.64]`, with n where values are missing."""
+    if estimate is None or not estimate.n:
         return "-"
-    text = measure.show(found.mean)
-    if found.low is not None:
-        text += f" [{measure.show(found.low)}, {measure.show(found.high)}]"
-    return text if found.n == expected else f"{text} (n = {found.n})"
+    text = measure.show(estimate.mean)
+    if estimate.low is not None:
+        text += f" [{measure.show(estimate.low)}, {measure.show(estimate.high)}]"
+    return text if estimate.n == expected else f"{text} (n = {estimate.n})"
 
 
-def _row(arm: Arm, measure: Measure, found: Interval | None) -> dict[str, Any]:
+def _row(arm: Arm, measure: Measure, estimate: Interval | None) -> dict[str, Any]:
     row = {
         "arm": arm.name,
         "arm_id": arm.arm_id,
@@ -189,7 +177,7 @@ def _row(arm: Arm, measure: Measure, found: Interval | None) -> dict[str, Any]:
         "finished": len(arm.finished),
         "planned": len(arm.runs),
     }
-    return row | (asdict(found) if found else {"n": 0})
+    return row | (asdict(estimate) if estimate else {"n": 0})
 
 
 # comparisons ------------------------------------------------------------------------------------
@@ -198,10 +186,10 @@ def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     blocks: list[Block] = []
     assumed: dict[str, None] = {}
     for measure in shown(sweep):
-        found = compared(pairs, measure)
-        if any(c.difference is not None for c in found):
-            blocks.append(difference_table(measure, pairs, found))
-            assumed |= dict.fromkeys(c.assumes for c in found if c.p is not None)
+        outcomes = compared(pairs, measure)
+        if any(c.difference is not None for c in outcomes):
+            blocks.append(difference_table(measure, pairs, outcomes))
+            assumed |= dict.fromkeys(c.assumes for c in outcomes if c.p is not None)
     if not blocks:
         return ["There is nothing to compare: fewer than two arms have finished runs."]
     text = (
@@ -215,29 +203,29 @@ def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
 
 
 def compared(pairs: Sequence[Pair], measure: Measure) -> list[Comparison]:
-    """Each pair on its common seeds, Holm's adjustment over all of them."""
-    found = [
+    """Compare each pair on its common seeds; Holm's adjustment is over all pairs."""
+    outcomes = [
         compare(arm.values(measure.metric), other.values(measure.metric), scale=measure.scale)
         for arm, other in pairs
     ]
-    for comparison, p in zip(found, holm([c.p for c in found]), strict=True):
+    for comparison, p in zip(outcomes, holm([c.p for c in outcomes]), strict=True):
         comparison.p_holm = p
-    return found
+    return outcomes
 
 
 def _sides(pairs: Sequence[Pair]) -> tuple[str, bool]:
-    """Words for a title where all pairs have one reference, and whether they have."""
+    """The end of a title, ` to REFERENCE`, and whether all pairs have one reference."""
     names = {reference.name for _, reference in pairs}
     return (f" to {names.pop()}", True) if len(names) == 1 else ("", False)
 
 
 def difference_table(
-    measure: Measure, pairs: Sequence[Pair], found: Sequence[Comparison], *, to: str | None = None
+    measure: Measure, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None = None
 ) -> Table:
-    """A row for each pair; `to` names what stands against every arm, where that is not an arm."""
+    """A row for each pair; `to` names the reference of all arms where it is not an arm."""
     against_what, one = (f" to {to}", True) if to else _sides(pairs)
     rows, data = [], []
-    for (arm, reference), c in zip(pairs, found, strict=True):
+    for (arm, reference), c in zip(pairs, tests, strict=True):
         seeds = str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
         rows.append(
             [
@@ -308,7 +296,7 @@ def blimp(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     if tests:
         blocks.append(
             "Tests of overall accuracy (mean over paradigms) against the reference. They differ in "
-            "what they take for an independent observation, and so in what their p speaks of."
+            "what they take for an independent observation, and so in what their p means."
         )
         blocks += [*tests, Bullets([f"{name}: assumes {text}" for name, text in assumed.items()])]
     return blocks
@@ -322,12 +310,12 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
         return None
     rows, data = [], []
     for name in names:
-        measure, cells = Measure(title="", metric=name, factor=100, digits=1), []
+        measure, cells = accuracy(title="", metric=name), []
         for arm in arms:
             values = list(arm.values(name).values())
-            found = interval(values, scale="linear") if values else None
-            cells.append(mean_cell(found, measure, expected=len(arm.finished)))
-            data.append(_row(arm, measure, found) | {"phenomenon": name.removeprefix(prefix)})
+            estimate = interval(values, scale="linear") if values else None
+            cells.append(mean_cell(estimate, measure, expected=len(arm.finished)))
+            data.append(_row(arm, measure, estimate) | {"phenomenon": name.removeprefix(prefix)})
         rows.append([name.removeprefix(prefix).replace("_", " "), *cells])
     return Table(
         name=f"blimp_{variant}_phenomena",
@@ -343,7 +331,7 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
 def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Table | None:
     from experiments.stats_blimp import blimp_tests
 
-    shows = Measure(title="", metric="", factor=100, digits=1)
+    shows = accuracy(title="", metric="")
     against_what, one = _sides(pairs)
     rows, data = [], []
     for arm, reference in pairs:
@@ -379,12 +367,12 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
 
 def _paradigms(arm: Arm, variant: str) -> dict[int, dict[str, float]]:
     """Seed -> paradigm -> accuracy of the finished runs that have the table."""
-    found = {}
+    by_seed = {}
     for run in arm.finished:
         rows = run.tables.get("blimp_paradigms", [])
         if accuracies := {row["uid"]: row[variant] for row in rows if variant in row}:
-            found[run.seed] = accuracies
-    return found
+            by_seed[run.seed] = accuracies
+    return by_seed
 
 
 def _pairs_scored(arm: Arm) -> int:
@@ -440,7 +428,7 @@ def cost(sweep: Sweep) -> list[Block]:
     """What each arm took."""
     rows, data = [], []
     for arm in sweep.arms:
-        found = hours_per_run(arm)
+        hours = hours_per_run(arm)
         training = sum(run.cost.gpu_hours for run in arm.runs)
         everything = sum(run.cost.all_hours for run in arm.runs)
         attempts = sum(run.cost.attempts for run in arm.runs)
@@ -450,7 +438,7 @@ def cost(sweep: Sweep) -> list[Block]:
             [
                 arm.name,
                 tokens_per_run(arm),
-                mean_cell(found, HOURS, expected=len(arm.finished)),
+                mean_cell(hours, HOURS, expected=len(arm.finished)),
                 "-" if rate is None else f"{rate:,.0f}",
                 *(number(training, digits=3), number(everything, digits=3), str(attempts)),
             ]
@@ -459,7 +447,7 @@ def cost(sweep: Sweep) -> list[Block]:
             {
                 "arm": arm.name,
                 "tokens_per_run": tokens_per_run(arm).replace(",", ""),
-                "gpu_hours_per_run": found.mean if found else None,
+                "gpu_hours_per_run": hours.mean if hours else None,
                 "tokens_per_s": rate,
                 "gpu_hours": training,
                 "all_hours": everything,
@@ -476,7 +464,7 @@ def cost(sweep: Sweep) -> list[Block]:
             data=data,
             note="A device-hour is an hour of one process, on a GPU or a CPU. Per run: training of "
             "the finished runs, without evals; in all: of every run and attempt, from its first to "
-            "its last word. Speeds of runs that shared a machine say little of each other.",
+            "its last event. Speeds of runs that shared a machine cannot be compared.",
         )
     ]
 

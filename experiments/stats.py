@@ -1,7 +1,7 @@
 """Estimates and comparisons over seeds: pure functions of numbers.
 
-Values that are not finite are never averaged and never dropped in silence: results count them. Not
-for: choosing which runs to average, nor tests of BLiMP's paradigms (`stats_blimp.py`).
+Values that are not finite are left out of means, and results count them. Not for: choosing which
+runs to average, nor tests of BLiMP's paradigms (`stats_blimp.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 CONFIDENCE = 0.95
 POWER = 0.8
 MAX_SEEDS = 1000
-"""More than these resolve no gap that anyone would pay for."""
+"""A gap that needs more is not worth its cost."""
 RESAMPLES = 5000
 LARGEST = 1e150
 """Beyond it a number is an overflow, not a measurement, and its square is infinite."""
@@ -37,7 +37,7 @@ class Interval:
     mean: float
     """nan where no value is finite."""
     low: float | None
-    """None, as `high` and `sd`, of a single value: it says nothing about spread."""
+    """None, as `high` and `sd`, for a single value, which has no spread."""
     high: float | None
     n: int
     """Values averaged."""
@@ -56,12 +56,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """
     if not len(values):
         raise ValueError("the mean of no values")
-    kept = [value for value in values if finite(value)]
-    n, left_out = len(kept), len(values) - len(kept)
-    mean = statistics.fmean(kept) if kept else math.nan
+    usable = [value for value in values if finite(value)]
+    n, left_out = len(usable), len(values) - len(usable)
+    mean = statistics.fmean(usable) if usable else math.nan
     if n < 2:
         return Interval(mean=mean, low=None, high=None, n=n, sd=None, left_out=left_out)
-    sd = statistics.stdev(kept, mean)
+    sd = statistics.stdev(usable, mean)
     half = _t_quantile(n - 1) * sd / math.sqrt(n)
     low, high = mean - half, mean + half
     return Interval(mean=mean, low=low, high=high, n=n, sd=sd, left_out=left_out)
@@ -72,10 +72,10 @@ def geometric_interval(values: Sequence[float]) -> Interval:
 
     Raises ValueError without values.
     """
-    found = mean_interval([_log(value) for value in values])
-    low, high = _back(found.low, scale="log"), _back(found.high, scale="log")
-    mean = math.nan if not found.n else _exp(found.mean)
-    return replace(found, mean=mean, low=low, high=high, scale="log", assumes=GEOMETRIC)
+    logs = mean_interval([_log(value) for value in values])
+    low, high = _back(logs.low, scale="log"), _back(logs.high, scale="log")
+    mean = math.nan if not logs.n else _exp(logs.mean)
+    return replace(logs, mean=mean, low=low, high=high, scale="log", assumes=GEOMETRIC)
 
 
 def interval(values: Sequence[float], *, scale: Scale) -> Interval:
@@ -86,10 +86,10 @@ def interval(values: Sequence[float], *, scale: Scale) -> Interval:
 # two arms ---------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class SeedsNeeded:
-    """Seeds of each arm with which a test at 5 % would find the gap four times in five."""
+    """Seeds of each arm with which a test at 5 % finds the gap four times in five."""
 
     n: int | None = None
-    """None where over MAX_SEEDS, or not known; `text` says which."""
+    """None above MAX_SEEDS and where it is not known; `text` says which."""
     text: str = "not known"
     assumes: str = "the gap and the spread seen are the true ones; few seeds know both only roughly"
 
@@ -114,12 +114,12 @@ class Comparison:
     effect: float | None = None
     """Hedges' g: in standard deviations of the differences (paired) or of the values (Welch).
 
-    None of two pairs, whose ratio has no expectation that could be corrected for.
+    None for two pairs: the ratio has no expectation, so its bias cannot be corrected.
     """
     n: int = 0
     """Pairs used; 0 where not paired."""
     n_arm: int = 0
-    """Finite values of the arm, common seed or not."""
+    """Finite values of the arm, at common and other seeds."""
     n_reference: int = 0
     unmatched: list[int] = field(default_factory=list)
     """Seeds that only one of the two arms has."""
@@ -127,7 +127,7 @@ class Comparison:
     """Seeds at which an arm has no finite value: diverged, or broken."""
     needed: SeedsNeeded = field(default_factory=SeedsNeeded)
     note: str = ""
-    """What cannot be said, and why; empty where nothing is missing."""
+    """What is missing, and why; empty where nothing is."""
     assumes: str = "nothing: no test was made"
 
 
@@ -138,15 +138,15 @@ def compare(
     a, b = _usable(arm, scale=scale), _usable(reference, scale=scale)
     common = sorted(a.keys() & b.keys())
     if len(common) >= 2 or (common and min(len(a), len(b)) < 2):
-        found = _paired([a[s] for s in common], [b[s] for s in common], scale=scale)
+        comparison = _paired([a[s] for s in common], [b[s] for s in common], scale=scale)
     else:
-        found = _welch(list(a.values()), list(b.values()), scale=scale)
-    found.n_arm, found.n_reference = len(a), len(b)
-    found.unmatched = sorted(arm.keys() ^ reference.keys())
+        comparison = _welch(list(a.values()), list(b.values()), scale=scale)
+    comparison.n_arm, comparison.n_reference = len(a), len(b)
+    comparison.unmatched = sorted(arm.keys() ^ reference.keys())
     broken = (arm.keys() - a.keys()) | (reference.keys() - b.keys())
-    found.not_finite = sorted(broken)
-    found.note = "; ".join(filter(None, [found.note, *_missing(found)]))
-    return found
+    comparison.not_finite = sorted(broken)
+    comparison.note = "; ".join(filter(None, [comparison.note, *_missing(comparison)]))
+    return comparison
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -154,33 +154,31 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     None, a comparison that could not be tested, stays None and does not count in the family.
     """
-    known = sorted(p for p in p_values if p is not None)
+    tested = sorted(p for p in p_values if p is not None)
     adjusted, reached = dict[float, float](), 0.0
-    for rank, p in enumerate(known):
-        reached = max(reached, min(1.0, (len(known) - rank) * p))
+    for rank, p in enumerate(tested):
+        reached = max(reached, min(1.0, (len(tested) - rank) * p))
         adjusted.setdefault(p, reached)
     return [None if p is None else adjusted[p] for p in p_values]
 
 
 def seeds_needed(differences: Sequence[float]) -> SeedsNeeded:
     """Common seeds with which a paired t-test would resolve the mean of `differences`."""
-    kept = [value for value in differences if finite(value)]
-    sd = statistics.stdev(kept) if len(kept) > 1 else 0.0
-    if sd <= ROUNDING * max(map(abs, kept), default=0.0):
+    usable = [value for value in differences if finite(value)]
+    sd = statistics.stdev(usable) if len(usable) > 1 else 0.0
+    if sd <= ROUNDING * max(map(abs, usable), default=0.0):
         return SeedsNeeded()
-    return _needed(statistics.fmean(kept) / sd, arms=1)
+    return _needed(statistics.fmean(usable) / sd, arms=1)
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Percentile bootstrap of the mean, 95 % in name: it covers 75 % with 3 values, 84 with 5.
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile bootstrap of the mean, nominally 95 %.
 
-    With 10 it is 90 %, with 20 it is 93.
+    It covers 75 % with 3 values, 84 % with 5, 90 % with 10 and 93 % with 20.
     """
     import numpy as np
 
-    rows = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     with np.errstate(all="ignore"):
         means = np.asarray(values, dtype=float)[rows].mean(axis=1)
         tail = 50 * (1 - CONFIDENCE)
@@ -189,7 +187,7 @@ def bootstrap_interval(
 
 
 def finite(value: float) -> bool:
-    """Neither nan nor infinite, nor so large that only an overflow can have made it."""
+    """Neither nan nor infinite, nor so large that it must be an overflow."""
     return abs(value) < LARGEST
 
 
@@ -205,78 +203,80 @@ def t_test(mean: float, *, se: float, df: float) -> tuple[float, float, float]:
 def _paired(a: Sequence[float], b: Sequence[float], *, scale: Scale) -> Comparison:
     differences = [x - y for x, y in zip(a, b, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
-    found = Comparison(kind="paired", scale=scale, difference=_back(mean, scale=scale), n=n)
+    comparison = Comparison(kind="paired", scale=scale, difference=_back(mean, scale=scale), n=n)
     if n < 2:
-        found.note = "one common seed: no interval and no test"
-        return found
+        comparison.note = "one common seed: no interval and no test"
+        return comparison
     sd = statistics.stdev(differences, mean)
     if sd <= ROUNDING * _size([*a, *b], scale=scale):
         same = abs(mean) <= ROUNDING * _size([*a, *b], scale=scale)
         what = "the arms are equal at every seed" if same else "the same gap at every seed"
-        found.note = f"{what}: no spread to test against"
-        return found
-    low, high, found.p = t_test(mean, se=sd / math.sqrt(n), df=n - 1)
-    found.low, found.high = _back(low, scale=scale), _back(high, scale=scale)
-    found.effect = _hedges(mean / sd, df=n - 1)
-    found.needed = seeds_needed(differences)
-    found.assumes = "differences at common seeds independent and near normal (paired t)"
+        comparison.note = f"{what}: no spread to test against"
+        return comparison
+    low, high, comparison.p = t_test(mean, se=sd / math.sqrt(n), df=n - 1)
+    comparison.low, comparison.high = _back(low, scale=scale), _back(high, scale=scale)
+    comparison.effect = _hedges(mean / sd, df=n - 1)
+    comparison.needed = seeds_needed(differences)
+    comparison.assumes = "differences at common seeds independent and near normal (paired t)"
     if n >= 3:
         ends = bootstrap_interval(differences)
-        found.bootstrap = (_exp(ends[0]), _exp(ends[1])) if scale == "log" else ends
-        found.assumes += "; bootstrap: seeds stand for all seeds, too narrow for few (84 % at 5)"
-    return found
+        comparison.bootstrap = (_exp(ends[0]), _exp(ends[1])) if scale == "log" else ends
+        few = "too narrow for few (84 % at 5)"
+        comparison.assumes += f"; bootstrap: seeds stand for all seeds, {few}"
+    return comparison
 
 
 def _welch(a: Sequence[float], b: Sequence[float], *, scale: Scale) -> Comparison:
-    found = Comparison(kind="none", scale=scale)
+    comparison = Comparison(kind="none", scale=scale)
     if not a or not b:
-        found.note = "an arm has no finite value: nothing to compare"
-        return found
+        comparison.note = "an arm has no finite value: nothing to compare"
+        return comparison
     gap = statistics.fmean(a) - statistics.fmean(b)
-    found.difference = _back(gap, scale=scale)
+    comparison.difference = _back(gap, scale=scale)
     if min(len(a), len(b)) < 2:
-        found.note = "no common seeds and an arm with one seed: no interval and no test"
-        return found
+        comparison.note = "no common seeds and an arm with one seed: no interval and no test"
+        return comparison
     n, m, sa, sb = len(a), len(b), statistics.stdev(a), statistics.stdev(b)
     if max(sa, sb) <= ROUNDING * _size([*a, *b], scale=scale):
-        found.note = "no spread over the seeds of either arm: nothing to test against"
-        return found
+        comparison.note = "no spread over the seeds of either arm: nothing to test against"
+        return comparison
     se = math.hypot(sa / math.sqrt(n), sb / math.sqrt(m))
     share_a, share_b = (sa / se) ** 2 / n, (sb / se) ** 2 / m
     df = 1 / (share_a**2 / (n - 1) + share_b**2 / (m - 1))
-    low, high, found.p = t_test(gap, se=se, df=df)
-    found.low, found.high = _back(low, scale=scale), _back(high, scale=scale)
+    low, high, comparison.p = t_test(gap, se=se, df=df)
+    comparison.low, comparison.high = _back(low, scale=scale), _back(high, scale=scale)
     effect = gap / math.hypot(sa, sb) * math.sqrt(2)
-    found.effect, found.needed = _hedges(effect, df=n + m - 2), _needed(effect, arms=2)
-    found.kind, found.note = "welch", "fewer than two common seeds: not paired"
-    found.assumes = "arms independent, each near normal, variances free (Welch's t)"
-    return found
+    comparison.effect, comparison.needed = _hedges(effect, df=n + m - 2), _needed(effect, arms=2)
+    comparison.kind, comparison.note = "welch", "fewer than two common seeds: not paired"
+    comparison.assumes = "arms independent, each near normal, variances free (Welch's t)"
+    return comparison
 
 
 def _needed(effect: float, *, arms: int) -> SeedsNeeded:
     from scipy.special import nctdtr, stdtrit
 
-    def reached(n: int) -> float:
-        """Power in the gap's own direction; significance with the wrong sign is no success."""
+    def power(n: int) -> float:
+        """Of finding the gap with its own sign; significance with the other sign does not count."""
         df = arms * (n - 1)
         # Beyond 40 power is 1 at any n, and scipy's noncentral t gives nan.
         shift = min(abs(effect) * math.sqrt(n / arms), 40.0)
         return 1 - float(nctdtr(df, shift, stdtrit(df, 0.5 + CONFIDENCE / 2)))
 
     sizes = range(2, MAX_SEEDS + 1)
-    at = bisect.bisect_left(sizes, POWER, key=reached)
+    at = bisect.bisect_left(sizes, POWER, key=power)
     if at == len(sizes):
         return SeedsNeeded(text=f"> {MAX_SEEDS}")
     return SeedsNeeded(n=sizes[at], text=str(sizes[at]))
 
 
-def _missing(found: Comparison) -> list[str]:
-    said = []
-    if found.unmatched:
-        said.append(f"in one arm only: {_seeds(found.unmatched)}")
-    if found.not_finite:
-        said.append(f"not finite at {_seeds(found.not_finite)}: a comparison of the survivors")
-    return said
+def _missing(comparison: Comparison) -> list[str]:
+    notes = []
+    if comparison.unmatched:
+        notes.append(f"in one arm only: {_seeds(comparison.unmatched)}")
+    if comparison.not_finite:
+        seeds = _seeds(comparison.not_finite)
+        notes.append(f"not finite at {seeds}: a comparison of the survivors")
+    return notes
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -289,12 +289,12 @@ def _usable(values: Mapping[int, float], *, scale: Scale) -> dict[int, float]:
 
 
 def _size(values: Sequence[float], *, scale: Scale) -> float:
-    # A relative error of a value is an absolute one of its logarithm, however near 0 that is.
+    # A relative error of a value is an absolute error of its logarithm.
     return max([abs(value) for value in values] + [1.0] * (scale == "log"))
 
 
 def _hedges(effect: float, *, df: float) -> float | None:
-    """`effect` without the bias it has because its standard deviation is estimated, too."""
+    """`effect` without the bias that comes from estimating its standard deviation."""
     if df < 2:
         return None
     return effect * math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2)

@@ -1,7 +1,7 @@
-"""Tests of two arms' BLiMP accuracies, each labelled with what it takes for granted.
+"""Tests of two arms' BLiMP accuracies, each with what it assumes.
 
-The paper's own test, and those that respect that pairs come in paradigms and models from seeds. Not
-for: scoring sentences (`relora_core/evals/blimp.py`), nor other metrics (`stats.py`).
+The paper's own test, and tests that know of paradigms and seeds. Not for: scoring sentences
+(`relora_core/evals/blimp.py`), nor other metrics (`stats.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ FEW_KINDS = f"paradigms independent, though those of a phenomenon are not; {FIXE
 
 @dataclass(kw_only=True, slots=True)
 class BlimpTest:
-    """One answer to whether an arm differs from the reference; differences are arm - reference."""
+    """One test of whether an arm differs from the reference; differences are arm - reference."""
 
     name: str
     unit: str
     """What counts as an independent observation."""
     n: int
-    """Of those units; sentence pairs are those of one of the two models."""
+    """Number of units; of sentence pairs those of one model."""
     difference: float | None = None
     low: float | None = None
     """95 %, two-sided; None where there is no interval or the test cannot be made."""
@@ -40,40 +40,40 @@ class BlimpTest:
     statistic: float | None = None
     p: float | None = None
     side: Literal["smaller", "two-sided"] = "two-sided"
-    """What `p` looks for: `smaller`, that the arm's accuracy is."""
+    """The alternative that `p` is for; `smaller`: the arm's accuracy is."""
     note: str = ""
-    """What was left out, averaged or cannot be said."""
+    """What was left out, averaged or is missing."""
     assumes: str
 
 
 def blimp_tests(arm: Runs, reference: Runs, *, pairs: int = PAIRS) -> list[BlimpTest]:
     """Every test that the two arms' seeds and paradigms allow, the paper's first.
 
-    `pairs` is the number of sentence pairs scored of each paradigm. An empty list where no paradigm
-    has an accuracy in both arms.
+    `pairs` is the number of sentence pairs scored per paradigm. An empty list where no paradigm has
+    an accuracy in both arms.
     """
     scores = _align(arm, reference)
     if scores is None:
         return []
     own, other = scores.arm.mean(axis=0), scores.reference.mean(axis=0)
     trials = len(own) * pairs
-    found = [proportion_test(float(own.mean()), float(other.mean()), trials=trials)]
-    found += paradigm_tests(own - other)
-    for test in found:
+    tests = [proportion_test(float(own.mean()), float(other.mean()), trials=trials)]
+    tests += paradigm_tests(own - other)
+    for test in tests:
         test.note = "; ".join(filter(None, [test.note, scores.averaged]))
-    found += [_seed_test(scores)]
+    tests += [_seed_test(scores)]
     if scores.paired and min(scores.arm.shape) > 1:
-        found.append(crossed_test(scores.arm - scores.reference))
-    for test in found:
+        tests.append(crossed_test(scores.arm - scores.reference))
+    for test in tests:
         test.note = "; ".join(filter(None, [test.note, *scores.notes]))
-    return found
+    return tests
 
 
 def proportion_test(accuracy: float, reference: float, *, trials: int = 67 * PAIRS) -> BlimpTest:
     """The paper's Z-test: two pooled proportions of `trials` pairs each."""
     from statsmodels.stats.proportion import confint_proportions_2indep, proportions_ztest
 
-    found = BlimpTest(
+    test = BlimpTest(
         name="two-proportion Z-test (Weiss et al. 2025)",
         unit="sentence pair",
         n=trials,
@@ -83,12 +83,12 @@ def proportion_test(accuracy: float, reference: float, *, trials: int = 67 * PAI
         f" though they are the same; direction chosen beforehand; {FIXED_SEEDS}",
     )
     if not ROUNDING < accuracy + reference < 2 - ROUNDING:
-        return replace(found, note="all right or all wrong in both: nothing to test against")
+        return replace(test, note="all right or all wrong in both: nothing to test against")
     a, b = accuracy * trials, reference * trials
     z, p = proportions_ztest([a, b], [trials, trials], alternative="smaller")
     alpha = 1 - CONFIDENCE
     low, high = confint_proportions_2indep(a, trials, b, trials, method="wald", alpha=alpha)
-    return replace(found, statistic=float(z), p=float(p), low=float(low), high=float(high))
+    return replace(test, statistic=float(z), p=float(p), low=float(low), high=float(high))
 
 
 def paradigm_tests(differences: Sequence[float] | np.ndarray) -> list[BlimpTest]:
@@ -96,7 +96,7 @@ def paradigm_tests(differences: Sequence[float] | np.ndarray) -> list[BlimpTest]
     import numpy as np
     from scipy.stats import binomtest, wilcoxon
 
-    # Accuracies have three or four decimals: without this, ties differ in their last bit.
+    # Accuracies have three or four decimals: without this, equal ones differ in their last bit.
     d = np.round(np.asarray(differences, dtype=float), 9)
     k, mean, middle = len(d), float(d.mean()), float(np.median(d))
     up, down = int((d > 0).sum()), int((d < 0).sum())
@@ -107,11 +107,11 @@ def paradigm_tests(differences: Sequence[float] | np.ndarray) -> list[BlimpTest]
     signs = replace(t, name="sign test", difference=middle, statistic=float(up))
     signs.note = f"{up} better, {down} worse, {k - up - down} equal"
     signs.assumes = f"{FEW_KINDS}; only which is better counts; `difference` is the median"
-    found = [t, resampled, ranks, signs]
+    tests = [t, resampled, ranks, signs]
     if not up + down or k < 2:
-        for test in found:
+        for test in tests:
             test.note = "equal in every paradigm" if k > 1 else "one paradigm: no test"
-        return found
+        return tests
     coin: Any = binomtest(up, up + down)
     rank_sum: Any = wilcoxon(d)
     signs.p = float(coin.pvalue)
@@ -120,10 +120,10 @@ def paradigm_tests(differences: Sequence[float] | np.ndarray) -> list[BlimpTest]
     sd = float(d.std(ddof=1))
     if sd < 1e-12:
         t.note = "the same gap in every paradigm: no spread to test against"
-        return found
+        return tests
     se = sd / math.sqrt(k)
     (t.low, t.high, t.p), t.statistic = t_test(mean, se=se, df=k - 1), mean / se
-    return found
+    return tests
 
 
 def crossed_test(differences: np.ndarray) -> BlimpTest:
@@ -140,7 +140,7 @@ def crossed_test(differences: np.ndarray) -> BlimpTest:
     ms_residual = (residual**2).sum() / dof
     # The estimate can fall below what one factor alone gives, even below 0.
     ms = max(ms_seed + ms_paradigm - ms_residual, ms_seed, ms_paradigm)
-    found = BlimpTest(
+    test = BlimpTest(
         name="t, seeds and paradigms crossed",
         unit="seed and paradigm",
         n=s * k,
@@ -149,11 +149,11 @@ def crossed_test(differences: np.ndarray) -> BlimpTest:
         " add up, near normal",
     )
     if ms <= 1e-18:
-        return replace(found, note="no spread to test against")
+        return replace(test, note="no spread to test against")
     df = ms**2 / (ms_seed**2 / (s - 1) + ms_paradigm**2 / (k - 1) + ms_residual**2 / dof)
     se = math.sqrt(ms / (s * k))
     low, high, p = t_test(float(mean), se=se, df=float(df))
-    return replace(found, statistic=float(mean) / se, low=low, high=high, p=p)
+    return replace(test, statistic=float(mean) / se, low=low, high=high, p=p)
 
 
 # how --------------------------------------------------------------------------------------------
@@ -182,31 +182,31 @@ def _align(arm: Runs, reference: Runs) -> _Scores | None:
     if not shared:
         return None
     k = sorted(shared)
-    found = _Scores(
+    scores = _Scores(
         arm=np.array([[a[seed][name] for name in k] for seed in seeds_a]),
         reference=np.array([[b[seed][name] for name in k] for seed in seeds_b]),
         paired=bool(common),
     )
     if max(len(seeds_a), len(seeds_b)) > 1:
-        found.averaged = f"accuracies averaged over {len(seeds_a)} and {len(seeds_b)} seeds first"
+        scores.averaged = f"accuracies averaged over {len(seeds_a)} and {len(seeds_b)} seeds first"
     unused = len(arm) - len(seeds_a) + len(reference) - len(seeds_b)
     if unused:
-        found.notes.append(f"{_count(unused, 'run')} left out: no common seed, or no accuracies")
+        scores.notes.append(f"{_count(unused, 'run')} left out: no common seed, or no accuracies")
     if len(everything) > len(k):
-        found.notes.append(f"{_count(len(everything) - len(k), 'paradigm')} left out: not in all")
-    return found
+        scores.notes.append(f"{_count(len(everything) - len(k), 'paradigm')} left out: not in all")
+    return scores
 
 
 def _scored(runs: Runs) -> dict[int, dict[str, float]]:
     """The finite accuracies of each run that has any."""
-    kept = {
+    accuracies = {
         seed: {name: float(v) for name, v in run.items() if math.isfinite(v)}
         for seed, run in runs.items()
     }
-    for value in (value for run in kept.values() for value in run.values()):
+    for value in (value for run in accuracies.values() for value in run.values()):
         if not 0 <= value <= 1:
             raise ValueError(f"an accuracy must be in [0, 1], got {value:g}")
-    return {seed: run for seed, run in kept.items() if run}
+    return {seed: run for seed, run in accuracies.items() if run}
 
 
 def _count(n: int, of: str) -> str:
@@ -217,15 +217,15 @@ def _seed_test(scores: _Scores) -> BlimpTest:
     """Mean over paradigms of each seed, then a t-test over the seeds."""
     own, other = scores.arm.mean(axis=1).tolist(), scores.reference.mean(axis=1).tolist()
     start = 0 if scores.paired else len(own)
-    found = compare(dict(enumerate(own)), dict(enumerate(other, start=start)))
+    comparison = compare(dict(enumerate(own)), dict(enumerate(other, start=start)))
     return BlimpTest(
-        name="Welch's t" if found.kind == "welch" else "paired t",
+        name="Welch's t" if comparison.kind == "welch" else "paired t",
         unit="seed",
-        n=found.n or len(own) + len(other),
-        difference=found.difference,
-        low=found.low,
-        high=found.high,
-        p=found.p,
-        note="" if found.p is not None else found.note,
-        assumes=f"{found.assumes}; silent on other constructions than these paradigms",
+        n=comparison.n or len(own) + len(other),
+        difference=comparison.difference,
+        low=comparison.low,
+        high=comparison.high,
+        p=comparison.p,
+        note="" if comparison.p is not None else comparison.note,
+        assumes=f"{comparison.assumes}; silent on other constructions than these paradigms",
     )

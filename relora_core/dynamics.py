@@ -1,11 +1,11 @@
 """Singular-value measures of learning dynamics: pure functions of matrices, and their recorder.
 
-Rounding noise. A matrix whose entries were rounded to a dtype is off by at most its eps / 2 times
-the Frobenius norm of what was rounded; `eps` times that norm is taken as the noise floor, to leave
-room for accumulation. A singular value below it may be nothing but rounding (Weyl's inequality), so
-it counts neither for `numerical_rank` nor for `condition_number`; `noise_fraction` says how many
-those are. `condition_number_all` is the published figure, noise and all: infinite where a matrix is
-exactly singular, which a mean leaves out and `condition_number_all_infinite` counts.
+Rounding noise. Rounding a matrix to a dtype changes it by at most its eps / 2 times the Frobenius
+norm of what was rounded. The noise floor is eps times that norm, which leaves a margin for
+accumulation. A singular value below it may be rounding alone (Weyl's inequality): `numerical_rank`
+and `condition_number` leave it out, and `noise_fraction` is the share of such values.
+`condition_number_all` is the published measure, with noise: it is infinite where a matrix is
+exactly singular, which its mean leaves out and `condition_number_all_infinite` counts.
 
 Not for: choosing when to measure (`train.py`), nor averaging over seeds (`experiments/stats.py`).
 """
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """(..., m, n) -> (..., min(m, n)) in float64, descending; float32 rounds small ones away.
+    """(..., m, n) -> (..., min(m, n)) in float64, descending; float32 would lose small ones.
 
-    nan for a matrix that is not finite, so that a diverging run is not stopped by its measures.
+    nan for a matrix that is not finite: measuring must not stop a run that diverges.
     """
     matrices = matrices.detach().double()
     finite = matrices.isfinite().all(dim=-1).all(dim=-1)[..., None]
@@ -41,7 +41,7 @@ def singular_values(matrices: Tensor) -> Tensor:
 
 
 def _sigma(matrices: Tensor) -> Tensor:
-    """An oblong matrix is made square first, which is as accurate and takes half the time."""
+    """Makes an oblong matrix square first, which is as accurate and takes half the time."""
     rows, columns = matrices.shape[-2:]
     if rows != columns:
         matrices = _triangle(matrices if rows > columns else matrices.mT)
@@ -99,8 +99,8 @@ def proportional_effective_rank(sigma: Tensor, *, size: int) -> Tensor:
 def noise_floor(reference_norm: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Below this a singular value may be rounding: eps times the norm of what was rounded.
 
-    That is the matrix itself, or, for a difference W - W_0, the larger W that it was taken from.
-    For float32 and coarser: float64 is the SVD's own precision.
+    What was rounded is the matrix itself or, for a difference W - W_0, the larger W. For float32
+    and coarser dtypes: float64 is the SVD's own precision.
     """
     return torch.finfo(dtype).eps * reference_norm.double()
 
@@ -113,7 +113,7 @@ def numerical_rank(sigma: Tensor, *, noise: Tensor) -> Tensor:
 def condition_number(sigma: Tensor, *, noise: Tensor | None = None) -> Tensor:
     """Largest over smallest singular value: (..., k) -> (...). Singular: inf. Zero matrix: nan.
 
-    With `noise` (...) over those above it only: finite, and nan where none is above.
+    With `noise` (...) over the values above it only: finite, or nan where no value is above.
     """
     if noise is None:
         return sigma[..., 0] / sigma[..., -1]
@@ -143,7 +143,7 @@ def concatenated(left: Tensor, right: Tensor) -> Tensor:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t-interval of the finite values; nan, too, for the ends of a single one."""
+    """Mean and 95 % t-interval of the finite values; the ends are nan for a single value."""
     from scipy.special import stdtrit  # half a second, which a run without dynamics need not wait
 
     finite = [v for v in values if math.isfinite(v)]
@@ -160,7 +160,7 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
 
 @dataclass(kw_only=True, slots=True)
 class Spectrum:
-    """Singular values of one kind of matrix in several layers, and perhaps heads."""
+    """Singular values of one kind of matrix in several layers, or in their heads."""
 
     sigma: Tensor
     """(layers, k) or (layers, heads, k), k = min(shape)."""
@@ -169,7 +169,7 @@ class Spectrum:
     layers: list[int]
 
     def values(self, *, d_inter: int) -> dict[str, Tensor]:
-        """Every measure of each layer, (layers,): for heads, their mean where it is finite."""
+        """Every measure of each layer, (layers,): of heads the mean of those where it is finite."""
         size = self.sigma.shape[-1]
         with_noise = condition_number(self.sigma)
         infinite = with_noise.isinf().double()
@@ -188,15 +188,15 @@ class Spectrum:
 
 
 INFINITE = "condition_number_all_infinite"
-"""How many singular matrices `condition_number_all` leaves out; where noise is, there is no 0."""
+"""How many matrices `condition_number_all` leaves out as exactly singular."""
 INTERVALS = ("per", "condition_number")
 """Measures with an interval; per_d_inter and effective_rank are `per` times a constant."""
 
 
 def summary(values: dict[str, Tensor]) -> dict[str, float]:
-    """Means over layers, with intervals; what is undefined in every layer is left out.
+    """Means over layers, with intervals; of `INFINITE` the sum.
 
-    `INFINITE` is no mean but their sum.
+    Measures that are undefined in every layer are left out.
     """
     metrics = {}
     for name, value in values.items():
@@ -213,7 +213,7 @@ def summary(values: dict[str, Tensor]) -> dict[str, float]:
 def table(
     values: dict[str, Tensor], *, what: str, kind: str, layers: list[int]
 ) -> list[dict[str, Any]]:
-    """A row per layer; what is undefined or infinite is None (`INFINITE` tells them apart)."""
+    """A row per layer; undefined and infinite values are None (`INFINITE` counts the latter)."""
     rows = []
     for index, layer in enumerate(layers):
         numbers = {name: value[index].item() for name, value in values.items()}
@@ -223,10 +223,10 @@ def table(
 
 
 class GradientTap:
-    """dL/dW_eff of linears, summed over the passes made while it is open.
+    """dL/dW_eff of linears, summed over the passes while it is open.
 
-    Of y = W_eff x it needs x and dL/dy alone, so it is the same thing for every method; dropout on
-    an adapter's input is not part of W_eff. It reads, and leaves training bit for bit alone.
+    From x and dL/dy of y = W_eff x alone, hence the same for every method; dropout on an adapter's
+    input is not part of W_eff. Training stays the same bit for bit.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
@@ -235,7 +235,7 @@ class GradientTap:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Start from nothing and listen."""
+        """Forget earlier gradients and sum those of the passes inside."""
         self.gradients = {}
         handles = [
             module.register_forward_hook(functools.partial(self._on_forward, name))
@@ -254,20 +254,20 @@ class GradientTap:
     def _add(self, name: str, gradient: Tensor, x: Tensor) -> None:
         # (B, T, out), (B, T, in) -> (out, in); in float32 also where autocast made them bf16
         product = gradient.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float()
-        known = self.gradients.get(name)
-        self.gradients[name] = product if known is None else known + product
+        sum_so_far = self.gradients.get(name)
+        self.gradients[name] = product if sum_so_far is None else sum_so_far + product
 
 
 @dataclass(kw_only=True, slots=True)
 class Matrices:
-    """Matrices by name, with what they were rounded as: see `noise_floor`."""
+    """Matrices by name, and what was rounded to which dtype (`noise_floor`)."""
 
     values: dict[str, Tensor]
     reference: dict[str, Tensor]
     dtype: torch.dtype
 
     def stack(self, names: dict[int, str]) -> tuple[Tensor, Tensor, list[int]]:
-        """Values and references (L, m, n) of the layers that have one."""
+        """Values and references (L, m, n) of the layers with a matrix, and these layers."""
         layers = [layer for layer, name in names.items() if name in self.values]
         there = [names[layer] for layer in layers]
         values = torch.stack([self.values[name] for name in there])
@@ -275,10 +275,10 @@ class Matrices:
 
 
 class Recorder:
-    """Measures what `config.dynamics` names, and keeps what that needs between measurements.
+    """Measures what `config.dynamics` names, and keeps the weights that updates are relative to.
 
-    The initial weights are those of the model given, freshly drawn from the seed at every attempt:
-    they cost no disk. Those after the newest restart are part of a checkpoint.
+    The initial weights are those of the given model, drawn from the seed anew at each attempt:
+    they need no disk. The weights after the newest restart are part of a checkpoint.
     """
 
     def __init__(self, config: RunConfig, *, model: nn.Module, method: Method) -> None:
@@ -312,7 +312,7 @@ class Recorder:
         return self._tap.open() if wanted else contextlib.nullcontext()
 
     def after_restart(self) -> None:
-        """The effective weights from here on count as those since the last restart."""
+        """Measure `update_restart` relative to the weights of now."""
         if self._restarted:
             self._restarted = self._copy()
 
@@ -329,24 +329,24 @@ class Recorder:
         self._tap.gradients = {n: mean(g) for n, g in self._tap.gradients.items()}
 
     def measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics `dynamics/<what>/<kind>/<measure>`, and the table's rows. Draws no random number.
+        """Metrics `dynamics/<what>/<kind>/<measure>` and the table's rows; draws no random number.
 
-        Gradients are those of the newest update, taken before it; at step 0 there are none. Kinds
-        without a matrix of that sort, such as the product BA of a full-rank method, are left out.
+        Gradients are those of the newest update, hence none at step 0. Kinds without such a matrix,
+        like the product BA of a full-rank method, are left out.
         """
         metrics: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
         for what in self.what:
             for kind, spectrum in self.spectra(what).items():
                 values = spectrum.values(d_inter=self.config.model.d_ff)
-                found = summary(values)
-                metrics |= {f"dynamics/{what}/{kind}/{name}": v for name, v in found.items()}
+                means = summary(values)
+                metrics |= {f"dynamics/{what}/{kind}/{name}": v for name, v in means.items()}
                 rows += table(values, what=what, kind=kind, layers=spectrum.layers)
         self._tap.gradients = {}
         return metrics, rows
 
     def spectra(self, what: str) -> dict[str, Spectrum]:
-        """Singular values by kind of one sort of matrix as it is now."""
+        """Kind -> singular values of the matrices `what` as they are now."""
         weights = self._select(self.method.effective_weights(self.model))
         matrices = self._matrices(what, weights)
         spectra: dict[str, Spectrum] = {}
@@ -394,10 +394,11 @@ class Recorder:
     def _circuits(
         self, what: str, matrices: Matrices, weights: dict[str, Tensor]
     ) -> dict[str, Spectrum]:
-        """The OV circuit of weights; of anything else its first-order change, O dV + dO V.
+        """The OV circuit of weights; of gradients and updates its first-order change, O dV + dO V.
 
-        `ov_head` O_h V_h, (d, d), and `ov` these side by side; `vo_head` V_h O_h, (hd, hd), and
-        `vo` side by side, as published: of equal eigenvalues, not of equal singular values.
+        `ov_head` is O_h V_h, (d, d), and `ov` all heads side by side. `vo_head` is V_h O_h,
+        (hd, hd), and `vo` all heads side by side, as published: it has the same eigenvalues other
+        than 0, but not the same singular values.
         """
         v_names, o_names = self._of_kind("v_proj"), self._of_kind("o_proj")
         layers = [i for i in v_names if {v_names[i], o_names[i]} & set(matrices.values)]
@@ -413,24 +414,27 @@ class Recorder:
             return heads(stacked(of, v_names), stacked(of, o_names), n_heads=n_heads)
 
         dv, do = both(matrices.values)
-        whole = what in ("weight", "base")
-        v, o = (dv, do) if whole else both(weights)
+        itself = what in ("weight", "base")
+        v, o = (dv, do) if itself else both(weights)
         v_rounded, o_rounded = both(matrices.reference)
         # The error of a product is at most each factor's error times the other factor's norm.
         norm = _norm(o) * _norm(v_rounded) + _norm(o_rounded) * _norm(v)
         per_head = noise_floor(norm, dtype=matrices.dtype)  # (L, H)
-        beside = per_head.square().sum(dim=-1).sqrt()  # (L,)
-        left = o if whole else torch.cat((o, do), dim=-1)  # (L, H, d, hd or 2 hd)
-        right = v if whole else torch.cat((dv, v), dim=-2)  # (L, H, hd or 2 hd, d)
-        found = {
+        per_layer = per_head.square().sum(dim=-1).sqrt()  # (L,)
+        left = o if itself else torch.cat((o, do), dim=-1)  # (L, H, d, hd or 2 hd)
+        right = v if itself else torch.cat((dv, v), dim=-2)  # (L, H, hd or 2 hd, d)
+        spectra = {
             "ov_head": (product_singular_values(left, right), per_head),
-            "ov": (singular_values(concatenated(left, right)), beside),
+            "ov": (singular_values(concatenated(left, right)), per_layer),
         }
-        if whole:
+        if itself:
             vo = v @ o  # (L, H, hd, hd)
-            found["vo_head"] = singular_values(vo), per_head
-            found["vo"] = singular_values(vo.movedim(1, -2).flatten(-2)), beside  # (L, hd, H * hd)
-        return {k: Spectrum(sigma=s, noise=n, layers=layers) for k, (s, n) in found.items()}
+            row = vo.movedim(1, -2).flatten(-2)  # (L, hd, H * hd)
+            spectra |= {
+                "vo_head": (singular_values(vo), per_head),
+                "vo": (singular_values(row), per_layer),
+            }
+        return {k: Spectrum(sigma=s, noise=n, layers=layers) for k, (s, n) in spectra.items()}
 
 
 def _norm(matrices: Tensor) -> Tensor:

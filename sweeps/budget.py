@@ -1,7 +1,7 @@
-"""What a plan will cost in device-hours, judged by finished runs; and the budget that refuses it.
+"""What a plan will cost in device-hours, by the speed of finished runs; and the check of a budget.
 
-A run's hours are its training FLOPs over the FLOP/s that finished runs achieved, and its share of
-start-up, evals and dynamics as theirs. Not for: memory and disk (`relora_core/costs.py`).
+A run takes its training FLOPs over the FLOP/s of finished runs, and as long for start-up, evals and
+dynamics as they did. Not for: memory and disk (`relora_core/costs.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sweeps.plan import Cell
 
 CPU = "cpu"
 SPREAD = 0.3
-"""Margin of one measured run: equal runs on one machine were found 0.75 to 1.3 times as fast as
-their median, by what else it did. It falls with the root of their number."""
+"""Margin of one measured run: equal runs on one machine were 0.75 to 1.3 times as fast as their
+median, depending on its other load. It falls with the root of their number."""
 SCALED = 3.0
-"""Factor either way where only FLOPs are known: a model of 11 M parameters reached half the FLOP/s
-of one of 65 M, and one of 40 k a fifth."""
+"""Factor of doubt, up and down, for a run of another shape: a model of 11 M parameters reached half
+the FLOP/s of one of 65 M, and one of 40 k a fifth."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Rate:
     flops_per_s: float
     """Training FLOPs of each process in a second of training."""
     overhead_s: float | None
-    """Process-seconds of each look (start, eval, dynamics); None where it cannot be told."""
+    """Process-seconds of each look (start, eval, dynamics); None where it is not known."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,14 +55,14 @@ class Estimate:
     low: float
     high: float
     basis: str
-    """What it rests on, in words."""
+    """What it is estimated from, for the user."""
     bound: bool = False
-    """Nothing was measured: `hours` is what a time limit allows one attempt."""
+    """Nothing was measured: `hours` is the time limit of one attempt."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Place:
-    """What one run is to be given, over all its nodes."""
+    """What one run gets, over all its nodes."""
 
     processes: int = 1
     gpus: float = 0
@@ -76,7 +76,7 @@ ONE_PROCESS = Place()
 
 # what was measured ------------------------------------------------------------------------------
 def measured(output_dir: Path | str) -> list[Rate]:
-    """The rate of every run below `output_dir` that has its result and says what it ran on."""
+    """The rates of runs below `output_dir` that have ended and recorded what they ran on."""
     return [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
 
 
@@ -89,9 +89,9 @@ def _rate(run_dir: RunDir) -> Rate | None:
         places = {(_device(record, config), int(record["world"])) for record in records}
         tokens = result["metrics"]["train/tokens"]
         seconds = result["metrics"]["perf/train_seconds"]
-    except (KeyError, TypeError, ValueError):  # written by a version that did not say
+    except (KeyError, TypeError, ValueError):  # an earlier version did not record it
         return None
-    if len(places) != 1 or not seconds > 0:  # attempts on unlike machines: which was how fast?
+    if len(places) != 1 or not seconds > 0:  # no speed of attempts on different machines
         return None
     device, world = places.pop()
     flops = costs.flops_per_token(config)
@@ -110,13 +110,13 @@ def _rate(run_dir: RunDir) -> Rate | None:
 
 
 def _device(record: Mapping[str, Any], config: RunConfig) -> str:
-    """Of an attempt; KeyError where its record does not say."""
+    """Of an attempt; KeyError where it is not recorded."""
     gpus = record["gpus"]
     return CPU if config.runtime.device == "cpu" or not gpus else str(gpus[0])
 
 
 def shape(config: RunConfig, *, processes: int) -> str:
-    """Runs that agree in this do the same work at the same speed, up to the FLOPs of their rank."""
+    """Equal for runs of the same speed in FLOP/s: model, method, lengths, evals, dynamics."""
     model = dataclasses.replace(config.model, name="")
     evals = [getattr(config.eval, name) for name in EVALS]
     evals = [dataclasses.replace(section, every_steps=None, path=None) for section in evals]
@@ -128,7 +128,7 @@ def shape(config: RunConfig, *, processes: int) -> str:
 
 
 def looks(config: RunConfig, *, done: int = 0) -> int:
-    """What happens beside training after step `done`: the start, evals, measures of dynamics."""
+    """How often a run does not train after step `done`: its start, evals, measures of dynamics."""
     steps, count = config.train.steps, 1
 
     def times(every: int) -> int:
@@ -171,7 +171,7 @@ def estimate(
 def _alike(
     config: RunConfig, *, rates: Sequence[Rate], place: Place
 ) -> tuple[list[Rate], str, float]:
-    """Rates to go by, why in words, and the factor of doubt that they need."""
+    """Rates of the most similar runs, which these are, and the factor of doubt."""
     there = [rate for rate in rates if (rate.device != CPU) == (place.gpus > 0)]
     if not there:
         return [], "", 1.0
@@ -192,7 +192,7 @@ def _describe(rates: Sequence[Rate]) -> str:
 
 
 def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[float]:
-    """Process-seconds of the run from step `done` on, as each of the rates has it."""
+    """Process-seconds of the run from step `done` on, by each of the rates."""
     flops = costs.flops_per_token(config)
     steps = max(config.train.steps - done, 0)
     work = flops.train * steps * config.train.batch_size * config.data.seq_len
@@ -207,9 +207,9 @@ def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[f
 
 
 def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
-    """The sum of those that are there; None where none is.
+    """The sum of the known ones; None where none is known.
 
-    Ends are added: runs that are judged by the same measurements err together.
+    Ends are added: estimates from the same measurements err together.
     """
     parts = [part for part in estimates if part is not None]
     if not parts:
@@ -225,7 +225,7 @@ def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
 
 # a plan -----------------------------------------------------------------------------------------
 def to_run(state: RunState | None) -> bool:
-    """Whether the command runs it: neither done nor in flight."""
+    """Whether the command would run it: it is neither done nor in flight."""
     return state is None or state.state not in (*DONE, "running", "queued")
 
 
@@ -237,7 +237,7 @@ def estimates(
     rates: Sequence[Rate],
     place: Callable[[RunConfig], Place] = lambda config: ONE_PROCESS,
 ) -> dict[str, Estimate | None]:
-    """run_id -> what is left of each run that the command would queue; None: not known."""
+    """run_id -> what the rest of each run that the command would queue takes; None: not known."""
     hours: dict[str, Estimate | None] = {}
     for cell in cells:
         if to_run(states.get(cell.run_id)):

@@ -1,7 +1,7 @@
-"""Which checkpoints and code snapshots may go, and how they go: never by halves.
+"""Which checkpoints and code snapshots may be removed, and their removal, which is atomic.
 
-A run that is at work, waits to be, or is lost is left alone; the newest checkpoint of a run that
-has not finished and the only one of any run stay. Not for: talking to people (`commands/gc.py`).
+A run that is queued, running or lost is left alone. The newest checkpoint of a run that has not
+finished stays, and so does the only one of any run. Not for: the command (`commands/gc.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from sweeps.plan import plan_folder
 from sweeps.state import jobs_folder, recover
 
 IN_USE = ("queued", "running", "lost")
-"""States in which somebody may be at work on the run."""
+"""States in which a process may be using the run's files."""
 PERPLEXITY, LOSS = "eval/paloma/perplexity", "train/loss"
 LOADABLE = ("model.safetensors", "progress.json")
 WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
-"""Files of a checkpoint. One that lacks the others (somebody kept the weights) is left alone."""
+"""Files of a checkpoint. One that has LOADABLE alone (weights that a user kept) is left alone."""
 SNAPSHOT_AGE_S = 3600.0
 """A younger snapshot may belong to a launch that has not written its submission yet."""
 
@@ -41,14 +41,14 @@ class Policy:
     keep_latest: int = 1
     keep_best: int = 0
     metric: str | None = None
-    """What `best` means; None: perplexity where the run has it, else the training loss."""
+    """Ranks checkpoints; None: perplexity where the run has it, else the training loss."""
     maximize: bool | None = None
     """None: accuracies up, all else down."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Verdict:
-    """What would become of one run's checkpoints."""
+    """What to do with one run's checkpoints."""
 
     run_id: str
     keep: list[int] = field(default_factory=list)
@@ -56,30 +56,30 @@ class Verdict:
     remove: list[Path] = field(default_factory=list)
     """Whole checkpoints, oldest first."""
     torn: list[Path] = field(default_factory=list)
-    """What kills in mid-write or mid-removal left, files and folders."""
+    """Files and folders left by kills during a write or a removal."""
     bytes: int = 0
-    """That all of this frees."""
+    """Freed by all of this."""
     note: str = ""
-    """Why it is left alone, or what ranking there was."""
+    """Why the run is left alone, or how its checkpoints were ranked."""
 
 
 # checkpoints --------------------------------------------------------------------------------------
 def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
-    """What `policy` makes of a run in `state`. Reads only."""
-    found = {step_of(p): p for p in run.checkpoints.glob("step-*") if p.name[5:].isdigit()}
-    whole = {step: path for step, path in sorted(found.items()) if _has(path, WHOLE)}
+    """Apply `policy` to a run in `state`; only reads."""
+    checkpoints = {step_of(p): p for p in run.checkpoints.glob("step-*") if p.name[5:].isdigit()}
+    complete = {step: path for step, path in sorted(checkpoints.items()) if _has(path, WHOLE)}
     if state in IN_USE:
-        return Verdict(run_id=run.run_id, keep=sorted(found), note=f"{state}: left alone")
-    if linked := [p for p in (run.path, run.checkpoints, *found.values()) if p.is_symlink()]:
+        return Verdict(run_id=run.run_id, keep=sorted(checkpoints), note=f"{state}: left alone")
+    if linked := [p for p in (run.path, run.checkpoints, *checkpoints.values()) if p.is_symlink()]:
         note = f"{linked[0].name} is a link, to what may be another's: left alone"
-        return Verdict(run_id=run.run_id, keep=sorted(found), note=note)
-    keep, note = _kept(run, list(whole), state=state, policy=policy)
-    torn = [path for path in found.values() if not _has(path, LOADABLE)]
+        return Verdict(run_id=run.run_id, keep=sorted(checkpoints), note=note)
+    keep, note = _choose(run, list(complete), state=state, policy=policy)
+    torn = [path for path in checkpoints.values() if not _has(path, LOADABLE)]
     torn += sorted(run.checkpoints.glob(".tmp-step-*")) + run.torn()
     verdict = Verdict(
         run_id=run.run_id,
         keep=sorted(keep),
-        remove=[path for step, path in whole.items() if step not in keep],
+        remove=[path for step, path in complete.items() if step not in keep],
         torn=torn,
         note=note,
     )
@@ -95,11 +95,11 @@ def _has(path: Path, names: Sequence[str]) -> bool:
     return all((path / name).exists() for name in names)
 
 
-def _kept(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tuple[set[int], str]:
+def _choose(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tuple[set[int], str]:
     """(steps that stay, how they were ranked)."""
     keep = set(steps[len(steps) - policy.keep_latest :] if policy.keep_latest else [])
     if state != "finished" or len(steps) == 1:
-        keep |= set(steps[-1:])  # the run goes on from there
+        keep |= set(steps[-1:])  # the run resumes from it
     if not policy.keep_best or not steps:
         return keep, ""
     values = at_steps(run, steps)
@@ -109,8 +109,8 @@ def _kept(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tuple
         return set(steps), f"no {metric} at any checkpoint: all stay"
     sign = -1.0 if _goes_up(metric, policy) else 1.0
     best = sorted(ranked, key=lambda step: (sign * ranked[step], -step))[: policy.keep_best]
-    told = ", ".join(f"{ranked[step]:.5g} at {step}" for step in best)
-    return keep | set(best), f"best {metric}: {told}"
+    listed = ", ".join(f"{ranked[step]:.5g} at {step}" for step in best)
+    return keep | set(best), f"best {metric}: {listed}"
 
 
 def _goes_up(metric: str, policy: Policy) -> bool:
@@ -119,15 +119,12 @@ def _goes_up(metric: str, policy: Policy) -> bool:
 
 
 def at_steps(run: RunDir, steps: Sequence[int] | None) -> dict[str, dict[int, float]]:
-    """Metric -> step -> finite value at that very step, of training and of evaluations since.
+    """Metric -> step -> finite value at these steps (None: at all), of training and evaluations."""
+    from experiments.evaluate import evaluations  # imports much that no other command needs
 
-    None stands for every step.
-    """
-    from experiments.evaluate import evaluations  # what it imports no other command needs
-
-    told = [(event["step"], event["metrics"]) for event in run.events()]
+    logged = [(event["step"], event["metrics"]) for event in run.events()]
     values: dict[str, dict[int, float]] = {}
-    for step, metrics in [*evaluations(run).items(), *told]:
+    for step, metrics in [*evaluations(run).items(), *logged]:
         for name, value in metrics.items():
             if (steps is None or step in steps) and math.isfinite(value):
                 values.setdefault(name, {})[step] = value
@@ -147,17 +144,17 @@ def check(policy: Policy, *, runs: Sequence[RunDir]) -> None:
         return
     if not policy.keep_best:
         raise ConfigError("--metric needs --keep-best, got 0; nearest valid: --keep-best 1")
-    known = {name for run in runs for name in at_steps(run, None)}
-    if policy.metric not in known:
+    measured = {name for run in runs for name in at_steps(run, None)}
+    if policy.metric not in measured:
         raise ConfigError(
             f"--metric must be one that these runs have measured, got {policy.metric!r}."
-            f"{nearest(policy.metric, sorted(known))}"
+            f"{nearest(policy.metric, sorted(measured))}"
         )
 
 
 # removal ------------------------------------------------------------------------------------------
 def remove(verdict: Verdict, *, run: RunDir) -> None:
-    """Remove what the verdict says; nothing if somebody has begun to work on the run since."""
+    """Remove what the verdict lists; BlockingIOError if the run is in use by now."""
     if verdict.torn or verdict.remove:
         now = state_of(run).state
         if now in IN_USE:
@@ -172,14 +169,14 @@ def remove(verdict: Verdict, *, run: RunDir) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder so that a kill at any moment leaves it whole or under another name."""
+    """Remove a folder; a kill leaves it complete or under a temporary name."""
     aside = path.with_name(f".tmp-{path.name}-gc-{os.getpid()}")
     path.rename(aside)
     shutil.rmtree(aside, onerror=_make_writable)
 
 
 def _make_writable(function: Callable[..., object], path: str, error: object) -> None:
-    """A frozen snapshot may be read-only; what is gone already is as good."""
+    """Try again with write permission, as snapshots may be read-only; ignore removed files."""
     with contextlib.suppress(FileNotFoundError):
         os.chmod(os.path.dirname(path), stat.S_IRWXU)
         if not os.path.islink(path):  # chmod would reach what it points to
@@ -188,43 +185,45 @@ def _make_writable(function: Callable[..., object], path: str, error: object) ->
 
 
 def freed(paths: Sequence[Path]) -> int:
-    """Bytes that removing all of `paths`, files or folders, gives back: a file counts with the
-    last of its links."""
-    found: dict[tuple[int, int], os.stat_result] = {}
+    """Bytes that removing all of `paths`, files or folders, frees.
+
+    A file with several hard links counts only if all of them are removed.
+    """
+    files: dict[tuple[int, int], os.stat_result] = {}
     links: Counter[tuple[int, int]] = Counter()
     alone = [(str(path.parent), [], [path.name]) for path in paths if not path.is_dir()]
     for folder, _, names in [*alone, *(step for path in paths for step in os.walk(path))]:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 file = os.lstat(os.path.join(folder, name))
-                found[file.st_dev, file.st_ino] = file
+                files[file.st_dev, file.st_ino] = file
                 links[file.st_dev, file.st_ino] += 1
-    return sum(file.st_size for key, file in found.items() if links[key] >= file.st_nlink)
+    return sum(file.st_size for key, file in files.items() if links[key] >= file.st_nlink)
 
 
 # snapshots ----------------------------------------------------------------------------------------
 def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, str]) -> list[Path]:
-    """Code snapshots of a sweep, and remains of removed ones, that no job can still read.
+    """Code snapshots of a sweep that no job can still read, and leftovers of removed ones.
 
-    `states` holds run_id -> state of the sweep's runs. While any of them is in use, or any job of
-    the sweep may still run, all stay. SlurmError where SLURM must be asked and does not answer.
+    `states` is run_id -> state of the sweep's runs. None while any of them is in use or a job of
+    the sweep may still run. SlurmError where SLURM must be asked and does not answer.
     """
     folder = plan_folder(output_dir, name=sweep) / "code"
     if folder.is_symlink() or folder.parent.is_symlink():
         return []
     young = time.time() - SNAPSHOT_AGE_S
-    found = [
+    snapshots = [
         path
         for path in sorted(folder.glob("*"))
         if path.is_dir() and not path.is_symlink() and path.stat().st_ctime < young
     ]
-    if not found or any(state in IN_USE for state in states.values()):
+    if not snapshots or any(state in IN_USE for state in states.values()):
         return []
-    return [] if _jobs_alive(output_dir, sweep=sweep) else found
+    return [] if _jobs_alive(output_dir, sweep=sweep) else snapshots
 
 
 def _jobs_alive(output_dir: Path | str, *, sweep: str) -> bool:
-    """Jobs of evaluations included, of which a run's state says nothing."""
+    """Whether a job of the sweep may still run, evaluations included (no run state shows them)."""
     if not jobs_folder(output_dir, name=sweep).exists():
         return False
     submissions = recover(output_dir, sweep)

@@ -1,7 +1,7 @@
-"""The code as it is now: recorded beside a plan, and frozen as a copy that queued jobs run.
+"""The code as it is now: recorded with a plan, and frozen as a copy that queued jobs run.
 
-Works without git (then the project's own files are what is copied). Not for: what an attempt ran
-with (`experiments/environment.py`).
+Without git the project's own files are copied. Not for: what an attempt ran with
+(`experiments/environment.py`).
 """
 
 from __future__ import annotations
@@ -33,33 +33,32 @@ PARTS = (
     "sweeps",
     "hydra_plugins",
 )
-"""What the project consists of, where no git can tell."""
+"""The project's files and folders, for a copy without git."""
 SECRETS = (
     *(".env", ".env.*", ".envrc", ".netrc", ".pgpass", ".my.cnf", ".pypirc", ".npmrc"),
     *(".git-credentials", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa", "id_dsa", "id_ecdsa"),
     *("id_ed25519", "credentials", "credentials.json", "secrets.json", "secrets.y*ml"),
 )
-"""Files that are neither copied nor in a patch, tracked or not: others may read the results."""
+"""Never copied and never in a patch, tracked or not: others may read the results."""
 MB = 1e6
 
 
 @dataclass(kw_only=True, slots=True)
 class CodeState:
-    """What the code was."""
+    """Which code it is."""
 
     commit: str | None
-    """None where git does not say: no checkout, or one of another owner."""
+    """None without git, without a checkout and in one of another owner."""
     dirty: bool | None
-    """Whether anything tracked differs from the commit, or is new and not ignored; None: nobody
-    knows."""
+    """Whether anything differs from the commit, or is new and not ignored; None: not known."""
     code_hash: str
-    """Digest of relora_core, the same that each attempt records."""
+    """Digest of relora_core, as attempts record it."""
     untracked: list[str]
 
 
 @dataclass(kw_only=True, slots=True)
 class Entry:
-    """One file of a copy; `mode` is git's word: 100644, 100755 (executable) or 120000 (link)."""
+    """One file of a copy; `mode` as in git: 100644, 100755 (executable) or 120000 (link)."""
 
     name: str
     mode: str
@@ -69,7 +68,7 @@ class Entry:
 
 # what the code is -------------------------------------------------------------------------------
 def code_state(root: Path = ROOT, *, output_dir: Path | str | None = None) -> CodeState:
-    """Look at the code at `root`, `output_dir` left out; changes nothing, not even git's index."""
+    """The code at `root` without `output_dir`; changes nothing, not even git's index."""
     if copy := frozen(root):
         return CodeState(**{f.name: copy[f.name] for f in dataclasses.fields(CodeState)})
     commit = git(root, "rev-parse", "HEAD")
@@ -102,7 +101,7 @@ def code_diff(root: Path = ROOT, *, untracked: list[str]) -> str:
 
 
 def record(folder: Path, *, root: Path = ROOT, output_dir: Path | str | None = None) -> CodeState:
-    """Write code.json and code.diff into `folder`; the diff restores the code from the commit."""
+    """Write code.json and code.diff, which restores the code from the commit, into `folder`."""
     code = code_state(root, output_dir=output_dir)
     diff = "" if frozen(root) or code.commit is None else code_diff(root, untracked=code.untracked)
     atomic.write_json(folder / "code.json", _facts(code))
@@ -115,7 +114,7 @@ def _facts(code: CodeState) -> dict[str, Any]:
 
 
 def _readable(text: str) -> str:
-    """Text that UTF-8 can hold; bytes that are none of it become question marks."""
+    """Valid UTF-8: other bytes become question marks."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -128,12 +127,12 @@ def _list(root: Path, command: str, *arguments: str) -> list[str] | None:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a file of this name, or in a folder of this name, is one that holds passwords."""
+    """Whether a part of this path is a name of files or folders that hold passwords."""
     return any(fnmatch(part, one) for part in name.split("/") for one in SECRETS)
 
 
 def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> list[str]:
-    """The names that are not `output_dir` nor below it, whatever links lead there."""
+    """The names outside `output_dir`, also where links lead to it."""
     if output_dir is None:
         return names
     bases = {os.path.abspath(root), os.path.realpath(root)}
@@ -146,11 +145,12 @@ def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> 
 def freeze(
     folder: Path, *, output_dir: Path | str, root: Path = ROOT, limit_mb: float = 50
 ) -> Path:
-    """Copy the code at `root` to folder/<tree_hash>, or find it there already; the copy's path.
+    """Copy the code at `root` to folder/<tree_hash>, unless it is there already; the copy's path.
 
-    Tracked and untracked-not-ignored files as they are now. Links inside the tree stay links,
-    links to files outside become files, links to folders outside stay and are absolute; submodules
-    and other checkouts inside are left out. ConfigError where the files exceed `limit_mb`.
+    Copies tracked files and new files that git does not ignore, as they are now. A link to a file
+    or folder of the copy stays a link; one to another file becomes that file; one to another folder
+    becomes absolute. Submodules and other checkouts are left out. ConfigError where the files
+    exceed `limit_mb`.
     """
     _check_apart(root, output_dir=output_dir)
     names = _outside(_names(root), root=root, output_dir=output_dir)
@@ -175,13 +175,13 @@ def tree_hash(entries: list[Entry]) -> str:
 
 
 def changed_files(one: Path, other: Path) -> list[str]:
-    """Names that two frozen copies do not have alike."""
+    """Names of files that differ between two frozen copies."""
     left, right = ({e.name: e for e in _entries(c, list(_walk(c, ["."])))} for c in (one, other))
     return sorted(n for n in left.keys() | right.keys() if left.get(n) != right.get(n))
 
 
 def _names(root: Path) -> list[str]:
-    """What belongs to the code at `root`; git may also name what is gone, and submodules."""
+    """The names of the code at `root`; git also lists deleted files and submodules."""
     if frozen(root):
         return list(_walk(root, ["."]))
     names = _list(root, "ls-files", "--cached", "--others", "--exclude-standard")
@@ -189,7 +189,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _walk(root: Path, parts: tuple[str, ...] | list[str]) -> Iterator[str]:
-    """Every file and link below the parts of `root`, except what Python and the copy itself add."""
+    """Files and links below the parts of `root`, without __pycache__, SNAPSHOT and secrets."""
     for part in parts:
         top = root / part
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
@@ -215,7 +215,7 @@ def _read(root: Path, name: str, *, names: list[str]) -> Entry | None:
 
 
 def _link(root: Path, name: str, *, names: list[str]) -> str | None:
-    """Where the copied link is to point; None for a file, and a link that becomes one."""
+    """Where the copied link points; None for a file, and for a link that becomes a file."""
     path = root / name
     if not path.is_symlink():
         return None
@@ -229,7 +229,7 @@ def _link(root: Path, name: str, *, names: list[str]) -> str | None:
 
 
 def _write(entries: list[Entry], target: Path, *, facts: dict[str, Any]) -> None:
-    """All of it under a temporary name, then one rename; nothing remains of a failure."""
+    """Write under a temporary name, then rename; a failure leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
@@ -241,12 +241,12 @@ def _write(entries: list[Entry], target: Path, *, facts: dict[str, Any]) -> None
             made.rename(target)
         except OSError:
             if not (target / SNAPSHOT).exists():
-                raise  # else another process was first with the same copy
+                raise  # else another process has made the same copy
         atomic.sync_folder(target.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
         with contextlib.suppress(OSError):
-            target.parent.rmdir()  # only an empty one goes
+            target.parent.rmdir()  # only if it is empty
 
 
 def _put(path: Path, entry: Entry) -> None:
@@ -257,13 +257,13 @@ def _put(path: Path, entry: Entry) -> None:
     with open(path, "wb") as file:
         file.write(entry.content)
         file.flush()
-        os.fsync(file.fileno())  # a copy is used again by its name alone
+        os.fsync(file.fileno())  # later launches trust the copy by its name alone
     if entry.mode == "100755":
         path.chmod(0o777 & ~atomic.UMASK)
 
 
 def _check_apart(root: Path, *, output_dir: Path | str) -> None:
-    """Results among the code cannot be told from it."""
+    """ConfigError where results would lie among the code that is copied."""
     within = os.path.relpath(os.path.realpath(output_dir), os.path.realpath(root))
     if within.split(os.sep)[0] in (".", *PARTS):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`python -m sweeps diff RUN RUN`: what two runs differ in, from their directories. Reads only."""
+"""`python -m sweeps diff RUN RUN`: what differs between two runs. Reads their directories only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sweeps.plan import plan_folder, stored_names
 HELP = "what two runs differ in: config, code, environment, results"
 CODE = ("code_hash", "commit", "dirty", "tree_hash")
 OWN = ("pid", "started", "job_id", "start_step", "slurm.restarts")
-"""Facts of an attempt that no two attempts share."""
+"""Facts that differ between any two attempts."""
 ABSENT = "-"
 MOST_ROWS, MOST_NAMES = 16, 8
 """Rows of a section and file names that the table shows; --json has all of them."""
@@ -41,7 +41,7 @@ Pairs = dict[str, tuple[Any, Any]]
 
 @dataclass(kw_only=True, slots=True)
 class Section:
-    """The keys of one kind whose values differ, and how many do not."""
+    """The keys of one kind whose values differ, and the number of the others."""
 
     differ: Pairs
     equal: int
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 # comparing --------------------------------------------------------------------------------------
 def compare(one: RunDir, two: RunDir) -> dict[str, Section]:
-    """`config` (what is computed), `seeds`, `other` (how and where), `code`, ... -> differences."""
+    """Section -> differences: `config` decides the numbers, `other config` how and where."""
     configs = _config(one), _config(two)
     identity = scientific(configs[0]).keys() | scientific(configs[1]).keys()
     values = [{key: value for key, _, value in walk(config)} for config in configs]
@@ -123,7 +123,7 @@ def _effects(config: RunConfig) -> Facts:
 
 
 def _newest_attempt(run: RunDir) -> Facts:
-    """What the newest attempt said, nested facts with dotted keys; empty before the first."""
+    """Facts of the newest attempt, nested ones with dotted keys; empty before the first."""
     flat: Facts = {}
     for key, value in (run.attempt_records() or [{}])[-1].items():
         nested = isinstance(value, dict)
@@ -132,7 +132,7 @@ def _newest_attempt(run: RunDir) -> Facts:
 
 
 def _results(one: RunDir, two: RunDir) -> Pairs:
-    """State and step, then the final metrics: those people look at first, evals, others."""
+    """State and step, then the final metrics: the headline ones, evals, others."""
     a, b = state_of(one), state_of(two)
     left, right = ((run.result() or {}).get("metrics", {}) for run in (one, two))
     names = left.keys() | right.keys()
@@ -144,7 +144,7 @@ def _results(one: RunDir, two: RunDir) -> Pairs:
 
 # code -------------------------------------------------------------------------------------------
 def changed_files(one: RunDir, two: RunDir, *, output_dir: Path | str) -> list[str] | None:
-    """Names of the files that the newest attempts' code differs in; None where that is unknown."""
+    """Names of the files that differ between the newest attempts' code; None: not known."""
     facts = [_newest_attempt(run) for run in (one, two)]
     a, b = (_frozen_copy(fact, output_dir=output_dir) for fact in facts)
     if a and b:
@@ -255,7 +255,7 @@ def _show(
 
 
 def _rows(name: str, section: Section) -> list[tuple[str, ...]]:
-    """A row for each difference; what only one run has is counted by group, not listed."""
+    """A row for each difference; knobs and metrics of one run alone are counted by group."""
     counted: Counter[tuple[str, bool]] = Counter()
     rows: list[tuple[str, ...]] = []
     for key, (a, b) in section.differ.items():
@@ -273,7 +273,7 @@ def _rows(name: str, section: Section) -> list[tuple[str, ...]]:
 
 
 def _one_sided(name: str, key: str, a: Any, b: Any) -> str | None:
-    """The group of a knob or metric that only one of the runs has."""
+    """The group of a knob or metric that only one run has; None where both have it."""
     if name == "config" and ABSENT in (a, b) and "." in key:
         return key.rsplit(".", 1)[0] + ".*"
     if name == "results" and None in (a, b) and key not in display.METRICS.values():

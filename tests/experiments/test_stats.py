@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from experiments import stats
 from experiments.stats import (
     Comparison,
     bootstrap_interval,
@@ -29,6 +30,14 @@ spread_out = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30).filter(
     lambda values: np.std(values) > 1e-3
 )
 anything = st.dictionaries(st.integers(0, 6), st.floats(width=64), max_size=7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough for what is asserted here: thousands of comparisons resample each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 600)
+        yield
 
 
 def seeded(values: object) -> dict[int, float]:
@@ -117,7 +126,7 @@ def test_perplexities_that_are_not_positive_or_overflowed_are_counted() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
 def test_mean_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
-    draws = SEEDED(n).normal(3.0, 2.0, size=(4000, n)).tolist()
+    draws = SEEDED(n).normal(3.0, 2.0, size=(2000, n)).tolist()
     found = [mean_interval(row) for row in draws]
     covered = np.mean([i.low <= 3.0 <= i.high for i in found if i.low is not None and i.high])
     assert 0.935 < covered < 0.965
@@ -125,7 +134,7 @@ def test_mean_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_geometric_intervals_cover_the_median_of_a_lognormal(n: int) -> None:
-    draws = SEEDED(n).lognormal(math.log(90), 0.8, size=(4000, n)).tolist()
+    draws = SEEDED(n).lognormal(math.log(90), 0.8, size=(2000, n)).tolist()
     log_space = [geometric_interval(row) for row in draws]
     covered = np.mean([i.low <= 90 <= i.high for i in log_space if i.low and i.high])
     assert 0.935 < covered < 0.965
@@ -222,7 +231,7 @@ def test_without_an_effect_one_test_in_twenty_is_significant() -> None:
 @pytest.mark.parametrize(("n", "stated"), [(3, 0.75), (5, 0.84), (10, 0.90), (20, 0.93)])
 def test_the_bootstrap_is_as_narrow_as_its_docstring_says(n: int, stated: float) -> None:
     draws = SEEDED(n).normal(1.0, 1.0, size=(1500, n)).tolist()
-    ends = [bootstrap_interval(row, resamples=600) for row in draws]
+    ends = [bootstrap_interval(row) for row in draws]
     covered = np.mean([low <= 1.0 <= high for low, high in ends])
     assert covered == pytest.approx(stated, abs=0.03)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from relora_core.config import (
     TrackingConfig,
     TrainConfig,
 )
+from sweeps.plan import Plan, make_plan
 
 FAKE = '''
 """Behaves as a worker does towards its run directory; the seed says how it ends."""
@@ -60,6 +61,11 @@ except RunLocked as error:
     print(error)
     sys.exit(4)
 '''
+
+
+def planned(make: Callable[..., RunConfig], seeds: Iterable[int], **changes: object) -> Plan:
+    """A plan of these seeds."""
+    return make_plan([({"seed": str(s)}, make(seed=s, **changes)) for s in seeds], name="s")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from relora_core.config import (
 )
 from sweeps import budget, display
 from sweeps.budget import Estimate, Place, check_budget, estimate, estimates, looks, measured
-from sweeps.plan import make_plan
+from tests.sweeps.conftest import planned
 
 GPU = "NVIDIA A100"
 
@@ -58,10 +58,6 @@ def finish(out):
 
 def run_state(cell, state, **changes):
     return RunState(run_id=cell.run_id, state=state, **changes)
-
-
-def planned(make, seeds, **changes):
-    return make_plan([({"seed": str(s)}, make(seed=s, **changes)) for s in seeds], name="s")
 
 
 def expected(hours):
@@ -353,25 +349,25 @@ def test_the_plan_says_what_will_happen_to_each_run(make, out, state, after, wor
 
 
 def test_the_plan_shows_hours_disk_and_totals_of_all_runs_though_rows_are_cut(make, out):
-    plan = planned(make, range(100))
+    plan = planned(make, range(50))
     states = {c.run_id: run_state(c, "finished") for c in plan.cells[:10]}
     rates = [rate_of(make(), flops_per_s=1e3)]
     asked = estimates(plan.cells, states=states, output_dir=out, rates=rates)
     text = shown(plan, states=states, estimates=asked, unit="CPU", max_hours=500)
-    whole = budget.total(asked.values())
+    total = budget.total(asked.values())
     assert "CPU-hours" in text
-    assert f"sweep {plan.name}: 100 runs" in text
-    assert f"... and 80 more runs (python -m sweeps plan {plan.name})" in text
+    assert f"sweep {plan.name}: 50 runs" in text
+    assert f"... and 30 more runs (python -m sweeps plan {plan.name})" in text
     elsewhere = shown(plan, states=states, output_dir="a b")
     assert f"(python -m sweeps plan {plan.name} --output-dir 'a b')" in elsewhere
     unstored = shown(plan, states=states, stored=False)
     assert "more runs" not in unstored
     assert all(cell.name in unstored for cell in plan.cells)
-    assert "to run: 90 of 100 runs, 5.76k tokens" in text
-    assert f"{budget.interval(whole)} CPU-hours by 1 finished run of nano on cpu" in text
-    assert whole.hours == pytest.approx(90 * asked[plan.cells[50].run_id].hours)
-    kept = 2 * costs.checkpoint_bytes(plan.cells[0].config)
-    assert f"{display.count(90 * kept)}B of checkpoints, budget 500 CPU-hours" in text
+    assert "to run: 40 of 50 runs, 2.56k tokens" in text
+    assert f"{budget.interval(total)} CPU-hours by 1 finished run of nano on cpu" in text
+    assert total.hours == pytest.approx(40 * asked[plan.cells[20].run_id].hours)
+    disk = 2 * costs.checkpoint_bytes(plan.cells[0].config)
+    assert f"{display.count(40 * disk)}B of checkpoints, budget 500 CPU-hours" in text
 
 
 def test_what_is_not_known_is_said_to_be_unknown(make):
