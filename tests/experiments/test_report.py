@@ -9,7 +9,7 @@ import math
 import random
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,25 @@ from synthetic import STEPS, a_config, a_sweep, arms, attempt, loss_of, record
 
 from experiments import compare, document, report, report_tables, tidy
 from experiments.document import Bullets, Code, Document, Notice, Section, Table
+from experiments.run_dir import RunDir
 from experiments.stats import holm
 from relora_core.config import ConfigError, RunConfig, TrainConfig
 
 
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take seconds; `test_figures.py` is about them."""
+@pytest.fixture(autouse=True)
+def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Leaves figures out, which take seconds (`test_figures.py` is about them); what draws them."""
+    real = report.draw
     monkeypatch.setattr(report, "draw", lambda *arguments: [])
+    return real
+
+
+def finished(output_dir: Path, configs: Sequence[RunConfig], *, name: str = "mine") -> list[RunDir]:
+    """A sweep whose runs have all finished."""
+    runs = a_sweep(output_dir, configs, name=name)
+    for run in runs:
+        record(run)
+    return runs
 
 
 def table(page: Path, name: str) -> list[dict[str, str]]:
@@ -38,10 +49,8 @@ def text(page: Path) -> str:
 
 
 # content ----------------------------------------------------------------------------------------
-@pytest.mark.usefixtures("no_figures")
 def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
-    for run in a_sweep(tmp_path, arms(2, 4)):
-        record(run)
+    finished(tmp_path, arms(2, 4))
     page = report.write(tmp_path, "mine")
     rows = {r["arm"]: r for r in table(page, "arms") if r["metric"] == "train/loss"}
     losses = [loss_of(a_config(r=2, seed=seed)) for seed in range(3)]
@@ -62,17 +71,14 @@ def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
     assert f"{statistics.fmean(losses):.3f} [" in text(page)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_perplexity_has_its_geometric_mean(tmp_path: Path) -> None:
-    for run in a_sweep(tmp_path, arms(2)):
-        record(run)
+    finished(tmp_path, arms(2))
     rows = table(report.write(tmp_path, "mine"), "arms")
     (row,) = (r for r in rows if "full" in r["arm"] and r["metric"] == "eval/paloma/perplexity")
     losses = [loss_of(a_config(method="full_rank", seed=seed)) for seed in range(3)]
     assert float(row["mean"]) == pytest.approx(math.exp(statistics.fmean(losses)))
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_every_run_is_counted_and_those_that_did_not_finish_are_named(tmp_path: Path) -> None:
     runs = a_sweep(tmp_path, arms(2))
     for run, state in zip(runs, ["finished", "finished", "diverged", "failed"], strict=False):
@@ -84,7 +90,6 @@ def test_every_run_is_counted_and_those_that_did_not_finish_are_named(tmp_path: 
     assert "| all | 2 | 2 | 1 | 1 |" in said
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_means_are_of_finished_runs_alone(tmp_path: Path) -> None:
     runs = a_sweep(tmp_path, arms(seeds=range(4)))
     for run, state in zip(runs, ["finished", "finished", "diverged", "failed"], strict=True):
@@ -93,45 +98,33 @@ def test_means_are_of_finished_runs_alone(tmp_path: Path) -> None:
     assert (row["n"], row["left_out"], row["planned"]) == ("2", "1", "4")
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
-    for run in a_sweep(tmp_path, arms(2, seeds=[5])):
-        record(run)
+    finished(tmp_path, arms(2, seeds=[5]))
     page = report.write(tmp_path, "mine")
     assert all(row["low"] == row["high"] == "" for row in table(page, "arms"))
     assert all(row["p"] == "" for row in table(page, "compare_train_loss"))
     assert "No arm has more than one finished seed" in text(page)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_arms_without_common_seeds_are_not_paired(tmp_path: Path) -> None:
     configs = [a_config(method="full_rank", seed=s) for s in (0, 1, 2)]
     configs += [a_config(r=2, seed=s) for s in (3, 4, 5)]
-    for run in a_sweep(tmp_path, configs):
-        record(run)
+    finished(tmp_path, configs)
     (row,) = table(report.write(tmp_path, "mine"), "compare_train_loss")
     assert row["kind"] == "welch"
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_different_code_is_said(tmp_path: Path) -> None:
-    runs = a_sweep(tmp_path, arms(2))
-    for run in runs[:3]:
-        record(run)
-    for run in runs[3:]:
-        record(run)
+    runs = finished(tmp_path, arms(2))
     assert "different code" not in text(report.write(tmp_path, "mine"))
     for run in runs[3:]:
         record(run, code="other")
     assert "different code of relora_core" in text(report.write(tmp_path, "mine"))
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_losses_that_are_means_over_other_numbers_of_updates_are_named(tmp_path: Path) -> None:
     """Earlier versions took those since the last log; at the default those are the ten, too."""
-    one, two = a_sweep(tmp_path, arms(4, seeds=(0,)))
-    for run in (one, two):
-        record(run)
+    one, _ = finished(tmp_path, arms(4, seeds=(0,)))
     told = f"The loss of {one.run_id} is a mean over the last 20 updates, as an earlier version"
     assert one.result()["loss_steps"] is None
     assert not report_tables.other_losses(tidy.gather(tmp_path, "mine").runs)
@@ -144,28 +137,22 @@ def test_losses_that_are_means_over_other_numbers_of_updates_are_named(tmp_path:
     assert not report_tables.other_losses(tidy.gather(tmp_path, "mine").runs)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_arms_of_different_length_are_said(tmp_path: Path) -> None:
     longer = a_config(r=2, train=TrainConfig(steps=2 * STEPS, batch_size=4))
-    for run in a_sweep(tmp_path, [a_config(r=2), longer]):
-        record(run)
+    finished(tmp_path, [a_config(r=2), longer])
     assert "not at one budget" in text(report.write(tmp_path, "mine"))
 
 
 # the reference ----------------------------------------------------------------------------------
-@pytest.mark.usefixtures("no_figures")
 def test_the_reference_can_be_chosen_by_part_of_its_name(tmp_path: Path) -> None:
-    for run in a_sweep(tmp_path, arms(2, 4)):
-        record(run)
+    finished(tmp_path, arms(2, 4))
     rows = table(report.write(tmp_path, "mine", reference="r=4"), "compare_train_loss")
     assert {row["reference"] for row in rows} == {"method=relora relora.r=4"}
     assert len(rows) == 2
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_arms_can_be_left_out_and_each_compared_with_the_one_before(tmp_path: Path) -> None:
-    for run in a_sweep(tmp_path, arms(2, 4, 8)):
-        record(run)
+    finished(tmp_path, arms(2, 4, 8))
     page = report.write(tmp_path, "mine", arms=["*r=2", "*r=[48]"], reference="previous")
     names = [f"method=relora relora.r={r}" for r in (2, 4, 8)]
     rows = table(page, "compare_train_loss")
@@ -255,7 +242,6 @@ def bare(runs: list[Any]) -> None:
 ODD = [nothing, torn, infinite, not_a_number, equal, mixed, damaged, bare]
 
 
-@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("make", ODD)
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 def test_an_odd_sweep_has_a_whole_report(
@@ -269,7 +255,6 @@ def test_an_odd_sweep_has_a_whole_report(
     assert not re.search(r"\bnan\b|\[[^\]]*inf", said)  # an infinite interval is none
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_section_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,10 +266,11 @@ def test_a_section_that_fails_leaves_the_others(
 
 
 def test_figures_that_fail_leave_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Callable[..., Any]
 ) -> None:
     from experiments import figures
 
+    monkeypatch.setattr(report, "draw", draw)
     a_sweep(tmp_path, arms(2))
     monkeypatch.setattr(figures, "all_figures", lambda *a, **k: 1 / 0)
     assert "figures could not be drawn (ZeroDivisionError" in text(report.write(tmp_path, "mine"))
@@ -292,9 +278,11 @@ def test_figures_that_fail_leave_the_report(
 
 # files ------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_page_and_markdown_show_the_same_and_every_figure_is_there(tmp_path: Path) -> None:
-    for run in a_sweep(tmp_path, arms(2)):
-        record(run)
+def test_page_and_markdown_show_the_same_and_every_figure_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(report, "draw", draw)
+    finished(tmp_path, arms(2))
     page = report.write(tmp_path, "mine")
     content, said = page.read_text(), text(page)
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", said)
@@ -306,13 +294,10 @@ def test_page_and_markdown_show_the_same_and_every_figure_is_there(tmp_path: Pat
     assert headings == re.findall(r"<h2[^>]*>(.*?)</h2>", content)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_the_data_are_there_point_by_point(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    runs = a_sweep(tmp_path, arms(2))
-    for run in runs:
-        record(run)
+    runs = finished(tmp_path, arms(2))
     rows = pq.read_table(report.write(tmp_path, "mine").parent / "data.parquet").to_pylist()
     found = {(r["run_id"], r["metric"], r["step"]): r["value"] for r in rows}
     wanted = {
@@ -324,11 +309,8 @@ def test_the_data_are_there_point_by_point(tmp_path: Path) -> None:
     assert found == wanted
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_report_that_is_written_again_keeps_no_old_table(tmp_path: Path) -> None:
-    runs = a_sweep(tmp_path, arms(2))
-    for run in runs:
-        record(run)
+    runs = finished(tmp_path, arms(2))
     page = report.write(tmp_path, "mine")
     assert table(page, "compare_train_loss")
     for run in runs:
@@ -404,7 +386,6 @@ def two(tmp_path: Path, *, shift: float = 0.5) -> tuple[tuple[Path, str], tuple[
     return places
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_two_sweeps_are_compared_arm_by_arm_on_common_seeds(tmp_path: Path) -> None:
     page = compare.write(*two(tmp_path))
     rows = table(page, "compare_train_loss")
@@ -416,13 +397,11 @@ def test_two_sweeps_are_compared_arm_by_arm_on_common_seeds(tmp_path: Path) -> N
     assert "6 pairs of finished runs" in text(page)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_arms_whose_settings_were_changed_are_matched_by_name(tmp_path: Path) -> None:
     longer = TrainConfig(steps=STEPS, batch_size=4, lr=0.1)
     changed: dict[str, Any] = {"train": longer}
     for name, changes in (("one", {}), ("two", changed)):
-        for run in a_sweep(tmp_path, [a_config(r=r, **changes) for r in (2, 3)], name=name):
-            record(run)
+        finished(tmp_path, [a_config(r=r, **changes) for r in (2, 3)], name=name)
     page = compare.write((tmp_path, "one"), (tmp_path, "two"))
     rows = table(page, "settings")
     assert [(r["setting"], r["first"], r["second"]) for r in rows] == [
@@ -431,19 +410,15 @@ def test_arms_whose_settings_were_changed_are_matched_by_name(tmp_path: Path) ->
     assert "Matched by name" in text(page)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_runs_that_both_sweeps_have_are_said_to_be_the_same(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        for run in a_sweep(tmp_path, arms(2), name=name):
-            record(run)
+        finished(tmp_path, arms(2), name=name)
     assert "compared with itself" in text(compare.write((tmp_path, "one"), (tmp_path, "two")))
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_sweeps_without_common_arms_have_nothing_to_compare(tmp_path: Path) -> None:
     for name, r in (("one", 2), ("two", 3)):
-        for run in a_sweep(tmp_path, [a_config(r=r)], name=name):
-            record(run)
+        finished(tmp_path, [a_config(r=r)], name=name)
     assert "no arm in common" in text(compare.write((tmp_path, "one"), (tmp_path, "two")))
 
 
@@ -458,8 +433,7 @@ def test_the_report_needs_neither_torch_nor_mlflow(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    for run in a_sweep(tmp_path, arms(2)):
-        record(run)
+    finished(tmp_path, arms(2))
     code = (
         "import sys; from experiments import report\n"
         "report.draw = lambda *a: []\n"

@@ -17,6 +17,7 @@ from relora_core.optim import set_lr_
 from relora_core.schedule import Draws
 from relora_core.train import train
 from tests import warm
+from tests.conftest import nano_config
 
 WHAT = ["weight", "base", "gradient", "update_proxy", "update_restart", "update_total"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "w_0", "w_1", "w_2"]
@@ -559,10 +560,10 @@ def run(config, folder: Path, *, die_at=None) -> Log:
     return log
 
 
-@pytest.fixture
-def setting(nano):
+@pytest.fixture(scope="module")
+def setting():
     def make(method, **changes):
-        return nano(
+        return nano_config(
             method=method,
             model={"vocab_size": VOCAB_SIZE},
             relora={"dropout": 0.2},
@@ -593,17 +594,21 @@ def test_measuring_changes_no_number_and_no_weight(setting, tmp_path, method):
         assert measured[12, f"dynamics/{what}/w_2/per"] > 0
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(setting, tmp_path_factory):
+    return run(setting("relora", dynamics=ON), tmp_path_factory.mktemp("run")).numbers()
+
+
 @pytest.mark.parametrize("die_at", [("train", 5), ("checkpoint", 6), ("train", 8), ("train", 11)])
-def test_a_resumed_run_measures_the_same(setting, tmp_path, die_at):
+def test_a_resumed_run_measures_the_same(setting, uninterrupted, tmp_path, die_at):
     """Restarts at 4 and 8, checkpoints at 3, 6, 9: killed after, at and between them."""
     config = setting("relora", dynamics=ON)
-    whole = run(config, tmp_path / "whole").numbers()
-    first = run(config, tmp_path / "killed", die_at=die_at)
-    second = run(config, tmp_path / "killed")
+    first = run(config, tmp_path, die_at=die_at)
+    second = run(config, tmp_path)
     start = second.events[0]
     assert start.data["resumed"]
     before = {k: v for k, v in first.numbers().items() if k[0] <= start.step}
-    assert before | second.numbers() == whole
+    assert before | second.numbers() == uninterrupted
 
 
 def test_a_restart_is_measured_before_it_happens(setting, tmp_path):
