@@ -1,6 +1,6 @@
 """Whatever is written as an override: one line that says what is wrong, or the config asked for.
 
-Thousands of values at every key through the porch's own parsing, typing and validation; keys, flags
+Hundreds of values at any key through the porch's own parsing, typing and validation; keys, flags
 and searches through `run.py` itself; never a traceback, a hang, or a file outside output_dir.
 """
 
@@ -244,9 +244,9 @@ def test_a_value_is_refused_in_one_line_or_taken_as_it_was_meant(composer):
 
 
 @pytest.mark.slow
-def test_so_are_2000_values(composer):
-    accepted = sum(one_value(composer, 1000 + seed) for seed in range(2000))
-    assert 100 < accepted < 1500  # the cases are neither all nonsense nor all sound
+def test_so_are_600_values(composer):
+    accepted = sum(one_value(composer, 1000 + seed) for seed in range(600))
+    assert 30 < accepted < 450  # the cases are neither all nonsense nor all sound
 
 
 # whole command lines ----------------------------------------------------------------------------

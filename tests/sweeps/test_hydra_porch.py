@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from hydra import initialize_config_dir
@@ -265,15 +262,8 @@ def test_both_plugins_live_where_hydra_looks_for_them():
 
 
 def command(*arguments, cwd):
-    """The real command, workers and all."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    """The command with its real workers."""
+    return warm.run([ROOT / "run.py", "-m", *arguments], cwd=cwd)
 
 
 def test_one_bad_cell_of_a_grid_ends_the_command_and_leaves_nothing(tmp_path):
