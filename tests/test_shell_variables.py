@@ -24,7 +24,8 @@ ONE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run(out: Path, *words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    done = warm.run(["run.py", *NANO, *words, f"output_dir={out}"], cwd=ROOT, env=ONE | env)
+    words = ("run.py", *NANO, *words, f"output_dir={out}")
+    done = warm.run(words, cwd=ROOT, env=ONE | env, figures=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from experiments import report
+
 PRELOAD = ["tests.warm", "torch._dynamo", "relora_core.train", "experiments.runner"]
 PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
 
@@ -39,22 +41,34 @@ class Started:
 
 
 def start(
-    words: Sequence[str | Path], *, cwd: str | Path, env: Mapping[str, str] | None = None
+    words: Sequence[str | Path],
+    *,
+    cwd: str | Path,
+    env: Mapping[str, str] | None = None,
+    figures: bool = True,
 ) -> Started:
-    """`python WORDS`: a file, `-m MODULE` or `-c CODE`, and arguments."""
+    """`python WORDS`: a file, `-m MODULE` or `-c CODE`, and arguments.
+
+    Without `figures` a report has none: a sweep's take seconds.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     texts, output = [str(word) for word in words], Path(tempfile.mkdtemp())
     variables = dict(os.environ if env is None else env)
-    process = context.Process(target=_become, args=(texts, str(cwd), variables, output))
+    todo = (texts, str(cwd), variables, output, figures)
+    process = context.Process(target=_become, args=todo)
     process.start()
     return Started(words=texts, process=process, output=output)
 
 
 def run(
-    words: Sequence[str | Path], *, cwd: str | Path, env: Mapping[str, str] | None = None
+    words: Sequence[str | Path],
+    *,
+    cwd: str | Path,
+    env: Mapping[str, str] | None = None,
+    figures: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    return start(words, cwd=cwd, env=env).wait()
+    return start(words, cwd=cwd, env=env, figures=figures).wait()
 
 
 def places(world: int) -> list[dict[str, str]]:
@@ -82,8 +96,12 @@ def ranks(
             rank.process.kill()
 
 
-def _become(words: list[str], cwd: str, variables: dict[str, str], output: Path) -> None:
+def _become(
+    words: list[str], cwd: str, variables: dict[str, str], output: Path, figures: bool
+) -> None:
     os.chdir(cwd)
+    if not figures:
+        report.draw = lambda *_: []
     os.environ.clear()
     os.environ.update(variables)
     for number, name in enumerate(("stdin", "stdout", "stderr")):

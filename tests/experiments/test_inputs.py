@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import __main__ as command
-from experiments import inputs
+from experiments import inputs, report
 from experiments.evaluate import Request, complete_eval, evaluate, evaluations, results
 from experiments.identity import run_id
 from experiments.report import write as write_report
@@ -462,7 +462,8 @@ def sweeps_retry(world, run_dir, *words):
 
 
 @pytest.mark.slow  # a worker of its own
-def test_retry_refuses_before_it_launches_and_writes_down_what_it_takes(world, capsys):
+def test_retry_refuses_before_it_launches_and_writes_down_what_it_takes(world, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])  # pictures take seconds
     run_dir = world.half_way()
     rewrite(world)
     assert sweeps_retry(world, run_dir) == 2
