@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ import psutil
 import pytest
 from chromium import ARGS, install, program
 from records import record_sweep
+
+from sweeps.__main__ import main
+from tests import warm
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -71,23 +75,18 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def store(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(chromium: Browser, tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
     """An output folder with a sweep that was trained (2 ranks, 3 seeds) and a wider, made-up one.
 
     Asks for the browser first: without one nothing need be trained.
     """
     out = tmp_path_factory.mktemp("browser") / "out"
     record_sweep(out, name="wide", ranks=[4, 8, 16, 32], seeds=[0, 1, 2])
-    _python("run.py", *SWEEP, f"output_dir={out}")
-    _python("-m", "sweeps", "sync", "--output-dir", str(out))
-    return out
-
-
-def _python(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    shutil.copy(migrated, out / "mlflow.db")
+    done = warm.run(["run.py", *SWEEP, f"output_dir={out}"], cwd=ROOT, figures=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["sync", "--output-dir", str(out)]) == 0
+    return out
 
 
 @dataclass(kw_only=True, slots=True)
