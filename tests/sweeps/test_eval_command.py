@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import sys
 import types
 
@@ -40,15 +41,24 @@ def trained(folder):
     return folder
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """(Where it was trained, a copy of how that was then.)"""
+    folder = tmp_path_factory.mktemp("trained")
+    kept = shutil.copytree(trained(folder / "out"), folder / "kept")
+    return folder / "out", kept
+
+
 @pytest.fixture
-def out(tmp_path):
-    return trained(tmp_path)
+def out(once):
+    shutil.rmtree(once[0])
+    return shutil.copytree(once[1], once[0])
 
 
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory):
+def untouched(once):
     """For those that must write nothing."""
-    return trained(tmp_path_factory.mktemp("out"))
+    return once[0]
 
 
 @pytest.fixture
