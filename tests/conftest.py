@@ -73,7 +73,7 @@ def pytest_collection_finish() -> None:
 
 LONG = (
     *("slurm/test_life.py", "faults/", "slurm/test_search.py", "slurm/", "browser/"),
-    *("security/", "fuzz/", "relora_core/test_native.py"),
+    *("security/", "fuzz/"),
 )
 """Begun first, so that no worker is at them long after the others have ended. Each file is one
 worker's: tests of SLURM mostly wait, and a cluster of their own costs a second worker seconds."""

@@ -1,6 +1,7 @@
 """From a command to a tracked, evaluated run, as a user goes: processes of their own, real data."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,9 +97,11 @@ def test_torchrun_shares_one_run_between_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_text_tokenizer_and_evals_to_mlflow(shared_data, tmp_path):
+def test_real_text_tokenizer_and_evals_to_mlflow(shared_data, tmp_path, migrated):
     """Real rows of Dolma-like text, the real tokenizer, Paloma's layout and BLiMP, in small."""
     out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(migrated, out / "mlflow.db")
     done = run(
         out,
         *("experiment=laptop", "model=nano", "relora.r=4", "data=pretokenized", "data.seq_len=64"),
