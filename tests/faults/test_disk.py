@@ -51,6 +51,7 @@ def failed(runner: Runner, out: Path, *, whole: Path, **fault) -> bool:
     return done.code != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

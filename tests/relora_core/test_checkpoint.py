@@ -156,6 +156,7 @@ def test_what_else_ends_a_run_leaves_the_checkpoint_that_was_begun(config, tmp_p
 
 
 # frozen weights -----------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

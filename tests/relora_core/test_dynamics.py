@@ -578,6 +578,7 @@ def setting():
 ON = {"every_steps": 2, "what": WHAT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full_rank", "lora", "relora", "galore"])
 def test_measuring_changes_no_number_and_no_weight(setting, tmp_path, method):
     plain = run(setting(method), tmp_path / "plain").numbers()
@@ -599,6 +600,7 @@ def uninterrupted(setting, tmp_path_factory):
     return run(setting("relora", dynamics=ON), tmp_path_factory.mktemp("run")).numbers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die_at", [("train", 5), ("checkpoint", 6), ("train", 8), ("train", 11)])
 def test_a_resumed_run_measures_the_same(setting, uninterrupted, tmp_path, die_at):
     """Restarts at 4 and 8, checkpoints at 3, 6, 9: killed after, at and between them."""

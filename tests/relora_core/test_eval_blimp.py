@@ -89,6 +89,7 @@ def slow_log_prob(model: Decoder, ids: list[int]) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_both_variants_equal_a_slow_float64_scorer():
     pairs, model, tokenizer = make_pairs(), make_model(), SpaceTokenizer()
     double = make_model().double()

@@ -251,6 +251,7 @@ def test_planning_loads_no_torch(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paloma", "blimp"])
 def test_reduced_precision_is_another_run_and_reaches_the_eval(name):
     from experiments.identity import scientific

@@ -257,6 +257,7 @@ def config(nano):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["keep", "reset"])
 @pytest.mark.parametrize("die_at", [("train", 5), ("train", 7), ("checkpoint", 9)])
 def test_a_killed_and_resumed_run_equals_an_undisturbed_one(config, tmp_path, policy, die_at):

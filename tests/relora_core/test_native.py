@@ -62,6 +62,7 @@ def test_without_a_cache_they_are_built_for_the_process(copier, tmp_path):
     assert ask(XDG_CACHE_HOME=str(tmp_path / "file"), CXX=copier) == "native None"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "why"),
     [

@@ -155,6 +155,7 @@ def test_values_on_a_copy_give_the_config_that_hydra_composes(loader, master, ce
 SCALED = ["relora.scale=2"]
 
 
+@pytest.mark.slow
 def test_a_fixed_scale_is_an_alpha_that_follows_the_rank(loader, master):
     """And the runs are those of such alphas, by name and folder."""
     ranks, alphas = ["relora.r=8", "relora.r=16"], ["relora.alpha=16", "relora.alpha=32.0"]

@@ -102,6 +102,7 @@ def test_the_best_is_the_best_complete_feasible_finite_trial(rows, direction):
         assert [b.values["train/loss"] for b in found.best] == [want]
 
 
+@pytest.mark.slow
 @given(
     points=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=14),
     directions=st.lists(st.sampled_from(["minimize", "maximize"]), min_size=2, max_size=3),
@@ -147,6 +148,7 @@ def completed(*settings):
     return complete(schema.compose([_hydra(text) for text in settings]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 def test_the_printed_command_is_the_same_run(settings):
     config = completed(*settings)

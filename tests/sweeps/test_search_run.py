@@ -74,6 +74,7 @@ def steps_trained(runs):
     return sum(run.status().step for run in runs)
 
 
+@pytest.mark.slow
 def test_one_process_takes_all_trials_and_each_is_an_ordinary_run(study, tmp_path):
     made = study(seeds=2)
     assert process.work(made.folder, stop=StopFlag()) == FINISHED
@@ -107,6 +108,7 @@ def test_a_run_that_a_grid_has_finished_is_not_trained_again(study, tmp_path):
     assert frozen.intermediate_values  # a pruner compares later trials with its curve
 
 
+@pytest.mark.slow
 def test_asha_saves_steps_and_a_grid_brings_a_pruned_run_to_its_end(study, tmp_path):
     lrs = [1e-2, 9e-3, 8e-3, 1e-6, 2e-6, 3e-6]
     made = study(
@@ -148,6 +150,7 @@ def test_wilcoxon_spares_the_seeds_that_change_nothing(study, tmp_path):
     assert ended[1e-6] < 6
 
 
+@pytest.mark.slow
 def test_an_early_end_leaves_the_trial_to_be_gone_on_with(study, tmp_path):
     made = study(n_trials=1, train={"steps": 40})
     stop = StopFlag()

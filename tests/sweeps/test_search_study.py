@@ -638,6 +638,7 @@ def check(folder, *, n):
     return study
 
 
+@pytest.mark.slow
 def test_processes_at_once_make_exactly_n_trials(spec, folder):
     Study.open(folder, create=spec(n_trials=24, sampler="tpe"))
     processes = [FORK.Process(target=labour, args=(folder,)) for _ in range(8)]

@@ -74,6 +74,7 @@ def differing(one, two):
     return {key for key in {*left, *right} if left.get(key) != right.get(key)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_a_sweep_file_plans_arms_that_all_differ(planned, file):
     _, plan = planned(f"sweep={file}", *LOCAL)
@@ -161,9 +162,11 @@ def test_the_audits_arms_are_compared_alike(arms):
     assert len(schedule.restart_steps(found["8_corrected"])) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("experiment=paper",), ("train.steps=300",)])
 def test_the_audit_keeps_equal_horizons_at_any_budget(arms, words):
-    found = arms("audit", *words)
+    some = "full_rank,full_rank_published_horizon,as_executed_published_horizon,2_float32_base"
+    found = arms("audit", *words, f"sweep.arm={some},8_corrected")
     horizons = {n: c.schedule.total_steps for n, c in found.items()}
     assert {h for n, h in horizons.items() if "published_horizon" not in n} == {None}
 

@@ -216,6 +216,7 @@ def test_watching_leaves_servers_alone(out: Path, plan: Any) -> None:
     assert track.Tracker(out, servers=False).bring_up_to_date() == []
 
 
+@pytest.mark.slow
 def test_reading_a_plan_costs_the_same_for_each_run_of_a_larger_one(
     tmp_path: Path, make: Callable[..., RunConfig], calls: Callable[..., int]
 ) -> None:
@@ -318,15 +319,18 @@ def test_a_sweep_is_shown_by_a_process_of_its_own(out: Path, plan: Any) -> None:
 
 # what goes wrong at a store costs no sweep ------------------------------------------------------
 def closing(plan: Plan, out: Path) -> str:
-    """What a local sweep prints when its runs have ended."""
+    """What a local sweep prints when its runs have ended; without pictures, which take seconds."""
     import io
 
     from rich.console import Console
 
+    from experiments import report
     from sweeps import launch
 
     said = io.StringIO()
-    launch._report(plan, output_dir=out, console=Console(file=said, width=1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda *_: [])
+        launch._report(plan, output_dir=out, console=Console(file=said, width=1000))
     return said.getvalue()
 
 
