@@ -50,22 +50,22 @@ def mlflow_runs(out: Path) -> dict[str, tuple[str, float | None]]:
     }
 
 
-def test_a_grid_becomes_finished_runs_in_mlflow(cluster: Cluster, tmp_path: Path) -> None:
-    words = ["relora.r=2,4,8", "seed=0,1", "train.steps=30", "tracking=mlflow"]
+def test_a_grid_becomes_finished_runs_in_mlflow(bare: Cluster, tmp_path: Path) -> None:
+    words = ["relora.r=2,4", "seed=0,1", "train.steps=30", "tracking=mlflow"]
     cap = "hydra.launcher.max_parallel=2"
-    sweep = Sweep(cluster=cluster, out=tmp_path / "out", words=[*words, cap])
+    sweep = Sweep(cluster=bare, out=tmp_path / "out", words=[*words, cap])
     printed = sweep.launch()
     (submission,) = sweep.submissions()
-    assert f"submitted job {submission['job_id']} (array of 6)" in printed
+    assert f"submitted job {submission['job_id']} (array of 4)" in printed
     log = sweep.out / "logs" / "mlflow-sync.log"  # of the process that shows it
-    cluster.wait_until(lambda: "points sent" in log.read_text(), 120, sweep.told)
+    bare.wait_until(lambda: "points sent" in log.read_text(), 120, sweep.told)
     before = mlflow_runs(sweep.out)
     states = Counter(status for status, _ in before.values())
-    assert (states.total(), states.keys() <= {"SCHEDULED", "RUNNING"}) == (6, True)
-    assert states["SCHEDULED"] >= 4  # two may have begun before MLflow was told
+    assert (states.total(), states.keys() <= {"SCHEDULED", "RUNNING"}) == (4, True)
+    assert states["SCHEDULED"] >= 2  # two may have begun before MLflow was told
     sweep.open()
     runs = [sweep.out / "runs" / run_id for (run_id,) in submission["tasks"]]
-    cluster.wait_until(lambda: all((run / "result.json").exists() for run in runs), 120, sweep.told)
+    bare.wait_until(lambda: all((run / "result.json").exists() for run in runs), 120, sweep.told)
     assert most_at_once([RunDir(run) for run in runs]) <= 2
     sweep.tool("sync")
     after = mlflow_runs(sweep.out)
