@@ -69,11 +69,10 @@ def test_killed_in_each_phase(warm_runner, whole, tmp_path):
 
 
 def targets(trace: list[str]) -> list[tuple[str, int]]:
-    """Each distinct operation of an undisturbed run, at its first, a middle and its last time."""
+    """Each distinct operation of an undisturbed run, at its first, a middle or its last time."""
     return [
-        (f"^{re.escape(label)}$", at)
-        for label, times in Counter(trace).items()
-        for at in sorted({1, (times + 1) // 2, times})
+        (f"^{re.escape(label)}$", (1, (times + 1) // 2, times)[number % 3])
+        for number, (label, times) in enumerate(Counter(trace).items())
     ]
 
 
@@ -89,7 +88,7 @@ def test_killed_at_every_distinct_operation(warm_runner, whole, tmp_path):
         reached |= set(died[-1:])
     victim.finish()
     assert reached == set(trace)
-    assert victim.kills >= 190
+    assert victim.kills >= len(todo)
 
 
 @pytest.mark.slow
@@ -97,8 +96,8 @@ def test_killed_at_random_operations_and_times(warm_runner, whole, tmp_path):
     """Those of attempts that resume, too: what torn and stale files are there differs each time."""
     draw = random.Random(1)
     victim = Victim(warm_runner, tmp_path, whole=whole, most=6)
-    for _ in range(30):
+    for _ in range(12):
         victim.kill(at=draw.randint(1, 200), on=".")
         victim.kill(kill_after_s=draw.uniform(0.02, 0.6))
     victim.finish()
-    assert victim.kills >= 30
+    assert victim.kills >= 12
