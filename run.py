@@ -8,6 +8,7 @@ python run.py --plan model=tiny,small relora.r=8,16  what that sweep would do an
 
 import os
 import sys
+from typing import Any
 
 # Waiting threads give their core away: where cores are shared with others, spinning ones make a
 # step ten times slower. Both must be set before torch and Hydra load.
@@ -16,7 +17,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
 from experiments.runner import reporting, run_here
@@ -27,7 +28,8 @@ schema.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     with reporting():
-        words = list(HydraConfig.get().overrides.task)
+        # As typed: what `${...}` names is looked for in the run's config, and only there.
+        words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         schema.refuse_search(cfg, words)
         schema.refuse_sweep(HydraConfig.get())
         sys.exit(run_here(schema.to_run_config(cfg, words=words)))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import traceback
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -27,7 +28,13 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from relora_core.config import ALPHA, ConfigError, RunConfig, get, nearest, scaled, walk
 
@@ -114,9 +121,13 @@ def _check_sections(section: Any, prefix: str = "") -> None:
             continue
         key, value = f"{prefix}{f.name}", getattr(section, f.name)
         if not isinstance(value, hints[f.name]):
-            first = dataclasses.fields(hints[f.name])[0].name
-            raise ConfigError(f"{key} must hold keys such as {key}.{first}, got {value!r}")
+            raise ConfigError(_no_section(key, repr(value)))
         _check_sections(value, f"{key}.")
+
+
+def _no_section(key: str, got: str) -> str:
+    below = [name for name in schema_keys() if name.startswith(f"{key}.")]
+    return f"{key} must hold keys such as {below[0] if below else f'{key}.KEY'}, got {got}"
 
 
 def _scaled(config: RunConfig, words: Sequence[str]) -> RunConfig:
@@ -183,6 +194,8 @@ def refuse_code(cfg: DictConfig) -> None:
                 )
 
 
+QUOTES = dict.fromkeys(range(0x2018, 0x2020))
+"""Curly quotes, as an editor or a chat puts them in the place of plain ones."""
 LONGEST_GROUP = 100
 """No folder of options has a longer name; the file system may not take one that has."""
 PLACES: dict[str, Any] = {
@@ -297,6 +310,7 @@ def places_of(words: Sequence[str]) -> list[Path]:
 
 def check_words(words: Sequence[str]) -> None:
     """ConfigError for an override that Hydra would take for something else than was meant."""
+    _check_flags(words)
     places = places_of(words)
     for text in overrides_among(words):
         try:
@@ -306,8 +320,24 @@ def check_words(words: Sequence[str]) -> None:
         key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")):
             _check_hydra(key, text)
+        if override.is_delete() and key in schema_keys() and not _is_group(key, places):
+            raise ConfigError(f"{key} cannot be left out: expected {key}=VALUE, got {text!r}")
+        if override.package is not None and _is_group(key, places):
+            raise ConfigError(f"{key} goes to its own place: expected {key}=OPTION, got {text!r}")
         for value in _values(override):
             _check_value(key, value, text, places)
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    for before, word in pairwise(["", *words]):
+        flag, equals, value = word.partition("=")
+        if word[:1] == "-" and equals and flag not in WITH_VALUE:
+            name = flag.lstrip("-")
+            raise ConfigError(f"{word!r} is no flag: expected KEY=VALUE without dashes, {name}=...")
+        folder = word if before in ("--config-dir", "-cd") else None
+        folder = value if equals and flag in ("--config-dir", "-cd") else folder
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir must be a folder of options, got {folder!r}")
 
 
 def _check_hydra(key: str, text: str) -> None:
@@ -317,6 +347,14 @@ def _check_hydra(key: str, text: str) -> None:
             f"{key} must be one of hydra.{', hydra.'.join(HYDRA[:3])} and hydra/launcher, "
             f"hydra/sweeper, got {text!r}: output_dir says where everything goes"
         )
+    words = text.partition("=")[2]
+    with contextlib.suppress(HydraException):
+        if OverridesParser.create().parse_override(text).is_sweep_override():
+            quoted = f"; a text with commas is quoted: '{key}=\"{words}\"'"
+            raise ConfigError(
+                f"{key} must be the same for all runs of a command, got {words!r}"
+                + (quoted if _expected(key).startswith(("text", "a value")) else "")
+            )
 
 
 def _values(override: Override) -> list[Any]:
@@ -336,6 +374,10 @@ def _check_value(key: str, value: Any, text: str, places: Sequence[Path]) -> Non
             raise ConfigError(_no_option(key, str(value), places))
     if key.startswith("hydra/") and str(value) not in _options(key, places):
         raise ConfigError(_no_option(key, str(value), places))
+    text_or_number = value is not None and not isinstance(value, (list, dict))
+    if _expected(key).startswith("a list") and text_or_number and "${" not in str(value):
+        near = f"; nearest valid: {key}=[{value}]" if "text" in _expected(key) else ""
+        raise ConfigError(f"{key} must be {_expected(key)}, got {value!r}{near}")
     number = str(value).strip().lstrip("+-").isdecimal() and str(value) not in ("0", "1")
     if _expected(key) == "true or false" and number:
         raise ConfigError(f"{key} must be true or false, got {value}")
@@ -435,21 +477,44 @@ def _other_launcher(key: str, *, file: str = "") -> str | None:
 
 def _explain_value(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
-    if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and (line := _other_launcher(key)):
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and (
+        line := _other_launcher(key) or _no_key(key)
+    ):
         return line
     return _explain_text(key, str(error.msg or error))
+
+
+def _no_key(key: str, where: str = "") -> str | None:
+    """One line for a key that there is not; None for one that there is, and for other programs'."""
+    known = schema_keys()
+    if key in known or key.startswith(("hydra", "search")):
+        return None
+    return f"{key} is not a known key{where}.{_nearest_key(key, known)}"
 
 
 def _explain_text(key: str, told: str) -> str:
     """One line from what OmegaConf says of a value."""
     expected = _expected(key)
+    if away := re.match(r"Interpolation key '(.*?)' not found", told):
+        name = away.group(1)
+        near = _nearest_key(name, schema_keys())
+        shell = "" if near else " A variable of the shell is $NAME, or ${oc.env:NAME}."
+        return f"{key}: ${{{name}}} is none, since there is no such key.{near}{shell}"
+    if re.match(r"(token recognition error|mismatched input|no viable|extraneous|missing)", told):
+        line = told.splitlines()[0]
+        return f"{key}: ${{...}} must name a key, or a variable as ${{oc.env:NAME}}, got {line}"
+    if "while resolving interpolation: " in told:
+        reason = told.splitlines()[0].partition("interpolation: ")[2].strip('"')
+        return f"{key}: {reason}"
     if re.fullmatch(r"\[?\d+\]?", key):  # an entry of a list inside a list, without the list's name
         return f"an entry of a list must be a list of integers, got {told}"
     value = re.search(r"Value '(.*?)' (?:of type|could not|is not)", told, re.S)
     if "is not Optional" in told:
         return f"{key} must be {expected}, got null"
-    if "is not a ListConfig" in told:
-        return f"{key} must be {expected}, got something else"
+    if "is not a ListConfig" in told or "with ListConfig" in told:
+        return f"{key} must be {expected}, got no list: it stands in brackets, {key}=[...]"
+    if wrong := re.search(r"is not a subclass of \w+\. value: (.*)", told):
+        return _no_section(key, wrong.group(1))
     if value:
         got = value.group(1)
         if got.startswith("[") and "list" not in expected:
@@ -488,7 +553,12 @@ def schema_keys() -> list[str]:
 def _expected(key: str) -> str:
     """A knob's type in words."""
     kind: Any = RunConfig
-    for part in key.split("."):
+    parts = key.split(".")
+    if parts[0] == "hydra":
+        section, parts = "/".join(parts[:2]), parts[2:]
+        having = [one.node for one in _stored(section).values() if parts and parts[0] in one.node]
+        kind = OmegaConf.get_type(having[0]) if having else None
+    for part in parts:
         part = part.split("[")[0]
         if not dataclasses.is_dataclass(kind):
             return "a value"
@@ -497,8 +567,10 @@ def _expected(key: str) -> str:
     if kind in words:
         return words[kind]
     names = [words.get(k, "null") for k in get_args(kind)] if get_args(kind) else []
+    if "list[list" in str(kind):
+        return "a list of lists of integers"
     if "list" in str(kind):
-        return "a list of text, like [attention,swiglu]"
+        return "a list of text" + ", like [attention,swiglu]" * (parts[-1] == "target_modules")
     return " or ".join(dict.fromkeys(names)) or "a section"
 
 
@@ -532,13 +604,15 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
     in_file = re.search(r"In '(.*?)': ConfigKeyError .*full_key: (\S+)", str(error), re.S)
     if in_file and (line := _other_launcher(in_file.group(2), file=in_file.group(1))):
         return line
+    pattern = r"In '((experiment|sweep)/[^']*)': .*full_key: (experiment|sweep\.(hydra|sweep))\s"
+    if astray := re.search(pattern, f"{error} ", re.S):
+        return f"{astray.group(1)} must begin with '# @package _global_', got no such line"
+    if in_file and (line := _no_key(in_file.group(2), f" (in {in_file.group(1)})")):
+        return line
     typed = r"In '(.*?)': ValidationError .*?(Value '.*?' (?:of|could|is).*) full_key: (\S+)"
     if in_file := re.search(typed, " ".join(str(error).split())):
         file, told, key = in_file.groups()
         return f"{_explain_text(key, told)} (in {file})"
-    pattern = r"In '((experiment|sweep)/[^']*)': .*full_key: (experiment|sweep\.(hydra|sweep))\s"
-    if astray := re.search(pattern, f"{error} ", re.S):
-        return f"{astray.group(1)} must begin with '# @package _global_', got no such line"
     absent = re.search(r"In '(.*?)': Could not find '/?([^']*)/([^'/]*)'", str(error))
     if absent and _options(absent.group(2), places):
         file, group, name = absent.groups()
@@ -548,6 +622,12 @@ def diagnose(overrides: Sequence[str], error: Exception) -> str:
         return f"{_no_option(group, name, places)}{told}"
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, (InterpolationResolutionError, GrammarParseError)):
+            pairs = [word.partition("=") for word in overrides_among(overrides)]
+            naming = [key.lstrip("+") for key, _, value in pairs if "${" in value]
+            key = cause.full_key or ""
+            key = naming[0] if naming and not schema_keys().count(key) else key
+            return _explain_text(key or "a value", str(cause.msg or cause))
         if isinstance(cause, OmegaConfBaseException):
             return _explain_value(cause)
         cause = cause.__cause__
@@ -560,8 +640,11 @@ def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> 
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         if called := re.search(r"while evaluating '.*?': (.*)", str(error), re.S):
-            return f"{text!r} cannot be evaluated: {' '.join(called.group(1).split())}"
-        return f"{text!r} is not an override: expected KEY=VALUE, for example relora.r=16"
+            said = " ".join(called.group(1).split())
+            if unknown := re.search(r"Unknown function '(.*?)' Available: (\S+)", said):
+                said += f".{nearest(unknown.group(1), unknown.group(2).split(','))}"
+            return f"{text!r} cannot be evaluated: {said}"
+        return _unreadable(text, places)
     key = override.key_or_group
     if key.startswith("hydra."):
         return _elsewhere(key, text) or _diagnose_launcher(key, text)
@@ -579,6 +662,33 @@ def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> 
     if override.is_add() and text.startswith("+") and not text.startswith("++"):
         return f"{key} is there already: expected {text[1:]}, got {text!r}"
     return None
+
+
+def _unreadable(text: str, places: Sequence[Path]) -> str:
+    """One line for a word that Hydra's grammar cannot read: which part of it is the trouble."""
+    line = f"{text!r} is not an override: expected KEY=VALUE"
+    name, equals, value = text.partition("=")
+    key, value = name.lstrip("+~"), value.strip()
+    if not equals:
+        key, _, value = text.partition(":")
+        near = f"; nearest valid: {key}={value.strip()}" if key in schema_keys() and value else ""
+        return f"{line}, for example relora.r=16{near}"
+    known = key in schema_keys() or _is_group(key, places)
+    if not known and not key.startswith(("hydra", "search.")):
+        return _unknown_key(key, text)
+    if value.endswith(","):
+        return f"{line}, got one that ends in a comma: values of an axis go without spaces"
+    plain = unicodedata.normalize("NFKC", value).translate(QUOTES)
+    if plain != value and plain.isascii():
+        return f"{key} must be {_expected(key)}, got {value!r}; nearest valid: {key}={plain}"
+    if listed := re.fullmatch(r"[{(]([^{}()]*)[})]", value):
+        return f"{line}, got {value}; values of an axis go without brackets, {key}={listed[1]}"
+    if "'" in value or value.count("{") != value.count("}"):
+        return f"{line}, got quotes or braces that do not close"
+    return (
+        f"{text!r} cannot be read: a value with other signs than letters, digits and -_./ is "
+        f"quoted, '{key}=\"{value}\"'"
+    )
 
 
 def _no_option(key: str, value: str, places: Sequence[Path]) -> str:

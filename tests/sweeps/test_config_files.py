@@ -34,6 +34,8 @@ FILES = {
         "hydra: {launcher: {partition: p}, sweeper: {params: {seed: '0,1'}}}"
     ),
     "experiment/typo": "defaults: [demo, override /model: tny]",
+    "experiment/key": "defaults: [demo]\ntrain: {stepz: 5}",
+    "experiment/unset": "defaults: [demo]\ntrain: {steps: '${train.stepz}'}",
     "experiment/float": "defaults: [demo]\ntrain: {steps: 1.5}",
     "experiment/trials": "defaults: [demo]\nhydra: {sweeper: {n_trials: 3}}",
     "sweep/list": "hydra: {sweeper: {params: {relora.r: [4, 8]}}}",
@@ -217,6 +219,18 @@ def test_a_file_may_choose_the_search(answer):
         (("-m", "hydra/launcher=mime"), "Did you mean 'mine'?"),
         (("experiment=typo",), "model must be one of micro, mine, nano, small, tiny, got 'tny'"),
         (("experiment=float",), "train.steps must be an integer, got '1.5' (in experiment/float)"),
+        (("experiment=key",), "train.stepz is not a known key (in experiment/key). Did you mean"),
+        (("experiment=unset",), "train.steps: ${train.stepz} is none, since there is no such key."),
+        (("relora.r=${relora.rr}",), "relora.r: ${relora.rr} is none, since there is no such key."),
+        (
+            ("-m", *SLURM_Q, "hydra.launcher.setup=['export X=${HOME}']"),
+            "hydra.launcher.setup: ${HOME} is none, since there is no such key. A variable of the",
+        ),
+        (
+            ("-m", *SLURM_Q[:1], "hydra.launcher.partition=a,b"),
+            "must be the same for all runs of a command, got 'a,b'; a text with commas is quoted: "
+            "'hydra.launcher.partition=\"a,b\"'",
+        ),
         # Several values stand without brackets.
         (("-m", "relora.r=[4,8]"), "'[4, 8]'; values of an axis go without brackets, relora.r=4,8"),
         (("-m", "sweep=list"), "'[4, 8]'; values of an axis go without brackets, relora.r=4,8"),
