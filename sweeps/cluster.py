@@ -7,6 +7,7 @@ error of its own, SlurmError: silence is never read as news about a job.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import os
 import re
@@ -333,7 +334,7 @@ def directives(script: str) -> dict[str, str]:
 
 ASKED = re.compile(
     "account|qos|nodes|ntasks.*|cpus-per-task|mem.*|gpus.*|gres|time|constraint|reservation|"
-    "licenses|dependency|array|partition"
+    "licenses|dependency|array|partition|mail-type"
 )
 """Options for which SLURM may refuse a job."""
 
@@ -359,7 +360,12 @@ def _refusal(message: str, *, asked: dict[str, str]) -> str:
     )
     if hints:
         line += f"; nearest valid: {', '.join(hints)}"
-    return "; ".join([line, *dict.fromkeys(str(one) for one in nodes[:4])])
+    alike: dict[_Nodes, int] = {}
+    for one in nodes:
+        kind = dataclasses.replace(one, count=0, features=frozenset())
+        alike[kind] = alike.get(kind, 0) + one.count
+    sums = [dataclasses.replace(kind, count=count) for kind, count in alike.items()]
+    return "; ".join([line, *map(str, sums[:4])])
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -381,7 +387,8 @@ class _Nodes:
     def __str__(self) -> str:
         gpus = f", {self.gres}" if self.gres else ""
         return (
-            f"{self.partition} has {self.count} nodes of {self.cpus} CPUs, {self.memory_mb} MB"
+            f"{self.partition} has {self.count} node{'s' * (self.count > 1)} of {self.cpus} CPUs, "
+            f"{self.memory_mb} MB"
             f"{gpus}, time <= {self.limit}"
         )
 
@@ -440,19 +447,45 @@ def _beyond(nodes: Sequence[_Nodes], *, asked: dict[str, str]) -> list[str]:
 def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes]) -> list[str]:
     """The site's word that is nearest to one that SLURM does not know."""
     features = sorted({word for one in nodes for word in one.features})
-    words: dict[str, tuple[str, Sequence[str]]] = {"constraint": (r"feature|constraint", features)}
+    # SLURM's words for a feature of other nodes only are those for any node that it does not have.
+    single = re.fullmatch(r"[\w.-]+", asked.get("constraint", ""))
+    words: dict[str, tuple[str, Sequence[str]]] = {
+        "constraint": ("" if single else "feature|constraint", features)
+    }
     if re.search(r"account|qos", message, re.IGNORECASE):
         accounts, qos = _associations()
         words |= {"account": ("account", accounts), "qos": ("qos|quality", qos)}
-    if re.search(r"licen[cs]e", message, re.IGNORECASE):
-        words["licenses"] = ("licen[cs]e", _licenses())
+    if "reservation" in asked:
+        words["reservation"] = ("reservation", sorted(_shown_of("reservation", "ReservationName")))
     hints = []
     for key, (sign, known) in words.items():
         value = asked.get(key, "")
-        if known and value not in known and re.search(sign, message, re.IGNORECASE):
+        missing = value not in known and (value or key != "constraint")
+        if known and missing and re.search(sign, message, re.IGNORECASE):
             near = re.findall(r"'(.*?)'", nearest(value, list(known)))
             hints.append(f"{key}={near[0]}" if near else f"{key} one of {', '.join(known[:8])}")
+    if re.search(r"licen[cs]e", message, re.IGNORECASE):
+        hints += _licenses(asked.get("licenses", ""))
     return hints
+
+
+def _licenses(asked: str) -> list[str]:
+    """What is nearest to these licences (`name:count,...`), of names and numbers that there are."""
+    known = _shown_of("licenses", "LicenseName")
+    if not known:
+        return []
+    words = []
+    for word in asked.split(","):
+        name, colon, count = word.partition(":")
+        near = re.findall(r"'(.*?)'", nearest(name, list(known)))
+        if name not in known and not near:
+            return [f"licenses one of {', '.join(sorted(known)[:8])}"]
+        name = name if name in known else near[0]
+        total = re.search(r"\bTotal=(\d+)", known[name])
+        if count.isdecimal() and total and int(count) > int(total[1]):
+            count = total[1]
+        words.append(f"{name}{colon}{count}")
+    return [f"licenses={','.join(words)}"]
 
 
 def _associations() -> tuple[list[str], list[str]]:
@@ -467,12 +500,13 @@ def _associations() -> tuple[list[str], list[str]]:
     return accounts, sorted({q for _, all_ in cells for q in all_.split(",") if q})
 
 
-def _licenses() -> list[str]:
+def _shown_of(what: str, key: str) -> dict[str, str]:
+    """Name -> the line of `scontrol show`; nothing where it does not answer."""
     try:
-        answer = _ask(["scontrol", "-o", "show", "licenses"], tries=1)
+        answer = _ask(["scontrol", "-o", "show", what], tries=1)
     except SlurmError:
-        return []
-    return sorted(set(re.findall(r"LicenseName=(\S+)", answer)))
+        return {}
+    return {m[1]: line for line in answer.splitlines() if (m := re.search(rf"{key}=(\S+)", line))}
 
 
 # acting -----------------------------------------------------------------------------------------

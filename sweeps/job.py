@@ -339,11 +339,9 @@ def after(work: Work, *, code: int) -> int:
     if not (left := _unfinished(work)):
         return code
     killed = code - SIGNALLED if code > SIGNALLED else 0
-    for run_dir in left:
-        settle(run_dir, code=-killed if killed else code)
-    if not killed:
-        return code
-    if all(stalled(run_dir, limit=work.max_stalled) for run_dir in left):
+    if not killed or all(stalled(run_dir, limit=work.max_stalled) for run_dir in left):
+        for run_dir in left:
+            settle(run_dir, code=-killed if killed else code)
         return code
     return _go_on_later(work, why=f"killed by signal {killed}")
 

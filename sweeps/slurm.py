@@ -76,15 +76,18 @@ def batches(
         by_shape.setdefault(shape_of(cell.config, options), []).append(cell)
     k, most = options.runs_per_job, max_array_size or cluster.ARRAY
     cap = None if options.max_parallel is None else max(1, options.max_parallel // k)
-    made = []
+    made: list[Batch] = []
+    shorts: list[tuple[Batch, Batch]] = []  # with the array that each belongs to
     for shape, members in by_shape.items():
         tasks = [members[i : i + k] for i in range(0, len(members), k)]
-        short = []
-        if cap is None and len(tasks) > 1 and len(tasks[-1]) < k:
-            short = [tasks.pop()]  # asks for less; a cap would be shared with it for little
+        short = tasks.pop() if len(tasks) > 1 and len(tasks[-1]) < k else None
         made += [Batch(shape=shape, tasks=tasks[i : i + most]) for i in range(0, len(tasks), most)]
-        made += [Batch(shape=shape, tasks=short)] * bool(short)
+        if short is not None:  # asks for less
+            shorts.append((Batch(shape=shape, tasks=[short]), made[-1]))
     _share_cap(made, jobs=cap)
+    for short, main in shorts:  # under a cap after its array: a share would be taken from that
+        short.lane, short.at_once = main.lane, None if cap is None else 1
+        made.insert(made.index(main) + 1, short)
     return made
 
 
@@ -305,9 +308,10 @@ class SlurmLauncher:
                 states = survey([_run_dir(output_dir, cell) for cell in todo])
                 done = sum(one.state in IN_FLIGHT for one in states.values())
                 cancel = command("cancel", plan.name, output_dir=output_dir)
+                rest = f", {len(todo) - done} are not: the same command submits them"
                 console.print(
-                    f"Ctrl-C: {done} runs are submitted and go on, {len(todo) - done} are not: the "
-                    f"same command submits them; to end what is submitted: {cancel}",
+                    f"Ctrl-C: {done} runs are submitted and go on{rest if done < len(todo) else ''}"
+                    f"; to end what is submitted: {cancel}",
                     markup=False,
                     highlight=False,
                     soft_wrap=True,

@@ -33,6 +33,10 @@ NEVER = re.compile(
 """Reasons that do not pass by themselves: what was asked for is beyond what there is."""
 
 
+HEARD_S = 600.0
+"""So long after a command that ended inside sbatch its job may still turn up."""
+
+
 def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
     """run_id -> the run as it is now; SLURM is asked once, for the runs of its that have not ended.
 
@@ -175,7 +179,9 @@ def _over(run: RunDir, own: RunState, *, word: str, error: str | None, job: Job)
     if job.state == cluster.UNLISTED:
         return _said(own, "failed", f"its job {job.job_id} ended without a word: SLURM forgot it")
     reason = f"SLURM: {job.state} (job {job.job_id})"
-    if job.state == "FAILED" and not own.attempts and _began(run, job.job_id) is False:
+    if job.state == "FAILED" and not own.attempts and (line := _last_error(run, job.job_id)):
+        reason += f"; {line}"
+    elif job.state == "FAILED" and not own.attempts and _began(run, job.job_id) is False:
         reason += (
             f" and its node {job.node or ''} wrote nothing: output_dir must be on a shared file "
             f"system that the nodes see, got {run.path.absolute().parents[1]}"
@@ -196,9 +202,25 @@ def _began(run: RunDir, job_id: str) -> bool | None:
 
     None where no submission names the job.
     """
+    log = _log_of(run, job_id)
+    return None if log is None else log.exists()
+
+
+def _last_error(run: RunDir, job_id: str) -> str | None:
+    """Of the lines of a job's script itself, such as one of `setup` that has failed."""
+    log = _log_of(run, job_id)
+    if log is None or not log.exists():
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace")[-4096:].splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return said[-1] if said else None
+
+
+def _log_of(run: RunDir, job_id: str) -> Path | None:
+    """What submitit has SLURM call the job's output; None where no submission names the job."""
     for folder, one in _sound(run.path.parents[1]):
         if job_id in one.ids():
-            return (folder / f"{job_id}_0_log.out").exists()
+            return folder / f"{job_id}_0_log.out"
     return None
 
 
@@ -339,6 +361,18 @@ def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[S
             if write:
                 one.write(folder / one.submission)
     return submissions
+
+
+def unanswered(output_dir: Path | str, name: str) -> set[str]:
+    """Runs of a fresh submission without a job so far: its sbatch may be heard yet."""
+    return {
+        run_id
+        for one in read_submissions(jobs_folder(output_dir, name=name))
+        if one.state == "submitting" and one.job_id is None and one.kind == "train"
+        if time.time() - one.created < HEARD_S
+        for task in one.tasks
+        for run_id in task
+    }
 
 
 def adopt(output_dir: Path | str, name: str) -> None:

@@ -22,7 +22,7 @@ from sweeps import cluster
 from sweeps.cluster import SlurmError
 from sweeps.commands import common
 from sweeps.commands.common import GOING, Run
-from sweeps.state import adopt, recover, submitted_jobs
+from sweeps.state import adopt, recover, submitted_jobs, unanswered
 
 HELP = "end runs that are queued or running; they keep their checkpoints"
 EXAMPLES = """examples:
@@ -63,7 +63,18 @@ def run(args: argparse.Namespace) -> int:
     except SlurmError as error:
         jobs, problem = _known_jobs(going, before, output_dir=args.output_dir), str(error)
     if not going and not more:
-        print("nothing to cancel: none of them is queued or running")
+        sweeps = dict.fromkeys(name for one in chosen for name in one.sweeps)
+        fresh = {run_id for name in sweeps for run_id in unanswered(args.output_dir, name)}
+        planned = [one for one in chosen if before[one.run_id].state == "planned"]
+        if unheard := [one for one in planned if one.run_id in fresh]:
+            for one in unheard:
+                one.dir.cancel_path.touch()
+            print(
+                f"{len(unheard)} runs: the command that submitted them was interrupted, and SLURM "
+                "lists no job of theirs so far; if it takes one yet, that ends when it begins"
+            )
+        else:
+            print("nothing to cancel: none of them is queued or running")
         if problem:
             print(f"SLURM: {problem}; there may be jobs of theirs", file=sys.stderr)
         return int(problem is not None)

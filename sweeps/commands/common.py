@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,12 +112,29 @@ def check_sweep(sweep: str, sweeps: Sequence[str], *, output_dir: Path | str) ->
         some = ", ".join(sweeps[:8]) + (", ..." if len(sweeps) > 8 else "")
         hint = nearest(sweep, list(sweeps))
         if named := _named(output_dir, sweep):
-            every = (run for run in runs_of(output_dir) if run.run_id in named)
-            owners = dict.fromkeys(name for run in every for name in run.sweeps)
+            owners = _owners(output_dir, named)
             hint = f" It names runs of {', '.join(owners) or 'no sweep'}: this command takes SWEEP."
         raise ConfigError(
             f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}.{hint}"
         )
+
+
+def _owners(output_dir: Path | str, run_ids: Sequence[str]) -> list[str]:
+    every = (run for run in runs_of(output_dir) if run.run_id in run_ids)
+    return list(dict.fromkeys(name for run in every for name in run.sweeps))
+
+
+def whole_sweep(output_dir: Path | str, word: str) -> str:
+    """The sweep of that name, or the only one that has the run, arm or job of that name."""
+    sweeps = _plans(output_dir)
+    if word in sweeps:
+        return word
+    everything = [run.run_id for runs in sweeps.values() for run in runs]
+    owners = _owners(output_dir, [word] if word in everything else _named(output_dir, word))
+    if len(owners) != 1:
+        return word
+    print(f"{word} is of the sweep {owners[0]}: all of it", file=sys.stderr)
+    return owners[0]
 
 
 def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:

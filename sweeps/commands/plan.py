@@ -19,6 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.sweep = common.whole_sweep(args.output_dir, args.sweep)
     states = common.survey(common.runs_of(args.output_dir, sweep=args.sweep))
     stored = load(plan_folder(args.output_dir, name=args.sweep) / "plan.json")
     console = display.make_console()

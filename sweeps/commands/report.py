@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from experiments import report
 
+    args.sweep = common.whole_sweep(args.output_dir, args.sweep)
     runs = common.runs_of(args.output_dir, sweep=args.sweep)
     page = report.write(
         args.output_dir,

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from experiments import mlflow_store
 
     uri = None if args.tracking_uri is None else mlflow_store.given(args.tracking_uri)
+    args.sweep = args.sweep and common.whole_sweep(args.output_dir, args.sweep)
     if args.sweep is not None:
         names = list(track.plans(args.output_dir))
         common.check_sweep(args.sweep, names, output_dir=args.output_dir)

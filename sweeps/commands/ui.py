@@ -71,6 +71,7 @@ def _store(args: argparse.Namespace) -> str:
     )
 
     default = default_uri(args.output_dir)
+    args.sweep = args.sweep and common.whole_sweep(args.output_dir, args.sweep)
     runs = common.runs_of(args.output_dir, sweep=args.sweep)
     first = {run.sweep: run.dir for run in reversed(runs) if run.dir.config_path.exists()}
     own = {sweep: run_dir.config().tracking.uri or default for sweep, run_dir in first.items()}

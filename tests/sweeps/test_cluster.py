@@ -271,6 +271,12 @@ def test_no_arrays_are_arrays_of_one(slurm):
          "account=grant"),
         (["--qos=hihg"], "Invalid qos specification", "qos=high"),
         (["--licenses=matlb"], "Invalid license specification", "licenses=matlab"),
+        (["--licenses=matlb:1"], "Invalid license specification", "licenses=matlab:1"),
+        (["--licenses=matlab:5"], "Invalid license specification", "licenses=matlab:2"),
+        (["--reservation=mantenance"], "Requested reservation is invalid",
+         "reservation=maintenance"),
+        # SLURM's words for a feature that nodes of other partitions have.
+        (["--constraint=a10"], "Requested node configuration is not available", "constraint=a100"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("partition", [["--partition=gpu"], []])
@@ -282,8 +288,10 @@ def test_a_refusal_has_slurms_words_and_the_nearest_value(
     site.mkdir()
     (site / "sacctmgr").write_text("#!/bin/sh\necho 'grant|normal,high'; echo 'ours|normal'\n")
     real = slurm.folder / "bin" / "scontrol"
-    (site / "scontrol").write_text(f'#!/bin/sh\n[ "$3" = licenses ] && echo LicenseName=matlab '
-                                   f'|| exec "{real}" "$@"\n')  # fmt: skip
+    (site / "scontrol").write_text(
+        f'#!/bin/sh\ncase "$3" in licenses) echo "LicenseName=matlab Total=2 Used=0";;\n'
+        f'reservation) echo "ReservationName=maintenance Flags=";; *) exec "{real}" "$@";; esac\n'
+    )
     for tool in site.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(site), prepend=":")
@@ -295,6 +303,22 @@ def test_a_refusal_has_slurms_words_and_the_nearest_value(
     assert f"; nearest valid: {nearest};" in message
     assert "sinfo" not in message
     assert "\n" not in message
+
+
+def test_nodes_that_differ_in_features_alone_are_summed(slurm, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    site.mkdir()
+    rows = ["gpu|3|8|8000|gpu:4|infinite|a100", "gpu|1|8|8000|gpu:4|infinite|v100"]
+    (site / "sinfo").write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    (site / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(site), prepend=":")
+    slurm.fail("sbatch", "Invalid --mail-type specification")
+    with pytest.raises(ConfigError) as caught:
+        cluster.test(script(tmp_path, "--mail-type=XX"))
+    assert str(caught.value) == (
+        "hydra.launcher must ask for what SLURM can give, got mail-type=XX: sbatch: Invalid "
+        "--mail-type specification; gpu has 4 nodes of 8 CPUs, 8000 MB, gpu:4, time <= infinite"
+    )
 
 
 def test_slurms_reason_stands_where_sinfo_has_none(slurm, tmp_path):

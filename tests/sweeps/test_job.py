@@ -519,6 +519,16 @@ def test_a_kill_without_a_word_goes_on_from_the_checkpoint(work, slurm):
     assert survey(made.runs)["r0"].state == "queued"
 
 
+def test_a_killed_pack_goes_on_but_for_what_has_failed_in_it(work, slurm):
+    made = at_work(work(0, 1, 2))
+    made.runs[1].update_status(state="failed", attempts=1, job_id=JOB, error="boom")
+    made.runs[2].update_status(state="running", attempts=1, job_id=JOB)
+    job.after(made, code=137)
+    assert requeued(slurm) == [JOB]
+    assert states(made) == ["queued", "failed", "queued"]
+    assert made.runs[1].status().error == "boom"
+
+
 def test_a_failure_is_kept(work, slurm):
     made = at_work(work(0))
     made.runs[0].update_status(state="failed", error="RuntimeError: boom")

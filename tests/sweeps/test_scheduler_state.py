@@ -270,6 +270,9 @@ def test_a_node_that_saw_nothing_is_told_of_shared_file_systems(slurm, run, tmp_
     folder = next(tmp_path.glob("out/sweeps/*/jobs/*"))
     (folder / "12_3_0_log.out").touch()
     assert now(run) == ("failed", "SLURM: FAILED (job 12_3)")
+    said = "hydra.launcher.setup failed with exit code 127: module load x"
+    (folder / "12_3_0_log.out").write_text(f"module: command not found\nerror: {said}\n")
+    assert now(run) == ("failed", f"SLURM: FAILED (job 12_3); {said}")
 
 
 def test_a_pending_run_that_was_asked_to_end_is_still_queued(slurm, run):

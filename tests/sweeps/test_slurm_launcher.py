@@ -162,6 +162,9 @@ def test_the_cap_holds_over_all_arrays_and_no_run_is_lost(make, wants, max_paral
     packed = min(packed, max_parallel or packed)  # more is refused
     options = SlurmOptions(gpus_per_node=0, max_parallel=max_parallel, runs_per_job=packed)
     made = batches(cells, options=options, max_array_size=size)
+    if packed > 1:  # a job that is not full asks for less than one that is
+        for batch in made:
+            assert len({len(task) for task in batch.tasks}) == 1
     assert Counter(c.run_id for b in made for c in b.cells) == Counter(c.run_id for c in cells)
     for batch in made:
         assert {shape_of(cell.config, options) for cell in batch.cells} == {batch.shape}
@@ -232,6 +235,14 @@ def test_a_short_pack_asks_for_the_gpus_of_its_runs(submit, slurm):
     submit(range(6), runs_per_job=4, gpus_per_node=4, tasks_per_node=1, partition="gpu")
     asked = [slurm.options(base) for base in sorted(arrays(slurm))]
     assert [(a["gpus-per-node"], a["cpus-per-task"]) for a in asked] == [("4", "16"), ("2", "8")]
+
+
+def test_a_short_pack_under_a_cap_asks_for_its_own_and_follows_its_array(submit, slurm):
+    submit(range(5), runs_per_job=2, cpus_per_task=3, max_parallel=4)
+    first, short = sorted(arrays(slurm), key=int)
+    asked = [slurm.options(base) for base in (first, short)]
+    assert [one["cpus-per-task"] for one in asked] == ["6", "3"]
+    assert (asked[0]["array"], asked[1]["dependency"]) == ("0-1%2", f"afterany:{first}")
 
 
 def test_a_pack_alone_asks_for_its_own(submit, slurm):
@@ -878,6 +889,24 @@ def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, mo
     assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
     assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
     assert "now: 2 cancelled" in capsys.readouterr().out
+
+
+def test_cancel_while_sbatch_may_still_be_heard_asks_its_jobs_to_end(
+    submit, slurm, out, monkeypatch, capsys
+):
+    def interrupted(self, command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
+    monkeypatch.setattr(cluster, "PAUSE_S", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        submit([0, 1])
+    assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
+    assert "2 runs: the command that submitted them was interrupted" in capsys.readouterr().out
+    assert all(run.cancel_path.exists() for run in all_runs(out))
+    monkeypatch.setattr("sweeps.state.HEARD_S", 0.0)
+    assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
+    assert "nothing to cancel" in capsys.readouterr().out
 
 
 def test_cancel_without_an_answer_does_not_say_that_there_is_nothing(submit, slurm, out, capsys):

@@ -196,8 +196,10 @@ def test_what_status_shows_names_runs_in_every_command(shown, capsys, word, coun
     assert main(["diff", word, "relora.r=2 seed=0", *where]) == (0 if count == 1 else 2)
     capsys.readouterr()
     for command in ("plan", "report", "sync"):  # of whole sweeps
-        assert main([command, word, *where]) == 2
-        assert "It names runs of many: this command takes SWEEP" in capsys.readouterr().err
+        main([command, word, *where])  # a report needs results, and has none
+        assert f"{word} is of the sweep many: all of it\n" in capsys.readouterr().err
+    assert main(["plan", word, *where]) == 0
+    assert "relora.r=4" in capsys.readouterr().out
 
 
 def test_a_name_of_several_runs_is_not_guessed_at(out, make, capsys):
