@@ -21,6 +21,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from experiments.tidy import STYLES, Arm
+from relora_core import shared
 
 DPI = 150
 MOST_CURVES = 24
@@ -98,7 +99,7 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
             for stale in (svg, png):
                 stale.unlink(missing_ok=True)
             return Figure(name=name, title=title, missing=str(reason))
-        folder.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder)
         drawing.canvas.draw_without_rendering()  # lay it out once for both files
         drawing.canvas.set_layout_engine("none")
         # savefig would draw all of it twice for each file, once more to lay it out.
@@ -106,7 +107,8 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
             buffer, metadata = io.BytesIO(), NO_METADATA[path.suffix]
             drawing.canvas.dpi = DPI
             getattr(kind(drawing.canvas), f"print_{path.suffix[1:]}")(buffer, metadata=metadata)
-            path.write_bytes(buffer.getvalue())
+            with shared.opened(path, "wb") as file:
+                file.write(buffer.getvalue())
     return Figure(name=name, title=title, caption=drawing.caption, svg=svg, png=png)
 
 

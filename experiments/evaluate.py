@@ -27,7 +27,7 @@ from experiments.identity import config_from_json
 from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
 from experiments.scheduler import enter_job
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import EVALS, ConfigError, EvalConfig, RunConfig, validate
 from relora_core.data.base import DataError
 
@@ -119,7 +119,7 @@ def write_request(run_dir: RunDir, *, request: Request) -> Path:
         del content["changes"]  # as earlier versions wrote it: the same file
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     path = run_dir.evals / request.name / f"request-{digest}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(path.parent)
     if not path.exists():
         atomic.write_json(path, content)
     return path
@@ -360,7 +360,7 @@ def _evaluate(
     if request.changes:
         content["changes"] = request.changes
     folder = run_dir.evals / request.name
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(folder)
     atomic.write_json(folder / f"step-{step:08d}-{evaluation.name}.json", content)
     name, value = next(iter(metrics.items()))
     say(f"{where}: {name} {value:.5g}")

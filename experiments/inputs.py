@@ -23,7 +23,7 @@ from typing import Any
 
 from experiments import records
 from experiments.run_dir import RunDir
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import EVALS, ConfigError, DataConfig, RunConfig
 from relora_core.data.places import Look, looks
 
@@ -278,7 +278,7 @@ def _keep_tokenizer(data: DataConfig, *, output_dir: Path) -> dict[str, str] | N
 
     folder = _folder(output_dir, str(data.fingerprint))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder)
         main, config = tokenizer.files(str(data.tokenizer))
         sources = {"tokenizer.json": main} | ({"tokenizer_config.json": config} if config else {})
         for name, source in sources.items():
@@ -319,7 +319,7 @@ def _write(
     folder = _folder(output_dir, fingerprint)
     content = {"looks": seen, "read": time.time_ns(), "sample": sample, "tokenizer": tokenizer}
     with contextlib.suppress(OSError):  # a check less saved; nothing depends on it
-        folder.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder)
         atomic.write_json(folder / "files.json", content)
         for torn in atomic.torn(folder):
             torn.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from experiments.mlflow_store import LOOPBACK, local_folder, redacted
+from experiments.mlflow_store import LOOPBACK, local_folder, redacted, sqlite_path
+from relora_core import shared
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,17 +37,19 @@ class Artifacts:
 
     def text(self, run: str, text: str, path: str) -> bool:
         """Write a run's file; whether MLflow shows it."""
-
-        def here(file: Path) -> None:
-            file.write_text(text, encoding="utf-8")
-
-        return self._put(run, path, there=lambda: self._client.log_text(run, text, path), here=here)
+        return self._put(
+            run,
+            path,
+            there=lambda: self._client.log_text(run, text, path),
+            here=lambda file: shared.write_text(file, text),
+        )
 
     def file(self, run: str, file: Path, folder: str) -> bool:
         """Copy a file into a run's `folder`; whether MLflow shows it."""
 
         def here(copy: Path) -> None:
-            shutil.copy(file, copy)
+            shared.touch(copy)
+            shutil.copyfile(file, copy)
 
         def there() -> None:
             self._client.log_artifact(run, str(file), folder)
@@ -58,19 +61,26 @@ class Artifacts:
     ) -> bool:
         if self._reachable():
             try:
-                there()
+                if own := self._own_folder(run):
+                    here(_prepared(own / path))
+                else:
+                    there()
                 return True
             except Exception as error:  # whatever it is: metrics and status do not depend on it
                 self._fails(error)
-        file = self._here / run / "artifacts" / path
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            here(file)
+            here(_prepared(self._here / run / "artifacts" / path))
         except OSError as error:
             nor = f"nor to {self._here} ({error.strerror}), the runs' records have them"
             assert self.problem is not None
             self.problem = self.problem.replace(f"the files are in {self._here}", nor)
         return False
+
+    def _own_folder(self, run: str) -> Path | None:
+        """Where MLflow would write a run's files itself, without a thought for the group."""
+        if sqlite_path(self._uri) is None:
+            return None
+        return local_folder(self._client.get_run(run).info.artifact_uri or "")
 
     def _reachable(self) -> bool:
         """Whether nothing speaks against it; a server's folder on another machine is not made
@@ -85,6 +95,8 @@ class Artifacts:
 
     def _fails(self, error: Exception) -> None:
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error, OSError):
+            line = shared.explained(error) or line
         web = self._uri.startswith(("http://", "https://"))
         way = "start the server with --artifacts-destination; " if web else ""
         self.problem = (
@@ -92,3 +104,8 @@ class Artifacts:
             f"({redacted(line)[:200]}); metrics and status are there, the files are in {self._here}"
             f"; {way}`python -m sweeps sync` tries again"
         )
+
+
+def _prepared(file: Path) -> Path:
+    shared.make_folder(file.parent)
+    return file

@@ -28,7 +28,7 @@ from experiments.mlflow_store import (
 )
 from experiments.mlflow_sync import Syncer, SyncReport
 from experiments.run_dir import RunDir
-from relora_core import shell
+from relora_core import shared, shell
 from relora_core.config import RunConfig
 
 
@@ -78,8 +78,8 @@ class Follower:
     def __enter__(self) -> Follower:
         logs = self._output_dir / "logs"
         try:
-            logs.mkdir(parents=True, exist_ok=True)
-            with open(logs / "mlflow-sync.log", "a", encoding="utf-8") as log:
+            shared.make_folder(logs)
+            with shared.opened(logs / "mlflow-sync.log", "a", encoding="utf-8") as log:
                 self._child = subprocess.Popen(
                     [sys.executable, "-m", "experiments.mlflow_follow"],
                     stdin=subprocess.PIPE,

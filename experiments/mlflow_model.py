@@ -29,16 +29,20 @@ from experiments.mlflow_store import (
     connect,
     default_uri,
     experiment_name,
+    local_folder,
+    move_artifacts,
     reachable,
+    read_only,
     redacted,
     sqlite_path,
 )
 from experiments.run_dir import RunDir
+from relora_core import shared
 from relora_core.config import ConfigError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Experiment, LoggedModel, Run
 
 REQUIREMENTS = ("torch", "numpy", "safetensors", "tokenizers", "pyarrow")
 """What relora_core imports to load and score."""
@@ -68,6 +72,8 @@ def tracked(run_dir: RunDir) -> Tracked:
     if database is not None and not database.exists():
         raise missing
     with _one_line(uri):
+        if uri == default_uri(run_dir.path.parents[1]) and database and not read_only(database):
+            move_artifacts(run_dir.path.parents[1])
         client = connect(uri)
         experiment = client.get_experiment_by_name(experiment_name(config))
         if experiment is None or experiment.lifecycle_stage != "active":
@@ -137,7 +143,11 @@ def _log(found: Tracked, *, folder: Path, step: int, weights: str) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch) / "model"
             _save(target, folder=folder, model_id=model.model_id, run=info.run_id)
+            if place := _own_folder(found, model):
+                shared.make_folder(place)
             found.client.log_model_artifacts(model.model_id, str(target))
+            if place:
+                shared.share_all(place)
         found.client.log_outputs(info.run_id, [LoggedModelOutput(model.model_id, step=step)])
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
@@ -145,6 +155,11 @@ def _log(found: Tracked, *, folder: Path, step: int, weights: str) -> str:
         raise
     found.client.finalize_logged_model(model.model_id, "READY")
     return model.model_uri
+
+
+def _own_folder(found: Tracked, model: LoggedModel) -> Path | None:
+    """Where MLflow writes the model itself, without a thought for the group."""
+    return local_folder(model.artifact_location) if sqlite_path(found.uri) else None
 
 
 def _save(target: Path, *, folder: Path, model_id: str, run: str) -> None:

@@ -15,11 +15,13 @@ import re
 import shlex
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
+from relora_core import shared
 from relora_core.config import ConfigError, RunConfig, TrackingConfig, nearest
 
 if TYPE_CHECKING:
@@ -66,6 +68,17 @@ class TrackingUnreachable(RuntimeError):
             if damage
             else f"tracking: {redacted(uri)} unreachable; nothing is lost, "
             "run `python -m sweeps sync` later"
+        )
+
+
+class ReadOnlyStore(TrackingUnreachable):
+    """A database that is another user's; what it shows can be looked at."""
+
+    def __init__(self, line: str) -> None:
+        RuntimeError.__init__(
+            self,
+            f"tracking: {line}; nothing is lost, who may write there runs `python -m sweeps sync` "
+            "later",
         )
 
 
@@ -223,8 +236,13 @@ def _check_sqlite(uri: str) -> None:
             f"tracking.uri must name a file, got the folder {path}; nearest valid: "
             f"sqlite:///{path}/mlflow.db"
         )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"tracking.uri must be writable, got {uri!r}")
+    if line := read_only(path):
+        raise ConfigError(f"tracking.uri must be writable, got {uri!r}: {line}")
+
+
+def read_only(database: Path) -> str | None:
+    """Why nothing can be written into a database, in a line: SQLite makes files beside it, too."""
+    return shared.closed(database) or shared.closed(database.parent)
 
 
 def rooted(path: Path) -> Path:
@@ -368,30 +386,98 @@ def ui_link(base: str, experiment_id: str) -> str:
     )
 
 
-def move_artifacts(output_dir: Path | str) -> None:
-    """Where an output folder was moved: let its own database say that its files came along.
+def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> None:
+    """Where an output folder was moved or copied: let its own database say where its files are now.
 
-    MLflow writes each run's folder down from the root, and has no call to change that.
+    MLflow writes each run's folder down from the root, and has no call to change that. `database`:
+    a copy of the folder's own.
     """
     folder = rooted(Path(output_dir))
-    database, new = folder / "mlflow.db", (folder / "mlartifacts").as_uri()
-    if not (database.is_file() and (folder / "mlartifacts").is_dir()):
+    database, new = database or folder / "mlflow.db", folder / "mlartifacts"
+    if not database.is_file():
         return
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as db, db:
         try:
-            found = db.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+            found = db.execute(
+                "SELECT artifact_location FROM experiments UNION SELECT DISTINCT "
+                "substr(artifact_uri, 1, length(artifact_uri) - length(run_uuid) - 11) FROM runs"
+            ).fetchall()
         except sqlite3.Error:  # damaged, or not MLflow's: it is said where it is opened
             return
         for (old,) in found:
             place = Path(unquote(urlsplit(old or "").path))
-            if not str(old).startswith("file:///") or place.name != "mlartifacts" or place.exists():
+            if (
+                not str(old).startswith("file:///")
+                or place.name != "mlartifacts"
+                or _same(place, new)
+            ):
                 continue
+            ours = _OURS if os.path.exists(place) else "1"
+            _mark_ours(db, folder)
             for table, column in ARTIFACTS.items():
+                run = {"runs": "run_uuid", "logged_models": "source_run_id"}.get(table)
                 db.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                    f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                    (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                    f"WHERE ({column} = ? OR substr({column}, 1, ?) = ?)"
+                    + (f" AND {ours.format(run=run)}" if run else ""),
+                    (new.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
                 )
+
+
+_OURS = "{run} IN (SELECT run_uuid FROM tags JOIN ours USING (key, value))"
+"""Of a database that was copied with its folder; another folder's runs may be in it, too."""
+
+
+def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
+    """A table of the tags by which runs, and what sums up sweeps, are known to be the folder's."""
+    db.execute("CREATE TEMP TABLE IF NOT EXISTS ours (key, value, PRIMARY KEY (key, value))")
+    for key, place in (("run_id", "runs"), ("sweep", "sweeps")):
+        names = [(key, path.name) for path in (folder / place).glob("*")]
+        db.executemany("INSERT OR IGNORE INTO ours VALUES (?, ?)", names)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both lead to one folder, or would once it is made."""
+    with contextlib.suppress(OSError):
+        return one.parent.samefile(other.parent)
+    return False
+
+
+@contextlib.contextmanager
+def readable(uri: str, *, output_dir: Path | str) -> Iterator[str]:
+    """The store's address, or where we may only read that of a copy of its database as it is now.
+
+    MLflow opens none that it cannot write to.
+    """
+    database = sqlite_path(uri)
+    line = read_only(database) if database else None
+    if database is None or line is None:
+        yield uri
+        return
+    print(f"note: {line}; these pages show a copy as it is now", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="relora-ui-") as scratch:
+        copy = Path(scratch) / "mlflow.db"
+        with reachable(uri):
+            _copy(database, copy)
+        if uri == default_uri(output_dir):
+            move_artifacts(output_dir, database=copy)
+        yield sqlite_uri(copy)
+
+
+def _copy(database: Path, copy: Path) -> None:
+    """A database as it is now; from a folder where SQLite can make no file, too."""
+    for how in ("mode=ro", "immutable=1"):
+        address = f"file:{quote(str(database))}?{how}"
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(address, uri=True)) as old,
+                contextlib.closing(sqlite3.connect(copy)) as new,
+            ):
+                old.backup(new)
+                return
+        except sqlite3.OperationalError:
+            if how == "immutable=1":
+                raise
 
 
 def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
@@ -406,13 +492,14 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
     if relative_database(uri):  # what is given now is absolute: frozen.py, given()
         raise DatabaseNotFound(uri)
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(output_dir)
     if line := misplaced(uri):
         print(f"note: {line}", file=sys.stderr)
     with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
         if uri == default_uri(output_dir):
             move_artifacts(output_dir)
         try:
+            _prepare(sqlite_path(uri))
             client = connect(uri)
             found = _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
             return found.experiment_id
@@ -424,6 +511,16 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
                     f"{redacted(uri)!r}; back it up, then run `mlflow db upgrade`, or name another"
                 ) from None
             raise
+
+
+def _prepare(database: Path | None) -> None:
+    """SQLite's own file would be its maker's alone, and so would those that it puts beside it."""
+    if database is None or not database.parent.is_dir():
+        return
+    if database.exists():
+        shared.share(database)
+    else:
+        shared.touch(database)
 
 
 def _ensure_experiment(
@@ -469,11 +566,20 @@ def connect(uri: str) -> MlflowClient:
 
 
 def lock(uri: str, output_dir: Path) -> BaseFileLock:
-    """One writer per store and host; beside a sqlite file, which two output folders may share."""
+    """One writer per store and host; beside a sqlite file, which two output folders may share.
+
+    Raises ReadOnlyStore where we cannot write.
+    """
     from filelock import FileLock
 
     database = sqlite_path(uri)
-    return FileLock(f"{database}.lock" if database else output_dir / "mlflow.lock")
+    path = Path(f"{database}.lock") if database else output_dir / "mlflow.lock"
+    if database and (line := read_only(database)):
+        raise ReadOnlyStore(line)
+    if not path.exists():  # filelock's own would be for us alone
+        with contextlib.suppress(OSError):
+            shared.touch(path)
+    return FileLock(path)
 
 
 def problem(uri: str, error: Exception) -> str:
@@ -500,6 +606,9 @@ def reachable(uri: str) -> Iterator[None]:
             raise LoginRefused(uri, said=said) from error
         if not is_outage(error):
             raise
+        database = sqlite_path(uri)
+        if database and (line := read_only(database)):
+            raise ReadOnlyStore(line) from error
         raise TrackingUnreachable(uri) from error
 
 

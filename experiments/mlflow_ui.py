@@ -22,7 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from experiments.mlflow_store import connect, reachable, redacted, ui_link, with_password
 from experiments.mlflow_views import TAG, TITLES, compare_link, links, slug
-from relora_core import shell
+from relora_core import shared, shell
 from relora_core.config import ConfigError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Server:
         self._listen = ["--host", host, "--port", str(port)]
 
     def __enter__(self) -> Server:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(self.log.parent)
         environment = shell.outside(os.environ) | {
             "MLFLOW_BACKEND_STORE_URI": with_password(
                 self._uri
@@ -178,7 +178,7 @@ class Server:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *self._listen]
-        with open(self.log, "wb") as log:
+        with shared.opened(self.log, "wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--no-serve-artifacts"],
                 stdin=subprocess.DEVNULL,

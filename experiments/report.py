@@ -34,7 +34,7 @@ from experiments.document import (
 from experiments.runner import one_line
 from experiments.state import RunState
 from experiments.tidy import Arm, Sweep
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
 
 AXES = ("steps", "tokens", "gpu_hours")
@@ -337,7 +337,7 @@ def draw(folder: Path, figures: Callable[[Any], Sequence[Any]]) -> list[Block]:
     try:
         import experiments.figures as module
 
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder / "figures")
         made = figures(module)
     except ConfigError:
         raise
@@ -357,7 +357,7 @@ def save(document: Document, sweeps: Sequence[Sweep], *, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output must be a folder, got the file {folder}")
     tables = folder / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(tables)
     if (folder / "report.html").exists():
         for old in tables.glob("*.csv"):
             old.unlink()
@@ -386,6 +386,7 @@ def write_parquet(sweeps: Sequence[Sweep], path: Path) -> None:
             for arm in sweep.arms:
                 for batch in _batches(sweep, arm, schema):
                     writer.write_batch(batch)
+    shared.share(temporary)
     temporary.replace(path)
 
 

@@ -35,7 +35,7 @@ import psutil
 from experiments import frozen, records
 from experiments.identity import config_from_json, config_to_json, essential, plain_keys
 from experiments.scheduler import current_job
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import EVALS, ConfigError, RunConfig
 from relora_core.events import Event
 
@@ -116,8 +116,8 @@ class RunDir:
         An existing run keeps its config, but for where the same data lie now.
         """
         config = frozen.absolute(config)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.attempts.mkdir(exist_ok=True)
+        shared.make_folder(self.path)
+        shared.make_folder(self.attempts)
         if not self.config_path.exists():
             with contextlib.suppress(FileExistsError):
                 atomic.create_text(self.config_path, config_to_json(config))
@@ -348,7 +348,7 @@ class EventLog:
 
     def __init__(self, run_dir: RunDir, attempt: int) -> None:
         self.attempt = attempt
-        self._file = open(run_dir.events_path, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file = shared.opened(run_dir.events_path, "a+", encoding="utf-8")
         self._end_torn_line()
 
     def _end_torn_line(self) -> None:
@@ -387,11 +387,14 @@ def born(pid: int) -> str | None:
     None where the system does not say.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return f"{_boot()}/{stat.rpartition(')')[2].split()[19]}"
     except OSError:
         return None
-    return f"{boot}/{stat.rpartition(')')[2].split()[19]}"
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def lives(pid: int, *, birth: str | None, started: float) -> bool:
@@ -401,7 +404,18 @@ def lives(pid: int, *, birth: str | None, started: float) -> bool:
         same = born(pid) == birth if birth else abs(process.create_time() - started) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
     except psutil.NoSuchProcess:
+        return _hidden(pid, birth=birth)
+
+
+def _hidden(pid: int, *, birth: str | None) -> bool:
+    """Whether it is there all the same: a system may show nobody another user's (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return birth is None or birth.startswith(f"{_boot()}/")
+    except OSError:
         return False
+    return False
 
 
 def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:
@@ -449,8 +463,8 @@ def same_runs(
         with contextlib.suppress(OSError, ValueError, TypeError):  # another version's, or damaged
             raw = records.read(run.config_path)
             with contextlib.suppress(KeyError):  # an older run's, without a knob added since
-                shared = keys.get((raw["method"], raw["data"]["kind"]))
-                if shared is None or _values(raw, shared) not in plain:
+                known_keys = keys.get((raw["method"], raw["data"]["kind"]))
+                if known_keys is None or _values(raw, known_keys) not in plain:
                     continue
             if among(run):
                 known.setdefault(repr(essential(run.config())), run)

@@ -25,7 +25,7 @@ from experiments.run_dir import EventLog, RunDir, RunLocked, runs_folder, same_r
 from experiments.scheduler import current_job
 from experiments.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.stopping import PRUNED, SIGNALS, StopFlag
-from relora_core import shell
+from relora_core import atomic, shared, shell
 from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
@@ -313,7 +313,7 @@ def _record_failure(run_dir: RunDir, error: BaseException) -> None:
     """status.json and error.txt, as far as the disk allows; the caller raises the error itself."""
     line = one_line(error)
     try:
-        run_dir.error_path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        atomic.write_text(run_dir.error_path, "".join(traceback.format_exception(error)))
         run_dir.update_status(state="failed", phase="", error=line)
     except OSError as trouble:
         print(f"{run_dir.path}: could not record the failure: {trouble}", file=sys.stderr)
@@ -325,6 +325,8 @@ def one_line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command resumes it"
+    if isinstance(error, OSError) and (line := shared.explained(error)):
+        return line
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}"
@@ -343,7 +345,7 @@ def check_output_dir(output_dir: str | Path) -> None:
     folder = Path(output_dir)
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0" * 65536)
             probe.flush()
@@ -353,7 +355,7 @@ def check_output_dir(output_dir: str | Path) -> None:
                 made.rmdir()
         raise ConfigError(
             f"output_dir must be a folder that can be written to, got {str(output_dir)!r} "
-            f"({error.strerror})"
+            f"({shared.explained(error) or error.strerror})"
         ) from None
 
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-UMASK = os.umask(0o022)  # can be read only by setting it: once, before there are threads
-os.umask(UMASK)
+from relora_core import shared
 
 TORN_AFTER_S = 600.0
 """No write of a small file takes so long, whatever the disk."""
@@ -33,7 +32,7 @@ def create_text(path: Path, text: str) -> None:
         except FileExistsError:
             raise
         except OSError:  # no links on this file system: a kill may leave it empty
-            with open(path, "x", encoding="utf-8") as file:
+            with shared.opened(path, "x", encoding="utf-8") as file:
                 file.write(text)
         temporary.unlink()
     sync_folder(path.parent)
@@ -45,7 +44,8 @@ def _beside(path: Path, text: str) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        os.fchmod(descriptor, 0o666 & ~UMASK)  # mkstemp's 0600 would shut a lab's group out
+        os.fchmod(descriptor, 0o666 & ~shared.UMASK)  # as `open` does, not mkstemp's 0600
+        shared.share(temporary, descriptor=descriptor)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.data.base import DataError
 
 MODEL, FROZEN = "model.safetensors", "frozen.safetensors"
@@ -196,10 +196,11 @@ def _store(
     """(checkpoint, sha256 by file). `same` holds the frozen weights, where they did not change."""
     target = folder / f"step-{snapshot.step:08d}"
     temporary = folder / f".tmp-{target.name}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(folder)
     digests = {FROZEN: same.digest} if same else {}
     try:
         temporary.mkdir()
+        shared.share(temporary)
         if same:
             _link(same.file, temporary / FROZEN)
         for name, content in snapshot.files():
@@ -343,7 +344,7 @@ def _packed(value: Any) -> bytes:
 
 def _write(file: Path, content: bytes) -> None:
     """To the disk itself. Python writes, so that a full disk is an OSError that says so."""
-    with open(file, "wb") as handle:
+    with shared.opened(file, "wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
@@ -363,7 +364,7 @@ def mark_evaluated(folder: Path, *, step: int, rank: int) -> None:
     """The evals of this step's checkpoint are in the record: a resumed run need not repeat them."""
     target = folder / f"step-{step:08d}"
     if rank == 0 and target.exists():
-        (target / "evaluated").touch()
+        shared.touch(target / "evaluated")
 
 
 def damage(path: Path) -> str | None:

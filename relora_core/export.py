@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from relora_core import atomic
+from relora_core import shared
 from relora_core.checkpoint import weight_files
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data import HFTokenizer, load_tokenizer
@@ -143,13 +143,15 @@ def write_llama(
     files = {name: json.dumps(value, indent=2) + "\n" for name, value in configs.items()}
     weights = {name: t.contiguous() for name, t in to_llama(state, model=model).items()}
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(folder.parent)
     temporary.mkdir()
+    shared.share(temporary)
     try:
         for name, text in (files | dict(texts)).items():
             (temporary / name).write_text(text, encoding="utf-8")
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o666 & ~atomic.UMASK)  # else 0600
+        (temporary / "model.safetensors").chmod(0o666 & ~shared.UMASK)  # else 0600
+        shared.share_all(temporary)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

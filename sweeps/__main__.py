@@ -8,6 +8,7 @@ import os
 import sys
 
 from experiments.run_dir import RunLocked
+from relora_core import shared
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
 from sweeps.cluster import SlurmError
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (SlurmError, RunLocked, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        why = shared.explained(error) if isinstance(error, OSError) else None
+        print(f"error: {why or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

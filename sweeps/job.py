@@ -25,6 +25,7 @@ from typing import Any
 from experiments.run_dir import RunDir, run_at
 from experiments.scheduler import JOB, current_job, enter_job, job_environment
 from experiments.stopping import StopFlag, shielded
+from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps import cluster, worker
 from sweeps.cluster import SlurmError
@@ -214,7 +215,7 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
     runs = [r for r in _unfinished(work) if not _give_up(r, max_stalled=work.max_stalled)]
     children = []
     for slot, run_dir in enumerate(runs):
-        with open(run_dir.log_path(run_dir.next_attempt()), "ab") as log, shielded():
+        with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as log, shielded():
             children.append(
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "sweeps.worker", str(run_dir.path)],
@@ -381,6 +382,8 @@ def main(argv: list[str]) -> int:
     if rank() == 0:
         with contextlib.suppress(OSError):  # it matters only where the command was killed
             record_job(file, job_id)
+            for made in file.parent.glob(f"{job_id}_*"):  # SLURM's
+                shared.share(made)
     return run(work)
 
 

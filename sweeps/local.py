@@ -30,7 +30,7 @@ from experiments import environment
 from experiments.run_dir import DONE, RunDir, Status, runs_folder
 from experiments.scheduler import JOB
 from experiments.state import RunState, state_of
-from relora_core import costs, shell
+from relora_core import costs, shared, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot, track, warm
 from sweeps.budget import Estimate, Place
@@ -193,12 +193,13 @@ def cost(config: RunConfig) -> float:
 def written(output_dir: Path) -> Iterator[None]:
     """A folder that cannot be written to is the user's to mend: one line."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(output_dir)
         yield
     except OSError as error:
+        why = shared.explained(error)
         raise ConfigError(
             f"output_dir must be a folder with room that can be written to, got {output_dir}: "
-            f"{error.strerror or error} ({error.filename or output_dir})"
+            f"{why or f'{error.strerror or error} ({error.filename or output_dir})'}"
         ) from None
 
 

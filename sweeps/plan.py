@@ -22,7 +22,7 @@ from typing import Any
 
 from experiments import frozen, notices, records
 from experiments.identity import config_from_json, essential, ids, scientific
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import (
     EVALS,
     ConfigError,
@@ -312,7 +312,7 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
     command runs its own points only.
     """
     folder = plan_folder(output_dir, name=plan.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(folder)
     with _only_writer(folder):
         for path in atomic.torn(folder):
             path.unlink(missing_ok=True)
@@ -401,7 +401,7 @@ def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     """Two commands that extend one plan at the same time take turns."""
-    with open(folder / ".lock", "w") as file:
+    with shared.opened(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -24,6 +24,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from experiments.run_dir import DONE, RunDir, runs_folder
+from relora_core import shared
 from relora_core.config import ConfigError, RunConfig
 from sweeps import cluster, display, snapshot, track
 from sweeps.budget import Estimate, Place
@@ -508,8 +509,8 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 def _only_submitter(output_dir: Path, console: Console) -> Iterator[None]:
     """Two commands over one output_dir submit in turn, so that the second sees the first's jobs."""
     folder = output_dir / "sweeps"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".submit.lock", "w") as file:
+    shared.make_folder(folder)
+    with shared.opened(folder / ".submit.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

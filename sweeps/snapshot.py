@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.environment import ROOT, SNAPSHOT, code_hash, frozen, git
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import ConfigError
 
 PARTS = (
@@ -230,10 +230,10 @@ def _link(root: Path, name: str, *, names: list[str]) -> str | None:
 
 def _write(entries: list[Entry], target: Path, *, facts: dict[str, Any]) -> None:
     """Write under a temporary name, then rename; a failure leaves nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(target.parent)
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
-        made.chmod(0o777 & ~atomic.UMASK)  # mkdtemp's 0700 would shut a lab's group out
+        shared.open_up(made)
         for entry in entries:
             _put(made / entry.name, entry)
         atomic.write_json(made / SNAPSHOT, facts)
@@ -250,16 +250,17 @@ def _write(entries: list[Entry], target: Path, *, facts: dict[str, Any]) -> None
 
 
 def _put(path: Path, entry: Entry) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(path.parent)
     if entry.mode == "120000":
         path.symlink_to(os.fsdecode(entry.content))
         return
-    with open(path, "wb") as file:
+    with shared.opened(path, "wb") as file:
         file.write(entry.content)
         file.flush()
         os.fsync(file.fileno())  # later launches trust the copy by its name alone
     if entry.mode == "100755":
-        path.chmod(0o777 & ~atomic.UMASK)
+        path.chmod(0o777 & ~shared.UMASK)
+        shared.share(path)
 
 
 def _check_apart(root: Path, *, output_dir: Path | str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from experiments import records
 from experiments.run_dir import RunDir, Status, run_at
 from experiments.state import SILENT_AFTER_S, RunState, state_of
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import ConfigError
 from sweeps import cluster
 from sweeps.cluster import Job, SlurmError
@@ -296,7 +296,7 @@ class Submission:
 
     def write(self, folder: Path) -> None:
         """Into `folder`, which is this submission's own."""
-        folder.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder)
         atomic.write_json(folder / "submission.json", dataclasses.asdict(self))
 
 

@@ -24,7 +24,7 @@ from experiments.mlflow_store import located
 from experiments.run_dir import DONE, RunDir, all_runs, run_at
 from experiments.state import RunState, state_of
 from experiments.tidy import question
-from relora_core import shell
+from relora_core import shared, shell
 from relora_core.config import ConfigError
 from sweeps.plan import LABELS, plan_folder
 from sweeps.state import survey
@@ -207,8 +207,8 @@ class Tracker:
 
         with contextlib.suppress(OSError):
             path = self.output_dir / "logs" / "mlflow-sync.log"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as log:
+            shared.make_folder(path.parent)
+            with shared.opened(path, "a", encoding="utf-8") as log:
                 log.write(redacted(traceback.format_exc()))
 
     def _send(
@@ -298,8 +298,8 @@ def in_background(output_dir: Path | str, sweep: str) -> Path:
     root = str(Path(__file__).resolve().parents[1])
     paths = filter(None, (root, os.environ.get("PYTHONPATH")))
     with contextlib.suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as said:
+        shared.make_folder(log.parent)
+        with shared.opened(log, "ab") as said:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sweeps", "sync", sweep, "--output-dir", output_dir],
                 stdin=subprocess.DEVNULL,

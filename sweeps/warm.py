@@ -27,6 +27,8 @@ from typing import Any
 
 import psutil
 
+from relora_core import shared
+
 PARENT = (sys.executable, "-P", "-m", "sweeps.warm")
 """The command that the module of its workers is appended to."""
 COMMAND = (*PARENT, "sweeps.worker")
@@ -214,7 +216,7 @@ class Starter:
         self, path: Path, *, log: Path, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes] | Forked:
         """A worker over `path` whose output goes to the end of `log`."""
-        with open(log, "ab") as file:
+        with shared.opened(log, "ab") as file:
             if self.warm is not None:
                 try:
                     return self.warm.fork(path, log=log, environment=environment)

@@ -17,6 +17,7 @@ from pathlib import Path
 from experiments.run_dir import RunDir, RunLocked
 from experiments.scheduler import enter_job
 from experiments.stopping import StopFlag
+from relora_core import shared
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
 from sweeps.state import gone
@@ -77,7 +78,7 @@ def spoken(run_dir: RunDir) -> Iterator[None]:
     """What this process prints, natively too, goes to the log of the run's attempt to come."""
     kept = [os.dup(stream) for stream in (1, 2)]
     _flush()
-    with open(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
+    with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     try:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import ConfigError, DataConfig
 from relora_core.data import documents, places
 from relora_core.data.base import DataError, DataInfo
@@ -197,7 +197,7 @@ def build(
     ConfigError where the cache cannot be written (a full disk, a read-only folder).
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(folder.parent)
         with _turn(folder) as alone:
             if folder.exists():
                 return
@@ -225,7 +225,7 @@ def build(
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[bool]:
     """Wait until no other process builds `folder`; False where the file system has no locks."""
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+    with shared.opened(folder.with_name(f"{folder.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # then both build, and the first rename wins
@@ -239,7 +239,7 @@ def _publish(temporary: Path, folder: Path) -> None:
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
     try:
-        os.chmod(temporary, 0o777 & ~atomic.UMASK)  # mkdtemp's 0700 would hide it from the group
+        shared.open_up(temporary)
         temporary.rename(folder)
     except OSError:
         if not folder.exists():

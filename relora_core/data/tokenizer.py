@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import ConfigError
 from relora_core.data import places
 from relora_core.data.base import DataError
@@ -257,7 +257,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> i
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(folder)
     atomic.write_text(folder / "tokenizer.json", tokenizer.to_str())
     return tokenizer.get_vocab_size()
 

@@ -17,6 +17,7 @@ import psutil
 
 from experiments.run_dir import RunDir, RunLocked, run_at
 from experiments.state import RunState, state_of
+from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps import cluster
 from sweeps.cluster import SlurmError
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         print("nothing was cancelled")
         return 0
     for one in going:
-        one.dir.cancel_path.touch()
+        shared.touch(one.dir.cancel_path)
     kept: set[str] = set()
     if whole:
         try:
@@ -155,9 +156,9 @@ def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
         return []
     ours = set(jobs.values())
     others = [r for r in common.runs_of(output_dir) if r.run_id not in jobs]
-    shared = [r for r in others if r.dir.status().job_id in ours and not r.dir.ended()]
-    states = common.survey(shared)
-    kept = {states[r.run_id].job_id for r in shared if states[r.run_id].state in GOING}
+    together = [r for r in others if r.dir.status().job_id in ours and not r.dir.ended()]
+    states = common.survey(together)
+    kept = {states[r.run_id].job_id for r in together if states[r.run_id].state in GOING}
     return sorted(ours - kept)
 
 

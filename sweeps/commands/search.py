@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.sinks import clock
-from relora_core import atomic
+from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
 from sweeps import display
 from sweeps.plan import plan_folder
@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         _say(trial_lines(found, number=args.trial, output_dir=args.output_dir))
     else:
         show(found, top=args.top)
-        if found.trials:
+        if found.trials and (line := shared.closed(folder)):
+            print(f"best, trials.csv and plots were not written: {line}")
+        elif found.trials:
             written, left_out = results.write(found, study=study, folder=folder)
             _say([*left_out, f"{len(written)} files: best, trials.csv and plots in {folder}"])
     if found.all_failed:
@@ -113,7 +115,7 @@ def write_experiment(word: str, found: Results, *, trial: int | None, place: Pat
     text = results.experiment_text(found, number=numbers[0], name=path.stem, output_dir=place)
     if text is None:
         raise ConfigError(f"--write-experiment needs the run directories of trial {numbers[0]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(path.parent)
     atomic.write_text(path, text)
     print(f"trial {numbers[0]} is {path}: python run.py experiment={path.stem}")
 

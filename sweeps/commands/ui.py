@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps import display
 from sweeps.commands import common
@@ -41,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 on Ctrl-C; 1 where the store does not answer or the server ends by itself."""
     from experiments import mlflow_ui
-    from experiments.mlflow_store import TrackingUnreachable
+    from experiments.mlflow_store import TrackingUnreachable, readable
 
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ConfigError(f"--port must be in 1..65535, got {args.port}; nearest valid: {PORT}")
@@ -50,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
         if uri.startswith(("http://", "https://")):
             show(mlflow_ui.sections(uri, base=mlflow_ui.without_user(uri)), args=args)
             return 0
-        if args.links:
-            base = f"http://{args.host}:{args.port or PORT}"
-            show(mlflow_ui.sections(uri, base=base), args=args)
-            return 0
-        return _serve(uri, args=args)
+        with readable(uri, output_dir=args.output_dir) as shown:
+            if args.links:
+                base = f"http://{args.host}:{args.port or PORT}"
+                show(mlflow_ui.sections(shown, base=base), args=args)
+                return 0
+            return _serve(shown, args=args)
     except (TrackingUnreachable, mlflow_ui.ServerFailed) as error:
         print(error, file=sys.stderr)
         return 1
@@ -66,6 +69,7 @@ def _store(args: argparse.Namespace) -> str:
         default_uri,
         given,
         move_artifacts,
+        read_only,
         redacted,
         sqlite_path,
     )
@@ -83,9 +87,9 @@ def _store(args: argparse.Namespace) -> str:
         for other in stores:
             if other != uri:
                 print(f"another store: python -m sweeps ui --uri {redacted(other)}")
-    if uri == default:
-        move_artifacts(args.output_dir)
     database = sqlite_path(uri)
+    if uri == default and database is not None and not read_only(database):
+        move_artifacts(args.output_dir)
     if database is not None and not database.exists():
         raise ConfigError(
             f"nothing to show, {database} does not exist; `python -m sweeps sync` makes it "
@@ -94,14 +98,23 @@ def _store(args: argparse.Namespace) -> str:
     return uri
 
 
+def _log(output_dir: Path | str) -> Path:
+    """Where the server's words go; elsewhere if the output folder takes none of ours."""
+    log = Path(output_dir).absolute() / "logs" / "mlflow-ui.log"
+    if shared.closed(log) or shared.closed(log.parent):
+        number, name = tempfile.mkstemp(prefix="mlflow-ui-", suffix=".log")
+        os.close(number)
+        return Path(name)
+    return log
+
+
 def _serve(uri: str, *, args: argparse.Namespace) -> int:
     """Until Ctrl-C, or the terminal goes."""
     from experiments import mlflow_ui
     from experiments.mlflow_store import redacted
 
     port = _port(args)
-    log = Path(args.output_dir).absolute() / "logs" / "mlflow-ui.log"
-    console = display.make_console()
+    console, log = display.make_console(), _log(args.output_dir)
     asked: list[int] = []
     _at_end(lambda number, _: asked.append(number))  # not while the server is half started
     print(f"starting MLflow's server over {redacted(uri)}, some 5 to 20 s", flush=True)

@@ -19,6 +19,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # exported under no other name
 
+from relora_core import shared
+
 
 class _Flock(BaseJournalFileLock):
     def __init__(self, journal: Path) -> None:
@@ -26,7 +28,7 @@ class _Flock(BaseJournalFileLock):
         self._held: IO[bytes] | None = None
 
     def acquire(self) -> bool:
-        self._held = open(f"{self.journal}.lock", "wb")  # noqa: SIM115 - held until release
+        self._held = shared.opened(Path(f"{self.journal}.lock"), "wb")  # until release
         fcntl.flock(self._held, fcntl.LOCK_EX)
         _cut_torn_line(self.journal)
         return True
@@ -83,7 +85,13 @@ def set_aside(journal: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Processes of all machines take turns; a dead one's turn is over."""
-    with open(path, "w") as file:
+    """Processes of all machines take turns; a dead one's turn is over.
+
+    Who may not write there looks without a turn: a journal grows by whole lines.
+    """
+    if shared.closed(path):
+        yield
+        return
+    with shared.opened(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from relora_core import shared
 from sweeps import track, warm
 from sweeps.local import GRACE_S, POLL_S, Slots, stop_requested, warmed
 from sweeps.search.study import Study
@@ -82,7 +83,7 @@ class Team:
 
     def _start(self, slot: int) -> None:
         logs = self.folder / "logs"
-        logs.mkdir(exist_ok=True)
+        shared.make_folder(logs)
         self.processes[slot] = self.starter.start(
             self.folder,
             log=logs / f"process-{slot}.log",

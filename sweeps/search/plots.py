@@ -17,6 +17,7 @@ import optuna
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
+from relora_core import shared
 from sweeps.search.config import Objective
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def draw(
     study: optuna.Study, *, goals: Sequence[Objective], folder: Path
 ) -> tuple[list[Path], list[str]]:
     """Draw what this study has; the files, and a line for each picture that is left out."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.make_folder(folder)
     shown = _finite(study)
     written: list[Path] = []
     left_out: list[str] = []
@@ -178,6 +179,7 @@ def _still(plot: Plot, study: optuna.Study, *, folder: Path) -> list[Path]:
             _tidy(pyplot.gcf())
             for path in paths:
                 pyplot.gcf().savefig(path, bbox_inches="tight", dpi=120)
+                shared.share(path)
         finally:
             pyplot.close("all")
     return paths
@@ -201,4 +203,5 @@ def _live(plot: Plot, study: optuna.Study, *, folder: Path) -> Path:
     path = folder / f"{plot.name}.html"
     figure = getattr(visualization, plot.function)(study, **plot.options)
     figure.write_html(path, include_plotlyjs="directory")
+    shared.share(path)
     return path

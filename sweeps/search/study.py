@@ -24,6 +24,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.mlflow_store import relative_database, with_password
+from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps.search import draws, journal, samplers
 from sweeps.search.config import SearchConfig
@@ -61,7 +62,7 @@ class Study:
             return study
         create.check()
         create = create.frozen()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shared.make_folder(path.parent)
         with journal.only_one(path.parent / ".lock"):
             old = Spec.read(path) if path.exists() else None
             spec = old.continued(create) if old else create.named(secrets.token_hex(4))
@@ -128,6 +129,8 @@ class Study:
 
     def _catch_up(self, records: Mapping[int, dict[str, Any]]) -> None:
         """Write down again what a process was killed in telling: the journal hears of it first."""
+        if shared.closed(self.folder):  # who only looks
+            return
         trials = self.optuna.get_trials(deepcopy=False)
         for number, record in records.items():
             frozen = trials[number]
@@ -160,7 +163,7 @@ class Study:
         """A journal with these trials in the place of whatever there is."""
         new = self.journal_path.with_name("journal.new")
         new.unlink(missing_ok=True)
-        new.touch()
+        shared.touch(new)
         self._fill(self._attached(journal.journal_storage(new)), records)
         journal.set_aside(self.journal_path)
         new.rename(self.journal_path)

@@ -68,6 +68,32 @@ def test_setting_the_clock_takes_no_run_from_its_process(run, monkeypatch):
             pass
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux tells births")
+def test_a_process_that_the_system_hides_from_others_still_holds_its_run(run, monkeypatch):
+    """With hidepid, as on login nodes, another user's process is not in /proc; kill knows of it."""
+
+    def hidden(pid: int) -> psutil.Process:
+        raise psutil.NoSuchProcess(pid)
+
+    def denied(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError(3, "No such process")
+
+    birth = left(run)["birth"]
+    monkeypatch.setattr(run_dir_module.psutil, "Process", hidden)
+    for kill, born, held in (
+        (denied, birth, True),
+        (denied, "another boot/1", False),
+        (gone, birth, False),
+    ):
+        left_lock = json.loads((run.path / "lock").read_text()) | {"birth": born}
+        (run.path / "lock").write_text(json.dumps(left_lock))
+        monkeypatch.setattr(os, "kill", kill)
+        assert (run.lock_holder() is not None) == held
+
+
 def test_of_many_that_find_a_stale_lock_one_takes_the_run(run, monkeypatch):
     """Each looks, and only then removes what it has found: without a guard, another's new lock."""
     left(run, birth="another boot/1")

@@ -241,7 +241,7 @@ def test_an_exported_model_generates_without_a_prompt(exported_grammar):
 def test_exported_files_have_the_mode_that_the_umask_asks_for(tmp_path, monkeypatch, umask):
     model = ModelConfig(name="a", d_model=8, d_ff=8, n_layers=1, n_heads=2, n_kv_heads=1)
     model.vocab_size = 8
-    monkeypatch.setattr(export.atomic, "UMASK", umask)
+    monkeypatch.setattr(export.shared, "UMASK", umask)
     before = os.umask(umask)
     try:
         state = Decoder(model).state_dict()
