@@ -35,13 +35,17 @@ class Artifacts:
         self._here = Path(output_dir).absolute() / FOLDER
         self._place: str | None = None
 
-    def text(self, run: str, text: str, path: str) -> bool:
-        """Write a run's file; whether MLflow shows it."""
+    def text(self, run: str, text: str, path: str, *, place: str | None = None) -> bool:
+        """Write a run's file; whether MLflow shows it.
+
+        `place` is where MLflow has the run's files; without it the store is asked.
+        """
         return self._put(
             run,
             path,
             there=lambda: self._client.log_text(run, text, path),
             here=lambda file: shared.write_text(file, text),
+            place=place,
         )
 
     def file(self, run: str, file: Path, folder: str) -> bool:
@@ -57,11 +61,17 @@ class Artifacts:
         return self._put(run, f"{folder}/{file.name}", there=there, here=here)
 
     def _put(
-        self, run: str, path: str, *, there: Callable[[], None], here: Callable[[Path], None]
+        self,
+        run: str,
+        path: str,
+        *,
+        there: Callable[[], None],
+        here: Callable[[Path], None],
+        place: str | None = None,
     ) -> bool:
         if self._reachable():
             try:
-                if own := self._own_folder(run):
+                if own := self._own_folder(run, place):
                     here(_prepared(own / path))
                 else:
                     there()
@@ -76,11 +86,11 @@ class Artifacts:
             self.problem = self.problem.replace(f"the files are in {self._here}", nor)
         return False
 
-    def _own_folder(self, run: str) -> Path | None:
+    def _own_folder(self, run: str, place: str | None) -> Path | None:
         """Where MLflow would write a run's files itself, without a thought for the group."""
         if sqlite_path(self._uri) is None:
             return None
-        return local_folder(self._client.get_run(run).info.artifact_uri or "")
+        return local_folder(place or self._client.get_run(run).info.artifact_uri or "")
 
     def _reachable(self) -> bool:
         """Whether nothing speaks against it; a server's folder on another machine is not made

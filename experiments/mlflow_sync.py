@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ PALETTE = (
 
 SUPERSEDED = "superseded"
 """State of what showed a run before it began anew."""
-MAX_METRICS = 1000  # per log_batch call
+MAX_METRICS = 800  # per log_batch call, of 1000 in all with at most 100 params and 100 tags
+LISTED = "mlflow.loggedArtifacts"
 PASSING = ("reason", "job_id", "checkpoint", "error")
 """Tags that go when there is no more to say."""
 
@@ -84,6 +85,8 @@ class _View:
     """What MLflow shows of a run, as far as we know."""
 
     run: str
+    place: str | None
+    """Of its files."""
     name: str | None
     status: str
     end_time: int | None
@@ -125,6 +128,8 @@ class Syncer:
         """Keys shown as params of every run; None: what varies between the runs of a pass."""
         self.colours: Mapping[str, str] = {}
         """arm_id -> colour, where the sweep says; other arms take one of PALETTE."""
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        """Hears of each run of a pass that has news: how many are done, of how many."""
         self._uri = uri
         self._experiment_id = experiment_id
         self._output_dir = Path(output_dir)
@@ -174,9 +179,10 @@ class Syncer:
         varying = self.varying if self.varying is not None else self._varying(runs)
         try:
             with self._lock.acquire(timeout=600 if final else 0), reachable(self._uri):
-                for run in news:
+                for done, run in enumerate(news, start=1):
                     self._try_run(run, report, state=states.get(run.run_id), varying=varying)
                     self._seen[run.run_id] = marks[run.run_id]
+                    self.progress(done, len(news))
         except Timeout:
             report.busy = True
         report.files = self._files.problem
@@ -233,25 +239,29 @@ class Syncer:
             view, position = self._open(run, config, report)
             news = record.news(run, position)
         self._add_evaluated(run, view, news, before=position)
+        tables = self._with_waiting(run, news)
         if news.points:
             life = {"attempt": news.position.attempt, "began": news.position.began}
             sending = dataclasses.replace(position, sending=True, **life)
             record.save(run, self._key, sending)
-        self._log_labels(
+        elif record.position(run, self._key) is None:
+            record.save(run, self._key, position)
+        tags = self._tags(run, config, status, view, news.position)
+        self._log(
             view,
             params=record.params(config, varying=varying),
-            tags=self._tags(run, config, status, view, news.position),
+            tags=tags | self._listed(view, tables),
+            points=news.points,
         )
-        self._log_points(view, news.points)
         self._set_status(view, status, news.position)
         name = self.names.get(run.run_id)
         if name and name != view.name:
             self._client.update_run(view.run, name=name)
             view.name = name
-        tables = self._with_waiting(run, news)
         if not position.described:
             self._log_inputs(view, config)
-            described = self._files.text(view.run, config_to_json(config), "config.json")
+            text = config_to_json(config)
+            described = self._files.text(view.run, text, "config.json", place=view.place)
             news.position.described = described
         news.position.waiting = self._log_tables(view, tables)
         if news.position != position:
@@ -268,7 +278,6 @@ class Syncer:
         if view is None:
             view = self._create(run, config)
             position = Position(run=view.run)
-            record.save(run, self._key, position)
             report.created += 1
         elif position is None or position.run != view.run:
             attempt = int(view.tags.get("first_attempt", 0))
@@ -366,27 +375,32 @@ class Syncer:
             self._colours[arm] = min(PALETTE, key=lambda colour: used[colour])
         return self._colours[arm]
 
-    def _log_labels(self, view: _View, *, params: dict[str, str], tags: dict[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
+    def _log(
+        self,
+        view: _View,
+        *,
+        params: dict[str, str],
+        tags: dict[str, str],
+        points: Sequence[Point],
+    ) -> None:
+        """What is new of it, in as few calls as MLflow takes: the first points bring the labels."""
+        from mlflow.entities import Metric, Param, RunTag
 
-        new_params = [Param(k, v) for k, v in params.items() if k not in view.params]
-        new_tags = [RunTag(k, v) for k, v in tags.items() if view.tags.get(k) != v]
-        if new_params or new_tags:
-            self._client.log_batch(view.run, params=new_params, tags=new_tags)
+        labels = {
+            "params": [Param(k, v) for k, v in params.items() if k not in view.params],
+            "tags": [RunTag(k, v) for k, v in tags.items() if view.tags.get(k) != v],
+        }
+        metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in points]
+        if metrics or any(labels.values()):
+            self._client.log_batch(view.run, metrics=metrics[:MAX_METRICS], **labels)
+        for start in range(MAX_METRICS, len(metrics), MAX_METRICS):
+            self._client.log_batch(view.run, metrics=metrics[start : start + MAX_METRICS])
         for key in PASSING:
             if key in view.tags and key not in tags:
                 self._client.delete_tag(view.run, key)
                 del view.tags[key]
         view.params |= set(params)
         view.tags |= tags
-
-    def _log_points(self, view: _View, points: Sequence[Point]) -> None:
-        from mlflow.entities import Metric
-
-        for start in range(0, len(points), MAX_METRICS):
-            chunk = points[start : start + MAX_METRICS]
-            metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in chunk]
-            self._client.log_batch(view.run, metrics=metrics)
 
     def _add_evaluated(self, run: RunDir, view: _View, news: News, *, before: Position) -> None:
         """Add evaluations apart from training, without the points that training has shown."""
@@ -418,22 +432,28 @@ class Syncer:
         if inputs:  # those that are there already are not doubled
             self._client.log_inputs(view.run, datasets=inputs)
 
+    def _listed(self, view: _View, tables: Iterable[str]) -> dict[str, str]:
+        """The tag by which MLflow's pages know the run's tables, these among them."""
+        if not tables or self._files.problem:
+            return {}
+        listed = json.loads(view.tags.get(LISTED, "[]"))
+        listed += [{"path": _path(name), "type": "table"} for name in tables]
+        return {LISTED: json.dumps(list({entry["path"]: entry for entry in listed}.values()))}
+
     def _log_tables(self, view: _View, tables: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         """Each table as an artifact in the place of its predecessor, to which log_table appends;
-        those that are not in MLflow yet."""
-        if not tables:
-            return []
-        listed, waiting = json.loads(view.tags.get("mlflow.loggedArtifacts", "[]")), []
+        those that are not in MLflow, of which the tag then says nothing."""
+        waiting = []
         for name, rows in tables.items():
-            path = f"tables/{record.metric_key(name)}.json"
-            if self._files.text(view.run, record.table_json(rows), path):
-                listed.append({"path": path, "type": "table"})
-            else:
+            text = record.table_json(rows)
+            if not self._files.text(view.run, text, _path(name), place=view.place):
                 waiting.append(name)
-        unique = json.dumps(list({entry["path"]: entry for entry in listed}.values()))
-        if unique != view.tags.get("mlflow.loggedArtifacts"):
-            self._client.set_tag(view.run, "mlflow.loggedArtifacts", unique)
-            view.tags["mlflow.loggedArtifacts"] = unique
+        listed = json.loads(view.tags.get(LISTED, "[]"))
+        paths = {_path(name) for name in waiting}
+        there = json.dumps([entry for entry in listed if entry["path"] not in paths])
+        if waiting and there != view.tags.get(LISTED, "[]"):
+            self._client.set_tag(view.run, LISTED, there)
+            view.tags[LISTED] = there
         return waiting
 
     def _set_status(self, view: _View, status: Status, position: Position) -> None:
@@ -449,10 +469,16 @@ class Syncer:
             view.status, view.end_time = wanted, ended
 
 
+def _path(table: str) -> str:
+    """Of a table among the run's files."""
+    return f"tables/{record.metric_key(table)}.json"
+
+
 def _view(run: Run) -> _View:
     latest = run.data.to_proto().metrics  # of each key the point with the largest step
     return _View(
         run=run.info.run_id,
+        place=run.info.artifact_uri,
         name=run.info.run_name,
         status=run.info.status,
         end_time=run.info.end_time,

@@ -9,7 +9,6 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -256,15 +255,8 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.live:
-            self.live.update(Text(""), refresh=True)
-            self.live.stop()
+    def __exit__(self, *_: object) -> None:
+        _take_away(self.live)
 
     def started(self, cell: Cell, *, attempt: int) -> None:
         self.say(f"start    {cell.name}" + (f" (attempt {attempt})" if attempt > 1 else ""))
@@ -308,6 +300,47 @@ class Progress:
                 status.phase if status.phase not in ("", "train") else clock(status.eta_s),
             )
         return table
+
+
+def _take_away(live: Live | None) -> None:
+    """End what a terminal shows live, and leave nothing of it."""
+    if live:
+        live.update(Text(""), refresh=True)
+        live.stop()
+
+
+class Counter:
+    """How far a long task is with many runs: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, doing: str, *, console: Console) -> None:
+        self.doing, self.console = doing, console
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._shown = time.monotonic()
+        self._of: str | None = None
+
+    def __enter__(self) -> Counter:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _take_away(self.live)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Say so, not more often than is readable."""
+        now = time.monotonic()
+        if what != self._of:
+            self._of, self._began, self._first = what, now, done
+        if now - self._shown < (REFRESH_S if self.live else PLAIN_EVERY_S):
+            return
+        self._shown, seconds = now, now - self._began
+        line = f"{self.doing} {what}: {done} of {total} runs, {clock(seconds)}"
+        if left := total - done:
+            line += f", about {clock(seconds * left / max(done - self._first, 1))} left"
+        if self.live:
+            self.live.update(Text(line), refresh=True)
+        else:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_line(name: str, status: Status) -> str:

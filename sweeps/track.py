@@ -7,12 +7,13 @@ it looks in MLflow (`experiments/mlflow_*.py`), nor for what is true of a run (`
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -100,9 +101,14 @@ def bring_up_to_date(
     tracking_uri: str | None = None,
     states: Mapping[str, RunState] | None = None,
     final: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Pass]:
-    """Show sweeps (None: all, and runs of none) as they are now; see Tracker."""
+    """Show sweeps (None: all, and runs of none) as they are now; see Tracker.
+
+    `progress` hears the MLflow experiment, how many of its runs are done, and of how many.
+    """
     tracker = Tracker(output_dir, tracking_uri=tracking_uri)
+    tracker.progress = progress
     return tracker.bring_up_to_date(sweeps, states=states, final=final)
 
 
@@ -119,6 +125,7 @@ class Tracker:
         self.output_dir = Path(output_dir)
         self.tracking_uri = tracking_uri
         self.servers = servers
+        self.progress: Callable[[str, int, int], None] | None = None
         self._ids: dict[tuple[str, str], str] = {}
         self._parents: dict[tuple[str, str, str], str] = {}
         self._syncers: dict[tuple[str, str, str | None], Syncer] = {}
@@ -259,6 +266,8 @@ class Tracker:
             )
         syncer = self._syncers[key]
         syncer.names, syncer.parent, syncer.colours = done.names, done.parent, done.colours
+        if self.progress:
+            syncer.progress = functools.partial(self.progress, done.experiment)
         return syncer
 
     def _update(self, view: SweepView, done: Pass, settings: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sweeps import track
+from sweeps import display, track
 from sweeps.commands import common
 
 HELP = "bring MLflow up to date from the runs' records"
@@ -29,11 +29,13 @@ def run(args: argparse.Namespace) -> int:
     if args.sweep is not None:
         names = list(track.plans(args.output_dir))
         common.check_sweep(args.sweep, names, output_dir=args.output_dir)
-    passes = track.bring_up_to_date(
-        args.output_dir,
-        None if args.sweep is None else [args.sweep],
-        tracking_uri=uri,
-    )
+    with display.Counter("synced to", console=display.make_console()) as counter:
+        passes = track.bring_up_to_date(
+            args.output_dir,
+            None if args.sweep is None else [args.sweep],
+            tracking_uri=uri,
+            progress=counter,
+        )
     if not passes:
         print(f"nothing to sync in {args.output_dir}")
     said: set[str] = set()

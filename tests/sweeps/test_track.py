@@ -17,7 +17,8 @@ from experiments.run_dir import EventLog, RunDir, runs_folder
 from experiments.state import RunState
 from relora_core.config import ModelConfig, RunConfig, SweepConfig, TrackingConfig
 from relora_core.events import Event
-from sweeps import track
+from sweeps import display, track
+from sweeps.__main__ import main
 from sweeps.plan import Plan, make_plan, store
 from sweeps.track import bring_up_to_date, display_names, words_of
 
@@ -304,6 +305,21 @@ def test_everything_is_shown_again_after_the_database_is_lost(
     bring_up_to_date(out)
     assert [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")] == before
     assert [r.data.metrics["train/loss"] for r in shown(out, "ranks", "run")] == [1.5, 1.5]
+
+
+def test_a_first_sync_says_how_far_it_is(
+    out: Path, plan: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(ranks=(8,), seeds=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(display, "PLAIN_EVERY_S", 0)
+        assert main(["sync", "--output-dir", str(out)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "synced to" in line]
+    assert [line.partition(",")[0] for line in said] == [
+        f"synced to ranks: {n} of 3 runs" for n in (1, 2, 3)
+    ]
+    assert main(["sync", "--output-dir", str(out)]) == 0  # too soon over for a word
+    assert capsys.readouterr().out.startswith("ranks: 3 runs, 0 created, 0 points sent to sqlite")
 
 
 @pytest.mark.slow
