@@ -13,9 +13,10 @@ from typing import Any
 from experiments import inputs
 from experiments.evaluate import all_metrics
 from experiments.identity import arm_id, run_id
+from experiments.named import find_run
 from experiments.run_dir import RunDir
 from experiments.runner import complete, reporting
-from experiments.state import find_run, state_of
+from experiments.state import state_of
 from relora_core import costs, schedule
 from relora_core.config import ConfigError, RunConfig, validate
 
@@ -238,10 +239,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--config-dir", "-cd", metavar="DIR", help="options of your own, as for run.py"
     )
     two = commands.add_parser("show", help="state, attempts and final metrics of a run")
-    two.add_argument("run", help="run_id, or any part of it that only one run has")
+    help_run = "name, arm or job as `python -m sweeps status` shows it, or part of a run_id"
+    two.add_argument("run", metavar="RUN", help=help_run)
     help_export = "write a run's model, adapters merged, as a LlamaForCausalLM folder"
     three = commands.add_parser("export", help=help_export, description=help_export)
-    three.add_argument("run", help="run_id, or any part of it that only one run has")
+    three.add_argument("run", metavar="RUN", help=help_run)
     three.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
     three.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     help_mlflow = "log it into the run's MLflow run too, for mlflow.pyfunc.load_model"

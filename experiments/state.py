@@ -19,7 +19,7 @@ import psutil
 
 from experiments import inputs
 from experiments.run_dir import DONE, RunDir, Status, all_runs
-from relora_core.config import ConfigError, nearest
+from relora_core.config import ConfigError
 
 SILENT_AFTER_S = 300.0
 """A running run without word for so long gets a note."""
@@ -91,18 +91,3 @@ def _ago(status: Status) -> str:
 def states(output_dir: Path | str) -> list[RunState]:
     """Every run below `output_dir`, by run_id."""
     return [state_of(run_dir) for run_dir in all_runs(output_dir)]
-
-
-def find_run(output_dir: Path | str, *, word: str) -> RunDir:
-    """The only run whose id is, begins with or holds `word`; ConfigError where that is not one."""
-    runs = {run.run_id: run for run in all_runs(output_dir)}
-    if word in runs:
-        return runs[word]
-    hits = [id_ for id_ in runs if id_.startswith(word)] or [id_ for id_ in runs if word in id_]
-    if len(hits) == 1:
-        return runs[hits[0]]
-    if hits:
-        some = ", ".join(hits[:3]) + (", ..." if len(hits) > 3 else "")
-        raise ConfigError(f"RUN must name one run, got {word!r} that {len(hits)} match: {some}")
-    hint = nearest(word, list(runs)) or f" `python -m sweeps status` lists all {len(runs)}."
-    raise ConfigError(f"RUN must be (part of) the id of a run in {output_dir}, got {word!r}.{hint}")

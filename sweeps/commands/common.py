@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records
-from experiments.identity import arm_id, arm_name
+from experiments.identity import arm_id
+from experiments.named import arm_of, find_run, named, several
 from experiments.run_dir import RunDir, all_runs, run_at
-from experiments.state import RunState, find_run, state_of
+from experiments.state import RunState, state_of
 from relora_core.config import ConfigError, nearest
 from sweeps import state as scheduler
 from sweeps.plan import plan_folder
 
 GOING = ("queued", "running")
 BAD = ("failed", "diverged", "cancelled", "lost")
-JOB_ID = re.compile(r"\d+(_\d+)?")
-"""Of a job, a task of an array, or all of an array."""
 ASK_S = 20.0
 """Shortest time between two questions to the scheduler of a command that stays."""
 
@@ -87,7 +85,7 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> 
     return Run(
         dir=run_at(output_dir, cell["run_id"]),
         name=cell["name"],
-        arm=arm_name(cell["name"]) or str(config.get("experiment", sweep)),
+        arm=arm_of(cell, sweep=sweep),
         arm_id=cell["arm_id"],
         seed=config.get("seed"),
         steps=config["train"]["steps"],
@@ -111,8 +109,8 @@ def check_sweep(sweep: str, sweeps: Sequence[str], *, output_dir: Path | str) ->
     if sweep not in sweeps:
         some = ", ".join(sweeps[:8]) + (", ..." if len(sweeps) > 8 else "")
         hint = nearest(sweep, list(sweeps))
-        if named := _named(output_dir, sweep):
-            owners = _owners(output_dir, named)
+        if hits := named(output_dir, sweep):
+            owners = _owners(output_dir, hits)
             hint = f" It names runs of {', '.join(owners) or 'no sweep'}: this command takes SWEEP."
         raise ConfigError(
             f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}.{hint}"
@@ -130,7 +128,7 @@ def whole_sweep(output_dir: Path | str, word: str) -> str:
     if word in sweeps:
         return word
     everything = [run.run_id for runs in sweeps.values() for run in runs]
-    owners = _owners(output_dir, [word] if word in everything else _named(output_dir, word))
+    owners = _owners(output_dir, [word] if word in everything else named(output_dir, word))
     if len(owners) != 1:
         return word
     print(f"{word} is of the sweep {owners[0]}: all of it", file=sys.stderr)
@@ -146,8 +144,8 @@ def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
     for word in words:
         if word in sweeps:  # its own plan's order and names
             members = runs_of(output_dir, sweep=word)
-        elif word not in everything and (named := _named(output_dir, word)):
-            members = [everything[run_id] for run_id in named]
+        elif word not in everything and (hits := named(output_dir, word)):
+            members = [everything[run_id] for run_id in hits]
         elif any(word in run.run_id for run in all_runs(output_dir)):
             members = [everything[find_run(output_dir, word=word).run_id]]
         elif word in everything:  # planned, and without a folder yet
@@ -180,28 +178,13 @@ def one_run(output_dir: Path | str, word: str) -> Run:
     """The only run that a word names."""
     chosen = resolve(output_dir, [word])
     if len(chosen) != 1:
-        some = ", ".join(run.run_id for run in chosen[:3]) + (", ..." if len(chosen) > 3 else "")
-        raise ConfigError(f"RUN must name one run, got {word!r} of {len(chosen)} runs: {some}")
+        raise several(word, [run.run_id for run in chosen])
     return chosen[0]
 
 
 def is_named(output_dir: Path | str, word: str) -> bool:
     """Whether it is the name of a run or an arm, as `status` shows them."""
-    return bool(_named(output_dir, word))
-
-
-def _named(output_dir: Path | str, word: str) -> list[str]:
-    """Ids of the runs that a word is the whole name of, or that are of that arm or job."""
-    planned = [run for runs in _plans(output_dir).values() for run in runs]
-    runs = [run for run in planned if word == run.name]
-    runs = runs or [run for run in planned if word in (run.arm, run.arm_id)]
-    if len({run.arm_id for run in runs}) > 1:
-        places = ", ".join(f"{run.run_id} of {run.sweep}" for run in runs[:4])
-        raise ConfigError(f"{word!r} names different runs ({places}): give their ids")
-    if not runs and JOB_ID.fullmatch(word):
-        jobs = {run.run_id: run.status().job_id or "" for run in all_runs(output_dir)}
-        return [id_ for id_, job in jobs.items() if word in (job, job.partition("_")[0])]
-    return list(dict.fromkeys(run.run_id for run in runs))
+    return bool(named(output_dir, word))
 
 
 # looking ----------------------------------------------------------------------------------------

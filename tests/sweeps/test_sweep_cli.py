@@ -185,7 +185,7 @@ def test_what_status_shows_names_runs_in_every_command(shown, capsys, word, coun
     assert len(json.loads(capsys.readouterr().out)["runs"]) == count
     assert main(["watch", word, "--once", *where]) in (0, 1)
     assert main(["logs", word, *where]) == (0 if count == 1 else 2)
-    assert ("said" if count == 1 else f"{word!r} of 2 runs") in "".join(capsys.readouterr())
+    assert ("said" if count == 1 else f"{word!r} that 2 match") in "".join(capsys.readouterr())
     assert main(["retry", word, *where]) == 0
     assert main(["gc", word, *where]) == 0
     capsys.readouterr()
@@ -213,7 +213,7 @@ def test_no_runs_is_no_error(tmp_path, capsys):
     assert main(["status", "--output-dir", str(tmp_path / "none")]) == 0
     assert "no runs" in capsys.readouterr().out
     assert main(["status", "--json", "--output-dir", str(tmp_path / "none")]) == 0
-    assert json.loads(capsys.readouterr().out) == {"runs": []}
+    assert json.loads(capsys.readouterr().out) == {"runs": [], "notes": {}}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_no_runs_is_no_error(tmp_path, capsys):
         (["logs", "alon"], "no log yet"),
         (["logs", "nobody"], "got 'nobody'"),
         (["logs", "sed"], "Did you mean 'seed'?"),
-        (["logs", "seed"], "RUN must name one run, got 'seed' of 2 runs"),
+        (["logs", "seed"], "RUN must name one run, got 'seed' that 2 match"),
         (["logs", "alone", "--slurm"], "alone is planned"),
         (["logs", "alone", "--slurm", "--attempt", "1"], "--attempt must be left out"),
         (["cancel", "sed"], "Did you mean 'seed'?"),

@@ -12,8 +12,9 @@ import time
 import psutil
 import pytest
 
+from experiments.named import find_run
 from experiments.run_dir import RunDir
-from experiments.state import SILENT_AFTER_S, find_run, state_of
+from experiments.state import SILENT_AFTER_S, state_of
 from relora_core.config import ConfigError
 
 
