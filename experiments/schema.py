@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import traceback
 import unicodedata
@@ -641,6 +642,7 @@ def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> 
     except HydraException as error:
         if called := re.search(r"while evaluating '.*?': (.*)", str(error), re.S):
             said = " ".join(called.group(1).split())
+            said = _no_cast(text) if not said or said.startswith("assert ") else said
             if unknown := re.search(r"Unknown function '(.*?)' Available: (\S+)", said):
                 said += f".{nearest(unknown.group(1), unknown.group(2).split(','))}"
             return f"{text!r} cannot be evaluated: {said}"
@@ -664,6 +666,14 @@ def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> 
     return None
 
 
+def _no_cast(text: str) -> str:
+    """Of a value whose function says nothing: Hydra's casts of null."""
+    key, _, value = text.partition("=")
+    whole = re.fullmatch(r"(int|float|str|bool)\((.*)\)", value, re.S)
+    near = f"; nearest valid: {key}={whole[2]}" if whole else ""
+    return f"{whole[1] + '()' if whole else 'a cast'} takes no null{near}"
+
+
 def _unreadable(text: str, places: Sequence[Path]) -> str:
     """One line for a word that Hydra's grammar cannot read: which part of it is the trouble."""
     line = f"{text!r} is not an override: expected KEY=VALUE"
@@ -685,6 +695,11 @@ def _unreadable(text: str, places: Sequence[Path]) -> str:
         return f"{line}, got {value}; values of an axis go without brackets, {key}={listed[1]}"
     if "'" in value or value.count("{") != value.count("}"):
         return f"{line}, got quotes or braces that do not close"
+    home = re.search(r"(?:^|(?<=[/:]))~\w*(?=/|$)", value)
+    if home and (place := os.path.expanduser(home[0])) != home[0]:
+        near = f"{key}={value[: home.start()]}{place}{value[home.end() :]}"
+        there = f"{text!r} must have {home[0]} written out, as no shell does so in there"
+        return f"{there}; nearest valid: {near}"
     return (
         f"{text!r} cannot be read: a value with other signs than letters, digits and -_./ is "
         f"quoted, '{key}=\"{value}\"'"

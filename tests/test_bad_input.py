@@ -75,6 +75,18 @@ OVERRIDES = [
     (["steps=3"], "steps is not a known key (steps=3). Did you mean 'train.steps'?"),
     (["foo"], "'foo' is not an override: expected KEY=VALUE"),
     (["train.steps=null"], "train.steps"),
+    (
+        ["train.grad_clip=float(null)"],
+        "cannot be evaluated: float() takes no null; nearest valid: train.grad_clip=null",
+    ),
+    (
+        ["tracking.uri=sqlite:///~/x.db"],
+        "must have ~ written out, as no shell does so in there; nearest valid: "
+        f"tracking.uri=sqlite:///{Path.home()}/x.db",
+    ),
+    (["data.path=~/corpus"], f"nearest valid: data.path={Path.home()}/corpus"),
+    (['output_dir="~/x"'], f"got '~/x'; nearest valid: {Path.home()}/x"),
+    (["sweep.name=a#b"], "cannot be read: a value with other signs than letters"),
     (["+relora.q=1"], "relora.q"),
     (["data=pretokenized", "data.path=/nowhere"], "data.path"),
     (["data=text"], "data.path must name a folder or file for data=text"),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from experiments.mlflow_store import check_secret
+from experiments.mlflow_store import check_home, check_secret
 from relora_core.config import LARGEST_INT, ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")
@@ -135,6 +135,7 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
     config.enqueue = [_mapping(f"search.enqueue[{i}]", one) for i, one in enumerate(entries)]
     if config.storage is not None:
         check_secret("search.storage", str(config.storage))
+        check_home("search.storage", str(config.storage))
     return config
 
 

@@ -94,6 +94,7 @@ def test_twelve_processes_share_a_fresh_store(tmp_path: Path) -> None:
         ("file:./mlruns", ["sqlite:///./mlruns/mlflow.db"]),
         ("file:///tmp/mlruns", ["sqlite:////tmp/mlruns/mlflow.db"]),
         ("sqlite:/x.db", ["nearest valid: sqlite:///x.db"]),
+        ("sqlite:///~/x.db", [f"nearest valid: sqlite:///{Path.home()}/x.db"]),
         ("sqlite://", ["sqlite:///mlflow.db"]),
         ("sqlite:///:memory:", ["database file"]),
         ("sqlite:////nowhere/x.db", ["/nowhere does not exist"]),

@@ -249,6 +249,11 @@ def test_a_file_may_choose_the_search(answer):
         (("-m", "hydra/sweeper=optuna"), "Did you mean 'search'?"),
         (("-m", "hydra/launcher=joblib"), "Did you mean 'local'?"),
         (("-m", "train.grad_clip=sort(null,1)"), "sort(null,1)' cannot be evaluated: "),
+        (
+            ("-m", "train.grad_clip=float(choice(null,1))"),
+            "float() takes no null; nearest valid: train.grad_clip=choice(null,1)",
+        ),
+        (("-m", *SEARCH, 'search.storage="sqlite:///~/x.db"'), "; nearest valid: sqlite:////"),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_have_is_refused_in_one_line(answer, words, line):
