@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ SETTLED_NS = 2_000_000_000
 """A file younger than this when it was read may change again within one tick of its clock."""
 FILES = {"looks": list[list[Any]], "read": int, "sample": str | None}
 FILES |= {"tokenizer": dict[str, str] | None}
+TRAINING = ("retry", "search")
+"""Commands that take changes for training."""
 CHANGE = {"key": str, "planned": str, "now": str, "what": str, "by": str, "time": float}
 
 
@@ -61,33 +63,57 @@ def _short(now: str, planned: str) -> str:
 
 
 # what a run has taken since it was planned -------------------------------------------------------
-def accepted(run_dir: RunDir, *, by: str | None = None) -> list[dict[str, Any]]:
-    """Changes that were taken on purpose, oldest first; `by` the command of this name."""
-    try:
-        found = records.read(run_dir.changes_path)["changes"]
-        found = [c for c in found if records.sound(c, CHANGE)]
-    except FileNotFoundError:
-        return []
-    except (records.Damaged, KeyError, TypeError) as error:
-        raise ConfigError(f"{run_dir.changes_path} must list changes, got {error}") from None
-    return [c for c in found if by in (None, c["by"])]
+def accepted(run_dir: RunDir, *, by: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Changes that were taken on purpose, oldest first; `by` commands of these names."""
+    return [c for c in accepted_in(run_dir.changes_path) if by is None or c["by"] in by]
 
 
 def accept(run_dir: RunDir, changes: Sequence[Change], *, by: str) -> None:
     """Write down that `changes` were taken on purpose by this command."""
+    accept_in(run_dir.changes_path, changes, by=by)
+
+
+def accepted_in(path: Path) -> list[dict[str, Any]]:
+    """The changes that this file lists."""
+    try:
+        found = records.read(path)["changes"]
+        return [c for c in found if records.sound(c, CHANGE)]
+    except FileNotFoundError:
+        return []
+    except (records.Damaged, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} must list changes, got {error}") from None
+
+
+def accept_in(path: Path, changes: Sequence[Change], *, by: str) -> None:
     new = [dataclasses.asdict(c) | {"by": by, "time": time.time()} for c in changes]
-    atomic.write_json(run_dir.changes_path, {"changes": [*accepted(run_dir), *new]})
+    atomic.write_json(path, {"changes": [*accepted_in(path), *new]})
+
+
+def prints(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Key -> fingerprint of what was taken last."""
+    return {c["key"]: c["now"] for c in changes}
 
 
 def said(run_dir: RunDir) -> str | None:
     """One line on what training took on purpose though it had changed; None where nothing was."""
-    keys = list(dict.fromkeys(c["key"] for c in accepted(run_dir, by="retry")))
+    keys = list(dict.fromkeys(c["key"] for c in accepted(run_dir, by=TRAINING)))
     return f"goes on with other {', '.join(keys)} than planned (--accept-changed)" if keys else None
 
 
 def as_accepted(run_dir: RunDir, config: RunConfig) -> RunConfig:
-    """`config` with the fingerprints that `retry --accept-changed` has written down since."""
-    return with_prints(config, {c["key"]: c["now"] for c in accepted(run_dir, by="retry")})
+    """`config` with the fingerprints of what training has taken since."""
+    return with_prints(config, prints(accepted(run_dir, by=TRAINING)))
+
+
+def before(config: RunConfig, newest_first: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """`config` with the fingerprints from before these changes, where it has those after them."""
+    for change in newest_first:
+        name = change["key"].removeprefix("eval.")
+        section = config.data if name == "data" else getattr(config.eval, name)
+        if section.fingerprint == change["now"].partition(".")[0]:  # without the sample
+            planned = change["planned"].partition(".")[0]
+            config = with_prints(config, {change["key"]: planned})
+    return config
 
 
 def with_prints(config: RunConfig, prints: dict[str, str]) -> RunConfig:

@@ -53,6 +53,12 @@ def complete_all(
     from experiments import mlflow_store
     from relora_core import data, evals
 
+    for config in configs:
+        if config.output_dir.startswith("~"):  # a folder of that name would be made here
+            raise ConfigError(
+                f"output_dir must be a path from the root, or from here, got "
+                f"{config.output_dir!r}; nearest valid: {os.path.expanduser(config.output_dir)}"
+            )
     configs = [mlflow_store.settle(config, notes=notes) for config in configs]
     for config in configs:
         validate(config)
@@ -175,7 +181,7 @@ def run_experiment(
             record = attempt_record(
                 start_step=run_dir.newest_step(), world=place.world, kernels_key=native.key()
             )
-            if taken := inputs.accepted(run_dir, by="retry"):
+            if taken := inputs.accepted(run_dir, by=inputs.TRAINING):
                 record["changes"] = taken
             run_dir.write_attempt(attempt, record)
             environment.check_gpu(config)

@@ -312,7 +312,7 @@ def _run(
         _read_record(run, run_dir)
         _read_evaluations(run, run_dir)
         run.attempts = [_attempt(record) for record in run_dir.attempt_records()]
-        run.changed = sorted({c["key"] for c in inputs.accepted(run_dir, by="retry")})
+        run.changed = sorted({c["key"] for c in inputs.accepted(run_dir, by=inputs.TRAINING)})
         run.cost.attempts = max(state.attempts, len(run.attempts))
         if run.state in DONE:
             result = run_dir.result() or {}

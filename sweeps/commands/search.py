@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   python -m sweeps search lr_and_rank --json                 everything, for scripts; writes nothing
   python -m sweeps search lr_and_rank --write-experiment lr  the best as conf/experiment/lr.yaml
   python -m sweeps search lr_and_rank --rebuild              a lost journal, from the runs' folders
+  python -m sweeps search lr_and_rank --accept-changed       go on with data that have changed
 """
 TELL = 10
 """Failures that are told in words; trials.csv has all."""
@@ -45,6 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rebuild", action="store_true", help="first make the journal anew from the runs' folders"
     )
     parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="go on with data or eval texts that have changed since, and write that down",
+    )
+    parser.add_argument(
         "--write-experiment",
         metavar="FILE",
         help="write the best trial (or --trial) as an experiment: a name in conf/experiment, or "
@@ -55,6 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show and write; 1 where every trial failed."""
     folder = find(args.output_dir, name=args.name)
+    if args.accept_changed:
+        return accept(folder)
     from sweeps.search import results  # Optuna, SciPy: not for the other commands
     from sweeps.search.study import rebuild
 
@@ -95,6 +103,17 @@ def find(output_dir: Path | str, *, name: str) -> Path:
     return there[names.index(name)].parent
 
 
+def accept(folder: Path) -> int:
+    """Take what the trials read as it is now, and say what has changed."""
+    from sweeps.search import reads
+
+    changes = reads.accept(folder)
+    _say([f"taken as it is now: {change.what}" for change in changes] or ["nothing has changed"])
+    if changes:
+        _say(["the search's own command goes on with it"])
+    return 0
+
+
 def check_trial(number: int, found: Results) -> None:
     """ConfigError unless there is a trial of this number."""
     numbers = [row.number for row in found.trials]
@@ -129,7 +148,7 @@ def show(found: Results, *, top: int) -> None:
     _say([f"{found.name}: {asked}" + (f": {told}" if told else ""), *_headline(found)])
     if found.counted:
         console.print(trial_table(found, top=top))
-    _say([*_tail(found), *failure_lines(found)])
+    _say([*_tail(found), *failure_lines(found), *(f"note: {note}" for note in found.notes)])
 
 
 def _headline(found: Results) -> Iterator[str]:

@@ -28,7 +28,7 @@ HELP = "state, step and loss of every run; changes nothing"
 EXAMPLES = """examples:
   python -m sweeps status                        every sweep; one line per arm when runs are many
   python -m sweeps status model-relora.r --runs  one line per run, with its SLURM job
-  python -m sweeps status --json                 {"runs": [...]} for scripts
+  python -m sweeps status --json                 {"runs": [...], "notes": {SWEEP: [...]}}
 """
 FEW = 20
 """Up to so many runs each has its own line."""
@@ -40,7 +40,7 @@ States = Mapping[str, RunState]
 def configure(parser: argparse.ArgumentParser) -> None:
     common.add_runs(parser)
     parser.add_argument("--runs", action="store_true", help="one line per run, however many")
-    parser.add_argument("--json", action="store_true", help='{"runs": [...]} for scripts')
+    parser.add_argument("--json", action="store_true", help="runs and notes, for scripts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     runs = common.named_runs(args.output_dir, args.sweep)
     states = common.survey(runs)
     if args.json:
-        json.dump({"runs": [entry(one, states[one.run_id]) for one in runs]}, sys.stdout, indent=2)
+        entries = [entry(one, states[one.run_id]) for one in runs]
+        json.dump({"runs": entries, "notes": _notes(args.output_dir, runs)}, sys.stdout, indent=2)
         print()
     elif not runs:
         print(common.no_runs(args.output_dir))
@@ -56,19 +57,21 @@ def run(args: argparse.Namespace) -> int:
         by_run = True if args.runs else None
         console = display.make_console()
         console.print(view(runs, states, by_run=by_run))
-        display.show_notes(_notes(args.output_dir, runs), console=console)
+        notes = _notes(args.output_dir, runs)
+        lines = [
+            f"{sweep}: {note}" if len(notes) > 1 else note
+            for sweep, of_sweep in notes.items()
+            for note in of_sweep
+        ]
+        display.show_notes(lines, console=console)
     return 0
 
 
-def _notes(output_dir: Path | str, runs: Sequence[Run]) -> list[str]:
-    """What the shown sweeps' plans say; each line names its sweep where there are several."""
+def _notes(output_dir: Path | str, runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Sweep -> what the plan of each sweep that is shown says."""
     sweeps = list(dict.fromkeys(run.sweep for run in runs if run.sweep))
-    notes = {s: records.plan(plan_folder(output_dir, name=s) / "plan.json") for s in sweeps}
-    return [
-        f"{sweep}: {note}" if len(sweeps) > 1 else note
-        for sweep, plan in notes.items()
-        for note in plan.get("notes", [])
-    ]
+    plans = {s: records.plan(plan_folder(output_dir, name=s) / "plan.json") for s in sweeps}
+    return {sweep: plan.get("notes", []) for sweep, plan in plans.items()}
 
 
 def entry(run: Run, state: RunState) -> dict[str, object]:

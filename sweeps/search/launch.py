@@ -25,6 +25,7 @@ from sweeps.grid import check_name
 from sweeps.launch import Launcher, check_tracking, one_output_dir, prepare_data, store_launcher
 from sweeps.local import written
 from sweeps.plan import Plan, command, make_plan, plan_folder
+from sweeps.search import reads
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
 from sweeps.search.space import Choice, Dimension
@@ -60,6 +61,8 @@ def run_search(
         dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
         for config in completed
     ]
+    folder = study_folder(completed[0].output_dir, name=name)
+    completed = reads.as_planned(completed, folder)
     groups = list(bases[0][0])
     spaces.check_space(space, groups=groups, when=search.when, config=completed[0])
     spec = Spec(
@@ -71,16 +74,18 @@ def run_search(
             for (choices, _), config in zip(bases, completed, strict=True)
         },
         command=command,
+        notes=list(notes),
     )
     notes += across(check_corners(spec, bases), seeds=len(search.seeds))
     spec.check()
     plan = make_plan([(dict(c), config) for (c, _), config in zip(bases, completed, strict=True)])
     output_dir = one_output_dir(plan)
     check_tracking(plan)
-    folder = study_folder(output_dir, name=name)
     left = search.n_trials
     if (folder / "study.json").exists():
-        left = to_do(Study.open(folder), search.n_trials)
+        begun = Study.open(folder)
+        reads.check(begun.spec, folder)
+        left = to_do(begun, search.n_trials)
     costs = estimates(plan, launcher=launcher, output_dir=output_dir, runs=left * len(search.seeds))
     limit = completed[0].sweep.max_gpu_hours
     if plan_only:

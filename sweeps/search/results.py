@@ -24,10 +24,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments import records
 from experiments.run_dir import RunDir, run_at
 from experiments.stats import mean_interval
 from relora_core import atomic
 from relora_core.config import RunConfig
+from sweeps.plan import plan_folder
 from sweeps.search import plots, recipe
 from sweeps.search.config import Objective, SearchConfig
 from sweeps.search.study import Study
@@ -110,6 +112,8 @@ class Results:
     """Optimizer steps that pruned trials took ..."""
     saved_steps: int
     """... and those that they were spared."""
+    notes: list[str]
+    """What its plan says, one line each."""
 
     @property
     def all_failed(self) -> bool:
@@ -158,7 +162,13 @@ def collect(
         importances=importances(study, goals=goals),
         pruned_steps=sum(row.step for row in pruned),
         saved_steps=sum(row.steps - row.step for row in pruned),
+        notes=_notes(plan_folder(output_dir, name=name) / "plan.json"),
     )
+
+
+def _notes(path: Path) -> list[str]:
+    """Of the plan, which the first trial begins."""
+    return records.plan(path).get("notes", []) if path.exists() else []
 
 
 def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:

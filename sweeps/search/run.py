@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments import inputs
+from experiments import inputs, notices
 from experiments.run_dir import RunDir, RunLocked, born, lives
 from experiments.runner import cache_dir, one_line, run_experiment
 from experiments.scheduler import current_job
@@ -34,6 +34,7 @@ from sweeps import cluster, worker
 from sweeps.cluster import SlurmError
 from sweeps.job import followed, stalled
 from sweeps.plan import make_plan, store
+from sweeps.search import reads
 from sweeps.search.study import Study
 from sweeps.search.trial import Trial, Worker
 from sweeps.state import gone as holder_gone
@@ -93,15 +94,11 @@ def gave_up(study: Study) -> bool:
 
 def changed(study: Study) -> bool:
     """Say so where what the trials read is not what the search was planned with."""
-    bases = {repr((b.data, b.eval)): b for b in study.spec.bases.values()}
-    for base in bases.values():
-        try:
-            found = inputs.look(base, output_dir=study.output_dir)
-            if found.changes:
-                raise inputs.refusal(found.changes, remedy="search under another sweep.name")
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return True
+    try:
+        reads.check(study.spec, study.folder)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return True
     return False
 
 
@@ -225,10 +222,10 @@ def prepare(trial: Trial) -> list[RunDir]:
         if run_dir.trial_tags().get("trial") != trial.number:  # an earlier wish, not for this trial
             run_dir.cancel_path.unlink(missing_ok=True)
     trial.write_records()
-    store(
-        make_plan([({}, config) for config in configs], name=trial.study.name),
-        output_dir=output_dir,
-    )
+    reads.hand_on(trial.study.folder, runs)
+    plan = make_plan([({}, config) for config in configs], name=trial.study.name)
+    plan.notes = [*trial.study.spec.notes, *notices.across(configs)]
+    store(plan, output_dir=output_dir)
     opened = inputs.opened(runs[0], configs[0])
     data.prepare(opened.data, cache_dir=cache_dir(output_dir), progress=print)
     return runs

@@ -42,6 +42,8 @@ class Spec:
     """Of the newest launch."""
     id: str = ""
     """Tells studies of one name apart; given when the study is created."""
+    notes: list[str] = field(default_factory=list)
+    """What planning learnt of data and settings, one line each."""
 
     # disk ---------------------------------------------------------------------------------------
     def write(self, path: Path) -> None:
@@ -52,6 +54,7 @@ class Spec:
             "groups": self.groups,
             "space": {key: to_json(dimension) for key, dimension in self.space.items()},
             "bases": {key: dataclasses.asdict(config) for key, config in self.bases.items()},
+            "notes": self.notes,
         }
         atomic.write_json(path, raw)
 
@@ -69,6 +72,7 @@ class Spec:
                 bases={k: frozen.read(c, output_dir=output_dir) for k, c in bases.items()},
                 command=raw["command"],
                 id=raw["id"],
+                notes=raw.get("notes", []),
             )
         except FileNotFoundError:
             raise ConfigError(

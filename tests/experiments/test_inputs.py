@@ -11,8 +11,6 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +41,11 @@ from sweeps.__main__ import main as sweeps
 from sweeps.display import make_console
 from sweeps.launch import prepare_data
 from sweeps.plan import make_plan, store
-from sweeps.search.run import changed
+from sweeps.search import reads
+from sweeps.search import run as search
+from sweeps.search.config import normalise
+from sweeps.search.space import Float
+from sweeps.search.study import Spec, Study, study_folder
 from tests.conftest import nano_config
 from tests.relora_core.data_files import random_rows, write_bpe, write_rows
 
@@ -630,17 +632,51 @@ def test_a_hub_data_set_is_its_commit(world, monkeypatch):
     assert "owner/name@commit names the planned one" in change.what
 
 
-def test_a_search_takes_no_trial_that_would_read_something_else(world, capsys):
+def test_a_search_reads_something_else_only_where_that_was_taken(world, capsys):
+    """And its later runs keep the ids of the plan, with the change in their records."""
     config = world.config()
-    spec = SimpleNamespace(bases={"": config})
-    study: Any = SimpleNamespace(spec=spec, output_dir=world.out)
-    assert not changed(study)
+    folder = study_folder(world.out, name="s")
+    spec = Spec(
+        config=normalise({"n_trials": 2, "objectives": ["train/loss"], "sampler": "random"}),
+        space={"train.lr": Float(low=1e-3, high=1e-2, log=True)},
+        bases={"": config},
+        notes=["data: said when it was planned"],
+    )
+    study = Study.open(folder, create=spec)
+    assert not search.changed(study)
     rewrite(world)
-    assert changed(study)
+    now = world.config()
+    assert search.changed(study)
     line = capsys.readouterr().err
     assert line.startswith("error: data.path=")
     assert line.count("\n") == 1
+    assert "`python -m sweeps search s --accept-changed --output-dir" in line
     assert "sweep.name" in line
+
+    accept = ["search", "s", "--accept-changed", "--output-dir", str(world.out)]
+    assert sweeps(accept) == 0
+    assert "taken as it is now: data.path=" in capsys.readouterr().out
+    assert not search.changed(study)
+    (planned,) = reads.as_planned([now], folder)  # the same command again goes on with the study
+    assert (planned.data.fingerprint, now.data.fingerprint != planned.data.fingerprint) == (
+        config.data.fingerprint,
+        True,
+    )
+    (run_dir,) = search.prepare(study.take(search.this_process()))
+    assert run_dir.config().data.fingerprint == config.data.fingerprint
+    (change,) = inputs.accepted(run_dir)
+    assert (change["by"], change["now"]) == ("search", now.data.fingerprint)
+    assert inputs.opened(run_dir, run_dir.config())
+    assert state_of(run_dir).reason == "goes on with other data than planned (--accept-changed)"
+
+    assert sweeps(["status", "--json", "--output-dir", str(world.out)]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == {"s": spec.notes}
+    assert sweeps(["search", "s", "--output-dir", str(world.out)]) == 0
+    assert "note: data: said when it was planned\n" in capsys.readouterr().out
+    assert sweeps(accept) == 0
+    assert "nothing has changed" in capsys.readouterr().out
+    write_rows(world.rows / "train-00001-of-00002.parquet", random_rows(40, seed=11))
+    assert search.changed(study)  # once is not for ever
 
 
 def test_shorter_data_taken_on_purpose_are_trained_on(world, here):

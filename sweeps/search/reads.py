@@ -1,0 +1,72 @@
+"""What a search's trials read: what it was planned with, or what was taken on purpose since.
+
+    output_dir/sweeps/<name>/study/changes.json    as a run's: what has changed and was taken
+
+Runs of later trials keep the ids that the plan gives them, and have the changes in their records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import inputs
+from experiments.inputs import Change
+from experiments.run_dir import RunDir
+from relora_core.config import RunConfig
+from sweeps.plan import command
+from sweeps.search.spec import Spec
+
+FILE = "changes.json"
+
+
+def taken(folder: Path) -> list[dict[str, Any]]:
+    """Changes that were taken on purpose, oldest first."""
+    return inputs.accepted_in(folder / FILE)
+
+
+def changes(spec: Spec, folder: Path) -> list[Change]:
+    """What is neither as planned nor as it was taken."""
+    output_dir, prints = folder.resolve().parents[2], inputs.prints(taken(folder))
+    bases = {repr((b.data, b.eval)): b for b in spec.bases.values()}
+    seen: dict[tuple[str, str, str], Change] = {}
+    for base in bases.values():
+        for one in inputs.look(inputs.with_prints(base, prints), output_dir=output_dir).changes:
+            seen.setdefault((one.key, one.planned, one.now), one)
+    return list(seen.values())
+
+
+def check(spec: Spec, folder: Path) -> None:
+    """ConfigError, one line, where something has changed."""
+    if changed := changes(spec, folder):
+        output_dir, name = folder.resolve().parents[2], folder.resolve().parent.name
+        way = command("search", name, "--accept-changed", output_dir=output_dir)
+        remedy = f"`{way}` goes on with what is there now, and writes it down"
+        raise inputs.refusal(changed, remedy=f"{remedy}; or search under another sweep.name")
+
+
+def accept(folder: Path) -> list[Change]:
+    """Take what is there now, for all trials to come; what that is."""
+    changed = changes(Spec.read(folder / "study.json"), folder)
+    if changed:
+        inputs.accept_in(folder / FILE, changed, by="search")
+    return changed
+
+
+def as_planned(configs: Iterable[RunConfig], folder: Path) -> list[RunConfig]:
+    """The configs with planned fingerprints where they have those that were taken since."""
+    newest_first = taken(folder)[::-1]
+    return [inputs.before(config, newest_first) for config in configs]
+
+
+def hand_on(folder: Path, runs: Sequence[RunDir]) -> None:
+    """Write down in runs that have not ended what the search has taken and they have not."""
+    newest = {change["key"]: change for change in taken(folder)}
+    for run_dir in runs if newest else ():
+        known = inputs.prints(inputs.accepted(run_dir, by=inputs.TRAINING))
+        new = [c for key, c in newest.items() if known.get(key) != c["now"]]
+        if new and not run_dir.ended():
+            fields = ("key", "planned", "now", "what")
+            own = [Change(**{field: change[field] for field in fields}) for change in new]
+            inputs.accept(run_dir, own, by="search")
