@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from experiments import notices, records
+from experiments import records
 from experiments.run_dir import DONE, RunDir, runs_folder, same_runs
 from experiments.state import state_of
 from relora_core import atomic, shell
@@ -24,7 +24,16 @@ from sweeps.budget import Estimate, Place
 from sweeps.grid import Point
 from sweeps.local import LocalLauncher, written
 from sweeps.options import SlurmOptions
-from sweeps.plan import Cell, Plan, command, make_plan, other_settings, plan_folder, store
+from sweeps.plan import (
+    Cell,
+    Plan,
+    command,
+    make_plan,
+    other_settings,
+    plan_folder,
+    side_by_side,
+    store,
+)
 from sweeps.slurm import SlurmLauncher
 from sweeps.state import survey
 
@@ -88,7 +97,7 @@ def run_sweep(
         points, command=command, valid=True, begun=lambda run_id: (folder / run_id).exists()
     )
     output_dir = one_output_dir(plan)
-    plan.notes = [*notes, *notices.across(configs)]
+    plan.notes = [*notes, *side_by_side([cell.config for cell in plan.cells])]
     if any(c.runtime.device == "cpu" and launcher.place(c).gpus for c in configs):
         plan.notes.append(
             "jobs hold GPUs that runtime.device=cpu leaves idle: hydra.launcher.gpus_per_node=0"

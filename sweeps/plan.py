@@ -33,6 +33,7 @@ from relora_core.config import (
     validate,
     walk,
 )
+from sweeps import unsaid
 from sweeps.grid import Point, axes, check_name, sweep_name
 
 LABELS = {
@@ -164,6 +165,21 @@ def cell_names(configs: Sequence[RunConfig]) -> list[str]:
     one that says nothing new, such as a width that follows from the model's name, is left out.
     """
     rows = [_settings(config) for config in configs]
+    chosen = _telling(rows)
+    return [
+        _name(row, chosen) or config.experiment for row, config in zip(rows, configs, strict=True)
+    ]
+
+
+def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
+    """What should be said of runs that are to be compared with each other, one line each."""
+    rows = [_settings(config) for config in configs]
+    hidden = unsaid.lines(configs, rows, named=_telling(rows), word=_word)
+    return [*notices.across(configs), *hidden]
+
+
+def _telling(rows: list[dict[str, Any]]) -> list[str]:
+    """The fewest keys that tell all of them apart."""
     told: list[tuple[Any, ...]] = [() for _ in rows]
     chosen = []
     for key in _in_order(rows):
@@ -171,9 +187,7 @@ def cell_names(configs: Sequence[RunConfig]) -> list[str]:
         if len(set(finer)) > len(set(told)):
             told = finer
             chosen.append(key)
-    return [
-        _name(row, chosen) or config.experiment for row, config in zip(rows, configs, strict=True)
-    ]
+    return chosen
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -205,7 +219,11 @@ def _hashable(row: dict[str, Any], key: str) -> str | None:
 
 
 def _name(row: dict[str, Any], keys: list[str]) -> str:
-    return " ".join(f"{LABELS.get(key, key)}={_short(row[key])}" for key in keys if key in row)
+    return " ".join(_word(key, row[key]) for key in keys if key in row)
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{LABELS.get(key, key)}={_short(value)}"
 
 
 def _short(value: Any) -> str:
@@ -341,9 +359,10 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
 def _joined(old: Plan, new: Plan) -> list[str]:
     """Notes of both; what is said of runs side by side is said of all of them together."""
     runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
-    parts = {note for configs in runs for note in notices.across(configs)}
+    whole = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
+    parts = {note for configs in runs for note in side_by_side(configs)}
     alone = [note for note in old.notes + new.notes if note not in parts]
-    return list(dict.fromkeys(alone + notices.across(runs[0] + runs[1])))
+    return list(dict.fromkeys(alone + side_by_side(list(whole.values()))))
 
 
 def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | str) -> list[str]:

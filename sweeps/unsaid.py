@@ -1,0 +1,142 @@
+"""What differs between runs though their names do not say it. Reads configs, and conf/ for options.
+
+Names are made of the fewest keys that tell runs apart (`plan.cell_names`): a learning rate that
+differs along with the model would be read as the model's doing. What an option of conf/ gives by
+itself, such as a model's width, needs no word. Not for: how runs are named.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.identity import essential
+from relora_core.config import RunConfig, get, walk
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = {"model": "model.name", "relora": "relora.name", "data": "data.kind", "method": "method"}
+"""Group of conf/ -> the key that names its option."""
+IMPLIED = ("model.vocab_size", "data.vocab_size", "data.tokenizer", "data.eos_id", "seed")
+"""What the data imply, and what never stands for something else."""
+DEFAULTS: dict[str, Any] = {}
+"""Key -> the schema's, from the first config that asks."""
+MOST = 3
+"""Keys of a line, and values of its label."""
+
+
+def lines(
+    configs: Sequence[RunConfig],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    named: Sequence[str],
+    word: Callable[[str, Any], str],
+) -> Iterator[str]:
+    """One for each key of the names with which others go.
+
+    `rows` holds what names are made of, `named` the keys that they have, `word` spells a setting.
+    """
+    every = dict.fromkeys(key for row in rows for key in row)
+    apart = [k for k in every if k not in named and len({repr(row.get(k)) for row in rows}) > 1]
+    if not apart:
+        return
+    of_label: dict[str | None, list[str]] = {}
+    settings = [{k: get(c, k) for k in essential(c) if k in apart} for c in configs]
+    for key in apart:
+        if _differs(key, settings) and not _follows(key, configs, settings):
+            label = next((one for one in named if _decides(one, key, rows, settings)), None)
+            of_label.setdefault(label, []).append(key)
+    for label, keys in of_label.items():
+        yield _line(label, keys, rows, settings, named=named, word=word)
+
+
+def _differs(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether runs to which the key applies have several values of it."""
+    if key in IMPLIED or key.endswith(".fingerprint"):
+        return False
+    return len({repr(row[key]) for row in settings if key in row}) > 1
+
+
+def _follows(key: str, configs: Sequence[RunConfig], settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each run's value is what its options give by themselves, or a scale's alpha."""
+    mine = [(c, row[key]) for c, row in zip(configs, settings, strict=True) if key in row]
+    if key == "relora.alpha" and len({c.relora.alpha / max(c.relora.r, 1) for c, _ in mine}) == 1:
+        return True
+    return all(_given(config, key) == value for config, value in mine)
+
+
+def _given(config: RunConfig, key: str) -> Any:
+    """What the config's options, or else the schema, say of a key."""
+    for group, label in GROUPS.items():
+        option = _option(group, str(get(config, label)))
+        if key in option:
+            return option[key]
+    return _default(key, config=config)
+
+
+def _default(key: str, *, config: RunConfig) -> Any:
+    if not DEFAULTS:
+        for name, f, _ in walk(config):
+            DEFAULTS[name] = f.default if f.default_factory is MISSING else f.default_factory()
+    return DEFAULTS[key]
+
+
+@functools.cache
+def _option(group: str, name: str) -> dict[str, Any]:
+    """Dotted key -> value of an option of conf/; nothing where it is the user's own."""
+    path = CONF / group / f"{name}.yaml"
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    prefix = "" if "@package _global_" in text else f"{group}."
+    return {f"{prefix}{key}": value for key, value in _flat(yaml.safe_load(text) or {})}
+
+
+def _flat(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{rest}", deep) for rest, deep in _flat(value))
+        else:
+            yield key, value
+
+
+def _decides(
+    label: str,
+    key: str,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether the label's value alone says the key's, in these runs."""
+    pairs = {
+        (repr(row.get(label)), repr(own.get(key))) for row, own in zip(rows, settings, strict=True)
+    }
+    return len(pairs) == len({one for one, _ in pairs})
+
+
+def _line(
+    label: str | None,
+    keys: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    named: Sequence[str],
+    word: Callable[[str, Any], str],
+) -> str:
+    """`names say model alone: model=tiny has train.lr=0.001; model=small has train.lr=0.0003`."""
+    of_name: dict[str, str] = {}
+    for row, own in zip(rows, settings, strict=True):
+        told = [label] if label else named
+        name = " ".join(word(key, row[key]) for key in told if key in row)
+        has = ", ".join(word(key, own[key]) for key in keys[:MOST] if key in own)
+        if has:
+            of_name.setdefault(name, f"{name} has {has}")
+    some = "; ".join(list(of_name.values())[:MOST]) + ("; ..." if len(of_name) > MOST else "")
+    more = len(keys) - MOST
+    others = f" (and {more} more {'key differs' if more == 1 else 'keys differ'})"
+    told = word(label, "").rstrip("=") if label else "less than differs"
+    what = f"names say {told} alone" if label else f"names say {told}"
+    return f"{what}, yet {some}{others if more > 0 else ''}"
