@@ -654,7 +654,7 @@ def test_processes_at_once_make_exactly_n_trials(spec, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_processes_lose_and_double_nothing(spec, folder, seed, monkeypatch):
     # on a slow machine one trial can meet more of the 60 kills than a search puts up with
     monkeypatch.setattr("sweeps.search.study.MAX_ADOPTIONS", 60)
