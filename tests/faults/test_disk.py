@@ -30,8 +30,9 @@ def assert_one_line(done: Outcome, *, reason: str) -> None:
     assert reason in line
 
 
-def failed(runner: Runner, out: Path, *, whole: Path, **fault) -> bool:
-    """Whether the fault ended the attempt, and then in one line; the run is sound in the end."""
+def failed(runner: Runner, out: Path, **fault) -> bool:
+    """Whether the fault ended the attempt, and then in one line, with every checkpoint whole."""
+    before = {path: state_of(RunDir(path)).attempts for path in out.glob("runs/*")}
     done = runner.attempt(small_run(out), **fault)
     if done.code:
         reason = os.strerror(fault["errno"])
@@ -42,13 +43,17 @@ def failed(runner: Runner, out: Path, *, whole: Path, **fault) -> bool:
                 assert checkpoint.damage(one) is None
             state = state_of(run)
             assert state.state in ("planned", "failed", "finished")
-            if state.attempts and state.state == "failed" and not fault.get("lasting"):
+            begun = state.attempts > before.get(path, 0)
+            if begun and state.state == "failed" and not fault.get("lasting"):
                 assert reason in (state.reason or "")
                 assert reason in run.error_path.read_text()
-        again = runner.attempt(small_run(out))
-        assert again.code == 0, again.said
-    assert_sound(out, whole=whole)
     return done.code != 0
+
+
+def finished(runner: Runner, out: Path, *, whole: Path) -> None:
+    again = runner.attempt(small_run(out))
+    assert again.code == 0, again.said
+    assert_sound(out, whole=whole)
 
 
 @pytest.mark.slow
@@ -60,34 +65,47 @@ def failed(runner: Runner, out: Path, *, whole: Path, **fault) -> bool:
     ],
 )
 def test_a_full_disk(warm_runner, whole, tmp_path, fault):
-    assert failed(warm_runner, tmp_path / "out", whole=whole, **fault)
+    assert failed(warm_runner, tmp_path / "out", **fault)
+    finished(warm_runner, tmp_path / "out", whole=whole)
 
 
 @pytest.mark.slow
 def test_an_error_at_every_distinct_operation(warm_runner, whole, tmp_path):
-    """At one of the times that it is done, ENOSPC and EIO in turn; not of closing and removing."""
+    """At one of the times that it is done, ENOSPC and EIO in turn; not of closing and removing.
+
+    Up to six in a row befall one run, which the same command then finishes.
+    """
     trace = warm_runner.attempt(small_run(tmp_path / "traced")).trace
-    harmless = []
+    harmless, runs, faults = [], 0, 0
     tried = [(k, n) for k, n in Counter(trace).items() if not k.startswith(("close", "unlink"))]
     for number, (label, times) in enumerate(tried):
         fault = {"at": 1 + number % times, "on": f"^{re.escape(label)}$"}
         fault["errno"] = (ENOSPC, EIO)[number % 2]
-        if failed(warm_runner, tmp_path / str(number), whole=whole, **fault):
-            continue
-        fault["at"] = 1  # a slow machine's traced run may have had more heartbeats than this one
-        if not failed(warm_runner, tmp_path / f"{number}-first", whole=whole, **fault):
+        for at in (fault["at"], 1, 1):  # it may be done less often, or by a run's beginning alone
+            out = tmp_path / str(runs)
+            if failed(warm_runner, out, **(fault | {"at": at})):
+                faults += 1
+                break
+            assert_sound(out, whole=whole)
+            runs, faults = runs + 1, 0
+        else:
             harmless.append(label)
+        if faults == 6:
+            finished(warm_runner, tmp_path / str(runs), whole=whole)
+            runs, faults = runs + 1, 0
+    finished(warm_runner, tmp_path / str(runs), whole=whole)
     spared = ("link ", "open .", "mkdir ", "unlink run/lock")  # done otherwise, or there already
     assert [label for label in harmless if not label.startswith(spared)] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("errno", [ENOSPC, EROFS, EIO])
-def test_a_disk_that_stays_broken(warm_runner, whole, tmp_path, errno):
+@pytest.mark.parametrize(("errno", "first"), [(ENOSPC, 1), (EROFS, 48), (EIO, 95)])
+def test_a_disk_that_stays_broken(warm_runner, whole, tmp_path, errno, first):
     """From some operation on, every one fails, those that would record the failure included."""
-    for at in range(1, 420, 70):
+    for at in range(first, 420, 140):
         out = tmp_path / str(at)
-        assert failed(warm_runner, out, whole=whole, at=at, on=".", errno=errno, lasting=True)
+        assert failed(warm_runner, out, at=at, on=".", errno=errno, lasting=True)
+        finished(warm_runner, out, whole=whole)
 
 
 # damage -------------------------------------------------------------------------------------------
