@@ -45,7 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all were asked to end, 1 when SLURM did not take our word for some."""
-    chosen = common.resolve(args.output_dir, args.words)
+    named = [word for word in args.words if not common.has_jobs_alone(args.output_dir, word)]
+    chosen = common.resolve(args.output_dir, named)
     problem = None
     try:  # a command that was ended inside sbatch has left jobs that no run knows of
         for sweep in dict.fromkeys(name for one in chosen for name in one.sweeps):
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         if one.run_id not in jobs:
             terminate(one.dir)
     _settle([one for one in going if jobs.get(one.run_id) not in kept], before)
-    _tell(going)
+    if going or not problem:
+        _tell(going)
     if problem:
         print(f"SLURM: {problem}; the runs end once they see the request", file=sys.stderr)
     return int(problem is not None)
@@ -165,7 +167,8 @@ def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
 def _agreed(
     runs: Sequence[Run], states: Mapping[str, RunState], *, whole: Sequence[str], yes: bool
 ) -> bool:
-    print(f"to cancel: {common.counts([states[r.run_id] for r in runs])}")
+    what = common.counts([states[r.run_id] for r in runs])
+    print(f"to cancel: {what or 'jobs that have no run yet'}")
     for run in runs[:TELL]:
         job = states[run.run_id].job_id
         print(f"  {states[run.run_id].state:<8} {run.name}" + (f"  (job {job})" if job else ""))
@@ -219,7 +222,7 @@ def write_cancelled(run_dir: RunDir) -> bool:
 
 def _tell(runs: Sequence[Run]) -> None:
     after = common.survey(runs)
-    print(f"now: {common.counts(list(after.values()))}")
+    print(f"now: {common.counts(list(after.values())) or 'no jobs'}")
     still = [run for run in runs if after[run.run_id].state in GOING]
     for run in still[:TELL]:
         state = after[run.run_id]

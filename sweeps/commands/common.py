@@ -135,6 +135,12 @@ def whole_sweep(output_dir: Path | str, word: str) -> str:
     return owners[0]
 
 
+def has_jobs_alone(output_dir: Path | str, word: str) -> bool:
+    """Whether it is the name of a search whose jobs have taken no trial yet: it has no plan."""
+    folders = Path(output_dir).glob("sweeps/*/jobs")
+    return word not in _plans(output_dir) and word in {folder.parent.name for folder in folders}
+
+
 def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
     """The runs that `words` name, each once: sweeps, what `status` shows of runs (names, arms, ids
     of jobs), or (parts of) the id of one run."""

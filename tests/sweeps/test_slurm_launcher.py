@@ -871,6 +871,15 @@ def test_ctrl_c_inside_the_sbatch_of_a_search(submit, slurm, out, make, taken, c
     assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
 
 
+def test_a_search_without_a_trial_is_cancelled_by_its_name(submit, slurm, out, make, capsys):
+    launcher = SlurmLauncher(options=SlurmOptions(**CPU))
+    study = plan_folder(out, name="lr") / "study"
+    launcher.search(study, left=2, config=make(), console=Console(file=io.StringIO()))
+    assert main(["cancel", "lr", "--yes", "--output-dir", str(out)]) == 0
+    assert "to cancel: jobs that have no run yet\n" in capsys.readouterr().out
+    assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
+
+
 def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, monkeypatch, capsys):
     """Nothing was written down: no run knows that it is queued."""
 
