@@ -7,10 +7,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,7 @@ from sweeps.search.study import Spec, Study, study_folder
 from sweeps.search.trial import Worker
 from sweeps.state import Submission, jobs_folder
 from sweeps.worker import FAILED, FINISHED, INTERRUPTED
+from tests import warm as commands
 
 ROOT = Path(__file__).resolve().parents[2]
 LR = {"train.lr": Float(low=1e-3, high=3e-2, log=True)}
@@ -301,11 +302,8 @@ def command(*words, out):
              "train.batch_size=4", "schedule.warmup_steps=2", "relora.reset_frequency=20",
              "relora.restart_warmup_steps=1", "checkpoint.every_steps=5", "tracking=none",
              "search.objectives=[train/loss min last]", "search.pruner.name=none"]  # fmt: skip
-    return [sys.executable, "run.py", "-m", "hydra/sweeper=search", "search=lr_and_rank",
+    return ["run.py", "-m", "hydra/sweeper=search", "search=lr_and_rank",
             f"output_dir={out}", *small, *words]  # fmt: skip
-
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -313,7 +311,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
     """kill -9 of a process (its trial goes on elsewhere), then of all of them, then once more."""
     out = tmp_path / "out"
     words = command("search.n_trials=6", "hydra.launcher.max_parallel=2", out=out)
-    launcher = subprocess.Popen(words, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL)
+    launcher = commands.start(words, cwd=ROOT)
 
     def at_work(count):
         deadline = time.monotonic() + 90
@@ -325,13 +323,14 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
         raise AssertionError("no process at work")
 
     os.kill(at_work(2)[0], signal.SIGKILL)
-    time.sleep(2)
-    children = [child.pid for child in psutil.Process(launcher.pid).children(recursive=True)]
-    launcher.kill()
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
-    launcher.wait()
-    done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    time.sleep(1)
+    family = psutil.Process(launcher.process.pid).children(recursive=True)
+    launcher.process.kill()
+    for child in family:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert launcher.wait().returncode == -signal.SIGKILL
+    done = commands.run(words, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     study = Study.open(study_folder(out, name="lr_and_rank"))
     assert states(study) == {"COMPLETE": 6}
@@ -339,7 +338,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
     assert runs == {run.run_id for run in all_runs(out)}
     for run in all_runs(out):
         assert result(run)["step"] == 60
-    again = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    again = commands.run(words, cwd=ROOT)
     assert "has its 6 trials" in again.stdout
     assert len(all_runs(out)) == len(runs)
 
@@ -349,7 +348,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
 @pytest.mark.parametrize("killed", [False, True])
 def test_processes_of_a_search_are_forks_and_outlive_their_parent(study, monkeypatch, killed):
     """One import for all of them; where the parent dies, others end what is left to do."""
-    made = study(train={"steps": 200}, n_trials=4)
+    made = study(train={"steps": 100}, n_trials=4)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     console = Console(file=io.StringIO(), width=200)
     slots, codes = Slots(parallel=2, threads=1, gpus=[]), []
@@ -382,7 +381,7 @@ def test_a_search_whose_trials_all_fail_says_so_and_exits_with_1(tmp_path):
         "search.n_trials=3", "search.objectives=[train/lossy min last]", "search.max_failures=2",
         out=tmp_path / "out",
     )  # fmt: skip
-    done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    done = commands.run(words, cwd=ROOT)
     assert done.returncode == 1
     assert "trials failed" in done.stdout
     assert "train/lossy was never logged" in done.stdout
