@@ -12,8 +12,6 @@ import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
 from sweeps.__main__ import main
+from tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -58,26 +57,20 @@ def config(nano: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
     return made
 
 
-def start(config: RunConfig, **variables: str) -> subprocess.Popen[str]:
+def start(config: RunConfig) -> warm.Started:
     """`run.py` of this config in a process of its own."""
     file = Path(config.output_dir).parent / "config.json"
     file.write_text(config_to_json(config))
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(file)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return warm.start(["-c", TRAIN, file], cwd=Path.cwd())
 
 
-def finished(process: subprocess.Popen[str]) -> list[str]:
+def finished(started: warm.Started) -> list[str]:
     """The lines on stderr of a run that has ended well."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "finished at step 30" in out
-    assert "Traceback" not in out + err
-    return [line for line in err.splitlines() if line.startswith("tracking: ")]
+    done = started.wait(timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 30" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("tracking: ")]
 
 
 def losses(run: RunDir) -> list[tuple[int, float]]:
@@ -139,8 +132,8 @@ def wait_for(what: Callable[[], object], *, timeout_s: float = 120) -> Any:
 
 
 # the follower -----------------------------------------------------------------------------------
-def follower_of(process: subprocess.Popen[str]) -> psutil.Process | None:
-    for child in psutil.Process(process.pid).children():
+def follower_of(started: warm.Started) -> psutil.Process | None:
+    for child in psutil.Process(started.process.pid).children():
         with suppress(psutil.Error):  # others come and go while they are looked at
             if "experiments.mlflow_follow" in child.cmdline():
                 return child
