@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -154,9 +155,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[str]:
     """host:port of a tracking server of two processes."""
     folder, port = tmp_path_factory.mktemp("server"), closed_port()
+    shutil.copy(migrated, folder / "mlflow.db")
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
@@ -320,7 +322,11 @@ def test_the_process_that_trains_opens_no_socket_and_loads_no_mlflow(
         (tmp_path / "config.json").write_text(config_to_json(config))
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "config.json")],
-            env={**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"},
+            env={
+                **os.environ,
+                "MLFLOW_HTTP_REQUEST_TIMEOUT": "1",
+                "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            },
             capture_output=True,
             text=True,
             timeout=300,
