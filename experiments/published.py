@@ -109,9 +109,9 @@ class Published:
         """As `lay`, for the measures of Figures 3 to 6."""
         return self._draw(panel, self._dynamics(group, what, kind, measure))
 
-    def _draw(self, panel: Panel, found: Iterable[Series]) -> list[Series]:
+    def _draw(self, panel: Panel, curves: Iterable[Series]) -> list[Series]:
         drawn = []
-        for series in found:
+        for series in curves:
             xs = [series.at(s, key=panel.axis.key) * panel.axis.factor for s, _ in series.points]
             ys = [value for _, value in series.points]
             inside = [y for x, y in zip(xs, ys, strict=True) if panel.start <= x <= panel.end]

@@ -277,7 +277,7 @@ class Matrices:
 class Recorder:
     """Measures what `config.dynamics` names, and keeps the weights that updates are relative to.
 
-    The initial weights are those of the given model, drawn from the seed anew at each attempt:
+    The initial weights are those of the given model, drawn from the seed again at each attempt:
     they need no disk. The weights after the newest restart are part of a checkpoint.
     """
 

@@ -199,9 +199,9 @@ def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[f
     overheads = [r.overhead_s and r.overhead_s / r.forward_flops for r in rates]
     measured = [overhead for overhead in overheads if overhead is not None]
     typical = statistics.median(measured) if measured else 0.0
-    beside = flops.forward * looks(config, done=done)
+    rest = flops.forward * looks(config, done=done)
     return [
-        work / rate.flops_per_s + beside * (typical if overhead is None else overhead)
+        work / rate.flops_per_s + rest * (typical if overhead is None else overhead)
         for rate, overhead in zip(rates, overheads, strict=True)
     ]
 

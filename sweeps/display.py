@@ -1,13 +1,15 @@
-"""What people see of many runs: the plan, the progress and the closing table.
+"""What a terminal shows of many runs: the plan, the progress and the closing table.
 
-Reads run directories and nothing else. Not for: numbers that scripts rely on (`--json`).
+Reads run directories alone. Not for: output that scripts read (`--json`).
 """
 
 from __future__ import annotations
 
+import collections
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ COLOURS = {
     "pruned": "yellow",
 }
 A100_FLOPS, A100_SHARE = 312e12, 0.1
-"""Peak in bf16 per second (NVIDIA's data sheet), and the share of it to assume where nothing was
-measured: models this small do not fill it."""
+"""Peak FLOP/s in bf16 (NVIDIA's data sheet), and the share assumed where nothing was measured:
+small models do not fill it."""
 METRICS = {
     "loss": "train/loss",
     "perplexity": "eval/paloma/perplexity",
@@ -49,7 +51,7 @@ METRICS = {
 
 
 def make_console() -> Console:
-    """A terminal as wide as it is; a log file wide enough for the tables."""
+    """As wide as the terminal; wide enough for the tables in a log file."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 
@@ -68,7 +70,7 @@ def tokens(config: RunConfig) -> int:
 
 
 def error_line(run_dir: RunDir, *, attempts: int, reason: str | None) -> str:
-    """Why a run failed, and the file that says more."""
+    """Why a run failed, and the file with more."""
     killed = (reason or "").startswith(("killed", "stopped"))
     log = run_dir.log_path(max(attempts, 1))
     detail = run_dir.error_path if run_dir.error_path.exists() and not killed else log
@@ -81,10 +83,7 @@ def _state(state: str) -> Text:
 
 # plan -------------------------------------------------------------------------------------------
 def plan_words(state: RunState | None, *, after: int = 0) -> str:
-    """A planned run's state from the point of view of the command: what will happen to it.
-
-    `after` is the step of its newest checkpoint.
-    """
+    """What the command will do with a planned run; `after`: step of its newest checkpoint."""
     if state is None or (state.state == "planned" and not after):
         return "new"
     if state.state in DONE:
@@ -108,11 +107,11 @@ def plan_table(
     output_dir: Path | str | None = None,
     most: int | None = None,
 ) -> Table:
-    """Runs, sizes, what each will take and what will happen to it.
+    """A row for each run: its size, what it takes and what the command will do with it.
 
-    `estimates` holds the runs that the command would queue (`budget.estimates`); without it there
-    is no column of hours. `output_dir` is where the runs are, where that is not as planned. Rows
-    after the first `most` are left out.
+    `estimates` are those of the runs that the command would queue (`budget.estimates`); without
+    them there is no column of hours. `output_dir` is where the runs are now, if they were moved.
+    Only the first `most` rows are shown.
     """
     title = f"sweep {plan.name}: {len(plan.cells)} runs"
     cells = plan.cells if most is None else plan.cells[:most]
@@ -174,21 +173,21 @@ def totals_line(
 
 def _total_hours(estimates: Sequence[Estimate | None], *, unit: str) -> str:
     """Empty where nothing was measured."""
-    whole, unknown = budget.total(estimates), estimates.count(None)
-    if whole is None:
+    hours, unknown = budget.total(estimates), estimates.count(None)
+    if hours is None:
         return ""
     more = f" and {unknown} runs not known" if unknown else ""
-    return f"{budget.interval(whole)} {unit}-hours by {whole.basis}{more}"
+    return f"{budget.interval(hours)} {unit}-hours by {hours.basis}{more}"
 
 
 def _unmeasured(cells: Sequence[Cell]) -> str:
-    """What can be said of the cost before any run has finished on such a device: its arithmetic."""
+    """The cost before any run has finished on such a device: FLOPs, and hours of an A100."""
     flops = sum(costs.flops_per_token(cell.config).train * tokens(cell.config) for cell in cells)
-    told = f"no finished run on such a device; {flops:.2g} training FLOPs"
+    text = f"no finished run on such a device; {flops:.2g} training FLOPs"
     hours = flops / (A100_FLOPS * A100_SHARE) / 3600
     if hours < 1:
-        return told
-    return f"{told}: {hours:,.0f} hours of an A100 at {A100_SHARE:.0%} of its peak"
+        return text
+    return f"{text}: {hours:,.0f} hours of an A100 at {A100_SHARE:.0%} of its peak"
 
 
 def show_plan(
@@ -202,46 +201,38 @@ def show_plan(
     output_dir: Path | str | None = None,
     stored: bool = True,
 ) -> None:
-    """Print the plan, what it takes in all and what fell together.
+    """Print the plan, its totals and the points that became one run.
 
-    Hundreds of runs are cut: a stored plan has a command that shows them all, and one that is not
-    is whole where no terminal shows it.
+    Of more than 40 runs a terminal shows 20. A stored plan is cut in a log file, too: a command
+    shows it all.
     """
-    cut = len(plan.cells) > 40 and (stored or console.is_terminal)
-    console.print(
-        plan_table(
-            plan,
-            states=states,
-            estimates=estimates,
-            unit=unit,
-            output_dir=output_dir,
-            most=20 if cut else None,
-        )
-    )
-    if cut:
-        where = (
-            ["--output-dir", str(output_dir)] if str(output_dir or "outputs") != "outputs" else []
-        )
-        words = shlex.join(["python", "-m", "sweeps", "plan", plan.name, *where])
-        hint = words if stored else "`| less` after the command shows all"
-        console.print(
-            f"... and {len(plan.cells) - 20} more runs ({hint})",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    told = totals_line(plan, states=states, estimates=estimates, unit=unit, max_hours=max_hours)
-    for line in [told, *plan.collapsed]:
+    most = 20 if len(plan.cells) > 40 and (stored or console.is_terminal) else None
+    costs = {"states": states, "estimates": estimates, "unit": unit}
+    console.print(plan_table(plan, **costs, output_dir=output_dir, most=most))
+    if most:
+        place = str(output_dir or "outputs")
+        where = ["--output-dir", place] if place != "outputs" else []
+        command = shlex.join(["python", "-m", "sweeps", "plan", plan.name, *where])
+        hint = command if stored else "`| less` after the command shows all"
+        _say(console, f"... and {len(plan.cells) - most} more runs ({hint})")
+    for line in [totals_line(plan, **costs, max_hours=max_hours), *plan.collapsed]:
         console.print(line, markup=False, highlight=False)
 
 
+def _say(console: Console, text: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_notes(notes: Sequence[str], *, console: Console) -> None:
-    """What planning learnt that the user should know, one line each."""
+    """Print the notes of a plan, one line each."""
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"note: {note}")
 
 
 # progress ---------------------------------------------------------------------------------------
 class Progress:
-    """Running runs while they run: a live table on a terminal, plain lines elsewhere."""
+    """Shows runs while they run: a live table on a terminal, plain lines elsewhere."""
 
     def __init__(self, cells: Sequence[Cell], *, output_dir: Path, console: Console) -> None:
         self.cells, self.console = cells, console
@@ -265,7 +256,7 @@ class Progress:
         self.say(f"{state:<8} {cell.name}" + (f": {reason}" if reason else ""))
 
     def tick(self, active: Sequence[Cell], *, counts: Mapping[str, int]) -> None:
-        """Show the running runs, not more often than is readable."""
+        """Show the running runs, unless the last time was a moment ago."""
         if time.monotonic() - self._shown < (REFRESH_S if self.live else PLAIN_EVERY_S):
             return
         self._shown = time.monotonic()
@@ -278,11 +269,11 @@ class Progress:
         self.say(self._total(counts))
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(self.console, text)
 
     def _total(self, counts: Mapping[str, int]) -> str:
-        told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-        return f"{told} of {len(self.cells)} runs, {clock(time.monotonic() - self._began)}"
+        states = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+        return f"{states} of {len(self.cells)} runs, {clock(time.monotonic() - self._began)}"
 
     def _table(self, statuses: list[tuple[Cell, Status]], counts: Mapping[str, int]) -> Table:
         table = Table(box=None, caption=self._total(counts), caption_justify="left")
@@ -359,7 +350,7 @@ def progress_line(name: str, status: Status) -> str:
 
 # closing ----------------------------------------------------------------------------------------
 def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_dir: Path) -> Table:
-    """How each run ended, with its final figures; `states` holds run_id -> state."""
+    """A row for each run: how it ended and its final metrics; `states` is run_id -> state."""
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("state")
@@ -373,14 +364,14 @@ def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_di
             Text(cell.name),
             _state(states[cell.run_id]),
             f"{status.step}/{cell.config.train.steps}",
-            *_figures(result, status),
+            *_metric_cells(result, status),
             "-" if rate is None else count(rate),
             clock(result.get("attempt_seconds")),
         )
     return table
 
 
-def _figures(result: Mapping[str, Any], status: Status) -> list[str]:
+def _metric_cells(result: Mapping[str, Any], status: Status) -> list[str]:
     metrics = dict(result.get("metrics", {}))
     if status.loss is not None:
         metrics.setdefault("train/loss", status.loss)
@@ -393,15 +384,12 @@ def show_closing(
     """Print the closing table, the errors, and where things are."""
     ends = {id_: state.state for id_, state in states.items()}
     console.print(closing_table(plan.cells, states=ends, output_dir=output_dir))
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    line = partial(_say, console)
     for cell in plan.cells:
         state = states[cell.run_id]
         if state.state in ("failed", "diverged"):
             run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
             why = error_line(run_dir, attempts=state.attempts, reason=state.reason)
             line(f"{state.state} {cell.name}: {why if state.state == 'failed' else run_dir.path}")
-    told = [f"{list(ends.values()).count(state)} {state}" for state in dict.fromkeys(ends.values())]
-    line(f"{', '.join(told)}; runs in {runs_folder(output_dir)}, plan in sweeps/{plan.name}")
+    counts = [f"{count} {state}" for state, count in collections.Counter(ends.values()).items()]
+    line(f"{', '.join(counts)}; runs in {runs_folder(output_dir)}, plan in sweeps/{plan.name}")
