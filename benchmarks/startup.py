@@ -94,7 +94,7 @@ def compare(models: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
     number = 0
     try:
         began = time.time()
-        with warm.opened(warm.COMMAND, environment=slots.shared()) as parent:
+        with warm.open_parent(warm.COMMAND, environment=slots.shared()) as parent:
             while parent.importing:
                 time.sleep(0.01)
             parent_s = time.time() - began

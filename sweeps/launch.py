@@ -22,7 +22,7 @@ from relora_core.config import ConfigError, RunConfig
 from sweeps import budget, display, snapshot, track
 from sweeps.budget import Estimate, Place
 from sweeps.grid import Point
-from sweeps.local import LocalLauncher, written
+from sweeps.local import LocalLauncher, refuse_unwritable
 from sweeps.options import SlurmOptions
 from sweeps.plan import (
     Cell,
@@ -140,12 +140,12 @@ def run_sweep(
     prepare_data(dataclasses.replace(plan, cells=todo), output_dir, console=console)
     later = [note for cell in todo for note in prepared_notes(cell.config)]
     plan.notes = list(dict.fromkeys(plan.notes + later))
-    with written(output_dir):
+    with refuse_unwritable(output_dir):
         plan = store(plan, output_dir=output_dir)
         snapshot.record(plan_folder(output_dir, name=plan.name), output_dir=output_dir)
         store_launcher(launcher, plan_folder(output_dir, name=plan.name))
     show()
-    with written(output_dir):
+    with refuse_unwritable(output_dir):
         code = launcher.launch(plan, output_dir=output_dir, console=console)
     # SLURM's jobs are still to come; who pressed Ctrl-C, or ran nothing, need not wait for a page.
     if launcher.kind == "local" and len(plan.cells) > 1 and todo and code != 130:
@@ -163,7 +163,7 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
     part = dataclasses.replace(plan, cells=cells, collapsed=[])
     launcher.check(part, estimates={})
     prepare_data(part, output_dir, console=console)
-    with written(output_dir):
+    with refuse_unwritable(output_dir):
         return launcher.launch(part, output_dir=output_dir, console=console)
 
 

@@ -1,9 +1,9 @@
-"""Plan -> worker processes on this machine: survives failures and Ctrl-C. Not for: SLURM.
+"""Runs a plan in worker processes on this machine; survives failures and Ctrl-C. Not for: SLURM.
 
-A worker is a process over a RUN_DIR (`worker.py`); nothing of this process is handed to it but
-environment variables. Several runs share the seconds that importing torch takes (`warm.py`), where
-forking is safe; else, and where that goes wrong, each starts from nothing. Two launchers at work on
-one plan are harmless: the run's lock decides.
+A worker is a process over a RUN_DIR (`worker.py`) and gets nothing from this one but environment
+variables. Where forking is safe, workers are forks of a process that has imported torch
+(`warm.py`); else, and where that fails, each imports it again. Two launchers may run one plan: a
+run's lock decides which of them gets it.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = (sys.executable, "-P", "-m", "sweeps.worker")
 POLL_S = 0.2
 GRACE_S = 60.0
-"""From terminate, at which a worker saves, to kill, when the sweep is stopped."""
+"""When the sweep is stopped: from terminate, on which a worker saves, to kill."""
 STORE_S = 120.0
 """Longest wait for MLflow's store when all runs have ended."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Summary:
-    """How the runs of a plan stand when the launcher returns."""
+    """The states of a plan's runs when the launcher returns."""
 
     states: dict[str, RunState]
     """run_id -> state."""
@@ -59,7 +59,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """130 when stopped, 1 when a run failed or diverged, else 0."""
+        """130 when stopped, 1 when a run failed, diverged or was cancelled, else 0."""
         if self.interrupted:
             return 130
         bad = ("failed", "diverged", "cancelled")
@@ -136,15 +136,15 @@ def launch_local(
     parent: Sequence[str] | None = None,
     code: Path = ROOT,
 ) -> Summary:
-    """Run what is not done and not at work elsewhere, at most `max_parallel` at a time.
+    """Run what is neither done nor running elsewhere, at most `max_parallel` runs at a time.
 
-    Workers import the project from `code`, a frozen copy: edits do not reach those that wait.
-    `worker` is the command that RUN_DIR is appended to, `parent` that of a warm parent of such
-    workers (default: ours, where the workers are ours). The data must be prepared.
+    Workers import the project from `code`, a frozen copy that later edits do not reach. `worker` is
+    the command that RUN_DIR is appended to, `parent` that of a warm parent of such workers
+    (default: ours, where the workers are ours). The data must be prepared.
     """
     check_parallel(max_parallel)
     output_dir, console = Path(output_dir), console or display.make_console()
-    with written(output_dir):
+    with refuse_unwritable(output_dir):
         for cell in plan.cells:
             _run_dir(output_dir, cell).create(cell.config)
     states = {cell.run_id: state_of(_run_dir(output_dir, cell)) for cell in plan.cells}
@@ -152,9 +152,8 @@ def launch_local(
     if not todo:
         console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
         return Summary(states=states)
-    todo.sort(
-        key=lambda cell: -cost(cell.config)
-    )  # the longest first: none is left alone at the end
+    # The longest first, so that no long run is alone at the end.
+    todo.sort(key=lambda cell: cost(cell.config), reverse=True)
     for cell in todo:
         _run_dir(output_dir, cell).cancel_path.unlink(missing_ok=True)
     device = plan.cells[0].config.runtime.device
@@ -176,11 +175,11 @@ def launch_local(
 
 @contextlib.contextmanager
 def warmed(parent: Sequence[str] | None, *, slots: Slots, runs: int) -> Iterator[Warm | None]:
-    """A warm parent that imports from now on; None where it would gain nothing or is not safe."""
+    """A warm parent that has begun to import; None where it saves nothing or is not safe."""
     if parent is None or runs < 2 or not warm.available():
         yield None
         return
-    with warm.opened(parent, environment=slots.shared()) as forks:
+    with warm.open_parent(parent, environment=slots.shared()) as forks:
         yield forks
 
 
@@ -190,15 +189,15 @@ def cost(config: RunConfig) -> float:
 
 
 @contextlib.contextmanager
-def written(output_dir: Path) -> Iterator[None]:
-    """A folder that cannot be written to is the user's to mend: one line."""
+def refuse_unwritable(output_dir: Path) -> Iterator[None]:
+    """ConfigError where `output_dir` cannot be written to."""
     try:
         shared.make_folder(output_dir)
         yield
     except OSError as error:
         why = shared.explained(error)
         raise ConfigError(
-            f"output_dir must be a folder with room that can be written to, got {output_dir}: "
+            f"output_dir must be a folder with free space to write to, got {output_dir}: "
             f"{why or f'{error.strerror or error} ({error.filename or output_dir})'}"
         ) from None
 
@@ -209,9 +208,9 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
 
 @contextlib.contextmanager
 def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """The sweep in MLflow while it runs, and its sums when all have ended.
+    """Keep the sweep's runs in MLflow up to date; its means when all have ended.
 
-    In a thread beside the runs: a store may take a second for each of them, or not answer at all.
+    In a thread: a store may take a second for each run, or not answer at all.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_follow, args=(plan, output_dir, ended), daemon=True)
@@ -230,7 +229,7 @@ def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
 
 
 def _follow(plan: Plan, output_dir: Path, ended: threading.Event) -> None:
-    """All runs at once, each as it goes by a child process, and all again."""
+    """Show all runs, follow them by a child process until `ended`, show all again."""
     from experiments import mlflow_follow, mlflow_store
 
     tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
@@ -271,7 +270,7 @@ def stop_requested() -> Iterator[threading.Event]:
 
 
 GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
-"""In /dev where there is a GPU: NVIDIA's, AMD's, Windows' below Linux."""
+"""In /dev where there is a GPU: NVIDIA's, AMD's, Windows' under WSL."""
 
 
 # places to run ----------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ class Slots:
     threads: int
     """CPU threads of each worker."""
     gpus: list[str]
-    """Device ids to deal out in turn; empty: the CPU."""
+    """Device ids, given to slots in turn; empty: the CPU."""
     code: Path = ROOT
     """What workers import the project from."""
 
@@ -297,8 +296,8 @@ class Slots:
         return cls(parallel=parallel, threads=threads, gpus=gpus, code=code)
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Environment of the worker in this slot: ours, outside any group, with its share of the
-        machine."""
+        """Environment of the worker in this slot: ours without its process group's variables, and
+        the worker's share of the machine."""
         if not self.gpus:
             return self.shared()
         return self.shared() | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
@@ -310,20 +309,20 @@ class Slots:
         )
         share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
-            share[name] = str(min(self.threads, _whole(os.environ.get(name), self.threads)))
+            share[name] = str(min(self.threads, _parse_count(os.environ.get(name), self.threads)))
         inherited = {name: value for name, value in os.environ.items() if name != JOB}
         return {**shell.outside(inherited), **share}
 
 
-def _whole(text: str | None, default: int) -> int:
+def _parse_count(text: str | None, default: int) -> int:
     return int(text) if text and text.isdigit() and int(text) else default
 
 
 def visible_gpus() -> list[str]:
     """Ids of the GPUs that this process may use, without loading torch.
 
-    CUDA's reading of CUDA_VISIBLE_DEVICES: what follows the first id that is none (SLURM's
-    `NoDevFiles`, -1, an index beyond the last) does not count, and an id given twice hides all.
+    As CUDA reads CUDA_VISIBLE_DEVICES: the list ends before the first invalid id (SLURM's
+    `NoDevFiles`, -1, an index beyond the last), and an id given twice hides all.
     """
     installed = _installed_gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -335,7 +334,7 @@ def visible_gpus() -> list[str]:
 
 
 def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
-    """An index, or a UUID of a GPU or a slice of one, which may be cut short."""
+    """Whether it is an index, or the UUID, perhaps cut short, of a GPU or a slice of one."""
     if name.isdigit():
         return installed is None or name in installed
     if not name.startswith(("GPU-", "MIG-")):
@@ -348,7 +347,7 @@ def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
 
 @cache  # asked for every run of a plan
 def _installed_gpus() -> list[str] | None:
-    """Indices, and UUIDs of GPUs and their slices; None where no GPU that is there can say."""
+    """Indices, and UUIDs of GPUs and their slices; None where there are GPUs but no nvidia-smi."""
     asked = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "-L"]
@@ -361,7 +360,7 @@ def _installed_gpus() -> list[str] | None:
 # workers ----------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """A worker of ours that is alive."""
+    """A live worker of this launcher."""
 
     cell: Cell
     process: subprocess.Popen[bytes] | Forked
@@ -370,7 +369,7 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Pool:
-    """Starts workers while there are runs and free slots, and settles what they leave behind."""
+    """Starts workers while there are runs and free slots, and settles the runs of dead ones."""
 
     output_dir: Path
     starter: Starter
@@ -379,7 +378,7 @@ class Pool:
     pending: list[Cell] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     elsewhere: list[Cell] = field(default_factory=list)
-    """Runs that another process of this host is at work on; awaited, not touched."""
+    """Runs of another process on this host: awaited, not touched."""
     before: dict[str, Status] = field(default_factory=dict)
     """run_id -> status before it was queued."""
     ends: list[str] = field(default_factory=list)
@@ -413,13 +412,8 @@ class Pool:
         run_dir = self._dir(cell)
         self.before[cell.run_id] = run_dir.status()
         if run_dir.lock_holder() is None:
-            run_dir.update_status(
-                state="queued",
-                error=None,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                job_id=None,
-            )
+            here = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": None}
+            run_dir.update_status(state="queued", error=None, **here)
 
     def _start_some(self) -> None:
         if self.starter.importing:
@@ -439,14 +433,13 @@ class Pool:
                 self._start(cell)
 
     def _failed_meanwhile(self, cell: Cell, now: RunState) -> bool:
-        """Another launcher has tried it since we planned: its failure is an outcome."""
+        """Whether another launcher has tried it since it was queued: then it has failed."""
         return now.state == "failed" and now.attempts > self.before[cell.run_id].attempts
 
     def _start(self, cell: Cell) -> None:
         run_dir = self._dir(cell)
         attempt = run_dir.next_attempt()
-        free = set(range(self.slots.parallel)) - {job.slot for job in self.jobs}
-        slot = min(free)
+        slot = min(set(range(self.slots.parallel)) - {job.slot for job in self.jobs})
         log, environment = run_dir.log_path(attempt), self.slots.environment(slot)
         process = self.starter.start(run_dir.path, log=log, environment=environment)
         self.jobs.append(Job(cell=cell, process=process, slot=slot))
@@ -480,12 +473,9 @@ class Pool:
 
     def _ended(self, cell: Cell, now: RunState) -> None:
         self.ends.append(now.state)
-        failed = now.state == "failed"
-        reason = (
-            display.error_line(self._dir(cell), attempts=now.attempts, reason=now.reason)
-            if failed
-            else now.reason
-        )
+        reason = now.reason
+        if now.state == "failed":
+            reason = display.error_line(self._dir(cell), attempts=now.attempts, reason=reason)
         self.progress.ended(cell, state=now.state, reason=reason)
 
     def _stop_all(self) -> None:
@@ -498,7 +488,6 @@ class Pool:
                 job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 job.process.kill()
-                job.process.wait()
             code = job.process.wait()
             settle(self._dir(job.cell), code=code, reason="stopped; the same command resumes it")
         for cell in self.pending:

@@ -1,12 +1,12 @@
-"""Workers that need not import torch: a parent that has, and a fork of it for each run.
+"""Workers that need not import torch: forks of a parent that has.
 
     python -P -m sweeps.warm sweeps.worker
 
-The parent imports what a run needs and computes nothing. Each run is a process and a session of
-its own as if it were started anew: what it has from the parent are the modules. A line of JSON per
-request on stdin (run_dir, log, env), a line per answer on stdout (ready, pid, code, error). At the
-end of its stdin the parent goes and leaves its children be. Not for: what a worker does
-(`worker.py`, `search/run.py`), nor which run is next (`local.py`).
+The parent imports what a run needs and computes nothing. Each run is a fork, a process in a session
+of its own: it has the parent's modules, and its own log and environment. Requests are lines of JSON
+on stdin (run_dir, log, env), answers lines on stdout (ready, pid, code, error). At the end of its
+stdin the parent ends; its children go on. Not for: what a worker does (`worker.py`,
+`search/run.py`), nor which run is next (`local.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -33,45 +34,45 @@ PARENT = (sys.executable, "-P", "-m", "sweeps.warm")
 """The command that the module of its workers is appended to."""
 COMMAND = (*PARENT, "sweeps.worker")
 QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""Environment in which importing starts no thread that outlives `_rested`."""
+"""Environment in which imports start no threads but OpenBLAS's; see `_end_threads`."""
 UNKNOWN = 255
-"""Exit code of a worker whose parent died before it: nobody can know."""
+"""Exit code of a worker that outlived its parent."""
 GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 FORK_S = 30.0
 """Longest wait for a fork."""
 REAP_S = 0.05
 
 
-class WarmGone(Exception):
-    """The parent cannot fork; one line why."""
+class CannotFork(Exception):
+    """The parent cannot fork; the text says why, in one line."""
 
 
 def available() -> bool:
-    """Elsewhere forking a process that has loaded torch is not safe."""
+    """Whether forking a process that has loaded torch is safe: on Linux alone."""
     return sys.platform == "linux"
 
 
 # the launcher's side ----------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Forked:
-    """A worker that the parent has forked, with what the launcher uses of a Popen."""
+    """A worker that the parent has forked; has the methods of Popen that launchers use."""
 
     parent: Warm
     process: psutil.Process | None
-    """None where it was gone before one could look."""
+    """None where it ended before it could be looked up."""
     pid: int
     returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            gone = not self.parent.listen()
+            silent = not self.parent.listen()
             self.returncode = self.parent.codes.pop(self.pid, None)
-            if self.returncode is None and gone and not self._alive():
+            if self.returncode is None and silent and not self._alive():
                 self.returncode = UNKNOWN
         return self.returncode
 
     def _alive(self) -> bool:
-        """Zombies, which nobody may be there to reap, are not."""
+        """A zombie counts as dead."""
         with contextlib.suppress(psutil.NoSuchProcess):
             one = self.process
             return one is not None and one.is_running() and one.status() != psutil.STATUS_ZOMBIE
@@ -86,14 +87,15 @@ class Forked:
         return code
 
     def terminate(self) -> None:
-        if self.poll() is None and self.process is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.process.terminate()
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         if self.poll() is None and self.process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self.process.kill()
+                self.process.send_signal(number)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,18 +106,18 @@ class Warm:
     environment: Mapping[str, str]
     codes: dict[int, int] = field(default_factory=dict)
     """pid -> exit code of children that have ended."""
-    _told: list[dict[str, Any]] = field(default_factory=list)
+    _answers: list[dict[str, Any]] = field(default_factory=list)
     _ready: bool = False
-    _torn: bytes = b""
+    _unfinished: bytes = b""
     _open: bool = True
 
     @property
     def importing(self) -> bool:
-        """Not ready yet, and alive."""
+        """Whether it is alive and not ready yet."""
         return self.listen() and not self._ready
 
     def fork(self, run_dir: Path, *, log: Path, environment: Mapping[str, str]) -> Forked:
-        """A worker at `run_dir`, its output going to `log`; WarmGone where the parent cannot."""
+        """A worker at `run_dir`, its output going to `log`; CannotFork where the parent cannot."""
         changes = {k: v for k, v in environment.items() if self.environment.get(k) != v}
         request = {"run_dir": str(run_dir.absolute()), "log": str(log.absolute()), "env": changes}
         assert self.process.stdin is not None
@@ -123,26 +125,26 @@ class Warm:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
-            raise self._gone() from None
+            raise self._end() from None
         deadline = time.monotonic() + FORK_S
-        while not self._told:
+        while not self._answers:
             if not self.listen(timeout_s=REAP_S) or time.monotonic() > deadline:
-                raise self._gone()
-        answer = self._told.pop(0)
+                raise self._end()
+        answer = self._answers.pop(0)
         if "error" in answer:
-            raise WarmGone(answer["error"])
+            raise CannotFork(answer["error"])
         with contextlib.suppress(psutil.NoSuchProcess):
             return Forked(parent=self, pid=answer["pid"], process=psutil.Process(answer["pid"]))
         return Forked(parent=self, pid=answer["pid"], process=None)
 
     def listen(self, *, timeout_s: float = 0.0) -> bool:
-        """Take in what the parent says; whether it can say more."""
+        """Read the parent's answers; whether it may send more."""
         assert self.process.stdout is not None
         out = self.process.stdout.fileno()
         while self._open and select.select([out], [], [], timeout_s)[0]:
             chunk = os.read(out, 65536)
             self._open = bool(chunk)
-            *lines, self._torn = (self._torn + chunk).split(b"\n")
+            *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
             for line in lines:
                 self._take(json.loads(line))
             timeout_s = 0.0
@@ -154,18 +156,18 @@ class Warm:
         elif "ready" in answer:
             self._ready = True
         else:
-            self._told.append(answer)
+            self._answers.append(answer)
 
-    def _gone(self) -> WarmGone:
-        """After which it forks no worker: one that nobody knows of would take the run."""
+    def _end(self) -> CannotFork:
+        """Kill the parent: a worker forked from now on would hold its run's lock unknown to us."""
         self.process.kill()
         code = self.process.wait()
-        return WarmGone(f"it ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}")
+        return CannotFork(f"it ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}")
 
     def close(self) -> None:
-        """Its children go on."""
+        """End the parent; its children go on."""
         assert self.process.stdin is not None
-        if self.importing:  # it has none, and would not hear before it is done
+        if self.importing:  # it has no children, and does not read before its imports are done
             self.process.kill()
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -179,14 +181,14 @@ class Warm:
 
 
 @contextlib.contextmanager
-def opened(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterator[Warm]:
-    """A parent that begins to import; closed at the end."""
+def open_parent(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterator[Warm]:
+    """Start a parent, which begins to import; closed at the end."""
     environment = {**environment, **QUIET}
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # what does not import tells so in the log of a run
+        stderr=subprocess.DEVNULL,  # an import that fails is in the log of the first run
         env=environment,
         start_new_session=True,
     )
@@ -205,11 +207,11 @@ class Starter:
     """PATH is appended."""
     warm: Warm | None = None
     say: Callable[[str], None]
-    """Is told, in a line, that there is no warm parent any more."""
+    """Prints a line."""
 
     @property
     def importing(self) -> bool:
-        """Whether a moment's wait saves the next worker its imports."""
+        """Whether the next worker should wait for the parent's imports."""
         return self.warm is not None and self.warm.importing
 
     def start(
@@ -220,7 +222,7 @@ class Starter:
             if self.warm is not None:
                 try:
                     return self.warm.fork(path, log=log, environment=environment)
-                except WarmGone as error:
+                except CannotFork as error:
                     self.warm = None
                     self.say(f"workers start one by one from here: no warm one ({error})")
             return subprocess.Popen(
@@ -229,7 +231,7 @@ class Starter:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # the terminal's Ctrl-C is the launcher's to pass on
+                start_new_session=True,  # the launcher passes the terminal's Ctrl-C on
             )
 
 
@@ -237,50 +239,52 @@ class Starter:
 def serve(requests: int, answers: int) -> dict[str, Any] | None:
     """Fork a child per request: returns the request in the child, None when no more can come."""
     children: set[int] = set()
-    torn = b""
-    _tell(answers, ready=True)
+    unfinished = b""
+    _answer(answers, ready=True)
     while True:
-        heard = select.select([requests], [], [], REAP_S if children else None)[0]
+        waiting = select.select([requests], [], [], REAP_S if children else None)[0]
         _reap(children, answers)
-        if not heard:
+        if not waiting:
             continue
         chunk = os.read(requests, 65536)
         if not chunk:
             return None
-        *lines, torn = (torn + chunk).split(b"\n")
+        *lines, unfinished = (unfinished + chunk).split(b"\n")
         for line in lines:
             if odd := _unsafe():
-                _tell(answers, error=odd)
+                _answer(answers, error=odd)
                 continue
             try:
                 pid = os.fork()
             except OSError as error:
-                _tell(answers, error=f"fork: {error.strerror}")
+                _answer(answers, error=f"fork: {error.strerror}")
                 continue
             if pid == 0:
                 os.close(requests)
                 os.close(answers)
                 return json.loads(line)
             children.add(pid)
-            _tell(answers, pid=pid)
+            _answer(answers, pid=pid)
 
 
-def _tell(answers: int, **answer: Any) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the end of the requests says the same
+def _answer(answers: int, **answer: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the launcher is dead: requests end, too
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
 def _reap(children: set[int], answers: int) -> None:
     for pid in list(children):
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
             children.remove(pid)
-            _tell(answers, pid=pid, code=os.waitstatus_to_exitcode(status))
+            _answer(answers, pid=pid, code=os.waitstatus_to_exitcode(status))
 
 
-def _rested() -> None:
-    """OpenBLAS has had threads since it was loaded: its own handler of forks ends them, and each
-    process starts them again with its first product."""
+def _end_threads() -> None:
+    """End OpenBLAS's threads, which it started when it was loaded.
+
+    Its handler of forks ends them; each process starts them again with its first product.
+    """
     pid = os.fork()
     if pid == 0:
         os._exit(0)
@@ -288,7 +292,7 @@ def _rested() -> None:
 
 
 def _unsafe() -> str | None:
-    """A fork copies the calling thread alone, and no GPU's driver: what it would leave behind."""
+    """What makes forking unsafe, None if nothing does: other threads, or an open GPU."""
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         return f"it has {threads} threads after its imports"
     for number in os.listdir("/proc/self/fd"):
@@ -299,7 +303,7 @@ def _unsafe() -> str | None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """A worker as the launcher would have started it."""
+    """Make this fork a worker like one that the launcher has started."""
     os.setsid()
     with open(request["log"], "ab") as log:
         os.dup2(log.fileno(), 1)
@@ -309,7 +313,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`MODULE`, whose PRELOAD is imported and whose `main([RUN_DIR])` is each run."""
+    """`MODULE`: import it and its PRELOAD, then run its `main([RUN_DIR])` in each fork."""
     requests, answers = os.dup(0), os.dup(1)  # what is printed must not end up among the answers
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -319,8 +323,8 @@ def main(argv: list[str]) -> int:
     for name in getattr(module, "PRELOAD", ()):
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # no collection of a child touches, and so copies, what is shared
-    _rested()
+    gc.freeze()  # else a child's garbage collection would copy the shared pages
+    _end_threads()
     request = serve(requests, answers)
     if request is None:
         return 0

@@ -23,7 +23,7 @@ from sweeps import budget, display, snapshot, track
 from sweeps.budget import Estimate
 from sweeps.grid import check_name
 from sweeps.launch import Launcher, check_tracking, one_output_dir, prepare_data, store_launcher
-from sweeps.local import written
+from sweeps.local import refuse_unwritable
 from sweeps.plan import Plan, command, make_plan, plan_folder
 from sweeps.search import reads
 from sweeps.search import space as spaces
@@ -98,7 +98,7 @@ def run_search(
         return 0
     check_output_dir(output_dir)
     prepare_data(plan, output_dir, console=console)
-    with written(output_dir):
+    with refuse_unwritable(output_dir):
         study = Study.open(folder, create=spec)
         snapshot.record(plan_folder(output_dir, name=name), output_dir=output_dir)
         store_launcher(launcher, plan_folder(output_dir, name=name))
@@ -108,7 +108,7 @@ def run_search(
     if not left:
         console.print(f"nothing to do: {name} has its {search.n_trials} trials", highlight=False)
         return close(study, console)
-    with written(output_dir):
+    with refuse_unwritable(output_dir):
         code = launcher.search(folder, left=left, config=completed[0], console=console)
     return close(study, console) or code if launcher.kind == "local" else code
 

@@ -24,11 +24,8 @@ from relora_core.config import ConfigError, EvalConfig, PalomaConfig, TrackingCo
 from sweeps import display, local
 from sweeps.launch import run_sweep
 from sweeps.local import ROOT, LocalLauncher, Slots, cost, launch_local, visible_gpus
-from sweeps.plan import make_plan
-
-
-def planned(make, seeds, **changes):
-    return make_plan([({"seed": str(s)}, make(seed=s, **changes)) for s in seeds], name="s")
+from sweeps.plan import make_plan, plan_folder, store
+from tests.sweeps.conftest import planned
 
 
 @pytest.fixture
@@ -252,8 +249,6 @@ sys.exit(summary.exit_code)
 @pytest.fixture
 def background(make, worker, tmp_path, monkeypatch):
     """Starts a launcher process on two long runs, one at a time; gives (process, run dirs)."""
-    from sweeps.plan import plan_folder, store
-
     monkeypatch.setenv("FAKE_S", "60")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     out = tmp_path / "out"

@@ -23,8 +23,9 @@ from experiments.state import state_of
 from relora_core.config import BlimpConfig, PalomaConfig
 from sweeps import warm
 from sweeps.local import ROOT, WORKER, Slots, launch_local
-from sweeps.plan import make_plan, plan_folder, store
+from sweeps.plan import plan_folder, store
 from tests.conftest import nano_config
+from tests.sweeps.conftest import planned
 
 pytestmark = pytest.mark.skipif(not warm.available(), reason="forking is not safe here")
 
@@ -59,10 +60,6 @@ def launch(worker, parent, tmp_path):
         return summary, console.file.getvalue()  # type: ignore[attr-defined]
 
     return go
-
-
-def planned(make, seeds, **changes):
-    return make_plan([({"seed": str(s)}, make(seed=s, **changes)) for s in seeds], name="s")
 
 
 def folders(plan, tmp_path):
@@ -243,7 +240,7 @@ def test_a_warm_worker_computes_what_a_cold_one_does_bit_for_bit(tmp_path):
     """Two threads, evals and dynamics included: all that a run's numbers pass through."""
     slots = Slots(parallel=1, threads=2, gpus=[])
     runs = {}
-    with warm.opened(warm.COMMAND, environment=slots.shared()) as forks:
+    with warm.open_parent(warm.COMMAND, environment=slots.shared()) as forks:
         for way in ("cold", "warm", "again"):
             config = complete(_numeric(tmp_path / way))
             run = RunDir(runs_folder(tmp_path / way) / "run")
