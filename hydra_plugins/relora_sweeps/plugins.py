@@ -293,7 +293,7 @@ class SearchSweeper(Sweeper):
         shell.alone("a search (-m)")
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
-        given = parse(arguments, loader=self.loader)
+        given = parse([_as_list(text) for text in arguments], loader=self.loader)
         for override in given:
             if override.key_or_group in ("search", "sweep") and override.is_sweep_override():
                 raise ConfigError(
@@ -365,6 +365,13 @@ class SearchSweeper(Sweeper):
             if override.is_sweep_override():
                 space[override.key_or_group] = override
         return {key: dimension(override) for key, override in space.items()}
+
+
+def _as_list(text: str) -> str:
+    """`search.learn_from=a,b` is two sweeps, no choice of one."""
+    key, sign, names = text.partition("=")
+    plain = sign and key == "search.learn_from" and "," in names and names[0] not in "['\""
+    return f"{key}=[{names}]" if plain else text
 
 
 class OurLauncher(Launcher):

@@ -144,11 +144,16 @@ def show(found: Results, *, top: int) -> None:
     """Counts, the best, the table, importances, failures: most important first."""
     console = display.make_console()
     told = ", ".join(f"{n} {state}" for state, n in found.counts.items())
-    asked = f"{len(found.counted)} of {found.n_trials} trials"
-    _say([f"{found.name}: {asked}" + (f": {told}" if told else ""), *_headline(found)])
-    if found.counted:
+    asked = f"{len(found.counted)} of {found.n_trials} trials" + (f": {told}" if told else "")
+    asked += f"; {len(found.learnt)} learnt from {_sources(found)}" if found.learnt else ""
+    _say([f"{found.name}: {asked}", *_headline(found)])
+    if found.counted or found.learnt:
         console.print(trial_table(found, top=top))
     _say([*_tail(found), *failure_lines(found), *(f"note: {note}" for note in found.notes)])
+
+
+def _sources(found: Results) -> str:
+    return ", ".join(dict.fromkeys(str(row.learnt_from) for row in found.learnt))
 
 
 def _headline(found: Results) -> Iterator[str]:
@@ -170,7 +175,7 @@ def best_lines(best: Best) -> Iterator[str]:
         if metric in best.intervals:
             low, high = best.intervals[metric]
             text += f", 95 % interval {low:.6g} to {high:.6g}"
-        yield text + ")"
+        yield text + (f", learnt from {best.learnt_from})" if best.learnt_from else ")")
     if best.command:
         yield f"  {best.command}"
 
@@ -191,7 +196,7 @@ def trial_table(found: Results, *, top: int) -> Table:
             Text(_state(row), style=COLOURS.get(row.state, "")),
             *(_cell(value) for value in row.values or [None] * len(found.goals)),
             *(_cell(row.params.get(key)) for key in keys),
-            f"{row.step}/{row.steps}",
+            "-" if row.state == "learnt" else f"{row.step}/{row.steps}",
             str(len(row.runs)),
             clock(row.seconds),
         )
@@ -210,18 +215,18 @@ def _ranked(found: Results) -> list[TrialRow]:
     """Best trials, good ones by the first objective, then complete, running, pruned and failed."""
     front = {best.number: place for place, best in enumerate(found.best)}
     sign = 1.0 if found.goals[0].direction == "minimize" else -1.0
-    order = ("complete", "running", "pruned", "refused", "fail")
+    order = ("complete", "learnt", "running", "pruned", "refused", "fail")
 
     def rank(row: TrialRow) -> tuple[Any, ...]:
         value = sign * row.values[0] if row.values and row.good else math.inf
         first = front.get(row.number, len(front))
         return first, not row.good, value, order.index(row.state), row.number
 
-    return sorted(found.counted, key=rank)
+    return sorted(found.counted + found.learnt, key=rank)
 
 
 def _state(row: TrialRow) -> str:
-    return "infeasible" if row.state == "complete" and not row.feasible else row.state
+    return "infeasible" if row.state in ("complete", "learnt") and not row.feasible else row.state
 
 
 def _cell(value: Any) -> str:
@@ -266,9 +271,8 @@ def trial_lines(found: Results, *, number: int, output_dir: Path | str) -> Itera
     from sweeps.search import recipe, results
 
     row = found.trial(number)
-    yield f"trial {number} of {found.name}: {_state(row)}" + (
-        f" ({row.reason})" if row.reason else ""
-    )
+    why = f"from {row.learnt_from}" if row.learnt_from else row.reason
+    yield f"trial {number} of {found.name}: {_state(row)}" + (f" ({why})" if why else "")
     for goal, value in zip(found.goals, row.values or [], strict=False):
         yield f"  {goal.metric} {value:.6g}"
     for key, value in row.params.items():

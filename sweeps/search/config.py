@@ -92,6 +92,8 @@ class SearchConfig:
     """The sampler's."""
     enqueue: Any = field(default_factory=list)
     """list of {key: value}: settings to try first; what one leaves out is sampled."""
+    learn_from: Any = field(default_factory=list)
+    """list[str]: earlier sweeps, finished runs of which a new study knows from the start."""
     storage: str | None = None
     """URL of an Optuna database; null: a journal in the study's folder."""
     max_failures: int = 10
@@ -133,6 +135,10 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
         _mapping(f"search.{key}", getattr(config, key))
     entries = _list(config.enqueue)
     config.enqueue = [_mapping(f"search.enqueue[{i}]", one) for i, one in enumerate(entries)]
+    config.learn_from = list(dict.fromkeys(_list(config.learn_from)))
+    for one in config.learn_from:
+        if not isinstance(one, str):
+            raise ConfigError(f"search.learn_from must be names of sweeps, got {one!r}")
     if config.storage is not None:
         check_secret("search.storage", str(config.storage))
         check_home("search.storage", str(config.storage))

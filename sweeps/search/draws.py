@@ -7,7 +7,7 @@ tried before is told to the study at once (`refused` in its user attributes) and
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import TrialState
@@ -16,8 +16,7 @@ from relora_core.config import ConfigError, RunConfig, validate
 from sweeps.search import samplers
 from sweeps.search.config import FORESEEN, constraints_of
 from sweeps.search.objective import foreseen
-from sweeps.search.space import is_active, ordered
-from sweeps.search.trial import Trial, Worker, is_begun, point
+from sweeps.search.trial import Trial, Worker, filled, is_begun
 
 if TYPE_CHECKING:
     from sweeps.search.study import Study
@@ -60,23 +59,13 @@ def _is_grid(study: Study) -> bool:
 
 def _point(study: Study) -> Trial:
     """Draw a point of the space, or go on with one whose process died in drawing it."""
-    reader, spec, when = study.optuna, study.spec, study.config.when
+    reader, spec = study.optuna, study.spec
     begun = [t for t in reader.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     half = [t for t in begun if t.state == TrialState.RUNNING and not is_begun(t)]
     reader.sampler = samplers.make_sampler(study.config, space=spec.space, draw=len(begun))
     try:
         asked = optuna.trial.Trial(reader, half[0]._trial_id) if half else reader.ask()
-        params: dict[str, Any] = {}
-        for key in ordered(spec.space, groups=spec.groups, when=when):
-            if is_active(
-                key,
-                params=params,
-                space=spec.space,
-                when=when,
-                config=point(spec, params),
-                group=key in spec.groups,
-            ):
-                params[key] = samplers.suggest(asked, key, spec.space[key])
+        params = filled(spec, lambda key, _: samplers.suggest(asked, key, spec.space[key]))
     finally:  # a grid sampler cannot be told of results outside Optuna's own loop
         reader.sampler = optuna.samplers.RandomSampler()
     return Trial(study=study, number=asked.number, params=params)
@@ -128,7 +117,7 @@ def _refuse(
 
 def _twin(trial: Trial) -> int | None:
     """The trial that has the same parameters, if there is one."""
-    for frozen in trial.study.trials():
+    for frozen in [*trial.study.learnt(), *trial.study.trials()]:
         if frozen.number != trial.number and frozen.user_attrs.get("params") == trial.params:
             return frozen.number
     return None

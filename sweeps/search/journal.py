@@ -77,6 +77,13 @@ def _is_entry(line: bytes) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def unchanged(journal: Path) -> Iterator[None]:
+    """Nobody adds to the file meanwhile."""
+    with only_one(Path(f"{journal}.lock")):
+        yield
+
+
 def set_aside(journal: Path) -> None:
     """Keep a damaged journal beside the new one."""
     if journal.exists():

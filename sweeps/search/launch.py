@@ -28,6 +28,8 @@ from sweeps.plan import Plan, command, make_plan, plan_folder
 from sweeps.search import reads
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
+from sweeps.search.growth import combinations
+from sweeps.search.learn import learn
 from sweeps.search.space import Choice, Dimension
 from sweeps.search.study import Spec, Study, study_folder
 
@@ -76,16 +78,21 @@ def run_search(
         command=command,
         notes=list(notes),
     )
-    notes += across(check_corners(spec, bases), seeds=len(search.seeds))
-    spec.check()
     plan = make_plan([(dict(c), config) for (c, _), config in zip(bases, completed, strict=True)])
     output_dir = one_output_dir(plan)
-    check_tracking(plan)
     left = search.n_trials
-    if (folder / "study.json").exists():
-        begun = Study.open(folder)
+    begun = Study.open(folder) if (folder / "study.json").exists() else None
+    if begun:
         reads.check(begun.spec, folder)
         left = to_do(begun, search.n_trials)
+        spec, before = begun.spec.continued(spec), begun.spec
+        notes += begun_notes(spec, before)
+    notes += across(check_corners(spec), seeds=len(search.seeds))
+    spec.check()
+    check_tracking(plan)
+    if begun is None:
+        spec.learnt, lines = learn(spec, output_dir=output_dir)
+        notes += lines
     costs = estimates(plan, launcher=launcher, output_dir=output_dir, runs=left * len(search.seeds))
     limit = completed[0].sweep.max_gpu_hours
     if plan_only:
@@ -111,6 +118,18 @@ def run_search(
     with refuse_unwritable(output_dir):
         code = launcher.search(folder, left=left, config=completed[0], console=console)
     return close(study, console) or code if launcher.kind == "local" else code
+
+
+def begun_notes(spec: Spec, before: Spec) -> list[str]:
+    """What it had learnt, and where the space of a study that has begun grows."""
+    notes = []
+    if spec.learnt:
+        sweeps = ", ".join(dict.fromkeys(one["sweep"] for one in spec.learnt))
+        notes.append(f"{len(spec.learnt)} trials were learnt from {sweeps} when it began")
+    if lines := spec.grown_from(before):
+        anew = "; cmaes begins anew in it" if spec.config.sampler["name"] == "cmaes" else ""
+        notes.append(f"the space grows, and the trials so far stay: {'; '.join(lines)}{anew}")
+    return notes
 
 
 def to_do(study: Study, n_trials: int) -> int:
@@ -145,10 +164,10 @@ def close(study: Study, console: Console) -> int:
 
 
 # checks -----------------------------------------------------------------------------------------
-def check_corners(spec: Spec, bases: Sequence[tuple[dict[str, str], RunConfig]]) -> list[RunConfig]:
+def check_corners(spec: Spec) -> list[RunConfig]:
     """The runs at the ends of the space; ConfigError where one is not valid."""
     found = []
-    for choices, _ in bases:
+    for choices in combinations(spec):
         base = spec.bases[spaces.base_key(choices)]
         active = applying(spec, choices=choices, base=base)
         for values in corners({key: spec.space[key] for key in active}):

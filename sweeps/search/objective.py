@@ -17,6 +17,9 @@ from relora_core import costs
 from relora_core.config import RunConfig, nearest
 from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of
 
+REPORTS = 50
+"""Points of a curve that the study is told at most: each is a word in the journal."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Verdict:
@@ -73,6 +76,16 @@ def _device_hours(run_dir: RunDir) -> float | None:
     if seconds is None or not records:
         return None
     return seconds * int(records[-1].get("world", 1)) / 3600
+
+
+def curve(metric: str, events: Sequence[dict[str, Any]], *, steps: int) -> dict[int, float]:
+    """Step -> value, as far as pruners are told of a run of so many steps: REPORTS at most."""
+    points: dict[int, float] = {}
+    for event in events:
+        due = max(points, default=-math.inf) + steps / REPORTS
+        if metric in event["metrics"] and (event["step"] >= due or not points):
+            points[event["step"]] = event["metrics"][metric]
+    return points
 
 
 def judge(search: SearchConfig, runs: Sequence[RunDir]) -> Verdict:

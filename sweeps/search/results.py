@@ -55,7 +55,8 @@ class TrialRow:
 
     number: int
     state: str
-    """`complete`, `pruned`, `fail`, `running`, or `refused`: drawn, and not worth running."""
+    """`complete`, `pruned`, `fail`, `running`, `refused` (drawn, and not worth running), or
+    `learnt`: a run of an earlier sweep."""
     counted: bool
     """Whether it is one of n_trials."""
     values: list[float] | None
@@ -63,6 +64,8 @@ class TrialRow:
     feasible: bool
     reason: str | None
     """Why it failed or was refused."""
+    learnt_from: str | None
+    """The earlier sweep that ran it."""
     runs: list[SeedRow]
     step: int
     """Optimizer steps taken by its runs together."""
@@ -74,7 +77,7 @@ class TrialRow:
     def good(self) -> bool:
         """Whether it may be the best: complete, within the constraints, all numbers finite."""
         finite = all(math.isfinite(value) for value in self.values or [math.nan])
-        return self.state == "complete" and self.feasible and finite
+        return self.state in ("complete", "learnt") and self.feasible and finite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,6 +93,8 @@ class Best:
     seeds: list[int]
     command: str | None
     """None where its run directories are gone."""
+    learnt_from: str | None = None
+    """The earlier sweep that ran it, where the search has not."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,6 +130,10 @@ class Results:
     @property
     def counted(self) -> list[TrialRow]:
         return [row for row in self.trials if row.counted]
+
+    @property
+    def learnt(self) -> list[TrialRow]:
+        return [row for row in self.trials if row.state == "learnt"]
 
 
 # reading ----------------------------------------------------------------------------------------
@@ -173,23 +182,24 @@ def _notes(path: Path) -> list[str]:
 
 def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:
     said = trial.user_attrs
-    values = said.get("by_seed", {})
+    learnt, values = said.get("learnt"), said.get("by_seed", {})
     runs = [_seed_row(run_at(output_dir, id_), values) for id_ in said.get("run_ids", [])]
     longest = max((run.steps for run in runs), default=0)
     begun = trial.state.is_finished() or "worker" in said
     return TrialRow(
         number=trial.number,
-        state="refused" if "refused" in said else trial.state.name.lower(),
+        state="learnt" if learnt else "refused" if "refused" in said else trial.state.name.lower(),
         counted=begun and said.get("counted", True),
         # Of a pruned trial Optuna gives the newest report, which is of another metric.
         values=None if trial.state.name == "PRUNED" else trial.values,
         params=said.get("params", trial.params),
         feasible=all(excess <= 0 for excess in trial.constraints.values()),
         reason=said.get("reason"),
+        learnt_from=learnt,
         runs=runs,
-        step=sum(run.step for run in runs),
-        steps=longest * len(config.seeds),
-        seconds=trial.duration.total_seconds() if trial.duration else None,
+        step=0 if learnt else sum(run.step for run in runs),
+        steps=0 if learnt else longest * len(config.seeds),
+        seconds=trial.duration.total_seconds() if trial.duration and not learnt else None,
     )
 
 
@@ -255,6 +265,7 @@ def _best(row: TrialRow, *, goals: Sequence[Objective], output_dir: Path | str) 
         params=row.params,
         seeds=[run.seed for run in row.runs if run.seed is not None],
         command=recipe.command(config) if config else None,
+        learnt_from=row.learnt_from,
     )
 
 
@@ -352,7 +363,8 @@ def experiment_text(
         name=name or file_name(results.name),
         question=f"which {keys} give the best {metrics}?",
         source=[
-            f"trial {number} of search {results.name} ({results.n_trials} trials, {count} each)",
+            f"trial {number} of search {results.name} ({results.n_trials} trials, {count} each)"
+            + (f", learnt from {row.learnt_from}" if row.learnt_from else ""),
             *([f"found {', '.join(told)}"] if told else []),
         ],
     )

@@ -35,6 +35,7 @@ from sweeps.cluster import SlurmError
 from sweeps.job import followed, stalled
 from sweeps.plan import make_plan, store
 from sweeps.search import reads
+from sweeps.search.objective import REPORTS
 from sweeps.search.study import Study
 from sweeps.search.trial import Trial, Worker
 from sweeps.state import gone as holder_gone
@@ -46,8 +47,6 @@ PRELOAD = worker.PRELOAD
 MAX_STALLED = 5
 """Attempts at a run without a new checkpoint, after which its trial has failed."""
 LOOK_EVERY_S = 2.0
-REPORTS = 50
-"""Points of a curve that the study is told at most: each is a word in the journal."""
 
 
 def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -53,13 +54,38 @@ class CmaEsSampler(optuna.samplers.CmaEsSampler):
         return None
 
 
+class GridSampler(optuna.samplers.GridSampler):
+    """Optuna's, which gives trial n the n-th point, though a grid that has grown, or that has
+    learnt, may have been there."""
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.number not in self._get_unvisited_grid_ids(study):
+            trial = copy.copy(trial)
+            trial.number = self._n_min_trials  # now it looks for one
+        super().before_trial(study, trial)
+
+    def ids(self, trial: FrozenTrial) -> list[int]:
+        """Points that have the trial's parameters; several where it lacks some."""
+        return [id_ for id_ in range(self._n_min_trials) if self._is_at(id_, trial)]
+
+    def knows(self, trial: FrozenTrial) -> bool:
+        """Whether the point that the trial is noted to be at is of this grid, and its own."""
+        noted = trial.system_attrs
+        same = self._same_search_space(noted["search_space"])
+        return same and self._is_at(noted["grid_id"], trial)
+
+    def _is_at(self, id_: int, trial: FrozenTrial) -> bool:
+        point = dict(zip(self._param_names, self._all_grids[id_], strict=True))
+        return all(self._grid_value_equal(point[k], value) for k, value in trial.params.items())
+
+
 _SAMPLERS: dict[str, type[optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
     "cmaes": CmaEsSampler,
     "gp": optuna.samplers.GPSampler,
     "qmc": optuna.samplers.QMCSampler,
-    "grid": optuna.samplers.GridSampler,
+    "grid": GridSampler,
     "nsgaii": optuna.samplers.NSGAIISampler,
     "nsgaiii": optuna.samplers.NSGAIIISampler,
 }
@@ -152,6 +178,27 @@ def make_sampler(
         options["independent_sampler"] = optuna.samplers.RandomSampler(seed=own)
     options["seed"] = config.seed if name in ("grid", "qmc") else own
     return _make("search.sampler", _SAMPLERS[name], options)
+
+
+def visited(
+    trials: Sequence[FrozenTrial], config: SearchConfig, *, space: Mapping[str, Dimension]
+) -> dict[int, dict[str, Any]]:
+    """Trial -> its note of the grid's point that it is at, for all of them; empty where the notes
+    are right as they are."""
+    if config.sampler["name"] != "grid":
+        return {}
+    grid = make_sampler(config, space=space, draw=0)
+    assert isinstance(grid, GridSampler)
+    here = [t for t in trials if "grid_id" in t.system_attrs or ("learnt" in t.user_attrs)]
+    if all(grid.knows(t) if "grid_id" in t.system_attrs else not grid.ids(t) for t in here):
+        return {}
+    notes, taken = {}, set()
+    for trial in sorted(here, key=lambda t: ("params" not in t.user_attrs, t.number)):
+        if ids := grid.ids(trial):
+            id_ = next((id_ for id_ in ids if id_ not in taken), ids[0])
+            taken.add(id_)
+            notes[trial.number] = {"grid_id": id_, "search_space": grid._search_space}
+    return notes
 
 
 def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from experiments import frozen, records
-from experiments.identity import config_from_json, scientific
+from experiments.identity import config_from_json
 from experiments.mlflow_store import located
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, nearest
-from sweeps.search import samplers
+from sweeps.search import growth, samplers
 from sweeps.search.config import CHANGEABLE, Objective, SearchConfig, normalise
 from sweeps.search.space import (
     Choice,
@@ -44,6 +43,10 @@ class Spec:
     """Tells studies of one name apart; given when the study is created."""
     notes: list[str] = field(default_factory=list)
     """What planning learnt of data and settings, one line each."""
+    added: list[str] = field(default_factory=list)
+    """Keys that have joined `space` since: `bases` and first options are what trials before ran."""
+    learnt: list[dict[str, Any]] = field(default_factory=list)
+    """The first trials, which runs of earlier sweeps stand for (`learn.py`)."""
 
     # disk ---------------------------------------------------------------------------------------
     def write(self, path: Path) -> None:
@@ -55,6 +58,8 @@ class Spec:
             "space": {key: to_json(dimension) for key, dimension in self.space.items()},
             "bases": {key: dataclasses.asdict(config) for key, config in self.bases.items()},
             "notes": self.notes,
+            "added": self.added,
+            "learnt": self.learnt,
         }
         atomic.write_json(path, raw)
 
@@ -73,6 +78,8 @@ class Spec:
                 command=raw["command"],
                 id=raw["id"],
                 notes=raw.get("notes", []),
+                added=raw.get("added", []),
+                learnt=raw.get("learnt", []),
             )
         except FileNotFoundError:
             raise ConfigError(
@@ -99,16 +106,11 @@ class Spec:
         when = self.config.when
         for config in self.bases.values():
             check_space(self.space, groups=self.groups, when=when, config=config)
-        for key in self._base_keys():
-            assert key in self.bases, f"no base config for {key!r}"
+        for choices in growth.combinations(self):
+            assert base_key(choices) in self.bases, f"no base config for {choices!r}"
         samplers.check_search(self.config, space=self.space)
         for index, entry in enumerate(self.config.enqueue):
             self._check_enqueued(entry, name=f"search.enqueue[{index}]")
-
-    def _base_keys(self) -> Iterator[str]:
-        options = [self.space[group].finite() or [] for group in self.groups]
-        for chosen in itertools.product(*options):
-            yield base_key(dict(zip(self.groups, chosen, strict=True)))
 
     def _check_enqueued(self, entry: dict[str, Any], *, name: str) -> None:
         for key, value in entry.items():
@@ -133,37 +135,64 @@ class Spec:
     def enqueued(self) -> list[dict[str, Any]]:
         """search.enqueue as Optuna stores values."""
         return [
-            {key: self._stored(key, value) for key, value in entry.items()}
+            {key: self.stored(key, value) for key, value in entry.items()}
             for entry in self.config.enqueue
         ]
 
-    def _stored(self, key: str, value: Any) -> Any:
+    def own(self, key: str, value: Any) -> Any:
+        """A value of the space as the space has it: 8.0 is its 8."""
         dimension = self.space[key]
         if isinstance(dimension, Choice):
-            same = [v for v in dimension.values if Choice(values=[v]).contains(value)]
-            return samplers.encode(same[0])
+            return next(v for v in dimension.values if Choice(values=[v]).contains(value))
         return type(dimension.low)(value)
+
+    def stored(self, key: str, value: Any) -> Any:
+        """The same as Optuna stores it."""
+        return samplers.encode(self.own(key, value))
 
     # continuing ---------------------------------------------------------------------------------
     def named(self, id_: str) -> Spec:
         return dataclasses.replace(self, id=id_)
 
     def continued(self, new: Spec) -> Spec:
-        """`new` as the next command of this study; ConfigError where it is another search."""
-        for key in dict.fromkeys([*self.space, *new.space]):
-            before, now = self.space.get(key), new.space.get(key)
-            if before != now:
-                _refuse(f"search.space.{key}", before and before.text(), now and now.text())
+        """`new` as the next command of this study, the space of which may have grown; ConfigError
+        where it is another search."""
+        space = {key: self._dimension(key, new) for key in dict.fromkeys([*new.space, *self.space])}
+        for key in self.space:
+            before, now = self.config.when.get(key), new.config.when.get(key)
+            if not growth.only_newer(before, now, space=self.space):
+                _refuse(f"search.when.{key}", before, now)
         for f in fields(SearchConfig):
             before, now = getattr(self.config, f.name), getattr(new.config, f.name)
-            if f.name not in (*CHANGEABLE, "space") and before != now:
+            if f.name not in (*CHANGEABLE, "space", "when") and before != now:
                 _refuse(f"search.{f.name}", _words(before), _words(now))
-        for key, config in self.bases.items():
-            before, now = scientific(config), scientific(new.bases[key])
-            for knob in dict.fromkeys([*before, *now]):
-                if before.get(knob) != now.get(knob) and knob not in (*self.space, "seed"):
-                    _refuse(knob, before.get(knob), now.get(knob))
-        return dataclasses.replace(new, id=self.id)
+        new = growth.joined(self, dataclasses.replace(new, space=space))
+        texts = {key: dimension.text() for key, dimension in new.space.items()}
+        config = dataclasses.replace(new.config, space=texts)
+        return dataclasses.replace(new, config=config, id=self.id, learnt=self.learnt)
+
+    def _dimension(self, key: str, new: Spec) -> Dimension:
+        """What the key is drawn from now; ConfigError where that lacks some of what it was."""
+        before, now = self.space.get(key), new.space.get(key)
+        wider = growth.widened(before, now) if before and now else now
+        if wider is None or (self.config.storage and wider != before):
+            most = "stay" if self.config.storage else "hold all of"
+            where = " whose trials are in search.storage" if self.config.storage else ""
+            raise ConfigError(
+                f"search.space.{key} must {most} {before.text() if before else 'as it was'} in a "
+                f"study that has begun{where}, got {now.text() if now else 'nothing'}; another "
+                "sweep.name begins a new study, and search.learn_from=OLD_NAME tells it of this one"
+            )
+        return wider
+
+    def grown_from(self, old: Spec) -> list[str]:
+        """In words: what the space has that `old`'s had not."""
+        lines = []
+        for key, now in self.space.items():
+            before = old.space.get(key)
+            if before != now:
+                lines.append(f"{key} from {before.text() if before else 'fixed'} to {now.text()}")
+        return lines
 
 
 def _located(

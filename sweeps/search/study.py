@@ -5,9 +5,13 @@
                                   /.lock         held by whoever takes a trial
 
 Each process that works for the study asks it for a trial when it has none, reports, and tells.
+study.json is what counts: a process that holds the lock reads it anew where it has changed, and
+brings the journal up to it where another has not come to that. So a space that grows does so at
+once for all who draw from it, and what was killed meanwhile is made good.
+
 Trials that n_trials does not count: points drawn and at once refused (`refused` in their user
 attributes), such as one that was tried before or that breaks a constraint on its cost, for which
-another is drawn; and those that were given up uncounted.
+another is drawn; those that were given up uncounted; and what was learnt from earlier sweeps.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from experiments.mlflow_store import relative_database, with_password
 from relora_core import shared
 from relora_core.config import ConfigError
-from sweeps.search import draws, journal, samplers
+from sweeps.search import draws, growth, journal, learn, samplers
 from sweeps.search.config import SearchConfig
 from sweeps.search.spec import Spec
 from sweeps.search.trial import Trial, Worker, from_record, is_begun, read_records
@@ -50,6 +54,7 @@ class Study:
         self._study: optuna.Study | None = None
         self._inode = 0
         self._locked = False
+        self._seen: tuple[int, ...] | None = None
 
     @classmethod
     def open(cls, folder: Path | str, *, create: Spec | None = None) -> Study:
@@ -67,13 +72,15 @@ class Study:
             old = Spec.read(path) if path.exists() else None
             spec = old.continued(create) if old else create.named(secrets.token_hex(4))
             spec.write(path)
-        study = cls(folder, spec)
-        study._load()
-        study._enqueue()
+            study = cls(folder, spec)
+            with study._holding():
+                study._load()
+                study._enqueue()
         return study
 
     name = property(lambda self: self.folder.parent.name)
     output_dir = property(lambda self: self.folder.parents[2])
+    path = property(lambda self: self.folder / "study.json")
     journal_path = property(lambda self: self.folder / "journal.log")
 
     @property
@@ -103,8 +110,9 @@ class Study:
             records = read_records(self.output_dir, study_id=self.spec.id)
             if self.config.storage:
                 self._study = self._attached(self._database())
-                if not self._study.get_trials(deepcopy=False):
-                    self._fill(self._study, records)
+                known = len(self._study.get_trials(deepcopy=False))
+                if not known or known < len(self.spec.learnt):
+                    self._fill(self._study, records, start=known)
                 return
             existed = self.journal_path.exists()
             why = journal.damage(self.journal_path) or self._attach_journal(records)
@@ -140,9 +148,9 @@ class Study:
     def _attach_journal(self, records: Mapping[int, dict[str, Any]]) -> str | None:
         """Open the journal; in words why not. Records are older than what is read here."""
         try:
-            self._inode = self.journal_path.stat().st_ino
-            self._study = self._attached(journal.journal_storage(self.journal_path))
-            return _behind(self._study, records)
+            self._study = self._read_journal()
+            self._fit(self._study)
+            return self._behind(records)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
             return f"it does not replay ({type(e).__name__})"
 
@@ -157,22 +165,81 @@ class Study:
             return optuna.load_study(**common)  # creating writes, even where there is one
         except KeyError:
             directions = [objective.direction for objective in self.config.objectives]
-            return optuna.create_study(**common, directions=directions)
+            study = optuna.create_study(**common, directions=directions)
+            study.set_user_attr("space", growth.mark(self.spec))
+            return study
+
+    def _read_journal(self) -> optuna.Study:
+        self._inode = self.journal_path.stat().st_ino
+        return self._attached(journal.journal_storage(self.journal_path))
+
+    def _fit(self, study: optuna.Study) -> None:
+        """What was learnt, and a space that has grown, in a journal that lacks it: of another
+        process's making, or killed before this."""
+        if shared.closed(self.folder):  # who only looks
+            return
+        if (known := len(study.get_trials(deepcopy=False))) < len(self.spec.learnt):
+            self._fill(study, {}, start=known)
+        if study.user_attrs.get("space") == growth.mark(self.spec):
+            return
+        with journal.unchanged(self.journal_path):
+            noted = study._storage.get_study_system_attrs(study._study_id)
+            trials = study.get_trials(deepcopy=False)
+            new = self._new_journal(growth.moved(trials, self.spec), noted=noted)
+            new.replace(self.journal_path)
+        self._study = self._read_journal()
 
     def _restore(self, records: Mapping[int, dict[str, Any]]) -> None:
         """A journal with these trials in the place of whatever there is."""
-        new = self.journal_path.with_name("journal.new")
-        new.unlink(missing_ok=True)
-        shared.touch(new)
-        self._fill(self._attached(journal.journal_storage(new)), records)
-        journal.set_aside(self.journal_path)
-        new.rename(self.journal_path)
+        new = self._new_journal(growth.moved(self._trials_of(records), self.spec))
+        with journal.unchanged(self.journal_path):
+            journal.set_aside(self.journal_path)
+            new.replace(self.journal_path)
         assert self._attach_journal(records) is None
         self._enqueue()
 
-    def _fill(self, study: optuna.Study, records: Mapping[int, dict[str, Any]]) -> None:
-        for number in range(max(records, default=-1) + 1):
-            study.add_trial(from_record(records[number]) if number in records else _lost(number))
+    def _new_journal(
+        self, trials: Sequence[FrozenTrial], *, noted: Mapping[str, Any] | None = None
+    ) -> Path:
+        """A file with these trials, and what samplers have `noted` of the study."""
+        path = self.journal_path.with_name("journal.new")
+        path.unlink(missing_ok=True)
+        shared.touch(path)
+        study = self._attached(journal.journal_storage(path))
+        study.add_trials(trials)
+        for key, value in (noted or {}).items():
+            study._storage.set_study_system_attr(study._study_id, key, value)
+        return path
+
+    def _fill(
+        self, study: optuna.Study, records: Mapping[int, dict[str, Any]], *, start: int = 0
+    ) -> None:
+        study.add_trials(growth.moved(self._trials_of(records), self.spec)[start:])
+
+    def _trials_of(self, records: Mapping[int, dict[str, Any]]) -> list[FrozenTrial]:
+        """All trials as far as study.json and these records know them."""
+        count = max(max(records, default=-1) + 1, len(self.spec.learnt))
+        return [self._known(number, records.get(number)) for number in range(count)]
+
+    def _known(self, number: int, record: dict[str, Any] | None) -> FrozenTrial:
+        if record is not None:
+            return from_record(record)
+        if number < len(self.spec.learnt):
+            return learn.to_trial(number, self.spec)
+        return _lost(number)
+
+    def _behind(self, records: Mapping[int, dict[str, Any]]) -> str | None:
+        """In words: a trial that the run directories know better than the journal."""
+        assert self._study is not None
+        trials = self._study.get_trials(deepcopy=False)
+        told = growth.fitted([from_record(record) for record in records.values()], self.spec)
+        for number, record in zip(records, told, strict=True):
+            if number >= len(trials):
+                return f"it lacks trial {number}"
+            known, ended = trials[number], record.state.is_finished()
+            if known.params != record.params or (ended and not known.state.is_finished()):
+                return f"it is behind in trial {number}"
+        return None
 
     def _enqueue(self) -> None:
         """Queue the settings of search.enqueue that are not there yet."""
@@ -189,12 +256,32 @@ class Study:
         if self._locked:
             yield
             return
-        with journal.only_one(self.folder / ".lock"):
-            self._locked = True
-            try:
-                yield
-            finally:
-                self._locked = False
+        with journal.only_one(self.folder / ".lock"), self._holding():
+            self._renew()
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        self._locked = True
+        try:
+            yield
+        finally:
+            self._locked = False
+
+    def _renew(self) -> None:
+        """Read study.json where a command has written it since: its space may have grown."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return
+        if (seen := (stat.st_ino, stat.st_mtime_ns, stat.st_size)) == self._seen:
+            return
+        spec = Spec.read(self.path)
+        if spec.id != self.spec.id:
+            raise ConfigError(f"{self.path} is of another study by now: this one has ended")
+        if spec != self.spec:
+            self.spec, self._study = spec, None
+        self._seen = seen
 
     def _mending(self, action: Callable[[], Result]) -> Result:
         """Once more where the journal turned out to be damaged under way."""
@@ -310,6 +397,11 @@ class Study:
         found = self._mending(lambda: self.optuna.get_trials(deepcopy=False))
         return [t for t in found if _counts(t)]
 
+    def learnt(self) -> list[FrozenTrial]:
+        """Those that stand for runs of earlier sweeps."""
+        number = len(self.spec.learnt)
+        return self._mending(lambda: self.optuna.get_trials(deepcopy=False))[:number]
+
     def _running(self) -> list[FrozenTrial]:
         return [t for t in self.trials() if t.state == TrialState.RUNNING]
 
@@ -377,19 +469,6 @@ def _counts(frozen: FrozenTrial) -> bool:
     if frozen.state == TrialState.WAITING or not frozen.user_attrs.get("counted", True):
         return False
     return frozen.state.is_finished() or is_begun(frozen)
-
-
-def _behind(study: optuna.Study, records: Mapping[int, dict[str, Any]]) -> str | None:
-    """In words: a trial that the run directories know better than the journal."""
-    trials = study.get_trials(deepcopy=False)
-    for number, record in records.items():
-        if number >= len(trials):
-            return f"it lacks trial {number}"
-        known = trials[number]
-        ended = TrialState[record["state"]].is_finished()
-        if known.params != record["stored"] or (ended and not known.state.is_finished()):
-            return f"it is behind in trial {number}"
-    return None
 
 
 def _lost(number: int) -> FrozenTrial:

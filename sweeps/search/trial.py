@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from experiments.run_dir import RunDir, runs_folder
 from relora_core import atomic
 from relora_core.config import RunConfig
 from sweeps.search.objective import Verdict, judge
-from sweeps.search.space import base_key, with_values
+from sweeps.search.space import base_key, is_active, ordered, with_values
 
 if TYPE_CHECKING:
     from sweeps.search.study import Spec, Study
@@ -152,6 +152,23 @@ def point(spec: Spec, params: dict[str, Any], *, seed: int | None = None) -> Run
     values = {key: value for key, value in params.items() if key not in spec.groups}
     config = with_values(spec.bases[base_key(choices)], values)
     return config if seed is None else dataclasses.replace(config, seed=seed)
+
+
+def filled(spec: Spec, take: Callable[[str, RunConfig], Any]) -> dict[str, Any]:
+    """A point: `take` gives the value of each key that applies to what the ones before it make."""
+    params: dict[str, Any] = {}
+    for key in ordered(spec.space, groups=spec.groups, when=spec.config.when):
+        config = point(spec, params)
+        if is_active(
+            key,
+            params=params,
+            space=spec.space,
+            when=spec.config.when,
+            config=config,
+            group=key in spec.groups,
+        ):
+            params[key] = take(key, config)
+    return params
 
 
 def to_record(

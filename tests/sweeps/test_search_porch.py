@@ -121,6 +121,21 @@ def test_options_of_samplers_are_given_without_a_plus(searched):
     assert given["search"].pruner == {"name": "median", "n_startup_trials": 2}
 
 
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        ("[a,b]", ["a", "b"]),
+        ("'a=1,b'", ["a=1,b"]),
+        ("a,b,a", ["a", "b"]),
+        ("[]", []),
+    ],
+)
+def test_sweeps_to_learn_from_are_a_list_however_they_are_given(searched, word, names):
+    assert searched(*SMALL, f"search.learn_from={word}")["search"].learn_from == names
+
+
 def command(*words, cwd):
     return warm.run([ROOT / "run.py", *words], cwd=cwd)
 
@@ -137,6 +152,7 @@ def command(*words, cwd):
         (["search.sampler.name=tpee"], "tpe"),
         (["search.objectives=[cost/trainabl]"], "cost/trainable"),
         (["sweep.max_gpu_hours=1"], "sweep.max_gpu_hours"),
+        (["search.learn_from=gone"], "search.learn_from must be sweeps in outputs (none yet)"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(words, says, tmp_path):

@@ -1,0 +1,84 @@
+"""Studies without training: specs, and what running a trial would leave on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from experiments.run_dir import EventLog
+from relora_core.events import Event
+from sweeps.search.config import normalise
+from sweeps.search.space import Float, Int
+from sweeps.search.spec import Spec
+from sweeps.search.trial import Worker
+
+LR = Float(low=1e-4, high=1e-1, log=True)
+
+
+def spec_of(make, *, space=None, groups=(), bases=None, **search):
+    """A spec over train.lr and relora.r; keywords change the search."""
+    return Spec(
+        config=normalise({"objectives": "train/loss", "sampler": "random", **search}),
+        space=space or {"train.lr": LR, "relora.r": Int(low=2, high=8)},
+        groups=list(groups),
+        bases=bases or {"": make()},
+        command="python run.py",
+    )
+
+
+def me(job=None, pid=None):
+    return Worker(host="h", pid=pid or os.getpid(), job_id=job)
+
+
+def loss_of(params):
+    return abs(math.log10(params["train.lr"]) + 2)
+
+
+def end(run, *, loss, state="finished"):
+    """What a run leaves that ends with this loss; its folder is there."""
+    if run.ended():
+        return
+    log = EventLog(run, 1)
+    log.emit(Event(kind="train", step=1, metrics={"train/loss": loss}))
+    log.close()
+    run.write_result({"state": state, "metrics": {"train/loss": loss}})
+    run.update_status(state=state)
+
+
+def ran(trial, *, loss=None, state="finished"):
+    """What running the trial leaves on disk."""
+    loss = loss_of(trial.params) if loss is None else loss
+    for seed, run in zip(trial.seeds, trial.runs, strict=True):
+        run.create(trial.config(seed))
+        end(run, loss=loss, state=state)
+    trial.write_records()
+
+
+def finish_all(study, **how):
+    """One worker does all that is left; the trials' numbers."""
+    numbers = []
+    while trial := study.take(me()):
+        ran(trial, **how)
+        trial.finish()
+        numbers.append(trial.number)
+    return numbers
+
+
+def told(study):
+    """All that a study knows, comparable: times to the microsecond."""
+    return [as_dict(frozen) for frozen in study.optuna.get_trials(deepcopy=False)]
+
+
+def as_dict(frozen):
+    return {
+        "number": frozen.number,
+        "state": frozen.state,
+        "values": frozen.values,
+        "params": frozen.params,
+        "distributions": frozen.distributions,
+        "intermediate": frozen.intermediate_values,
+        "user_attrs": frozen.user_attrs,
+        "system_attrs": dict(frozen.system_attrs),
+        "started": frozen.datetime_start,
+        "ended": frozen.datetime_complete,
+    }
