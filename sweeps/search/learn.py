@@ -47,6 +47,8 @@ class Match:
     """Its point, where it is a run of the search's."""
     differing: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Key -> value in the run, value in the search: of the keys that are not searched."""
+    outside: list[str] = field(default_factory=list)
+    """Searched keys at which the run has no value of the space, where nothing differs."""
     reason: str = ""
     """Why it is not taken, as it follows a number of runs: `differ in train.steps`."""
 
@@ -132,7 +134,7 @@ def _compared(spec: Spec, choices: Mapping[str, Any], match: Match) -> Match:
     match.differing = _differing(config, ours)
     if not match.differing:
         if outside:
-            match.reason = f"lie outside the space ({', '.join(outside)})"
+            match.outside = outside
         elif config.seed not in spec.config.seeds:
             match.reason = "are of other seeds"
         else:
@@ -151,12 +153,14 @@ def _differing(run: RunConfig, ours: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _name_differences(matches: Sequence[Match]) -> None:
-    """Of each run that differs the key that most of them differ in."""
-    often = Counter(key for one in matches for key in one.differing)
+    """Of each run that differs the key that most of them differ in; of one outside likewise."""
+    often = Counter(key for one in matches for key in (*one.differing, *one.outside))
     for one in matches:
         if one.differing:
-            key = max(one.differing, key=lambda key: often[key])
-            one.reason = f"differ in {key}"
+            one.reason = f"differ in {max(one.differing, key=often.__getitem__)}"
+        elif one.outside:
+            key = max(one.outside, key=often.__getitem__)
+            one.reason = f"lie outside the space of {key}"
 
 
 # what they tell ---------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def _line(name: str, matches: Sequence[Match]) -> str:
 
 
 def _reasons(matches: Sequence[Match]) -> str:
-    """`6 differ in train.steps, 1 lies outside the space (train.lr)`."""
+    """`6 differ in train.steps, 1 lies outside the space of train.lr`."""
     counted = Counter(one.reason for one in matches if one.reason)
     return ", ".join(
         f"{n} {reason if n > 1 else _of_one(reason)}" for reason, n in counted.most_common()

@@ -110,7 +110,7 @@ def test_a_grid_runs_the_points_that_it_has_not_learnt(spec, sweep, out):
     search = {"space": space, "learn_from": "x", "n_trials": 99, "sampler": "grid"}
     study, lines = learnt(spec, out, **search)
     assert lines == [
-        "learnt from 2 of 3 runs of x: 1 lies outside the space (relora.r)",
+        "learnt from 2 of 3 runs of x: 1 lies outside the space of relora.r",
         "search.sampler=grid does not look at what was learnt (tpe and gp do): it counts for the "
         "best, and is not run again",
     ]
@@ -130,14 +130,15 @@ def test_each_run_that_is_not_taken_has_its_reason(spec, sweep, out):
         *({"lr": 0.01 * n, "loss": 2.0, "steps": 6} for n in (1, 2, 3)),
         {"lr": 0.03, "loss": 2.0, "steps": 6, "method": "full_rank"},
         {"lr": 0.5, "loss": 2.0},
+        {"lr": 0.5, "r": 6, "loss": 2.0},
         {"lr": 0.06},
         {"lr": 0.01, "loss": 2.0, "seed": 1},
     )
     sweep("y", {"lr": 0.02, "loss": 2.0}, {"lr": 0.07, "loss": 2.0})
     study, lines = learnt(spec, out, learn_from=["x", "y"], sampler="tpe")
     assert lines == [
-        "learnt from 2 of 9 runs of x: 4 differ in train.steps, 1 lies outside the space "
-        "(train.lr), 1 has not finished, 1 is of other seeds",
+        "learnt from 2 of 10 runs of x: 4 differ in train.steps, 2 lie outside the space "
+        "of train.lr, 1 has not finished, 1 is of other seeds",
         "learnt from 1 of 2 runs of y: 1 is there already",
     ]
     assert [one["sweep"] for one in study.spec.learnt] == ["x", "x", "y"]
@@ -234,7 +235,7 @@ def test_a_searched_scale_is_found_in_alpha(spec, sweep, make, out):
     space = {"relora.r": Choice(values=[4, 8]), "relora.scale": Float(low=0.5, high=4.0)}
     study, lines = learnt(spec, out, space=space, learn_from="x")
     assert [params["relora.scale"] for params, _ in points(study)] == [2.0, 1.0]
-    assert lines[0].endswith(": 1 lies outside the space (relora.scale)")
+    assert lines[0].endswith(": 1 lies outside the space of relora.scale")
 
 
 def test_what_was_learnt_joins_a_space_that_grows_by_a_key(spec, sweep, out):
