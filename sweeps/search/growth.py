@@ -176,7 +176,13 @@ def _fitted(
     trial: FrozenTrial, spec: Spec, distributions: Mapping[str, BaseDistribution]
 ) -> FrozenTrial:
     stored = trial.params
-    own = {key: samplers.decode(spec.space[key], value) for key, value in stored.items()}
+    try:
+        own = {key: samplers.decode(spec.space[key], value) for key, value in stored.items()}
+    except (KeyError, StopIteration):
+        raise ConfigError(
+            f"search.space must hold what trial {trial.number} has drawn ({stored}), but "
+            "study.json has been changed: put it back, or move the study away to begin anew"
+        ) from None
     lacking = any(key not in own for key in spec.added)
     if own and lacking and (trial.state.is_finished() or is_begun(trial)):
         own = filled(

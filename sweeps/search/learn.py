@@ -216,7 +216,7 @@ def _record(search: SearchConfig, matches: Sequence[Match], verdict: Verdict) ->
 
 
 def _reports(search: SearchConfig, matches: Sequence[Match]) -> dict[str, float]:
-    """What pruners would have been told of the trial (`run.SearchSink`)."""
+    """What pruners would have heard of the trial (`run.SearchSink`)."""
     metric = search.prune_metric
     if len(search.objectives) > 1 or metric is None:
         return {}

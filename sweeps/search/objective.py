@@ -79,7 +79,7 @@ def _device_hours(run_dir: RunDir) -> float | None:
 
 
 def curve(metric: str, events: Sequence[dict[str, Any]], *, steps: int) -> dict[int, float]:
-    """Step -> value, as far as pruners are told of a run of so many steps: REPORTS at most."""
+    """Step -> value, as far as pruners hear of a run of so many steps: REPORTS at most."""
     points: dict[int, float] = {}
     for event in events:
         due = max(points, default=-math.inf) + steps / REPORTS

@@ -232,8 +232,8 @@ class Study:
         """In words: a trial that the run directories know better than the journal."""
         assert self._study is not None
         trials = self._study.get_trials(deepcopy=False)
-        told = growth.fitted([from_record(record) for record in records.values()], self.spec)
-        for number, record in zip(records, told, strict=True):
+        written = growth.fitted([from_record(record) for record in records.values()], self.spec)
+        for number, record in zip(records, written, strict=True):
             if number >= len(trials):
                 return f"it lacks trial {number}"
             known, ended = trials[number], record.state.is_finished()

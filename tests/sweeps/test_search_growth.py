@@ -407,9 +407,9 @@ def test_a_study_of_before_has_its_journal_made_anew_once(spec, folder, monkeypa
     study = Study.open(folder, create=spec(space=NARROW, n_trials=2))
     finish_all(study)
     lines = (folder / "journal.log").read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if b'"user_attr":{"space"' not in line]
-    assert len(kept) == len(lines) - 1
-    (folder / "journal.log").write_bytes(b"".join(kept))
+    older = [line for line in lines if b'"user_attr":{"space"' not in line]
+    assert len(older) == len(lines) - 1
+    (folder / "journal.log").write_bytes(b"".join(older))
     raw = json.loads((folder / "study.json").read_text())
     del raw["added"], raw["learnt"], raw["config"]["learn_from"]
     (folder / "study.json").write_text(json.dumps(raw))
@@ -418,3 +418,16 @@ def test_a_study_of_before_has_its_journal_made_anew_once(spec, folder, monkeypa
     inode = (folder / "journal.log").stat().st_ino
     assert told(Study.open(folder)) == told(study)
     assert (folder / "journal.log").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("space", [{"relora.r": Choice(values=[6, 7])}, {"train.lr": LR}])
+def test_a_space_that_was_changed_by_hand_is_one_line(spec, folder, space):
+    study = Study.open(folder, create=spec(space={"relora.r": R248}, n_trials=2))
+    finish_all(study, loss=1.0)
+    changed = study.spec
+    changed.space = space
+    changed.write(folder / "study.json")
+    before = (folder / "journal.log").read_bytes()
+    with pytest.raises(ConfigError, match=r"search.space must hold what trial 0 has drawn \("):
+        Study.open(folder)
+    assert (folder / "journal.log").read_bytes() == before
