@@ -6,7 +6,6 @@ Workers outlive their launcher; the next one finds them at work and awaits them.
 from __future__ import annotations
 
 import os
-import random
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -54,17 +53,15 @@ def numbers_of(warm_runner: Runner, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_again_and_again(warm_runner, numbers_of, tmp_path):
-    draw, kills = random.Random(0), 0
-    for number in range(2):
-        out = tmp_path / str(number)
-        in_time = [{"kill_after_s": draw.uniform(0.2, 2.0)} for _ in range(2)]
-        for fault in [*({"at": 1, "on": f"^{on}"} for on in ON), *in_time]:
-            kills += swept(warm_runner, out, **fault)[0].code == KILLED
-        (again,) = swept(warm_runner, out)
-        assert again.code == 0, again.said
-        assert_finished_once(out, numbers_of)
-        assert len(load(plan_folder(out, name="s") / "plan.json").cells) == 4
-    assert kills >= 10
+    out, kills = tmp_path / "out", 0
+    in_time = [{"kill_after_s": seconds} for seconds in (0.5, 1.5)]
+    for fault in [*({"at": 1, "on": f"^{on}"} for on in ON), *in_time]:
+        kills += swept(warm_runner, out, **fault)[0].code == KILLED
+    (again,) = swept(warm_runner, out)
+    assert again.code == 0, again.said
+    assert_finished_once(out, numbers_of)
+    assert len(load(plan_folder(out, name="s") / "plan.json").cells) == 4
+    assert kills >= len(ON)
 
 
 def assert_finished_once(out: Path, numbers_of: dict[str, object]) -> None:
