@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         planned = [one for one in chosen if before[one.run_id].state == "planned"]
         if unheard := [one for one in planned if one.run_id in fresh]:
             for one in unheard:
-                one.dir.cancel_path.touch()
+                shared.touch(one.dir.cancel_path)
             print(
                 f"{len(unheard)} runs: the command that submitted them was interrupted, and SLURM "
                 "lists no job of theirs so far; if it takes one yet, that ends when it begins"
