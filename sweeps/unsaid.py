@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from experiments.environment import ROOT
 from experiments.identity import essential
 from relora_core.config import RunConfig, get, walk
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = ROOT / "conf"
 GROUPS = {"model": "model.name", "relora": "relora.name", "data": "data.kind", "method": "method"}
 """Group of conf/ -> the key that names its option."""
 IMPLIED = ("model.vocab_size", "data.vocab_size", "data.tokenizer", "data.eos_id", "seed")
@@ -126,7 +126,7 @@ def _line(
     named: Sequence[str],
     word: Callable[[str, Any], str],
 ) -> str:
-    """`names say model alone: model=tiny has train.lr=0.001; model=small has train.lr=0.0003`."""
+    """Like `names say model alone, yet model=tiny has train.lr=0.001; model=small has ...`."""
     of_name: dict[str, str] = {}
     for row, own in zip(rows, settings, strict=True):
         told = [label] if label else named
