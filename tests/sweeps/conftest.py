@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,19 @@ def make(tmp_path: Path) -> Callable[..., RunConfig]:
         return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
     return build
+
+
+@pytest.fixture
+def spec(make):
+    """`studies.spec_of` with this test's configs."""
+    from studies import spec_of
+
+    return partial(spec_of, make)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of the study of a search called s."""
+    from sweeps.search.study import study_folder
+
+    return study_folder(tmp_path / "out", name="s")

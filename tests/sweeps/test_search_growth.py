@@ -12,28 +12,18 @@ from pathlib import Path
 import pytest
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
-from studies import LR, end, finish_all, me, ran, spec_of, told
+from studies import LR, end, finish_all, me, ran, told
 
 from relora_core.config import ConfigError
 from sweeps.search import growth, journal, samplers
 from sweeps.search.space import Choice, Float, Int
-from sweeps.search.study import Spec, Study, rebuild, study_folder
+from sweeps.search.study import Spec, Study, rebuild
 
 FORK = multiprocessing.get_context("fork")
 WIDE = Float(low=1e-5, high=1.0, log=True)
 NARROW = {"train.lr": LR, "relora.r": Choice(values=[4, 8])}
 WIDER = {"train.lr": WIDE, "relora.r": Choice(values=[2, 8, 4, 6])}
 R248 = Choice(values=[2, 4, 8])
-
-
-@pytest.fixture
-def spec(make):
-    return partial(spec_of, make)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return study_folder(tmp_path / "out", name="s")
 
 
 def ends(study):

@@ -18,7 +18,7 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
-from studies import LR, finish_all, loss_of, me, ran, spec_of, told
+from studies import LR, finish_all, loss_of, me, ran, told
 
 from experiments.identity import run_id
 from relora_core import costs
@@ -28,16 +28,6 @@ from sweeps.search.study import MAX_ADOPTIONS, Study, rebuild, study_folder
 from sweeps.search.trial import Worker
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def spec(make):
-    return partial(spec_of, make)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return study_folder(tmp_path / "out", name="s")
 
 
 # total ------------------------------------------------------------------------------------------
