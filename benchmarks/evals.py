@@ -31,7 +31,9 @@ from rich.table import Table
 from relora_core.config import BlimpConfig, DataConfig, ModelConfig
 from relora_core.data import load_tokenizer
 from relora_core.data.base import Tokenizer
-from relora_core.evals import Window, blimp, encode, paloma, score
+from relora_core.evals import blimp, paloma
+from relora_core.evals.base import Window, encode
+from relora_core.evals.scoring import score
 from relora_core.export import read_model, write_llama
 from relora_core.model import Decoder
 

@@ -36,6 +36,7 @@ from experiments.state import RunState
 from experiments.tidy import Arm, Sweep
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
+from relora_core.sources import comparable
 
 AXES = ("steps", "tokens", "gpu_hours")
 """What curves can be drawn against."""
@@ -216,8 +217,10 @@ def _cautions(sweep: Sweep) -> list[str]:
     codes.discard(())
     if len({code for arm_codes in codes for code in arm_codes}) > 1:
         what = "arms" if len(codes) > 1 else "attempts"
+        one, *others = (code for arm_codes in codes for code in arm_codes)
+        ran = "ran" if all(comparable(one, code) for code in others) else "may have run"
         lines.append(
-            f"Different {what} ran different code of relora_core (see Code and environment): a "
+            f"Different {what} {ran} different code of relora_core (see Code and environment): a "
             "difference between them may be the code's."
         )
     return lines

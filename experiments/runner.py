@@ -30,6 +30,7 @@ from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataError, DataInfo
 from relora_core.events import Event, NullSink, Sink
 from relora_core.schedule import notices
+from relora_core.sources import comparable
 
 
 def cache_dir(output_dir: str | Path) -> Path:
@@ -228,6 +229,11 @@ def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
     if before in (None, code_hash()) or not any(run_dir.checkpoints.glob("step-*")):
         return
     line = f"{run_dir.run_id} began with other code of relora_core ({before}, now {code_hash()})"
+    if not comparable(before, code_hash()):
+        line = (
+            f"{run_dir.run_id} may have begun with other code of relora_core: its hash {before} "
+            f"is of an older kind than today's {code_hash()}"
+        )
     if refuse:
         raise ConfigError(
             f"checkpoint.on_code_change must be warn to go on, got 'refuse': {line}; or move "

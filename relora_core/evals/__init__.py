@@ -1,4 +1,4 @@
-"""Which evals a run has, and what they share: reading records, and log-probabilities of sequences.
+"""Which evals a run has. What they share is in `base.py` and `scoring.py`.
 
 Loading and inspection import no torch. Not for: how often an eval runs (`train.py`), nor for the
 definition of any one measure (`paloma.py`, `blimp.py`).
@@ -6,17 +6,12 @@ definition of any one measure (`paloma.py`, `blimp.py`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import importlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Unpack
 
 from relora_core.config import (
     EVALS,
@@ -28,40 +23,10 @@ from relora_core.config import (
 )
 from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
-from relora_core.data.places import missing
+from relora_core.evals.base import EvalResult, Work, encode
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from relora_core.model import Decoder
-
-BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
-"""Tokens per forward pass; a CPU wants activations that stay in its caches."""
-SHORT = 64
-"""Tokens of a sequence that may share a tree of prefixes with others."""
-PORTION = 2**20
-"""Characters encoded at a time; a longer text alone, in windows."""
-
-
-@dataclass(kw_only=True, slots=True)
-class EvalResult:
-    """What one evaluation found."""
-
-    metrics: dict[str, float]
-    """Name under `eval/` -> value."""
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Table name -> rows, JSON-serialisable."""
-
-
-class Work(TypedDict, total=False):
-    """How an evaluation is shared and watched. By default one process does it all, silently."""
-
-    rank: int
-    world: int
-    reduce: Callable[[Tensor], Tensor] | None
-    """Sum of a float64 tensor over the ranks; needed where world > 1."""
-    progress: Callable[[int, int], None] | None
-    """Called with (done, total) sequences."""
 
 
 @dataclass(kw_only=True)
@@ -237,190 +202,3 @@ def _check_words(items: Iterable[Any], *, key: str, path: str) -> None:
             raise ConfigError(
                 f"{key} must hold words of the grammar for data=grammar, got {path}: {error}"
             ) from None
-
-
-def existing(path: str, *, key: str) -> Path:
-    """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise missing(key, source=path, expected="an existing folder or file")
-    return found
-
-
-def records(
-    lines: Iterable[bytes], *, where: str, fields: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """One dict per line that is not blank. ConfigError, with file and line, for a broken one.
-
-    Each of `fields` must be a string that can be written as UTF-8.
-    """
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            # JSONDecodeError's own text counts lines within this one.
-            what = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise ConfigError(f"{where} line {number}: not JSON ({what})") from None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{where} line {number}: expected an object, got {line[:40]!r}")
-        for name in fields:
-            _check_string(record, name, where=f"{where} line {number}")
-        yield record
-
-
-def _check_string(record: dict[str, Any], name: str, *, where: str) -> None:
-    if name not in record:
-        has = ", ".join(sorted(record)) or "nothing"
-        raise ConfigError(f"{where}: expected a field '{name}', got {has}")
-    if not isinstance(record[name], str):
-        raise ConfigError(f"{where}: '{name}' must be a string, got {record[name]!r:.40}")
-    try:
-        record[name].encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where}: '{name}' must be Unicode text, got a lone surrogate") from None
-
-
-def digest(items: Iterable[tuple[Any, ...]]) -> str:
-    """sha256 of what is evaluated, in order: independent of folders, archives and compression."""
-    total = hashlib.sha256()
-    for item in items:
-        total.update(json.dumps(item).encode() + b"\n")
-    return total.hexdigest()
-
-
-def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """int32 ids of each text. In portions: encoding takes a hundred times a text's memory."""
-    return [
-        np.array(ids, dtype=np.int32)
-        for portion in _portions(texts)
-        for ids in tokenizer.encode_batch(portion)
-    ]
-
-
-def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
-    portion, characters = [], 0
-    for text in texts:
-        if portion and characters + len(text) > PORTION:
-            yield portion
-            portion, characters = [], 0
-        portion.append(text)
-        characters += len(text)
-    if portion:
-        yield portion
-
-
-class Window(NamedTuple):
-    """A sequence of which the last `scored` tokens are predicted, each from all before it."""
-
-    ids: np.ndarray
-    """(n,) int32; scored < n."""
-    scored: int
-
-
-def score(
-    model: Decoder,
-    windows: Sequence[Window],
-    *,
-    batch_tokens: int | None = None,
-    share_prefixes: bool = False,
-    precision: str = "fp32",
-    **work: Unpack[Work],
-) -> np.ndarray:
-    """Sum of log p(scored tokens) of each window in nats, float64, shape (len(windows),).
-
-    Equal windows are scored once, so they get equal sums; `share_prefixes` of short ones are
-    computed once, too. With precision bf16 the head's matmuls are. Batches are the same for any
-    number of ranks; rank r takes batches r, r + world, ..., and `reduce` brings the sums together.
-    """
-    import torch
-
-    # Longest first, so that there is hardly any padding; short ones by content, which brings
-    # together what begins alike.
-    short = SHORT if share_prefixes else 0
-    keys = [(min(short - len(w.ids), 0), w.ids.tobytes(), w.scored) for w in windows]
-    index = {key: i for i, key in enumerate(keys)}
-    order = sorted(index)
-    unique = [windows[index[key]] for key in order]
-    weight = model.de_embedding_proj.weight.detach()
-    head = weight.bfloat16() if precision == "bf16" else weight
-    device = weight.device
-    budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    batches = _plan(unique, budget=budget, short=short)
-    rank, world = work.get("rank", 0), work.get("world", 1)
-    reduce, progress = work.get("reduce"), work.get("progress")
-    sums = torch.zeros(len(unique), dtype=torch.float64, device=device)
-    # no_grad and not inference_mode: what a module caches here must still serve training.
-    with _evaluating(model), torch.no_grad():
-        for start, stop, sums_of in batches[rank::world]:
-            sums[start:stop] = sums_of(model, unique[start:stop], head)
-            if progress is not None:
-                progress(stop, len(unique))
-    if reduce is not None:
-        sums = reduce(sums)
-    place = {key: i for i, key in enumerate(order)}
-    return sums.cpu().numpy()[[place[key] for key in keys]]
-
-
-def _plan(
-    windows: Sequence[Window], *, budget: int, short: int
-) -> list[tuple[int, int, Callable[..., Tensor]]]:
-    """Batches: (start, stop, how they are computed). Prefixes are shared up to `short` tokens."""
-    lengths = [len(w.ids) for w in windows if len(w.ids) > short]
-    plan = [(*span, _padded_sums) for span in _batches(lengths, budget=budget)]
-    if len(lengths) < len(windows):
-        from relora_core.evals import tree
-
-        first, size = len(lengths), max(1, budget // tree.NODES)
-        groups = list(tree.groups([w.ids for w in windows[first:]]))
-        parts = (groups[i : i + size] for i in range(0, len(groups), size))
-        plan += [(first + part[0][0], first + part[-1][1], tree.sums) for part in parts]
-    return plan
-
-
-def _batches(lengths: Sequence[int], *, budget: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of at least one sequence, of at most `budget` padded tokens; lengths fall."""
-    start = 0
-    while start < len(lengths):
-        stop = min(len(lengths), start + max(1, budget // max(1, lengths[start])))
-        yield start, stop
-        start = stop
-
-
-@contextlib.contextmanager
-def _evaluating(model: Decoder) -> Iterator[None]:
-    """Dropout off, and every module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _padded_sums(model: Decoder, batch: Sequence[Window], head: Tensor) -> Tensor:
-    """(B,) float64 sums. Only positions that are scored reach the head."""
-    import torch
-
-    from relora_core.loss import target_log_probs
-
-    ids, scored = padded(batch)
-    own, tokens = torch.from_numpy(scored).to(head.device), torch.from_numpy(ids).to(head.device)
-    sums = torch.zeros(own.shape, dtype=torch.float64, device=head.device)
-    if scored.any():
-        hidden = model.hidden_states(tokens[:, :-1])[own]  # (N, C)
-        sums[own] = target_log_probs(hidden, head, tokens[:, 1:][own]).double()
-    return sums.sum(dim=1)
-
-
-def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
-    """ids (B, T + 1) int64, padded with 0 on the right, and which of the T targets are scored."""
-    width = max(2, max(len(w.ids) for w in batch))
-    ids = np.zeros((len(batch), width), dtype=np.int64)
-    scored = np.zeros((len(batch), width - 1), dtype=bool)
-    for row, (tokens, count) in enumerate(batch):
-        ids[row, : len(tokens)] = tokens
-        scored[row, len(tokens) - 1 - count : max(0, len(tokens) - 1)] = True
-    return ids, scored

@@ -30,7 +30,8 @@ import numpy as np
 from relora_core.config import BlimpConfig, ConfigError, ModelConfig
 from relora_core.data.base import Tokenizer
 from relora_core.data.places import SPLITS, Look, first_line, looks, some, split_of, walk
-from relora_core.evals import EvalResult, Window, Work, digest, encode, existing, records, score
+from relora_core.evals.base import EvalResult, Window, Work, digest, encode, existing, records
+from relora_core.evals.scoring import score
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder

@@ -30,7 +30,8 @@ import numpy as np
 from relora_core.config import ConfigError, ModelConfig, PalomaConfig, nearest
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import Look, looks, some, walk
-from relora_core.evals import EvalResult, Window, Work, digest, existing, records, score
+from relora_core.evals.base import EvalResult, Window, Work, digest, existing, records
+from relora_core.evals.scoring import score
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder

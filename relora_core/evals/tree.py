@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_core.evals import Window, padded
+from relora_core.evals.base import Window, padded
 from relora_core.loss import target_log_probs
 
 if TYPE_CHECKING:

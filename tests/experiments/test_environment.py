@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +12,7 @@ import sys
 import pytest
 
 from experiments import environment, scheduler
-from experiments.environment import ROOT, SNAPSHOT, attempt_record, code_hash, git_state
+from experiments.environment import ROOT, SNAPSHOT, attempt_record, git_state
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +70,6 @@ def test_gpus_are_those_torch_sees(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch", type("torch", (), {"cuda": Cuda}))
     assert environment.gpus() == ["card 0", "card 1"]
-
-
-def test_the_hash_is_of_names_and_contents_of_the_core_alone(tmp_path):
-    core = tmp_path / "relora_core"
-    (core / "data").mkdir(parents=True)
-    (core / "b.py").write_text("b")
-    (core / "data" / "a.py").write_text("a")
-    by_hand = hashlib.sha256(b"relora_core/b.py\0b" + b"relora_core/data/a.py\0a").hexdigest()[:16]
-    assert code_hash(tmp_path) == by_hand
-    (tmp_path / "run.py").write_text("outside the core")
-    assert code_hash(tmp_path) == by_hand
-    (core / "b.py").write_text("c")
-    assert code_hash(tmp_path) != by_hand
 
 
 def test_git_state_of_a_checkout(repository):

@@ -12,7 +12,7 @@ from relora_core.data.grammar import VOCAB_SIZE
 def begun(nano, tmp_path):
     """A run that was interrupted after its first checkpoint, by code that is no longer here."""
 
-    def make(**checkpoint):
+    def make(*, code="d1:0123", **checkpoint):
         config = nano(model={"vocab_size": VOCAB_SIZE}, checkpoint={"every_steps": 6, **checkpoint})
         config.output_dir = str(tmp_path)
         run_dir = RunDir(tmp_path / "runs" / "a")
@@ -21,7 +21,7 @@ def begun(nano, tmp_path):
         run_dir.update_status(state="failed")
         path = run_dir.attempts / "001.json"
         record = json.loads(path.read_text())
-        path.write_text(json.dumps(record | {"code_hash": "0123"}))
+        path.write_text(json.dumps(record | {"code_hash": code}))
         return config, run_dir
 
     return make
@@ -51,7 +51,16 @@ def test_a_result_counts_where_a_kill_came_before_the_last_word(nano, tmp_path):
 def test_going_on_with_other_code_is_said(begun, capsys):
     config, run_dir = begun()
     assert run_experiment(config, run_dir) == "finished"
-    assert "began with other code of relora_core (0123, now " in capsys.readouterr().err
+    assert "began with other code of relora_core (d1:0123, now d1:" in capsys.readouterr().err
+
+
+def test_a_hash_of_an_older_kind_proves_no_change(begun, capsys):
+    config, run_dir = begun(code="0123")
+    assert run_experiment(config, run_dir) == "finished"
+    said = capsys.readouterr().err
+    assert (
+        "may have begun with other code of relora_core: its hash 0123 is of an older kind" in said
+    )
 
 
 def test_going_on_with_other_code_can_be_refused(begun):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.identity import config_to_json
-from relora_core import checkpoint, dynamics
+from relora_core import checkpoint, dynamics, spectra
 from relora_core.config import ConfigError, adapted_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dynamics import GradientTap, Recorder
@@ -69,18 +69,16 @@ def advance(model, method, optimizer, *, steps, start=0):
 )
 def test_effective_rank_of_known_spectra(spectrum, rank):
     sigma = torch.tensor(spectrum, dtype=torch.float64)
-    assert dynamics.effective_rank(sigma).item() == pytest.approx(rank, rel=1e-14)
-    scaled = dynamics.effective_rank(sigma * 1e-30)
+    assert spectra.effective_rank(sigma).item() == pytest.approx(rank, rel=1e-14)
+    scaled = spectra.effective_rank(sigma * 1e-30)
     assert scaled.item() == pytest.approx(rank, rel=1e-12)
 
 
 def test_effective_rank_of_matrices():
-    assert dynamics.effective_rank(dynamics.singular_values(torch.eye(9))).item() == pytest.approx(
-        9
-    )
+    assert spectra.effective_rank(spectra.singular_values(torch.eye(9))).item() == pytest.approx(9)
     outer = normal(12, 1) @ normal(1, 5, seed=1)
-    sigma = dynamics.singular_values(outer)
-    assert dynamics.effective_rank(sigma).item() == pytest.approx(1, abs=1e-12)
+    sigma = spectra.singular_values(outer)
+    assert spectra.effective_rank(sigma).item() == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
@@ -94,7 +92,7 @@ def test_singular_values_of_many_are_those_of_each(shape, threads):
     sigma = torch.logspace(0, -14, 20, dtype=torch.float64)
     try:
         torch.set_num_threads(threads)
-        found = dynamics.singular_values(u * sigma @ v.mT)
+        found = spectra.singular_values(u * sigma @ v.mT)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -103,35 +101,35 @@ def test_singular_values_of_many_are_those_of_each(shape, threads):
 
 def test_a_zero_matrix_and_a_broken_one_have_defined_values():
     broken = torch.full((3, 4), math.nan)
-    sigma = dynamics.singular_values(torch.stack((torch.zeros(3, 4), torch.ones(3, 4), broken)))
-    noise = dynamics.noise_floor(torch.linalg.vector_norm(sigma, dim=-1), dtype=torch.float32)
-    assert dynamics.effective_rank(sigma)[:2].tolist() == [0.0, pytest.approx(1.0)]
-    assert dynamics.effective_rank(sigma)[2].isnan()
-    assert dynamics.numerical_rank(sigma, noise=noise)[:2].tolist() == [0, 1]
-    above = dynamics.condition_number(sigma, noise=noise)
+    sigma = spectra.singular_values(torch.stack((torch.zeros(3, 4), torch.ones(3, 4), broken)))
+    noise = spectra.noise_floor(torch.linalg.vector_norm(sigma, dim=-1), dtype=torch.float32)
+    assert spectra.effective_rank(sigma)[:2].tolist() == [0.0, pytest.approx(1.0)]
+    assert spectra.effective_rank(sigma)[2].isnan()
+    assert spectra.numerical_rank(sigma, noise=noise)[:2].tolist() == [0, 1]
+    above = spectra.condition_number(sigma, noise=noise)
     assert above[0].isnan()
     assert above[1] == 1.0
     assert above[2].isnan()
-    assert dynamics.condition_number(torch.zeros(2)).isnan()
-    assert dynamics.condition_number(torch.tensor([2.0, 1.0, 0.0])).item() == math.inf
+    assert spectra.condition_number(torch.zeros(2)).isnan()
+    assert spectra.condition_number(torch.tensor([2.0, 1.0, 0.0])).item() == math.inf
 
 
 @pytest.mark.parametrize(("r", "shape"), [(4, (24, 96)), (16, (96, 384)), (1, (8, 8))])
 def test_the_per_of_a_low_rank_product_is_at_most_r_over_the_smaller_side(r, shape):
     a, b = normal(r, shape[1]), normal(shape[0], r, seed=1)
     size = min(shape)
-    for sigma in (dynamics.singular_values(b @ a), dynamics.product_singular_values(b, a)):
-        per = dynamics.proportional_effective_rank(sigma, size=size).item()
+    for sigma in (spectra.singular_values(b @ a), spectra.product_singular_values(b, a)):
+        per = spectra.proportional_effective_rank(sigma, size=size).item()
         assert 0.5 * r / size < per <= r / size * (1 + 1e-9)
 
 
 def test_singular_values_of_a_product_need_not_form_it():
     left, right = normal(3, 20, 4), normal(3, 4, 15, seed=1)
-    sigma = dynamics.product_singular_values(left, right)
+    sigma = spectra.product_singular_values(left, right)
     assert sigma.shape == (3, 15)
     torch.testing.assert_close(sigma[:, :4], torch.linalg.svdvals(left @ right)[:, :4])
     assert torch.equal(sigma[:, 4:], torch.zeros(3, 11, dtype=torch.float64))
-    wide = dynamics.product_singular_values(normal(2, 9), normal(9, 3, seed=1))
+    wide = spectra.product_singular_values(normal(2, 9), normal(9, 3, seed=1))
     torch.testing.assert_close(wide, torch.linalg.svdvals(normal(2, 9) @ normal(9, 3, seed=1)))
 
 
@@ -160,7 +158,7 @@ def hilbert_condition(n):
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_condition_numbers_of_hilbert_matrices(n):
-    condition = dynamics.condition_number(dynamics.singular_values(hilbert(n))).item()
+    condition = spectra.condition_number(spectra.singular_values(hilbert(n))).item()
     assert condition == pytest.approx(hilbert_condition(n), rel=1e-5)
     if n == 2:  # its eigenvalues are (4 ± sqrt 13) / 6
         root = math.sqrt(13)
@@ -169,11 +167,11 @@ def test_condition_numbers_of_hilbert_matrices(n):
 
 def test_what_float32_leaves_of_the_hilbert_matrix_of_order_twelve_is_said_to_be_noise():
     rounded = hilbert(12).float()
-    sigma = dynamics.singular_values(rounded)
-    noise = dynamics.noise_floor(torch.linalg.matrix_norm(rounded), dtype=torch.float32)
-    assert 5 <= dynamics.numerical_rank(sigma, noise=noise).item() <= 7
-    assert dynamics.condition_number(sigma, noise=noise).item() < 1 / torch.finfo(torch.float32).eps
-    assert dynamics.condition_number(sigma).item() < 1e-4 * hilbert_condition(12)
+    sigma = spectra.singular_values(rounded)
+    noise = spectra.noise_floor(torch.linalg.matrix_norm(rounded), dtype=torch.float32)
+    assert 5 <= spectra.numerical_rank(sigma, noise=noise).item() <= 7
+    assert spectra.condition_number(sigma, noise=noise).item() < 1 / torch.finfo(torch.float32).eps
+    assert spectra.condition_number(sigma).item() < 1e-4 * hilbert_condition(12)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +184,13 @@ def test_the_published_condition_number_of_a_product_is_the_noise_of_its_precisi
     """96 x 384 of rank 16: sixteen singular values are real, the other eighty are rounding."""
     b, a = normal(96, 16), normal(16, 384, seed=1)
     product = b.to(dtype) @ a.to(dtype)
-    sigma = dynamics.singular_values(product)
-    noise = dynamics.noise_floor(torch.linalg.matrix_norm(product.double()), dtype=dtype)
-    assert dynamics.numerical_rank(sigma, noise=noise).item() == 16
-    assert low < dynamics.condition_number(sigma).item() < high
+    sigma = spectra.singular_values(product)
+    noise = spectra.noise_floor(torch.linalg.matrix_norm(product.double()), dtype=dtype)
+    assert spectra.numerical_rank(sigma, noise=noise).item() == 16
+    assert low < spectra.condition_number(sigma).item() < high
     exact = torch.linalg.svdvals(b @ a)
     true = (exact[0] / exact[15]).item()
-    found = dynamics.condition_number(sigma, noise=noise).item()
+    found = spectra.condition_number(sigma, noise=noise).item()
     assert found == pytest.approx(true, rel=0.02)
 
 
@@ -201,7 +199,7 @@ def test_rounding_is_always_below_the_noise_floor():
     for dtype in (torch.float32, torch.bfloat16):
         matrix = normal(40, 60)
         rounding = torch.linalg.svdvals(matrix.to(dtype).double() - matrix)[0]
-        assert rounding < dynamics.noise_floor(torch.linalg.matrix_norm(matrix), dtype=dtype) / 2
+        assert rounding < spectra.noise_floor(torch.linalg.matrix_norm(matrix), dtype=dtype) / 2
 
 
 # Intervals over layers
@@ -231,7 +229,7 @@ def test_interval_over_layers():
 
 
 def test_ov_and_vo_have_the_same_nonzero_eigenvalues_and_other_singular_values():
-    v, o = dynamics.heads(normal(1, 2 * 4, 24), normal(1, 24, 6 * 4, seed=1), n_heads=6)
+    v, o = spectra.heads(normal(1, 2 * 4, 24), normal(1, 24, 6 * 4, seed=1), n_heads=6)
     assert v.shape == (1, 6, 4, 24)
     assert o.shape == (1, 6, 24, 4)
     for head in range(6):
@@ -249,7 +247,7 @@ def test_ov_and_vo_have_the_same_nonzero_eigenvalues_and_other_singular_values()
 def test_query_heads_share_the_value_head_of_their_group():
     """Head h reads value head h // (heads / kv), as attention does."""
     v = torch.arange(2.0).repeat_interleave(4)[None, :, None].expand(1, 8, 24)
-    per_head, _ = dynamics.heads(v, torch.zeros(1, 24, 24), n_heads=6)
+    per_head, _ = spectra.heads(v, torch.zeros(1, 24, 24), n_heads=6)
     assert per_head[0, :, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -257,7 +255,7 @@ def test_the_circuit_is_what_attention_to_one_position_computes(nano):
     """With one token, attention returns sum_h O_h V_h x."""
     model, _, _ = build(nano(method="full_rank"))
     attention = model.layers[0].attention
-    v, o = dynamics.heads(attention.v_proj.weight[None], attention.o_proj.weight[None], n_heads=4)
+    v, o = spectra.heads(attention.v_proj.weight[None], attention.o_proj.weight[None], n_heads=4)
     x = torch.randn(1, 1, 32, generator=generator())
     circuit = (o @ v).sum(dim=1)[0]
     torch.testing.assert_close(attention(x)[0, 0], circuit @ x[0, 0], atol=1e-6, rtol=1e-5)
@@ -276,7 +274,7 @@ def recorded(config, *, steps=0):
 
 def test_shapes_and_values_of_the_four_circuits(nano):
     config = nano(dynamics={"every_steps": 1, "kinds": ["ov"], "what": ["weight", "gradient"]})
-    spectra, weights = recorded(config, steps=3)
+    measured, weights = recorded(config, steps=3)
     names = [f"layers.1.attention.{k}" for k in ("v_proj", "o_proj")]
     v_all, o_all = (weights[name].double() for name in names)
     v = [v_all[8 * (h // 2) : 8 * (h // 2) + 8] for h in range(4)]  # (8, 32), two value heads
@@ -288,17 +286,17 @@ def test_shapes_and_values_of_the_four_circuits(nano):
         "ov_head": torch.stack([a @ b for a, b in pairs]),  # (4, 32, 32)
         "vo_head": torch.stack([b @ a for a, b in pairs]),  # (4, 8, 8)
     }
-    assert set(spectra["weight"]) == set(want)
+    assert set(measured["weight"]) == set(want)
     for kind, matrix in want.items():
-        sigma = spectra["weight"][kind].sigma[1]
+        sigma = measured["weight"][kind].sigma[1]
         torch.testing.assert_close(sigma, torch.linalg.svdvals(matrix), atol=1e-12, rtol=1e-9)
-    assert set(spectra["gradient"]) == {"ov", "ov_head"}
+    assert set(measured["gradient"]) == {"ov", "ov_head"}
 
 
 def test_the_change_of_a_circuit_is_its_derivative(nano):
     """O dV + dO V against a difference quotient of O V in float64."""
     config = nano(dynamics={"every_steps": 1, "kinds": ["ov"], "what": ["update_total"]})
-    spectra, weights = recorded(config, steps=3)
+    measured, weights = recorded(config, steps=3)
     torch.manual_seed(config.seed)
     initial = dict(Decoder(config.model).named_parameters())
     names = [f"layers.0.attention.{k}" for k in ("v_proj", "o_proj")]
@@ -307,11 +305,11 @@ def test_the_change_of_a_circuit_is_its_derivative(nano):
 
     def circuits(t):
         moved = [(w + t * d)[None] for w, d in zip(now, change, strict=True)]
-        v, o = dynamics.heads(*moved, n_heads=4)
+        v, o = spectra.heads(*moved, n_heads=4)
         return torch.cat(list((o @ v)[0]), dim=-1)
 
     quotient = (circuits(1e-3) - circuits(-1e-3)) / 2e-3  # exact for a quadratic
-    sigma = spectra["update_total"]["ov"].sigma[0]
+    sigma = measured["update_total"]["ov"].sigma[0]
     torch.testing.assert_close(sigma, torch.linalg.svdvals(quotient), atol=1e-7, rtol=1e-4)
 
 

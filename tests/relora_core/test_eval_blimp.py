@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from relora_core import evals
 from relora_core.config import BlimpConfig, ConfigError, ModelConfig
-from relora_core.evals import blimp
+from relora_core.evals import blimp, scoring
 from relora_core.evals.blimp import Pair
 from relora_core.model import Decoder
 
@@ -147,7 +146,7 @@ def test_a_diverged_model_gets_nothing_right():
 def test_decisions_do_not_depend_on_the_batches(monkeypatch, tokens):
     pairs, model = make_pairs(), make_model()
     whole = run(model, pairs)
-    monkeypatch.setattr(evals, "BATCH_TOKENS", {"cpu": tokens})
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": tokens})
     assert run(model, pairs) == whole
     assert run(model, pairs[::-1]).metrics == pytest.approx(whole.metrics)
 

@@ -16,7 +16,7 @@ from data_files import write_bpe, write_words
 from relora_core import evals
 from relora_core.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
 from relora_core.data.grammar import REGISTERS, GrammarTokenizer
-from relora_core.evals import blimp
+from relora_core.evals import base, blimp
 from relora_core.model import Decoder
 
 
@@ -111,12 +111,12 @@ def test_texts_are_encoded_some_characters_at_a_time(monkeypatch):
         given.append([len(t) for t in texts])
         return [[len(t)] for t in texts]
 
-    monkeypatch.setattr(evals, "PORTION", 10)
+    monkeypatch.setattr(base, "PORTION", 10)
     texts = ["x" * n for n in (4, 6, 1, 12, 0, 3)]
-    ids = evals.encode(texts, SimpleNamespace(encode_batch=encode_batch))  # type: ignore[arg-type]
+    ids = base.encode(texts, SimpleNamespace(encode_batch=encode_batch))  # type: ignore[arg-type]
     assert [int(i[0]) for i in ids] == [4, 6, 1, 12, 0, 3]
     assert given == [[4, 6], [1], [12], [0, 3]]
-    assert evals.encode([], SimpleNamespace()) == []  # type: ignore[arg-type]
+    assert base.encode([], SimpleNamespace()) == []  # type: ignore[arg-type]
 
 
 def test_windows_stay_within_the_positions_that_training_reached():

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_core import evals
 from relora_core.config import ModelConfig
-from relora_core.evals import Window, tree
+from relora_core.evals import scoring, tree
+from relora_core.evals.base import Window
 from relora_core.model import Decoder
 
 VOCAB = 50
@@ -54,7 +54,7 @@ def slow(model: Decoder, window: Window) -> float:
 
 @pytest.fixture(params=[False, True], ids=["padded", "trees"])
 def score(request):
-    return functools.partial(evals.score, share_prefixes=request.param)
+    return functools.partial(scoring.score, share_prefixes=request.param)
 
 
 def test_sums_equal_a_float64_model_without_padding(model, score):
@@ -75,9 +75,9 @@ def test_sums_equal_a_float64_model_without_padding(model, score):
 def test_sums_do_not_depend_on_the_batches(model, seed, batch_tokens, shared, short):
     cases = windows(count=30, seed=seed, alphabet=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evals, "SHORT", short)
-        found = evals.score(model, cases, batch_tokens=batch_tokens, share_prefixes=shared)
-    np.testing.assert_allclose(found, evals.score(model, cases), atol=2e-5)
+        patch.setattr(scoring, "SHORT", short)
+        found = scoring.score(model, cases, batch_tokens=batch_tokens, share_prefixes=shared)
+    np.testing.assert_allclose(found, scoring.score(model, cases), atol=2e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -115,9 +115,9 @@ def test_adapters_count_in_a_tree(model):
         torch.nn.init.normal_(block.attention.q_proj.lora_A)
         torch.nn.init.normal_(block.attention.q_proj.lora_B)
     cases = windows(count=40, seed=7, alphabet=3)
-    plain = evals.score(own, cases)
-    assert np.abs(plain - evals.score(model, cases)).max() > 0.1
-    np.testing.assert_allclose(evals.score(own, cases, share_prefixes=True), plain, atol=2e-5)
+    plain = scoring.score(own, cases)
+    assert np.abs(plain - scoring.score(model, cases)).max() > 0.1
+    np.testing.assert_allclose(scoring.score(own, cases, share_prefixes=True), plain, atol=2e-5)
 
 
 def test_reduced_precision_is_near_and_leaves_the_body_alone(model, score):
@@ -190,5 +190,5 @@ def test_dropout_is_off_and_modes_return_after_a_failure():
 
     model = Failing().train()
     with pytest.raises(RuntimeError, match="broken"):
-        evals.score(model, windows(count=2, seed=6))
+        scoring.score(model, windows(count=2, seed=6))
     assert model.training

@@ -13,8 +13,9 @@ import pytest
 
 from relora_core.config import BlimpConfig
 from relora_core.data import load_tokenizer
-from relora_core.evals import blimp, score
+from relora_core.evals import blimp
 from relora_core.evals.blimp import Pair
+from relora_core.evals.scoring import score
 from tests.conftest import SHARED, nano_config
 from tests.relora_core.test_export import RUN, main, save_run
 

@@ -1,0 +1,137 @@
+"""What the evals share: their result, the windows that are scored, and reading of records.
+
+Imports no eval and no torch. Not for: scoring windows (`scoring.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import numpy as np
+
+from relora_core.config import ConfigError
+from relora_core.data.base import Tokenizer
+from relora_core.data.places import missing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PORTION = 2**20
+"""Characters encoded at a time; a longer text alone, in windows."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalResult:
+    """What one evaluation found."""
+
+    metrics: dict[str, float]
+    """Name under `eval/` -> value."""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Table name -> rows, JSON-serialisable."""
+
+
+class Work(TypedDict, total=False):
+    """How an evaluation is shared and watched. By default one process does it all, silently."""
+
+    rank: int
+    world: int
+    reduce: Callable[[Tensor], Tensor] | None
+    """Sum of a float64 tensor over the ranks; needed where world > 1."""
+    progress: Callable[[int, int], None] | None
+    """Called with (done, total) sequences."""
+
+
+class Window(NamedTuple):
+    """A sequence of which the last `scored` tokens are predicted, each from all before it."""
+
+    ids: np.ndarray
+    """(n,) int32; scored < n."""
+    scored: int
+
+
+def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """ids (B, T + 1) int64, padded with 0 on the right, and which of the T targets are scored."""
+    width = max(2, max(len(w.ids) for w in batch))
+    ids = np.zeros((len(batch), width), dtype=np.int64)
+    scored = np.zeros((len(batch), width - 1), dtype=bool)
+    for row, (tokens, count) in enumerate(batch):
+        ids[row, : len(tokens)] = tokens
+        scored[row, len(tokens) - 1 - count : max(0, len(tokens) - 1)] = True
+    return ids, scored
+
+
+def existing(path: str, *, key: str) -> Path:
+    """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise missing(key, source=path, expected="an existing folder or file")
+    return found
+
+
+def records(
+    lines: Iterable[bytes], *, where: str, fields: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One dict per line that is not blank. ConfigError, with file and line, for a broken one.
+
+    Each of `fields` must be a string that can be written as UTF-8.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            # JSONDecodeError's own text counts lines within this one.
+            what = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise ConfigError(f"{where} line {number}: not JSON ({what})") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f"{where} line {number}: expected an object, got {line[:40]!r}")
+        for name in fields:
+            _check_string(record, name, where=f"{where} line {number}")
+        yield record
+
+
+def _check_string(record: dict[str, Any], name: str, *, where: str) -> None:
+    if name not in record:
+        has = ", ".join(sorted(record)) or "nothing"
+        raise ConfigError(f"{where}: expected a field '{name}', got {has}")
+    if not isinstance(record[name], str):
+        raise ConfigError(f"{where}: '{name}' must be a string, got {record[name]!r:.40}")
+    try:
+        record[name].encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: '{name}' must be Unicode text, got a lone surrogate") from None
+
+
+def digest(items: Iterable[tuple[Any, ...]]) -> str:
+    """sha256 of what is evaluated, in order: independent of folders, archives and compression."""
+    total = hashlib.sha256()
+    for item in items:
+        total.update(json.dumps(item).encode() + b"\n")
+    return total.hexdigest()
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """int32 ids of each text. In portions: encoding takes a hundred times a text's memory."""
+    return [
+        np.array(ids, dtype=np.int32)
+        for portion in _portions(texts)
+        for ids in tokenizer.encode_batch(portion)
+    ]
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    portion, characters = [], 0
+    for text in texts:
+        if portion and characters + len(text) > PORTION:
+            yield portion
+            portion, characters = [], 0
+        portion.append(text)
+        characters += len(text)
+    if portion:
+        yield portion
