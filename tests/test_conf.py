@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import schema
+from experiments import schema, typos
 from relora_core.config import walk
 
 OPTIONS = [
     (group, option)
-    for group in schema.groups()
+    for group in typos.groups()
     if not group.startswith("hydra")
-    for option in schema.options(group)
+    for option in typos.options(group)
 ]
 NEEDED = {"text": ["data.path=x", "data.tokenizer=x"]}
 
@@ -33,7 +33,7 @@ def leaves(values, prefix=""):
 
 
 def read(group, option):
-    text = (schema.CONF / group / f"{option}.yaml").read_text()
+    text = (typos.CONF / group / f"{option}.yaml").read_text()
     values = OmegaConf.to_container(OmegaConf.create(text)) or {}
     in_place = "_global_" in text.splitlines()[0] if text else False
     return dict(leaves(values if in_place else {group: values}))
@@ -63,27 +63,27 @@ def test_no_option_repeats_a_default(defaults, group, option):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_says_what_it_is_for(group, option):
-    text = (schema.CONF / group / f"{option}.yaml").read_text()
+    text = (typos.CONF / group / f"{option}.yaml").read_text()
     comments = [line for line in text.splitlines() if line.startswith("#")]
     assert any("@package" not in line for line in comments)
 
 
-@pytest.mark.parametrize("option", schema.options("experiment"))
+@pytest.mark.parametrize("option", typos.options("experiment"))
 def test_every_experiment_says_question_and_command(option):
-    text = (schema.CONF / "experiment" / f"{option}.yaml").read_text()
+    text = (typos.CONF / "experiment" / f"{option}.yaml").read_text()
     assert "# Question:" in text
     assert "# Command:" in text
 
 
 def test_the_readme_names_every_group_and_option():
-    readme = (Path(schema.CONF).parent / "README.md").read_text()
+    readme = (Path(typos.CONF).parent / "README.md").read_text()
     for group, option in OPTIONS:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{group}` |"))
         assert f"`{option}`" in row
 
 
 def test_the_readme_has_a_line_for_every_source_file():
-    root = Path(schema.CONF).parent
+    root = Path(typos.CONF).parent
     readme = (root / "README.md").read_text()
     rooms = ("relora_core", "experiments", "sweeps", "hydra_plugins")
     files = itertools.chain.from_iterable((root / room).rglob("*.py") for room in rooms)

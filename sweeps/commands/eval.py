@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 # what is asked for --------------------------------------------------------------------------------
 def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]:
     """From a run's config to the evals that `overrides` ask for; ConfigError for a typo."""
-    from experiments import schema
+    from experiments import schema, typos
 
     keys = [text.partition("=")[0] for text in overrides]
-    known = [key for key in schema.schema_keys() if key.split(".")[0] == "eval"]
+    known = [key for key in typos.schema_keys() if key.split(".")[0] == "eval"]
     for key, text in zip(keys, overrides, strict=True):
         if key in known:
             continue

@@ -37,7 +37,7 @@ class Recipe:
 
 def recipe(config: RunConfig) -> Recipe:
     """The choices and values that compose to `config`, up to what planning fills in."""
-    from experiments import schema
+    from experiments import typos
 
     chosen = _labelled(config)
     base = _composed(chosen)
@@ -45,7 +45,7 @@ def recipe(config: RunConfig) -> Recipe:
         if not any(key.startswith(f"{group}.") for key in _differences(config, base)):
             continue
         tried = {}
-        for option in schema.options(group):
+        for option in typos.options(group):
             composed = _composed({**chosen, group: option})
             tried[option] = (len(_differences(config, composed)), composed)
         chosen[group] = min(tried, key=lambda option: tried[option][0])
@@ -55,9 +55,9 @@ def recipe(config: RunConfig) -> Recipe:
 
 def _composed(choices: Mapping[str, str]) -> RunConfig:
     """What the options alone give; not to be changed."""
-    from experiments import schema
+    from experiments import typos
 
-    return _compose_once(tuple(_texts(choices)), schema.CONF)
+    return _compose_once(tuple(_texts(choices)), typos.CONF)
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def _compose_once(texts: tuple[str, ...], conf: Path) -> RunConfig:
 
 def _labelled(config: RunConfig) -> dict[str, str]:
     """Group -> option, as far as the config's own labels say; the defaults do for the others."""
-    from experiments import schema
+    from experiments import typos
 
     names = {
         "experiment": config.experiment,
@@ -79,7 +79,7 @@ def _labelled(config: RunConfig) -> dict[str, str]:
     }
     if config.method == "relora":
         names["relora"] = config.relora.name
-    return {group: name for group, name in names.items() if name in schema.options(group)}
+    return {group: name for group, name in names.items() if name in typos.options(group)}
 
 
 def _differences(config: RunConfig, base: RunConfig) -> dict[str, Any]:
@@ -187,13 +187,13 @@ def _scalar(value: Any) -> str:
 
 def experiment_path(word: str) -> Path:
     """`lr` -> conf/experiment/lr.yaml, a path as it is; ConfigError unless it can be written."""
-    from experiments import schema
+    from experiments import typos
 
     path = Path(word)
     if path.suffix not in (".yaml", ""):
         raise ConfigError(f"--write-experiment must be a name or a .yaml file, got {word!r}")
     if path.parent == Path() and path.suffix == "":
-        path = schema.CONF / "experiment" / f"{word}.yaml"
+        path = typos.CONF / "experiment" / f"{word}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
         raise ConfigError(
             f"--write-experiment must be a name of letters, digits, - or _, got {path.stem!r}"

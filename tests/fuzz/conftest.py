@@ -1,4 +1,4 @@
-"""An alarm for what never ends (`porch.timed` sets it)."""
+"""An alarm for what never ends (`command_line.timed` sets it)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Hang(BaseException):
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """A test that uses more CPU than any should is told where it was; see `porch.timed`."""
+    """A test that uses more CPU than any should is told where it was; see `command_line.timed`."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang("a case took too long")

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import published, schema
+from experiments import published, typos
 from relora_core import checkpoint, data
 from relora_core.config import BlimpConfig, ConfigError, DataConfig, PalomaConfig, printable
 from relora_core.data.base import DataError
 from relora_core.evals import blimp, paloma
 from relora_core.methods import build_method
 from relora_core.model import Decoder
-from tests.fuzz import porch
+from tests.fuzz import command_line
 from tests.fuzz.damage import damaged
 from tests.relora_core.data_files import random_rows, write_bpe, write_rows
 
@@ -109,7 +109,7 @@ def a_case(
     else:
         path.write_bytes(damaged(content, seed=seed))
     try:
-        with porch.timed():
+        with command_line.timed():
             reading(folder)
         return True
     except CLEAR as error:
@@ -182,7 +182,7 @@ def a_checkpoint(saved, folder: Path, *, seed: int, checksums: bool) -> None:
     changed = path.read_bytes() != before and path.name != checkpoint.CHECKSUMS
     if not checksums:
         (newest / checkpoint.CHECKSUMS).unlink()
-    with porch.timed():
+    with command_line.timed():
         told = checkpoint.set_aside_damaged(folder)
         assert not (changed and checksums and not told), (seed, path)
         intact = True
@@ -224,7 +224,7 @@ def test_damaged_curves_are_one_line(tmp_path):
     for seed in range(300):
         file.write_bytes(damaged(the_curves(), seed=seed))
         try:
-            with porch.timed():
+            with command_line.timed():
                 published.load(file, models=["tiny", "small"])
         except ConfigError as error:
             clear(error, seed, file)
@@ -232,16 +232,16 @@ def test_damaged_curves_are_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_damaged_yaml_is_one_line(tmp_path):
-    text = (schema.CONF / "experiment" / "demo.yaml").read_bytes()
+    text = (typos.CONF / "experiment" / "demo.yaml").read_bytes()
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "cwd").mkdir()
     file = tmp_path / "conf" / "experiment" / "mine.yaml"
     for seed in range(24):
         file.write_bytes(damaged(text, seed=seed))
-        told = porch.run_py(
+        told = command_line.run_py(
             ["--config-dir", str(tmp_path / "conf"), "experiment=mine"], cwd=tmp_path / "cwd"
         )
-        assert porch.faults(told) == [], (seed, told)
+        assert command_line.faults(told) == [], (seed, told)
         assert list((tmp_path / "cwd").iterdir()) == []
 
 
@@ -252,9 +252,9 @@ def test_damaged_yaml_is_one_line(tmp_path):
 def test_yaml_that_names_code_is_refused(text, tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
-    told = porch.run_py(
+    told = command_line.run_py(
         ["--config-dir", str(tmp_path / "conf"), "experiment=mine"], cwd=tmp_path / "conf"
     )
-    assert porch.faults(told) == []
+    assert command_line.faults(told) == []
     assert told.code == 2
     assert "_target_" in told.err

@@ -19,7 +19,7 @@ from experiments.run_dir import RunDir
 from sweeps.__main__ import main as sweeps_main
 from sweeps.state import Submission, jobs_folder
 from tests.experiments import synthetic
-from tests.fuzz import porch
+from tests.fuzz import command_line
 from tests.fuzz.damage import damaged
 
 LOOKS = (
@@ -85,18 +85,18 @@ def damage_one(folder: Path, *, seed: int) -> str:
     return str(path.relative_to(folder))
 
 
-def looked(out: Path, words: list[str], *, seed: int) -> porch.Answer:
+def looked(out: Path, words: list[str], *, seed: int) -> command_line.Answer:
     names = sorted(p.name for p in (out / "runs").iterdir())
     words = [w.format(run=names[seed % 4], other=names[(seed + 1) % 4]) for w in words]
     main = experiments_main if words[0] == "show" else sweeps_main
-    return porch.answer(lambda: main([*words, "--output-dir", str(out)]))
+    return command_line.answer(lambda: main([*words, "--output-dir", str(out)]))
 
 
-def told_well(told: porch.Answer) -> list[str]:
+def told_well(told: command_line.Answer) -> list[str]:
     """A command about many runs may have a line to say of one and still succeed."""
     if told.code == 1 and told.out and not told.err:  # `watch` says with it that runs have failed
         return []
-    return porch.faults(told) if told.code or told.trace else []
+    return command_line.faults(told) if told.code or told.trace else []
 
 
 def look(whole: Path, folder: Path, *, seeds: range) -> None:
@@ -144,7 +144,7 @@ def test_tidy_data_of_damaged_records(whole, tmp_path):
         folder = tmp_path / "x"
         folder.mkdir()
         out, what = a_case(whole, folder, seed=seed)
-        told = porch.answer(lambda out=out: _gather(tidy, out))
+        told = command_line.answer(lambda out=out: _gather(tidy, out))
         assert told_well(told) == [], (seed, what, told)
         shutil.rmtree(folder)
 
@@ -195,7 +195,7 @@ def test_a_plan_that_names_a_folder_elsewhere_is_refused(whole, tmp_path):
         path.write_text(json.dumps(plan))
         for words in (["status"], ["gc", "--yes"], ["plan", "mine"], ["sync", "mine"]):
             told = looked(out, words, seed=0)
-            assert porch.faults(told) == []
+            assert command_line.faults(told) == []
             assert "run_id must name a folder" in told.err
 
 

@@ -17,12 +17,13 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from experiments import schema
+from experiments import schema, typos
 from experiments.identity import config_from_json, config_to_json, run_id
-from hydra_plugins.relora_sweeps.plugins import Composer
+from hydra_plugins.relora_sweeps._axes import expand_arms
+from hydra_plugins.relora_sweeps._compose import Composer
 from relora_core.config import ConfigError, get, printable, validate
 from tests import warm
-from tests.fuzz import porch
+from tests.fuzz import command_line
 
 SEARCH = ("--plan", "hydra/sweeper=search", "search=lr_and_rank")
 REFUSED = {
@@ -92,8 +93,8 @@ REFUSED = {
 }  # fmt: skip
 
 
-def refused(told: porch.Answer, words: str) -> None:
-    assert porch.faults(told) == []
+def refused(told: command_line.Answer, words: str) -> None:
+    assert command_line.faults(told) == []
     assert told.code == 2
     assert told.err.startswith("error: ")
     assert words in told.err
@@ -103,7 +104,7 @@ def refused(told: porch.Answer, words: str) -> None:
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_fault_that_fuzzing_found_is_one_line(case, tmp_path):
     words, expected = REFUSED[case]
-    refused(porch.run_py(words, cwd=tmp_path), expected)
+    refused(command_line.run_py(words, cwd=tmp_path), expected)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +112,7 @@ def test_a_fault_that_fuzzing_found_is_one_line(case, tmp_path):
 @pytest.mark.parametrize("case", ["option that is a number", "terminal codes", "endless axis"])
 def test_the_real_command_says_the_same(case, tmp_path):
     words, expected = REFUSED[case]
-    done = warm.run([porch.ROOT / "run.py", *words], cwd=tmp_path)
+    done = warm.run([command_line.ROOT / "run.py", *words], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
@@ -119,7 +120,7 @@ def test_the_real_command_says_the_same(case, tmp_path):
 
 
 # every key, any value ---------------------------------------------------------------------------
-KEYS = [key for key in schema.schema_keys() if key not in ("relora.rank_schedule",)]
+KEYS = [key for key in typos.schema_keys() if key not in ("relora.rank_schedule",)]
 NUMBERS = [0, 1, -1, 2, 3, 7, 16, 48, 96, 1000, 2**31 - 1, 2**31, 2**63, 10**30, -(10**30)]
 FLOATS = [0.0, -0.5, 0.5, 1.0, 1e-3, 1e-300, 1e300, math.inf, -math.inf, math.nan]
 WORDS = ["", "x", "null", "true", "a b", "a/b", "../../x", "${seed}", "${nope}", "${oc.env:HOME}"]
@@ -206,7 +207,7 @@ def composer():
     """The porch of a grid, whose base is composed once."""
     schema.register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", ["model=nano"], run_mode=RunMode.MULTIRUN)
         made = Composer(loader, master)
@@ -221,8 +222,8 @@ def one_value(composer: Composer, seed: int) -> bool:
     text, meant = _value(draw)
     word = f"{key}={text}"
     try:
-        with porch.timed():
-            schema.check_words([word])
+        with command_line.timed():
+            typos.check_words([word])
             [config] = composer.all([[word]])
             validate(config)
             name, frozen = run_id(config), config_to_json(config)
@@ -253,8 +254,8 @@ def test_so_are_600_values(composer):
 def _word(draw: random.Random) -> str:
     sign = draw.choice(["", "", "", "+", "++", "~"])
     if draw.random() < 0.3:
-        group = draw.choice([*schema.groups(), "hydra/launcher", "hydra/sweeper", "modle"])
-        known = schema.options(group) or ["local", "slurm", "relora_grid", "search", "basic"]
+        group = draw.choice([*typos.groups(), "hydra/launcher", "hydra/sweeper", "modle"])
+        known = typos.options(group) or ["local", "slurm", "relora_grid", "search", "basic"]
         option = draw.choice([*known, "nope", "null", "3", "[tiny]", "{}", "''", "../x", "glob(*)"])
         return f"{sign}{group}={option}"
     key, (text, _) = _key(draw), _value(draw)
@@ -272,14 +273,12 @@ def test_a_command_line_of_anything_ends_cleanly(seed, tmp_path):
     words = [_word(draw) for _ in range(draw.choice([1, 1, 2, 3]))]
     if draw.random() < 0.5:
         words.insert(draw.randrange(len(words) + 1), draw.choice(["-m", "--plan"]))
-    told = porch.run_py(words, cwd=tmp_path)
-    assert porch.faults(told) == [], (words, told)
+    told = command_line.run_py(words, cwd=tmp_path)
+    assert command_line.faults(told) == [], (words, told)
     assert list(tmp_path.iterdir()) == [], words
 
 
 def test_an_arm_that_is_added_with_a_plus_is_the_arm_that_is_taken(composer):
-    from hydra_plugins.relora_sweeps.plugins import expand_arms
-
     arms = {"one": ["seed=1"], "two": ["seed=2"]}
     for word in ("sweep.arm=two", "+sweep.arm=two", "++sweep.arm=two", "sweep.arm='two'"):
         cells = expand_arms([], arms=arms, arguments=[word], loader=composer.loader)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import schema
-from tests.fuzz import porch
+from experiments import typos
+from tests.fuzz import command_line
 
 SLURM = "defaults: [demo, override /hydra/launcher: slurm]\n"
 FILES = {
@@ -87,8 +87,8 @@ def answer(own, tmp_path, monkeypatch):
     monkeypatch.setattr("sweeps.search.launch.run_search", run_search)
 
     def ask(*words):
-        told = porch.run_py(["--config-dir", str(own), *words], cwd=tmp_path)
-        assert porch.faults(told) == []
+        told = command_line.run_py(["--config-dir", str(own), *words], cwd=tmp_path)
+        assert command_line.faults(told) == []
         assert list(Path(tmp_path).iterdir()) == []
         return told, launched
 
@@ -165,13 +165,13 @@ def test_an_option_of_ones_own_that_ours_would_shadow_is_refused(tmp_path, name,
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\nseed: 3\n")
     words = ["--config-dir", str(tmp_path / "own"), *words]
-    told = porch.run_py(words, cwd=tmp_path)
+    told = command_line.run_py(words, cwd=tmp_path)
     assert (told.code, told.err.count("\n")) == (2, 1)
     assert (
-        f"{name} must be one file, got {schema.CONF / name}.yaml and {path}: give your" in told.err
+        f"{name} must be one file, got {typos.CONF / name}.yaml and {path}: give your" in told.err
     )
-    path.write_bytes((schema.CONF / f"{name}.yaml").read_bytes())
-    assert porch.run_py([*words, "model=nano"], cwd=tmp_path).begun
+    path.write_bytes((typos.CONF / f"{name}.yaml").read_bytes())
+    assert command_line.run_py([*words, "model=nano"], cwd=tmp_path).begun
 
 
 def test_a_file_may_choose_the_search(answer):

@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from scipy import stats
 
-from experiments import schema
+from experiments import schema, typos
 from experiments.identity import run_id
 from experiments.run_dir import EventLog, RunDir, runs_folder
 from experiments.runner import complete
@@ -167,11 +167,11 @@ def _hydra(text):
 @pytest.mark.parametrize("settings", SETTINGS[:-1], ids=" ".join)
 def test_the_experiment_file_is_the_same_run(settings, tmp_path, monkeypatch):
     conf = tmp_path / "conf"
-    shutil.copytree(schema.CONF, conf)
+    shutil.copytree(typos.CONF, conf)
     config = completed(*settings)
     text = recipe.experiment_yaml(config, name="found", question="which?", source=["here"])
     (conf / "experiment" / "found.yaml").write_text(text)
-    monkeypatch.setattr(schema, "CONF", conf)
+    monkeypatch.setattr(typos, "CONF", conf)
     again = complete(schema.compose(["experiment=found"]))
     assert run_id(again) == run_id(config)
     assert again.experiment == "found"

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from experiments import schema
+from experiments import schema, typos
 from experiments.identity import arm_id, scientific
 from hydra_plugins.relora_sweeps import plugins
 from relora_core import schedule
@@ -19,14 +19,14 @@ from relora_core.config import ConfigError, get
 from sweeps.grid import points_from
 from sweeps.plan import make_plan
 
-FILES = [name for name in schema.options("sweep") if name != "none"]
+FILES = [name for name in typos.options("sweep") if name != "none"]
 LOCAL = ["data=grammar", "output_dir=x"]
 
 
 @pytest.fixture(scope="module")
 def loader():
     schema.register()
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
@@ -89,7 +89,7 @@ def test_a_sweep_file_plans_arms_that_all_differ(planned, file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_sweep_says_question_command_and_cost(file):
-    text = (schema.CONF / "sweep" / f"{file}.yaml").read_text()
+    text = (typos.CONF / "sweep" / f"{file}.yaml").read_text()
     for word in ("Question:", "Command:", "Cost:"):
         assert f"# {word}" in text
 

@@ -9,9 +9,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
-from experiments import schema
+from experiments import schema, typos
 from experiments.identity import run_id
-from hydra_plugins.relora_sweeps.plugins import dimension, parse
+from hydra_plugins.relora_sweeps._axes import dimension, parse
 from relora_core.config import ConfigError
 from sweeps.local import ROOT
 from sweeps.search import samplers
@@ -25,7 +25,7 @@ SMALL = ["relora.r=4,8", "search.enqueue=[]"]
 @pytest.fixture(scope="module")
 def loader():
     schema.register()
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
@@ -171,7 +171,7 @@ def test_a_search_that_nobody_searches_is_refused(words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", [o for o in schema.options("search") if o != "none"])
+@pytest.mark.parametrize("option", [o for o in typos.options("search") if o != "none"])
 def test_every_search_of_the_project_can_be_planned(option, tmp_path):
     done = command("--plan", "hydra/sweeper=search", f"search={option}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -9,10 +9,12 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 
-from experiments import schema
+from experiments import schema, typos
 from experiments.identity import run_id
 from hydra_plugins.relora_sweeps import plugins
-from hydra_plugins.relora_sweeps.plugins import Composer, GridSweeper, LocalLauncher, expand
+from hydra_plugins.relora_sweeps._axes import expand
+from hydra_plugins.relora_sweeps._compose import Composer
+from hydra_plugins.relora_sweeps.plugins import GridSweeper, LocalLauncher
 from relora_core.config import ConfigError, validate
 from sweeps.local import ROOT
 from sweeps.plan import make_plan
@@ -22,7 +24,7 @@ from tests import warm
 @pytest.fixture(scope="module")
 def loader():
     schema.register()
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
@@ -37,7 +39,7 @@ def master(loader):
         ("relora.r=4,8", ["4", "8"]),
         ("relora.r=choice(4,8)", ["4", "8"]),
         ("seed=range(0,3)", ["0", "1", "2"]),
-        ("model=glob(*)", schema.options("model")),
+        ("model=glob(*)", typos.options("model")),
         ("train.lr=1e-3", ["0.001"]),
         # The points of a range are the decimals that stand there; its end is not one of them.
         ("relora.dropout=range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),

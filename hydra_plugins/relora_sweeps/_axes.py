@@ -1,0 +1,147 @@
+"""Hydra's grammar of axes -> the points of a grid, the dimensions of a search.
+
+Not for: composing configs of points (`_compose.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from itertools import zip_longest
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from experiments import typos
+from relora_core.config import ConfigError, nearest
+from sweeps.search.space import Choice, Dimension, Float, Int
+
+MOST_POINTS = 100_000
+"""Points of a grid, and values of an axis: more are a slip of the hand, and would not end."""
+
+
+def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
+    """Hydra's reading of overrides; one line where one is none."""
+    try:
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(texts)
+    except HydraException as error:
+        raise ConfigError(typos.diagnose(texts, error)) from None
+    for override in overrides:
+        _values(override)
+    return overrides
+
+
+def as_list(text: str) -> str:
+    """`search.learn_from=a,b` is two sweeps, no choice of one."""
+    key, sign, names = text.partition("=")
+    plain = sign and key == "search.learn_from" and "," in names and names[0] not in "['\""
+    return f"{key}=[{names}]" if plain else text
+
+
+def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
+    """KEY=VALUE of each entry, as on the command line; ConfigError for a section, which is none."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            name, inner = next(iter(value.items()), ("KEY", "VALUE"))
+            inner = ",".join(map(str, inner)) if OmegaConf.is_list(inner) else inner
+            raise ConfigError(
+                f"{of}.{key} must be values, got a section; write {key}.{name}: {inner}"
+            )
+    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
+def _values(override: Override) -> int:
+    """How many values an axis has; ConfigError where they would never be listed."""
+    if not override.is_sweep_override() or not override.is_discrete_sweep():
+        return 1
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        count = count_points(value)
+    else:
+        count = sum(1 for _ in override.sweep_iterator())
+    if not 1 <= count <= MOST_POINTS:
+        most = f"at most {MOST_POINTS} values" if count else "at least one value"
+        raise ConfigError(f"{override.key_or_group} must have {most}, got {override.input_line!r}")
+    return count
+
+
+def count_points(sweep: RangeSweep) -> int:
+    """How many points a range has; too many to count without a step."""
+    start, stop, step = (Decimal(str(n)) for n in (sweep.start, sweep.stop, sweep.step))
+    if not step or not all(n.is_finite() for n in (start, stop, step)):
+        return MOST_POINTS + 1
+    return max(0, math.ceil((stop - start) / step))
+
+
+def dimension(override: Override) -> Dimension:
+    """A sweep in Hydra's grammar as a dimension of a search; `range` ends before its stop."""
+    key, value = f"search.space.{override.key_or_group}", override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start, value.end, "log" in value.tags
+        assert low is not None
+        assert high is not None
+        if type(low) is int and type(high) is int:
+            return Int(low=low, high=high, log=log)
+        return Float(low=float(low), high=float(high), log=log)
+    if isinstance(value, RangeSweep):
+        values = list(value.range())
+        log = "log" in value.tags
+        kind = Int if all(type(v) is int for v in values) else Float
+        step = abs(value.step) if kind is Int else abs(float(value.step))
+        return kind(low=min(values), high=max(values), step=step, log=log)  # type: ignore[arg-type]
+    if override.is_sweep_override():
+        words = override.sweep_iterator()
+        return Choice(values=[w.text if isinstance(w, QuotedString) else w for w in words])
+    raise ConfigError(
+        f"{key} must be choice(), range() or interval(), got {value!r}; to fix it say "
+        f"{override.key_or_group}={value} outside search.space"
+    )
+
+
+def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
+    """The overrides of each point of the product; ConfigError for axes that are no finite list."""
+    overrides = parse(texts, loader=loader)
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{override.key_or_group} must be a list, choice() or range() in a grid, got "
+                f"{override.input_line!r}; interval() is for a search"
+            )
+    if (points := math.prod(map(_values, overrides))) > MOST_POINTS:
+        raise ConfigError(f"a grid must have at most {MOST_POINTS} points, got {points}")
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def expand_arms(
+    params: list[str],
+    *,
+    arms: Mapping[str, list[str]],
+    arguments: list[str],
+    loader: ConfigLoader,
+) -> list[list[str]]:
+    """The points of every arm that `sweep.arm` takes (all, where nothing says), replicate by
+    replicate: a sweep that is stopped halfway has compared all arms on the seeds it got to."""
+    key = "sweep.arm"
+    given = [text for text in params + arguments if text.lstrip("+").startswith(f"{key}=")]
+    if not arms:
+        return expand(params + arguments, loader=loader)
+    names = list(arms)
+    if given:
+        cells = expand([text.lstrip("+") for text in given], loader=loader)
+        names = [str(parse(cell, loader=loader)[-1].value()) for cell in cells]
+        arguments = [text for text in arguments if text not in given]
+        params = [text for text in params if text not in given]
+    grids = []
+    for name in names:
+        if name not in arms:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(arms)}, got {name!r}.{nearest(name, list(arms))}"
+            )
+        grids.append(expand([*params, *arms[name], *arguments, f"{key}={name}"], loader=loader))
+    return [cell for cells in zip_longest(*grids) for cell in cells if cell is not None]

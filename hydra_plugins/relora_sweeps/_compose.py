@@ -1,0 +1,118 @@
+"""Composes many points quickly: what Hydra reads from files once, values on a copy of that.
+
+Not for: what the points are (`_axes.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from experiments import schema, typos
+from relora_core.config import ConfigError, RunConfig
+from sweeps.grid import compose_all
+
+
+class Composer:
+    """Composes many points: files once per distinct choice of options, values on a copy of that.
+
+    Hydra takes some 60 ms for a point; a grid of a thousand mostly varies values.
+    """
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self.loader, self.master = loader, master
+        self.parse = cache(OverridesParser.create(config_loader=loader).parse_override)
+        self.is_group = cache(lambda key: bool(loader.get_group_options(key)))
+        self.known: frozenset[str] = frozenset()
+        self.launchers: list[tuple[DictConfig, str]] = []
+        """Each launcher that a point asks for, with the first such point's words."""
+
+    def launcher(self) -> DictConfig:
+        """What all points composed so far say that runs them; ConfigError where they differ."""
+        (node, where), *others = self.launchers
+        for other, elsewhere in others:
+            key, one, two = _difference("hydra.launcher", node, other)
+            raise ConfigError(
+                f"{key} must be the same for all runs of a command, got {one} with {where} and "
+                f"{two} with {elsewhere}; the command line may set it"
+            )
+        return node
+
+    def _note(self, hydra: DictConfig, texts: Sequence[str]) -> None:
+        """Remember the launcher; ConfigError for axes and arms of a file that is itself swept."""
+        where = " ".join(texts) or "the defaults"
+        if hydra.sweeper != self.master.hydra.sweeper:
+            key, _, got = _difference("hydra.sweeper", self.master.hydra.sweeper, hydra.sweeper)
+            raise ConfigError(
+                f"{key} must come from a file that the command line names alone, got {got} with "
+                f"{where}: points are made before a swept file is read; one command for each file"
+            )
+        if all(hydra.launcher != node for node, _ in self.launchers):
+            self.launchers.append((hydra.launcher, where))
+
+    def all(self, cells: Sequence[Sequence[str]]) -> list[RunConfig]:
+        """The config of each cell; ConfigError at the first that does not compose."""
+        plans = [self._split(cell) for cell in cells]
+        return compose_all(plans, base=self._base, change=self._change)
+
+    def _split(self, cell: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+        """(choices of options, plain `key=value`), or all of it and nothing.
+
+        The latter where anything is unusual (`+key`, `~key`, a section given as a dict): then Hydra
+        composes the cell alone.
+        """
+        chosen = [text for text in cell if self.is_group(self.parse(text).key_or_group)]
+        values = [text for text in cell if text not in chosen]
+        if any(isinstance(self.parse(text).value(), dict) for text in cell):
+            return tuple(cell), []
+        if any(not self._is_plain(self.parse(text)) for text in values):
+            return tuple(cell), []
+        return tuple(chosen), values
+
+    def _is_plain(self, override: Override) -> bool:
+        return override.type == OverrideType.CHANGE and override.package is None
+
+    def compose(self, texts: Sequence[str]) -> DictConfig:
+        """What Hydra makes of the overrides; ConfigError in one line where it refuses them."""
+        with schema.explaining(texts):
+            config = self.loader.load_sweep_config(self.master, list(texts))
+        with open_dict(config):
+            self._note(config.pop("hydra"), texts)
+        return config
+
+    def _base(self, texts: Any) -> Any:
+        config = self.compose(texts)
+        schema.refuse_search(config)
+        config.search = None
+        return schema.Base(config, words=texts)
+
+    def _change(self, base: Any, texts: Sequence[str]) -> RunConfig:
+        self.known = self.known or frozenset(typos.schema_keys())
+        for text in texts:
+            if self.parse(text).key_or_group.startswith("search."):
+                raise ConfigError(f"{text!r} needs hydra/sweeper=search: a grid has no search")
+            if self.parse(text).key_or_group not in self.known:
+                raise ConfigError(typos.diagnose([text], KeyError(text)))
+        values = {o.key_or_group: o.value() for o in map(self.parse, texts)}
+        return base.changed(values)
+
+
+def _difference(prefix: str, one: Any, two: Any) -> tuple[str, Any, Any]:
+    """(key, value, value) where two configs first differ."""
+    plain: list[Any] = [OmegaConf.to_container(node, resolve=False) for node in (one, two)]
+    if not all(isinstance(values, dict) for values in plain):
+        return prefix, one, two
+    for key in dict.fromkeys(key for values in plain for key in values):
+        left, right = (values.get(key) for values in plain)
+        if key == "_target_" and left != right:
+            one, two = (str(target).rpartition(".")[2] for target in (left, right))
+            return prefix.replace(".", "/"), one, two
+        if left != right:
+            return f"{prefix}.{key}", left, right
+    return prefix, one, two
