@@ -25,7 +25,7 @@ from experiments.runner import reporting, run_here
 schema.register()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(config_path="conf", config_name="config", **schema.VERSION_BASE)
 def main(cfg: DictConfig) -> None:
     with reporting():
         # As typed: what `${...}` names is looked for in the run's config, and only there.

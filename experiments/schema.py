@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra import __version__ as hydra_version
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.hydra import Hydra
@@ -31,6 +32,9 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import typos
 from relora_core.config import ALPHA, ConfigError, RunConfig, get, scaled, walk
 
+HYDRA_1_4 = tuple(map(int, hydra_version.split(".")[:2])) >= (1, 4)
+VERSION_BASE: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
+"""For hydra.main and `initialized`: Hydra 1.3 behaves as 1.1 without it, 1.4 warns of it."""
 INSTANTIATING = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()")
 """Keys by which Hydra, or Python's logging, is told what to call."""
 LOGGING = ("logging.StreamHandler", "logging.NullHandler", "logging.Formatter")
@@ -57,7 +61,18 @@ class Composed(RunConfig):
 
 def register() -> None:
     """Make the typed schema available to conf/config.yaml as `run_schema`."""
-    ConfigStore.instance().store(name="run_schema", node=Composed)
+    store(name="run_schema", node=Composed)
+
+
+def store(**options: Any) -> None:
+    """Put a node into Hydra's store, perhaps in place of one; Hydra 1.4 wants that said."""
+    replacing: dict[str, Any] = {"replace": True} if HYDRA_1_4 else {}
+    ConfigStore.instance().store(**options, **replacing)
+
+
+def initialized() -> contextlib.AbstractContextManager[None]:
+    """Hydra inside, with the options of conf/."""
+    return initialize_config_dir(str(typos.CONF), **VERSION_BASE)
 
 
 def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
@@ -72,6 +87,7 @@ def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
             cfg = OmegaConf.merge(OmegaConf.structured(Composed), cfg)  # type: ignore[assignment]
         made = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
+        _check_sections(cfg)
         raise ConfigError(typos.explain_value(error)) from None
     except AttributeError:  # a key that `+` forced in
         keys = _leaves(OmegaConf.to_container(cfg))
@@ -83,7 +99,7 @@ def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
     try:
         leaves = list(walk(config))
     except AttributeError:
-        _check_sections(config)
+        _check_sections(cfg)
         raise
     for key, _, value in leaves:
         if value == 0 and isinstance(value, float):
@@ -91,16 +107,23 @@ def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
     return _scaled(config, words)
 
 
-def _check_sections(section: Any, prefix: str = "") -> None:
-    """ConfigError where an interpolation has put a value in the place of a section."""
-    hints = get_type_hints(type(section))
-    for f in dataclasses.fields(section):
-        if not dataclasses.is_dataclass(hints[f.name]):
-            continue
-        key, value = f"{prefix}{f.name}", getattr(section, f.name)
-        if not isinstance(value, hints[f.name]):
-            raise ConfigError(typos.no_section(key, repr(value)))
-        _check_sections(value, f"{key}.")
+def _check_sections(cfg: DictConfig) -> None:
+    """ConfigError where an interpolation has put something else in the place of a section."""
+    # OmegaConf 2.4 checks types while it resolves, and names no key; plain values have no types.
+    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+
+    def visit(kind: type, prefix: str) -> None:
+        for name, inner in get_type_hints(kind).items():
+            if not dataclasses.is_dataclass(inner):
+                continue
+            key = f"{prefix}{name}"
+            section = OmegaConf.select(plain, key, throw_on_resolution_failure=False)
+            names = {f.name for f in dataclasses.fields(inner)}
+            if section is not None and not (OmegaConf.is_dict(section) and {*section} <= names):
+                raise ConfigError(typos.no_section(key, repr(section)))
+            visit(inner, f"{key}.")  # type: ignore[arg-type]
+
+    visit(RunConfig, "")
 
 
 def _scaled(config: RunConfig, words: Sequence[str]) -> RunConfig:
@@ -196,7 +219,7 @@ def compose(overrides: list[str], *, config_dir: str | None = None) -> RunConfig
     """
     register()
     begun = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
-    own = nullcontext() if begun else initialize_config_dir(str(typos.CONF), version_base="1.3")
+    own = nullcontext() if begun else initialized()
     with own, _also(config_dir), explaining(overrides):
         return to_run_config(hydra_compose("config", overrides), words=overrides)
 

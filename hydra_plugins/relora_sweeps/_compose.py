@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import schema, typos
@@ -81,9 +82,18 @@ class Composer:
     def compose(self, texts: Sequence[str]) -> DictConfig:
         """What Hydra makes of the overrides; ConfigError in one line where it refuses them."""
         with schema.explaining(texts):
-            config = self.loader.load_sweep_config(self.master, list(texts))
+            config = self._load(list(texts))
         with open_dict(config):
             self._note(config.pop("hydra"), texts)
+        return config
+
+    def _load(self, texts: list[str]) -> DictConfig:
+        """As Hydra's `load_sweep_config`, which since 1.4 refuses what `_note` allows: a launcher
+        that all points agree on."""
+        before: Any = OmegaConf.to_container(self.master.hydra.overrides.hydra)
+        name = self.master.hydra.job.config_name
+        config = self.loader.load_configuration(name, before + texts, run_mode=RunMode.RUN)
+        OmegaConf.copy_cache(from_config=self.master, to_config=config)
         return config
 
     def _base(self, texts: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from decimal import Decimal
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,34 @@ from hydra_plugins.relora_sweeps._axes import count_points
 from relora_core.config import ConfigError
 
 
-@cache  # a second time would wrap what is wrapped; Hydra may import its plugins twice
+@cache  # a second time would wrap what is wrapped; Hydra 1.3 may run its plugins' modules twice
 def install_guards() -> None:
-    """Change Hydra where it is silent, slow or wrong. Checked against hydra-core 1.3.8."""
-    # `load_configuration`: every config goes through it before anything that it names is called,
-    # so this is where code in a config is refused, and YAML that is none.
-    ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
-    # `load_config` takes the first of several files of one name, without a word.
+    """Change Hydra where it is silent, slow or wrong.
+
+    Checked against hydra-core 1.3.8 and 1.4.0rc3; tests/sweeps/test_guards.py fails where another
+    Hydra no longer has what is changed here.
+    """
+    # Every config goes through these before anything that it names is called: here code in a config
+    # is refused, and a file that is no YAML.
+    if schema.HYDRA_1_4:
+        loader: Any = ConfigLoaderImpl
+        loader._load_configuration = _checked(loader._load_configuration)
+        # 1.4 looks for `hydra.mode` in config.yaml alone; an experiment may ask for a sweep, too.
+        loader.get_mode = _composed_mode
+    else:
+        ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
+        # Until 1.4 `FloatRange` added binary fractions: range(0.1,0.4,0.1) had 0.30000000000000004
+        # and its end. And `sort` changed the points of a range: range(2,9,4) became 5 and 1.
+        FloatRange.__post_init__ = _as_written  # type: ignore[method-assign]
+        grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
+    # `load_config` takes the first of several files of one name, and does not say so.
     ConfigRepository.load_config = _unshadowed(ConfigRepository.load_config)
-    # `add_override` drops what a second file chooses for a group, without a word.
+    # `add_override` drops what a second file chooses for a group, and does not say so.
     Overrides.add_override = _first_wins(Overrides.add_override)  # type: ignore[method-assign]
-    # `_get_header_dict` misses `# @package` behind a byte order mark: the file's keys go astray.
+    # `_get_header_dict` does not see `# @package` behind the mark that some editors put before all
+    # text: the file's keys would go into the package of its folder.
     ConfigSource._get_header_dict = staticmethod(_unmarked(ConfigSource._get_header_dict))
-    # `FloatRange` adds binary fractions: range(0.1,0.4,0.1) has 0.30000000000000004 and its end.
-    FloatRange.__post_init__ = _as_written  # type: ignore[method-assign]
-    # `sort` changes the points of a range: it takes those of range(2,9,4) for 5 and 1.
-    grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
-    # Hydra checks what a function is given against its annotations; null is a value like others.
+    # Hydra checks what `choice` is given against its annotations; null is a value like others.
     grammar_functions.choice.__annotations__["args"] |= None
     # Hydra copies its whole store for each group that it looks into, a second in all of `--help`.
     # It only reads in that copy, and copies what it takes from it.
@@ -74,6 +85,7 @@ def _sorted(
 def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     """Hydra's `load`, through which every config goes before anything that it names is called."""
 
+    @wraps(load)
     def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
         try:
             config = load(self, *args, **options)
@@ -88,9 +100,17 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     return load_configuration
 
 
+def _composed_mode(
+    self: Any, config_name: str | None, overrides: list[str], parsed: Any = None
+) -> Any:
+    """As Hydra 1.3: `hydra.mode` of the composed config; None where it does not compose."""
+    return super(ConfigLoaderImpl, self).get_mode(config_name, overrides)  # type: ignore[misc]
+
+
 def _unshadowed(load: Callable[..., Any]) -> Callable[..., Any]:
     """Hydra's `load_config`, which takes the first of several files and is silent on the others."""
 
+    @wraps(load)
     def load_config(self: ConfigRepository, config_path: str) -> Any:
         having = [source for source in self.get_sources() if source.is_config(config_path)]
         files = [_file_of(source, config_path) for source in having]
@@ -113,12 +133,13 @@ def _file_of(source: ConfigSource, config_path: str) -> Path | None:
 
 def _unmarked(read: Callable[[str], dict[str, str | None]]) -> Callable[..., Any]:
     """Hydra's reading of `# @package`, without the mark that some editors put before all text."""
-    return lambda text: read(text.removeprefix("\ufeff"))
+    return wraps(read)(lambda text: read(text.removeprefix("\ufeff")))
 
 
 def _first_wins(add: Callable[..., None]) -> Callable[..., None]:
     """Hydra's `add_override`, which drops what a second file says of a group without a word."""
 
+    @wraps(add)
     def add_override(self: Overrides, parent_config_path: str, default: GroupDefault) -> None:
         key = default.get_override_key()
         winner = self.override_metadata.get(key)

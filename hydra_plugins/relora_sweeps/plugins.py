@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
+from hydra._internal.core_plugins import basic_launcher, basic_sweeper  # noqa: F401
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from experiments import schema
 from hydra_plugins.relora_sweeps._axes import as_list, dimension, expand_arms, lines_of, parse
@@ -73,15 +73,24 @@ class SlurmConf(SlurmOptions):
 
 install_guards()
 
-_store = ConfigStore.instance()
-# Hydra's own config chooses `basic`, and any file may override that; what the primary config
-# overrides, no other file can, and is not told so.
-for _group, _node in (("hydra/sweeper", GridConf), ("hydra/launcher", LocalConf)):
-    _store.store(group=_group, name="basic", node=_node, provider="relora_sweeps")
-_store.store(group="hydra/sweeper", name="relora_grid", node=GridConf, provider="relora_sweeps")
-_store.store(group="hydra/sweeper", name="search", node=SearchConf, provider="relora_sweeps")
-_store.store(group="hydra/launcher", name="local", node=LocalConf, provider="relora_sweeps")
-_store.store(group="hydra/launcher", name="slurm", node=SlurmConf, provider="relora_sweeps")
+
+def _register() -> None:
+    """Make the options of `hydra/sweeper`, `hydra/launcher` and `search` available to Hydra.
+
+    After Hydra's own, which are imported above: their `basic` is replaced here.
+    """
+    nodes = {
+        # Hydra's own config chooses `basic`, which any file may override. Were ours chosen in
+        # conf/config.yaml, no other file could override it, and Hydra would not say so.
+        "hydra/sweeper": {"basic": GridConf, "relora_grid": GridConf, "search": SearchConf},
+        "hydra/launcher": {"basic": LocalConf, "local": LocalConf, "slurm": SlurmConf},
+    }
+    for group, options in nodes.items():
+        for name, node in options.items():
+            schema.store(group=group, name=name, node=node, provider="relora_sweeps")
+    schema.store(
+        name="search_schema", node=_search_node(), package="search", provider="relora_sweeps"
+    )
 
 
 def _search_node() -> DictConfig:
@@ -93,7 +102,7 @@ def _search_node() -> DictConfig:
     return node
 
 
-_store.store(name="search_schema", node=_search_node(), package="search", provider="relora_sweeps")
+_register()
 
 
 class GridSweeper(Sweeper):
@@ -239,7 +248,7 @@ class OurLauncher(Launcher):
         if node == self.config.hydra.launcher:
             return self
         config = self.config.copy()
-        with open_dict(config):
+        with open_dict(config), read_write(config.hydra):
             config.hydra.launcher = node
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context, task_function=self.task_function, config=config

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
@@ -207,7 +206,7 @@ def composer():
     """The porch of a grid, whose base is composed once."""
     schema.register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
+    with schema.initialized():
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", ["model=nano"], run_mode=RunMode.MULTIRUN)
         made = Composer(loader, master)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import optuna
 import pytest
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
@@ -25,7 +24,7 @@ SMALL = ["relora.r=4,8", "search.enqueue=[]"]
 @pytest.fixture(scope="module")
 def loader():
     schema.register()
-    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
+    with schema.initialized():
         yield GlobalHydra.instance().config_loader()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 
@@ -24,7 +23,7 @@ from tests import warm
 @pytest.fixture(scope="module")
 def loader():
     schema.register()
-    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
+    with schema.initialized():
         yield GlobalHydra.instance().config_loader()
 
 

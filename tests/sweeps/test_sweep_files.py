@@ -6,7 +6,6 @@ import functools
 from itertools import pairwise
 
 import pytest
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -26,7 +25,7 @@ LOCAL = ["data=grammar", "output_dir=x"]
 @pytest.fixture(scope="module")
 def loader():
     schema.register()
-    with initialize_config_dir(str(typos.CONF), version_base="1.3"):
+    with schema.initialized():
         yield GlobalHydra.instance().config_loader()
 
 
