@@ -28,7 +28,7 @@ from experiments.run_dir import RunDir
 from experiments.runner import code_hash, one_line
 from experiments.scheduler import enter_job
 from relora_core import atomic, shared
-from relora_core.config import EVALS, ConfigError, EvalConfig, RunConfig, validate
+from relora_core.config import EVALS, ConfigError, EvalConfig, RunConfig, runs_eval, validate
 from relora_core.data.base import DataError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def complete_eval(config: RunConfig, *, eval: EvalConfig) -> EvalConfig:
     if not digests:
         raise ConfigError(
             "at least one eval must be on, with a path where data is not grammar, got none; for "
-            "example eval.blimp.path=FOLDER"
+            f"example eval.{EVALS[-1]}.path=FOLDER"
         )
     sections = {
         f.name: replace(
@@ -97,7 +97,7 @@ def check(run_dir: RunDir, *, request: Request) -> None:
     config = run_dir.config()
     earlier = {found["section"]: found["digest"] for found in results(run_dir, name=request.name)}
     for section, digest in _digests(request.eval).items():
-        own = _digest(config.eval, section) if _has(config, section) else digest
+        own = _digest(config.eval, section) if runs_eval(config, section) else digest
         if request.name == PLAIN and own != digest:
             raise ConfigError(
                 f"--as must keep metrics apart from those of training, since the run's own "
@@ -166,12 +166,6 @@ def steps_of(run_dir: RunDir) -> list[int]:
 def _sections_left(run_dir: RunDir, *, request: Request, step: int) -> list[str]:
     found = {(f["section"], f["step"], f["digest"]) for f in results(run_dir, name=request.name)}
     return [s for s, d in _digests(request.eval).items() if (s, step, d) not in found]
-
-
-def _has(config: RunConfig, section: str) -> bool:
-    """Whether training runs this eval."""
-    own = getattr(config.eval, section)
-    return own.enabled and (config.data.kind == "grammar" or own.path is not None)
 
 
 def _digests(eval: EvalConfig) -> dict[str, str]:

@@ -18,6 +18,8 @@ from relora_core.config import RunConfig, applies, get, runs_eval, walk
 
 SCHEMA_VERSION = 1
 """Part of every digest; raised when the meaning of an existing knob changes."""
+SAID_WHEN_OFF = ("eval.paloma.enabled", "eval.blimp.enabled")
+"""Part of every digest since the first run; an eval added later that is off is part of none."""
 
 
 def scientific(config: RunConfig) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def scientific(config: RunConfig) -> dict[str, Any]:
             continue
         if "as_before" in meta and value == meta["as_before"]:
             continue
-        if key.startswith("eval.") and not key.endswith(".enabled"):
+        if key.startswith("eval.") and key not in SAID_WHEN_OFF:
             section = key.rsplit(".", 1)[0]
             if not get(config, f"{section}.enabled"):
                 continue

@@ -15,6 +15,7 @@ Each field may carry metadata that `knob` writes:
   same_as          function of a config: one value for all that mean the same there, None: nothing
                    (both for planning alone: the identity stays what it was)
   sets             for a knob outside the identity: the key inside that follows from it
+  grammar          False: of an eval's path: the grammar has no texts for it
   as_before        for a knob added later: the value that means "as before", left out of the hash
 """
 
@@ -510,18 +511,30 @@ class BlimpConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
+    """A section for each eval of `evals/`, by its name.
+
+    Each has `enabled`, `path`, `every_steps` and `fingerprint`, with these meanings.
+    """
+
     paloma: PalomaConfig = field(default_factory=PalomaConfig)
     blimp: BlimpConfig = field(default_factory=BlimpConfig)
 
 
 def runs_eval(config: RunConfig, name: str) -> bool:
-    """Without a path an eval falls to the grammar's own texts, and is off for other data."""
+    """Without a path an eval has the grammar's own texts, if there are any and data are grammar."""
     section = getattr(config.eval, name)
-    return section.enabled and (config.data.kind == "grammar" or section.path is not None)
+    if section.path is not None:
+        return section.enabled
+    return section.enabled and config.data.kind == "grammar" and _in_grammar(type(section))
+
+
+@cache
+def _in_grammar(section: type) -> bool:
+    return next(f.metadata.get("grammar", True) for f in fields(section) if f.name == "path")
 
 
 EVALS = tuple(f.name for f in fields(EvalConfig))
-"""Every eval: a section above, and the file of its name in `evals/`."""
+"""Every eval: a section above, a spec in `evals.REGISTRY`."""
 
 
 @dataclass(kw_only=True, slots=True)

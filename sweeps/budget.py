@@ -17,7 +17,7 @@ from typing import Any
 from experiments.run_dir import DONE, RunDir, all_runs, runs_folder
 from experiments.state import RunState
 from relora_core import costs
-from relora_core.config import EVALS, ConfigError, RunConfig
+from relora_core.config import EVALS, ConfigError, RunConfig, runs_eval
 from sweeps.plan import Cell
 
 CPU = "cpu"
@@ -134,9 +134,9 @@ def looks(config: RunConfig, *, done: int = 0) -> int:
     def times(every: int) -> int:
         return steps // every - done // every + (done == 0)
 
-    for section in (getattr(config.eval, name) for name in EVALS):
-        if section.enabled:
-            every = section.every_steps
+    for name in EVALS:
+        if runs_eval(config, name):
+            every = getattr(config.eval, name).every_steps
             count += times(every) + bool(steps % every) if every else 1
     if every := config.dynamics.every_steps:
         count += times(every)

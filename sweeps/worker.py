@@ -31,8 +31,6 @@ PRELOAD = (
     "experiments.runner",
     "relora_core.train",
     "relora_core.data.grammar",
-    "relora_core.evals.blimp",
-    "relora_core.evals.paloma",
 )
 """What any run imports: a warm parent has it already (`warm.py`)."""
 FINISHED, FAILED, DIVERGED, LOCKED, INTERRUPTED, CANCELLED = 0, 1, 3, 4, 5, 6

@@ -1,4 +1,10 @@
-"""Which evals a run has. What they share is in `base.py` and `scoring.py`.
+"""The registry of evals, and those of a run. A new one: docs/recipes.md.
+
+  base.py      what an eval is, and what evals share
+  scoring.py   log-probabilities of sequences
+  tree.py      sequences that begin alike, computed once
+  paloma.py    perplexity per source and domain
+  blimp.py     minimal pairs
 
 Loading and inspection import no torch. Not for: how often an eval runs (`train.py`), nor for the
 definition of any one measure (`paloma.py`, `blimp.py`).
@@ -7,26 +13,24 @@ definition of any one measure (`paloma.py`, `blimp.py`).
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from relora_core.config import (
-    EVALS,
-    GRAMMAR_DOCUMENTS,
-    GRAMMAR_PAIRS,
-    ConfigError,
-    RunConfig,
-    runs_eval,
-)
+from relora_core.config import EVALS, ConfigError, RunConfig, runs_eval
 from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
-from relora_core.evals.base import EvalResult, Work, encode
+from relora_core.evals import blimp, paloma
+from relora_core.evals.base import EvalResult, EvalSpec, Item, Work
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder
+
+
+REGISTRY: dict[str, EvalSpec] = {spec.name: spec for spec in (paloma.SPEC, blimp.SPEC)}
+"""By the name of its section in `config.EvalConfig`."""
+assert set(REGISTRY) == set(EVALS), f"evals {list(REGISTRY)}, sections of EvalConfig {EVALS}"
 
 
 @dataclass(kw_only=True)
@@ -49,17 +53,17 @@ class Eval:
 
 
 def inspect(config: RunConfig) -> dict[str, str | None]:
-    """Section (`paloma`, `blimp`) -> digest of its texts, for the evals that this run has.
+    """Eval -> digest of its texts, for the evals that this run has.
 
     None stands for the grammar's own texts. Every record is read; the first bad one raises
     ConfigError, one line with file and line number.
     """
     digests = {}
     for name in active(config):
-        room, section = _room(name), getattr(config.eval, name)
+        section = getattr(config.eval, name)
         digests[name] = texts_digest(config, name)
         if section.path is not None and config.data.kind == "grammar":
-            _check_words(room.load(section), key=f"eval.{name}.path", path=section.path)
+            _check_words(REGISTRY[name].load(section), key=f"eval.{name}.path", path=section.path)
         elif config.data.kind != "grammar":
             _check_tokens(config, name)
     return digests
@@ -72,7 +76,7 @@ def notes(config: RunConfig) -> list[str]:
         f"eval.{name}: {note}"
         for name, section in sections.items()
         if section.path is not None
-        for note in _room(name).notes(section)
+        for note in REGISTRY[name].notes(section)
     ]
 
 
@@ -85,31 +89,26 @@ def _check_tokens(config: RunConfig, name: str) -> None:
     section = getattr(config.eval, name)
     knows_all = getattr(tokenizer, "unknown", "error") == "known"
     try:
-        _room(name).check(section, tokenizer=tokenizer, knows_all=knows_all, model=config.model)
+        REGISTRY[name].check(section, tokenizer=tokenizer, knows_all=knows_all, model=config.model)
     except DataError as error:
         raise ConfigError(f"eval.{name}.path={section.path}: {error}") from None
 
 
 def local_files(config: RunConfig) -> dict[str, list[Path]]:
-    """Section -> files of its texts, for the evals that this run has; none for the grammar's."""
-    found = {}
-    for name in active(config):
-        section = getattr(config.eval, name)
-        found[name] = _room(name).local_files(section) if section.path is not None else []
-    return found
+    """Eval -> files of its texts, for the evals that this run has; none for the grammar's."""
+    sections = {name: getattr(config.eval, name) for name in active(config)}
+    return {
+        name: REGISTRY[name].local_files(section) if section.path is not None else []
+        for name, section in sections.items()
+    }
 
 
 def texts_digest(config: RunConfig, name: str) -> str | None:
     """Of the texts of one eval as they are now; None for the grammar's own."""
     section = getattr(config.eval, name)
-    found = _room(name).inspect(section)
-    assert found or section.path is None, f"eval.{name} gives its texts no digest"
-    return found
-
-
-def _room(name: str) -> Any:
-    """The file of an eval."""
-    return importlib.import_module(f"{__name__}.{name}")
+    digest = REGISTRY[name].inspect(section)
+    assert digest or section.path is None, f"eval.{name} gives its texts no digest"
+    return digest
 
 
 def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
@@ -123,7 +122,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
             Eval(
                 name=name,
                 every_steps=getattr(config.eval, name).every_steps,
-                build=functools.partial(_BUILDERS[name], config, tokenizer),
+                build=functools.partial(REGISTRY[name].build, config, tokenizer),
             )
         )
     return evals
@@ -132,46 +131,6 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
 def active(config: RunConfig) -> list[str]:
     """The evals that this run has."""
     return [name for name in EVALS if runs_eval(config, name)]
-
-
-def _build_paloma(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
-    from relora_core.evals import paloma
-
-    section = config.eval.paloma
-    if section.path is None:
-        count = min(GRAMMAR_DOCUMENTS, section.max_documents or GRAMMAR_DOCUMENTS)
-        documents = paloma.grammar_documents(count)
-    else:
-        documents = paloma.load(section)
-    # Positions that training never reached would measure how RoPE extrapolates, not the language.
-    max_len = min(config.model.max_seq_len, config.data.seq_len, paloma.MAX_LEN)
-    return functools.partial(
-        paloma.evaluate,
-        documents=documents,
-        ids=encode([d.text for d in documents], tokenizer),
-        eos_id=tokenizer.eos_id,
-        max_len=max_len,
-        precision=section.precision,
-    )
-
-
-def _build_blimp(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
-    from relora_core.evals import blimp
-
-    section = config.eval.blimp
-    if section.path is None:
-        pairs = blimp.grammar_pairs(min(GRAMMAR_PAIRS, section.max_pairs or GRAMMAR_PAIRS))
-    else:
-        pairs = blimp.load(section)
-    return functools.partial(
-        blimp.evaluate,
-        pairs=pairs,
-        windows=blimp.windows(pairs, tokenizer=tokenizer),
-        precision=section.precision,
-    )
-
-
-_BUILDERS = {"paloma": _build_paloma, "blimp": _build_blimp}
 
 
 def _no_tokenizer(name: str) -> ConfigError:
@@ -190,7 +149,7 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _check_words(items: Iterable[Any], *, key: str, path: str) -> None:
+def _check_words(items: Iterable[Item], *, key: str, path: str) -> None:
     """The grammar's tokenizer knows only its own words; say so before anything is queued."""
     from relora_core.data.grammar import GrammarTokenizer
 

@@ -1,4 +1,4 @@
-"""What the evals share: their result, the windows that are scored, and reading of records.
+"""What an eval is, and what evals share: results, windows that are scored, reading of records.
 
 Imports no eval and no torch. Not for: scoring windows (`scoring.py`).
 """
@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
-from relora_core.config import ConfigError
+from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
 from relora_core.data.places import missing
 
@@ -44,6 +44,51 @@ class Work(TypedDict, total=False):
     """Sum of a float64 tensor over the ranks; needed where world > 1."""
     progress: Callable[[int, int], None] | None
     """Called with (done, total) sequences."""
+
+
+class Item(Protocol):
+    """What an eval reads from its files, one at a time."""
+
+    def texts(self) -> list[str]: ...
+
+
+class Check(Protocol):
+    """Raises DataError or ConfigError where items do not become tokens that can be scored.
+
+    `knows_all`: no text holds a character that the tokenizer does not know.
+    """
+
+    def __call__(
+        self, section: Any, /, *, tokenizer: Tokenizer, knows_all: bool, model: ModelConfig
+    ) -> None: ...
+
+
+def _no_notes(section: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSpec:
+    """One eval, as its file describes it. `section` is its part of the config, with a path set.
+
+    What it computes is `build`'s; the rest serves planning, which loads no torch.
+    """
+
+    name: str
+    """Its section of `config.EvalConfig`, and the first part of its metrics after `eval/`."""
+    headline: tuple[str, ...]
+    """Its metrics that short tables show, without `eval/<name>/`; the first one matters most."""
+    load: Callable[[Any], Sequence[Item]]
+    """The items of a section; ConfigError, one line with file and line number, for a bad one."""
+    local_files: Callable[[Any], list[Path]]
+    """The files that `load` reads; ConfigError where there are none."""
+    inspect: Callable[[Any], str | None]
+    """Digest of every item, whatever the limits; None without a path. Raises as `load` does."""
+    check: Check
+    build: Callable[[RunConfig, Tokenizer], Callable[..., EvalResult]]
+    """Load and tokenise; gives the function of (model, **Work)."""
+    notes: Callable[[Any], list[str]] = _no_notes
+    """What the folder holds and the eval does not read, a line each."""
 
 
 class Window(NamedTuple):

@@ -8,7 +8,7 @@ Two ways of scoring a sentence are in use, and both are given by name:
   sentence, so every token is scored; a tie counts as right.
 
 They differ most where a pair differs in its first word (eight of BLiMP's paradigms). The log p of
-tokens are summed, not averaged. Not for: cadence and registry (`evals/__init__.py`).
+tokens are summed, not averaged. Not for: when it runs, and registry (`evals/__init__.py`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,26 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from relora_core.config import BlimpConfig, ConfigError, ModelConfig
+from relora_core.config import GRAMMAR_PAIRS, BlimpConfig, ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
 from relora_core.data.places import SPLITS, Look, first_line, looks, some, split_of, walk
-from relora_core.evals.base import EvalResult, Window, Work, digest, encode, existing, records
+from relora_core.evals.base import (
+    EvalResult,
+    EvalSpec,
+    Window,
+    Work,
+    digest,
+    encode,
+    existing,
+    records,
+)
 from relora_core.evals.scoring import score
 
 if TYPE_CHECKING:
@@ -266,6 +275,21 @@ def _less(left: int, size: int) -> int:
     return left - size
 
 
+def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
+    """`evaluate` with the run's pairs and their windows, a function of (model, **Work)."""
+    section = config.eval.blimp
+    if section.path is None:
+        pairs = grammar_pairs(min(GRAMMAR_PAIRS, section.max_pairs or GRAMMAR_PAIRS))
+    else:
+        pairs = load(section)
+    return functools.partial(
+        evaluate,
+        pairs=pairs,
+        windows=windows(pairs, tokenizer=tokenizer),
+        precision=section.precision,
+    )
+
+
 def windows(pairs: Sequence[Pair], *, tokenizer: Tokenizer) -> dict[str, list[Window]]:
     """Variant -> the sequences of good and bad in turn, 2 * len(pairs) of them."""
     texts = [text for pair in pairs for text in pair.texts()]
@@ -332,3 +356,15 @@ def _check_lengths(windows: Mapping[str, Sequence[Window]], *, max_seq_len: int)
             f"model.max_seq_len must be >= {longest} (the longest sentence of {KEY}), got "
             f"{max_seq_len}; nearest valid: {longest}"
         )
+
+
+SPEC = EvalSpec(
+    name="blimp",
+    headline=("no_bos/accuracy", "eos_prefix/accuracy"),
+    load=load,
+    local_files=local_files,
+    inspect=inspect,
+    notes=notes,
+    check=check,
+    build=build,
+)

@@ -12,7 +12,7 @@ Two definitions stand side by side, and their numbers must not be compared with 
   document borders, and sources weigh by their rows. The published pipeline decodes the rows and
   tokenises them again; here the ids are scored.
 
-Not for: cadence and registry (`evals/__init__.py`).
+Not for: when it runs, and registry (`evals/__init__.py`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,33 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import numpy as np
 
-from relora_core.config import ConfigError, ModelConfig, PalomaConfig, nearest
+from relora_core.config import (
+    GRAMMAR_DOCUMENTS,
+    ConfigError,
+    ModelConfig,
+    PalomaConfig,
+    RunConfig,
+    nearest,
+)
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import Look, looks, some, walk
-from relora_core.evals.base import EvalResult, Window, Work, digest, existing, records
+from relora_core.evals.base import (
+    EvalResult,
+    EvalSpec,
+    Window,
+    Work,
+    digest,
+    encode,
+    existing,
+    records,
+)
 from relora_core.evals.scoring import score
 
 if TYPE_CHECKING:
@@ -198,6 +214,26 @@ def _lines(file: Path, *, where: str) -> Iterator[bytes]:
         raise ConfigError(f"{where} line {number + 1}: {broken} ({error})") from None
 
 
+def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
+    """`evaluate` with the run's documents and their ids, a function of (model, **Work)."""
+    section = config.eval.paloma
+    if section.path is None:
+        count = min(GRAMMAR_DOCUMENTS, section.max_documents or GRAMMAR_DOCUMENTS)
+        documents = grammar_documents(count)
+    else:
+        documents = load(section)
+    # Positions that training never reached would measure how RoPE extrapolates, not the language.
+    max_len = min(config.model.max_seq_len, config.data.seq_len, MAX_LEN)
+    return functools.partial(
+        evaluate,
+        documents=documents,
+        ids=encode([d.text for d in documents], tokenizer),
+        eos_id=tokenizer.eos_id,
+        max_len=max_len,
+        precision=section.precision,
+    )
+
+
 def document_windows(ids: np.ndarray, *, prefix: int, max_len: int) -> Iterator[Window]:
     """Windows that score each token of a document once, as OLMo-Eval cuts them.
 
@@ -344,3 +380,15 @@ def _summary(
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
+
+
+SPEC = EvalSpec(
+    name="paloma",
+    headline=("perplexity",),
+    load=load,
+    local_files=local_files,
+    inspect=inspect,
+    notes=notes,
+    check=check,
+    build=build,
+)

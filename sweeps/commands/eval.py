@@ -32,7 +32,6 @@ Settings choose the evals that they name and change the run's own value of that 
 begins from the defaults); eval=OPTION chooses those of conf/eval/OPTION.yaml. What has been
 evaluated already is not repeated. A run that is training goes on: its checkpoints are only read.
 """
-COLUMNS = ("paloma/perplexity", "blimp/no_bos/accuracy", "blimp/eos_prefix/accuracy")
 SAME_TEXTS = ("enabled", "every_steps", "precision")
 """Knobs that leave an eval the texts it has; those that begin with max_ only take fewer of them."""
 GOING = ("queued", "running")
@@ -270,6 +269,7 @@ def _submit(
 def _show(requests: Sequence[tuple[Run, Request]]) -> None:
     """The figures that the requests asked for, those of earlier evaluations included."""
     from experiments import evaluate
+    from relora_core.evals import REGISTRY
     from sweeps.display import make_console
 
     rows: list[tuple[str, int, dict[str, float]]] = []
@@ -283,7 +283,8 @@ def _show(requests: Sequence[tuple[Run, Request]]) -> None:
         if isinstance(request.steps, list):
             steps = [step for step in found if step in request.steps]
         rows += [(run.name, step, found[step]) for step in steps]
-    keys = [f"{request.name}/{name}" for _, request in requests[:1] for name in COLUMNS]
+    columns = [f"{spec.name}/{name}" for spec in REGISTRY.values() for name in spec.headline]
+    keys = [f"{request.name}/{name}" for _, request in requests[:1] for name in columns]
     keys = [key for key in keys if any(key in metrics for _, _, metrics in rows)]
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")

@@ -14,7 +14,14 @@ import torch
 from data_files import write_bpe, write_words
 
 from relora_core import evals
-from relora_core.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from relora_core.config import (
+    GRAMMAR_DOCUMENTS,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from relora_core.data.grammar import REGISTERS, GrammarTokenizer
 from relora_core.evals import base, blimp
 from relora_core.model import Decoder
@@ -82,7 +89,7 @@ def test_limits_only_lower_the_grammars_counts():
     config.eval.paloma.max_documents = 10**6
     build = {e.name: e.build for e in evals.prepare(config, GrammarTokenizer())}
     documents = build["paloma"]().keywords["documents"]
-    assert len(documents) == evals.GRAMMAR_DOCUMENTS * len(REGISTERS)
+    assert len(documents) == GRAMMAR_DOCUMENTS * len(REGISTERS)
 
 
 def test_texts_are_tokenised_once_however_often_a_run_evaluates():

@@ -29,6 +29,8 @@ FOREIGN = (  # an allocation or a site around us must not reach into this cluste
     "MYSQL_",
 )
 USER_SIGNAL = "preempt_send_user_signal"
+WAIT_S = 300.0
+"""What does not come within this time never comes: no test measures how fast SLURM is."""
 
 
 @dataclass(kw_only=True)
@@ -96,14 +98,14 @@ class Cluster:
         self._answers("slurmctld", "scontrol", "ping", says="UP")
         for node in self.names:
             self.up(node)
-        self.wait_until(self.idle, 30, "every node is idle")
+        self.wait_until(self.idle, "every node is idle")
         # the first job of a fresh controller is slow, and it proves that every node answers
-        warm = self.sh("srun", "-Q", f"-N{self.nodes}", f"-n{self.nodes}", "true", timeout=60)
+        warm = self.sh("srun", "-Q", f"-N{self.nodes}", f"-n{self.nodes}", "true")
         if warm.returncode:
             raise RuntimeError(warm.stderr.strip())
         if self.accounting:  # the controller has told slurmdbd where it listens
             ask = ("sacctmgr", "-nP", "show", "cluster", "format=controlport")
-            self.wait_until(lambda: self.sh(*ask).stdout.strip()[:1] in set("123456789"), 30, ask)
+            self.wait_until(lambda: self.sh(*ask).stdout.strip()[:1] in set("123456789"), ask)
 
     def _start_accounting(self) -> None:
         run, user = self.folder / "run", getpass.getuser()
@@ -197,8 +199,8 @@ class Cluster:
     def _alive(self, name: str) -> bool:
         return name in self.daemons and self.daemons[name].poll() is None
 
-    def _answers(self, name: str, *argv: str, says: str = "", timeout: float = 30) -> None:
-        end = time.monotonic() + timeout
+    def _answers(self, name: str, *argv: str, says: str = "") -> None:
+        end = time.monotonic() + WAIT_S
         while True:
             probe = self.sh(*argv)
             if probe.returncode == 0 and says in probe.stdout:
@@ -238,7 +240,7 @@ class Cluster:
         for node in self.names:
             if not self._alive(f"slurmd.{node}"):
                 self.up(node)
-        self.wait_until(self._recovered, 90, "no jobs and every node idle")
+        self.wait_until(self._recovered, "no jobs and every node idle")
 
     def _recovered(self) -> bool:
         rows = self.sh("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines()
@@ -262,7 +264,7 @@ class Cluster:
     def sh(
         self,
         *argv: str | Path,
-        timeout: float = 30,
+        timeout: float = WAIT_S,
         check: bool = False,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
@@ -331,13 +333,13 @@ class Cluster:
             if env.get("SLURM_CONF") == self.env["SLURM_CONF"] and process.pid != os.getpid():
                 yield process, env
 
-    def wait_until(self, predicate: Callable[[], object], timeout: float, what: object) -> None:
-        """Polls; after the timeout fails with what was waited for and the daemons' last words."""
-        if not self._wait(predicate, timeout):
+    def wait_until(self, predicate: Callable[[], object], what: object) -> None:
+        """Polls; after WAIT_S fails with what was waited for and the ends of the daemons' logs."""
+        if not self._wait(predicate, WAIT_S):
             queue = self.sh("squeue", "-r", "-t", "all").stdout
             nodes = self.sh("sinfo", "-N", "-o", "%N %T %E").stdout
             what = what() if callable(what) else what
-            raise AssertionError(f"not within {timeout} s: {what}\n{queue}{nodes}{self.logs()}")
+            raise AssertionError(f"not within {WAIT_S} s: {what}\n{queue}{nodes}{self.logs()}")
 
     def _wait(self, predicate: Callable[[], object], timeout: float) -> bool:
         end = time.monotonic() + timeout

@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:  # the hook sees the other folders' items too
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(1800))  # its waits are long where a machine is slow
 
 
 @pytest.fixture(scope="session")

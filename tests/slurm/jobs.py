@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import Cluster
+from cluster import WAIT_S, Cluster
 
 from experiments.run_dir import RunDir, all_runs
 
@@ -78,7 +78,7 @@ class Sweep:
     def _sh(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, cwd=self.root, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=120,
+            text=True, timeout=WAIT_S,
         )  # fmt: skip
 
     def _ok(self, done: subprocess.CompletedProcess[str]) -> str:
@@ -120,7 +120,7 @@ class Sweep:
         """Until these runs (all) wait at the gate in this attempt."""
         runs = [self.runs[seed] for seed in seeds or self.runs]
         self.cluster.wait_until(
-            lambda: all(self._waits(run, attempt=attempt) for run in runs), 90,
+            lambda: all(self._waits(run, attempt=attempt) for run in runs),
             lambda: f"runs at the gate\n{self.told()}",
         )  # fmt: skip
 
@@ -128,10 +128,14 @@ class Sweep:
         records = run.attempt_records()
         return len(records) >= attempt and Path(f"{self.gate}.{records[-1]['pid']}").exists()
 
+    def pass_an_hour(self, seed: int) -> None:
+        """On the clock of the run that waits at the gate: the time of its job is up."""
+        Path(f"{self.gate}.{self.runs[seed].attempt_records()[-1]['pid']}.late").touch()
+
     def wait_done(self, seeds: Iterable[int] | None = None) -> None:
         runs = [self.runs[seed] for seed in seeds or self.runs]
         self.cluster.wait_until(
-            lambda: all(run.ended() for run in runs), 120, lambda: f"runs finished\n{self.told()}"
+            lambda: all(run.ended() for run in runs), lambda: f"runs finished\n{self.told()}"
         )
 
     def told(self) -> str:

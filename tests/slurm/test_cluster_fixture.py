@@ -22,7 +22,7 @@ for name in ("SIGTERM", "SIGUSR2"):
     signal.signal(getattr(signal, name), note)
 with open(sys.argv[1], "a") as out:
     print("start", os.environ["SLURMD_NODENAME"], file=out)
-time.sleep(120)
+time.sleep(600)
 '''
 
 
@@ -41,11 +41,11 @@ def words(path: Path) -> list[str]:
 
 def test_a_job_completes_and_sacct_knows_it_only_with_accounting(cluster: Cluster) -> None:
     job = cluster.sbatch("--wrap", "true")
-    cluster.wait_until(lambda: cluster.state(job) == "COMPLETED", 20, f"{job} completed")
+    cluster.wait_until(lambda: cluster.state(job) == "COMPLETED", f"{job} completed")
     ask = ["sacct", "-n", "-X", "-P", "-j", job, "-o", "state"]
     if cluster.accounting:
         done = lambda: cluster.sh(*ask).stdout.split() == ["COMPLETED"]  # noqa: E731
-        cluster.wait_until(done, 10, "sacct knows")
+        cluster.wait_until(done, "sacct knows")
     else:
         assert cluster.sh(*ask).returncode != 0
 
@@ -58,7 +58,7 @@ def test_this_process_speaks_to_the_cluster_of_the_test(cluster: Cluster) -> Non
 def test_an_array_runs_each_task_once_and_has_a_small_limit(bare: Cluster, tmp_path: Path) -> None:
     wrap = f"echo $SLURM_ARRAY_TASK_ID >> '{tmp_path}/seen'"
     job = bare.sbatch("--array=0-5", "--wrap", wrap)
-    bare.wait_until(lambda: bare.states(job) == ["COMPLETED"] * 6, 30, "six array tasks")
+    bare.wait_until(lambda: bare.states(job) == ["COMPLETED"] * 6, "six array tasks")
     assert sorted(words(tmp_path / "seen")) == list("012345")
     assert "nvalid job array" in bare.sh("sbatch", "--array=0-6", "--wrap", "true").stderr
 
@@ -66,7 +66,7 @@ def test_an_array_runs_each_task_once_and_has_a_small_limit(bare: Cluster, tmp_p
 def test_gpus_are_given_and_counted(bare: Cluster, tmp_path: Path) -> None:
     wrap = f"echo $CUDA_VISIBLE_DEVICES > '{tmp_path}/gpus'"
     job = bare.sbatch("--gpus-per-node=2", "--wrap", wrap)
-    bare.wait_until(lambda: bare.state(job) == "COMPLETED", 20, f"{job} completed")
+    bare.wait_until(lambda: bare.state(job) == "COMPLETED", f"{job} completed")
     assert len((tmp_path / "gpus").read_text().split(",")) == 2
     assert bare.sh("sbatch", "--gpus-per-node=5", "--wrap", "true").returncode != 0
 
@@ -75,9 +75,9 @@ def test_tasks_of_are_the_srun_tasks_by_rank(bare: Cluster, tmp_path: Path) -> N
     script = tmp_path / "two.sh"
     script.write_text("#!/bin/bash\nsrun sleep 60\n")
     job = bare.sbatch("-N2", "-n4", "--array=1-1", script) + "_1"
-    bare.wait_until(lambda: len(bare.tasks_of(job)) == 4, 20, "four tasks")
+    bare.wait_until(lambda: len(bare.tasks_of(job)) == 4, "four tasks")
     tasks = [psutil.Process(pid) for pid in bare.tasks_of(job)]
-    bare.wait_until(lambda: {p.name() for p in tasks} == {"sleep"}, 5, "srun's tasks, no shells")
+    bare.wait_until(lambda: {p.name() for p in tasks} == {"sleep"}, "srun's tasks, no shells")
     assert [p.environ()["SLURM_PROCID"] for p in tasks] == ["0", "1", "2", "3"]
     assert {p.environ()["SLURMD_NODENAME"] for p in tasks} == set(bare.names)
 
@@ -87,13 +87,13 @@ def test_a_crashed_node_loses_its_job_to_the_other_and_returns(
 ) -> None:
     script, out = trap
     job = bare.sbatch(script)
-    bare.wait_until(lambda: len(words(out)) == 2, 20, "the task runs")
+    bare.wait_until(lambda: len(words(out)) == 2, "the task runs")
     victim = words(out)[1]
     (pid,) = bare.tasks_of(job)
     bare.crash(victim)
     assert not alive(pid)
     bare.down(victim)
-    bare.wait_until(lambda: len(words(out)) == 4, 30, "the job runs again")
+    bare.wait_until(lambda: len(words(out)) == 4, "the job runs again")
     assert words(out)[2:] == ["start", next(n for n in bare.names if n != victim)]
     bare.tidy()
     assert bare.idle()
@@ -102,11 +102,11 @@ def test_a_crashed_node_loses_its_job_to_the_other_and_returns(
 def test_preemption_sends_sigterm_then_requeues(bare: Cluster, trap: tuple[Path, Path]) -> None:
     script, out = trap
     job = bare.sbatch("--signal=USR2@90", script)
-    bare.wait_until(lambda: len(words(out)) == 2, 20, "the task runs")
+    bare.wait_until(lambda: len(words(out)) == 2, "the task runs")
     bare.preempt(words(out)[1])
-    bare.wait_until(lambda: words(out)[2:] == ["SIGTERM"], 15, "SIGTERM, and no USR2")
+    bare.wait_until(lambda: words(out)[2:] == ["SIGTERM"], "SIGTERM, and no USR2")
     assert bare.state(job) == "RUNNING"  # for GraceTime
-    bare.wait_until(lambda: words(out).count("start") == 2, 60, "the job runs again")
+    bare.wait_until(lambda: words(out).count("start") == 2, "the job runs again")
     assert "SIGUSR2" not in words(out)
 
 
@@ -116,9 +116,9 @@ def test_preemption_sends_usr2_where_the_site_has_it_so(
     bare.send_user_signal(True)
     script, out = trap
     bare.sbatch("--signal=USR2@90", script)
-    bare.wait_until(lambda: len(words(out)) == 2, 20, "the task runs")
+    bare.wait_until(lambda: len(words(out)) == 2, "the task runs")
     bare.preempt(words(out)[1])
-    bare.wait_until(lambda: "SIGUSR2" in words(out), 15, "USR2")
+    bare.wait_until(lambda: "SIGUSR2" in words(out), "USR2")
 
 
 def test_nothing_stays_of_a_cluster_that_is_stopped_while_jobs_run(
@@ -128,7 +128,7 @@ def test_nothing_stays_of_a_cluster_that_is_stopped_while_jobs_run(
     with Cluster(accounting=True) as cluster:
         script.write_text("#!/bin/bash\nsetsid -f sleep 300\n" + script.read_text())
         cluster.sbatch(script)
-        cluster.wait_until(lambda: len(words(out)) == 2, 30, "the task runs")
+        cluster.wait_until(lambda: len(words(out)) == 2, "the task runs")
         daemons = [process.pid for process in cluster.daemons.values()]
         inside = cluster.steps()
         assert any(psutil.Process(pid).name() == "sleep" for pid in inside)

@@ -26,7 +26,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, RunDir]:
     out = tmp_path_factory.mktemp("undisturbed")
     words = [f"seed=range({SEEDS})", "hydra/launcher=local", f"output_dir={out}"]
     command = [sys.executable, "run.py", "-m", *NANO, *words]
-    subprocess.run(command, cwd=ROOT, env=user(), check=True, capture_output=True, timeout=180)
+    subprocess.run(command, cwd=ROOT, env=user(), check=True, capture_output=True)
     return {run.config().seed: run for run in all_runs(out)}
 
 
@@ -73,7 +73,7 @@ def time_out(cluster: Cluster, job_id: str) -> None:
 
 def more_time(cluster: Cluster, job_id: str) -> None:
     """The limit that `time_out` has set outlives a requeue."""
-    cluster.wait_until(lambda: cluster.state(job_id) == "PENDING", 60, f"{job_id} requeued")
+    cluster.wait_until(lambda: cluster.state(job_id) == "PENDING", f"{job_id} requeued")
     cluster.sh("scontrol", "update", f"jobid={job_id}", "timelimit=60", check=True)
 
 
@@ -95,7 +95,7 @@ def test_disturbed_runs_end_as_undisturbed_ones(
             fate(cluster, first[seed])
     assert "cancelled" in sweep.tool("cancel", sweep.runs[5].run_id, "--yes")
     cluster.wait_until(
-        lambda: {cluster.state(first[seed]) for seed in (4, 5)} == {"CANCELLED"}, 30,
+        lambda: {cluster.state(first[seed]) for seed in (4, 5)} == {"CANCELLED"},
         lambda: f"4 and 5 cancelled\n{sweep.told()}",
     )  # fmt: skip
     more_time(cluster, first[6])
@@ -140,8 +140,12 @@ def test_preempted_twice_and_a_node_lost(accounted: Cluster, tmp_path: Path, sam
         for run in sweep.runs.values():  # saved in the grace: not one step was done twice
             assert run.attempt_records()[attempt]["start_step"] == 25 * attempt
         cluster.sh("scancel", urgent)
-    cluster.wait_until(lambda: cluster.state(urgent) == "CANCELLED", 20, "the urgent job is gone")
+    cluster.wait_until(lambda: cluster.state(urgent) == "CANCELLED", "the urgent job is gone")
     lost = node()
+    for run in sweep.runs.values():
+        cluster.wait_until(
+            lambda run=run: run.newest_step() == 70, "the checkpoint before the gate"
+        )
     cluster.crash(lost)
     cluster.down(lost)
     sweep.open()
@@ -159,14 +163,15 @@ def test_two_processes_equal_one(
     one = Sweep(
         cluster=bare, out=tmp_path / "one", words=["seed=0", "hydra.launcher.tasks_per_node=2"]
     )
-    limit = ["hydra.launcher.time=2", "hydra.launcher.signal_delay_s=98"]
-    late = "+hydra.launcher.extra.signal=USR2@1"  # SLURM's own warning would come too late
+    limit = "hydra.launcher.time=59"  # less than the hour that passes: SLURM never says it is up
     two = Sweep(
-        cluster=bare, out=tmp_path / "two", words=["seed=0", "hydra.launcher.nodes=2", *limit, late]
+        cluster=bare, out=tmp_path / "two", words=["seed=0", "hydra.launcher.nodes=2", limit]
     )
     one.open()
     for sweep in (two, one):
         sweep.launch()
+    two.wait_at_gate()
+    two.pass_an_hour(0)
     two.wait_at_gate(attempt=2)
     two.open()
     for sweep in (one, two):
@@ -180,9 +185,8 @@ def test_two_processes_equal_one(
             assert metrics.pop("restart/logit_change_max") < 1e-5
         assert found == pytest.approx(expected, rel=1e-5)
     assert len(one.runs[0].attempt_records()) == 1
-    # Where they stopped, not a checkpoint before. The gate counts calls, the ranks' meeting's, too.
-    # On a slow machine the second attempt may meet its limit as well.
-    assert two.runs[0].attempt_records()[1]["start_step"] in range(21, 26)
+    # Where they stopped, not a checkpoint before.
+    assert [record["start_step"] for record in two.runs[0].attempt_records()] == [0, 25]
 
 
 def test_packed_runs_share_a_job_and_one_that_is_killed_goes_on(

@@ -36,7 +36,7 @@ def test_a_search_with_disturbed_jobs_has_exactly_its_trials(bare: Cluster, tmp_
         return [r for r in runs if len(r.attempt_records()) == 1 and sweep._waits(r, attempt=1)]
 
     def next_run() -> tuple[RunDir, str]:
-        cluster.wait_until(lambda: bool(waiting()), 120, lambda: f"a run at the gate\n{told()}")
+        cluster.wait_until(lambda: bool(waiting()), lambda: f"a run at the gate\n{told()}")
         run = waiting()[0]
         job_id = run.status().job_id
         assert job_id is not None
@@ -58,13 +58,11 @@ def test_a_search_with_disturbed_jobs_has_exactly_its_trials(bare: Cluster, tmp_
     cluster.sh("scontrol", "requeue", job_id, check=True)
     cancelled, job_id = next_run()
     cluster.sh("scancel", job_id, check=True)
-    cluster.wait_until(
-        lambda: cluster.state(job_id) == "CANCELLED", 60, lambda: f"cancelled\n{told()}"
-    )
+    cluster.wait_until(lambda: cluster.state(job_id) == "CANCELLED", lambda: f"cancelled\n{told()}")
     assert "submitted job" in sweep.launch()  # one more job, for the trial that was left
     sweep.open()
     study = Study.open(study_folder(sweep.out, name="s"))
-    cluster.wait_until(study.done, 240, lambda: f"{study.counts()}\n{told()}")
+    cluster.wait_until(study.done, lambda: f"{study.counts()}\n{told()}")
 
     assert study.counts() == {"COMPLETE": TRIALS}
     runs = all_runs(sweep.out)

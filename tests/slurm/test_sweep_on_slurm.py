@@ -58,14 +58,14 @@ def test_a_grid_becomes_finished_runs_in_mlflow(bare: Cluster, tmp_path: Path) -
     (submission,) = sweep.submissions()
     assert f"submitted job {submission['job_id']} (array of 4)" in printed
     log = sweep.out / "logs" / "mlflow-sync.log"  # of the process that shows it
-    bare.wait_until(lambda: "points sent" in log.read_text(), 120, sweep.told)
+    bare.wait_until(lambda: "points sent" in log.read_text(), sweep.told)
     before = mlflow_runs(sweep.out)
     states = Counter(status for status, _ in before.values())
     assert (states.total(), states.keys() <= {"SCHEDULED", "RUNNING"}) == (4, True)
     assert states["SCHEDULED"] >= 2  # two may have begun before MLflow was told
     sweep.open()
     runs = [sweep.out / "runs" / run_id for (run_id,) in submission["tasks"]]
-    bare.wait_until(lambda: all((run / "result.json").exists() for run in runs), 120, sweep.told)
+    bare.wait_until(lambda: all((run / "result.json").exists() for run in runs), sweep.told)
     assert most_at_once([RunDir(run) for run in runs]) <= 2
     sweep.tool("sync")
     after = mlflow_runs(sweep.out)
@@ -117,12 +117,12 @@ def test_a_command_that_is_stopped_leaves_its_jobs_and_the_next_submits_the_rest
         text=True, start_new_session=True,
     ) as command:  # fmt: skip
         begun = lambda: sweep.submissions() or command.poll() is not None  # noqa: E731
-        bare.wait_until(begun, 60, "the first submission is written")
+        bare.wait_until(begun, "the first submission is written")
         if number == signal.SIGINT:  # as a terminal does: to what the command has started, too
             os.killpg(command.pid, number)
         else:
             os.kill(command.pid, number)
-        _, printed = command.communicate(timeout=60)
+        _, printed = command.communicate()
     time.sleep(1)  # an sbatch that outlives its command has done its work
     assert command.returncode != 0
     assert "Traceback" not in printed
@@ -150,10 +150,10 @@ def test_evaluations_are_jobs_of_their_own(accounted: Cluster, tmp_path: Path) -
         found = [evaluations(run).get(30, {}) for run in sweep.runs.values()]
         return all(f"{name}/blimp/no_bos/accuracy" in metrics for metrics in found)
 
-    accounted.wait_until(lambda: measured("eval"), 90, sweep.told)
+    accounted.wait_until(lambda: measured("eval"), sweep.told)
     again = ["eval.blimp.max_pairs=3", "--as", "again", "--slurm"]
     sweep.tool("eval", sweep.name, *again)
-    accounted.wait_until(lambda: measured("again"), 60, sweep.told)
+    accounted.wait_until(lambda: measured("again"), sweep.told)
     for run in sweep.runs.values():
         assert "eval/paloma/perplexity" in evaluations(run)[30]
         assert len(run.attempt_records()) == 1  # nobody trained
@@ -186,7 +186,7 @@ export PYTHONPATH={gate} RELORA_GATE={open} OMP_NUM_THREADS=1 COLUMNS=200
 cd {root}
 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 {submit} > {log}.submit 2>&1
 {local} > {log}.local 2>&1
-sleep 120
+sleep 600
 """
 
 
@@ -209,7 +209,7 @@ def test_a_job_around_is_not_ours_and_reaches_none_of_ours(bare: Cluster, tmp_pa
     # a task of index 1: a job that took its parent's index for its own had no such run
     around = bare.sbatch("--array=1", "--mem-per-cpu=100", "-c2", str(script)) + "_1"
     told = lambda: "\n".join(p.read_text() for p in tmp_path.glob("log.*")) + sweep.told()  # noqa: E731
-    bare.wait_until(lambda: 9 in sweep.runs, 60, told)
+    bare.wait_until(lambda: 9 in sweep.runs, told)
     sweep.wait_at_gate()
     (one,) = sweep.submissions()
     assert sweep.jobs() == {one["job_id"]: "RUNNING"}
