@@ -61,7 +61,8 @@ class Composed(RunConfig):
 
 def register() -> None:
     """Make the typed schema available to conf/config.yaml as `run_schema`."""
-    store(name="run_schema", node=Composed)
+    if "run_schema.yaml" not in ConfigStore.instance().repo:
+        store(name="run_schema", node=Composed)
 
 
 def store(**options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from copy import copy
 from decimal import Decimal
@@ -9,12 +10,14 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
+from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.grammar import grammar_functions
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.default_element import GroupDefault
+from hydra.core.default_element import GroupDefault, InputDefault
 from hydra.core.override_parser.types import ChoiceSweep, FloatRange, RangeSweep
 from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig
@@ -38,13 +41,19 @@ def install_guards() -> None:
         loader: Any = ConfigLoaderImpl
         loader._load_configuration = _checked(loader._load_configuration)
         # 1.4 looks for `hydra.mode` in config.yaml alone; an experiment may ask for a sweep, too.
-        loader.get_mode = _composed_mode
+        loader.get_mode = _unless_given(_composed_mode)
     else:
         ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
         # Until 1.4 `FloatRange` added binary fractions: range(0.1,0.4,0.1) had 0.30000000000000004
         # and its end. And `sort` changed the points of a range: range(2,9,4) became 5 and 1.
         FloatRange.__post_init__ = _as_written  # type: ignore[method-assign]
         grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
+        # Hydra composes all files once more to find `hydra.mode`, of which `-m` leaves no question.
+        Hydra.get_mode = _unless_given(Hydra.get_mode)
+        # Until 1.4 each file's defaults were prepared for `${...}`, a sixth of composing.
+        defaults_list._create_interpolation_map = _if_needed(
+            defaults_list._create_interpolation_map
+        )
     # `load_config` takes the first of several files of one name, and does not say so.
     ConfigRepository.load_config = _unshadowed(ConfigRepository.load_config)
     # `add_override` drops what a second file chooses for a group, and does not say so.
@@ -98,6 +107,30 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
         return config
 
     return load_configuration
+
+
+def _unless_given(get_mode: Callable[..., Any]) -> Callable[..., Any]:
+    """Hydra's `get_mode`: a config's `hydra.mode`. With None, `-m` has its way."""
+
+    @wraps(get_mode)
+    def given_mode(*args: Any, **options: Any) -> Any:
+        flags = {"-m", "--multirun"} & set(sys.argv[1:])
+        return None if flags else get_mode(*args, **options)
+
+    return given_mode
+
+
+def _if_needed(create: Callable[..., DictConfig]) -> Callable[..., DictConfig | None]:
+    """Hydra's map of what `${...}` in a list of defaults may name, where the list has one."""
+
+    @wraps(create)
+    def interpolation_map(
+        overrides: Overrides, defaults: list[InputDefault], self_added: bool
+    ) -> DictConfig | None:
+        needed = any(not one.is_override() and one.is_interpolation() for one in defaults)
+        return create(overrides, defaults, self_added) if needed else None
+
+    return interpolation_map
 
 
 def _composed_mode(

@@ -24,6 +24,9 @@ FILES = {
     "experiment/chdir": "defaults: [demo]\nhydra: {job: {chdir: true}}",
     "experiment/logs": "defaults: [demo, override /hydra/job_logging: default]",
     "experiment/many": "defaults: [demo]\nhydra: {mode: MULTIRUN}",
+    "experiment/one": "defaults: [demo]\nhydra: {mode: RUN}",
+    "experiment/by_sweep": "defaults: [demo, '/extra@_global_': '${sweep}']",
+    "extra/none": "seed: 9",
     "experiment/search": (
         "defaults: [demo, override /hydra/sweeper: search, override /search: lr_and_rank]"
     ),
@@ -128,6 +131,16 @@ def test_a_sweep_that_an_experiment_asks_for_is_one(answer, words):
     told, [(points, launcher)] = answer(*words)
     assert (told.code, launcher.kind) == (0, "local")
     assert len(points) == (2 if "--plan" in words else 1)
+
+
+def test_the_flag_for_a_sweep_counts_for_more_than_a_files_mode(answer):
+    told, [(points, _)] = answer("-m", "experiment=one", "seed=0,1")
+    assert (told.code, len(points)) == (0, 2)
+
+
+def test_a_list_of_defaults_may_name_what_another_chooses(answer):
+    told, [(points, _)] = answer("-m", "experiment=by_sweep")
+    assert (told.code, [config.seed for _, config in points]) == (0, [9])
 
 
 def test_a_mark_of_an_editor_takes_nothing_from_a_file(answer):

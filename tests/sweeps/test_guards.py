@@ -42,7 +42,13 @@ if schema.HYDRA_1_4:
         "hydra.core.config_loader:ConfigLoader.get_mode": "self config_name overrides",
     }
 else:
-    CALLED["hydra._internal.grammar.grammar_functions:_sort_sweep"] = "sweep reverse"
+    CALLED |= {
+        "hydra._internal.defaults_list:_create_interpolation_map": (
+            "overrides defaults_list self_added"
+        ),
+        "hydra._internal.grammar.grammar_functions:_sort_sweep": "sweep reverse",
+        "hydra._internal.hydra:Hydra.get_mode": "self config_name overrides",
+    }
 READ = {
     "hydra._internal.defaults_list:OverrideMetadata": "external_override containing_config_path",
     "hydra._internal.defaults_list:Overrides": "override_choices override_metadata",
