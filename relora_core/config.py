@@ -6,7 +6,8 @@ Not for: choices of an experiment (those are YAML in `conf/`), nor for reading Y
 Each field may carry metadata that `knob` writes:
   ge, gt, le, lt   bounds of a number
   choices          the allowed strings
-  methods          methods that the knob applies to; elsewhere it is left out of the identity
+  methods          methods that the knob applies to, if not all of its section (`of_methods`);
+                   elsewhere it is left out of the identity
   kinds            kinds of data that the knob applies to; likewise
   label            letter before its value in run names, where it applies
   main             True: among the params that MLflow shows of every run it applies to
@@ -29,9 +30,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from decimal import Decimal
 from functools import cache
 from operator import attrgetter
-from typing import Any, cast, get_type_hints
+from types import MappingProxyType
+from typing import Any, TypeVar, cast, get_type_hints
 
-METHODS = ("full_rank", "lora", "relora", "galore")
+METHODS = ["full_rank"]
+"""Every method; `of_methods` adds those that have knobs of their own."""
 ADAPTERS = ("lora", "relora")
 DATA_KINDS = ("grammar", "pretokenized", "text")
 EVAL_PRECISIONS = ("fp32", "bf16")
@@ -172,8 +175,64 @@ _NO_RESTART = {"relora.reset_frequency": lambda c: _never_redraws(c) and _never_
 _NO_DECAY = {"schedule.warmup_steps": _never_decays}
 
 
+Shape = tuple[int, ...]
+
+
+class MethodConfig:
+    """A section of knobs for a method or several, and what planning asks of them without torch.
+
+    By default: every weight of the decoder is trained by AdamW, and nothing else.
+    """
+
+    __slots__ = ()
+
+    def check(self, config: RunConfig) -> None:
+        """ConfigError where knobs are at odds with each other, or with the model."""
+
+    def frozen(self, config: RunConfig) -> dict[str, Shape]:
+        """Linears whose weight is not trained; of `phases`, in those that are not full rank."""
+        return {}
+
+    def added(self, config: RunConfig) -> dict[str, Shape]:
+        """Tensors that the method adds to the model and trains, as they are at the start."""
+        return {}
+
+    def phases(self, config: RunConfig) -> bool:
+        """Whether in some phase the decoder alone is trained, all of it."""
+        return False
+
+    def kept(self, config: RunConfig) -> dict[str, Shape]:
+        """Tensors that a checkpoint holds besides weights and the optimizer's state."""
+        return {}
+
+    def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
+        """Of the optimizer's state: AdamW has two float32 moments per trained parameter."""
+        return 8 * trainable
+
+
+_METHODS_OF: dict[type, tuple[str, ...]] = {}
+Section = TypeVar("Section", bound=MethodConfig)
+
+
+def of_methods(*names: str) -> Callable[[type[Section]], type[Section]]:
+    """Declare a section's methods: they can be chosen, and its knobs apply to them alone.
+
+    A knob that names some of them itself applies to those.
+    """
+
+    def declare(section: type[Section]) -> type[Section]:
+        METHODS.extend(names)
+        for f in fields(section):  # type: ignore[arg-type]
+            f.metadata = MappingProxyType({"methods": names, **f.metadata})
+        _METHODS_OF[section] = names
+        return section
+
+    return declare
+
+
+@of_methods(*ADAPTERS)
 @dataclass(kw_only=True, slots=True)
-class ReLoRAConfig:
+class ReLoRAConfig(MethodConfig):
     """Adapters and restarts (Lialin et al. 2023); `lora` has the adapter knobs alone.
 
     The options of conf/relora combine these into the published procedures; each can be ablated.
@@ -181,45 +240,41 @@ class ReLoRAConfig:
 
     name: str = knob("custom", scientific=False, methods=("relora",))
     """Label of the procedure in run names and tables; says nothing that the knobs do not."""
-    r: int = knob(16, ge=0, methods=ADAPTERS, label="r", main=True)
+    r: int = knob(16, ge=0, label="r", main=True)
     """Rank of B·A; at most the smaller side of every target. 0 (lora only): targets stay as drawn,
     and embedding, head and norms alone are trained."""
     alpha: float = knob(
         16.0,
         gt=0,
-        methods=ADAPTERS,
         main=True,
         moot={"relora.scaling": lambda c: c.relora.scaling == "trainable", **_FROZEN},
         same_as=lambda c: _constant_scale(c) or c.relora.alpha,
     )
     """Numerator of the adapter's scale s; no part of a trained one."""
-    scale: float | None = knob(None, gt=0, methods=ADAPTERS, scientific=False, sets="relora.alpha")
+    scale: float | None = knob(None, gt=0, scientific=False, sets="relora.alpha")
     """s itself, for sweeps over r: alpha is scale * r then, and the run that of such an alpha."""
     scaling: str = knob(
         "standard",
         choices=("standard", "rslora", "trainable"),
-        methods=ADAPTERS,
         moot=_FROZEN,
         same_as=lambda c: None if _constant_scale(c) else c.relora.scaling,
     )
     """s: alpha / r; alpha / sqrt(r) (Kalajdzievski 2023); or tanh of a trained scalar. r is the
     adapter's own rank: where a restart lowers that, s rises."""
-    dropout: float = knob(0.0, ge=0, lt=1, methods=ADAPTERS, moot=_FROZEN)
+    dropout: float = knob(0.0, ge=0, lt=1, moot=_FROZEN)
     """Dropout on the adapter's input only."""
     target_modules: list[str] = knob(
         factory=lambda: ["attention", "swiglu"],
-        methods=ADAPTERS,
         same_as=lambda c: list(adapted_shapes(c)),
     )
     """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
-    full_rank_modules: list[str] = knob(factory=list, methods=ADAPTERS, same_as=lambda c: None)
+    full_rank_modules: list[str] = knob(factory=list, same_as=lambda c: None)
     """Targets that stay full rank: parts of names, or `last:n` for the last n layers."""
-    lr_ratio_b: float = knob(1.0, gt=0, methods=ADAPTERS, moot=_FROZEN)
+    lr_ratio_b: float = knob(1.0, gt=0, moot=_FROZEN)
     """Learning rate of B over that of all else (LoRA+, Hayou et al. 2024)."""
     init_a: str = knob(
         "kaiming",
         choices=("kaiming", "zero"),
-        methods=ADAPTERS,
         moot={
             "relora.warm_start_steps": lambda c: c.relora.warm_start_steps > 0,
             "relora.full_rank_steps": lambda c: c.relora.full_rank_steps > 0,
@@ -228,11 +283,11 @@ class ReLoRAConfig:
     )
     """A at the start; `zero` as published: with B = 0, neither has a gradient before a restart (so
     lora, which has none, refuses it). After a full-rank phase A is kaiming in any case."""
-    warm_start_steps: int = knob(0, ge=0, methods=ADAPTERS, same_as=_phase_changes)
+    warm_start_steps: int = knob(0, ge=0, same_as=_phase_changes)
     """Full-rank steps before the adapters begin (Lialin et al. 2023, Sec. 3)."""
-    full_rank_steps: int = knob(0, ge=0, methods=ADAPTERS, same_as=lambda c: None)
+    full_rank_steps: int = knob(0, ge=0, same_as=lambda c: None)
     """Duty cycle after the warm start: so many full-rank steps ..."""
-    low_rank_steps: int = knob(0, ge=0, methods=ADAPTERS, same_as=lambda c: None)
+    low_rank_steps: int = knob(0, ge=0, same_as=lambda c: None)
     """... then so many with adapters, in turn; both 0: adapters all the time."""
     reset_frequency: int = knob(
         2000,
@@ -333,36 +388,69 @@ class ReLoRAConfig:
     )
     """Whether bias correction starts anew for a tensor with pruned moments; false as published."""
 
+    def check(self, config: RunConfig) -> None:
+        _check_adapters(config)
+        if config.method == "relora":
+            _check_restarts(config)
 
+    def frozen(self, config: RunConfig) -> dict[str, Shape]:
+        return dict(adapted_shapes(config))
+
+    def added(self, config: RunConfig) -> dict[str, Shape]:
+        """A, B and a trained s of each adapter; with rank `r`, whatever a schedule makes of it."""
+        tensors: dict[str, Shape] = {}
+        for name, (rows, columns) in adapted_shapes(config).items() if self.r else ():
+            tensors |= {f"{name}.lora_A": (self.r, columns), f"{name}.lora_B": (rows, self.r)}
+            if self.scaling == "trainable":
+                tensors[f"{name}.scalar"] = ()
+        return tensors
+
+    def phases(self, config: RunConfig) -> bool:
+        return self.warm_start_steps > 0 or self.full_rank_steps > 0
+
+    def kept(self, config: RunConfig) -> dict[str, Shape]:
+        """The optimizer's masters, which outlive a merge."""
+        masters = config.method == "relora" and self.after_merge == "restore"
+        return self.added(config) if masters else {}
+
+
+@of_methods("galore")
 @dataclass(kw_only=True, slots=True)
-class GaLoreConfig:
+class GaLoreConfig(MethodConfig):
     """Low-rank moments for full-rank weights (GaLore, Zhao et al. 2024, arXiv 2403.03507)."""
 
-    r: int = knob(16, ge=1, methods=("galore",), label="r", main=True)
+    r: int = knob(16, ge=1, label="r", main=True)
     """Rank of the projected gradient; at most the smaller side of every target."""
     update_gap: int = knob(
         200,
         ge=1,
-        methods=("galore",),
         main=True,
         same_as=lambda c: min(c.galore.update_gap, c.train.steps),
     )
     """Optimizer steps between projectors (the paper's T, which it finds best at 50 to 1000)."""
-    scale: float = knob(0.25, gt=0, methods=("galore",))
+    scale: float = knob(0.25, gt=0)
     """Factor of a target's update (the paper's alpha); its weight decay is not scaled."""
     moments: str = knob(
         "keep",
         choices=("keep", "reset"),
-        methods=("galore",),
         moot={"galore.update_gap": lambda c: c.galore.update_gap >= c.train.steps},
     )
     """At a new projector: `keep` moments and step counter (as published) or `reset` both."""
     target_modules: list[str] = knob(
         factory=lambda: ["attention", "swiglu"],
-        methods=("galore",),
         same_as=lambda c: list(projected_shapes(c)),
     )
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
+
+    def check(self, config: RunConfig) -> None:
+        _check_names(config, "galore.target_modules")
+        _check_rank(config, "galore.r", projected_shapes(config))
+
+    def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
+        """Moments of a target are r x longer side, and a projector is r x shorter side."""
+        shapes = projected_shapes(config).values()
+        low = sum(8 * self.r * max(shape) + 4 * self.r * min(shape) for shape in shapes)
+        return 8 * (trainable - sum(math.prod(shape) for shape in shapes)) + low
 
 
 @dataclass(kw_only=True, slots=True)
@@ -664,6 +752,15 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+def method_config(config: RunConfig) -> MethodConfig:
+    """The section of the run's method; of one without knobs, what any method does by default."""
+    for f in fields(RunConfig):
+        section = getattr(config, f.name)
+        if config.method in _METHODS_OF.get(type(section), ()):
+            return section
+    return MethodConfig()
+
+
 def applies(metadata: Any, config: RunConfig) -> bool:
     """Whether a knob with this metadata has any effect in `config`."""
     return config.method in metadata.get("methods", METHODS) and config.data.kind in metadata.get(
@@ -779,13 +876,7 @@ def validate(config: RunConfig) -> None:
     if not config.output_dir.strip():
         raise ConfigError(f"output_dir must name a folder, got {config.output_dir!r}")
     _check_model(config.model)
-    if config.method in ADAPTERS:
-        _check_adapters(config)
-    if config.method == "galore":
-        _check_names(config, "galore.target_modules")
-        _check_rank(config, "galore.r", projected_shapes(config))
-    if config.method == "relora":
-        _check_restarts(config)
+    method_config(config).check(config)
     _check_train(config)
     _check_data(config)
     _check_dynamics(config)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from relora_core.config import RunConfig, adapted_shapes, linear_shapes, projected_shapes
+from relora_core.config import RunConfig, Shape, linear_shapes, method_config
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,27 +26,24 @@ def _vocab(config: RunConfig) -> int:
     return config.model.vocab_size
 
 
-def _trained_scales(config: RunConfig) -> int:
-    """One scalar for each adapter whose s is trained."""
-    trained = config.relora.scaling == "trainable" and config.relora.r
-    return len(adapted_shapes(config)) if trained else 0
+def _entries(shapes: Iterable[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def parameters(config: RunConfig) -> Parameters:
-    """Exact counts; with adapters, the weights that carry one are frozen."""
-    model, linears, adapted = config.model, linear_shapes(config.model), adapted_shapes(config)
+    """Exact counts; weights that the method freezes are not trainable."""
+    model, linears, method = config.model, linear_shapes(config.model), method_config(config)
     table = _vocab(config) * model.d_model
     groups = {
         "embedding": table,
         "head": table,
         "norms": (2 * model.n_layers + 1) * model.d_model,
-        "attention": sum(o * i for n, (o, i) in linears.items() if ".attention." in n),
-        "swiglu": sum(o * i for n, (o, i) in linears.items() if ".swiglu." in n),
-        "adapters": sum(config.relora.r * (o + i) for o, i in adapted.values())
-        + _trained_scales(config),
+        "attention": _entries(s for n, s in linears.items() if ".attention." in n),
+        "swiglu": _entries(s for n, s in linears.items() if ".swiglu." in n),
+        "adapters": _entries(method.added(config).values()),
     }
     total = sum(groups.values())
-    frozen = sum(o * i for o, i in adapted.values())
+    frozen = _entries(method.frozen(config).values())
     return Parameters(total=total, trainable=total - frozen, by_group=groups)
 
 
@@ -59,26 +58,15 @@ class Flops:
 
 def flops_per_token(config: RunConfig) -> Flops:
     """Matmuls only; attention over the whole sequence as is customary (causality not deducted)."""
-    linears, adapted = linear_shapes(config.model), adapted_shapes(config)
+    method = method_config(config)
+    matrices = [shape for shape in method.added(config).values() if len(shape) == 2]
     head = _vocab(config) * config.model.d_model
-    base = sum(o * i for o, i in linears.values())
-    adapters = sum(config.relora.r * (o + i) for o, i in adapted.values())
+    used = head + _entries([*linear_shapes(config.model).values(), *matrices])
     attention = 4 * config.data.seq_len * config.model.d_model * config.model.n_layers
-    forward = 2 * (head + base + adapters) + attention
-    frozen = sum(o * i for o, i in adapted.values())
-    weight_gradients = 2 * (head + base + adapters - frozen)
-    activation_gradients = 2 * (head + base + adapters) + 2 * attention
+    forward = 2 * used + attention
+    weight_gradients = 2 * (used - _entries(method.frozen(config).values()))
+    activation_gradients = 2 * used + 2 * attention
     return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
-
-
-def _moment_bytes(config: RunConfig, *, trainable: int) -> int:
-    """Two float32 moments per trainable parameter; projected ones are r x longer side (galore).
-
-    A projector, r x shorter side, is counted with them.
-    """
-    r, shapes = config.galore.r, projected_shapes(config).values()
-    projected = sum(8 * r * max(shape) + 4 * r * min(shape) for shape in shapes)
-    return 8 * (trainable - sum(o * i for o, i in shapes)) + projected
 
 
 def memory_bytes(config: RunConfig) -> dict[str, int]:
@@ -93,7 +81,7 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
     estimate = {
         "weights": 4 * counted.total,
         "gradients": 4 * counted.trainable,
-        "moments": _moment_bytes(config, trainable=counted.trainable),
+        "moments": method_config(config).moment_bytes(config, trainable=counted.trainable),
         "activations": saved,
         "head": 4 * (min(tokens * _vocab(config), 128 * 50304) + _vocab(config) * model.d_model),
     }
@@ -109,22 +97,17 @@ GENERATORS_BYTES = 14_200
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """One checkpoint on disk, where it is largest: weights, moments, dynamics' reference weights.
-
-    Adapters count with rank `relora.r`, whatever a rank schedule makes of them.
-    """
-    counted, adapted = parameters(config), adapted_shapes(config)
-    adapters = counted.by_group["adapters"]
-    masters = config.method == "relora" and config.relora.after_merge == "restore"
+    """One checkpoint on disk at its largest: weights, moments, dynamics' reference weights."""
+    counted, method = parameters(config), method_config(config)
+    added, kept, frozen = method.added(config), method.kept(config), method.frozen(config)
     plain = 3 + 9 * config.model.n_layers
-    factors = 2 * len(adapted) + _trained_scales(config) if config.relora.r else 0
-    tensors = plain + factors * (1 + masters)
-    states = _moment_bytes(config, trainable=counted.trainable)
-    states += STATE_BYTES * (plain - len(adapted) + factors)  # A, B, s have one, the weight none
-    if adapted and (config.relora.warm_start_steps or config.relora.full_rank_steps):
-        base = 8 * (counted.total - adapters) + STATE_BYTES * plain
-        states = max(states, base)  # in a full-rank phase it is the base that has moments
-    weights = counted.total + masters * adapters + sum(_reference_sizes(config))
+    states = method.moment_bytes(config, trainable=counted.trainable)
+    states += STATE_BYTES * (plain - len(frozen) + len(added))
+    if method.phases(config):
+        alone = counted.total - _entries(added.values())
+        states = max(states, 8 * alone + STATE_BYTES * plain)
+    weights = counted.total + _entries(kept.values()) + sum(_reference_sizes(config))
+    tensors = plain + len(added) + len(kept)
     return 4 * weights + TENSOR_BYTES * tensors + states + GENERATORS_BYTES
 
 

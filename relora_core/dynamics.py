@@ -263,8 +263,7 @@ class Recorder:
         return {int(name.split(".")[1]): name for name in names}
 
     def _matrices(self, what: str, weights: dict[str, Tensor]) -> Matrices:
-        relora, precision = self.config.relora, self.config.train.precision
-        base = getattr(torch, relora.base_dtype) if self._restarts else torch.float32
+        precision, base = self.config.train.precision, self.method.base_dtype
         compute = torch.bfloat16 if precision == "bf16" else base
         match what:
             case "weight":
@@ -284,10 +283,6 @@ class Recorder:
                 values = {name: weight - since[name] for name, weight in weights.items()}
                 return Matrices(values=values, reference=weights, dtype=base)
         return Matrices(values=values, reference=values, dtype=dtype)
-
-    @property
-    def _restarts(self) -> bool:
-        return self.config.method == "relora"
 
     def _circuits(
         self, what: str, matrices: Matrices, weights: dict[str, Tensor]

@@ -1,6 +1,12 @@
-"""The registry of methods. A new one: its file, dataclass, one line here, conf/method/x.yaml."""
+"""The registry of methods. A new one: docs/recipes.md.
 
-from relora_core.config import RunConfig
+base.py     the seam between the training loop and a method; full rank
+relora.py   LoRA, ReLoRA and its restart
+adapter.py  the linear with an adapter
+galore.py   GaLore: moments that are kept in a projection of the gradient
+"""
+
+from relora_core.config import METHODS, RunConfig
 from relora_core.methods.base import FullRank, Method
 from relora_core.methods.galore import GaLore
 from relora_core.methods.relora import LoRA, ReLoRA
@@ -11,6 +17,8 @@ REGISTRY: dict[str, type[Method]] = {
     "relora": ReLoRA,
     "galore": GaLore,
 }
+"""By the names that sections of `config.RunConfig` declare with `of_methods`."""
+assert set(REGISTRY) == set(METHODS), f"methods {list(REGISTRY)}, declared in config {METHODS}"
 
 
 def build_method(config: RunConfig) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,9 @@ class Method:
 
     The method owns restart and schedule, so that neither can be set without the other.
     """
+
+    base_dtype = torch.float32
+    """Precision that weights of the decoder are kept in while they are frozen."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -117,6 +117,7 @@ class ReLoRA(LoRA):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
+        self.base_dtype = getattr(torch, config.relora.base_dtype)
         self._resized = False
         self._draws = Draws(config)
 
