@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:  # the hook sees the other folders' items too
             item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.timeout(1800))  # its waits are long where a machine is slow
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def ui(store: Path) -> Iterator[Ui]:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
-    guard = threading.Timer(120, process.kill)
+    guard = threading.Timer(300, process.kill)
     guard.start()
     said = ""
     while "Ctrl-C ends it" not in said:
@@ -129,7 +130,7 @@ def ui(store: Path) -> Iterator[Ui]:
     yield Ui(process=process, said=said, base=base[1])
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     process.stdout.close()  # type: ignore[union-attr]
     assert [child for child in family if child.is_running()] == []
 
@@ -176,7 +177,7 @@ def _window(chromium: Browser, ui: Ui) -> Window:
     folder = Path(os.environ.get("RELORA_ARTIFACTS") or ROOT / "build" / "screenshots")
     folder.mkdir(parents=True, exist_ok=True)
     context = chromium.new_context(viewport={"width": 1600, "height": 1000})
-    context.set_default_timeout(40_000)
+    context.set_default_timeout(120_000)
     made = Window(context=context, base=ui.base, folder=folder)
     context.on("request", made._requested)
     return made
@@ -214,7 +215,7 @@ def fresh_window(chromium: Browser, ui: Ui) -> Iterator[Window]:
 def eventually() -> Callable[..., None]:
     """Asks again until the answer is right, as pages fill bit by bit."""
 
-    def check(ask: Callable[[], object], wanted: object, *, within_s: float = 40.0) -> None:
+    def check(ask: Callable[[], object], wanted: object, *, within_s: float = 120.0) -> None:
         until = time.monotonic() + within_s
         while (found := ask()) != wanted and time.monotonic() < until:
             time.sleep(0.2)

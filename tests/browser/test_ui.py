@@ -72,7 +72,7 @@ def curves(page: Page) -> dict[str, dict[str, list[list[float]]]]:
 
 
 def has(page: Page, text: str) -> None:
-    page.get_by_text(text, exact=False).first.wait_for(timeout=30_000)
+    page.get_by_text(text, exact=False).first.wait_for()
 
 
 # the command ------------------------------------------------------------------------------------

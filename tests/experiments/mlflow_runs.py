@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,15 +136,8 @@ class Store:
         return json.loads(self.artifact(run, f"tables/{name}.json"))
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
-
-
-def closed_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

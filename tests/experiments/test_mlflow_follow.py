@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from mlflow_runs import Store, a_run, closed_port, expected, train, wait_for
+from mlflow_runs import Store, a_run, expected, train, wait_for
 
 from experiments import mlflow_sync
 from experiments.identity import config_to_json
@@ -26,6 +26,7 @@ from experiments.mlflow_store import TrackingUnreachable, ensure_store
 from experiments.run_dir import RunDir
 from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE
+from tests.ports import free_port
 
 
 @pytest.mark.slow
@@ -41,7 +42,7 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
         every_s=0.05,
         warn=said.append,
     ) as follower:
-        assert follower.wait_ready(60) == store.experiment_id
+        assert follower.wait_ready(300) == store.experiment_id
         wait_for(lambda: store.status(run) == "RUNNING")
         train(run, attempt=2, start=20, stop=60, state="finished")
     assert said == []
@@ -53,7 +54,7 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
 @pytest.mark.slow
 def test_a_dead_server_costs_one_line_and_no_time_at_the_start(tmp_path: Path) -> None:
     run, said = a_run(tmp_path), []
-    uri = f"http://user:secret@127.0.0.1:{closed_port()}"
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
     with Follower(
         [run], uri=uri, experiment="x", output_dir=tmp_path, every_s=0.05, warn=said.append
     ) as follower:
@@ -76,7 +77,7 @@ def test_a_follower_outlives_its_killed_parent_by_one_pass(store: Store, tmp_pat
         path, uri, experiment, output_dir = sys.argv[1:]
         with Follower([RunDir(path)], uri=uri, experiment=experiment, output_dir=output_dir,
                       every_s=3600) as follower:
-            follower.wait_ready(60)
+            follower.wait_ready(300)
             print("ready", flush=True)
             time.sleep(600)
     """
@@ -106,9 +107,8 @@ class Proxy(ThreadingHTTPServer):
         self.target, self.mode, self.delay_s = target, "up", 0.0
         self.healthy = 0
         """Requests that are answered before `mode` begins."""
-        self.gate, self.answered = threading.Event(), 0
-        """No request is answered while the gate is shut."""
-        self.gate.set()
+        self.gate, self.inside, self.answered = threading.Lock(), set[Handler](), 0
+        """No request passes the gate while a test holds it; `inside` are those that have passed."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -124,7 +124,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         proxy = self.server
-        proxy.gate.wait(30)
+        with proxy.gate:
+            proxy.inside.add(self)
+        try:
+            self.answer(proxy)
+        finally:
+            proxy.inside.discard(self)
+
+    def answer(self, proxy: Proxy) -> None:
         time.sleep(proxy.delay_s)
         proxy.answered += 1
         self.close_connection = True
@@ -157,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[str]:
     """host:port of a tracking server of two processes."""
-    folder, port = tmp_path_factory.mktemp("server"), closed_port()
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
     shutil.copy(migrated, folder / "mlflow.db")
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -169,12 +176,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
             command, env={**os.environ, **lean}, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        wait_for(lambda: healthy(port) or process.poll() is not None, timeout_s=120)
+        wait_for(lambda: healthy(port) or process.poll() is not None, timeout_s=300)
         assert process.poll() is None, (folder / "log").read_text()
         yield f"127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.wait(120)
 
 
 def healthy(port: int) -> bool:
@@ -261,8 +268,9 @@ def test_a_follower_outlasts_a_server_that_is_down_at_the_start_and_again_later(
         proxy.mode = "up"
         wait_for(lambda: run.mlflow_path.exists())
         proxy.mode = "down"
+        refused = log.read_text().count("Traceback")
         train(run, attempt=1, start=20, stop=60)
-        time.sleep(1)
+        wait_for(lambda: log.read_text().count("Traceback") > refused)
         proxy.mode = "up"
         train(run, attempt=1, start=60, stop=80, state="finished")
     assert said == []
@@ -273,7 +281,7 @@ def test_a_follower_outlasts_a_server_that_is_down_at_the_start_and_again_later(
 def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path: Path) -> None:
     run, said, experiment = a_run(tmp_path), [], "slow"
     proxy.delay_s = 0.5
-    proxy.gate.clear()
+    proxy.gate.acquire()
     with Follower(
         [run],
         uri=proxy.uri,
@@ -285,14 +293,14 @@ def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path:
         assert follower.wait_ready(60) is None
         train(run, attempt=1, start=0, stop=2000)
         assert proxy.answered == 0
-        proxy.gate.set()
+        proxy.gate.release()
         wait_for(lambda: proxy.answered > 3)
-        proxy.gate.clear()
-        time.sleep(2 * proxy.delay_s)  # for those that had passed the gate
+        proxy.gate.acquire()
+        wait_for(lambda: not proxy.inside)
         before = proxy.answered
         train(run, attempt=1, start=2000, stop=4000, state="finished")
         assert proxy.answered == before
-        proxy.gate.set()
+        proxy.gate.release()
     assert said == []
     assert shown(proxy, experiment, run) == expected(run)
 

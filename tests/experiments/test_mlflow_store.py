@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_runs import Store, a_config, a_run, closed_port, expected, train
+from mlflow_runs import Store, a_config, a_run, expected, train
 
 from experiments import mlflow_store
 from experiments.mlflow_store import TrackingUnreachable, check_uri, default_uri, ensure_store
 from experiments.mlflow_sync import sync
 from relora_core.config import ConfigError, SweepConfig, TrackingConfig
+from tests.ports import free_port
 
 
 def test_the_experiment_is_found_again_also_after_it_was_deleted(store: Store) -> None:
@@ -36,7 +37,7 @@ def test_a_store_that_does_not_answer_is_said_in_one_line(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = a_run(tmp_path)
     train(run, attempt=1, start=0, stop=20)
-    uri = f"http://127.0.0.1:{closed_port()}"
+    uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(TrackingUnreachable, match="nothing is lost"):
         ensure_store(uri, experiment="x", output_dir=tmp_path)
     with pytest.raises(TrackingUnreachable, match="nothing is lost"):

@@ -185,9 +185,9 @@ def test_a_shielded_process_survives_the_schedulers_signals(number):
     outside = subprocess.Popen(["sleep", "60"])
     try:
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
-        assert ends_by(outside, number, within=10)
+        assert ends_by(outside, number, within=120)
         assert not ends_by(inside, number, within=0.2)
-        assert ends_by(inside, signal.SIGKILL, within=10)
+        assert ends_by(inside, signal.SIGKILL, within=120)
     finally:
         for process in (inside, outside):
             process.kill()
@@ -199,7 +199,7 @@ import sys, time
 from experiments.stopping import StopFlag
 with StopFlag().installed() as flag:
     print("ready", flush=True)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 120
     while not flag() and time.monotonic() < until:
         time.sleep(0.01)
 print(flag.reason)
@@ -217,6 +217,6 @@ def test_a_shielded_process_that_listens_hears_them(early):
     if not early:
         assert process.stdout.readline() == "ready\n"
     process.terminate()
-    told, _ = process.communicate(timeout=30)
+    told, _ = process.communicate(timeout=240)
     assert told.splitlines()[-1] == "SIGTERM"
     assert process.returncode == 0

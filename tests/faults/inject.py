@@ -230,7 +230,7 @@ def runner() -> Iterator[Runner]:
             started = warm.start(["-c", SERVER, address], cwd=ROOT)
             with listener.accept() as connection:
                 yield Runner(connection)
-        started.wait(timeout_s=30)
+        started.wait()
 
 
 def serve(address: str) -> None:

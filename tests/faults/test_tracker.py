@@ -35,16 +35,21 @@ from tests import warm
 pytestmark = pytest.mark.slow
 
 TRAIN = """if True:
-    import sys
+    import sys, time
     from pathlib import Path
     from experiments import mlflow_follow
     from experiments.identity import config_from_json
-    from experiments.runner import run_here
+    from experiments import runner
     follow = mlflow_follow.Follower.__init__
     def quick(self, *args, **options):
         follow(self, *args, **{**options, "every_s": 0.05})
+    def gated(*args, **options):
+        while not Path(sys.argv[2]).exists():
+            time.sleep(0.01)
+        return make_result(*args, **options)
     mlflow_follow.Follower.__init__ = quick
-    sys.exit(run_here(config_from_json(Path(sys.argv[1]).read_text())))
+    make_result, runner.make_result = runner.make_result, gated
+    sys.exit(runner.run_here(config_from_json(Path(sys.argv[1]).read_text())))
 """
 LINE = "nothing is lost"
 
@@ -57,11 +62,11 @@ def config(nano: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
     return made
 
 
-def start(config: RunConfig) -> warm.Started:
-    """`run.py` of this config in a process of its own."""
+def start(config: RunConfig, *, gate: Path | None = None) -> warm.Started:
+    """`run.py` of this config in a process of its own; its end waits for the file `gate`."""
     file = Path(config.output_dir).parent / "config.json"
     file.write_text(config_to_json(config))
-    return warm.start(["-c", TRAIN, file], cwd=Path.cwd())
+    return warm.start(["-c", TRAIN, file, gate or file], cwd=Path.cwd())
 
 
 def finished(started: warm.Started) -> list[str]:
@@ -122,7 +127,7 @@ def repaired(
     assert shown(database)["train/loss"] == dict.fromkeys(steps, 1)
 
 
-def wait_for(what: Callable[[], object], *, timeout_s: float = 120) -> Any:
+def wait_for(what: Callable[[], object], *, timeout_s: float = 300) -> Any:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         if found := what():
@@ -150,11 +155,13 @@ def test_a_killed_follower_costs_one_line(
 ) -> None:
     database = Path(config.output_dir) / "mlflow.db"
     shutil.copy(migrated, database)
-    process = start(config)
+    gate = database.with_name("gate")
+    process = start(config, gate=gate)
     follower = wait_for(lambda: follower_of(process))
     if when == "in a pass":  # its batches are on their way
         wait_for(lambda: list(Path(config.output_dir).glob("runs/*/mlflow.json")))
     follower.send_signal(signal.SIGKILL)
+    gate.touch()
     (line,) = finished(process)
     assert LINE in line
     assert "python -m sweeps sync" in line

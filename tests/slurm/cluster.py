@@ -24,6 +24,8 @@ from pathlib import Path
 import psutil
 from slurm_packages import PATH
 
+from tests.ports import free_ports
+
 FOREIGN = (  # an allocation or a site around us must not reach into this cluster
     *("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_"),
     "MYSQL_",
@@ -81,7 +83,7 @@ class Cluster:
 
     def _start(self) -> None:
         etc, run, log = (self.folder / name for name in ("etc", "run", "log"))
-        self.ports = _free_ports(self.nodes + 2)
+        self.ports = free_ports(self.nodes + 2)
         for i in range(self.gpus):  # a symlink to a character device needs no root
             (self.folder / "dev" / f"gpu{i}").symlink_to("/dev/null")
         self._write_conf()
@@ -329,7 +331,7 @@ class Cluster:
     def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
         # slurmstepd has parent 1 and an environment of SLURM_CONF alone: this is how to find it
         for process in psutil.process_iter():
-            env = _environ(process.pid)
+            env = environment(process.pid)
             if env.get("SLURM_CONF") == self.env["SLURM_CONF"] and process.pid != os.getpid():
                 yield process, env
 
@@ -381,17 +383,7 @@ def _loopback() -> tuple[str, str]:
     return "127.0.0.1", ""
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def _environ(pid: int) -> dict[str, str]:
+def environment(pid: int) -> dict[str, str]:
     """What it was started with; psutil stops at the zeros that slurmstepd begins its own with."""
     try:
         block = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")

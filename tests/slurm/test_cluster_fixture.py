@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -150,16 +151,17 @@ cluster = Cluster(accounting=False).__enter__()
 print(cluster.folder, *(d.pid for d in cluster.daemons.values()), flush=True)
 input()
 """
-    here = Path(__file__).parent
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
     started = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        [sys.executable, "-c", code], cwd=here, env={**os.environ, "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
     with started:
         assert started.stdout is not None
         folder, *pids = started.stdout.readline().split()
         assert all(alive(int(pid)) for pid in pids)
         started.kill()
-    psutil.wait_procs([psutil.Process(int(p)) for p in pids if alive(int(p))], 20)
+    psutil.wait_procs([psutil.Process(int(p)) for p in pids if alive(int(p))], 120)
     shutil.rmtree(folder)
     assert not [pid for pid in pids if alive(int(pid))]
 

@@ -9,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, environment
 from jobs import GATE, HELD, NANO, ROOT, Sweep
 
 from experiments.evaluate import evaluations
@@ -101,6 +100,12 @@ def test_queued_runs_are_submitted_once_even_where_the_job_id_was_lost(
     assert {one["state"] for one in sweep.said().values()} == {"cancelled"}
 
 
+def running_with(folder: Path) -> list[int]:
+    """Processes that look for programs in this folder."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if str(folder) in environment(pid).get("PATH", "")]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_a_command_that_is_stopped_leaves_its_jobs_and_the_next_submits_the_rest(
     bare: Cluster, tmp_path: Path, number: int
@@ -108,7 +113,7 @@ def test_a_command_that_is_stopped_leaves_its_jobs_and_the_next_submits_the_rest
     """Three arrays, and the command ends while it submits the first or second of them."""
     slow = tmp_path / "bin" / "sbatch"
     slow.parent.mkdir()
-    slow.write_text(f"#!/bin/sh\nsleep 0.5\nexec '{shutil.which('sbatch')}' \"$@\"\n")
+    slow.write_text(f"#!/bin/sh\nsleep 2\nexec '{shutil.which('sbatch')}' \"$@\"\n")
     slow.chmod(0o755)
     sweep = Sweep(cluster=bare, out=tmp_path / "out", words=["seed=range(14)", HELD])
     env = {**sweep.env, "PATH": f"{slow.parent}{os.pathsep}{sweep.env['PATH']}"}
@@ -123,7 +128,7 @@ def test_a_command_that_is_stopped_leaves_its_jobs_and_the_next_submits_the_rest
         else:
             os.kill(command.pid, number)
         _, printed = command.communicate()
-    time.sleep(1)  # an sbatch that outlives its command has done its work
+    bare.wait_until(lambda: not running_with(slow.parent), "an sbatch that outlives its command")
     assert command.returncode != 0
     assert "Traceback" not in printed
     before = sweep.jobs()

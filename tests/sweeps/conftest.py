@@ -43,9 +43,12 @@ try:
         with open(executed, "a") as log:
             print(run.run_id, "start", time.time(), file=log, flush=True)
             time.sleep(float(os.environ.get("FAKE_S", "0.03")))
-            waited = time.monotonic() + 20  # for company, where a test wants workers to overlap
+            waited = time.monotonic() + 120  # for company, where a test wants workers to overlap
             company = int(os.environ.get("FAKE_COMPANY", "1"))
             while executed.read_text().count("start") < company and time.monotonic() < waited:
+                time.sleep(0.02)
+            gate = os.environ.get("FAKE_GATE")
+            while gate and not os.path.exists(gate) and time.monotonic() < waited:
                 time.sleep(0.02)
             print(run.run_id, "end", time.time(), file=log, flush=True)
         if seed == 7 and first:

@@ -85,7 +85,7 @@ def holder(world):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(world.runs[0].path)]
     process = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while world.runs[0].status().state != "running" and time.monotonic() < deadline:
         time.sleep(0.02)
     yield process

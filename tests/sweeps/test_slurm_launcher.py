@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1009,6 +1010,14 @@ def test_two_commands_at_once_submit_once(submit, slurm, out):
     assert sum("nothing to submit" in text for _, text in done) == 1
 
 
+def _open_files():
+    """Of this process, as os.stat has them."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            yield os.fstat(int(name))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="only Linux lists open files")
 def test_a_second_command_says_that_it_waits(submit, slurm, out):
     (out / "sweeps").mkdir(parents=True)
     done = []
@@ -1016,6 +1025,11 @@ def test_a_second_command_says_that_it_waits(submit, slurm, out):
         fcntl.flock(file, fcntl.LOCK_EX)
         thread = threading.Thread(target=lambda: done.append(submit([0])))
         thread.start()
+        lock, until = os.fstat(file.fileno()).st_ino, time.monotonic() + 120
+        while [f.st_ino for f in _open_files()].count(lock) < 2:  # it has come to the lock
+            assert thread.is_alive()
+            assert time.monotonic() < until
+            time.sleep(0.02)
         thread.join(timeout=1.0)
         assert thread.is_alive()
         assert slurm.jobs() == {}

@@ -6,9 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -260,41 +259,45 @@ def test_logs_shows_an_attempt_and_the_newest_by_default(out, capsys):
     assert "nearest valid: 2" in capsys.readouterr().err
 
 
-def test_following_a_log_ends_with_the_run_and_misses_nothing(out, capsys):
+@pytest.fixture
+def between_looks(monkeypatch):
+    """Sets what happens while `logs -f` waits, once each in turn."""
+
+    def go(*works):
+        left = iter(works)
+        wait = SimpleNamespace(sleep=lambda seconds: next(left)())
+        monkeypatch.setattr("sweeps.commands.logs.time", wait)
+
+    return go
+
+
+def test_following_a_log_ends_with_the_run_and_misses_nothing(out, between_looks, capsys):
     run = RunDir(out / "runs" / "alone")
     run.log_path(1).write_text("a\n")
     run.update_status(state="running", host="elsewhere")
 
     def go_on():
-        time.sleep(0.3)
         with open(run.log_path(1), "a") as log:
             log.write("b\n")
         run.update_status(state="failed", error="x")
 
-    thread = threading.Thread(target=go_on)
-    thread.start()
+    between_looks(go_on)
     assert main(["logs", "alone", "-f", "--output-dir", str(out)]) == 0
-    thread.join()
     assert capsys.readouterr().out == "a\nb\n"
 
 
-def test_following_goes_on_with_the_next_attempt(out, capsys):
+def test_following_goes_on_with_the_next_attempt(out, between_looks, capsys):
     run = RunDir(out / "runs" / "alone")
     run.log_path(1).write_text("a\n")
     run.update_status(state="running", host="elsewhere", attempts=1)
 
     def requeued():
-        time.sleep(0.3)
         run.update_status(state="queued", host="elsewhere", job_id=None)
         run.log_path(2).write_text("b\n")
         run.update_status(state="running", host="elsewhere", attempts=2)
-        time.sleep(0.7)
-        run.update_status(state="cancelled")
 
-    thread = threading.Thread(target=requeued)
-    thread.start()
+    between_looks(requeued, lambda: run.update_status(state="cancelled"))
     assert main(["logs", "alone", "-f", "--output-dir", str(out)]) == 0
-    thread.join()
     assert capsys.readouterr().out == "a\n==> 002.log <==\nb\n"
 
 

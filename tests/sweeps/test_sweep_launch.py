@@ -256,7 +256,7 @@ def background(make, worker, tmp_path, monkeypatch):
     path = plan_folder(out, name=plan.name) / "plan.json"
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(path), str(out), *worker])
     runs = [RunDir(out / "runs" / cell.run_id) for cell in plan.cells]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not any(run.lock_holder() for run in runs) and time.monotonic() < deadline:
         time.sleep(0.05)
     yield process, runs
@@ -272,7 +272,7 @@ def background(make, worker, tmp_path, monkeypatch):
 def test_a_stopped_sweep_takes_its_workers_along_and_can_be_resumed(background, number):
     process, runs = background
     process.send_signal(number)
-    assert process.wait(30) == 130
+    assert process.wait(120) == 130
     assert [run.lock_holder() for run in runs] == [None, None]
     found = sorted((s.state, s.reason) for s in map(state_of, runs))
     assert found == [("failed", "stopped; the same command resumes it"), ("planned", None)]
@@ -301,7 +301,7 @@ def test_a_run_elsewhere_is_awaited_and_not_started_again(make, launch, tmp_path
     ready = threading.Event()
     thread = threading.Thread(target=other)
     thread.start()
-    ready.wait(10)
+    ready.wait(120)
     summary, _ = launch(plan)
     thread.join()
     assert states(summary) == {"0": "finished"}

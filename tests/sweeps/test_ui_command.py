@@ -144,6 +144,6 @@ def test_no_process_outlives_the_command(tmp_path: Path, migrated: Path, number:
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         process.stdout.read()
-        assert process.wait(30) == 0
-        _, alive = psutil.wait_procs(family, timeout=5)
+        assert process.wait(120) == 0
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == []

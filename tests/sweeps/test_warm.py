@@ -75,7 +75,7 @@ def executed(tmp_path):
     return Counter(tuple(line.split()[:2]) for line in lines)
 
 
-def wait_for(what, *, seconds=30.0):
+def wait_for(what, *, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not (found := what()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -88,6 +88,12 @@ def parents():
     found = psutil.Process().children(recursive=True)
     ours = [p for p in found if "sweeps.warm" in " ".join(_command(p))]
     return [p for p in ours if p.ppid() not in {q.pid for q in ours}]
+
+
+def _is_alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _command(process):
@@ -130,15 +136,18 @@ def test_each_fork_is_a_session_with_its_log_threads_and_gpu(make, launch, tmp_p
 
 @pytest.mark.slow
 def test_a_parent_that_dies_costs_no_run(make, launch, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_S", "1.0")
+    monkeypatch.setenv("FAKE_GATE", str(tmp_path / "gate"))
     plan = planned(make, [0, 1, 2, 3])
     got = []
     thread = threading.Thread(target=lambda: got.append(launch(plan, max_parallel=2)))
     thread.start()
     wait_for(lambda: sum(executed(tmp_path).values()) == 2)
-    for one in parents():
+    killed = parents()
+    for one in killed:
         one.kill()
-    thread.join(60)
+    wait_for(lambda: not any(map(_is_alive, killed)))
+    (tmp_path / "gate").touch()
+    thread.join(240)
     summary, text = got[0]
     assert {state.state for state in summary.states.values()} == {"finished"}
     assert set(executed(tmp_path).values()) == {1}  # two were forked, two were not; none twice
@@ -206,10 +215,10 @@ def test_a_stopped_sweep_takes_its_forks_and_their_parent_along(background):
     process, runs = background
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(120) == 130
     found = Counter((s.state, s.reason) for s in map(state_of, runs))
     assert found == {("failed", "stopped; the same command resumes it"): 2, ("planned", None): 1}
-    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 @pytest.mark.slow
@@ -218,7 +227,7 @@ def test_forks_outlive_a_launcher_that_is_killed(background):
     [parent] = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    parent.wait(10)
+    parent.wait(60)
     assert Counter(state_of(run).state for run in runs) == {"running": 2, "planned": 1}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import signal
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -37,6 +38,12 @@ def look(tmp_path):
     return lambda *words: main(["watch", *words, "--output-dir", str(tmp_path / "out")])
 
 
+@pytest.fixture
+def between_looks(monkeypatch):
+    """Sets what happens while the watch waits; it gets the seconds."""
+    return lambda work: monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=work))
+
+
 def finish(run: RunDir, state: str = "finished") -> None:
     if state in ("finished", "diverged"):
         run.write_result({"state": state, "metrics": {}, "step": 4})
@@ -51,32 +58,33 @@ def finish(run: RunDir, state: str = "finished") -> None:
         (["finished", "diverged", "cancelled"], 1),
     ],
 )
-def test_it_ends_by_itself_when_the_runs_have_and_says_how(runs, look, capsys, ends, code):
-    def work():
-        for run, state in zip(runs, ends, strict=True):
-            time.sleep(0.15)
+def test_it_ends_by_itself_when_the_runs_have_and_says_how(
+    runs, look, between_looks, capsys, ends, code
+):
+    todo = zip(runs, ends, strict=True)
+
+    def work(seconds):
+        for run, state in itertools.islice(todo, 1):
             finish(run, state)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    between_looks(work)
     assert look("s", "--interval", "0.05") == code
-    thread.join()
     text = capsys.readouterr().out
     for seed, state in enumerate(ends):
         assert f"{state:<9} seed={seed}" in text
     assert text.splitlines()[0].startswith("3 running")
 
 
-def test_nothing_changed_prints_nothing(runs, look, capsys):
-    def work():
-        time.sleep(0.5)
-        for run in runs:
-            finish(run)
+def test_nothing_changed_prints_nothing(runs, look, between_looks, capsys):
+    pauses = itertools.count(1)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    def work(seconds):
+        if next(pauses) == 20:
+            for run in runs:
+                finish(run)
+
+    between_looks(work)
     look("--interval", "0.02")
-    thread.join()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines))
 
@@ -88,8 +96,8 @@ def test_once_looks_once(runs, look, capsys):
     assert look("--once") == 1
 
 
-def test_ctrl_c_ends_the_watch_only(runs, look, capsys):
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+def test_ctrl_c_ends_the_watch_only(runs, look, between_looks, capsys):
+    between_looks(lambda seconds: signal.raise_signal(signal.SIGINT))
     assert look("--interval", "0.05") == 130
     assert "the runs go on" in capsys.readouterr().err
     assert {state_of(run).state for run in runs} == {"running"}
