@@ -79,11 +79,20 @@ LONG = (
 worker's: tests of SLURM mostly wait, and a cluster of their own costs a second worker seconds."""
 
 
+OF_THE_MACHINE = ("slurm/", "faults/", "browser/")
+"""Run once more where they fail, which the summary says (R). They share the clock with schedulers,
+browsers and processes that are killed, whose time limits no test can set. Everywhere else a second
+try would hide a fault of ours: no other folder may be added."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         return next((i for i, one in enumerate(LONG) if f"tests/{one}" in item.nodeid), len(LONG))
 
     items.sort(key=rank)
+    for item in items:
+        if any(f"tests/{one}" in item.nodeid for one in OF_THE_MACHINE):
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 def nano_config(**changes: object) -> RunConfig:
