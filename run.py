@@ -10,8 +10,8 @@ import os
 import sys
 from typing import Any
 
-# Waiting threads give their core away: where cores are shared with others, spinning ones make a
-# step ten times slower. Both must be set before torch and Hydra load.
+# Threads that wait sleep instead of spinning: on shared cores, spinning makes a step ten times
+# slower. Both variables must be set before torch and Hydra are imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of Hydra's reporter
 
@@ -28,19 +28,19 @@ schema.register()
 @hydra.main(config_path="conf", config_name="config", **schema.VERSION_BASE)
 def main(cfg: DictConfig) -> None:
     with reporting():
-        # As typed: what `${...}` names is looked for in the run's config, and only there.
-        words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        schema.refuse_search(cfg, words)
+        # As typed: `${...}` is resolved in the run's config alone.
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        schema.refuse_search(cfg, overrides)
         schema.refuse_sweep(HydraConfig.get())
-        sys.exit(run_here(schema.to_run_config(cfg, words=words)))
+        sys.exit(run_here(schema.to_run_config(cfg, overrides=overrides)))
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--plan"]
-    if len(words) < len(sys.argv) - 1:
-        words = ["-m", *(w for w in words if w not in ("-m", "--multirun"))]
-        words.append("hydra.sweeper.plan_only=true")
+    arguments = [text for text in sys.argv[1:] if text != "--plan"]
+    if len(arguments) < len(sys.argv) - 1:
+        arguments = ["-m", *(text for text in arguments if text not in ("-m", "--multirun"))]
+        arguments.append("hydra.sweeper.plan_only=true")
     # Hydra's parser wants -m before or after all overrides, not among them.
-    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = sorted(arguments, key=lambda text: text not in ("-m", "--multirun"))
     with reporting(), schema.explaining(sys.argv[1:]):
         main()

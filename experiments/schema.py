@@ -34,12 +34,12 @@ from relora_core.config import ALPHA, ConfigError, RunConfig, get, scaled, walk
 
 HYDRA_1_4 = tuple(map(int, hydra_version.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
-"""For hydra.main and `initialized`: Hydra 1.3 behaves as 1.1 without it, 1.4 warns of it."""
+"""For `hydra.main` and `initialized`. Without it Hydra 1.3 behaves like 1.1; with it 1.4 warns."""
 INSTANTIATING = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()")
-"""Keys by which Hydra, or Python's logging, is told what to call."""
+"""Keys that name code for Hydra, or Python's logging, to call."""
 LOGGING = ("logging.StreamHandler", "logging.NullHandler", "logging.Formatter")
-"""Other classes write to files and sockets."""
-PLACES: dict[str, Any] = {
+"""Classes that a config may name for logging; others write to files and sockets."""
+FIXED: dict[str, Any] = {
     "run.dir": ".",
     "sweep.dir": ".",
     "sweep.subdir": "${hydra.job.num}",
@@ -48,15 +48,15 @@ PLACES: dict[str, Any] = {
     "job.env_set": {},
     "job.env_copy": [],
 }
-"""Of `hydra`, what conf/config.yaml fixes: nothing here follows it."""
+"""Keys of `hydra` that conf/config.yaml fixes, as nothing here acts on them."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Composed(RunConfig):
-    """What a command line composes: a run, and what chooses runs."""
+    """What a command line composes: a run, and how runs are searched."""
 
     search: Any = None
-    """The options of a search, as the porch declares them; no part of a run."""
+    """The options of a search, as hydra_plugins declares them; not part of a run."""
 
 
 def register() -> None:
@@ -66,20 +66,21 @@ def register() -> None:
 
 
 def store(**options: Any) -> None:
-    """Put a node into Hydra's store, perhaps in place of one; Hydra 1.4 wants that said."""
+    """Put a node into Hydra's store, perhaps in place of another."""
+    # Hydra 1.4 warns where that is not said.
     replacing: dict[str, Any] = {"replace": True} if HYDRA_1_4 else {}
     ConfigStore.instance().store(**options, **replacing)
 
 
 def initialized() -> contextlib.AbstractContextManager[None]:
-    """Hydra inside, with the options of conf/."""
+    """A context in which Hydra finds the options of conf/."""
     return initialize_config_dir(str(typos.CONF), **VERSION_BASE)
 
 
-def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
-    """A composed config as dataclasses; ConfigError if a required value is missing or mistyped.
+def to_run_config(cfg: DictConfig, *, overrides: Sequence[str] = ()) -> RunConfig:
+    """A composed config as dataclasses; ConfigError if a value is missing or of the wrong type.
 
-    `words` are the overrides that it was composed of: what they say of alpha counts beside a scale.
+    `overrides` are those that it was composed of: they decide between an alpha and a scale.
     """
     try:
         if "hydra" in cfg:
@@ -90,10 +91,10 @@ def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         _check_sections(cfg)
         raise ConfigError(typos.explain_value(error)) from None
-    except AttributeError:  # a key that `+` forced in
-        keys = _leaves(OmegaConf.to_container(cfg))
-        known = {*typos.schema_keys(), "search"}
-        unknown = next(k for k in keys if k not in known and not k.startswith("search."))
+    except AttributeError:  # a key that `+` added
+        keys = _keys(OmegaConf.to_container(cfg))
+        expected = {*typos.schema_keys(), "search"}
+        unknown = next(k for k in keys if k not in expected and not k.startswith("search."))
         raise ConfigError(typos.unknown_key(unknown, f"+{unknown}")) from None
     assert isinstance(made, Composed)
     config = RunConfig(**{f.name: getattr(made, f.name) for f in dataclasses.fields(RunConfig)})
@@ -105,12 +106,12 @@ def to_run_config(cfg: DictConfig, *, words: Sequence[str] = ()) -> RunConfig:
     for key, _, value in leaves:
         if value == 0 and isinstance(value, float):
             _put(config, key, 0.0)  # -0.0 would be another run
-    return _scaled(config, words)
+    return _scaled(config, overrides)
 
 
 def _check_sections(cfg: DictConfig) -> None:
-    """ConfigError where an interpolation has put something else in the place of a section."""
-    # OmegaConf 2.4 checks types while it resolves, and names no key; plain values have no types.
+    """ConfigError where an interpolation puts something else in place of a section."""
+    # Without types: OmegaConf 2.4 checks them while it resolves, and then does not name the key.
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
 
     def visit(kind: type, prefix: str) -> None:
@@ -127,10 +128,13 @@ def _check_sections(cfg: DictConfig) -> None:
     visit(RunConfig, "")
 
 
-def _scaled(config: RunConfig, words: Sequence[str]) -> RunConfig:
-    """With the alpha of a given scale. Words count for more than files: a scale among them stands
-    against the alpha of a file, such as those of conf/relora."""
-    pairs = [word.lstrip("+").partition("=")[::2] for word in words]
+def _scaled(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The config with the alpha that follows from its scale, if it has one.
+
+    A scale among the overrides replaces the alpha of a file, such as those of conf/relora; any
+    other alpha must agree with the scale.
+    """
+    pairs = [text.lstrip("+").partition("=")[::2] for text in overrides]
 
     def named(name: str) -> bool:
         return any(k == f"relora.{name}" or (k == "relora" and f"{name}:" in v) for k, v in pairs)
@@ -144,17 +148,17 @@ def _put(config: RunConfig, key: str, value: Any) -> None:
     setattr(get(config, section) if section else config, name, value)
 
 
-def refuse_search(cfg: DictConfig, words: Sequence[str] = ()) -> None:
-    """ConfigError where a search is chosen, or told what to do, and nobody is to search."""
-    told = any(word.lstrip("+~").startswith("search.") for word in words)
-    if told or (OmegaConf.is_dict(cfg.search) and cfg.search.get("space")):
+def refuse_search(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """ConfigError where a search is configured, but the sweeper does not search."""
+    configured = any(text.lstrip("+~").startswith("search.") for text in overrides)
+    if configured or (OmegaConf.is_dict(cfg.search) and cfg.search.get("space")):
         raise ConfigError(
             "search must be none without a search: add -m hydra/sweeper=search, or leave search out"
         )
 
 
 def refuse_sweep(hydra: Any) -> None:
-    """ConfigError where what is chosen for many runs would be left out of a single one."""
+    """ConfigError where a single run would ignore a choice that is made for many."""
     choices, sweeper = hydra.runtime.choices, hydra.sweeper
     if "LocalLauncher" not in hydra.launcher._target_:
         raise ConfigError(
@@ -172,15 +176,15 @@ def refuse_sweep(hydra: Any) -> None:
 def refuse_code(cfg: DictConfig) -> None:
     """ConfigError where a config names code for Hydra to call, other than a launcher or a sweeper.
 
-    Hydra itself refuses some (`os.system`); a file from elsewhere may name what it does not know.
+    Hydra itself refuses some names (`os.system`), but does not know all that would do harm.
     """
     plugins = Plugins.instance().class_name_to_class
     for section in ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging"):
         node = OmegaConf.select(cfg, f"hydra.{section}")
-        found = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        if section == "callbacks" and found:
-            raise ConfigError(f"hydra.callbacks must be empty, got {', '.join(map(str, found))}")
-        for key, value in _entries(found, f"hydra.{section}"):
+        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if section == "callbacks" and plain:
+            raise ConfigError(f"hydra.callbacks must be empty, got {', '.join(map(str, plain))}")
+        for key, value in _entries(plain, f"hydra.{section}"):
             name = key.rpartition(".")[2]
             if key in ("hydra.launcher._target_", "hydra.sweeper._target_"):
                 if value not in plugins:
@@ -192,9 +196,9 @@ def refuse_code(cfg: DictConfig) -> None:
 
 
 def refuse_places(cfg: DictConfig) -> None:
-    """ConfigError where a file sets what Hydra would do around a run, and nobody does here."""
+    """ConfigError where a file sets what Hydra would do around a run: nothing here does it."""
     plain: Any = OmegaConf.to_container(cfg.hydra, resolve=False) if "hydra" in cfg else None
-    for key, fixed in PLACES.items() if isinstance(plain, dict) else ():
+    for key, fixed in FIXED.items() if isinstance(plain, dict) else ():
         section, _, name = key.rpartition(".")
         node: Any = plain.get(section) if section else plain
         if isinstance(node, dict) and node.get(name, fixed) != fixed:
@@ -214,62 +218,66 @@ def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def compose(overrides: list[str], *, config_dir: str | None = None) -> RunConfig:
-    """What `python run.py OVERRIDES` would run; ConfigError with one line where it would refuse.
+    """The config that `python run.py OVERRIDES` would run; ConfigError where it would refuse.
 
-    `config_dir` is a folder of further options, as --config-dir of run.py.
+    `config_dir` is a folder of further options, like --config-dir of run.py.
     """
     register()
-    begun = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
-    own = nullcontext() if begun else initialized()
-    with own, _also(config_dir), explaining(overrides):
-        return to_run_config(hydra_compose("config", overrides), words=overrides)
+    started = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
+    context = nullcontext() if started else initialized()
+    with context, _with_folder(config_dir), explaining(overrides):
+        return to_run_config(hydra_compose("config", overrides), overrides=overrides)
 
 
 @contextlib.contextmanager
-def _also(config_dir: str | None) -> Iterator[None]:
-    """The options of one more folder inside, after those that Hydra knows."""
+def _with_folder(config_dir: str | None) -> Iterator[None]:
+    """A context in which Hydra finds the options of one more folder, after those of conf/."""
     if config_dir is None:
         yield
         return
     if not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir must be a folder of options, got {config_dir!r}")
     before = GlobalHydra.instance().hydra
-    places = create_config_search_path(str(typos.CONF))
+    search_path = create_config_search_path(str(typos.CONF))
     last = SearchPathQuery(provider="schema")
-    places.prepend("command-line", str(Path(config_dir).absolute()), anchor=last)
+    search_path.prepend("command-line", str(Path(config_dir).absolute()), anchor=last)
     GlobalHydra.instance().clear()
     try:
-        Hydra.create_main_hydra2(task_name="app", config_search_path=places)
+        Hydra.create_main_hydra2(task_name="app", config_search_path=search_path)
         yield
     finally:
         GlobalHydra.instance().hydra = before
 
 
 @contextlib.contextmanager
-def explaining(words: Sequence[str]) -> Iterator[None]:
-    """What Hydra refuses inside is a ConfigError of one line; what it would misread is refused."""
+def explaining(arguments: Sequence[str]) -> Iterator[None]:
+    """A context in which errors of Hydra become a ConfigError of one line.
+
+    Arguments that Hydra would misread are refused at once.
+    """
     try:
-        typos.check_words(words)
+        typos.check_arguments(arguments)
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(typos.diagnose(words, error)) from None
+        raise ConfigError(typos.diagnose(arguments, error)) from None
     except ConfigError:
         raise
     except Exception as error:
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
         if any(file.endswith("file_config_source.py") for file in files):
-            told = " ".join(str(error).split())
-            raise ConfigError(f"a YAML file of the config cannot be read: {told}") from None
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"a YAML file of the config cannot be read: {reason}") from None
         if not re.search(r"[/\\](hydra|omegaconf|antlr4)[/\\]", files[-1]):
             raise  # our own fault
-        raise ConfigError(typos.diagnose(words, error)) from None
+        raise ConfigError(typos.diagnose(arguments, error)) from None
 
 
-def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of nested dicts, of leaves and sections."""
     for key, value in values.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 def set_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
@@ -288,48 +296,49 @@ def _set(cfg: DictConfig, key: str, value: Any) -> None:
 
 
 class Base:
-    """A composed config, of which many configs differ in some values alone.
+    """A composed config, of which copies are made that differ in some values.
 
-    OmegaConf takes 10 ms to copy and convert a config and a grid has thousands: it checks and
-    converts each new value once, and dataclasses are what is copied.
+    OmegaConf takes 10 ms to copy and convert a config, and a grid has thousands. So it checks and
+    converts each new value once, and only dataclasses are copied.
     """
 
-    def __init__(self, cfg: DictConfig, *, words: Sequence[str] = ()) -> None:
-        self.cfg, self._scratch, self._words = cfg, cfg.copy(), words
+    def __init__(self, cfg: DictConfig, *, overrides: Sequence[str] = ()) -> None:
+        self.cfg, self._scratch, self._overrides = cfg, cfg.copy(), overrides
         self._typed: dict[tuple[str, str], Any] = {}
         self._config: RunConfig | None = None
         if not OmegaConf.missing_keys(cfg) and "${" not in str(cfg):
-            self._config = to_run_config(cfg, words=words)
+            self._config = to_run_config(cfg, overrides=overrides)
         self._leaves = {key for key, _, _ in walk(self._config)} if self._config else set()
 
     def changed(self, values: dict[str, Any]) -> RunConfig:
         """The config with typed values set at dotted keys; ConfigError where one does not fit."""
-        words = [*self._words, *values]
+        overrides = [*self._overrides, *values]
         if self._config is None or not all(map(self._is_plain, values, values.values())):
-            return to_run_config(set_values(self.cfg, values), words=words)
+            return to_run_config(set_values(self.cfg, values), overrides=overrides)
         made = _copied(self._config)
-        if made.relora.scale is not None:  # alpha followed from the base's r
+        if made.relora.scale is not None:  # its alpha follows from the r of the base
             made.relora.alpha = self.cfg.relora.alpha
         for key, value in values.items():
             _put(made, key, self._checked(key, value))
-        return _scaled(made, words)
+        return _scaled(made, overrides)
 
     def _is_plain(self, key: str, value: Any) -> bool:
-        """Whether no other value depends on it, nor it on others."""
+        """Whether the value is independent of all others."""
         return key in self._leaves and value != "???" and "${" not in str(value)
 
     def _checked(self, key: str, value: Any) -> Any:
-        known = key, repr(value)
-        if known not in self._typed:
+        """The value in the type of its key; ConfigError where it does not fit."""
+        entry = key, repr(value)
+        if entry not in self._typed:
             _set(self._scratch, key, value)
             typed = OmegaConf.select(self._scratch, key)
             typed = OmegaConf.to_object(typed) if OmegaConf.is_list(typed) else typed
-            self._typed[known] = typed + 0.0 if isinstance(typed, float) else typed  # no -0.0
-        return deepcopy(self._typed[known])
+            self._typed[entry] = typed + 0.0 if isinstance(typed, float) else typed  # no -0.0
+        return deepcopy(self._typed[entry])
 
 
 def _copied(section: Any) -> Any:
-    """A deep copy of dataclasses of plain values and lists."""
+    """A deep copy of a dataclass that holds plain values, lists and dataclasses."""
     made = copy(section)
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)

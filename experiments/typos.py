@@ -36,17 +36,18 @@ from relora_core.config import ConfigError, RunConfig, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
-"""Sections of `hydra` that have an effect here; where things go is output_dir's to say."""
+"""Sections of `hydra` that have an effect here; output_dir alone decides where things go."""
 WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 WITH_VALUE += ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
-"""Hydra's flags that take the word after them."""
-HYDRAS = ("hydra/launcher", "hydra/sweeper")
+"""Hydra's flags that take the argument after them."""
+PLUGINS = ("hydra/launcher", "hydra/sweeper")
+"""Groups of options without a folder in conf/ that holds them all."""
 OTHERS = {
     **dict.fromkeys(("optuna", "ax", "nevergrad"), "search"),
     **dict.fromkeys(("joblib", "submitit_local"), "local"),
     "submitit_slurm": "slurm",
 }
-"""Hydra's other launchers and sweepers -> what stands in their place here."""
+"""Launchers and sweepers that others made for Hydra -> ours that does the same."""
 SWEEPERS = {
     "n_jobs": "hydra.launcher.max_parallel",
     "max_batch_size": "hydra.launcher.max_parallel",
@@ -58,64 +59,69 @@ SWEEPERS = {
     "custom_search_space": "search.when",
     "max_failure_rate": "search.max_failures",
 }
-"""Keys of `hydra.sweeper` in Hydra's other sweepers -> ours; those of `search` are as there."""
+"""Keys of `hydra.sweeper` in those sweepers -> ours. Keys of `search` have the same name there."""
 QUOTES = dict.fromkeys(range(0x2018, 0x2020))
-"""Curly quotes, as an editor or a chat puts them in the place of plain ones."""
+"""Curly quotes: editors and chats put them in place of plain ones. `translate` deletes them."""
 LONGEST_GROUP = 100
-"""No folder of options has a longer name; the file system may not take one that has."""
+"""No folder of options has a longer name; a file system may raise an error for one."""
 
 
-def overrides_among(words: Sequence[str]) -> list[str]:
-    """The words of a command line that are neither flags nor a flag's value."""
-    before = ["", *words]
-    return [w for b, w in zip(before, words, strict=False) if w[:1] != "-" and b not in WITH_VALUE]
+def overrides_among(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line that are neither flags nor a flag's value."""
+    return [
+        argument
+        for before, argument in pairwise(["", *arguments])
+        if not argument.startswith("-") and before not in WITH_VALUE
+    ]
 
 
-def places_of(words: Sequence[str]) -> list[Path]:
-    """Folders of options: conf/, those that Hydra was begun with, and those that the words name."""
-    texts = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
-    texts += [w for b, w in pairwise(words) if b in ("--config-dir", "-cd")]
-    for text in overrides_among(words):
+def option_folders(arguments: Sequence[str]) -> list[Path]:
+    """Folders of options: conf/, those that Hydra was started with, those in the arguments."""
+    texts = [text.partition("=")[2] for text in arguments if text.startswith("--config-dir=")]
+    texts += [text for flag, text in pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    for text in overrides_among(arguments):
         if text.lstrip("+").startswith("hydra.searchpath="):
             with contextlib.suppress(HydraException):
                 value: Any = OverridesParser.create().parse_override(text).value()
                 texts += map(str, value if isinstance(value, list) else [value])
     if GlobalHydra.instance().is_initialized():
-        known = GlobalHydra.instance().config_loader().get_search_path().get_path()
-        texts += [str(place.path) for place in known]
+        search_path = GlobalHydra.instance().config_loader().get_search_path().get_path()
+        texts += [str(entry.path) for entry in search_path]
     if HydraConfig.initialized():
         texts += map(str, HydraConfig.get().searchpath)
     paths = [Path(text.removeprefix("file://")) for text in texts]
     return list(dict.fromkeys([CONF, *(path for path in paths if path.is_dir())]))
 
 
-def check_words(words: Sequence[str]) -> None:
-    """ConfigError for an override that Hydra would take for something else than was meant."""
-    _check_flags(words)
-    places = places_of(words)
-    for text in overrides_among(words):
+def check_arguments(arguments: Sequence[str]) -> None:
+    """ConfigError for an argument that Hydra would take for something else than was meant."""
+    _check_flags(arguments)
+    folders = option_folders(arguments)
+    for text in overrides_among(arguments):
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
-            continue  # Hydra says so, and `diagnose` how
+            continue  # Hydra will refuse it, and `diagnose` explains
         key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")):
             _check_hydra(key, text)
-        if override.is_delete() and key in schema_keys() and not _is_group(key, places):
+        if override.is_delete() and key in schema_keys() and not _is_group(key, folders):
             raise ConfigError(f"{key} cannot be left out: expected {key}=VALUE, got {text!r}")
-        if override.package is not None and _is_group(key, places):
+        if override.package is not None and _is_group(key, folders):
             raise ConfigError(f"{key} goes to its own place: expected {key}=OPTION, got {text!r}")
         for value in _values(override):
-            _check_value(key, value, text, places)
+            _check_value(key, value, text, folders)
 
 
-def _check_flags(words: Sequence[str]) -> None:
-    for before, word in pairwise(["", *words]):
-        flag, equals, value = word.partition("=")
-        if word[:1] == "-" and equals and flag not in WITH_VALUE:
+def _check_flags(arguments: Sequence[str]) -> None:
+    for before, argument in pairwise(["", *arguments]):
+        flag, equals, value = argument.partition("=")
+        if argument.startswith("-") and equals and flag not in WITH_VALUE:
             name = flag.lstrip("-")
-            raise ConfigError(f"{word!r} is no flag: expected KEY=VALUE without dashes, {name}=...")
-        folder = word if before in ("--config-dir", "-cd") else None
+            raise ConfigError(
+                f"{argument!r} is no flag: expected KEY=VALUE without dashes, {name}=..."
+            )
+        folder = argument if before in ("--config-dir", "-cd") else None
         folder = value if equals and flag in ("--config-dir", "-cd") else folder
         if folder is not None and not Path(folder).is_dir():
             raise ConfigError(f"--config-dir must be a folder of options, got {folder!r}")
@@ -128,33 +134,33 @@ def _check_hydra(key: str, text: str) -> None:
             f"{key} must be one of hydra.{', hydra.'.join(HYDRA[:3])} and hydra/launcher, "
             f"hydra/sweeper, got {text!r}: output_dir says where everything goes"
         )
-    words = text.partition("=")[2]
+    value = text.partition("=")[2]
     with contextlib.suppress(HydraException):
         if OverridesParser.create().parse_override(text).is_sweep_override():
-            quoted = f"; a text with commas is quoted: '{key}=\"{words}\"'"
+            quoted = f"; a text with commas is quoted: '{key}=\"{value}\"'"
             raise ConfigError(
-                f"{key} must be the same for all runs of a command, got {words!r}"
+                f"{key} must be the same for all runs of a command, got {value!r}"
                 + (quoted if _expected(key).startswith(("text", "a value")) else "")
             )
 
 
 def _values(override: Override) -> list[Any]:
-    """Of an override, or of each choice in one; none where they are for a loader to say."""
+    """The value of an override, or all choices in it; none for glob(), which needs a loader."""
     if not override.is_sweep_override():
         return [] if override.is_delete() else [override.value()]
-    chosen = override.value()
-    return list(override.sweep_iterator()) if isinstance(chosen, ChoiceSweep) else []
+    choices = isinstance(override.value(), ChoiceSweep)
+    return list(override.sweep_iterator()) if choices else []
 
 
-def _check_value(key: str, value: Any, text: str, places: Sequence[Path]) -> None:
+def _check_value(key: str, value: Any, text: str, folders: Sequence[Path]) -> None:
     if not key or ("@" in key and not key.split("@")[0]):
         raise ConfigError(f"{text!r} is not an override: expected KEY=VALUE, like relora.r=16")
-    if _is_group(key, places) and not isinstance(value, (str, dict)):
+    if _is_group(key, folders) and not isinstance(value, (str, dict)):
         names = value if isinstance(value, list) else [value]
         if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(_no_option(key, str(value), places))
-    if key.startswith("hydra/") and str(value) not in _options(key, places):
-        raise ConfigError(_no_option(key, str(value), places))
+            raise ConfigError(_no_option(key, str(value), folders))
+    if key.startswith("hydra/") and str(value) not in _options(key, folders):
+        raise ConfigError(_no_option(key, str(value), folders))
     text_or_number = value is not None and not isinstance(value, (list, dict))
     if _expected(key).startswith("a list") and text_or_number and "${" not in str(value):
         near = f"; nearest valid: {key}=[{value}]" if "text" in _expected(key) else ""
@@ -164,72 +170,79 @@ def _check_value(key: str, value: Any, text: str, places: Sequence[Path]) -> Non
         raise ConfigError(f"{key} must be true or false, got {value}")
 
 
-def diagnose(overrides: Sequence[str], error: Exception) -> str:
-    """One line for an override that Hydra refused: key, value, expectation, nearest choice."""
+def diagnose(arguments: Sequence[str], error: Exception) -> str:
+    """One line for what Hydra refused: key, value, expectation, nearest choice."""
     missing = isinstance(error, MissingConfigException)
-    found = isinstance(error, ConfigCompositionException) and not missing
-    places = places_of(overrides)
-    for text in overrides_among(overrides):
-        line = _diagnose_one(text, places=places, found=found)
-        if line:
+    # Hydra looks for all options first: another error means that it has them.
+    have_options = isinstance(error, ConfigCompositionException) and not missing
+    folders = option_folders(arguments)
+    for text in overrides_among(arguments):
+        if line := _diagnose_override(text, folders=folders, have_options=have_options):
             return line
         if "Ambiguous value" in str(error) and text in str(error):
             return f"{text} gives several values: expected one, or -m to run all of them"
-    in_file = re.search(r"In '(.*?)': ConfigKeyError .*full_key: (\S+)", str(error), re.S)
-    if in_file and (line := _other_launcher(in_file.group(2), file=in_file.group(1))):
+    line = _diagnose_file(error, folders) or _diagnose_cause(error, overrides_among(arguments))
+    return line or " ".join(str(error).split())
+
+
+def _diagnose_file(error: Exception, folders: Sequence[Path]) -> str | None:
+    """One line for an error that Hydra found in a config file."""
+    text = " ".join(str(error).split())
+    no_key = re.search(r"In '(.*?)': ConfigKeyError .*full_key: (\S+)", text)
+    if no_key and (line := _other_launcher(no_key[2], file=no_key[1])):
         return line
     pattern = r"In '((experiment|sweep)/[^']*)': .*full_key: (experiment|sweep\.(hydra|sweep))\s"
-    if astray := re.search(pattern, f"{error} ", re.S):
-        return f"{astray.group(1)} must begin with '# @package _global_', got no such line"
-    if in_file and (line := _no_key(in_file.group(2), f" (in {in_file.group(1)})")):
+    if no_package := re.search(pattern, f"{text} "):
+        return f"{no_package[1]} must begin with '# @package _global_', got no such line"
+    if no_key and (line := _no_key(no_key[2], f" (in {no_key[1]})")):
         return line
-    typed = r"In '(.*?)': ValidationError .*?(Value '.*?' (?:of|could|is).*) full_key: (\S+)"
-    if in_file := re.search(typed, " ".join(str(error).split())):
-        file, told, key = in_file.groups()
-        return f"{_explain_text(key, told)} (in {file})"
-    absent = re.search(r"In '(.*?)': Could not find '/?([^']*)/([^'/]*)'", str(error))
-    if absent and _options(absent.group(2), places):
-        file, group, name = absent.groups()
-        told = (
-            "" if file.rpartition("/")[2] == "config" else f" (in {file})"
-        )  # whoever overrides it
-        return f"{_no_option(group, name, places)}{told}"
+    pattern = r"In '(.*?)': ValidationError .*?(Value '.*?' (?:of|could|is).*) full_key: (\S+)"
+    if wrong_type := re.search(pattern, text):
+        file, message, key = wrong_type.groups()
+        return f"{_explain_text(key, message)} (in {file})"
+    no_option = re.search(r"In '(.*?)': Could not find '/?([^']*)/([^'/]*)'", text)
+    if no_option and _options(no_option[2], folders):
+        file, group, name = no_option.groups()
+        # An option that the command line chooses is reported as one of config.yaml.
+        where = "" if file.rpartition("/")[2] == "config" else f" (in {file})"
+        return f"{_no_option(group, name, folders)}{where}"
+    return None
+
+
+def _diagnose_cause(error: BaseException, overrides: Sequence[str]) -> str | None:
+    """One line from the error of OmegaConf that made Hydra raise this one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (InterpolationResolutionError, GrammarParseError)):
-            pairs = [word.partition("=") for word in overrides_among(overrides)]
-            naming = [key.lstrip("+") for key, _, value in pairs if "${" in value]
+            pairs = [text.partition("=") for text in overrides]
+            interpolated = [key.lstrip("+") for key, _, value in pairs if "${" in value]
             key = cause.full_key or ""
-            key = naming[0] if naming and not schema_keys().count(key) else key
+            key = interpolated[0] if interpolated and key not in schema_keys() else key
             return _explain_text(key or "a value", str(cause.msg or cause))
         if isinstance(cause, OmegaConfBaseException):
             return explain_value(cause)
         cause = cause.__cause__
-    return " ".join(str(error).split())
+    return None
 
 
-def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> str | None:
-    """`found`: all options were, wherever Hydra looks."""
+def _diagnose_override(
+    text: str, *, folders: Sequence[Path], have_options: bool = False
+) -> str | None:
+    """One line for a mistake in an override; None where it has none."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        if called := re.search(r"while evaluating '.*?': (.*)", str(error), re.S):
-            said = " ".join(called.group(1).split())
-            said = _no_cast(text) if not said or said.startswith("assert ") else said
-            if unknown := re.search(r"Unknown function '(.*?)' Available: (\S+)", said):
-                said += f".{nearest(unknown.group(1), unknown.group(2).split(','))}"
-            return f"{text!r} cannot be evaluated: {said}"
-        return _unreadable(text, places)
+        return _not_evaluated(text, str(error)) or _unreadable(text, folders)
     key = override.key_or_group
     if key.startswith("hydra."):
         return _elsewhere(key, text) or _diagnose_launcher(key, text)
     if key.startswith("search."):
         return _diagnose_search(key, text)
-    if _is_group(key, places):
+    if _is_group(key, folders):
         for value in _values(override):
-            named = not isinstance(value, (dict, list))
-            if not found and named and str(value) not in _options(key, places):
-                return _no_option(key, str(value), places)
+            is_name = not isinstance(value, (dict, list))
+            if not have_options and is_name and str(value) not in _options(key, folders):
+                return _no_option(key, str(value), folders)
         return None
     keys = schema_keys()
     if key not in keys:
@@ -239,16 +252,28 @@ def _diagnose_one(text: str, *, places: Sequence[Path], found: bool = False) -> 
     return None
 
 
+def _not_evaluated(text: str, message: str) -> str | None:
+    """One line where a function of Hydra's grammar refused its arguments, or there is none."""
+    called = re.search(r"while evaluating '.*?': (.*)", message, re.S)
+    if not called:
+        return None
+    reason = " ".join(called[1].split())
+    reason = _no_cast(text) if not reason or reason.startswith("assert ") else reason
+    if unknown := re.search(r"Unknown function '(.*?)' Available: (\S+)", reason):
+        reason += f".{nearest(unknown[1], unknown[2].split(','))}"
+    return f"{text!r} cannot be evaluated: {reason}"
+
+
 def _no_cast(text: str) -> str:
-    """Of a value whose function says nothing: Hydra's casts of null."""
+    """The reason where a function gives none: Hydra's casts fail so for null."""
     key, _, value = text.partition("=")
-    whole = re.fullmatch(r"(int|float|str|bool)\((.*)\)", value, re.S)
-    near = f"; nearest valid: {key}={whole[2]}" if whole else ""
-    return f"{whole[1] + '()' if whole else 'a cast'} takes no null{near}"
+    cast = re.fullmatch(r"(int|float|str|bool)\((.*)\)", value, re.S)
+    near = f"; nearest valid: {key}={cast[2]}" if cast else ""
+    return f"{cast[1] + '()' if cast else 'a cast'} takes no null{near}"
 
 
-def _unreadable(text: str, places: Sequence[Path]) -> str:
-    """One line for a word that Hydra's grammar cannot read: which part of it is the trouble."""
+def _unreadable(text: str, folders: Sequence[Path]) -> str:
+    """One line for a text that Hydra's grammar cannot read: which part of it is wrong."""
     line = f"{text!r} is not an override: expected KEY=VALUE"
     name, equals, value = text.partition("=")
     key, value = name.lstrip("+~"), value.strip()
@@ -256,8 +281,8 @@ def _unreadable(text: str, places: Sequence[Path]) -> str:
         key, _, value = text.partition(":")
         near = f"; nearest valid: {key}={value.strip()}" if key in schema_keys() and value else ""
         return f"{line}, for example relora.r=16{near}"
-    known = key in schema_keys() or _is_group(key, places)
-    if not known and not key.startswith(("hydra", "search.")):
+    is_key = key in schema_keys() or _is_group(key, folders)
+    if not is_key and not key.startswith(("hydra", "search.")):
         return unknown_key(key, text)
     if value.endswith(","):
         return f"{line}, got one that ends in a comma: values of an axis go without spaces"
@@ -269,57 +294,58 @@ def _unreadable(text: str, places: Sequence[Path]) -> str:
     if "'" in value or value.count("{") != value.count("}"):
         return f"{line}, got quotes or braces that do not close"
     home = re.search(r"(?:^|(?<=[/:]))~\w*(?=/|$)", value)
-    if home and (place := os.path.expanduser(home[0])) != home[0]:
-        near = f"{key}={value[: home.start()]}{place}{value[home.end() :]}"
-        there = f"{text!r} must have {home[0]} written out, as no shell does so in there"
-        return f"{there}; nearest valid: {near}"
+    if home and (path := os.path.expanduser(home[0])) != home[0]:
+        near = f"{key}={value[: home.start()]}{path}{value[home.end() :]}"
+        line = f"{text!r} must have {home[0]} written out, as no shell does so in there"
+        return f"{line}; nearest valid: {near}"
     return (
         f"{text!r} cannot be read: a value with other signs than letters, digits and -_./ is "
         f"quoted, '{key}=\"{value}\"'"
     )
 
 
-def _no_option(key: str, value: str, places: Sequence[Path]) -> str:
-    known = _options(key, places)
-    near = f" Did you mean '{OTHERS[value]}'?" if value in OTHERS and key in HYDRAS else ""
-    return f"{key} must be one of {', '.join(known)}, got {value!r}.{near or nearest(value, known)}"
+def _no_option(key: str, value: str, folders: Sequence[Path]) -> str:
+    names = _options(key, folders)
+    near = f" Did you mean '{OTHERS[value]}'?" if value in OTHERS and key in PLUGINS else ""
+    return f"{key} must be one of {', '.join(names)}, got {value!r}.{near or nearest(value, names)}"
 
 
-def _options(group: str, places: Sequence[Path]) -> list[str]:
-    """Of a config group: files, and what our plugins have registered."""
+def _options(group: str, folders: Sequence[Path]) -> list[str]:
+    """Names of the options of a group: files, and what our plugins have registered."""
     ours = [name for name, one in _stored(group).items() if one.provider == "relora_sweeps"]
-    names = {*options(group, places), *(name.removesuffix(".yaml") for name in ours)}
+    names = {*options(group, folders), *(name.removesuffix(".yaml") for name in ours)}
     return sorted(names - {"basic"})
 
 
 def _elsewhere(key: str, text: str = "") -> str | None:
-    """One line for an option of another project's sweeper or launcher, which is a key here."""
+    """One line for a key of another project's sweeper that has another place here."""
     section, _, name = key.removeprefix("hydra.").partition(".")
     if section != "sweeper":
         return None
     name = name.split(".")[0]
-    known = list(_stored("search_schema.yaml").node)  # type: ignore[attr-defined]
-    there = SWEEPERS.get(name) or (f"search.{name}" if name in known else None)
-    if there is None:
+    search = list(_stored("search_schema.yaml").node)  # type: ignore[attr-defined]
+    ours = SWEEPERS.get(name) or (f"search.{name}" if name in search else None)
+    if ours is None:
         return None
-    with_search = " with hydra/sweeper=search" if there.startswith("search") else ""
+    with_search = " with hydra/sweeper=search" if ours.startswith("search") else ""
     got = f" ({text})" if text else ""
-    return f"{key} is not a known key{got}. Did you mean '{there}'{with_search}?"
+    return f"{key} is not a known key{got}. Did you mean '{ours}'{with_search}?"
 
 
 def _diagnose_search(key: str, text: str) -> str | None:
-    known = [f"search.{name}" for name in _stored("search_schema.yaml").node]  # type: ignore[attr-defined]
-    if ".".join(key.split(".")[:2]) in known:
+    keys = [f"search.{name}" for name in _stored("search_schema.yaml").node]  # type: ignore[attr-defined]
+    if ".".join(key.split(".")[:2]) in keys:
         return None
-    return f"{key} is not a known key ({text}).{nearest(key, known)}"
+    return f"{key} is not a known key ({text}).{nearest(key, keys)}"
 
 
 def unknown_key(key: str, text: str) -> str:
+    """One line for a key that RunConfig does not have, and the override that names it."""
     return f"{key} is not a known key ({text}).{_nearest_key(key, schema_keys())}"
 
 
 def _diagnose_launcher(key: str, text: str) -> str | None:
-    """A typo in an option of our own launchers."""
+    """One line for a mistyped option of our own launchers."""
     section, _, name = key.rpartition(".")
     if section == "hydra.launcher.extra" and not text.startswith("+"):
         return f"{key} must be added with a plus: +{text}"
@@ -328,15 +354,15 @@ def _diagnose_launcher(key: str, text: str) -> str | None:
     if section != "hydra.launcher":
         return None
     nodes = _stored("hydra/launcher").values()
-    known = sorted({str(k) for option in nodes for k in option.node if not str(k).startswith("_")})
-    if name in known:
+    names = sorted({str(k) for option in nodes for k in option.node if not str(k).startswith("_")})
+    if name in names:
         return None
-    hint = nearest(name, known).replace("'", f"'{section}.", 1)
-    return f"{key} is not a known key ({text})." + (hint or f" It has {', '.join(known)}.")
+    hint = nearest(name, names).replace("'", f"'{section}.", 1)
+    return f"{key} is not a known key ({text})." + (hint or f" It has {', '.join(names)}.")
 
 
 def _other_launcher(key: str, *, file: str = "") -> str | None:
-    """One line for an option that only another launcher, or sweeper, than the chosen one has."""
+    """One line for an option of a launcher, or sweeper, that was not chosen."""
     section, _, name = key.removeprefix("hydra.").partition(".")
     if section not in ("launcher", "sweeper") or not name:
         return None
@@ -346,13 +372,12 @@ def _other_launcher(key: str, *, file: str = "") -> str | None:
     having = [n for n, node in nodes.items() if n != "basic" and name.split(".")[0] in node]
     if not having:
         return None
-    told = (
-        f" (in {file}, whose defaults may say '- override /hydra/{section}: ...')" if file else ""
-    )
-    return f"{key} needs hydra/{section}={' or '.join(having)}{told}"
+    where = f" (in {file}, whose defaults may say '- override /hydra/{section}: ...')"
+    return f"{key} needs hydra/{section}={' or '.join(having)}{where if file else ''}"
 
 
 def explain_value(error: OmegaConfBaseException) -> str:
+    """One line for a value, or a key, that OmegaConf refused."""
     key = error.full_key or str(error.key)
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and (
         line := _other_launcher(key) or _no_key(key)
@@ -362,51 +387,53 @@ def explain_value(error: OmegaConfBaseException) -> str:
 
 
 def _no_key(key: str, where: str = "") -> str | None:
-    """One line for a key that there is not; None for one that there is, and for other programs'."""
-    known = schema_keys()
-    if key in known or key.startswith(("hydra", "search")):
+    """One line for a key that does not exist; None for one that does, or is not of RunConfig."""
+    keys = schema_keys()
+    if key in keys or key.startswith(("hydra", "search")):
         return None
-    return f"{key} is not a known key{where}.{_nearest_key(key, known)}"
+    return f"{key} is not a known key{where}.{_nearest_key(key, keys)}"
 
 
-def _explain_text(key: str, told: str) -> str:
-    """One line from what OmegaConf says of a value."""
+def _explain_text(key: str, message: str) -> str:
+    """One line from OmegaConf's message on a value."""
     expected = _expected(key)
-    if away := re.match(r"Interpolation key '(.*?)' not found", told):
-        name = away.group(1)
+    if no_key := re.match(r"Interpolation key '(.*?)' not found", message):
+        name = no_key.group(1)
         near = _nearest_key(name, schema_keys())
         shell = "" if near else " A variable of the shell is $NAME, or ${oc.env:NAME}."
         return f"{key}: ${{{name}}} is none, since there is no such key.{near}{shell}"
-    if re.match(r"(token recognition error|mismatched input|no viable|extraneous|missing)", told):
-        line = told.splitlines()[0]
+    if re.match(
+        r"(token recognition error|mismatched input|no viable|extraneous|missing)", message
+    ):
+        line = message.splitlines()[0]
         return f"{key}: ${{...}} must name a key, or a variable as ${{oc.env:NAME}}, got {line}"
-    if "while resolving interpolation: " in told:
-        reason = told.splitlines()[0].partition("interpolation: ")[2].strip('"')
+    if "while resolving interpolation: " in message:
+        reason = message.splitlines()[0].partition("interpolation: ")[2].strip('"')
         return f"{key}: {reason}"
-    if re.fullmatch(r"\[?\d+\]?", key):  # an entry of a list inside a list, without the list's name
-        return f"an entry of a list must be a list of integers, got {told}"
-    value = re.search(r"Value '(.*?)' (?:of type|could not|is not)", told, re.S)
-    if "is not Optional" in told:
+    if re.fullmatch(r"\[?\d+\]?", key):  # an entry of a list in a list: the outer key is lost
+        return f"an entry of a list must be a list of integers, got {message}"
+    value = re.search(r"Value '(.*?)' (?:of type|could not|is not)", message, re.S)
+    if "is not Optional" in message:
         return f"{key} must be {expected}, got null"
-    if "is not a ListConfig" in told or "with ListConfig" in told:
+    if "is not a ListConfig" in message or "with ListConfig" in message:
         return f"{key} must be {expected}, got no list: it stands in brackets, {key}=[...]"
-    if wrong := re.search(r"is not a subclass of \w+\. value: (.*)", told):
+    if wrong := re.search(r"is not a subclass of \w+\. value: (.*)", message):
         return no_section(key, wrong.group(1))
     if value:
         got = value.group(1)
         if got.startswith("[") and "list" not in expected:
             return f"{key} must be {expected}, got {got!r}{_as_axis(key, got)}"
-        whole = expected.startswith("an integer") and re.fullmatch(r"-?\d{1,15}\.0", got)
-        near = f"; nearest valid: {got[:-2]}" if whole else ""
+        integer = expected.startswith("an integer") and re.fullmatch(r"-?\d{1,15}\.0", got)
+        near = f"; nearest valid: {got[:-2]}" if integer else ""
         near = "; nearest valid: null" if got == "None" and "null" in expected else near
         return f"{key} must be {expected}, got '{got}'{near}"
-    if "issing mandatory value" in told:
+    if "issing mandatory value" in message:
         return f"{key} must be set ({expected})"
-    return f"{key}: {told.splitlines()[0]}"
+    return f"{key}: {message.splitlines()[0]}"
 
 
 def _as_axis(key: str, got: str) -> str:
-    """How values that stand in brackets are written as an axis."""
+    """A hint for values in brackets: how an axis of them is written."""
     inside = got[1:-1].strip()
     if not inside or set(inside) & set("[]{}"):
         return ""
@@ -414,6 +441,7 @@ def _as_axis(key: str, got: str) -> str:
 
 
 def no_section(key: str, got: str) -> str:
+    """One line for a value in place of a section."""
     below = [name for name in schema_keys() if name.startswith(f"{key}.")]
     return f"{key} must hold keys such as {below[0] if below else f'{key}.KEY'}, got {got}"
 
@@ -433,22 +461,22 @@ def schema_keys() -> list[str]:
 
 
 def _expected(key: str) -> str:
-    """A knob's type in words."""
+    """The type of a knob, as a person would name it."""
     kind: Any = RunConfig
     parts = key.split(".")
     if parts[0] == "hydra":
         section, parts = "/".join(parts[:2]), parts[2:]
-        having = [one.node for one in _stored(section).values() if parts and parts[0] in one.node]
-        kind = OmegaConf.get_type(having[0]) if having else None
+        nodes = [one.node for one in _stored(section).values() if parts and parts[0] in one.node]
+        kind = OmegaConf.get_type(nodes[0]) if nodes else None
     for part in parts:
         part = part.split("[")[0]
         if not dataclasses.is_dataclass(kind):
             return "a value"
         kind = get_type_hints(kind).get(part)  # type: ignore[arg-type]
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    if kind in words:
-        return words[kind]
-    names = [words.get(k, "null") for k in get_args(kind)] if get_args(kind) else []
+    plain = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if kind in plain:
+        return plain[kind]
+    names = [plain.get(k, "null") for k in get_args(kind)] if get_args(kind) else []
     if "list[list" in str(kind):
         return "a list of lists of integers"
     if "list" in str(kind):
@@ -456,25 +484,25 @@ def _expected(key: str) -> str:
     return " or ".join(dict.fromkeys(names)) or "a section"
 
 
-def options(group: str, places: Sequence[Path] | None = None) -> list[str]:
-    """Names of the options of a config group, in conf/ or in all of `places`."""
-    return sorted({p.stem for place in places or [CONF] for p in (place / group).glob("*.yaml")})
+def options(group: str, folders: Sequence[Path] | None = None) -> list[str]:
+    """Names of the files of a config group, in conf/ or in all of `folders`."""
+    return sorted({p.stem for folder in folders or [CONF] for p in (folder / group).glob("*.yaml")})
 
 
-def _is_group(key: str, places: Sequence[Path]) -> bool:
-    if key in HYDRAS:
+def _is_group(key: str, folders: Sequence[Path]) -> bool:
+    if key in PLUGINS:
         return True
-    return 0 < len(key) < LONGEST_GROUP and bool(options(key, places))
+    return 0 < len(key) < LONGEST_GROUP and bool(options(key, folders))
 
 
 def groups() -> list[str]:
-    """Config groups of conf/, by path."""
+    """Config groups of conf/, as paths."""
     return sorted({str(p.parent.relative_to(CONF)) for p in CONF.glob("**/*.yaml")} - {"."})
 
 
 def _stored(group: str) -> dict[str, Any]:
-    """Options that plugins have registered: `<name>.yaml` -> node."""
-    Plugins.instance()  # they do so when Hydra imports them, perhaps only now
+    """Options of a group that plugins have registered: `<name>.yaml` -> node."""
+    Plugins.instance()  # imports the plugins, which then register their options
     repo: Any = ConfigStore.instance().repo
     for part in group.split("/"):
         repo = repo.get(part, {})
@@ -482,7 +510,7 @@ def _stored(group: str) -> dict[str, Any]:
 
 
 def _nearest_key(key: str, keys: list[str]) -> str:
-    """Nearest dotted key or group; prefers the same section."""
+    """A hint with the nearest key or group, first of the same section; else what that has."""
     section = key.rpartition(".")[0]
     same = [k for k in keys if section and k.startswith(f"{section}.")]
     if hint := nearest(key, same):

@@ -33,7 +33,7 @@ OVERRIDES = [
         "relora.target_modules=[attention]",
     ),
     (["relora.rank_schedule=5"], "relora.rank_schedule must be a list of lists of integers, got 5"),
-    # Signs that a shell, an editor or a keyboard has put there.
+    # Characters that a shell, an editor or a keyboard may put there.
     (["relora.r=\uff14"], "relora.r must be an integer, got '\uff14'; nearest valid: relora.r=4"),
     (["relora.r=\u201c4\u201d"], "nearest valid: relora.r=4"),
     (["rélora.r=4"], "rélora.r is not a known key (rélora.r=4). Did you mean 'relora.r'?"),
@@ -51,7 +51,7 @@ OVERRIDES = [
     (["--relora.r=4"], "'--relora.r=4' is no flag: expected KEY=VALUE without dashes, relora"),
     (["--config-dir=/nowhere"], "--config-dir must be a folder of options, got '/nowhere'"),
     (["-cd", "/nowhere"], "--config-dir must be a folder of options, got '/nowhere'"),
-    # Keys and options in a place that is not theirs.
+    # Keys and options in the wrong place.
     (["~seed"], "seed cannot be left out: expected seed=VALUE, got '~seed'"),
     (["~relora.r"], "relora.r cannot be left out: expected relora.r=VALUE, got '~relora.r'"),
     (["~seeds"], "seeds is not a known key (~seeds). Did you mean 'seed'?"),
@@ -64,7 +64,7 @@ OVERRIDES = [
     (["hydra.launcher.max_parallel=1,2"],
      "hydra.launcher.max_parallel must be the same for all runs of a command, got '1,2'"),
     (["hydra/launcher=slurm,local"], "hydra/launcher must be the same for all runs of a command"),
-    # What a value takes from elsewhere.
+    # Values that refer to others.
     (["relora.r=${relora.rr}"],
      "relora.r: ${relora.rr} is none, since there is no such key. Did you mean 'relora.r'?"),
     (["relora.r=${HOME}"], "relora.r: ${HOME} is none, since there is no such key. A variable of"),
@@ -96,11 +96,11 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "words"), OVERRIDES)
-def test_one_line_says_what_is_wrong(overrides, words):
+@pytest.mark.parametrize(("overrides", "line"), OVERRIDES)
+def test_one_line_says_what_is_wrong(overrides, line):
     with pytest.raises(ConfigError) as caught:
         complete(schema.compose(overrides))
-    assert words in str(caught.value)
+    assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_scripts_get_exit_codes_too(tmp_path, arguments, code, words):
     assert "Traceback" not in done.stderr
 
 
-def test_describe_says_all_of_a_run_without_training_it(tmp_path):
+def test_describe_says_all_about_a_run_without_training_it(tmp_path):
     command = [
         *("-m", "experiments", "describe", "model=tiny", "model.vocab_size=50304"),
         *("relora.reset_frequency=2000", "relora.restart_warmup_steps=100", "train.steps=20000"),
@@ -192,15 +192,15 @@ def test_describe_says_all_of_a_run_without_training_it(tmp_path):
     ]
     done = warm.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["parameters"]["total"] == 11_682_144
-    assert found["parameters"]["trainable"] == 10_060_128
-    assert found["lr_factor"]["2000"] == 0.0
-    assert found["lr_factor"]["2050"] == pytest.approx(0.499966, abs=1e-6)
-    assert found["restarts"] == list(range(2000, 20000, 2000))
-    assert found["run_id"].startswith("tiny-relora-r16")
-    assert found["config"]["model"]["d_ff"] == 384
-    assert found["flops_per_token"] > found["flops_per_token_forward"] > 0
+    description = json.loads(done.stdout)
+    assert description["parameters"]["total"] == 11_682_144
+    assert description["parameters"]["trainable"] == 10_060_128
+    assert description["lr_factor"]["2000"] == 0.0
+    assert description["lr_factor"]["2050"] == pytest.approx(0.499966, abs=1e-6)
+    assert description["restarts"] == list(range(2000, 20000, 2000))
+    assert description["run_id"].startswith("tiny-relora-r16")
+    assert description["config"]["model"]["d_ff"] == 384
+    assert description["flops_per_token"] > description["flops_per_token_forward"] > 0
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""The options in conf/: each composes, and none says what the code says already."""
+"""The options in conf/: each composes, and none repeats a default of the code."""
 
 import itertools
 from pathlib import Path
@@ -46,7 +46,7 @@ def defaults():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_no_option_repeats_a_default(defaults, group, option):
-    """YAML holds choices; the rest is as config.py says. An experiment may undo a choice."""
+    """YAML holds choices, config.py the defaults. An experiment may undo a choice."""
     chosen_elsewhere = {
         key for g, o in OPTIONS if g != group and group == "experiment" for key in read(g, o)
     }
@@ -85,8 +85,8 @@ def test_the_readme_names_every_group_and_option():
 def test_the_readme_has_a_line_for_every_source_file():
     root = Path(typos.CONF).parent
     readme = (root / "README.md").read_text()
-    rooms = ("relora_core", "experiments", "sweeps", "hydra_plugins")
-    files = itertools.chain.from_iterable((root / room).rglob("*.py") for room in rooms)
+    packages = ("relora_core", "experiments", "sweeps", "hydra_plugins")
+    files = itertools.chain.from_iterable((root / package).rglob("*.py") for package in packages)
     for file in files:
         if file.read_text().strip():
             assert f"`{file.relative_to(root)}`" in readme, file

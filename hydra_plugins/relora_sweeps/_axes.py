@@ -23,29 +23,29 @@ from relora_core.config import ConfigError, nearest
 from sweeps.search.space import Choice, Dimension, Float, Int
 
 MOST_POINTS = 100_000
-"""Points of a grid, and values of an axis: more are a slip of the hand, and would not end."""
+"""Points of a grid, and values of an axis: more are a mistake, and would take forever."""
 
 
 def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
-    """Hydra's reading of overrides; one line where one is none."""
+    """Hydra's reading of overrides; ConfigError if a text is not one."""
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(texts)
     except HydraException as error:
         raise ConfigError(typos.diagnose(texts, error)) from None
     for override in overrides:
-        _values(override)
+        count_values(override)
     return overrides
 
 
 def as_list(text: str) -> str:
-    """`search.learn_from=a,b` is two sweeps, no choice of one."""
+    """`search.learn_from=a,b` as a list of two sweeps, not a choice between them."""
     key, sign, names = text.partition("=")
     plain = sign and key == "search.learn_from" and "," in names and names[0] not in "['\""
     return f"{key}=[{names}]" if plain else text
 
 
 def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
-    """KEY=VALUE of each entry, as on the command line; ConfigError for a section, which is none."""
+    """KEY=VALUE of each entry, as on the command line; ConfigError for a section of entries."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             name, inner = next(iter(value.items()), ("KEY", "VALUE"))
@@ -56,8 +56,8 @@ def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
     return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
 
 
-def _values(override: Override) -> int:
-    """How many values an axis has; ConfigError where they would never be listed."""
+def count_values(override: Override) -> int:
+    """How many values an axis has; ConfigError for none, and for too many to list."""
     if not override.is_sweep_override() or not override.is_discrete_sweep():
         return 1
     value = override.value()
@@ -72,7 +72,7 @@ def _values(override: Override) -> int:
 
 
 def count_points(sweep: RangeSweep) -> int:
-    """How many points a range has; too many to count without a step."""
+    """How many points a range has; one more than allowed if they have no end."""
     start, stop, step = (Decimal(str(n)) for n in (sweep.start, sweep.stop, sweep.step))
     if not step or not all(n.is_finite() for n in (start, stop, step)):
         return MOST_POINTS + 1
@@ -80,7 +80,7 @@ def count_points(sweep: RangeSweep) -> int:
 
 
 def dimension(override: Override) -> Dimension:
-    """A sweep in Hydra's grammar as a dimension of a search; `range` ends before its stop."""
+    """A sweep in Hydra's grammar as a dimension of a search; a range excludes its stop."""
     key, value = f"search.space.{override.key_or_group}", override.value()
     if isinstance(value, IntervalSweep):
         low, high, log = value.start, value.end, "log" in value.tags
@@ -90,14 +90,14 @@ def dimension(override: Override) -> Dimension:
             return Int(low=low, high=high, log=log)
         return Float(low=float(low), high=float(high), log=log)
     if isinstance(value, RangeSweep):
-        values = list(value.range())
+        values = list(override.sweep_iterator())  # with the casts that 1.4 keeps beside a range
         log = "log" in value.tags
         kind = Int if all(type(v) is int for v in values) else Float
         step = abs(value.step) if kind is Int else abs(float(value.step))
         return kind(low=min(values), high=max(values), step=step, log=log)  # type: ignore[arg-type]
     if override.is_sweep_override():
-        words = override.sweep_iterator()
-        return Choice(values=[w.text if isinstance(w, QuotedString) else w for w in words])
+        values = override.sweep_iterator()
+        return Choice(values=[v.text if isinstance(v, QuotedString) else v for v in values])
     raise ConfigError(
         f"{key} must be choice(), range() or interval(), got {value!r}; to fix it say "
         f"{override.key_or_group}={value} outside search.space"
@@ -105,7 +105,7 @@ def dimension(override: Override) -> Dimension:
 
 
 def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
-    """The overrides of each point of the product; ConfigError for axes that are no finite list."""
+    """The overrides of each point of the product; ConfigError for an axis that cannot be listed."""
     overrides = parse(texts, loader=loader)
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -113,7 +113,7 @@ def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
                 f"{override.key_or_group} must be a list, choice() or range() in a grid, got "
                 f"{override.input_line!r}; interval() is for a search"
             )
-    if (points := math.prod(map(_values, overrides))) > MOST_POINTS:
+    if (points := math.prod(map(count_values, overrides))) > MOST_POINTS:
         raise ConfigError(f"a grid must have at most {MOST_POINTS} points, got {points}")
     return BasicSweeper.split_arguments(overrides, None)[0]
 
@@ -125,8 +125,10 @@ def expand_arms(
     arguments: list[str],
     loader: ConfigLoader,
 ) -> list[list[str]]:
-    """The points of every arm that `sweep.arm` takes (all, where nothing says), replicate by
-    replicate: a sweep that is stopped halfway has compared all arms on the seeds it got to."""
+    """The points of the arms that `sweep.arm` names (else of all arms), one of each arm in turn.
+
+    So a sweep that is stopped halfway has compared all arms on the seeds it has reached.
+    """
     key = "sweep.arm"
     given = [text for text in params + arguments if text.lstrip("+").startswith(f"{key}=")]
     if not arms:

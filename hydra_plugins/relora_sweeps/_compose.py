@@ -1,4 +1,4 @@
-"""Composes many points quickly: what Hydra reads from files once, values on a copy of that.
+"""Composes many points quickly: files are read once, values are set on a copy.
 
 Not for: what the points are (`_axes.py`).
 """
@@ -21,21 +21,20 @@ from sweeps.grid import compose_all
 
 
 class Composer:
-    """Composes many points: files once per distinct choice of options, values on a copy of that.
+    """Composes many points: once per distinct choice of options; values are set on a copy.
 
-    Hydra takes some 60 ms for a point; a grid of a thousand mostly varies values.
+    Hydra takes some 50 ms for a point, and most points of a grid differ in values only.
     """
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
         self.parse = cache(OverridesParser.create(config_loader=loader).parse_override)
         self.is_group = cache(lambda key: bool(loader.get_group_options(key)))
-        self.known: frozenset[str] = frozenset()
         self.launchers: list[tuple[DictConfig, str]] = []
-        """Each launcher that a point asks for, with the first such point's words."""
+        """Each launcher that a point asks for, with the overrides of the first such point."""
 
     def launcher(self) -> DictConfig:
-        """What all points composed so far say that runs them; ConfigError where they differ."""
+        """The launcher that all points composed so far ask for; ConfigError where they differ."""
         (node, where), *others = self.launchers
         for other, elsewhere in others:
             key, one, two = _difference("hydra.launcher", node, other)
@@ -46,7 +45,7 @@ class Composer:
         return node
 
     def _note(self, hydra: DictConfig, texts: Sequence[str]) -> None:
-        """Remember the launcher; ConfigError for axes and arms of a file that is itself swept."""
+        """Remember the launcher; ConfigError for axes or arms in a file that is itself swept."""
         where = " ".join(texts) or "the defaults"
         if hydra.sweeper != self.master.hydra.sweeper:
             key, _, got = _difference("hydra.sweeper", self.master.hydra.sweeper, hydra.sweeper)
@@ -63,10 +62,10 @@ class Composer:
         return compose_all(plans, base=self._base, change=self._change)
 
     def _split(self, cell: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-        """(choices of options, plain `key=value`), or all of it and nothing.
+        """(choices of options, `key=value`s to set on a copy).
 
-        The latter where anything is unusual (`+key`, `~key`, a section given as a dict): then Hydra
-        composes the cell alone.
+        All is in the first where anything is unusual (`+key`, `~key`, a section given as a dict):
+        then Hydra composes the whole cell.
         """
         chosen = [text for text in cell if self.is_group(self.parse(text).key_or_group)]
         values = [text for text in cell if text not in chosen]
@@ -80,7 +79,7 @@ class Composer:
         return override.type == OverrideType.CHANGE and override.package is None
 
     def compose(self, texts: Sequence[str]) -> DictConfig:
-        """What Hydra makes of the overrides; ConfigError in one line where it refuses them."""
+        """The config that Hydra composes; ConfigError where it refuses the overrides."""
         with schema.explaining(texts):
             config = self._load(list(texts))
         with open_dict(config):
@@ -88,8 +87,8 @@ class Composer:
         return config
 
     def _load(self, texts: list[str]) -> DictConfig:
-        """As Hydra's `load_sweep_config`, which since 1.4 refuses what `_note` allows: a launcher
-        that all points agree on."""
+        """Like Hydra's `load_sweep_config`, which since 1.4 refuses a launcher that points choose:
+        `_note` and `launcher` allow one that all points agree on."""
         before: Any = OmegaConf.to_container(self.master.hydra.overrides.hydra)
         name = self.master.hydra.job.config_name
         config = self.loader.load_configuration(name, before + texts, run_mode=RunMode.RUN)
@@ -100,17 +99,21 @@ class Composer:
         config = self.compose(texts)
         schema.refuse_search(config)
         config.search = None
-        return schema.Base(config, words=texts)
+        return schema.Base(config, overrides=texts)
 
     def _change(self, base: Any, texts: Sequence[str]) -> RunConfig:
-        self.known = self.known or frozenset(typos.schema_keys())
         for text in texts:
             if self.parse(text).key_or_group.startswith("search."):
                 raise ConfigError(f"{text!r} needs hydra/sweeper=search: a grid has no search")
-            if self.parse(text).key_or_group not in self.known:
+            if self.parse(text).key_or_group not in _run_keys():
                 raise ConfigError(typos.diagnose([text], KeyError(text)))
         values = {o.key_or_group: o.value() for o in map(self.parse, texts)}
         return base.changed(values)
+
+
+@cache
+def _run_keys() -> frozenset[str]:
+    return frozenset(typos.schema_keys())
 
 
 def _difference(prefix: str, one: Any, two: Any) -> tuple[str, Any, Any]:

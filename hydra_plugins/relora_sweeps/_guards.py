@@ -35,42 +35,41 @@ def install_guards() -> None:
     Checked against hydra-core 1.3.8 and 1.4.0rc3; tests/sweeps/test_guards.py fails where another
     Hydra no longer has what is changed here.
     """
-    # Every config goes through these before anything that it names is called: here code in a config
-    # is refused, and a file that is no YAML.
+    # Hydra loads every config with these, before it calls anything that the config names: the place
+    # to refuse code in a config, and files that are not YAML.
     if schema.HYDRA_1_4:
         loader: Any = ConfigLoaderImpl
         loader._load_configuration = _checked(loader._load_configuration)
-        # 1.4 looks for `hydra.mode` in config.yaml alone; an experiment may ask for a sweep, too.
+        # 1.4 looks for `hydra.mode` in config.yaml only; here an experiment may ask for a sweep.
         loader.get_mode = _unless_given(_composed_mode)
     else:
         ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)
-        # Until 1.4 `FloatRange` added binary fractions: range(0.1,0.4,0.1) had 0.30000000000000004
-        # and its end. And `sort` changed the points of a range: range(2,9,4) became 5 and 1.
+        # Before 1.4 `FloatRange` added binary fractions: range(0.1,0.4,0.1) included
+        # 0.30000000000000004 and 0.4. And sort(range(2,9,4)) gave other points than range(2,9,4).
         FloatRange.__post_init__ = _as_written  # type: ignore[method-assign]
         grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
-        # Hydra composes all files once more to find `hydra.mode`, of which `-m` leaves no question.
+        # Hydra composes the whole config to find `hydra.mode`, even where -m settles it.
         Hydra.get_mode = _unless_given(Hydra.get_mode)
-        # Until 1.4 each file's defaults were prepared for `${...}`, a sixth of composing.
+        # Before 1.4 every list of defaults was prepared for `${...}`: a sixth of composing.
         defaults_list._create_interpolation_map = _if_needed(
             defaults_list._create_interpolation_map
         )
-    # `load_config` takes the first of several files of one name, and does not say so.
+    # `load_config` silently takes the first of several files of one name.
     ConfigRepository.load_config = _unshadowed(ConfigRepository.load_config)
-    # `add_override` drops what a second file chooses for a group, and does not say so.
-    Overrides.add_override = _first_wins(Overrides.add_override)  # type: ignore[method-assign]
-    # `_get_header_dict` does not see `# @package` behind the mark that some editors put before all
-    # text: the file's keys would go into the package of its folder.
+    # `add_override` silently drops what a second file chooses for a group.
+    Overrides.add_override = _unrivalled(Overrides.add_override)  # type: ignore[method-assign]
+    # `_get_header_dict` misses `# @package` after a byte order mark, which some editors write: the
+    # file's keys would go to the package of its folder.
     ConfigSource._get_header_dict = staticmethod(_unmarked(ConfigSource._get_header_dict))
-    # Hydra checks what `choice` is given against its annotations; null is a value like others.
+    # `choice` does not take null: Hydra checks its arguments against these annotations.
     grammar_functions.choice.__annotations__["args"] |= None
-    # Hydra copies its whole store for each group that it looks into, a second in all of `--help`.
-    # It only reads in that copy, and copies what it takes from it.
+    # Hydra copies its whole store whenever it looks into a group: a second of `--help`. It only
+    # reads that copy, and copies again what it takes from it.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
 def _as_written(self: FloatRange) -> None:
-    """Decimals of what stands there; Hydra's are those of the binary fractions, whose sums give
-    0.30000000000000004, and with it the end, which is no point of a range."""
+    """The decimals as they were written, not those of the nearest binary fractions."""
     for name in ("start", "stop", "step"):
         setattr(self, name, Decimal(str(getattr(self, name))))
 
@@ -78,7 +77,7 @@ def _as_written(self: FloatRange) -> None:
 def _sorted(
     sort: Callable[..., Any], sweep: ChoiceSweep | RangeSweep, reverse: bool
 ) -> ChoiceSweep | RangeSweep:
-    """Hydra's sorting, but a range keeps its points: it takes those of range(2,9,4) for 5 and 1."""
+    """Hydra's `sort`, but a range keeps its points."""
     if not isinstance(sweep, RangeSweep):
         return sort(sweep, reverse)
     start, step = Decimal(str(sweep.start)), Decimal(str(sweep.step))
@@ -92,15 +91,15 @@ def _sorted(
 
 
 def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Hydra's `load`, through which every config goes before anything that it names is called."""
+    """Hydra's loading of a config, which is then checked."""
 
     @wraps(load)
     def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
         try:
             config = load(self, *args, **options)
         except (YAMLError, UnicodeDecodeError) as error:
-            line = " ".join(str(error).split())
-            raise ConfigError(f"a config file must be plain YAML in UTF-8: {line}") from None
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"a config file must be plain YAML in UTF-8: {reason}") from None
         if (args[0] if args else options["config_name"]) is not None:  # --hydra-help reads no file
             schema.refuse_code(config)
             schema.refuse_places(config)
@@ -110,7 +109,7 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _unless_given(get_mode: Callable[..., Any]) -> Callable[..., Any]:
-    """Hydra's `get_mode`: a config's `hydra.mode`. With None, `-m` has its way."""
+    """Hydra's reading of `hydra.mode`, left out where -m is given: it decides if there is none."""
 
     @wraps(get_mode)
     def given_mode(*args: Any, **options: Any) -> Any:
@@ -121,7 +120,7 @@ def _unless_given(get_mode: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _if_needed(create: Callable[..., DictConfig]) -> Callable[..., DictConfig | None]:
-    """Hydra's map of what `${...}` in a list of defaults may name, where the list has one."""
+    """Hydra's map of what `${...}` may name, made only for a list of defaults that has one."""
 
     @wraps(create)
     def interpolation_map(
@@ -136,22 +135,22 @@ def _if_needed(create: Callable[..., DictConfig]) -> Callable[..., DictConfig | 
 def _composed_mode(
     self: Any, config_name: str | None, overrides: list[str], parsed: Any = None
 ) -> Any:
-    """As Hydra 1.3: `hydra.mode` of the composed config; None where it does not compose."""
+    """`hydra.mode` of the composed config, as in Hydra 1.3; None where it does not compose."""
     return super(ConfigLoaderImpl, self).get_mode(config_name, overrides)  # type: ignore[misc]
 
 
 def _unshadowed(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Hydra's `load_config`, which takes the first of several files and is silent on the others."""
+    """Hydra's `load_config`; ConfigError for files of one name that differ."""
 
     @wraps(load)
     def load_config(self: ConfigRepository, config_path: str) -> Any:
-        having = [source for source in self.get_sources() if source.is_config(config_path)]
-        files = [_file_of(source, config_path) for source in having]
+        sources = [source for source in self.get_sources() if source.is_config(config_path)]
+        files = [_file_of(source, config_path) for source in sources]
         for own in files[1:]:
             if own and (not files[0] or files[0].read_bytes() != own.read_bytes()):
                 raise ConfigError(
                     f"{config_path.removesuffix('.yaml')} must be one file, got "
-                    f"{files[0] or f'that of {having[0].provider}'} and {own}: give your own "
+                    f"{files[0] or f'that of {sources[0].provider}'} and {own}: give your own "
                     "another name"
                 )
         return load(self, config_path)
@@ -165,12 +164,12 @@ def _file_of(source: ConfigSource, config_path: str) -> Path | None:
 
 
 def _unmarked(read: Callable[[str], dict[str, str | None]]) -> Callable[..., Any]:
-    """Hydra's reading of `# @package`, without the mark that some editors put before all text."""
+    """Hydra's reading of `# @package`, after a byte order mark too."""
     return wraps(read)(lambda text: read(text.removeprefix("\ufeff")))
 
 
-def _first_wins(add: Callable[..., None]) -> Callable[..., None]:
-    """Hydra's `add_override`, which drops what a second file says of a group without a word."""
+def _unrivalled(add: Callable[..., None]) -> Callable[..., None]:
+    """Hydra's `add_override`; ConfigError where two files choose differently for a group."""
 
     @wraps(add)
     def add_override(self: Overrides, parent_config_path: str, default: GroupDefault) -> None:
@@ -179,7 +178,7 @@ def _first_wins(add: Callable[..., None]) -> Callable[..., None]:
         if winner and winner.containing_config_path and not winner.external_override:
             files = winner.containing_config_path, parent_config_path
             before, now = self.override_choices[key], default.value
-            # Files of one folder are an heir and what it begins with: the heir is right.
+            # In one folder the first file is the one that includes the second, and may override it.
             if before != now and len({file.rpartition("/")[0] for file in files}) > 1:
                 raise ConfigError(
                     f"{key} must be chosen by one file, got {before} in {files[0]} and {now} in "

@@ -1,11 +1,13 @@
-"""The porch: Hydra's Sweeper and Launcher as thin doors into `sweeps`.
+"""Hydra's sweepers and launchers, which hand over to `sweeps`, and their options.
 
-Hydra imports this module at every start, so everything heavy is imported where it is used. No
-`from __future__ import annotations` here: Hydra executes the module before it is in `sys.modules`,
-where dataclasses would look its annotations up.
+Hydra imports this module at every start, but a single run needs neither `sweeps.launch` nor the
+launchers (60 ms): they are imported where they are used. There is no `from __future__ import
+annotations`: Hydra 1.3 runs the module before it is in `sys.modules`, where dataclasses look up
+their annotations.
 """
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,32 +29,33 @@ from hydra_plugins.relora_sweeps._compose import Composer
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
+from sweeps.grid import points_from
 from sweeps.options import SlurmOptions
-from sweeps.search.config import SearchConfig
+from sweeps.search.config import SearchConfig, normalise
 from sweeps.search.space import Choice, Dimension
 
 
 @dataclass
 class GridConf:
-    """`hydra/sweeper=relora_grid`: the product of all axes, planned as a whole."""
+    """`hydra/sweeper=relora_grid`: all points of a grid, planned together."""
 
     _target_: str = "hydra_plugins.relora_sweeps.plugins.GridSweeper"
     params: dict[str, Any] | None = field(default_factory=dict)
     """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
     arms: dict[str, Any] | None = field(default_factory=dict)
-    """Settings that no axis spans: name -> overrides, crossed with all axes. `sweep.arm=a,b` takes
-    some; what the command line says wins over an arm, and an arm over `params`."""
+    """Settings that differ in several keys: name -> overrides, crossed with all axes.
+    `sweep.arm=a,b` takes some. The command line wins over an arm, and an arm over `params`."""
     plan_only: bool = False
-    """Show what would be done, and its cost, and do nothing (`run.py --plan`)."""
+    """Show what would be done and what it costs; do nothing (`run.py --plan`)."""
 
 
 @dataclass
 class SearchConf:
-    """`hydra/sweeper=search`: what is tried next depends on what came before (`search=...`)."""
+    """`hydra/sweeper=search`: the results so far decide what is tried next (`search=...`)."""
 
     _target_: str = "hydra_plugins.relora_sweeps.plugins.SearchSweeper"
     plan_only: bool = False
-    """Show the space, what is left and its cost, and do nothing (`run.py --plan`)."""
+    """Show the space, what is left to do and what it costs; do nothing (`run.py --plan`)."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ def _register() -> None:
 
 
 def _search_node() -> DictConfig:
-    """SearchConfig's keys and defaults; the values are its own to check, its mappings are open."""
+    """Keys and defaults of SearchConfig, which itself checks the values; mappings take any key."""
     named = {key: {"name": getattr(SearchConfig(), key)} for key in ("sampler", "pruner")}
     node = OmegaConf.create(dataclasses.asdict(SearchConfig()) | named)
     for key in ("sampler", "pruner", "space", "when"):
@@ -106,7 +109,7 @@ _register()
 
 
 class GridSweeper(Sweeper):
-    """Expands the axes with Hydra's own grammar and hands all points to the launcher at once."""
+    """Expands the axes and hands all points to the launcher at once."""
 
     def __init__(
         self,
@@ -132,13 +135,13 @@ class GridSweeper(Sweeper):
                 "hydra/launcher must be local or slurm with hydra/sweeper=relora_grid"
             )
         self.launcher.plan_only = self.plan_only
-        arms = {name: list(words or []) for name, words in self.arms.items()}
+        arms = {name: list(overrides or []) for name, overrides in self.arms.items()}
         cells = expand_arms(texts, arms=arms, arguments=arguments, loader=self.loader)
         self.launcher.launch(cells, initial_job_idx=0)
 
 
 class SearchSweeper(Sweeper):
-    """Parses the space, composes what groups can be chosen, and hands both to `sweeps.search`."""
+    """Parses the space, composes each choice of groups, and hands both to `sweeps.search`."""
 
     def __init__(self, plan_only: bool = False) -> None:
         self.plan_only = plan_only
@@ -178,14 +181,14 @@ class SearchSweeper(Sweeper):
             raise ConfigError(
                 "relora.alpha must be left out where relora.scale is given: it follows"
             )
-        self.composer.launchers.clear()  # `first` is no point
+        self.composer.launchers.clear()  # `first` is not a point
         bases = self._bases(space, list(fixed.values()))
         code = run_search(
             self._search(first, space, fixed),
             space=space,
             bases=bases,
             name=self.name,
-            launcher=self.launcher.agreed(self.composer).made(),
+            launcher=self.launcher.for_points(self.composer).make(),
             command=_command(),
             plan_only=self.plan_only,
         )
@@ -195,9 +198,7 @@ class SearchSweeper(Sweeper):
     def _search(
         self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str]
     ) -> SearchConfig:
-        """`search.*`, checked; what the command line fixes is not tried otherwise."""
-        from sweeps.search.config import normalise
-
+        """`search.*`, checked, without values for keys that the command line fixes."""
         given: Any = OmegaConf.to_container(composed.search, resolve=True)
         given["space"] = {key: one.text() for key, one in space.items()}
         given["when"] = {key: text for key, text in given["when"].items() if key not in fixed}
@@ -209,19 +210,19 @@ class SearchSweeper(Sweeper):
     def _bases(
         self, space: dict[str, Dimension], fixed: list[str]
     ) -> list[tuple[dict[str, str], RunConfig]]:
-        """What each combination of the groups that are searched composes to."""
+        """The choices and the config of each combination of the groups that are searched."""
         groups = {key: one.values for key, one in space.items() if isinstance(one, Choice)}
         groups = {key: values for key, values in groups.items() if self.composer.is_group(key)}
         bases = []
         for options in product(*groups.values()):
             choices = dict(zip(groups, map(str, options), strict=True))
-            words = [*fixed, *(f"{key}={option}" for key, option in choices.items())]
-            config = schema.to_run_config(self.composer.compose(words), words=words)
-            bases.append((choices, config))
+            overrides = [*fixed, *(f"{key}={option}" for key, option in choices.items())]
+            config = self.composer.compose(overrides)
+            bases.append((choices, schema.to_run_config(config, overrides=overrides)))
         return bases
 
     def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
-        """The file's space with the command line's: what that fixes is not searched."""
+        """The space of the file and the command line; what the latter fixes is not searched."""
         lines = lines_of(texts, of="search.space")
         space = {o.key_or_group: o for o in parse(lines, loader=self.loader)}
         for override in given:
@@ -232,7 +233,7 @@ class SearchSweeper(Sweeper):
 
 
 class OurLauncher(Launcher):
-    """Composes every point and hands all to `sweeps`; ends the process where something failed."""
+    """Composes every point and hands all to `sweeps`; exits with a code where something failed."""
 
     plan_only = False
 
@@ -242,8 +243,8 @@ class OurLauncher(Launcher):
         self.context, self.task_function, self.config = hydra_context, task_function, config
         self.loader = hydra_context.config_loader
 
-    def agreed(self, composer: Composer) -> "OurLauncher":
-        """This launcher, or the other one that all the composed points ask for."""
+    def for_points(self, composer: Composer) -> "OurLauncher":
+        """This launcher, or another one if all composed points ask for it."""
         node = composer.launcher()
         if node == self.config.hydra.launcher:
             return self
@@ -253,23 +254,22 @@ class OurLauncher(Launcher):
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.context, task_function=self.task_function, config=config
         )
-        assert isinstance(launcher, OurLauncher)  # refuse_code has seen to it
+        assert isinstance(launcher, OurLauncher)  # refuse_code allows no other
         return launcher
 
-    def made(self) -> Any:
-        """The launcher of `sweeps` that this one stands for."""
+    def make(self) -> Any:
+        """Make the launcher of `sweeps` with these options."""
         raise NotImplementedError
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from sweeps.grid import points_from
         from sweeps.launch import run_sweep
 
         composer = Composer(self.loader, self.config)
         configs = composer.all(job_overrides)
         points = list(zip(points_from(job_overrides), configs, strict=True))
-        launcher = self.agreed(composer).made()
+        launcher = self.for_points(composer).make()
         code = run_sweep(points, launcher=launcher, command=_command(), plan_only=self.plan_only)
         if code:
             raise SystemExit(code)
@@ -282,7 +282,7 @@ class LocalLauncher(OurLauncher):
     def __init__(self, max_parallel: int | None = None, **added: Any) -> None:
         self.max_parallel, self.added = max_parallel, added
 
-    def made(self) -> Any:
+    def make(self) -> Any:
         from sweeps.local import LocalLauncher as Local
 
         _refuse_added(self.added, known=["max_parallel"])
@@ -298,7 +298,7 @@ class SlurmLauncher(OurLauncher):
             for key, value in options.items()
         }
 
-    def made(self) -> Any:
+    def make(self) -> Any:
         from sweeps.slurm import SlurmLauncher as Slurm
 
         _refuse_added(self.values, known=[f.name for f in dataclasses.fields(SlurmOptions)])
@@ -306,7 +306,7 @@ class SlurmLauncher(OurLauncher):
 
 
 def _refuse_added(values: Mapping[str, Any], *, known: list[str]) -> None:
-    """ConfigError for a key that a plus has added: what sbatch has and we do not goes elsewhere."""
+    """ConfigError for a key that a plus has added; options of sbatch's own go to `extra`."""
     for key in values:
         if key in known:
             continue
@@ -317,6 +317,4 @@ def _refuse_added(values: Mapping[str, Any], *, known: list[str]) -> None:
 
 
 def _command() -> str:
-    import shlex
-
     return shlex.join(["python", *sys.argv])

@@ -1,4 +1,4 @@
-"""`python run.py ...` in this process, up to where it would begin to write."""
+"""`python run.py ...` in this process, up to where it would start to write."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_S = 20.0
-"""What no case may take; most take milliseconds."""
+"""More than any case may take; most take milliseconds."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Answer:
-    """What a command left behind."""
+    """What a command returned and printed."""
 
     code: int
     out: str
     err: str
     trace: str
-    """Of an exception that nobody caught; empty where all were."""
-    begun: bool
+    """The traceback of an exception that was not caught, or nothing."""
+    started: bool
     """Whether it accepted everything and would have written next."""
 
 
-class _Begun(SystemExit):
+class _Started(SystemExit):
     """Everything was accepted."""
 
 
-def _begin(output_dir: object) -> None:
-    raise _Begun(0)
+def _start(output_dir: object) -> None:
+    raise _Started(0)
 
 
-def run_py(words: Sequence[str], *, cwd: Path) -> Answer:
-    """What `python run.py WORDS` answers; nothing is launched."""
+def run_py(arguments: Sequence[str], *, cwd: Path) -> Answer:
+    """The answer of `python run.py ARGUMENTS`; nothing is launched."""
     import experiments.runner
     import sweeps.search.launch
 
     patches = [
-        mock.patch.object(experiments.runner, "check_output_dir", _begin),
-        mock.patch.object(sweeps.search.launch, "check_output_dir", _begin),
-        mock.patch.object(sys, "argv", ["run.py", *words]),
+        mock.patch.object(experiments.runner, "check_output_dir", _start),
+        mock.patch.object(sweeps.search.launch, "check_output_dir", _start),
+        mock.patch.object(sys, "argv", ["run.py", *arguments]),
         contextlib.chdir(cwd),
     ]
     with contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def run_py(words: Sequence[str], *, cwd: Path) -> Answer:
 
 @contextlib.contextmanager
 def timed(cpu_s: float = CPU_S) -> Iterator[None]:
-    """Conftest's alarm rings where what is inside uses more CPU."""
+    """A context in which conftest's alarm rings after so many seconds of CPU."""
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)
     try:
         yield
@@ -73,32 +73,32 @@ def timed(cpu_s: float = CPU_S) -> Iterator[None]:
 
 
 def answer(call: Callable[[], object]) -> Answer:
-    """Code, words and traceback of `call`, which exits, returns its exit code, or raises."""
+    """The answer of `call`, which exits, returns its exit code, or raises."""
     out, err = io.StringIO(), io.StringIO()
-    code, trace, begun = 0, "", False
+    code, trace, started = 0, "", False
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             with timed():
-                got = call()
-            code = got if isinstance(got, int) else 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 1
-            begun = isinstance(ended, _Begun)
+                returned = call()
+            code = returned if isinstance(returned, int) else 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            started = isinstance(end, _Started)
         except BaseException:
             code, trace = 1, traceback.format_exc()
-    return Answer(code=code, out=out.getvalue(), err=err.getvalue(), trace=trace, begun=begun)
+    return Answer(code=code, out=out.getvalue(), err=err.getvalue(), trace=trace, started=started)
 
 
-def faults(told: Answer) -> list[str]:
-    """Why an answer is neither a clean success nor one clear line; empty where it is one."""
-    if told.trace:
-        return ["traceback: " + told.trace.strip().splitlines()[-1]]
-    lines = told.err.splitlines()
-    if told.code == 0:
-        return [f"success, and on stderr: {told.err!r}"] if lines else []
-    found = []
+def faults(answer: Answer) -> list[str]:
+    """Why an answer is neither a clean success nor one line of error; empty where it is."""
+    if answer.trace:
+        return ["traceback: " + answer.trace.strip().splitlines()[-1]]
+    lines = answer.err.splitlines()
+    if answer.code == 0:
+        return [f"success, and on stderr: {answer.err!r}"] if lines else []
+    reasons = []
     if len(lines) != 1:
-        found.append(f"{len(lines)} lines on stderr")
-    if told.code not in (1, 2):
-        found.append(f"exit code {told.code}")
-    return found
+        reasons.append(f"{len(lines)} lines on stderr")
+    if answer.code not in (1, 2):
+        reasons.append(f"exit code {answer.code}")
+    return reasons

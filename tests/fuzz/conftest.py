@@ -1,4 +1,4 @@
-"""An alarm for what never ends (`command_line.timed` sets it)."""
+"""An alarm for tests that would never end (`command_line.timed` sets it)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 
 class Hang(BaseException):
-    """No Exception, so that no handler takes it for a failure."""
+    """Not an Exception: no handler may take it for a failure of a run."""
 
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """A test that uses more CPU than any should is told where it was; see `command_line.timed`."""
+    """A test that uses too much CPU fails where it stands; see `command_line.timed`."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang("a case took too long")

@@ -1,7 +1,7 @@
-"""Whatever is written as an override: one line that says what is wrong, or the config asked for.
+"""Any override gives one line that says what is wrong, or the config that was asked for.
 
-Hundreds of values at any key through the porch's own parsing, typing and validation; keys, flags
-and searches through `run.py` itself; never a traceback, a hang, or a file outside output_dir.
+Hundreds of values at any key go through parsing, typing and validation; keys, flags and searches
+through `run.py` itself. There is never a traceback, a hang, or a file outside output_dir.
 """
 
 from __future__ import annotations
@@ -92,18 +92,18 @@ REFUSED = {
 }  # fmt: skip
 
 
-def refused(told: command_line.Answer, words: str) -> None:
-    assert command_line.faults(told) == []
-    assert told.code == 2
-    assert told.err.startswith("error: ")
-    assert words in told.err
+def check_refusal(answer: command_line.Answer, expected: str) -> None:
+    assert command_line.faults(answer) == []
+    assert answer.code == 2
+    assert answer.err.startswith("error: ")
+    assert expected in answer.err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_fault_that_fuzzing_found_is_one_line(case, tmp_path):
     words, expected = REFUSED[case]
-    refused(command_line.run_py(words, cwd=tmp_path), expected)
+    check_refusal(command_line.run_py(words, cwd=tmp_path), expected)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +148,7 @@ def _quoted(text: str) -> str:
 
 
 def _value(draw: random.Random, *, depth: int = 0) -> tuple[str, Any]:
-    """As Hydra's grammar writes it, and what is meant."""
+    """A value as Hydra's grammar writes it, and the Python value that is meant."""
     kind = draw.choice("iiffwwbn" + ("ld" if depth < 3 else ""))
     if kind == "i":
         number = draw.choice(NUMBERS)
@@ -174,7 +174,7 @@ def _value(draw: random.Random, *, depth: int = 0) -> tuple[str, Any]:
 
 
 def _key(draw: random.Random) -> str:
-    """Mostly a real one, or near one."""
+    """Mostly a real key, sometimes one that is nearly one."""
     key = draw.choice(KEYS)
     change = draw.randrange(12)
     if change == 0:
@@ -186,9 +186,9 @@ def _key(draw: random.Random) -> str:
 
 
 def _as_meant(got: Any, meant: Any) -> bool:
-    """The same value, or its only reading in the key's own type."""
+    """Whether it is the same value, or the only reading of it in the type of the key."""
     if isinstance(meant, str) and "${" in meant:
-        return True  # what it stands for is another key's
+        return True  # it stands for the value of another key
     if isinstance(got, float) and isinstance(meant, float) and math.isnan(meant):
         return math.isnan(got)
     if isinstance(got, list) and isinstance(meant, list):
@@ -203,7 +203,7 @@ def _as_meant(got: Any, meant: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def composer():
-    """The porch of a grid, whose base is composed once."""
+    """A grid's composer that composes its base once."""
     schema.register()
     GlobalHydra.instance().clear()
     with schema.initialized():
@@ -215,14 +215,14 @@ def composer():
 
 
 def one_value(composer: Composer, seed: int) -> bool:
-    """Whether the config was accepted; AssertionError where it is neither one line nor as meant."""
+    """Whether the config was accepted; AssertionError unless as meant, or refused in a line."""
     draw = random.Random(seed)
     key = _key(draw)
     text, meant = _value(draw)
     word = f"{key}={text}"
     try:
         with command_line.timed():
-            typos.check_words([word])
+            typos.check_arguments([word])
             [config] = composer.all([[word]])
             validate(config)
             name, frozen = run_id(config), config_to_json(config)
@@ -246,16 +246,18 @@ def test_a_value_is_refused_in_one_line_or_taken_as_it_was_meant(composer):
 @pytest.mark.slow
 def test_so_are_600_values(composer):
     accepted = sum(one_value(composer, 1000 + seed) for seed in range(600))
-    assert 30 < accepted < 450  # the cases are neither all nonsense nor all sound
+    assert 30 < accepted < 450  # some cases are right, some wrong
 
 
-# whole command lines ----------------------------------------------------------------------------
+# complete command lines -------------------------------------------------------------------------
 def _word(draw: random.Random) -> str:
     sign = draw.choice(["", "", "", "+", "++", "~"])
     if draw.random() < 0.3:
         group = draw.choice([*typos.groups(), "hydra/launcher", "hydra/sweeper", "modle"])
-        known = typos.options(group) or ["local", "slurm", "relora_grid", "search", "basic"]
-        option = draw.choice([*known, "nope", "null", "3", "[tiny]", "{}", "''", "../x", "glob(*)"])
+        options = typos.options(group) or ["local", "slurm", "relora_grid", "search", "basic"]
+        option = draw.choice(
+            [*options, "nope", "null", "3", "[tiny]", "{}", "''", "../x", "glob(*)"]
+        )
         return f"{sign}{group}={option}"
     key, (text, _) = _key(draw), _value(draw)
     if draw.random() < 0.4:
@@ -272,8 +274,8 @@ def test_a_command_line_of_anything_ends_cleanly(seed, tmp_path):
     words = [_word(draw) for _ in range(draw.choice([1, 1, 2, 3]))]
     if draw.random() < 0.5:
         words.insert(draw.randrange(len(words) + 1), draw.choice(["-m", "--plan"]))
-    told = command_line.run_py(words, cwd=tmp_path)
-    assert command_line.faults(told) == [], (words, told)
+    answer = command_line.run_py(words, cwd=tmp_path)
+    assert command_line.faults(answer) == [], (words, answer)
     assert list(tmp_path.iterdir()) == [], words
 
 

@@ -1,4 +1,4 @@
-"""What a config file says under `hydra`, or overrides: done, or refused in one line."""
+"""What a config file sets under `hydra`, or overrides: it is done, or refused in one line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SLURM_Q = ("hydra/launcher=slurm", "hydra.launcher.partition=q")
 SEARCH = ("hydra/sweeper=search", "search=lr_and_rank", "model=nano")
 
 
-pytestmark = pytest.mark.slow  # each composes as the command does, a second
+pytestmark = pytest.mark.slow  # each composes as the command does
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def own(tmp_path_factory):
 
 
 @pytest.fixture
-def answer(own, tmp_path, monkeypatch):
-    """What the command line does: its answer, and the points and launcher that it came to."""
+def ask(own, tmp_path, monkeypatch):
+    """The command's answer, and the points and launchers that it would have started."""
     launched = []
 
     def run_sweep(points, *, launcher, **options):
@@ -89,13 +89,13 @@ def answer(own, tmp_path, monkeypatch):
     monkeypatch.setattr("sweeps.launch.run_sweep", run_sweep)
     monkeypatch.setattr("sweeps.search.launch.run_search", run_search)
 
-    def ask(*words):
-        told = command_line.run_py(["--config-dir", str(own), *words], cwd=tmp_path)
-        assert command_line.faults(told) == []
+    def run(*words):
+        answer = command_line.run_py(["--config-dir", str(own), *words], cwd=tmp_path)
+        assert command_line.faults(answer) == []
         assert list(Path(tmp_path).iterdir()) == []
-        return told, launched
+        return answer, launched
 
-    return ask
+    return run
 
 
 @pytest.mark.parametrize(
@@ -109,59 +109,59 @@ def answer(own, tmp_path, monkeypatch):
         (("--plan", *SEARCH, "experiment=a,b"), 2, "gpu"),
     ],
 )  # fmt: skip
-def test_a_launcher_that_all_points_agree_on_is_taken(answer, words, points, partition):
-    told, [(planned, launcher)] = answer(*words)
-    assert told.code == 0
+def test_a_launcher_that_all_points_agree_on_is_taken(ask, words, points, partition):
+    answer, [(planned, launcher)] = ask(*words)
+    assert answer.code == 0
     assert (launcher.kind, launcher.options.partition) == ("slurm", partition)
     assert len(planned) == points
 
 
-def test_an_experiment_may_choose_more_than_its_ancestor(answer):
-    told, [(_, launcher)] = answer("--plan", "experiment=heir")
-    assert (told.code, launcher.kind, launcher.options.gpus_per_node) == (0, "slurm", 0)
+def test_an_experiment_may_choose_more_than_its_ancestor(ask):
+    answer, [(_, launcher)] = ask("--plan", "experiment=heir")
+    assert (answer.code, launcher.kind, launcher.options.gpus_per_node) == (0, "slurm", 0)
 
 
-def test_an_option_of_the_chosen_launcher_is_taken_from_a_file(answer):
-    _, [(_, launcher)] = answer("-m", "experiment=parallel")
+def test_an_option_of_the_chosen_launcher_is_taken_from_a_file(ask):
+    _, [(_, launcher)] = ask("-m", "experiment=parallel")
     assert (launcher.kind, launcher.max_parallel) == ("local", 3)
 
 
 @pytest.mark.parametrize("words", [("experiment=many",), ("--plan", "experiment=params")])
-def test_a_sweep_that_an_experiment_asks_for_is_one(answer, words):
-    told, [(points, launcher)] = answer(*words)
-    assert (told.code, launcher.kind) == (0, "local")
+def test_a_sweep_that_an_experiment_asks_for_is_one(ask, words):
+    answer, [(points, launcher)] = ask(*words)
+    assert (answer.code, launcher.kind) == (0, "local")
     assert len(points) == (2 if "--plan" in words else 1)
 
 
-def test_the_flag_for_a_sweep_counts_for_more_than_a_files_mode(answer):
-    told, [(points, _)] = answer("-m", "experiment=one", "seed=0,1")
-    assert (told.code, len(points)) == (0, 2)
+def test_the_flag_for_a_sweep_counts_for_more_than_a_files_mode(ask):
+    answer, [(points, _)] = ask("-m", "experiment=one", "seed=0,1")
+    assert (answer.code, len(points)) == (0, 2)
 
 
-def test_a_list_of_defaults_may_name_what_another_chooses(answer):
-    told, [(points, _)] = answer("-m", "experiment=by_sweep")
-    assert (told.code, [config.seed for _, config in points]) == (0, [9])
+def test_a_list_of_defaults_may_name_what_another_chooses(ask):
+    answer, [(points, _)] = ask("-m", "experiment=by_sweep")
+    assert (answer.code, [config.seed for _, config in points]) == (0, [9])
 
 
-def test_a_mark_of_an_editor_takes_nothing_from_a_file(answer):
-    told, [(points, _)] = answer("-m", "experiment=marked")
-    assert (told.code, [config.seed for _, config in points]) == (0, [7])
+def test_a_byte_order_mark_changes_nothing(ask):
+    answer, [(points, _)] = ask("-m", "experiment=marked")
+    assert (answer.code, [config.seed for _, config in points]) == (0, [7])
 
 
-def test_a_launcher_of_ones_own_is_one(answer):
-    told, [(_, launcher)] = answer("-m", "hydra/launcher=mine", "model=mine,nano")
-    assert (told.code, launcher.kind) == (0, "slurm")
+def test_a_launcher_of_ones_own_is_one(ask):
+    answer, [(_, launcher)] = ask("-m", "hydra/launcher=mine", "model=mine,nano")
+    assert (answer.code, launcher.kind) == (0, "slurm")
 
 
-def test_null_is_a_value_of_an_axis_like_others(answer):
-    told, [(points, _)] = answer("-m", "train.grad_clip=choice(null,1.0)")
-    assert (told.code, [config.train.grad_clip for _, config in points]) == (0, [None, 1.0])
+def test_null_is_a_value_of_an_axis_like_others(ask):
+    answer, [(points, _)] = ask("-m", "train.grad_clip=choice(null,1.0)")
+    assert (answer.code, [config.train.grad_clip for _, config in points]) == (0, [None, 1.0])
 
 
-def test_hydras_own_help_is_shown(answer):
-    told, _ = answer("--hydra-help")
-    assert told.code == 0
-    assert "hydra/launcher: " in told.out
+def test_hydras_own_help_is_shown(ask):
+    answer, _ = ask("--hydra-help")
+    assert answer.code == 0
+    assert "hydra/launcher: " in answer.out
 
 
 @pytest.mark.parametrize(
@@ -178,18 +178,18 @@ def test_an_option_of_ones_own_that_ours_would_shadow_is_refused(tmp_path, name,
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\nseed: 3\n")
     words = ["--config-dir", str(tmp_path / "own"), *words]
-    told = command_line.run_py(words, cwd=tmp_path)
-    assert (told.code, told.err.count("\n")) == (2, 1)
+    answer = command_line.run_py(words, cwd=tmp_path)
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
     assert (
-        f"{name} must be one file, got {typos.CONF / name}.yaml and {path}: give your" in told.err
+        f"{name} must be one file, got {typos.CONF / name}.yaml and {path}: give your" in answer.err
     )
     path.write_bytes((typos.CONF / f"{name}.yaml").read_bytes())
-    assert command_line.run_py([*words, "model=nano"], cwd=tmp_path).begun
+    assert command_line.run_py([*words, "model=nano"], cwd=tmp_path).started
 
 
-def test_a_file_may_choose_the_search(answer):
-    told, [(bases, _)] = answer("--plan", "experiment=search")
-    assert (told.code, len(bases)) == (0, 1)
+def test_a_file_may_choose_the_search(ask):
+    answer, [(bases, _)] = ask("--plan", "experiment=search")
+    assert (answer.code, len(bases)) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_file_may_choose_the_search(answer):
         (("-m", *SEARCH[:1], "search=lr_and_rank,pareto"), "search must be one option"),
         (("-m", *SEARCH, "experiment=a,other"), "hydra.launcher.partition must be the same"),
         (("-m", *SEARCH, "sweep=s1"), "hydra.sweeper.params needs hydra/sweeper=relora_grid (in s"),
-        # With options of one's own, a mistake elsewhere is not theirs.
+        # With options of one's own, mistakes elsewhere are named as before.
         (("experiment=a", "model=tny"), "model must be one of micro, mine, nano, small, tiny, got"),
         (("experiment=aa",), "got 'aa'. Did you mean 'a'?"),
         (("model=mine", "relora.rr=8"), "Did you mean 'relora.r'?"),
@@ -253,7 +253,7 @@ def test_a_file_may_choose_the_search(answer):
         (("-m", "sweep=nested_list"), "must be values, got a section; write relora.r: 4,8"),
         (("-m", *SEARCH, "relora.r=[4,8]"), "go without brackets, relora.r=4,8"),
         (("-m", *SEARCH, "search.space.relora.r=[4,8]"), "a section; write relora.r: 4,8"),
-        # What other sweepers and launchers call it.
+        # Keys of other sweepers and launchers.
         (("-m", *SEARCH, "hydra.sweeper.n_trials=3"), "Did you mean 'search.n_trials' with hydra"),
         (("-m", "+hydra.sweeper.n_trials=3"), "Did you mean 'search.n_trials' with hydra"),
         (("-m", "hydra.sweeper.direction=min"), "Did you mean 'search.objectives' with"),
@@ -269,12 +269,12 @@ def test_a_file_may_choose_the_search(answer):
         (("-m", *SEARCH, 'search.storage="sqlite:///~/x.db"'), "; nearest valid: sqlite:////"),
     ],
 )  # fmt: skip
-def test_what_a_file_cannot_have_is_refused_in_one_line(answer, words, line):
-    told, launched = answer(*words)
-    if line is None:  # both say slurm: nothing is at odds, and the later file has its partition
+def test_what_a_file_cannot_have_is_refused_in_one_line(ask, words, line):
+    answer, launched = ask(*words)
+    if line is None:  # both choose slurm, so nothing conflicts; the later file sets the partition
         [(points, launcher)] = launched
-        assert (told.code, launcher.options.partition, len(points)) == (0, "p", 2)
+        assert (answer.code, launcher.options.partition, len(points)) == (0, "p", 2)
         return
-    assert (told.code, launched) == (2, [])
-    assert line in told.err
-    assert told.err.count("\n") == 1
+    assert (answer.code, launched) == (2, [])
+    assert line in answer.err
+    assert answer.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The porch of a search: Hydra's grammar becomes a space, groups become configs; else one line."""
+"""A search on the command line: values become a space, groups configs, mistakes one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loader():
 
 @pytest.fixture
 def searched(loader, monkeypatch):
-    """What run_search is given for these words of the command line."""
+    """The arguments of run_search for these overrides."""
 
     def go(*words):
         given = {}
@@ -61,6 +61,7 @@ def searched(loader, monkeypatch):
         ("int(interval(4, 64))", Int(low=4, high=64)),
         ("tag(log, int(interval(1, 64)))", Int(low=1, high=64, log=True)),
         ("range(8, 64, 8)", Int(low=8, high=56, step=8)),
+        ("float(range(8, 64, 8))", Float(low=8.0, high=56.0, step=8.0)),
         ("range(9, 0, -3)", Int(low=3, high=9, step=3)),
         ("range(0, 1, 0.25)", Float(low=0.0, high=0.75, step=0.25)),
         ("range(0.1, 0.4, 0.1)", Float(low=0.1, high=0.3, step=0.1)),
@@ -108,9 +109,9 @@ def test_the_command_line_widens_replaces_and_fixes_the_files_space(searched):
 @pytest.mark.slow
 def test_every_combination_of_searched_groups_is_composed(searched):
     given = searched(*SMALL, "model=nano,tiny", "method=choice(lora,relora)")
-    found = {(c["model"], c["method"]): config for c, config in given["bases"]}
-    assert set(found) == {(m, k) for m in ("nano", "tiny") for k in ("lora", "relora")}
-    for (model, method), config in found.items():
+    configs = {(c["model"], c["method"]): config for c, config in given["bases"]}
+    assert set(configs) == {(m, k) for m in ("nano", "tiny") for k in ("lora", "relora")}
+    for (model, method), config in configs.items():
         assert config == schema.compose([f"model={model}", f"method={method}"])
 
 
@@ -163,7 +164,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words, says, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["search=pareto"], ["-m", "search=pareto", "seed=0,1"]])
-def test_a_search_that_nobody_searches_is_refused(words, tmp_path):
+def test_a_search_without_the_sweeper_that_searches_is_refused(words, tmp_path):
     done = command(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "hydra/sweeper=search" in done.stderr
@@ -187,7 +188,7 @@ def test_in_a_search_alpha_follows_the_rank_at_a_fixed_or_searched_scale(searche
     ((_, base),) = given["bases"]
     check_space(given["space"], groups=[], when={}, config=base)
     one = with_values(base, {"relora.scale": 0.5})
-    assert (one.relora.alpha, one.relora.scale) == (4.0, 0.5)  # kept: a study is made of its runs
+    assert (one.relora.alpha, one.relora.scale) == (4.0, 0.5)  # a study is read from its runs
     for words in (["relora.alpha=4,8"], ["relora.alpha=16"]):
         with pytest.raises(ConfigError, match=r"^relora.alpha must be left out"):
             searched(*SMALL, "relora.scale=2", *words)

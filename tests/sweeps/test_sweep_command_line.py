@@ -1,4 +1,4 @@
-"""The porch: Hydra's grammar reaches `sweeps` as points, composed as Hydra itself would compose."""
+"""Axes on the command line become points, and each point the config that Hydra would compose."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def master(loader):
         ("seed=range(0,3)", ["0", "1", "2"]),
         ("model=glob(*)", typos.options("model")),
         ("train.lr=1e-3", ["0.001"]),
-        # The points of a range are the decimals that stand there; its end is not one of them.
+        # The points of a range are decimals as they are written; its end is not one of them.
         ("relora.dropout=range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),
         ("relora.dropout=float(range(0,0.4,0.1))", ["0.0", "0.1", "0.2", "0.3"]),
         ("relora.dropout=range(0.3,0,-0.1)", ["0.3", "0.2", "0.1"]),
@@ -107,7 +107,7 @@ def test_another_type_is_refused_with_the_right_spelling(loader, master, word, n
 
 
 @pytest.mark.parametrize(
-    ("launcher", "words"),
+    ("launcher", "line"),
     [
         (plugins.SlurmLauncher(gres="x"), "hydra.launcher.gres is not a known key. "
          "+hydra.launcher.extra.gres=... hands any option to sbatch."),
@@ -116,9 +116,9 @@ def test_another_type_is_refused_with_the_right_spelling(loader, master, word, n
         (LocalLauncher(max_paralel=2), "Did you mean 'max_parallel'?"),
     ],
 )  # fmt: skip
-def test_a_key_added_to_a_launcher_is_one_line(launcher, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        launcher.made()
+def test_a_key_added_to_a_launcher_is_one_line(launcher, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        launcher.make()
 
 
 @pytest.mark.parametrize("axis", ["relora.r=range(5,1)", "model=glob(zz*)", "relora.r=range(4,4)"])
@@ -158,7 +158,7 @@ SCALED = ["relora.scale=2"]
 
 @pytest.mark.slow
 def test_a_fixed_scale_is_an_alpha_that_follows_the_rank(loader, master):
-    """And the runs are those of such alphas, by name and folder."""
+    """And its runs have the run_ids that those alphas have."""
     ranks, alphas = ["relora.r=8", "relora.r=16"], ["relora.alpha=16", "relora.alpha=32.0"]
     given = [[rank, alpha] for rank, alpha in zip(ranks, alphas, strict=True)]
     for base in (["model=nano"], ["model=nano", "relora=as_coded"], ["relora={dropout: 0.5}"]):
@@ -166,7 +166,7 @@ def test_a_fixed_scale_is_an_alpha_that_follows_the_rank(loader, master):
         assert [config.relora.alpha for config in made] == [16.0, 32.0]
         usual = Composer(loader, master).all([[*base, *cell] for cell in given])
         assert list(map(run_id, made)) == list(map(run_id, usual))
-    composer = Composer(loader, master)  # the same, with alphas that agree and arms that name both
+    composer = Composer(loader, master)  # and with both given, where they agree
     assert composer.all([[*cell, *SCALED] for cell in given]) == composer.all(
         [[rank, *SCALED] for rank in ranks]
     )
@@ -258,13 +258,13 @@ def test_a_sweep_hands_over_all_points_at_once_and_its_exit_code(loader, monkeyp
     assert not options["plan_only"]
 
 
-def test_both_plugins_live_where_hydra_looks_for_them():
+def test_both_plugins_are_where_hydra_looks_for_them():
     for cls in (GridSweeper, LocalLauncher):
         assert cls.__module__ == plugins.__name__ == "hydra_plugins.relora_sweeps.plugins"
 
 
 def command(*arguments, cwd):
-    """The command with its real workers."""
+    """A sweep with its real workers."""
     return warm.run([ROOT / "run.py", "-m", *arguments], cwd=cwd)
 
 
