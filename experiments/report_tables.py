@@ -16,6 +16,7 @@ from experiments.document import Block, Bullets, Notice, Table, joined, number, 
 from experiments.notices import fixed_order
 from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
 from experiments.tidy import Arm, RunData, Sweep, floor
+from relora_core.evals import REGISTRY
 from relora_core.events import LOSS_STEPS
 
 Pair = tuple[Arm, Arm]
@@ -54,13 +55,20 @@ class Measure:
 
 perplexity = partial(Measure, scale="log", digits=4, significant=True)
 accuracy = partial(Measure, factor=100, digits=1)
-MEASURES = (
+MEASURES = [
     Measure(title="loss", metric="train/loss"),
     perplexity(title="perplexity", metric="eval/paloma/perplexity"),
     perplexity(title="paper's perplexity", metric="eval/paloma/paper_perplexity"),
     accuracy(title="BLiMP no_bos, %", metric="eval/blimp/no_bos/accuracy"),
     accuracy(title="BLiMP eos_prefix, %", metric="eval/blimp/eos_prefix/accuracy"),
-)
+]
+_NAMED = [measure.metric for measure in MEASURES]
+MEASURES += [
+    Measure(title=f"{spec.name} {name}", metric=key, digits=4, significant=True)
+    for spec in REGISTRY.values()
+    for name in spec.headline
+    if (key := f"eval/{spec.name}/{name}") not in _NAMED
+]
 HOURS = Measure(title="device-hours", metric="perf/train_seconds", digits=3, significant=True)
 VARIANTS = ("no_bos", "eos_prefix")
 SAME_TASK = ("model.", "data.", "train.", "eval.")

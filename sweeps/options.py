@@ -12,16 +12,19 @@ from typing import Any
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
 
+SBATCH = {"sbatch": True}
+"""Metadata of an option that goes to sbatch under its own name, where it is set."""
+
 
 @dataclass(kw_only=True)
 class SlurmOptions:
     """What a job asks of SLURM; `resources.*` of a run overrides the shape for that run."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
+    partition: str | None = field(default=None, metadata=SBATCH)
+    account: str | None = field(default=None, metadata=SBATCH)
+    qos: str | None = field(default=None, metadata=SBATCH)
+    constraint: str | None = field(default=None, metadata=SBATCH)
+    reservation: str | None = field(default=None, metadata=SBATCH)
     time: str = "1:00:00"
     """Limit of one job: minutes, MM:SS, H:MM:SS, D-H, D-HH:MM:SS. A run may take several jobs."""
     nodes: int = 1
@@ -44,10 +47,10 @@ class SlurmOptions:
     """From SLURM's warning to its kill: time for the current step and a checkpoint."""
     max_stalled: int = 5
     """Attempts of one job without a new checkpoint, after which it is a failure."""
-    mail_type: str | None = None
+    mail_type: str | None = field(default=None, metadata=SBATCH)
     """As sbatch's: END,FAIL, ARRAY_TASKS, ..."""
-    mail_user: str | None = None
-    dependency: str | None = None
+    mail_user: str | None = field(default=None, metadata=SBATCH)
+    dependency: str | None = field(default=None, metadata=SBATCH)
     """As sbatch's: afterok:123."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further options of sbatch: {gres: "gpu:a100:1", licenses: x}; true is a flag."""

@@ -104,7 +104,8 @@ def parameters(
     """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
     given, options = options, dataclasses.replace(options, **by_site(options))
     packed = options.runs_per_job > 1
-    sbatch = {k: getattr(options, k) for k in ("reservation",) if getattr(options, k)}
+    as_they_are = [f.name for f in dataclasses.fields(options) if f.metadata.get("sbatch")]
+    sbatch = {name: getattr(options, name) for name in as_they_are if getattr(options, name)}
     extra = {**sbatch, "requeue": True, **options.extra}
     mine: dict[str, Any] = {
         "job_name": name,
@@ -138,8 +139,6 @@ def parameters(
             "exit $code",
         ],
     }
-    same = ("partition", "account", "qos", "constraint", "mail_type", "mail_user", "dependency")
-    mine |= {key: getattr(options, key) for key in same}
     return {key: value for key, value in mine.items() if value is not None}
 
 

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from relora_core.model import Decoder
 
 
-REGISTRY: dict[str, EvalSpec] = {spec.name: spec for spec in (paloma.SPEC, blimp.SPEC)}
+SPECS = (
+    paloma.SPEC,
+    blimp.SPEC,
+)
+REGISTRY: dict[str, EvalSpec] = {spec.name: spec for spec in SPECS}
 """By the name of its section in `config.EvalConfig`."""
 assert set(REGISTRY) == set(EVALS), f"evals {list(REGISTRY)}, sections of EvalConfig {EVALS}"
 

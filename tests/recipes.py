@@ -1,0 +1,97 @@
+"""A copy of the code on which a recipe of docs/recipes.md is carried out, and commands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("relora_core", "experiments", "sweeps", "hydra_plugins", "conf", "tests")
+NANO = [
+    *("model=nano", "relora.r=4", "train.steps=60", "train.batch_size=4", "data.seq_len=16"),
+    *("relora.reset_frequency=15", "schedule.warmup_steps=5", "checkpoint.every_steps=10"),
+    *("relora.restart_warmup_steps=2", "runtime.log_every_steps=1", "runtime.threads=1"),
+    "runtime.device=cpu",
+]
+
+
+def carry_out(recipe: str, *, into: Path) -> list[Path]:
+    """Copy the code into a folder and do there what the recipe says; the files it touches."""
+    for name in CODE:
+        shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("run.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, into / name)
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    section = text.partition(f"\n## {recipe}\n")[2].partition("\n## ")[0]
+    touched = []
+    for kind, name, block in re.findall(r"^```(\w+) (\S+)\n(.*?)^```$", section, re.M | re.S):
+        path = into / name
+        touched.append(path)
+        if kind != "diff":
+            assert not path.exists(), path
+            path.write_text(block)
+            continue
+        lines = [(line[:1].strip(), line[1:]) for line in block.splitlines(keepends=True)]
+        old = "".join(line for sign, line in lines if sign != "+")
+        assert path.read_text().count(old) == 1, f"{name} has no single place for:\n{block}"
+        new = "".join(line for sign, line in lines if sign != "-")
+        path.write_text(path.read_text().replace(old, new))
+    assert touched, f"docs/recipes.md has no recipe {recipe!r}"
+    return list(dict.fromkeys(touched))
+
+
+def start(root: Path, *words: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def call(root: Path, *words: str | Path) -> str:
+    """stdout of Python with these words in the copy; it must succeed."""
+    process = start(root, *words)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def killed_at(root: Path, *words: str | Path, out: Path, step: int) -> None:
+    """Start a run and kill it once it has recorded this step."""
+    process = start(root, *words, f"output_dir={out}")
+    deadline = time.monotonic() + 120
+    while not any(event["step"] >= step for event in events(out)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+
+
+def events(out: Path) -> Iterator[dict[str, Any]]:
+    """Those of the only run in a folder, as far as they are written."""
+    for path in out.glob("runs/*/events.jsonl"):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def numbers(out: Path) -> dict[tuple[int, str], float]:
+    """(step, metric) -> value of the only run in a folder, the newest of each; no timings."""
+    return {
+        (event["step"], name): value
+        for event in events(out)
+        for name, value in event.get("metrics", {}).items()
+        if not name.startswith("perf/")
+    }
