@@ -20,7 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema
-from experiments.runner import reporting, run_here
+from experiments.errors import reporting
+from experiments.run.single import run_here
 
 schema.register()
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import schema
-from experiments.runner import complete
+from experiments.run.complete import complete
 from relora_core.config import RunConfig
 from relora_core.events import Event
 from relora_core.train import train

@@ -36,7 +36,7 @@ import train_step
 from relora_core import costs
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from sweeps.display import A100_FLOPS
-from sweeps.local import visible_gpus
+from sweeps.local.slots import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {**train_step.WIDTHS, "nano": 24}
@@ -240,10 +240,10 @@ def _launched(runs: int, *, parallel: int, device: str) -> float:
     from rich.console import Console
 
     from experiments import schema
-    from experiments.run_dir import all_runs
-    from experiments.runner import complete
-    from sweeps.local import launch_local
-    from sweeps.plan import make_plan
+    from experiments.disk.output_dir import all_runs
+    from experiments.run.complete import complete
+    from sweeps.local.launcher import launch_local
+    from sweeps.planning.plan import make_plan
 
     smoke = device == "cpu"
     words = [f"model={'nano' if smoke else 'tiny'}", f"train.steps={2 if smoke else 500}"]

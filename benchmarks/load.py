@@ -29,7 +29,7 @@ SHORT = (
 )
 ROLES = {  # words of a command line: what the process is; the first that fits
     "mlflow_follow": "sync",
-    "sweeps.warm": "workers",
+    "sweeps.local.warm": "workers",
     "sweeps.worker": "workers",
     " watch": "watch",
     "run.py": "orchestrator",

@@ -27,8 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.disk.event_log import EventLog
+from experiments.disk.output_dir import all_runs, runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
-from experiments.run_dir import EventLog, RunDir, all_runs, runs_folder
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from relora_core.events import Event
 
@@ -97,8 +99,8 @@ def measure(uri: str, *, output_dir: Path) -> dict[str, float]:
     """Sync everything into `uri` from nothing, again with fresh eyes, and as `watch` does again."""
     import mlflow
 
-    from experiments.mlflow_store import ensure_store
-    from experiments.mlflow_sync import Syncer
+    from experiments.tracking.runs import Syncer
+    from experiments.tracking.store import ensure_store
 
     assert mlflow.MlflowClient  # loads it, which takes seconds that are no part of a sync
     runs = all_runs(output_dir)

@@ -31,13 +31,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import schema
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir, Status
 from experiments.identity import config_to_json
-from experiments.run_dir import RunDir, Status, runs_folder
-from experiments.runner import complete_all
+from experiments.run.complete import complete_all
 from relora_core.config import RunConfig
 from relora_core.data import grammar
 from relora_core.events import Event
-from sweeps.plan import make_plan, store
+from sweeps.planning.plan import make_plan, store
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = "bench"

@@ -26,12 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import schema
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.environment import cores, cpu, packages
 from experiments.identity import run_id
-from experiments.run_dir import RunDir, runs_folder
-from experiments.runner import complete
-from sweeps import warm
-from sweeps.local import WORKER, Slots
+from experiments.run.complete import complete
+from sweeps.local import warm
+from sweeps.local.launcher import WORKER
+from sweeps.local.slots import Slots
 
 PHASES = {
     "imports": "process start, Python, torch",

@@ -1,0 +1,19 @@
+"""One run, made findable and comparable: its config, files, MLflow and reports.
+
+disk/           What lies where in an output folder, and what it says
+run/            Doing one run: complete its config, train, stop, evaluate
+tracking/       MLflow as a view of the records: nothing here is the only copy of anything
+report/         A sweep's report: data, statistics, tables, page
+__main__.py     `describe`, `show`, `export`, `import-pico`, `tokenizer`
+schema.py       where Hydra meets the dataclasses
+typos.py        what a mistyped key, option or value should have been
+identity.py     run_id and arm_id
+environment.py  host, packages and code of an attempt
+scheduler.py    which SLURM job of ours a process is in, if any
+errors.py       an error as one line and an exit code
+addresses.py    addresses of tracking stores: checked, absolute, without passwords
+json_files.py   JSON of runs and sweeps, checked while it is read
+labels.py       short names of config keys
+notices.py      what to say of runs that are to be compared
+stats.py        means, intervals, comparisons on common seeds, seeds needed
+"""

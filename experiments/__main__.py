@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import inputs
-from experiments.evaluate import all_metrics
+from experiments.disk import inputs
+from experiments.disk.evaluations import all_metrics
+from experiments.disk.named import find_run
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import state_of
+from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
-from experiments.named import find_run
-from experiments.run_dir import RunDir
-from experiments.runner import complete, reporting
-from experiments.state import state_of
+from experiments.run.complete import complete
 from relora_core import costs, schedule
 from relora_core.config import ConfigError, RunConfig, validate
 
@@ -114,8 +115,8 @@ def export(
         notes += export_run(found.config, checkpoint=steps[step], folder=folder)
         _write_down(run_dir, found)
         return exported | {"notes": notes}
-    from experiments.mlflow_model import log_model, tracked
-    from experiments.mlflow_store import redacted
+    from experiments.addresses import redacted
+    from experiments.tracking.model import log_model, tracked
 
     shown = tracked(run_dir)  # before anything is written
     notes += export_run(found.config, checkpoint=steps[step], folder=folder)

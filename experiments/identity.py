@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any, get_args
 
-from experiments import records
+from experiments import json_files
 from relora_core.config import RunConfig, applies, get, runs_eval, walk
 
 SCHEMA_VERSION = 1
@@ -118,11 +118,11 @@ def config_to_json(config: RunConfig) -> str:
 
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`. Knobs added since take defaults; removed ones are refused."""
-    return _build(RunConfig, records.parse(text), "")
+    return _build(RunConfig, json_files.parse(text), "")
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
-    hints = records.hints(cls)
+    hints = json_files.hints(cls)
     if not isinstance(values, dict):
         raise ValueError(f"config.json holds {values!r:.60} as {prefix[:-1]}")
     if unknown := set(values) - set(hints):
@@ -132,7 +132,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             built[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif not records.fits(kind, value) or value in (math.inf, -math.inf) or value != value:
+        elif not json_files.fits(kind, value) or value in (math.inf, -math.inf) or value != value:
             raise ValueError(f"config.json holds {value!r:.60} as {prefix}{name}")
         elif isinstance(value, int) and not isinstance(value, bool) and _is_float(kind):
             built[name] = float(value)

@@ -3,7 +3,7 @@
 SLURM's variables are no proof: all that is started inside an allocation inherits them, a local
 sweep of the user's included. A job is ours only if we submitted it, and only a process that its
 batch script started takes part in it; any other is a process of its host, known by pid and birth.
-Not for: what SLURM says of jobs (`sweeps/cluster.py`).
+Not for: what SLURM says of jobs (`sweeps/slurm/cluster.py`).
 """
 
 from __future__ import annotations

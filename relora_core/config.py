@@ -667,7 +667,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """MLflow, a view of events.jsonl that can be rebuilt (`experiments/mlflow_sync.py`)."""
+    """MLflow, a view of events.jsonl that can be rebuilt (`experiments/tracking/runs.py`)."""
 
     enabled: bool = knob(False, scientific=False)
     """Whether runs are shown in MLflow; events.jsonl is written in any case."""

@@ -1,6 +1,6 @@
 """The training loop: one flat function, its phases as short named steps below it.
 
-Not for: files of a run (`experiments/runner.py`) or anything a method decides (`methods/`).
+Not for: files of a run (`experiments/run/runner.py`) or anything a method decides (`methods/`).
 """
 
 from __future__ import annotations

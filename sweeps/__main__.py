@@ -7,11 +7,11 @@ import importlib
 import os
 import sys
 
-from experiments.run_dir import RunLocked
+from experiments.errors import RunLocked
 from relora_core import shared
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
-from sweeps.cluster import SlurmError
+from sweeps.slurm.cluster import SlurmError
 
 COMMANDS = (
     *("status", "watch", "logs", "cancel", "retry"),

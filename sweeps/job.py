@@ -17,21 +17,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.run_dir import RunDir, run_at
+from experiments.disk.output_dir import run_at
+from experiments.disk.run_dir import RunDir
+from experiments.run.stopping import StopFlag, shielded
 from experiments.scheduler import JOB, current_job, enter_job, job_environment
-from experiments.stopping import StopFlag, shielded
 from relora_core import shared
 from relora_core.config import ConfigError
-from sweeps import cluster, worker
-from sweeps.cluster import SlurmError
-from sweeps.plan import command
-from sweeps.state import record_job
-from sweeps.submit import is_of_a_group
+from sweeps import attempt, worker
+from sweeps.attempt import followed, settle, stalled
+from sweeps.planning.plan import command
+from sweeps.slurm import cluster
+from sweeps.slurm.cluster import SlurmError
+from sweeps.slurm.sbatch import is_of_a_group
+from sweeps.slurm.submission import record_job
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 
 SIGNALLED = 128
@@ -141,17 +144,17 @@ def _deadline(work: Work) -> float | None:
 
 
 def _evaluate(request: Path) -> int:
-    command = [sys.executable, "-P", "-m", "experiments.evaluate", str(request)]
+    command = [sys.executable, "-P", "-m", "experiments.run.evaluate", str(request)]
     return subprocess.call(command, env={**os.environ, **job_environment()})
 
 
 def _search(work: Work, study: Path, stop: StopFlag) -> int:
     """Trials of a search, one after another; what is left of the newest one becomes the work."""
-    from sweeps.search import run
+    from sweeps.search import process
 
-    code = run.work(study, stop=stop, most=run.trials_per_job(study))
+    code = process.work(study, stop=stop, most=process.trials_per_job(study))
     if code == INTERRUPTED:
-        work.runs = run.held(study) or []
+        work.runs = process.held(study) or []
     return code
 
 
@@ -163,7 +166,7 @@ def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
     if _give_up(run_dir, max_stalled=max_stalled):
         return FAILED
     waited = time.monotonic()
-    with worker.spoken(run_dir), followed(run_dir):
+    with attempt.spoken(run_dir), followed(run_dir):
         while (code := worker.work(run_dir.path, stop=stop)) == LOCKED:
             holder = run_dir.lock_holder() or {}
             late = time.monotonic() - waited > WAIT_S
@@ -171,30 +174,6 @@ def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
                 break
             time.sleep(1.0)  # our own earlier life, which SLURM is still ending
     return code
-
-
-@contextlib.contextmanager
-def followed(run_dir: RunDir) -> Iterator[None]:
-    """MLflow kept in step where a server can be asked; a database file is no node's to write to."""
-    config = run_dir.config()
-    if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
-        yield
-        return
-    from experiments import mlflow_follow
-
-    with contextlib.ExitStack() as stack:
-        with shielded():
-            stack.enter_context(mlflow_follow.follow([run_dir], config=config))
-        yield
-
-
-def stalled(run_dir: RunDir, *, limit: int) -> bool:
-    """Whether the newest `limit` attempts were all of this job and none has left a checkpoint."""
-    newest = run_dir.attempt_records()[-limit:]
-    here = (current_job(), run_dir.newest_step())
-    return len(newest) == limit and all(
-        (r.get("job_id"), r.get("start_step")) == here for r in newest
-    )
 
 
 def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
@@ -266,23 +245,6 @@ def share(slot: int, *, of: int) -> dict[str, str]:
     return environment
 
 
-# the end ----------------------------------------------------------------------------------------
-def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
-    """Write down the end of a run whose worker could not: killed, or gone before its first word."""
-    status = run_dir.status()
-    if run_dir.ended() or run_dir.lock_holder() is not None:
-        return
-    if status.state in ("cancelled", "pruned") or (
-        status.state == "failed" and status.error and not reason
-    ):
-        return
-    if run_dir.cancel_path.exists():
-        run_dir.update_status(state="cancelled", phase="", error=None)
-        return
-    died = f"killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
-    run_dir.update_status(state="failed", phase="", error=reason or died)
-
-
 def _unfinished(work: Work) -> list[RunDir]:
     """Runs that this job still has to bring to an end. In a pack, one failure is not tried again
     each time that the others are interrupted."""
@@ -349,9 +311,9 @@ def after(work: Work, *, code: int) -> int:
 
 def _after_search(work: Work, study: Path, *, code: int) -> int:
     """A job that was killed in the midst of a trial goes on with it; any other end is one."""
-    from sweeps.search import run
+    from sweeps.search import process
 
-    held = run.held(study) if code > SIGNALLED else None
+    held = process.held(study) if code > SIGNALLED else None
     if held is None:
         return code
     work.runs = held

@@ -7,69 +7,29 @@ everything is on disk before anything is queued.
 from __future__ import annotations
 
 import dataclasses
-import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from rich.console import Console
 
-from experiments import records
-from experiments.run_dir import DONE, RunDir, runs_folder, same_runs
-from experiments.state import state_of
-from relora_core import atomic, shell
-from relora_core.config import ConfigError, RunConfig
-from sweeps import budget, display, snapshot, track
-from sweeps.budget import Estimate, Place
-from sweeps.grid import Point
-from sweeps.local import LocalLauncher, refuse_unwritable
-from sweeps.options import SlurmOptions
-from sweeps.plan import (
-    Cell,
-    Plan,
-    command,
-    make_plan,
-    other_settings,
+from experiments.disk.output_dir import (
     plan_folder,
-    side_by_side,
-    store,
+    refuse_unwritable,
+    run_at,
+    runs_folder,
+    same_runs,
 )
-from sweeps.slurm import SlurmLauncher
-from sweeps.state import survey
-
-
-class Launcher(Protocol):
-    """Where runs are run; `kind` and `options` say how to make it again."""
-
-    kind: str
-
-    @property
-    def options(self) -> Any: ...
-
-    @property
-    def unit(self) -> str:
-        """GPU or CPU: what its hours are hours of."""
-        ...
-
-    def place(self, config: RunConfig) -> Place:
-        """What a run is given."""
-        ...
-
-    def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
-        """ConfigError, before anything is written, where it could not run the plan."""
-        ...
-
-    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
-        """Run, or queue, what is not done and not in flight; the exit code."""
-        ...
-
-    def check_search(self, plan: Plan) -> None:
-        """ConfigError where it could not run a search whose runs are like those of the plan."""
-        ...
-
-    def search(self, study: Path, *, left: int, config: RunConfig, console: Console) -> int:
-        """Start, or queue, processes that run the `left` trials of the study; the exit code."""
-        ...
+from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.state import state_of
+from experiments.tracking import links
+from relora_core import shell
+from relora_core.config import ConfigError, RunConfig
+from sweeps import display, snapshot, tracking
+from sweeps.launchers import Launcher, load_launcher, store_launcher
+from sweeps.planning import budget
+from sweeps.planning.grid import Point
+from sweeps.planning.plan import Cell, Plan, command, make_plan, other_settings, side_by_side, store
+from sweeps.slurm.survey import survey
 
 
 def run_sweep(
@@ -84,7 +44,8 @@ def run_sweep(
 
     Raises ConfigError, or DataError, before anything is queued where the user made a mistake.
     """
-    from experiments.runner import check_output_dir, complete_all, prepared_notes
+    from experiments.disk.output_dir import check_output_dir
+    from experiments.run.complete import complete_all, prepared_notes
 
     console = console or display.make_console()
     notes: list[str] = []
@@ -106,7 +67,7 @@ def run_sweep(
         plan.notes += other_settings(plan, [point for point, _ in points], output_dir=output_dir)
     plan.collapsed += same_elsewhere(plan, output_dir)
     check_tracking(plan)
-    states = survey([_run_dir(output_dir, cell) for cell in plan.cells])
+    states = survey([run_at(output_dir, cell.run_id) for cell in plan.cells])
     costs = budget.estimates(
         plan.cells,
         states=states,
@@ -167,37 +128,6 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
         return launcher.launch(part, output_dir=output_dir, console=console)
 
 
-def store_launcher(launcher: Launcher, folder: Path) -> None:
-    options = launcher.options
-    values = dataclasses.asdict(options) if isinstance(options, SlurmOptions) else options
-    word = values.get("python") or ""
-    if "/" in word and Path(word).is_file():  # else a command with arguments, or one of PATH
-        values |= {"python": shlex.quote(str(Path(word).absolute()))}
-    atomic.write_json(folder / "launcher.json", {"kind": launcher.kind, "options": values})
-
-
-def load_launcher(folder: Path) -> Launcher:
-    """The launcher that the sweep in `folder` was launched with last; local where nothing says."""
-    path = folder / "launcher.json"
-    try:
-        raw = records.read(path)
-        options = raw["options"]
-        if raw["kind"] == "slurm":
-            if records.known(SlurmOptions, options, where="options.") != options:
-                raise ValueError("an option is not known")
-            return SlurmLauncher(options=SlurmOptions(**options))
-        if raw["kind"] != "local" or not records.fits(int | None, options.get("max_parallel")):
-            raise ValueError("it names no launcher")
-        return LocalLauncher(**options)
-    except FileNotFoundError:
-        return LocalLauncher()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} must be a launcher as this version writes it ({error}); the sweep's own "
-            "command writes it again"
-        ) from None
-
-
 # before the runs --------------------------------------------------------------------------------
 def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
     return RunDir(runs_folder(output_dir) / cell.run_id)
@@ -205,14 +135,14 @@ def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
 
 def _frozen(output_dir: Path, cell: Cell) -> Cell:
     """The cell with its run's own config, which knows where the data lie now."""
-    run_dir = _run_dir(output_dir, cell)
+    run_dir = run_at(output_dir, cell.run_id)
     there = run_dir.config_path.exists()
     return dataclasses.replace(cell, config=run_dir.config()) if there else cell
 
 
 def same_elsewhere(plan: Plan, output_dir: Path) -> list[str]:
     """A line for each new run that computes what one of another id, begun before, computes."""
-    new = [cell for cell in plan.cells if not _run_dir(output_dir, cell).path.exists()]
+    new = [cell for cell in plan.cells if not run_at(output_dir, cell.run_id).path.exists()]
     others = same_runs([cell.config for cell in new], output_dir=output_dir)
     pairs = zip(new, others, strict=True)
     return [f"{cell.name} computes what run {run.run_id} does" for cell, run in pairs if run]
@@ -233,7 +163,7 @@ def one_output_dir(plan: Plan) -> Path:
 
 def check_tracking(plan: Plan) -> None:
     """ConfigError where a run is to be tracked in a way that MLflow does not take."""
-    from experiments import mlflow_store
+    from experiments.tracking import store as mlflow_store
 
     for config in tracked(plan).values():
         mlflow_store.check(config)
@@ -241,7 +171,7 @@ def check_tracking(plan: Plan) -> None:
 
 def tracked(plan: Plan) -> dict[tuple[str, str], RunConfig]:
     """Store and MLflow experiment -> one of the runs that go there."""
-    from experiments.mlflow_store import experiment_name, store_uri
+    from experiments.addresses import experiment_name, store_uri
 
     configs = [cell.config for cell in plan.cells if cell.config.tracking.enabled]
     return {(store_uri(config), experiment_name(config)): config for config in configs}
@@ -249,13 +179,13 @@ def tracked(plan: Plan) -> dict[tuple[str, str], RunConfig]:
 
 def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
     """Check, and tokenise once, each data set that a run still needs, before any worker."""
-    from experiments import inputs
-    from experiments.runner import cache_dir
+    from experiments.disk import inputs
+    from experiments.disk.output_dir import cache_dir
     from relora_core import data
 
     seen = set()
     for cell in plan.cells:
-        run_dir = _run_dir(output_dir, cell)
+        run_dir = run_at(output_dir, cell.run_id)
         if state_of(run_dir).state in DONE:
             continue
         config = inputs.as_accepted(run_dir, cell.config)
@@ -268,25 +198,23 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
 
 def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
     """The sweep's page, and all of it on its MLflow parent. What fails here costs no run."""
-    from experiments import report
-    from experiments.runner import one_line
+    from experiments.errors import one_line
+    from experiments.report import page
 
     def line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        line(f"report: {report.write(output_dir, plan.name)}")
+        line(f"report: {page.write(output_dir, plan.name)}")
     except Exception as error:  # whatever it is: the runs have their results
         again = command("report", plan.name, output_dir=output_dir)
         line(f"no report: {one_line(error)}; `{again}` tries again")
     if any(cell.config.tracking.enabled for cell in plan.cells):
-        for text in track.complaints(track.shown(output_dir, plan.name)):
+        for text in tracking.complaints(tracking.shown(output_dir, plan.name)):
             line(text)
 
 
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
     if any(cell.config.tracking.enabled for cell in plan.cells):
-        from experiments import mlflow_store
-
-        line = f"compare: {mlflow_store.ui_command(output_dir, sweep=plan.name)}"
+        line = f"compare: {links.ui_command(output_dir, sweep=plan.name)}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.run_dir import RunDir
-from experiments.state import state_of
+from experiments.disk.output_dir import jobs_folder, plan_folder
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import state_of
 from relora_core.config import ConfigError, nearest
-from sweeps import cluster
-from sweeps.plan import plan_folder
-from sweeps.state import jobs_folder, recover
+from sweeps.slurm import cluster
+from sweeps.slurm.submission import recover
 
 IN_USE = ("queued", "running", "lost")
 """States in which a process may be using the run's files."""
@@ -120,7 +120,7 @@ def _goes_up(metric: str, policy: Policy) -> bool:
 
 def at_steps(run: RunDir, steps: Sequence[int] | None) -> dict[str, dict[int, float]]:
     """Metric -> step -> finite value at these steps (None: at all), of training and evaluations."""
-    from experiments.evaluate import evaluations  # imports much that no other command needs
+    from experiments.disk.evaluations import evaluations  # imports much that no other command needs
 
     logged = [(event["step"], event["metrics"]) for event in run.events()]
     values: dict[str, dict[int, float]] = {}

@@ -7,20 +7,18 @@ is safe: the run resumes from its newest complete checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.run_dir import RunDir, RunLocked
+from experiments.disk.run_dir import RunDir
+from experiments.errors import RunLocked
+from experiments.run.stopping import StopFlag
 from experiments.scheduler import enter_job
-from experiments.stopping import StopFlag
-from relora_core import shared
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
-from sweeps.state import gone
+from sweeps.slurm.survey import gone
 
 PRELOAD = (
     "torch",
@@ -28,7 +26,7 @@ PRELOAD = (
     "torch.distributed.tensor",
     "accelerate",
     "safetensors.torch",
-    "experiments.runner",
+    "experiments.run.runner",
     "relora_core.train",
     "relora_core.data.grammar",
 )
@@ -48,7 +46,7 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
     if not run_dir.config_path.exists():
         print(f"RUN_DIR must hold config.json, got {path}", file=sys.stderr)
         return FAILED
-    from experiments.runner import run_experiment  # torch: only where a run is to be trained
+    from experiments.run.runner import run_experiment  # torch: only where a run is to be trained
 
     heartbeat = run_dir.status().heartbeat
     try:
@@ -69,28 +67,6 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
         traceback.print_exc()
         return FAILED
     return CODES[state]
-
-
-@contextlib.contextmanager
-def spoken(run_dir: RunDir) -> Iterator[None]:
-    """What this process prints, natively too, goes to the log of the run's attempt to come."""
-    kept = [os.dup(stream) for stream in (1, 2)]
-    _flush()
-    with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    try:
-        yield
-    finally:
-        _flush()
-        for stream, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, stream)
-            os.close(copy)
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
 
 
 def main(argv: list[str]) -> int:

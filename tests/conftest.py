@@ -44,7 +44,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database, empty, to be copied: making one takes seconds. One for all workers."""
-    from experiments.mlflow_store import default_uri, ensure_store
+    from experiments.addresses import default_uri
+    from experiments.tracking.store import ensure_store
 
     here = tmp_path_factory.getbasetemp()
     folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "migrated"

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import schema
 from experiments.__main__ import main
-from experiments.runner import complete
+from experiments.run.complete import complete
 from relora_core.config import ConfigError
 from tests import warm
 

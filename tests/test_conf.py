@@ -1,6 +1,7 @@
 """The options in conf/: each composes, and none repeats a default of the code."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,14 @@ def test_the_readme_names_every_group_and_option():
         assert f"`{option}`" in row
 
 
-def test_the_readme_has_a_line_for_every_source_file():
+MAPPED = ("experiments", "sweeps")
+
+
+def test_each_folders_docstring_names_its_files():
     root = Path(typos.CONF).parent
-    readme = (root / "README.md").read_text()
-    packages = ("relora_core", "experiments", "sweeps", "hydra_plugins")
-    files = itertools.chain.from_iterable((root / package).rglob("*.py") for package in packages)
-    for file in files:
-        if file.read_text().strip():
-            assert f"`{file.relative_to(root)}`" in readme, file
+    for init in itertools.chain.from_iterable((root / top).rglob("__init__.py") for top in MAPPED):
+        text, folder = init.read_text(), init.parent
+        listed = re.findall(r"^(\w+\.py|\w+/) ", text, re.MULTILINE)
+        files = {p.name for p in folder.glob("*.py")} - {"__init__.py"}
+        folders = {f"{p.parent.name}/" for p in folder.glob("*/__init__.py")}
+        assert sorted(listed) == sorted(files | folders), init

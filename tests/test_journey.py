@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mlflow_store import connect
+from experiments.tracking.store import connect
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]

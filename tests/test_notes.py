@@ -15,21 +15,26 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from experiments import document, environment, report, report_tables, scheduler, tidy
+from experiments import environment, scheduler
 from experiments.__main__ import describe, show
+from experiments.disk.output_dir import plan_folder, runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
 from experiments.notices import fixed_order, scales
-from experiments.report import _cautions
-from experiments.run_dir import RunDir, runs_folder
-from experiments.runner import complete, run_experiment, run_here
+from experiments.report import data, document, gather, tables
+from experiments.report import page as report
+from experiments.report.page import _cautions
+from experiments.run.complete import complete
+from experiments.run.runner import run_experiment
+from experiments.run.single import run_here
 from relora_core.config import ConfigError, RunConfig
 from sweeps.__main__ import main
-from sweeps.budget import Place
 from sweeps.launch import run_sweep
-from sweeps.local import LocalLauncher
-from sweeps.options import SlurmOptions, check_cell
-from sweeps.plan import Plan, load, plan_folder
+from sweeps.local.launcher import LocalLauncher
+from sweeps.planning.budget import Place
+from sweeps.planning.plan import Plan, load
 from sweeps.search.space import with_values
+from sweeps.slurm.options import SlurmOptions, check_cell
 from tests.conftest import nano_config
 
 CUT = "each stored row of 17 ids gives 3 sequences of data.seq_len=5; its last 1 ids are not used"
@@ -58,8 +63,8 @@ def test_a_single_run_says_it_once_and_its_record_keeps_it(
     assert said == [f"note: data: {CUT}", f"note: data: {many}{cut.data.path}"]
     (path,) = runs_folder(cut.output_dir).iterdir()
     assert show(RunDir(path))["notes"] == [CUT]
-    run = tidy.RunData(run_id="", arm_id="", name="", seed=0, config=cut)
-    tidy._read_record(run, RunDir(path))
+    run = data.RunData(run_id="", arm_id="", name="", seed=0, config=cut)
+    gather._read_record(run, RunDir(path))
     assert run.notes == [CUT]
 
 
@@ -146,10 +151,10 @@ def test_plan_status_and_report_say_what_is_known(
 
 def test_the_order_of_the_data_is_said_beside_the_intervals(cut: RunConfig) -> None:
     assert planned(cut, {"seed": 0}, {"seed": 1})[-1] == ORDER
-    found = tidy.gather(cut.output_dir, "seed")
+    found = gather.gather(cut.output_dir, "seed")
     for run in found.runs:
         run.state, run.metrics = "finished", {"train/loss": 1.0 + run.seed}
-    (table,) = (b for b in report_tables.results(found) if isinstance(b, document.Table))
+    (table,) = (b for b in tables.results(found) if isinstance(b, document.Table))
     assert f"{ORDER[0].upper()}{ORDER[1:]}." in table.note
     text = {"kind": "text", "path": "x", "tokenizer": "y"}
     two = [nano_config(data=text, seed=k) for k in (0, 1)]

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from experiments import report
+from experiments.report import page
 
-PRELOAD = ["tests.warm", "torch._dynamo", "relora_core.train", "experiments.runner"]
+PRELOAD = ["tests.warm", "torch._dynamo", "relora_core.train", "experiments.run.runner"]
 PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
 
 
@@ -101,7 +101,7 @@ def _become(
 ) -> None:
     os.chdir(cwd)
     if not figures:
-        report.draw = lambda *_: []
+        page.draw = lambda *_: []
     os.environ.clear()
     os.environ.update(variables)
     for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import schema, typos
 from relora_core.config import ConfigError, RunConfig
-from sweeps.grid import compose_all
+from sweeps.planning.grid import compose_all
 
 
 class Composer:

@@ -29,10 +29,10 @@ from hydra_plugins.relora_sweeps._compose import Composer
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
-from sweeps.grid import points_from
-from sweeps.options import SlurmOptions
+from sweeps.planning.grid import points_from
 from sweeps.search.config import SearchConfig, normalise
 from sweeps.search.space import Choice, Dimension
+from sweeps.slurm.options import SlurmOptions
 
 
 @dataclass
@@ -265,6 +265,7 @@ class OurLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from sweeps.launch import run_sweep
+        from sweeps.planning.grid import points_from
 
         composer = Composer(self.loader, self.config)
         configs = composer.all(job_overrides)
@@ -283,7 +284,7 @@ class LocalLauncher(OurLauncher):
         self.max_parallel, self.added = max_parallel, added
 
     def make(self) -> Any:
-        from sweeps.local import LocalLauncher as Local
+        from sweeps.local.launcher import LocalLauncher as Local
 
         _refuse_added(self.added, known=["max_parallel"])
         return Local(max_parallel=self.max_parallel)
@@ -299,7 +300,7 @@ class SlurmLauncher(OurLauncher):
         }
 
     def make(self) -> Any:
-        from sweeps.slurm import SlurmLauncher as Slurm
+        from sweeps.slurm.launcher import SlurmLauncher as Slurm
 
         _refuse_added(self.values, known=[f.name for f in dataclasses.fields(SlurmOptions)])
         return Slurm(options=SlurmOptions(**self.values))

@@ -15,15 +15,17 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from experiments.run_dir import RunDir, RunLocked, run_at
-from experiments.state import RunState, state_of
+from experiments.disk.output_dir import run_at
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import RunState, state_of
+from experiments.errors import RunLocked
 from relora_core import shared
 from relora_core.config import ConfigError
-from sweeps import cluster
-from sweeps.cluster import SlurmError
-from sweeps.commands import common
-from sweeps.commands.common import GOING, Run
-from sweeps.state import adopt, recover, submitted_jobs, unanswered
+from sweeps.commands import selection
+from sweeps.commands.selection import GOING, Run
+from sweeps.slurm import cluster
+from sweeps.slurm.cluster import SlurmError
+from sweeps.slurm.submission import adopt, recover, submitted_jobs, unanswered
 
 HELP = "end runs that are queued or running; they keep their checkpoints"
 EXAMPLES = """examples:
@@ -45,19 +47,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all were asked to end, 1 when SLURM did not take our word for some."""
-    named = [word for word in args.words if not common.has_jobs_alone(args.output_dir, word)]
-    chosen = common.resolve(args.output_dir, named)
+    named = [word for word in args.words if not selection.has_jobs_alone(args.output_dir, word)]
+    chosen = selection.resolve(args.output_dir, named)
     problem = None
     try:  # a command that was ended inside sbatch has left jobs that no run knows of
         for sweep in dict.fromkeys(name for one in chosen for name in one.sweeps):
             adopt(args.output_dir, sweep)
     except SlurmError as error:
         problem = str(error)
-    before = common.survey(chosen)
+    before = selection.survey(chosen)
     going = [one for one in chosen if before[one.run_id].state in GOING]
     alone = [before[one.run_id] for one in chosen if one not in going]
     if alone:
-        print(f"left alone: {common.counts(alone)}")
+        print(f"left alone: {selection.counts(alone)}")
     more = []
     try:
         jobs = _jobs(going, before, output_dir=args.output_dir)
@@ -157,9 +159,9 @@ def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
     if not jobs:
         return []
     ours = set(jobs.values())
-    others = [r for r in common.runs_of(output_dir) if r.run_id not in jobs]
+    others = [r for r in selection.runs_of(output_dir) if r.run_id not in jobs]
     together = [r for r in others if r.dir.status().job_id in ours and not r.dir.ended()]
-    states = common.survey(together)
+    states = selection.survey(together)
     kept = {states[r.run_id].job_id for r in together if states[r.run_id].state in GOING}
     return sorted(ours - kept)
 
@@ -167,7 +169,7 @@ def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
 def _agreed(
     runs: Sequence[Run], states: Mapping[str, RunState], *, whole: Sequence[str], yes: bool
 ) -> bool:
-    what = common.counts([states[r.run_id] for r in runs])
+    what = selection.counts([states[r.run_id] for r in runs])
     print(f"to cancel: {what or 'jobs that have no run yet'}")
     for run in runs[:TELL]:
         job = states[run.run_id].job_id
@@ -221,8 +223,8 @@ def write_cancelled(run_dir: RunDir) -> bool:
 
 
 def _tell(runs: Sequence[Run]) -> None:
-    after = common.survey(runs)
-    print(f"now: {common.counts(list(after.values())) or 'no jobs'}")
+    after = selection.survey(runs)
+    print(f"now: {selection.counts(list(after.values())) or 'no jobs'}")
     still = [run for run in runs if after[run.run_id].state in GOING]
     for run in still[:TELL]:
         state = after[run.run_id]

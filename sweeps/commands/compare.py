@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from experiments import compare
+    from experiments.report import compare
 
     first, second = (compare.locate(args.output_dir, w) for w in (args.first, args.second))
     print(compare.write(first, second, output=args.output))

@@ -17,15 +17,16 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import records
+from experiments import json_files
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.plans import stored_names
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import state_of
 from experiments.environment import ROOT, frozen, git
 from experiments.identity import arm_id, scientific
-from experiments.run_dir import RunDir
-from experiments.state import state_of
 from relora_core.config import ConfigError, RunConfig, applies, walk
 from sweeps import display, snapshot
-from sweeps.commands import common
-from sweeps.plan import plan_folder, stored_names
+from sweeps.commands import selection
 
 HELP = "what two runs differ in: config, code, environment, results"
 CODE = ("code_hash", "commit", "dirty", "tree_hash")
@@ -53,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    one, two = (common.one_run(args.output_dir, word).dir for word in args.run)
+    one, two = (selection.one_run(args.output_dir, word).dir for word in args.run)
     sections = compare(one, two)
     files = changed_files(one, two, output_dir=args.output_dir)
     if args.json:
@@ -181,9 +182,9 @@ def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, st
     for name, runs in stored_names(output_dir).items():
         folder = plan_folder(output_dir, name=name)
         try:
-            code = records.read(folder / "code.json")
+            code = json_files.read(folder / "code.json")
             text = (folder / "code.diff").read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, records.Damaged):
+        except (FileNotFoundError, json_files.Damaged):
             continue
         alike = all(code.get(key) == facts.get(key) for key in ("commit", "code_hash"))
         if run.run_id in runs and alike:

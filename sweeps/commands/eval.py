@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from experiments import inputs
+from experiments.disk import evaluations, inputs
+from experiments.disk.output_dir import plan_folder
 from relora_core import shell
 from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
-from sweeps.commands import common
-from sweeps.commands.common import Run
+from sweeps.commands import selection
+from sweeps.commands.selection import Run
+from sweeps.launchers import load_launcher
+from sweeps.slurm import evals
 
 if TYPE_CHECKING:
-    from experiments.evaluate import Request
+    from experiments.run.evaluate import Request
 
 HELP = "evaluate checkpoints again or with other evals, without training"
 EXAMPLES = """examples:
@@ -63,14 +66,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     shell.alone("an evaluation")
-    words = [w for w in args.words if "=" not in w or common.is_named(args.output_dir, w)]
+    words = [w for w in args.words if "=" not in w or selection.is_named(args.output_dir, w)]
     settings = eval_settings([word for word in args.words if word not in words])
     steps = _steps(args.steps)
     if args.after and not args.slurm:
         raise ConfigError("--after needs --slurm: here an evaluation waits for nothing")
     if not words:
         raise ConfigError("SWEEP|RUN must name runs to evaluate, got settings alone")
-    runs = common.resolve(args.output_dir, words)
+    runs = selection.resolve(args.output_dir, words)
     waiting = _waiting(runs) if args.after else []
     requests = _requests(
         runs,
@@ -153,7 +156,7 @@ def _steps(text: str) -> str | list[int]:
 
 def _waiting(runs: Sequence[Run]) -> list[str]:
     """Ids of the runs that a job of SLURM still has to end."""
-    going = {id_: s for id_, s in common.survey(runs).items() if s.state in GOING}
+    going = {id_: s for id_, s in selection.survey(runs).items() if s.state in GOING}
     for id_, state in going.items():
         if state.job_id is None:
             raise ConfigError(
@@ -172,14 +175,14 @@ def _requests(
     accept: bool,
 ) -> list[tuple[Run, Request]]:
     """A request per run, all of them checked; runs without such a checkpoint are told."""
-    from experiments import evaluate
+    from experiments.run import evaluate
 
     completed: dict[str, tuple[EvalConfig, list[dict[str, str]]]] = {}
     requests = []
     for run in runs:
-        there = evaluate.steps_of(run.dir)
+        there = evaluations.steps_of(run.dir)
         some = there if isinstance(steps, str) else sorted(set(there) & set(steps))
-        done = not isinstance(steps, str) and set(steps) & set(evaluate.evaluations(run.dir))
+        done = not isinstance(steps, str) and set(steps) & set(evaluations.evaluations(run.dir))
         if not some and not done and run.run_id not in waiting:
             has = f" (it has {', '.join(map(str, there))})" if there else ""
             print(f"{run.name}: no such checkpoint{has}: left out", file=sys.stderr)
@@ -208,7 +211,7 @@ def _requests(
 
 def _check_changes(changes: Sequence[inputs.Change], *, name: str, accept: bool) -> None:
     """ConfigError unless what has changed is taken on purpose, under a name of its own."""
-    from experiments import evaluate
+    from experiments.run import evaluate
 
     if changes and not (accept and name != evaluate.PLAIN):
         raise inputs.refusal(
@@ -218,7 +221,7 @@ def _check_changes(changes: Sequence[inputs.Change], *, name: str, accept: bool)
 
 
 def _wanted(run: Run, request: Request) -> bool:
-    from experiments import evaluate
+    from experiments.run import evaluate
 
     return bool(evaluate.missing(run.dir, request=request))
 
@@ -226,8 +229,8 @@ def _wanted(run: Run, request: Request) -> bool:
 # doing it -----------------------------------------------------------------------------------------
 def _here(todo: Sequence[tuple[Run, Request]]) -> int:
     """One after another; what fails is told and the others go on."""
-    from experiments import evaluate
-    from experiments.runner import one_line
+    from experiments.errors import one_line
+    from experiments.run import evaluate
     from relora_core.data.base import DataError
 
     failed = 0
@@ -250,7 +253,7 @@ def _submit(
     todo: Sequence[tuple[Run, Request]], *, words: Sequence[str], output_dir: str, after: bool
 ) -> int:
     """A submission for each sweep that the runs were named by, or else belong to."""
-    from experiments import evaluate
+    from experiments.run import evaluate
 
     groups: dict[str, list[tuple[Run, Request]]] = {}
     for run, request in todo:
@@ -258,17 +261,18 @@ def _submit(
         if sweep is None:
             raise ConfigError(f"--slurm needs runs of a sweep, got {run.run_id} of none")
         groups.setdefault(sweep, []).append((run, request))
-    from sweeps import slurm
 
     for sweep, pairs in groups.items():
         paths = [evaluate.write_request(run.dir, request=request) for run, request in pairs]
-        slurm.submit_evals(paths, sweep=sweep, output_dir=Path(output_dir), after=after)
+        launcher = load_launcher(plan_folder(output_dir, name=sweep))
+        evals.submit_evals(
+            paths, sweep=sweep, launcher=launcher, output_dir=Path(output_dir), after=after
+        )
     return 0
 
 
 def _show(requests: Sequence[tuple[Run, Request]]) -> None:
     """The figures that the requests asked for, those of earlier evaluations included."""
-    from experiments import evaluate
     from relora_core.evals import REGISTRY
     from sweeps.display import make_console
 
@@ -276,7 +280,7 @@ def _show(requests: Sequence[tuple[Run, Request]]) -> None:
     for run, request in requests:
         found = {
             step: own
-            for step, metrics in sorted(evaluate.evaluations(run.dir).items())
+            for step, metrics in sorted(evaluations.evaluations(run.dir).items())
             if (own := {k: v for k, v in metrics.items() if k.startswith(f"{request.name}/")})
         }
         steps = list(found)[-1:] if request.steps == "last" else found

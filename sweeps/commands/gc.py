@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from experiments.run_dir import RunDir
+from experiments.disk.run_dir import RunDir
 from sweeps import retention
-from sweeps.cluster import SlurmError
-from sweeps.commands import common
+from sweeps.commands import selection
 from sweeps.display import count, make_console
 from sweeps.retention import Policy, Verdict
+from sweeps.slurm.cluster import SlurmError
 
 HELP = "remove old checkpoints (and code snapshots); without --yes only say which"
 EXAMPLES = """examples:
@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
         maximize=args.maximize,
     )
     where = args.output_dir
-    everything = common.runs_of(where)
-    chosen = common.resolve(where, args.words) if args.words else everything
+    everything = selection.runs_of(where)
+    chosen = selection.resolve(where, args.words) if args.words else everything
     retention.check(policy, runs=[run.dir for run in chosen])
     asked = everything if args.snapshots else chosen
-    states = {id_: state.state for id_, state in common.survey(asked).items()}
+    states = {id_: state.state for id_, state in selection.survey(asked).items()}
     verdicts = [
         (run.dir, retention.judge(run.dir, state=states[run.run_id], policy=policy))
         for run in chosen
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _snapshots(
-    runs: Sequence[common.Run], *, states: dict[str, str], words: Sequence[str], output_dir: str
+    runs: Sequence[selection.Run], *, states: dict[str, str], words: Sequence[str], output_dir: str
 ) -> list[Path]:
     """Of the sweeps that `words` name, or of all."""
     sweeps: dict[str, dict[str, str]] = {}
@@ -141,7 +141,7 @@ def _steps(steps: Sequence[int]) -> str:
 
 def _remove(verdicts: Sequence[tuple[RunDir, Verdict]], snapshots: Sequence[Path]) -> int:
     """What cannot be removed is said, and the rest goes."""
-    from experiments.runner import one_line
+    from experiments.errors import one_line
 
     failed = 0
     for run_dir, verdict in verdicts:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.disk.output_dir import jobs_folder
 from relora_core.config import ConfigError
-from sweeps.commands import common
-from sweeps.commands.common import GOING, Observer, Run
-from sweeps.state import jobs_folder, read_submissions
+from sweeps.commands import selection
+from sweeps.commands.selection import GOING, Observer, Run
+from sweeps.slurm.submission import read_submissions
 
 HELP = "what a run prints"
 EXAMPLES = """examples:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Print, or with --follow print until the run has ended, over its attempts."""
     if args.slurm and args.attempt is not None:
         raise ConfigError(f"--attempt must be left out with --slurm, got {args.attempt}")
-    run = common.one_run(args.output_dir, args.run)
+    run = selection.one_run(args.output_dir, args.run)
     log = _Log(run, output_dir=Path(args.output_dir), slurm=args.slurm, attempt=args.attempt)
     path = log.newest()
     if args.follow and (path or log.going()):
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _no_log(run: Run, *, slurm: bool) -> str:
-    state = common.survey([run])[run.run_id]
+    state = selection.survey([run])[run.run_id]
     if slurm:
         return f"--slurm must name a run whose SLURM job has begun, {run.run_id} is {state.state}"
     return f"RUN must have been started by a sweep, {run.run_id} ({state.state}) has no log yet" + (

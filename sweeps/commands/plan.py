@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from experiments.disk.output_dir import plan_folder
 from sweeps import display
-from sweeps.commands import common
-from sweeps.plan import load, plan_folder
+from sweeps.commands import selection
+from sweeps.planning.plan import load
 
 HELP = "the stored plan of a sweep, and the commands that made it"
 EXAMPLES = """examples:
@@ -19,8 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.sweep = common.whole_sweep(args.output_dir, args.sweep)
-    states = common.survey(common.runs_of(args.output_dir, sweep=args.sweep))
+    args.sweep = selection.whole_sweep(args.output_dir, args.sweep)
+    states = selection.survey(selection.runs_of(args.output_dir, sweep=args.sweep))
     stored = load(plan_folder(args.output_dir, name=args.sweep) / "plan.json")
     console = display.make_console()
     console.print(display.plan_table(stored, states=states))

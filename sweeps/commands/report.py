@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sweeps.commands import common
+from sweeps.commands import selection
 
 HELP = "write what a sweep found: page, figures, tables, data"
 EXAMPLES = """examples:
@@ -20,7 +20,7 @@ and PNG, every table as CSV, in OUTPUT_DIR/sweeps/SWEEP/report. A sweep need not
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from experiments.report import AXES
+    from experiments.report.page import AXES
 
     parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep")
     parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
@@ -37,10 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from experiments import report
+    from experiments.report import page as report
 
-    args.sweep = common.whole_sweep(args.output_dir, args.sweep)
-    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+    args.sweep = selection.whole_sweep(args.output_dir, args.sweep)
+    runs = selection.runs_of(args.output_dir, sweep=args.sweep)
     page = report.write(
         args.output_dir,
         args.sweep,
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         reference=args.reference,
         x=args.x,
         published=args.published,
-        states=common.survey(runs),
+        states=selection.survey(runs),
     )
     print(page)
     return 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
-from experiments import inputs
-from experiments.run_dir import RunDir
-from experiments.state import RunState
+from experiments.disk import inputs
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import RunState
 from relora_core import shell
-from sweeps.commands import common
-from sweeps.commands.common import Run
-from sweeps.plan import load, plan_folder
+from sweeps.commands import selection
+from sweeps.commands.selection import Run
+from sweeps.planning.plan import load
 
 HELP = "launch failed and lost runs again; they resume from their newest checkpoint"
 EXAMPLES = """examples:
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """The launcher's exit code; 0 where there is nothing to do."""
     shell.alone("retry")
     where = args.output_dir
-    chosen = common.resolve(where, args.words) if args.words else common.runs_of(where)
-    states = common.survey(chosen)
+    chosen = selection.resolve(where, args.words) if args.words else selection.runs_of(where)
+    states = selection.survey(chosen)
     wanted = {"failed", "lost"} | {s for s in ("cancelled", "diverged") if getattr(args, s)}
     again = [one for one in chosen if _state(one, states) in wanted and one.sweep]
     _tell(chosen, again, states)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from experiments.sinks import clock
+from experiments.disk.output_dir import plan_folder
+from experiments.run.sinks import clock
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
 from sweeps import display
-from sweeps.plan import plan_folder
 
 if TYPE_CHECKING:
     from sweeps.search.results import Best, Results, TrialRow

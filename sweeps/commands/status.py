@@ -15,14 +15,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from experiments import records
-from experiments.run_dir import DONE
-from experiments.sinks import clock
-from experiments.state import RunState
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.plans import read_plan
+from experiments.disk.run_dir import DONE
+from experiments.disk.state import RunState
+from experiments.run.sinks import clock
 from sweeps import display
-from sweeps.commands import common
-from sweeps.commands.common import BAD, Run
-from sweeps.plan import command, plan_folder
+from sweeps.commands import selection
+from sweeps.commands.selection import BAD, Run
+from sweeps.planning.plan import command
 
 HELP = "state, step and loss of every run; changes nothing"
 EXAMPLES = """examples:
@@ -38,21 +39,21 @@ States = Mapping[str, RunState]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    common.add_runs(parser)
+    selection.add_runs(parser)
     parser.add_argument("--runs", action="store_true", help="one line per run, however many")
     parser.add_argument("--json", action="store_true", help="runs and notes, for scripts")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the states; the exit code says only whether they could be read."""
-    runs = common.named_runs(args.output_dir, args.sweep)
-    states = common.survey(runs)
+    runs = selection.named_runs(args.output_dir, args.sweep)
+    states = selection.survey(runs)
     if args.json:
         entries = [entry(one, states[one.run_id]) for one in runs]
         json.dump({"runs": entries, "notes": _notes(args.output_dir, runs)}, sys.stdout, indent=2)
         print()
     elif not runs:
-        print(common.no_runs(args.output_dir))
+        print(selection.no_runs(args.output_dir))
     else:
         by_run = True if args.runs else None
         console = display.make_console()
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _notes(output_dir: Path | str, runs: Sequence[Run]) -> dict[str, list[str]]:
     """Sweep -> what the plan of each sweep that is shown says."""
     sweeps = list(dict.fromkeys(run.sweep for run in runs if run.sweep))
-    plans = {s: records.plan(plan_folder(output_dir, name=s) / "plan.json") for s in sweeps}
+    plans = {s: read_plan(plan_folder(output_dir, name=s) / "plan.json") for s in sweeps}
     return {sweep: plan.get("notes", []) for sweep, plan in plans.items()}
 
 
@@ -109,7 +110,7 @@ def _counted(states: Sequence[RunState]) -> Text:
     """`3 finished, 1 running`, coloured."""
     words = [
         Text(word, style=display.COLOURS.get(word.split()[1], ""))
-        for word in common.counts(states).split(", ")
+        for word in selection.counts(states).split(", ")
     ]
     return Text(", ").join(words)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sweeps import display, track
-from sweeps.commands import common
+from experiments import addresses
+from experiments.disk import plans
+from experiments.tracking import tracker
+from sweeps import display, tracking
+from sweeps.commands import selection
 
 HELP = "bring MLflow up to date from the runs' records"
 EXAMPLES = """examples:
@@ -16,21 +19,20 @@ EXAMPLES = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    common.add_sweep(parser)
+    selection.add_sweep(parser)
     parser.add_argument("--tracking-uri", help="another store than the runs' own")
 
 
 def run(args: argparse.Namespace) -> int:
     """Repeating it changes nothing; 1 where a store does not answer or a run was not synced."""
-    from experiments import mlflow_store
 
-    uri = None if args.tracking_uri is None else mlflow_store.given(args.tracking_uri)
-    args.sweep = args.sweep and common.whole_sweep(args.output_dir, args.sweep)
+    uri = None if args.tracking_uri is None else addresses.given(args.tracking_uri)
+    args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)
     if args.sweep is not None:
-        names = list(track.plans(args.output_dir))
-        common.check_sweep(args.sweep, names, output_dir=args.output_dir)
+        names = list(plans.read_plans(args.output_dir))
+        selection.check_sweep(args.sweep, names, output_dir=args.output_dir)
     with display.Counter("synced to", console=display.make_console()) as counter:
-        passes = track.bring_up_to_date(
+        passes = tracking.bring_up_to_date(
             args.output_dir,
             None if args.sweep is None else [args.sweep],
             tracking_uri=uri,
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     return int(any(one.problem for one in passes))
 
 
-def _tell(one: track.Pass) -> None:
-    from experiments.mlflow_store import redacted
+def _tell(one: tracker.Pass) -> None:
+    from experiments.addresses import redacted
 
     if one.report is None:
         print(one.problem, file=sys.stderr)

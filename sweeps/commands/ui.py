@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from experiments.tracking import links
 from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps import display
-from sweeps.commands import common
+from sweeps.commands import selection
 
 if TYPE_CHECKING:
-    from experiments.mlflow_ui import Section
+    from experiments.tracking.links import Section
 
 HELP = "MLflow's pages, and links that open right"
 EXAMPLES = """examples:
@@ -33,7 +34,7 @@ SHOWN = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    common.add_sweep(parser)
+    selection.add_sweep(parser)
     parser.add_argument("--port", type=int, metavar="P", help=f"default: {PORT}, or the next free")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--uri", help="another store than the runs' own")
@@ -42,20 +43,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 on Ctrl-C; 1 where the store does not answer or the server ends by itself."""
-    from experiments import mlflow_ui
-    from experiments.mlflow_store import TrackingUnreachable, readable
+    from experiments.tracking import server as mlflow_ui
+    from experiments.tracking.store import TrackingUnreachable, readable
 
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ConfigError(f"--port must be in 1..65535, got {args.port}; nearest valid: {PORT}")
     uri = _store(args)
     try:
         if uri.startswith(("http://", "https://")):
-            show(mlflow_ui.sections(uri, base=mlflow_ui.without_user(uri)), args=args)
+            show(links.sections(uri, base=links.without_user(uri)), args=args)
             return 0
         with readable(uri, output_dir=args.output_dir) as shown:
             if args.links:
                 base = f"http://{args.host}:{args.port or PORT}"
-                show(mlflow_ui.sections(shown, base=base), args=args)
+                show(links.sections(shown, base=base), args=args)
                 return 0
             return _serve(shown, args=args)
     except (TrackingUnreachable, mlflow_ui.ServerFailed) as error:
@@ -65,18 +66,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _store(args: argparse.Namespace) -> str:
     """The store to show: the one asked for, the sweep's own, or the one of output_dir."""
-    from experiments.mlflow_store import (
-        default_uri,
-        given,
-        move_artifacts,
-        read_only,
-        redacted,
-        sqlite_path,
-    )
+    from experiments.addresses import default_uri, given, read_only, redacted, sqlite_path
+    from experiments.tracking.store import move_artifacts
 
     default = default_uri(args.output_dir)
-    args.sweep = args.sweep and common.whole_sweep(args.output_dir, args.sweep)
-    runs = common.runs_of(args.output_dir, sweep=args.sweep)
+    args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)
+    runs = selection.runs_of(args.output_dir, sweep=args.sweep)
     first = {run.sweep: run.dir for run in reversed(runs) if run.dir.config_path.exists()}
     own = {sweep: run_dir.config().tracking.uri or default for sweep, run_dir in first.items()}
     stores = list(dict.fromkeys(own.values()))
@@ -110,8 +105,8 @@ def _log(output_dir: Path | str) -> Path:
 
 def _serve(uri: str, *, args: argparse.Namespace) -> int:
     """Until Ctrl-C, or the terminal goes."""
-    from experiments import mlflow_ui
-    from experiments.mlflow_store import redacted
+    from experiments.addresses import redacted
+    from experiments.tracking import server as mlflow_ui
 
     port = _port(args)
     console, log = display.make_console(), _log(args.output_dir)
@@ -124,7 +119,7 @@ def _serve(uri: str, *, args: argparse.Namespace) -> int:
             if asked:
                 raise KeyboardInterrupt
             with console.status("waiting for it"):
-                found = mlflow_ui.sections(uri, base=server.base)
+                found = links.sections(uri, base=server.base)
                 server.wait_ready()
             show(found, args=args)
             _closing_words(server.base, host=args.host, port=port)
@@ -146,7 +141,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _port(args: argparse.Namespace) -> int:
-    from experiments.mlflow_ui import free_port
+    from experiments.tracking.server import free_port
 
     wanted = args.port or PORT
     port = free_port(args.host, wanted=wanted)

@@ -12,12 +12,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from experiments.run_dir import DONE
-from experiments.state import RunState
+from experiments.disk.run_dir import DONE
+from experiments.disk.state import RunState
 from relora_core.config import ConfigError
-from sweeps import display, track
-from sweeps.commands import common, status
-from sweeps.commands.common import BAD, GOING, Observer, Run
+from sweeps import display, tracking
+from sweeps.commands import selection, status
+from sweeps.commands.selection import BAD, GOING, Observer, Run
 
 HELP = "a live table of the runs, until they have ended"
 EXAMPLES = """examples:
@@ -30,7 +30,7 @@ SYNC_S = 15.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    common.add_runs(parser)
+    selection.add_runs(parser)
     parser.add_argument(
         "--interval", type=float, default=5.0, metavar="S", help="seconds between looks (5)"
     )
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
     """0 when every run has ended well, 1 when some have not, 130 on Ctrl-C."""
     if args.interval <= 0:
         raise ConfigError(f"--interval must be > 0 s, got {args.interval:g}; nearest valid: 1")
-    if not (runs := common.named_runs(args.output_dir, args.sweep)):
-        print(common.no_runs(args.output_dir))
+    if not (runs := selection.named_runs(args.output_dir, args.sweep)):
+        print(selection.no_runs(args.output_dir))
         return 0
     whole = args.sweep in runs[0].sweeps
     mirror = Mirror(args.output_dir, sweep=args.sweep if whole else None)
     console = display.make_console()
     if args.once:
-        states = mirror.states = common.survey(runs)
+        states = mirror.states = selection.survey(runs)
         mirror.pass_over(final=True)
         console.print(_whole(runs, states, mirror=mirror))
         return int(any(state.state in BAD for state in states.values()))
@@ -77,7 +77,7 @@ def _watch(
         with show:
             while True:
                 if observer.due:  # the sweep may have been widened meanwhile
-                    runs = common.named_runs(args.output_dir, args.sweep)
+                    runs = selection.named_runs(args.output_dir, args.sweep)
                 states = mirror.states = observer.look(runs, ask=over)
                 show(runs, states, mirror)
                 before, over = over, not any(s.state in GOING for s in states.values())
@@ -144,7 +144,7 @@ class Lines:
                 self._line(f"{state.state:<9} {run.name}{why}")
         self.states = {run_id: state.state for run_id, state in states.items()}
         done, steps = (sum(getattr(s, k) for s in states.values()) for k in ("step", "steps"))
-        sums = f"{common.counts(list(states.values()))}; step {done}/{steps} in all"
+        sums = f"{selection.counts(list(states.values()))}; step {done}/{steps} in all"
         for line, before in ((sums, self.sums), (mirror.problem, self.problem)):
             if line and line != before:
                 self._line(line)
@@ -171,7 +171,7 @@ class Mirror:
         """As the table has them; None: not looked yet."""
         self.problem: str | None = None
         """What is wrong, in one line."""
-        self._tracker = track.Tracker(output_dir, servers=False)
+        self._tracker = tracking.tracker(output_dir, servers=False)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
 

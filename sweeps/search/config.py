@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from experiments.mlflow_store import check_home, check_secret
+from experiments.addresses import check_home, check_secret
 from relora_core.config import LARGEST_INT, ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")

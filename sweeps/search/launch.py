@@ -1,7 +1,7 @@
 """The whole of `run.py -m hydra/sweeper=search`: check, price, prepare, write, start processes.
 
 As in `sweeps/launch.py`, all that can be refused is refused before anything is written. Not for:
-parsing and composing (the porch's), nor for what a process does (`run.py`).
+parsing and composing (the porch's), nor for what a process does (`process.py`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.disk.output_dir import (
+    check_output_dir,
+    plan_folder,
+    refuse_unwritable,
+    study_folder,
+)
 from experiments.notices import across
-from experiments.runner import check_output_dir, complete_all
+from experiments.run.complete import complete_all
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, validate
-from sweeps import budget, display, snapshot, track
-from sweeps.budget import Estimate
-from sweeps.grid import check_name
-from sweeps.launch import Launcher, check_tracking, one_output_dir, prepare_data, store_launcher
-from sweeps.local import refuse_unwritable
-from sweeps.plan import Plan, command, make_plan, plan_folder
+from sweeps import display, snapshot, tracking
+from sweeps.launch import check_tracking, one_output_dir, prepare_data
+from sweeps.launchers import Launcher, store_launcher
+from sweeps.planning import budget
+from sweeps.planning.budget import Estimate
+from sweeps.planning.grid import check_name
+from sweeps.planning.plan import Plan, command, make_plan
 from sweeps.search import reads
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
 from sweeps.search.growth import combinations
 from sweeps.search.learn import learn
+from sweeps.search.processes import start_processes
 from sweeps.search.space import Choice, Dimension
-from sweeps.search.study import Spec, Study, study_folder
+from sweeps.search.study import Spec, Study
 
 CORNERS = 256
 """Corners of a larger space are checked where one dimension at a time leaves its first value."""
@@ -116,7 +124,7 @@ def run_search(
         console.print(f"nothing to do: {name} has its {search.n_trials} trials", highlight=False)
         return close(study, console)
     with refuse_unwritable(output_dir):
-        code = launcher.search(folder, left=left, config=completed[0], console=console)
+        code = start_processes(launcher, folder, left=left, config=completed[0], console=console)
     return close(study, console) or code if launcher.kind == "local" else code
 
 
@@ -155,7 +163,9 @@ def close(study: Study, console: Console) -> int:
     write_results(study.folder)
     if any(base.tracking.enabled for base in study.spec.bases.values()):
         name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
-        for line in track.complaints(track.shown(output_dir, name)):  # plots go to the parent run
+        for line in tracking.complaints(
+            tracking.shown(output_dir, name)
+        ):  # plots go to the parent run
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
     results = command("search", name, output_dir=output_dir)

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.disk.output_dir import plan_folder, run_at
+from experiments.disk.plans import stored_names
+from experiments.disk.run_dir import RunDir
 from experiments.identity import essential
-from experiments.run_dir import RunDir, run_at
 from relora_core.config import ConfigError, RunConfig, get, nearest
-from sweeps.plan import load, plan_folder, stored_names
+from sweeps.planning.plan import load
 from sweeps.search import growth, samplers
 from sweeps.search.config import Objective, SearchConfig, constraints_of
 from sweeps.search.objective import Verdict, as_objective, curve, judge, run_value, value

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from experiments.run_dir import RunDir
+from experiments.disk.run_dir import RunDir
 from relora_core import costs
 from relora_core.config import RunConfig, nearest
 from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import inputs
-from experiments.inputs import Change
-from experiments.run_dir import RunDir
+from experiments.disk import inputs
+from experiments.disk.inputs import Change
+from experiments.disk.run_dir import RunDir
 from relora_core.config import RunConfig
-from sweeps.plan import command
+from sweeps.planning.plan import command
 from sweeps.search.spec import Spec
 
 FILE = "changes.json"

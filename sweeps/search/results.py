@@ -24,12 +24,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments import records
-from experiments.run_dir import RunDir, run_at
+from experiments.disk.output_dir import plan_folder, run_at
+from experiments.disk.plans import read_plan
+from experiments.disk.run_dir import RunDir
 from experiments.stats import mean_interval
 from relora_core import atomic
 from relora_core.config import RunConfig
-from sweeps.plan import plan_folder
 from sweeps.search import plots, recipe
 from sweeps.search.config import Objective, SearchConfig
 from sweeps.search.study import Study
@@ -177,7 +177,7 @@ def collect(
 
 def _notes(path: Path) -> list[str]:
     """Of the plan, which the first trial begins."""
-    return records.plan(path).get("notes", []) if path.exists() else []
+    return read_plan(path).get("notes", []) if path.exists() else []
 
 
 def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:

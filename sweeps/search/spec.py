@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from experiments import frozen, records
+from experiments import json_files
+from experiments.addresses import located
+from experiments.disk import frozen
 from experiments.identity import config_from_json
-from experiments.mlflow_store import located
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.search import growth, samplers
@@ -68,7 +69,7 @@ class Spec:
         """ConfigError where the file is missing or is none."""
         output_dir = path.absolute().parents[3]
         try:
-            raw = records.parse(path.read_bytes())
+            raw = json_files.parse(path.read_bytes())
             bases = {k: config_from_json(json.dumps(one)) for k, one in raw["bases"].items()}
             return cls(
                 config=_located(normalise(raw["config"]), bases, output_dir=output_dir),

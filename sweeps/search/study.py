@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.mlflow_store import relative_database, with_password
+from experiments.addresses import relative_database, with_password
 from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps.search import draws, growth, journal, learn, samplers
@@ -40,10 +40,6 @@ MAX_ADOPTIONS = 10
 
 Result = TypeVar("Result")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def study_folder(output_dir: Path | str, *, name: str) -> Path:
-    return Path(output_dir) / "sweeps" / name / "study"
 
 
 class Study:

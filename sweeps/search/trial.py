@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
-from experiments.run_dir import RunDir, runs_folder
 from relora_core import atomic
 from relora_core.config import RunConfig
 from sweeps.search.objective import Verdict, judge

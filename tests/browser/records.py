@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from experiments.run_dir import EventLog, RunDir, runs_folder
+from experiments.disk.event_log import EventLog
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir
 from relora_core.config import (
     DataConfig,
     ModelConfig,
@@ -15,7 +17,7 @@ from relora_core.config import (
     TrainConfig,
 )
 from relora_core.events import Event
-from sweeps.plan import Cell, make_plan, store
+from sweeps.planning.plan import Cell, make_plan, store
 
 STEPS = 50
 T0 = 1_700_000_000.0

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import mlflow_store, mlflow_sync
+from experiments import addresses
+from experiments.disk.event_log import EventLog
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
-from experiments.mlflow_store import ensure_store
-from experiments.mlflow_sync import sync
-from experiments.run_dir import EventLog, RunDir, runs_folder
+from experiments.tracking import runs as mlflow_sync
+from experiments.tracking.runs import sync
+from experiments.tracking.store import ensure_store
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from relora_core.events import Event
 
@@ -89,7 +92,7 @@ class Store:
         from mlflow import MlflowClient
 
         self.folder = folder
-        self.uri = mlflow_store.default_uri(folder)
+        self.uri = addresses.default_uri(folder)
         self.experiment_id = self.experiment("base")
         self.client = MlflowClient(tracking_uri=self.uri)
 

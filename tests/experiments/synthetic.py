@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.disk.event_log import EventLog
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import arm_id, run_id
-from experiments.run_dir import EventLog, RunDir, runs_folder
-from experiments.runner import make_result
+from experiments.run.runner import make_result
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from relora_core.events import Event
 

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from experiments import scheduler
+from experiments.disk.run_dir import RunDir
 from experiments.environment import attempt_record
-from experiments.run_dir import RunDir, RunLocked
+from experiments.errors import RunLocked
 from experiments.scheduler import JOB, current_job, enter_job, job_environment
 
 SINGLE = {"SLURM_JOB_ID": "12"}

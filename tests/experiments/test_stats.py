@@ -399,7 +399,7 @@ def test_seeds_needed_says_when_it_is_hopeless_or_unknown() -> None:
 
 def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, experiments.stats, experiments.stats_blimp;"
+        "import sys, experiments.stats, experiments.report.blimp_tests;"
         "print([m for m in ('numpy', 'scipy', 'statsmodels', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

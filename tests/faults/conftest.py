@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.mlflow_record import Position, news
-from experiments.run_dir import RunDir, all_runs
-from experiments.state import state_of
+from experiments.disk.output_dir import all_runs
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import state_of
+from experiments.tracking.run_view import Position, news
 from relora_core import checkpoint
 from sweeps.retention import Policy, judge
 from tests.faults.inject import Runner, runner, small_run

@@ -235,7 +235,7 @@ def runner() -> Iterator[Runner]:
 
 def serve(address: str) -> None:
     """Attempts, one after the other, until nobody asks for more."""
-    from experiments.runner import run_here
+    from experiments.run.single import run_here
 
     # What is imported and set up at the first step would cost each fork half a second.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -284,7 +284,7 @@ def _ended(pid: int, *, said: IO[bytes], trace: IO[bytes]) -> Outcome:
 
 def _child(body: Callable[[], int], faults: Faults, *, said: int) -> None:
     """As `run.py` does, from where Hydra has composed the config."""
-    from experiments.runner import reporting
+    from experiments.errors import reporting
 
     code = 1
     try:
@@ -322,7 +322,7 @@ RELAY = (sys.executable, "-I", "-S", "-c", RELAY_CODE)
 
 def _command(words: Sequence[str], *, relay: Sequence[str]) -> int:
     """`run.py` with these words; its warm parent is a fork of ours: imports take seconds."""
-    from sweeps import warm as parents
+    from sweeps.local import warm as parents
 
     parents.COMMAND = tuple(relay)  # type: ignore[misc]
     os.chdir(ROOT)
@@ -355,9 +355,9 @@ def nurse(address: str) -> None:
 
 
 def _be_parent(peer: socket.socket, *, requests: int, answers: int) -> None:
-    """What `python -m sweeps.warm sweeps.worker` does once it has imported everything."""
-    from sweeps import warm as parents
+    """What `python -m sweeps.local.warm sweeps.worker` does once it has imported everything."""
     from sweeps import worker
+    from sweeps.local import warm as parents
 
     code = 1
     try:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run_dir import RunDir
-from experiments.state import state_of
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import state_of
 from relora_core import checkpoint
 from tests.faults.conftest import KILLED, assert_sound, only_run
 from tests.faults.inject import Outcome, Runner, small_run

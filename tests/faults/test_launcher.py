@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from experiments.run_dir import all_runs
-from experiments.state import state_of
-from sweeps.plan import load, plan_folder
+from experiments.disk.output_dir import all_runs, plan_folder
+from experiments.disk.state import state_of
+from sweeps.planning.plan import load
 from tests.faults.conftest import KILLED, numbers
 from tests.faults.inject import Outcome, Runner
 

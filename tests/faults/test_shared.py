@@ -16,9 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from experiments import run_dir as run_dir_module
-from experiments.run_dir import RunDir, RunLocked
-from experiments.runner import complete, run_experiment
+from experiments.disk import process
+from experiments.disk import run_dir as run_dir_module
+from experiments.disk.run_dir import RunDir
+from experiments.errors import RunLocked
+from experiments.run.complete import complete
+from experiments.run.runner import run_experiment
 from relora_core import checkpoint
 from sweeps.retention import Policy, judge, remove
 from tests.faults.conftest import KILLED, assert_sound, numbers, only_run
@@ -82,7 +85,7 @@ def test_a_process_that_the_system_hides_from_others_still_holds_its_run(run, mo
         raise ProcessLookupError(3, "No such process")
 
     birth = left(run)["birth"]
-    monkeypatch.setattr(run_dir_module.psutil, "Process", hidden)
+    monkeypatch.setattr(process.psutil, "Process", hidden)
     for kill, born, held in (
         (denied, birth, True),
         (denied, "another boot/1", False),

@@ -22,10 +22,12 @@ from typing import Any
 import psutil
 import pytest
 
+from experiments.addresses import default_uri
+from experiments.disk.event_log import EventLog
+from experiments.disk.output_dir import all_runs, runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json, run_id
-from experiments.mlflow_follow import _follow
-from experiments.mlflow_store import default_uri
-from experiments.run_dir import EventLog, RunDir, all_runs, runs_folder
+from experiments.tracking.follower import _follow
 from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
@@ -37,9 +39,10 @@ pytestmark = pytest.mark.slow
 TRAIN = """if True:
     import sys, time
     from pathlib import Path
-    from experiments import mlflow_follow
+    from experiments.tracking import follower as mlflow_follow
     from experiments.identity import config_from_json
-    from experiments import runner
+    from experiments.run import runner
+    from experiments.run.single import run_here
     follow = mlflow_follow.Follower.__init__
     def quick(self, *args, **options):
         follow(self, *args, **{**options, "every_s": 0.05})
@@ -49,7 +52,7 @@ TRAIN = """if True:
         return make_result(*args, **options)
     mlflow_follow.Follower.__init__ = quick
     make_result, runner.make_result = runner.make_result, gated
-    sys.exit(runner.run_here(config_from_json(Path(sys.argv[1]).read_text())))
+    sys.exit(run_here(config_from_json(Path(sys.argv[1]).read_text())))
 """
 LINE = "nothing is lost"
 
@@ -140,7 +143,7 @@ def wait_for(what: Callable[[], object], *, timeout_s: float = 300) -> Any:
 def follower_of(started: warm.Started) -> psutil.Process | None:
     for child in psutil.Process(started.process.pid).children():
         with suppress(psutil.Error):  # others come and go while they are looked at
-            if "experiments.mlflow_follow" in child.cmdline():
+            if "experiments.tracking.follower" in child.cmdline():
                 return child
     return None
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import published, typos
+from experiments import typos
+from experiments.report.figures import published
 from relora_core import checkpoint, data
 from relora_core.config import BlimpConfig, ConfigError, DataConfig, PalomaConfig, printable
 from relora_core.data.base import DataError

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import main as experiments_main
-from experiments.run_dir import RunDir
+from experiments.disk.output_dir import jobs_folder
+from experiments.disk.run_dir import RunDir
 from sweeps.__main__ import main as sweeps_main
-from sweeps.state import Submission, jobs_folder
+from sweeps.slurm.submission import Submission
 from tests.experiments import synthetic
 from tests.fuzz import command_line
 from tests.fuzz.damage import damaged
@@ -138,13 +139,13 @@ def test_gc_of_damaged_records_removes_nothing_elsewhere(whole, tmp_path):
 
 @pytest.mark.slow
 def test_tidy_data_of_damaged_records(whole, tmp_path):
-    from experiments import tidy
+    from experiments.report import gather
 
     for seed in range(120):
         folder = tmp_path / "x"
         folder.mkdir()
         out, what = a_case(whole, folder, seed=seed)
-        told = command_line.answer(lambda out=out: _gather(tidy, out))
+        told = command_line.answer(lambda out=out: _gather(gather, out))
         assert told_well(told) == [], (seed, what, told)
         shutil.rmtree(folder)
 
@@ -164,7 +165,7 @@ def test_reports_of_damaged_records(whole, tmp_path):
 
 
 def _gather(tidy, out: Path) -> int:
-    from experiments.runner import reporting
+    from experiments.errors import reporting
 
     with reporting():
         for run in tidy.gather(out, "mine").runs:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.optim import Optimizer
 
 from experiments.__main__ import main
-from experiments.run_dir import RunDir
+from experiments.disk.run_dir import RunDir
 from relora_core import checkpoint, export
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, ModelConfig

@@ -197,8 +197,8 @@ ELSEWHERE = {
     "relora_core/export.py": "likewise, and share_all() what is in it",
     "relora_core/data/text.py": "in a temporary folder that open_up() opens",
     "sweeps/search/journal.py": "it is there already",
-    "sweeps/warm.py": "likewise",
-    "sweeps/slurm.py": "in a temporary folder that goes",
+    "sweeps/local/warm.py": "likewise",
+    "sweeps/slurm/launcher.py": "in a temporary folder that goes",
 }
 MAKERS = ("mkdir", "makedirs", "touch", "write_text", "write_bytes")
 ONES_OWN = ("atomic", "shared")

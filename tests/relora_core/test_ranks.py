@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json
-from experiments.run_dir import RunDir
 from relora_core import checkpoint, ranks
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
@@ -132,8 +132,8 @@ APART = """
 import os, sys
 from pathlib import Path
 from experiments.identity import config_from_json
-from experiments.run_dir import RunDir
-from experiments.runner import one_line, run_experiment
+from experiments.disk.run_dir import RunDir
+from experiments.errors import one_line; from experiments.run.runner import run_experiment
 from relora_core import train
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -173,11 +173,11 @@ def test_ranks_whose_weights_differ_make_the_run_fail(config, tmp_path):
 WAITS = """
 import os, sys
 from pathlib import Path
-from experiments import stopping
+from experiments.run import stopping
 from experiments.identity import config_from_json
-from experiments.run_dir import RunDir
-from experiments.runner import run_experiment
-from experiments.stopping import StopFlag
+from experiments.disk.run_dir import RunDir
+from experiments.run.runner import run_experiment
+from experiments.run.stopping import StopFlag
 from relora_core import train
 
 stopping.DEAF_S = 1.0

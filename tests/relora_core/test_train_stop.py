@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import stopping
+from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json
-from experiments.run_dir import RunDir
-from experiments.runner import run_experiment
-from experiments.stopping import StopFlag
+from experiments.run import stopping
+from experiments.run.runner import run_experiment
+from experiments.run.stopping import StopFlag
 from relora_core import checkpoint
 from relora_core.config import BlimpConfig
 from relora_core.data.grammar import VOCAB_SIZE

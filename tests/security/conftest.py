@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from places import Place, checkpoints
 
-from experiments.run_dir import RunDir, runs_folder
+from experiments.disk.output_dir import runs_folder
+from experiments.disk.run_dir import RunDir
 from relora_core.config import RunConfig
-from sweeps.plan import make_plan, store
+from sweeps.planning.plan import make_plan, store
 
 
 @pytest.fixture

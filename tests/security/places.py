@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.run_dir import RunDir
-from sweeps.plan import plan_folder
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.run_dir import RunDir
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,8 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import mlflow_note
-from experiments.document import Bullets, Code, Document, Notice, Picture, Section, Table, to_html
+from experiments.report.document import (
+    Bullets,
+    Code,
+    Document,
+    Notice,
+    Picture,
+    Section,
+    Table,
+    to_html,
+)
+from experiments.tracking import note as mlflow_note
 from relora_core.config import BlimpConfig, ConfigError
 from relora_core.evals import blimp
 from sweeps.__main__ import build_parser

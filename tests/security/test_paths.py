@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import Place
 
-from experiments.run_dir import run_at
+from experiments.disk.output_dir import jobs_folder, run_at
 from relora_core.config import ConfigError, RunConfig
-from sweeps import cluster, job, retention
+from sweeps import job, retention
 from sweeps.__main__ import main
-from sweeps.grid import check_name, safe_name
-from sweeps.plan import load
-from sweeps.state import jobs_folder, read_submissions
+from sweeps.planning.grid import check_name, safe_name
+from sweeps.planning.plan import load
+from sweeps.slurm import cluster
+from sweeps.slurm.submission import read_submissions
 from tests.conftest import nano_config
 
 COMMANDS = {
@@ -195,7 +196,7 @@ def test_no_knob_moves_a_runs_folder(model: str, kind: str) -> None:
 def test_an_evaluation_has_the_name_of_a_folder(
     name: str, place: Place, nano: Callable[..., RunConfig]
 ) -> None:
-    from experiments.evaluate import Request, check
+    from experiments.run.evaluate import Request, check
 
     request = Request(name=name, eval=nano().eval, steps="last")
     with pytest.raises(ConfigError, match="--as must be a name"):

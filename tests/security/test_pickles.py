@@ -21,8 +21,8 @@ import optuna
 import pytest
 import torch
 
-from experiments.run_dir import RunDir
-from experiments.runner import run_experiment
+from experiments.disk.run_dir import RunDir
+from experiments.run.runner import run_experiment
 from relora_core import checkpoint, data, export
 from relora_core.config import BlimpConfig, ConfigError, DataConfig, PalomaConfig, RunConfig
 from relora_core.data.base import DataError

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import schema
-from experiments.mlflow_store import PASSWORD, check_uri, redacted, with_password
+from experiments.addresses import PASSWORD, check_uri, redacted, with_password
 from relora_core.config import ConfigError, TrackingConfig
 from sweeps import snapshot
 from sweeps.search.config import normalise

@@ -13,7 +13,8 @@ from typing import Any
 
 from cluster import WAIT_S, Cluster
 
-from experiments.run_dir import RunDir, all_runs
+from experiments.disk.output_dir import all_runs
+from experiments.disk.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = Path(__file__).parent / "gate"

@@ -15,7 +15,8 @@ import pytest
 from cluster import Cluster
 from jobs import HELD, NANO, ROOT, Sweep, numbers, user, weights
 
-from experiments.run_dir import RunDir, all_runs
+from experiments.disk.output_dir import all_runs
+from experiments.disk.run_dir import RunDir
 
 SEEDS = 8
 
@@ -215,7 +216,7 @@ def test_edits_after_submission_reach_no_job(bare: Cluster, tmp_path: Path, same
     sweep = Sweep(cluster=bare, out=tmp_path / "out", words=["seed=0,1", HELD], root=copy)
     sweep.open()
     sweep.launch()
-    for edited in ("relora_core/train.py", "experiments/runner.py", "sweeps/job.py"):
+    for edited in ("relora_core/train.py", "experiments/run/runner.py", "sweeps/job.py"):
         (copy / edited).write_text("raise RuntimeError('edited')\n")
     nano = copy / "conf" / "model" / "nano.yaml"
     nano.write_text(nano.read_text().replace("n_layers: 2", "n_layers: 1"))

@@ -10,8 +10,9 @@ from pathlib import Path
 from cluster import Cluster
 from jobs import Sweep
 
-from experiments.run_dir import RunDir, all_runs
-from sweeps.search.study import Study, study_folder
+from experiments.disk.output_dir import all_runs, study_folder
+from experiments.disk.run_dir import RunDir
+from sweeps.search.study import Study
 
 TRIALS = 5
 SEARCH = [

@@ -16,8 +16,8 @@ import pytest
 from cluster import Cluster, environment
 from jobs import GATE, HELD, NANO, ROOT, Sweep
 
-from experiments.evaluate import evaluations
-from experiments.run_dir import RunDir
+from experiments.disk.evaluations import evaluations
+from experiments.disk.run_dir import RunDir
 
 
 def spans(run: RunDir) -> tuple[float, float]:

@@ -19,12 +19,12 @@ from relora_core.config import (
     TrackingConfig,
     TrainConfig,
 )
-from sweeps.plan import Plan, make_plan
+from sweeps.planning.plan import Plan, make_plan
 
 FAKE = '''
 """Behaves as a worker does towards its run directory; the seed says how it ends."""
 import os, signal, sys, time, traceback
-from experiments.run_dir import RunDir, RunLocked
+from experiments.disk.run_dir import RunDir; from experiments.errors import RunLocked
 
 run = RunDir(sys.argv[1])
 seed = run.config().seed
@@ -139,6 +139,6 @@ def spec(make):
 @pytest.fixture
 def folder(tmp_path):
     """Of the study of a search called s."""
-    from sweeps.search.study import study_folder
+    from experiments.disk.output_dir import study_folder
 
     return study_folder(tmp_path / "out", name="s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from experiments.run_dir import EventLog
+from experiments.disk.event_log import EventLog
 from relora_core.events import Event
 from sweeps.search.config import normalise
 from sweeps.search.space import Float, Int

@@ -9,18 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from experiments import frozen, mlflow_store
+from experiments import addresses
+from experiments.addresses import store_uri
+from experiments.disk import frozen
+from experiments.disk.event_log import EventLog
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json, ids
-from experiments.mlflow_store import DatabaseNotFound, ensure_store, store_uri
-from experiments.run_dir import EventLog, RunDir
+from experiments.tracking import store as mlflow_store
+from experiments.tracking.store import DatabaseNotFound, ensure_store
 from relora_core.config import DataConfig, EvalConfig, PalomaConfig, TrackingConfig
 from relora_core.events import Event
 from sweeps.__main__ import main
-from sweeps.launch import load_launcher, store_launcher
-from sweeps.options import SlurmOptions
-from sweeps.plan import load, make_plan, plan_folder, store
-from sweeps.slurm import SlurmLauncher
-from sweeps.track import bring_up_to_date
+from sweeps.launchers import load_launcher, store_launcher
+from sweeps.planning.plan import load, make_plan, store
+from sweeps.slurm.launcher import SlurmLauncher
+from sweeps.slurm.options import SlurmOptions
+from sweeps.tracking import bring_up_to_date
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +115,7 @@ def test_the_folder_of_the_command_may_be_a_link(nano, home, monkeypatch):
     monkeypatch.chdir(home.parent / "link")
     config = frozen.absolute(typed(nano, uri="sqlite:///x.db"))
     assert Path(config.data.path).samefile(home / "rows")
-    assert mlflow_store.sqlite_path(config.tracking.uri).parent.samefile(home)
+    assert addresses.sqlite_path(config.tracking.uri).parent.samefile(home)
 
 
 def test_freezing_renames_nothing_and_is_done_once(nano, home):

@@ -20,10 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import scheduler
-from experiments.run_dir import RunDir
+from experiments.disk.output_dir import jobs_folder
+from experiments.disk.run_dir import RunDir
 from relora_core.data.grammar import VOCAB_SIZE
-from sweeps import cluster, job
-from sweeps.state import Submission, jobs_folder, read_submissions, record_job, survey
+from sweeps import attempt, job
+from sweeps.slurm import cluster
+from sweeps.slurm.submission import Submission, read_submissions, record_job
+from sweeps.slurm.survey import survey
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +34,8 @@ JOB = "12_0"
 WORKER = '''
 """A worker without training; the seed says how it ends."""
 import json, os, signal, sys, time
-from experiments.run_dir import RunDir
-from experiments.stopping import StopFlag
+from experiments.disk.run_dir import RunDir
+from experiments.run.stopping import StopFlag
 
 run = RunDir(sys.argv[1])
 seed = run.config().seed
@@ -458,7 +461,7 @@ def test_attempts_without_progress(make, tmp_path, slurm, records, newest, limit
         if record != (JOB, newest):
             break
         streak += 1
-    assert job.stalled(run, limit=limit) == (streak >= limit)
+    assert attempt.stalled(run, limit=limit) == (streak >= limit)
 
 
 def exhausted(work):

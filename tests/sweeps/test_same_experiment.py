@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import runner
+from experiments.disk.output_dir import plan_folder, runs_folder
+from experiments.disk.run_dir import RunDir
 from experiments.identity import essential, run_id
-from experiments.run_dir import RunDir, runs_folder
-from experiments.runner import complete
+from experiments.run import runner, single
+from experiments.run.complete import complete
 from relora_core.config import BlimpConfig, DataConfig, PalomaConfig, RunConfig
 from sweeps.launch import same_elsewhere
-from sweeps.plan import load, make_plan, plan_folder, store
+from sweeps.planning.plan import load, make_plan, store
 
 SAME = {
     "prune ratio of all": (
@@ -396,10 +397,10 @@ def test_a_single_run_says_that_another_has_done_the_same(make, capsys, monkeypa
     done = RunDir(runs_folder(old.output_dir) / run_id(old))
     done.create(old)
     line = f"note: it computes what run {run_id(old)} did, which is finished"
-    assert runner.run_here(planned(seed=1)) == 0
-    assert runner.run_here(new) == 0
+    assert single.run_here(planned(seed=1)) == 0
+    assert single.run_here(new) == 0
     assert line not in capsys.readouterr().err  # it has only begun
     shutil.rmtree(runs_folder(old.output_dir) / run_id(new))
     done.write_result({"run_id": run_id(old), "state": "finished", "step": 4, "metrics": {}})
-    assert runner.run_here(new) == 0
+    assert single.run_here(new) == 0
     assert line in capsys.readouterr().err.splitlines()

@@ -12,7 +12,7 @@ from experiments import schema, typos
 from experiments.identity import run_id
 from hydra_plugins.relora_sweeps._axes import dimension, parse
 from relora_core.config import ConfigError
-from sweeps.local import ROOT
+from sweeps.local.slots import ROOT
 from sweeps.search import samplers
 from sweeps.search.space import Choice, Float, Int, check_space, with_values
 from tests import warm

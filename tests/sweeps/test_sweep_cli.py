@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from experiments.disk.output_dir import all_runs, jobs_folder
+from experiments.disk.run_dir import STATES, RunDir
 from experiments.identity import arm_id
-from experiments.run_dir import STATES, RunDir, all_runs
-from sweeps import cluster, launch
+from sweeps import launch
 from sweeps.__main__ import main
-from sweeps.plan import make_plan, store
-from sweeps.state import Submission, jobs_folder
+from sweeps.planning.plan import make_plan, store
+from sweeps.slurm import cluster
+from sweeps.slurm.submission import Submission
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,8 @@ from hydra_plugins.relora_sweeps._axes import expand
 from hydra_plugins.relora_sweeps._compose import Composer
 from hydra_plugins.relora_sweeps.plugins import GridSweeper, LocalLauncher
 from relora_core.config import ConfigError, validate
-from sweeps.local import ROOT
-from sweeps.plan import make_plan
+from sweeps.local.slots import ROOT
+from sweeps.planning.plan import make_plan
 from tests import warm
 
 

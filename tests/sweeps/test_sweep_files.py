@@ -15,8 +15,8 @@ from experiments.identity import arm_id, scientific
 from hydra_plugins.relora_sweeps import plugins
 from relora_core import schedule
 from relora_core.config import ConfigError, get
-from sweeps.grid import points_from
-from sweeps.plan import make_plan
+from sweeps.planning.grid import points_from
+from sweeps.planning.plan import make_plan
 
 FILES = [name for name in typos.options("sweep") if name != "none"]
 LOCAL = ["data=grammar", "output_dir=x"]

@@ -12,9 +12,9 @@ import time
 import psutil
 import pytest
 
-from experiments.named import find_run
-from experiments.run_dir import RunDir
-from experiments.state import SILENT_AFTER_S, state_of
+from experiments.disk.named import find_run
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import SILENT_AFTER_S, state_of
 from relora_core.config import ConfigError
 
 

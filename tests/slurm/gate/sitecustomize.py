@@ -14,7 +14,7 @@ STEP = 25
 HOUR_S = 3600.0
 
 if GATE and "SLURM_JOB_ID" in os.environ:
-    from experiments.stopping import StopFlag
+    from experiments.run.stopping import StopFlag
 
     real = StopFlag.__call__
     waits = f"{GATE}.{os.getpid()}"

@@ -1,0 +1,224 @@
+"""Addresses of tracking stores and databases: checked, made absolute, shown without passwords.
+
+Loads no MLflow. Not for: contacting a store (`tracking/store.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit
+
+from relora_core import shared
+from relora_core.config import ConfigError, RunConfig, TrackingConfig, nearest
+
+if TYPE_CHECKING:
+    pass
+
+
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
+"""What SQLAlchemy imports for a dialect where the URI names no driver."""
+LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+PASSWORD = "RELORA_DB_PASSWORD"
+"""Environment variable with the password of a database, whose address is written down."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
+    """Raise ConfigError where `tracking.uri` cannot be a store.
+
+    Contacts none, loads no MLflow. `recorded`: it will stand in the records of runs, where no
+    password may.
+    """
+    uri = tracking.uri
+    if not tracking.enabled or uri is None:
+        return
+    scheme, separator, _ = uri.partition("://")
+    dialect, _, driver = scheme.partition("+")
+    if recorded:
+        check_secret("tracking.uri", uri)
+    if not separator or scheme == "file":
+        path = re.sub(r"^(file:(//)?|sqlite:/*)", "", uri)
+        path = path if path.endswith(".db") else f"{path}/mlflow.db"
+        raise ConfigError(
+            f"tracking.uri must be a database or a server (MLflow's file store is closed), got "
+            f"{uri!r}; nearest valid: sqlite:///{path}"
+        )
+    if dialect not in SCHEMES:
+        raise ConfigError(
+            f"tracking.uri must begin with one of {', '.join(s + '://' for s in SCHEMES)}, "
+            f"got {redacted(uri)!r}.{nearest(dialect, SCHEMES)}"
+        )
+    if dialect == "sqlite":
+        _check_sqlite(uri)
+    elif dialect in ("http", "https") and not urlsplit(uri).hostname:
+        raise ConfigError(
+            f"tracking.uri must name a host, as in http://127.0.0.1:5000, got {redacted(uri)!r}"
+        )
+    elif dialect in DRIVERS and not importlib.util.find_spec(driver or DRIVERS[dialect]):
+        raise ConfigError(
+            f"tracking.uri needs the Python package {driver or DRIVERS[dialect]} for {dialect}, "
+            f"which is not installed, got {redacted(uri)!r}"
+        )
+
+
+def check_home(key: str, uri: str) -> None:
+    """ConfigError where a database's address begins with `~`, which nobody expands there."""
+    dialect, sign, name = uri.partition(":///")
+    if sign and dialect.startswith("sqlite") and name.startswith("~"):
+        whole = quote(os.path.expanduser(unquote(name)), safe="/~")
+        raise ConfigError(
+            f"{key} must be a path from the root, or from here, got {uri!r}; nearest valid: "
+            f"{dialect}:///{whole}"
+        )
+
+
+def _check_sqlite(uri: str) -> None:
+    check_home("tracking.uri", uri)
+    path = sqlite_path(uri)
+    if path is None:
+        raise ConfigError(
+            f"tracking.uri must name a database file, as in sqlite:///mlflow.db, got {uri!r}"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"tracking.uri must name a file in an existing folder, got {uri!r} and "
+            f"{path.parent} does not exist"
+        )
+    if path.is_dir():
+        raise ConfigError(
+            f"tracking.uri must name a file, got the folder {path}; nearest valid: "
+            f"sqlite:///{path}/mlflow.db"
+        )
+    if line := read_only(path):
+        raise ConfigError(f"tracking.uri must be writable, got {uri!r}: {line}")
+
+
+def read_only(database: Path) -> str | None:
+    """Why nothing can be written into a database, in a line: SQLite makes files beside it, too."""
+    return shared.closed(database) or shared.closed(database.parent)
+
+
+def rooted(path: Path) -> Path:
+    """The path from the root. Links stay links, but where `..` goes up from one."""
+    path = path.absolute()
+    return path.resolve() if ".." in path.parts else path
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a sqlite URI's file; None for other stores and databases in memory."""
+    if not re.match(r"sqlite(\+\w+)?:///", uri):
+        return None
+    name = unquote(uri.split(":///", 1)[1].split("?", 1)[0])
+    return Path(name).absolute() if name and name != ":memory:" else None
+
+
+def sqlite_uri(path: Path, *, dialect: str = "sqlite", options: str = "") -> str:
+    """The address of a database file.
+
+    SQLAlchemy ends the path at `?` and reads `%20` as a space; MLflow, unless a driver is named,
+    makes the folder that stands in the address as it is.
+    """
+    plain = str(path.absolute())
+    quoted = plain.replace("%", "%25").replace("?", "%3F")
+    if quoted != plain and dialect == "sqlite":
+        dialect = "sqlite+pysqlite"
+    return f"{dialect}:///{quoted}{options}"
+
+
+RELATIVE = re.compile(
+    r"(?P<dialect>sqlite(\+\w+)?):///(?P<name>(?!/|file:|:memory:)[^?]+)(?P<o>.*)"
+)
+
+
+def relative_database(uri: str | None) -> bool:
+    """Whether it depends on the working directory which database an address stands for."""
+    return uri is not None and RELATIVE.fullmatch(uri) is not None
+
+
+def located(uri: str, bases: Sequence[Path], *, new: bool = False) -> str:
+    """The address with its database in the first of `bases` that has it; as it is where none has.
+
+    `new`: in the first of them, whether it is there or not.
+    """
+    if (match := RELATIVE.fullmatch(uri)) is None:
+        return uri
+    for path in (rooted(base / unquote(match["name"])) for base in bases):
+        if new or path.exists():
+            return sqlite_uri(path, dialect=match["dialect"], options=match["o"])
+    return uri
+
+
+def given(uri: str) -> str:
+    """An address that a command line names for this once, checked, for use from any folder."""
+    check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
+    return located(uri, [Path.cwd()], new=True)
+
+
+def local_folder(place: str) -> Path | None:
+    """The folder of an artifact location; None where it is no folder of a machine."""
+    parts = urlsplit(place)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    return Path(place) if not parts.scheme and place else None
+
+
+def redacted(text: str) -> str:
+    """`text` without the passwords of addresses in it, which may hold any character but white space
+    and quotes."""
+    text = re.sub(r"(://[^/@:\s]*):(?!\d+/)[^\s'\"]*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|\w*token)=)[^\s'\"&]+", r"\1***", text)
+
+
+def check_secret(key: str, uri: str) -> None:
+    """ConfigError where an address that will be written down holds a password."""
+    if redacted(uri) == uri:
+        return
+    web = uri.startswith(("http://", "https://"))
+    where = LOGIN if web else PASSWORD
+    raise ConfigError(
+        f"{key} must hold no password, since it stands in the records of every run, got "
+        f"{redacted(uri)!r}; the environment's {where} may hold it"
+    )
+
+
+def with_password(uri: str) -> str:
+    """A database's address for use: the environment's password for a user who has none in it."""
+    password = os.environ.get(PASSWORD)
+    if not password or uri.startswith(("http://", "https://")):
+        return uri
+    return re.sub(r"(://[^/@:]+)@", lambda m: f"{m[1]}:{quote(password, safe='')}@", uri, count=1)
+
+
+def default_uri(output_dir: Path | str) -> str:
+    """The database in `output_dir`."""
+    return sqlite_uri(Path(output_dir) / "mlflow.db")
+
+
+def misplaced(uri: str) -> str | None:
+    """One line where a version before put the database of this address into another folder."""
+    path = sqlite_path(uri)
+    if path is None or path.exists() or "%" not in str(path):
+        return None
+    other = Path(os.path.normpath(unquote(str(path))))
+    if not other.is_file():
+        return None
+    return (
+        f"an earlier version kept {path} in {other}, which is left as it is; all that is in the "
+        "runs' records is shown anew"
+    )
+
+
+def store_uri(config: RunConfig) -> str:
+    """The store that a run is tracked in."""
+    return config.tracking.uri or default_uri(config.output_dir)
+
+
+def experiment_name(config: RunConfig) -> str:
+    """The MLflow experiment that holds the run."""
+    return config.tracking.experiment or config.sweep.name or config.experiment

@@ -1,0 +1,13 @@
+"""What lies where in an output folder, and what it says.
+
+output_dir.py   where runs, sweeps, studies and caches lie
+run_dir.py      a run's folder: its files, lock, status and record
+event_log.py    events.jsonl, written and parsed
+process.py      is a process still the one that a file names
+state.py        what is true of a run, from its own files
+evaluations.py  stored results of evaluations
+plans.py        stored plans, and where each run is shown
+named.py        which runs a word names
+frozen.py       paths and addresses of a frozen config, absolute
+inputs.py       what a run reads is what it was planned with
+"""

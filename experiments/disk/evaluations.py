@@ -1,0 +1,57 @@
+"""What evaluations of checkpoints have stored beside a run, and all final metrics of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from experiments import json_files
+from experiments.disk.run_dir import RunDir
+
+if TYPE_CHECKING:
+    pass
+
+
+def steps_of(run_dir: RunDir) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    names = [path.name[5:] for path in run_dir.checkpoints.glob("step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+# results ------------------------------------------------------------------------------------------
+STORED = {"name": str, "section": str, "step": int, "digest": str}
+STORED |= {"metrics": dict[str, float], "tables": dict[str, list[dict[str, Any]]]}
+
+
+def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
+    """Every stored result, oldest step first."""
+    for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
+        with contextlib.suppress(
+            json_files.Damaged
+        ):  # it is no result: the step is evaluated again
+            found = json_files.read(path)
+            if json_files.sound(found, STORED):
+                yield found
+
+
+def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
+    """Step -> metrics of all evaluations apart from training, oldest step first."""
+    merged: dict[int, dict[str, float]] = {}
+    for found in results(run_dir):
+        merged.setdefault(found["step"], {}).update(found["metrics"])
+    return merged
+
+
+def all_metrics(run_dir: RunDir) -> dict[str, float]:
+    """The result's metrics, and what was found apart from training at the newest step evaluated.
+
+    Where both have a metric the result counts. Of a finished run only evaluations of its last step
+    count: an earlier checkpoint's numbers are not the run's.
+    """
+    result = run_dir.result() or {}
+    found = evaluations(run_dir)
+    newest = max(found, default=0)
+    if result.get("state") == "finished":
+        newest = result["step"]
+    return found.get(newest, {}) | result.get("metrics", {})

@@ -1,0 +1,375 @@
+"""What a run reads is what it was planned with: checked where it is opened; its tokenizer is kept.
+
+    OUTPUT_DIR/inputs/<fingerprint>/files.json      how the files looked when they were last read
+                                    tokenizer.json  of the data, with the tokenizer_config.json
+    RUN_DIR/changes.json            what was taken on purpose though it has changed
+
+Files that look as they did (`places.looks`) are not read again; others are, and that they were
+touched or moved changes nothing. Of data beyond `parquet.HASHED_WHOLE` bytes footers and blocks
+are read, so what `parquet.sample` says escapes. A data set on the hub stands for its commit. Not
+for: computing fingerprints (`relora_core/data`, `relora_core/evals`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import json_files
+from experiments.disk.run_dir import RunDir
+from relora_core import atomic, shared
+from relora_core.config import EVALS, ConfigError, DataConfig, RunConfig
+from relora_core.data.places import Look, looks
+
+SETTLED_NS = 2_000_000_000
+"""A file younger than this when it was read may change again within one tick of its clock."""
+FILES = {"looks": list[list[Any]], "read": int, "sample": str | None}
+FILES |= {"tokenizer": dict[str, str] | None}
+TRAINING = ("retry", "search")
+"""Commands that take changes for training."""
+CHANGE = {"key": str, "planned": str, "now": str, "what": str, "by": str, "time": float}
+
+
+@dataclass(kw_only=True, slots=True)
+class Change:
+    """Something that is not what the run was planned with."""
+
+    key: str
+    """`data` or `eval.blimp`: the section of the config."""
+    planned: str
+    """Fingerprint; of a run that took a change on purpose, that of the newest."""
+    now: str
+    what: str
+    """One line: what lies where, and in which way it differs."""
+
+
+def refusal(changes: Sequence[Change], *, remedy: str) -> ConfigError:
+    """One line for all of them."""
+    differences = "; ".join(
+        f"{c.what} (fingerprint {c.planned[:12]} -> {_short(c.now, c.planned)})" for c in changes
+    )
+    return ConfigError(f"{differences}: put back what the run was planned with, or {remedy}")
+
+
+def _short(now: str, planned: str) -> str:
+    """The start of a fingerprint, enough to see that it is not the planned one."""
+    return now[:12] if now[:12] != planned[:12] else now.replace(planned[:64], planned[:12])[:26]
+
+
+# what a run has taken since it was planned -------------------------------------------------------
+def accepted(run_dir: RunDir, *, by: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Changes that were taken on purpose, oldest first; `by` commands of these names."""
+    return [c for c in accepted_in(run_dir.changes_path) if by is None or c["by"] in by]
+
+
+def accept(run_dir: RunDir, changes: Sequence[Change], *, by: str) -> None:
+    """Write down that `changes` were taken on purpose by this command."""
+    accept_in(run_dir.changes_path, changes, by=by)
+
+
+def accepted_in(path: Path) -> list[dict[str, Any]]:
+    """The changes that this file lists."""
+    try:
+        found = json_files.read(path)["changes"]
+        return [c for c in found if json_files.sound(c, CHANGE)]
+    except FileNotFoundError:
+        return []
+    except (json_files.Damaged, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} must list changes, got {error}") from None
+
+
+def accept_in(path: Path, changes: Sequence[Change], *, by: str) -> None:
+    new = [dataclasses.asdict(c) | {"by": by, "time": time.time()} for c in changes]
+    atomic.write_json(path, {"changes": [*accepted_in(path), *new]})
+
+
+def prints(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Key -> fingerprint of what was taken last."""
+    return {c["key"]: c["now"] for c in changes}
+
+
+def said(run_dir: RunDir) -> str | None:
+    """One line on what training took on purpose though it had changed; None where nothing was."""
+    keys = list(dict.fromkeys(c["key"] for c in accepted(run_dir, by=TRAINING)))
+    return f"goes on with other {', '.join(keys)} than planned (--accept-changed)" if keys else None
+
+
+def as_accepted(run_dir: RunDir, config: RunConfig) -> RunConfig:
+    """`config` with the fingerprints of what training has taken since."""
+    return with_prints(config, prints(accepted(run_dir, by=TRAINING)))
+
+
+def before(config: RunConfig, newest_first: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """`config` with the fingerprints from before these changes, where it has those after them."""
+    for change in newest_first:
+        name = change["key"].removeprefix("eval.")
+        section = config.data if name == "data" else getattr(config.eval, name)
+        if section.fingerprint == change["now"].partition(".")[0]:  # without the sample
+            planned = change["planned"].partition(".")[0]
+            config = with_prints(config, {change["key"]: planned})
+    return config
+
+
+def with_prints(config: RunConfig, prints: dict[str, str]) -> RunConfig:
+    data = replace(config.data, fingerprint=prints.get("data", config.data.fingerprint))
+    sections = {}
+    for name in EVALS:
+        own = getattr(config.eval, name)
+        sections[name] = replace(
+            own, fingerprint=prints.get(f"eval.{name}", getattr(own, "fingerprint", None))
+        )
+    return replace(config, data=data, eval=replace(config.eval, **sections))
+
+
+# checks -------------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Opened:
+    """A run's config as it is to be opened, and what is not as planned."""
+
+    config: RunConfig
+    """data.tokenizer is the copy that was kept, where there is one."""
+    changes: list[Change]
+
+
+def look(config: RunConfig, *, output_dir: Path, only: Iterable[str] = ("data", *EVALS)) -> Opened:
+    """Whether what the run reads is what its fingerprints stand for, and its kept tokenizer.
+
+    ConfigError where something cannot be read at all. A config without fingerprints was never
+    planned, and is opened as it is. `only` names what is opened: `tokenizer`, `data`, evals.
+    """
+    from relora_core import evals
+
+    opened, changes = config, []
+    if config.data.fingerprint:
+        kept = kept_tokenizer(config.data, output_dir=output_dir)
+        if kept is not None:
+            opened = replace(config, data=replace(config.data, tokenizer=str(kept)))
+        if "data" in only or ("tokenizer" in only and kept is None and config.data.tokenizer):
+            changes += _data(config, output_dir=output_dir, kept=kept)
+    names = [name for name in evals.active(config) if name in only]
+    for name in names:
+        changes += _eval(config, name, output_dir=output_dir)
+    return Opened(config=opened, changes=changes)
+
+
+def opened(run_dir: RunDir, config: RunConfig) -> RunConfig:
+    """`config` as training is to open it; ConfigError, one line, where something has changed.
+
+    The tokenizer is kept from here on.
+    """
+    found = look(as_accepted(run_dir, config), output_dir=output_dir_of(run_dir))
+    if found.changes:
+        raise refusal(
+            found.changes,
+            remedy=f"`python -m sweeps retry {run_dir.run_id} --accept-changed` goes on with what "
+            "is there now, and writes it down",
+        )
+    return found.config
+
+
+def to_export(run_dir: RunDir, *, tokenizer: str | None) -> tuple[Opened, list[str]]:
+    """The run as export opens it, with its own tokenizer or with `tokenizer`, and notes."""
+    config, output_dir = as_accepted(run_dir, run_dir.config()), output_dir_of(run_dir)
+    if tokenizer is not None:
+        return _named(config, tokenizer, output_dir=output_dir)
+    try:
+        return look(config, output_dir=output_dir, only=("tokenizer",)), []
+    except ConfigError as error:
+        line = f"{error}; the run kept no tokenizer: --tokenizer PATH names the one it had"
+        raise ConfigError(line) from None
+
+
+def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Opened, list[str]]:
+    """`tokenizer` in the place of the run's, held against what was kept or else the fingerprint."""
+    from relora_core import data as room
+    from relora_core.data import HFTokenizer
+
+    if config.data.kind == "grammar":
+        raise ConfigError(f"--tokenizer must be left out, since data=grammar, got {tokenizer!r}")
+    kept = kept_tokenizer(config.data, output_dir=output_dir)
+    new = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    size = HFTokenizer(tokenizer, eos_id=config.data.eos_id).vocab_size
+    if size > (config.model.vocab_size or size):
+        raise ConfigError(
+            f"--tokenizer must have at most {config.model.vocab_size} ids (model.vocab_size), got "
+            f"{size} in {tokenizer!r}"
+        )
+    planned = str(config.data.fingerprint)
+    if config.data.tokenizer is None:
+        return Opened(config=new, changes=[]), [
+            "the run named no tokenizer: nothing here says whether its ids mean these texts"
+        ]
+    if kept is not None:
+        own = replace(config.data, tokenizer=str(kept))
+        planned, now = str(room.tokenizer_digest(own)), str(room.tokenizer_digest(new.data))
+    else:
+        try:
+            planned, now = planned.partition(".")[0], room.fingerprint(new.data)
+        except ConfigError as error:
+            return Opened(config=new, changes=[]), [f"--tokenizer could not be checked: {error}"]
+    what = f"--tokenizer={tokenizer} is not the tokenizer that the run was planned with"
+    change = Change(key="tokenizer", planned=planned, now=now, what=what)
+    return Opened(config=new, changes=[change] if now != planned else []), []
+
+
+def output_dir_of(run_dir: RunDir) -> Path:
+    return run_dir.path.absolute().parents[1]
+
+
+def _data(config: RunConfig, *, output_dir: Path, kept: Path | None) -> list[Change]:
+    """The data's change, if any; where there is none its files' looks and tokenizer are kept."""
+    from experiments.disk.output_dir import cache_dir
+    from relora_core import data as room
+
+    data = config.data
+    planned = str(data.fingerprint)
+    fingerprint, _, planned_sample = planned.partition(".")
+    known = _read(output_dir, planned)
+    if kept is not None and room.is_cached(data, cache_dir=cache_dir(output_dir)):
+        return []  # the tokens are what was planned; nobody opens the texts
+    if data.kind == "grammar":
+        now = room.fingerprint(data)
+        what = "the grammar of this version of the code is another"
+        return [] if now == planned else [Change(key="data", planned=planned, now=now, what=what)]
+    files = room.local_files(data)
+    seen = looks(file.absolute() for file in files)
+    if files and (kept or not data.tokenizer) and _looks_same(known, seen):
+        return []
+    now = room.fingerprint(data, tokenizer=str(kept) if kept else None)
+    sample = room.sample(data)
+    planned_sample = planned_sample or (known or {}).get("sample")
+    if now == fingerprint and (planned_sample is None or sample == planned_sample):
+        tokenizer = (known or {}).get("tokenizer")
+        if data.tokenizer and kept is None:
+            tokenizer = _keep_tokenizer(data, output_dir=output_dir)
+        _write(output_dir, planned, seen=seen, sample=sample, tokenizer=tokenizer)
+        return []
+    if sample is not None:
+        now = f"{now}.{sample}"
+    what = f"data.path={data.path} has changed since the run was planned"
+    if detail := _difference(known, seen):
+        what += f" ({detail})"
+    elif not files:
+        what += " (the hub has another commit of it: owner/name@commit names the planned one)"
+    elif data.tokenizer and kept is None:
+        what = f"data.path={data.path} or data.tokenizer={data.tokenizer} has changed since the "
+        what += "run was planned"
+    return [Change(key="data", planned=planned, now=now, what=what)]
+
+
+def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
+    from relora_core import evals
+
+    section = getattr(config.eval, name)
+    planned = section.fingerprint
+    if not planned or section.path is None:
+        return []
+    seen = looks(file.absolute() for file in evals.local_files(config)[name])
+    known = _read(output_dir, planned)
+    if _looks_same(known, seen):
+        return []
+    now = evals.texts_digest(config, name)
+    if now == planned:
+        _write(output_dir, planned, seen=seen)
+        return []
+    what = f"eval.{name}.path={section.path} has changed since the run was planned"
+    if detail := _difference(known, seen):
+        what += f" ({detail})"
+    return [Change(key=f"eval.{name}", planned=planned, now=str(now), what=what)]
+
+
+# the tokenizer ------------------------------------------------------------------------------------
+def kept_tokenizer(data: DataConfig, *, output_dir: Path) -> Path | None:
+    """The folder with the run's own tokenizer, whole; None where none was kept or it is damaged."""
+    known = _read(output_dir, str(data.fingerprint)) if data.fingerprint else None
+    digests = (known or {}).get("tokenizer")
+    if not digests or not data.tokenizer:
+        return None
+    folder = _folder(output_dir, str(data.fingerprint))
+    with contextlib.suppress(OSError):
+        if all(_sha256(folder / name) == digest for name, digest in digests.items()):
+            return folder
+    return None
+
+
+def _keep_tokenizer(data: DataConfig, *, output_dir: Path) -> dict[str, str] | None:
+    """Copy the tokenizer's files as they are; their digests. None where nothing can be written."""
+    from relora_core.data import tokenizer
+
+    folder = _folder(output_dir, str(data.fingerprint))
+    try:
+        shared.make_folder(folder)
+        main, config = tokenizer.files(str(data.tokenizer))
+        sources = {"tokenizer.json": main} | ({"tokenizer_config.json": config} if config else {})
+        for name, source in sources.items():
+            atomic.write_text(folder / name, source.read_bytes().decode())
+        return {name: _sha256(folder / name) for name in sources}
+    except OSError:  # somebody else's output folder: the original is checked each time
+        return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# how files looked ---------------------------------------------------------------------------------
+def _folder(output_dir: Path, fingerprint: str) -> Path:
+    content, _, sample = fingerprint.partition(".")
+    return output_dir / "inputs" / (f"{content[:32]}-{sample[:16]}" if sample else content[:32])
+
+
+def _read(output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What was written down of the files; None where there is nothing, or nothing readable."""
+    try:
+        found = json_files.read(_folder(output_dir, fingerprint) / "files.json")
+    except (OSError, json_files.Damaged):
+        return None
+    return found if json_files.sound(found, FILES) else None
+
+
+def _write(
+    output_dir: Path,
+    fingerprint: str,
+    *,
+    seen: Sequence[Look],
+    sample: str | None = None,
+    tokenizer: dict[str, str] | None = None,
+) -> None:
+    folder = _folder(output_dir, fingerprint)
+    content = {"looks": seen, "read": time.time_ns(), "sample": sample, "tokenizer": tokenizer}
+    with contextlib.suppress(OSError):  # a check less saved; nothing depends on it
+        shared.make_folder(folder)
+        atomic.write_json(folder / "files.json", content)
+        for torn in atomic.torn(folder):
+            torn.unlink(missing_ok=True)
+
+
+def _looks_same(known: dict[str, Any] | None, seen: Sequence[Look]) -> bool:
+    if known is None or [list(look) for look in seen] != known["looks"]:
+        return False
+    newest = max((max(look[2], look[3]) for look in seen), default=0)
+    return newest < known["read"] - SETTLED_NS
+
+
+def _difference(known: dict[str, Any] | None, seen: Sequence[Look]) -> str:
+    """Which files look different; empty where nothing is known of them, or all lie elsewhere."""
+    before = {look[0]: look for look in (known or {}).get("looks", [])}
+    after = {look[0]: list(look) for look in seen}
+    if not before.keys() & after.keys():
+        return ""
+    lines = [f"{Path(p).name} is missing" for p in before if p not in after]
+    lines += [f"{Path(p).name} is new" for p in after if p not in before]
+    for path in before.keys() & after.keys():
+        was, now = before[path], after[path]
+        if was[1] != now[1]:
+            lines.append(f"{Path(path).name} had {was[1]:,} bytes, has {now[1]:,}")
+        elif was != now:
+            lines.append(f"{Path(path).name} was written again")
+    return ", ".join(sorted(lines)[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")

@@ -1,0 +1,127 @@
+"""Where things lie below `output_dir`: runs, sweeps, studies, caches.
+
+Not for: what lies in one run's folder (`run_dir.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import json_files
+from experiments.disk.run_dir import RunDir
+from experiments.identity import (
+    essential,
+    plain_keys,
+)
+from relora_core import shared
+from relora_core.config import (
+    ConfigError,
+    RunConfig,
+)
+
+
+def runs_folder(output_dir: Path | str) -> Path:
+    return Path(output_dir) / "runs"
+
+
+def run_at(output_dir: Path | str, run_id: str) -> RunDir:
+    """The run of an id that a file names; ConfigError where its folder would lie elsewhere."""
+    if not json_files.names_folder(run_id):
+        raise ConfigError(
+            f"a run_id must be the name of a folder in {output_dir}/runs, got {run_id!r}"
+        )
+    return RunDir(runs_folder(output_dir) / run_id)
+
+
+def all_runs(output_dir: Path | str) -> list[RunDir]:
+    """Every run below `output_dir`, by name."""
+    folder = runs_folder(output_dir)
+    return [RunDir(p.parent) for p in sorted(folder.glob("*/config.json"))]
+
+
+def same_runs(
+    configs: Sequence[RunConfig],
+    *,
+    output_dir: Path | str,
+    among: Callable[[RunDir], bool] = lambda run: True,
+) -> list[RunDir | None]:
+    """For each config the first run below `output_dir` that computes the same numbers, if any.
+
+    Most runs differ in a knob that simply counts, and cost no more than reading it.
+    """
+    seeds = {f"-s{config.seed}-" for config in configs}
+    keys = {(c.method, c.data.kind): [k.split(".") for k in plain_keys(c)] for c in configs}
+    plain = {_values(dataclasses.asdict(c), keys[c.method, c.data.kind]) for c in configs}
+    known: dict[str, RunDir] = {}
+    for run in all_runs(output_dir) if configs else ():
+        if not any(seed in run.run_id for seed in seeds):
+            continue
+        with contextlib.suppress(OSError, ValueError, TypeError):  # another version's, or damaged
+            raw = json_files.read(run.config_path)
+            with contextlib.suppress(KeyError):  # an older run's, without a knob added since
+                known_keys = keys.get((raw["method"], raw["data"]["kind"]))
+                if known_keys is None or _values(raw, known_keys) not in plain:
+                    continue
+            if among(run):
+                known.setdefault(repr(essential(run.config())), run)
+    return [known.get(repr(essential(config))) for config in configs]
+
+
+def _values(raw: dict[str, Any], keys: list[list[str]]) -> tuple[Any, ...]:
+    return tuple(functools.reduce(lambda part, name: part[name], key, raw) for key in keys)
+
+
+def cache_dir(output_dir: str | Path) -> Path:
+    """Where tokenised text is kept, shared by all runs."""
+    return Path(output_dir) / "cache"
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """ConfigError unless files can be made in `output_dir`; leaves nothing behind."""
+    folder = Path(output_dir)
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        shared.make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0" * 65536)
+            probe.flush()
+    except OSError as error:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        raise ConfigError(
+            f"output_dir must be a folder that can be written to, got {str(output_dir)!r} "
+            f"({shared.explained(error) or error.strerror})"
+        ) from None
+
+
+def plan_folder(output_dir: Path | str, *, name: str) -> Path:
+    return Path(output_dir) / "sweeps" / name
+
+
+def study_folder(output_dir: Path | str, *, name: str) -> Path:
+    return Path(output_dir) / "sweeps" / name / "study"
+
+
+def jobs_folder(output_dir: Path | str, *, name: str) -> Path:
+    return plan_folder(output_dir, name=name) / "jobs"
+
+
+@contextlib.contextmanager
+def refuse_unwritable(output_dir: Path) -> Iterator[None]:
+    """ConfigError where `output_dir` cannot be written to."""
+    try:
+        shared.make_folder(output_dir)
+        yield
+    except OSError as error:
+        why = shared.explained(error)
+        raise ConfigError(
+            f"output_dir must be a folder with free space to write to, got {output_dir}: "
+            f"{why or f'{error.strerror or error} ({error.filename or output_dir})'}"
+        ) from None

@@ -1,0 +1,45 @@
+"""Whether a process of this host is still the one that a file names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+
+def born(pid: int) -> str | None:
+    """Boot and tick at which a process began, which setting the clock does not change.
+
+    None where the system does not say.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return f"{_boot()}/{stat.rpartition(')')[2].split()[19]}"
+    except OSError:
+        return None
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def lives(pid: int, *, birth: str | None, started: float) -> bool:
+    """Whether a process of this host is still the one that was born, or started, then."""
+    try:
+        process = psutil.Process(pid)
+        same = born(pid) == birth if birth else abs(process.create_time() - started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
+    except psutil.NoSuchProcess:
+        return _hidden(pid, birth=birth)
+
+
+def _hidden(pid: int, *, birth: str | None) -> bool:
+    """Whether it is there all the same: a system may show nobody another user's (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return birth is None or birth.startswith(f"{_boot()}/")
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,346 @@
+"""The only file that knows the layout of outputs/runs/<run_id>/. Not for: deciding a run's state.
+
+config.json        frozen RunConfig, written once
+status.json        state, step, heartbeat, attempts; replaced atomically
+events.jsonl       the record: one Event per line, append-only, one writer
+attempts/001.json  host, pid, start, code of each attempt;  attempts/001.log  its output
+checkpoints/       step-00000060/ ... (relora_core/checkpoint.py)
+result.json        final metrics, written when the run ended (finished or diverged)
+error.txt          the newest attempt's traceback
+mlflow.json        position of the sync (experiments/tracking/run_view.py)
+lock               host, pid, process start and job of the attempt that is at work
+trial.json         of the search that asked for the run (sweeps/search/), where one did
+cancel             there if the user wants the run to end; a new launch removes it
+changes.json       what was taken on purpose though it had changed (experiments/disk/inputs.py)
+evals/<name>/      evaluations apart from training (experiments/run/evaluate.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from experiments import json_files
+from experiments.disk import frozen
+from experiments.disk.event_log import parse_event
+from experiments.disk.process import born, lives
+from experiments.errors import RunLocked
+from experiments.identity import config_from_json, config_to_json
+from experiments.scheduler import current_job
+from relora_core import atomic, shared
+from relora_core.config import EVALS, RunConfig
+
+STATES = (
+    "planned", "queued", "running", "finished", "failed", "diverged", "pruned", "cancelled", "lost",
+)  # fmt: skip
+"""`lost` is judged, never written: no word from the run, and its scheduler knows no such job.
+`pruned`: a search has ended it early; a grid that meets it goes on from its checkpoint."""
+DONE = ("finished", "diverged")
+"""States that the same command again leaves alone: the run has its result."""
+
+
+LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
+ATTEMPT = {"host": str, "pid": int, "python": str, "commit": str, "tree_hash": str}
+ATTEMPT |= {"code_hash": str, "cpu": str, "packages": dict[str, str], "gpus": list[Any]}
+RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
+"""What is read of these files must be of these types."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Status:
+    """status.json: what the run last said of itself."""
+
+    state: str = "planned"
+    attempts: int = 0
+    step: int = 0
+    """Optimizer steps completed."""
+    steps: int = 0
+    """Optimizer steps in all."""
+    loss: float | None = None
+    """Newest logged training loss, nats per token."""
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    """Seconds of training left at the newest rate."""
+    phase: str = ""
+    """`start`, `train`, `eval ...`, `checkpoint`."""
+    heartbeat: float = 0.0
+    """Seconds since the epoch of the newest word from the run."""
+    host: str = ""
+    pid: int = 0
+    job_id: str | None = None
+    """Of a SLURM job that we submitted; any other process is known by its host and pid."""
+    error: str | None = None
+    """One line; the traceback is in error.txt."""
+
+
+class RunDir:
+    """One run's folder. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    config_path = property(lambda self: self.path / "config.json")
+    status_path = property(lambda self: self.path / "status.json")
+    events_path = property(lambda self: self.path / "events.jsonl")
+    result_path = property(lambda self: self.path / "result.json")
+    error_path = property(lambda self: self.path / "error.txt")
+    mlflow_path = property(lambda self: self.path / "mlflow.json")
+    cancel_path = property(lambda self: self.path / "cancel")
+    trial_path = property(lambda self: self.path / "trial.json")
+    changes_path = property(lambda self: self.path / "changes.json")
+    evals = property(lambda self: self.path / "evals")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    attempts = property(lambda self: self.path / "attempts")
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and freeze the config in it.
+
+        An existing run keeps its config, but for where the same data lie now.
+        """
+        config = frozen.absolute(config)
+        shared.make_folder(self.path)
+        shared.make_folder(self.attempts)
+        if not self.config_path.exists():
+            with contextlib.suppress(FileExistsError):
+                atomic.create_text(self.config_path, config_to_json(config))
+        elif config.data.fingerprint:
+            self._move_data(config)
+        if not self.status_path.exists():
+            self.write_status(Status(steps=config.train.steps))
+
+    def _move_data(self, config: RunConfig) -> None:
+        """Freeze the paths of data that are the same (by fingerprint) and lie elsewhere now."""
+        with contextlib.suppress(OSError, json_files.Damaged, KeyError, TypeError):
+            raw = json_files.read(self.config_path)
+            changed = False
+            for name in ("data", *(f"eval.{name}" for name in EVALS)):
+                own: Any = raw
+                new: Any = config
+                for part in name.split("."):
+                    own, new = own[part], getattr(new, part)
+                same = own["fingerprint"] == new.fingerprint
+                for key in ("path", "tokenizer"):
+                    if same and key in own and own[key] and own[key] != getattr(new, key):
+                        own[key], changed = getattr(new, key), True
+            if changed:
+                atomic.write_json(self.config_path, raw)
+
+    def config(self) -> RunConfig:
+        """The frozen config; Damaged where this version cannot read it."""
+        try:
+            config = config_from_json(self.config_path.read_text(encoding="utf-8"))
+            return frozen.read(config, output_dir=self._output_dir())
+        except (ValueError, TypeError) as error:
+            raise json_files.Damaged(
+                f"{self.config_path} must be a config as this version writes it ({error})"
+            ) from None
+
+    def _output_dir(self) -> Path | None:
+        """The folder that has the run in its `runs`, wherever it has been moved to."""
+        place = self.path.absolute()
+        return place.parents[1] if place.parent.name == "runs" else None
+
+    def trial_tags(self) -> dict[str, Any]:
+        """Search and number of the trial that asked for this run; empty where none did."""
+        raw = _read_json(self.trial_path)
+        return {"study": raw.get("study"), "trial": raw.get("number")} if raw else {}
+
+    # status -------------------------------------------------------------------------------------
+    def status(self) -> Status:
+        """The run's newest word; a run without status.json is `planned`. A damaged one has failed:
+        the same command goes on with it, and the next word takes the place of the damaged."""
+        try:
+            status = Status(**json_files.known(Status, json_files.read(self.status_path), where=""))
+            if status.state not in STATES:
+                raise ValueError(f"state cannot be {status.state!r:.60}")
+        except FileNotFoundError:
+            return Status()
+        except ValueError as error:
+            why = "" if isinstance(error, json_files.Damaged) else f" ({error})"
+            told = f"status.json is damaged{why}; the same command goes on"
+            return Status(state="failed", attempts=len(self.attempt_records()), error=told)
+        return status
+
+    def write_status(self, status: Status) -> None:
+        atomic.write_json(self.status_path, dataclasses.asdict(status))
+
+    def update_status(self, **changes: Any) -> Status:
+        """Change some fields of status.json and renew the heartbeat."""
+        status = dataclasses.replace(self.status(), heartbeat=time.time(), **changes)
+        self.write_status(status)
+        return status
+
+    # attempts -----------------------------------------------------------------------------------
+    def next_attempt(self) -> int:
+        """A number that no attempt has had, even where status.json was lost."""
+        had = [int(p.stem) for p in self.attempts.glob("*.json") if p.stem.isdigit()]
+        return 1 + max(self.status().attempts, *had, 0)
+
+    def log_path(self, attempt: int) -> Path:
+        return self.attempts / f"{attempt:03d}.log"
+
+    def write_attempt(self, attempt: int, record: dict[str, Any]) -> None:
+        atomic.write_json(self.attempts / f"{attempt:03d}.json", record)
+
+    def attempt_records(self) -> list[dict[str, Any]]:
+        """What each attempt said of its host, process and code, oldest first."""
+        found = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
+        return [
+            record for record in found if record and json_files.sound(record, ATTEMPT, whole=False)
+        ]
+
+    @contextlib.contextmanager
+    def lock(
+        self, *, gone: Callable[[dict[str, Any]], bool] = lambda holder: False
+    ) -> Iterator[None]:
+        """Hold the run; RunLocked if another living process of this host, or another host, does.
+
+        `gone` says of a holder on another host whether it is dead for certain; an earlier life of
+        this very job is.
+        """
+        path = self.path / "lock"
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "birth": born(os.getpid()),
+            "job_id": current_job(),
+        }
+        taken = False
+        while not taken:
+            with self._alone():  # or of two that find a stale lock one removes the other's new one
+                holder = self.lock_holder()
+                if holder is not None and not _same_job(holder, me) and not gone(holder):
+                    raise RunLocked(
+                        f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
+                    )
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    atomic.create_text(path, json.dumps(me))
+                    taken = True
+        try:
+            yield
+        finally:
+            # A lock that stays is that of a dead process; what ended the run matters more.
+            with contextlib.suppress(OSError):
+                if self.is_mine():
+                    path.unlink()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process of this host at a time, where the file system can do that."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def is_mine(self) -> bool:
+        """Whether this process still holds the run: its scheduler may have given it to another."""
+        holder = _read_json(self.path / "lock") or {}
+        return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
+
+    def lock_holder(self) -> dict[str, Any] | None:
+        """Who works on the run, or None. A lock of a dead process of this host does not count."""
+        path = self.path / "lock"
+        holder = _read_json(path)
+        if not holder or not json_files.sound(holder, LOCK) or not 0 < holder["pid"] < 2**31:
+            # Damaged, or somebody is filling it, or died while he did: atomic.create_text.
+            try:
+                young = abs(time.time() - path.stat().st_mtime) < 10
+            except FileNotFoundError:
+                return None
+            return {"host": "?", "pid": 0} if young else None
+        if holder["host"] != socket.gethostname():
+            return holder
+        at_work = lives(holder["pid"], birth=holder.get("birth"), started=holder["started"])
+        return holder if at_work else None
+
+    def torn(self) -> list[Path]:
+        """What kills have left beside the files: half-written ones, the lock of a dead process."""
+        lock = self.path / "lock"
+        dead = [lock] if lock.exists() and self.lock_holder() is None else []
+        return [*atomic.torn(self.path), *atomic.torn(self.attempts), *dead]
+
+    # checkpoints --------------------------------------------------------------------------------
+    def newest_step(self) -> int:
+        """Optimizer steps that are safe on disk: those of the newest complete checkpoint."""
+        names = [p.name[5:] for p in self.checkpoints.glob("step-*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    # events -------------------------------------------------------------------------------------
+    def raw_events(self) -> Iterator[dict[str, Any]]:
+        """Every event of events.jsonl; a torn last line (killed mid-write) and what is none are
+        left out."""
+        try:
+            with open(self.events_path, "rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        return
+                    with contextlib.suppress(ValueError):
+                        yield parse_event(line)
+        except FileNotFoundError:
+            return
+
+    def events(self) -> list[dict[str, Any]]:
+        """The record as it counts: where attempts overlap, the newest from its first step on."""
+        kept: list[dict[str, Any]] = []
+        for event in self.raw_events():
+            if event["kind"] == "start":
+                resumed = event["data"].get("resumed", False)
+                kept = [e for e in kept if e["step"] <= event["step"]] if resumed else []
+            kept.append(event)
+        return kept
+
+    def notes(self) -> list[str]:
+        """What its attempts said of the data they read, one line each."""
+        begun = [event["data"] for event in self.raw_events() if event["kind"] == "start"]
+        return list(dict.fromkeys(str(note) for data in begun for note in data.get("notes", [])))
+
+    # result -------------------------------------------------------------------------------------
+    def result(self) -> dict[str, Any] | None:
+        """{"state", "metrics", "step", ...} once the run has ended.
+
+        A damaged one counts as none: the run makes it anew from its checkpoint and record.
+        """
+        result = _read_json(self.result_path)
+        return result if result and json_files.sound(result, RESULT, whole=False) else None
+
+    def ended(self) -> str | None:
+        """`finished` or `diverged` where the run has its result, whatever its status says."""
+        state = (self.result() or {}).get("state")
+        return state if state in DONE else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        atomic.write_json(self.result_path, result)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none that can be read."""
+    try:
+        return json_files.read(path)
+    except (FileNotFoundError, json_files.Damaged):
+        return None
+
+
+def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:
+    """A requeued job runs once at a time: who holds the run in its name elsewhere has ended."""
+    other = holder["host"] != me["host"]
+    return other and me["job_id"] is not None and holder.get("job_id") == me["job_id"]

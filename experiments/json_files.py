@@ -1,0 +1,87 @@
+"""JSON of runs and sweeps, read with distrust: disks, editors and other versions write to it too.
+
+Not for: what the files mean (`run_dir.py`, `sweeps/planning/plan.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from relora_core.config import ConfigError
+
+
+class Damaged(ConfigError):
+    """A file that is not what was written: one line that names it."""
+
+
+def parse(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; ValueError for anything else, however deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError where there is none, Damaged where it is bad."""
+    try:
+        return parse(path.read_bytes())
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON can stand for a field of this type; an integer for a float too."""
+    if kind is Any:
+        return True
+    if kind is float:
+        return type(value) in (int, float)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(part, value) for part in parts)
+    if origin is list:
+        return type(value) is list and all(fits(parts[0], one) for one in value)
+    if origin is dict:
+        return type(value) is dict and all(fits(parts[1], one) for one in value.values())
+    return value is None if kind in (None, NoneType) else type(value) is kind
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Resolving them takes most of the time of reading a config, and a sweep has thousands."""
+    return get_type_hints(cls)
+
+
+def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """The fields of `cls` in `raw`; ValueError where one does not fit. Others are ignored."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    found = {key: value for key, value in raw.items() if key in names}
+    for key, value in found.items():
+        if not fits(hints(cls)[key], value):
+            raise ValueError(f"{where}{key} cannot be {value!r:.60}")
+    return found
+
+
+def sound(record: dict[str, Any], kinds: dict[str, Any], *, whole: bool = True) -> bool:
+    """Whether these keys have their types; `whole`: those that are absent, too (as null)."""
+    names = [name for name in kinds if whole or name in record]
+    return all(fits(kinds[name], record.get(name)) for name in names)
+
+
+def names_folder(name: Any) -> bool:
+    """Whether it can be the name of a folder, and of none elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or len(name) > 200:
+        return False
+    return Path(name).name == name
+
+
+ODD = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged file of a run may raise."""

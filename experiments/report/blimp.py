@@ -1,0 +1,110 @@
+"""A report's BLiMP tables: phenomena, paradigms, tests."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from experiments.report.data import Arm, Sweep
+from experiments.report.document import Block, Bullets, Table
+from experiments.report.tables import Pair, _row, _sides, accuracy, between, mean_cell, p_value
+from experiments.stats import interval
+
+VARIANTS = ("no_bos", "eos_prefix")
+
+
+# BLiMP ------------------------------------------------------------------------------------------
+def blimp(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
+    """By phenomenon, and every test of each pair with what it assumes."""
+    blocks: list[Block] = []
+    for variant in VARIANTS:
+        if table := _phenomena(sweep, variant):
+            blocks.append(table)
+    assumed: dict[str, str] = {}
+    tests = [table for v in VARIANTS if (table := _tests(pairs, v, assumed))]
+    if tests:
+        blocks.append(
+            "Tests of overall accuracy (mean over paradigms) against the reference. They differ in "
+            "what they take for an independent observation, and so in what their p means."
+        )
+        blocks += [*tests, Bullets([f"{name}: assumes {text}" for name, text in assumed.items()])]
+    return blocks
+
+
+def _phenomena(sweep: Sweep, variant: str) -> Table | None:
+    prefix = f"eval/blimp/{variant}/"
+    names = sorted(m for m in sweep.metrics() if m.startswith(prefix) and m != f"{prefix}accuracy")
+    arms = [arm for arm in sweep.arms if arm.finished]
+    if not names or not arms:
+        return None
+    rows, data = [], []
+    for name in names:
+        measure, cells = accuracy(title="", metric=name), []
+        for arm in arms:
+            values = list(arm.values(name).values())
+            estimate = interval(values, scale="linear") if values else None
+            cells.append(mean_cell(estimate, measure, expected=len(arm.finished)))
+            data.append(_row(arm, measure, estimate) | {"phenomenon": name.removeprefix(prefix)})
+        rows.append([name.removeprefix(prefix).replace("_", " "), *cells])
+    return Table(
+        name=f"blimp_{variant}_phenomena",
+        title=f"Accuracy by phenomenon, {variant}, %",
+        columns=["phenomenon", *(arm.name for arm in arms)],
+        rows=rows,
+        data=data,
+        note="Mean over the phenomenon's paradigms [95 % interval over seeds]; chance is 50 %.",
+        folded=variant != VARIANTS[0],
+    )
+
+
+def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Table | None:
+    from experiments.report.blimp_tests import blimp_tests
+
+    shows = accuracy(title="", metric="")
+    against_what, one = _sides(pairs)
+    rows, data = [], []
+    for arm, reference in pairs:
+        own, other = _paradigms(arm, variant), _paradigms(reference, variant)
+        if not own or not other:
+            continue
+        for test in blimp_tests(own, other, pairs=_pairs_scored(arm)):
+            assumed.setdefault(f"{test.name}, unit {test.unit}", test.assumes)
+            rows.append(
+                [
+                    *([arm.name] if one else [arm.name, reference.name]),
+                    *(test.name, test.unit, f"{test.n:,}"),
+                    between(shows, test.difference, test.low, test.high),
+                    *(p_value(test.p), test.note),
+                ]
+            )
+            data.append({"arm": arm.name, "reference": reference.name, **asdict(test)})
+    if not rows:
+        return None
+    return Table(
+        name=f"blimp_{variant}_tests",
+        title=f"Tests of {variant}, difference{against_what}",
+        columns=[
+            *(["arm"] if one else ["arm", "reference"]),
+            *("test", "unit", "units", "difference [95 %], points"),
+            *("p", "note"),
+        ],
+        rows=rows,
+        data=data,
+        folded=variant != VARIANTS[0],
+    )
+
+
+def _paradigms(arm: Arm, variant: str) -> dict[int, dict[str, float]]:
+    """Seed -> paradigm -> accuracy of the finished runs that have the table."""
+    by_seed = {}
+    for run in arm.finished:
+        rows = run.tables.get("blimp_paradigms", [])
+        if accuracies := {row["uid"]: row[variant] for row in rows if variant in row}:
+            by_seed[run.seed] = accuracies
+    return by_seed
+
+
+def _pairs_scored(arm: Arm) -> int:
+    rows = [row for run in arm.finished for row in run.tables.get("blimp_paradigms", [])]
+    return max(1, round(statistics.fmean(row.get("pairs", 1000) for row in rows)))

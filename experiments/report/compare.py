@@ -1,0 +1,177 @@
+"""`python -m sweeps compare`: two sweeps, or one before and after a change, arm by arm.
+
+    output_dir/sweeps/<first>/report/compare-<second>/   laid out as a report
+
+Arms are matched by arm_id; where settings were changed by name. Not for: arms of one sweep, which
+are compared in its report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.report import data, gather, page, tables
+from experiments.report.data import Sweep
+from experiments.report.document import (
+    Block,
+    Bullets,
+    Document,
+    Notice,
+    Section,
+    Table,
+    joined,
+    plural,
+)
+from experiments.report.tables import MEASURES, Pair
+from relora_core.config import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class Matched:
+    """The arms of two sweeps that belong together."""
+
+    pairs: list[Pair]
+    """(arm of the second, arm of the first)."""
+    by_name: list[str]
+    """Names of pairs whose settings differ."""
+    alone: list[list[str]]
+    """Names of arms that only the first, only the second has."""
+    same_runs: list[str] = field(default_factory=list)
+    """Names of arms whose runs are in both sweeps."""
+
+
+def write(first: tuple[Path, str], second: tuple[Path, str], *, output: Path | None = None) -> Path:
+    """Write the comparison, second minus first, each (output_dir, sweep); its HTML page's path."""
+    if (first[0].resolve(), first[1]) == (second[0].resolve(), second[1]):
+        raise ConfigError(f"SWEEP SWEEP must be two sweeps, got {first[1]!r} twice")
+    one, two = (gather.gather(output_dir, name) for output_dir, name in (first, second))
+    if one.name == two.name:
+        one.name, two.name = f"{one.name} ({first[0]})", f"{two.name} ({second[0]})"
+    matched = match(one, two)
+    if first[0].resolve() == second[0].resolve():
+        matched.same_runs = [arm.name for arm, other in matched.pairs if arm.arm_id == other.arm_id]
+    folder = output or (first[0] / "sweeps" / first[1] / "report" / f"compare-{second[1]}")
+    pictures = page.draw(
+        folder, lambda figures: _figures(figures, matched, one.name, folder / "figures")
+    )
+    return page.save(_document(one, two, matched, pictures), [one, two], folder=folder)
+
+
+def locate(output_dir: Path | str, word: str) -> tuple[Path, str]:
+    """(output_dir, sweep) from a sweep's name or its folder's path, `DIR/sweeps/NAME`."""
+    path = Path(word)
+    if path.name != word and path.parent.name == "sweeps" and (path / "plan.json").exists():
+        return path.parent.parent, path.name
+    return Path(output_dir), word
+
+
+def match(one: Sweep, two: Sweep) -> Matched:
+    """Pair the arms of `two` with those of `one`: by arm_id, else by name."""
+    ids = {arm.arm_id: arm for arm in one.arms}
+    same = {arm.arm_id for arm in two.arms if arm.arm_id in ids}
+    names = {arm.name: arm for arm in one.arms if arm.arm_id not in same}
+    pairs: list[Pair] = []
+    by_name: list[str] = []
+    for arm in two.arms:
+        if arm.arm_id in same:
+            pairs.append((arm, ids[arm.arm_id]))
+        elif arm.name in names:
+            pairs.append((arm, names[arm.name]))
+            by_name.append(arm.name)
+    used = [{other.arm_id for _, other in pairs}, {arm.arm_id for arm, _ in pairs}]
+    alone = [
+        [arm.name for arm in sweep.arms if arm.arm_id not in taken]
+        for sweep, taken in zip((one, two), used, strict=True)
+    ]
+    return Matched(pairs=pairs, by_name=by_name, alone=alone)
+
+
+# the document -----------------------------------------------------------------------------------
+def _document(one: Sweep, two: Sweep, matched: Matched, pictures: list[Block]) -> Document:
+    sections = [
+        Section(title="Settings that differ", blocks=_settings(matched)),
+        Section(title="Differences", blocks=_differences(one, matched)),
+        Section(title="Figures", blocks=pictures),
+        Section(title="Code", blocks=_code([one, two])),
+    ]
+    return Document(
+        title=f"{two.name} against {one.name}",
+        lead=_lead(one, two, matched),
+        sections=[section for section in sections if section.blocks],
+    )
+
+
+def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
+    common = sum(len(_common(pair)) for pair in matched.pairs)
+    blocks: list[Block] = [
+        f"{plural(len(matched.pairs), 'common arm')} with {plural(common, 'pair')} of finished "
+        "runs at the same seed. Differences are the second sweep minus the first."
+    ]
+    for sweep in (one, two):
+        counts = ", ".join(f"{n} {state}" for state, n in sweep.counts.items())
+        blocks.append(f"{sweep.name}: {plural(len(sweep.runs), 'run')} ({counts}).")
+    if not matched.pairs:
+        blocks.append(Notice("The sweeps have no arm in common: there is nothing to compare."))
+    elif not common:
+        blocks.append(Notice("No seed of a common arm has finished in both: no differences."))
+    if matched.same_runs:
+        blocks.append(
+            Notice(
+                f"The runs of {joined(matched.same_runs)} belong to both sweeps: these differences "
+                "are 0 because a run is compared with itself."
+            )
+        )
+    blocks += tables.other_losses([*one.runs, *two.runs])
+    for sweep, names in zip((one, two), matched.alone, strict=True):
+        if names:
+            blocks.append(f"Only in {sweep.name}: {joined(names)}.")
+    return blocks
+
+
+def _common(pair: Pair) -> set[int]:
+    return {r.seed for r in pair[0].finished} & {r.seed for r in pair[1].finished}
+
+
+def _settings(matched: Matched) -> list[Block]:
+    rows = []
+    for arm, other in matched.pairs:
+        new, old = (data.settings(a.runs[0].config) for a in (arm, other))
+        for key in dict.fromkeys([*old, *new]):
+            if old.get(key) != new.get(key):
+                rows.append([arm.name, key, page.text(old.get(key)), page.text(new.get(key))])
+    if not rows:
+        return []
+    columns = ["arm", "setting", "first", "second"]
+    table = Table(name="settings", title="Settings that differ", columns=columns, rows=rows)
+    names = joined(matched.by_name)
+    return [f"Matched by name, with other settings: {names}.", table] if names else [table]
+
+
+def _differences(one: Sweep, matched: Matched) -> list[Block]:
+    blocks: list[Block] = []
+    for measure in MEASURES:
+        compared = tables.compared(matched.pairs, measure)
+        if any(c.difference is not None for c in compared):
+            blocks.append(tables.difference_table(measure, matched.pairs, compared, to=one.name))
+    return blocks
+
+
+def _code(sweeps: Sequence[Sweep]) -> list[Block]:
+    lines = []
+    for sweep in sweeps:
+        codes = sorted({code for run in sweep.runs for code in run.code})
+        lines.append(f"{sweep.name}: relora_core {joined(codes) or 'not recorded'}")
+    return [Bullets(lines)]
+
+
+def _figures(figures: Any, matched: Matched, first: str, folder: Path) -> Sequence[Any]:
+    """The forest plot; every reference has the name of the first sweep."""
+    from experiments.report.figures import canvas
+
+    pairs = [(arm, replace(other, name=first, arm_id=first)) for arm, other in matched.pairs]
+    draw = partial(figures.differences, pairs)
+    return [canvas.produce("differences", title="Differences", draw=draw, folder=folder)]

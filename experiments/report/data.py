@@ -1,0 +1,205 @@
+"""The runs of a sweep as tidy data: sweep, arms, runs, points.
+
+Not for: reading them (`gather.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from experiments.identity import scientific
+from relora_core.config import RunConfig, get
+
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#56B4E9", "#E69F00", "#000000", "#F0E442"),
+)
+"""Okabe and Ito's eight, those that white paper suits least at the end."""
+STYLES = ("-", "--", ":", "-.")
+"""Line styles of the first eight arms, of the next eight, ..."""
+LABELS = ("experiment", "method", "model.name", "relora.name", "data.path")
+"""Settings outside the identity, or in it, that a reader wants first."""
+
+
+class Point(NamedTuple):
+    """One value of a curve, at a place on each of the axes that a curve can be drawn against."""
+
+    step: int
+    tokens: int
+    gpu_hours: float
+    """Of training: seconds times processes, without evals."""
+    value: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Cost:
+    """What a run took."""
+
+    gpu_hours: float = 0.0
+    """Training alone, as its result counts: what was lost to kills is left out. CPUs count too."""
+    all_hours: float = 0.0
+    """All attempts from first to last word, times processes: evals and lost work included."""
+    tokens: int = 0
+    attempts: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Attempt:
+    """Where and with what code an attempt ran, as far as it was written down."""
+
+    host: str = ""
+    python: str = ""
+    code_hash: str = ""
+    commit: str = ""
+    dirty: bool | None = None
+    hardware: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunData:
+    """One run as it is now."""
+
+    run_id: str
+    arm_id: str
+    name: str
+    seed: int
+    state: str = "planned"
+    reason: str | None = None
+    step: int = 0
+    config: RunConfig
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Final numbers; empty until it has ended. Those of a diverged run are from where it ended."""
+    loss_steps: int = 0
+    """Updates that the final train/loss is a mean over."""
+    curves: dict[str, list[Point]] = field(default_factory=dict)
+    """Metric -> points by step, attempts that were taken back left out."""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Table -> its newest rows."""
+    restarts: list[int] = field(default_factory=list)
+    """Steps at which it restarted."""
+    notes: list[str] = field(default_factory=list)
+    """What its attempts said of the data they read, each once."""
+    cost: Cost = field(default_factory=Cost)
+    attempts: list[Attempt] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    """Sections (`data`, `eval.blimp`) that it read on purpose though they had changed."""
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+    @property
+    def code(self) -> list[str]:
+        """code_hash of its attempts, each once."""
+        return list(dict.fromkeys(a.code_hash for a in self.attempts if a.code_hash))
+
+
+@dataclass(kw_only=True, slots=True)
+class Arm:
+    """A setting regardless of seed."""
+
+    arm_id: str
+    name: str
+    colour: str
+    """`#rrggbb`, the same wherever the arm is drawn."""
+    style: str = "-"
+    """Line style: beyond eight arms colours come again."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Key -> value of what varies in the sweep and applies to the arm; without the seed."""
+    runs: list[RunData] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[RunData]:
+        return [run for run in self.runs if run.finished]
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> final value of the finished runs that have the metric; nan for diverged ones.
+
+        Empty where no run has it, so that nan says that a value was lost, and not that none was
+        measured.
+        """
+        found = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
+        lost = {run.seed: math.nan for run in self.runs if run.state == "diverged"}
+        return found | lost if found else {}
+
+
+@dataclass(kw_only=True, slots=True)
+class Sweep:
+    """A plan and everything that is known of its runs."""
+
+    name: str
+    question: str | None = None
+    commands: list[str] = field(default_factory=list)
+    collapsed: list[str] = field(default_factory=list)
+    """Why there are fewer runs than points of the grid."""
+    notes: list[str] = field(default_factory=list)
+    """What planning said of settings and data."""
+    arms: list[Arm]
+    """In the plan's order, so that a wider plan changes no colour."""
+
+    @property
+    def runs(self) -> list[RunData]:
+        return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """State -> runs, most frequent first."""
+        return dict(Counter(run.state for run in self.runs).most_common())
+
+    @property
+    def varies(self) -> dict[str, list[Any]]:
+        """Key -> its values, of what differs between arms; the seed comes last, if it varies."""
+        found: dict[str, list[Any]] = {}
+        for arm in self.arms:
+            for key, value in arm.settings.items():
+                values = found.setdefault(key, [])
+                if value not in values:
+                    values.append(value)
+        seeds = sorted({run.seed for run in self.runs})
+        return found | ({"seed": seeds} if len(seeds) > 1 else {})
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Key -> value of the settings that all runs share to which they apply."""
+        shared: dict[str, Any] = {}
+        for arm in self.arms:
+            shared |= settings(arm.runs[0].config) if arm.runs else {}
+        varies = self.varies
+        return {key: value for key, value in shared.items() if key not in varies}
+
+    def metrics(self) -> list[str]:
+        """Names of the finished runs' numbers, in the order of their first sight."""
+        return list(dict.fromkeys(m for run in self.runs if run.finished for m in run.metrics))
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """Labels and scientific settings without the seed; a label that does not apply is left out."""
+    labels = {key: get(config, key) for key in LABELS if key != "relora.name"}
+    if config.method == "relora":
+        labels["relora.name"] = config.relora.name
+    rows = {key: value for key, value in labels.items() if value is not None} | scientific(config)
+    return {key: value for key, value in rows.items() if key != "seed"}
+
+
+# floors -----------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Floor:
+    """What the data are known to allow, in nats per token."""
+
+    entropy: float
+    """No model's expected loss is below it."""
+    unigram: float
+    """The loss of a model that knows frequencies only."""
+
+
+def floor(sweep: Sweep) -> Floor | None:
+    """Of the grammar, whose entropy has a closed form; None where other data is in the sweep."""
+    if not sweep.runs or any(run.config.data.kind != "grammar" for run in sweep.runs):
+        return None
+    from relora_core.data import grammar
+
+    return Floor(entropy=grammar.entropy_rate(), unigram=grammar.unigram_entropy())

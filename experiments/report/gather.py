@@ -1,0 +1,301 @@
+"""The runs of a sweep as tidy data: what varies, curves, final numbers, cost, what became of each.
+
+    gather(output_dir, sweep) -> Sweep -> arms -> runs -> curves, metrics, tables, cost
+
+Reads plan, records and results, needs no torch, and takes what is odd in a run as a fact about that
+run. Not for: estimates (`stats.py`), pictures (`figures.py`), words (`report.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.disk import frozen, inputs
+from experiments.disk.evaluations import results
+from experiments.disk.output_dir import run_at
+from experiments.disk.plans import question, read_plan
+from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.state import RunState, state_of
+from experiments.identity import arm_name, config_from_json
+from experiments.json_files import ODD
+from experiments.report.data import COLOURS, STYLES, Arm, Attempt, Point, RunData, Sweep, settings
+from relora_core.config import EVALS, ConfigError, RunConfig, nearest
+
+KINDS = ("method", "data.kind", *(f"eval.{name}.enabled" for name in EVALS))
+"""Settings that decide which others apply."""
+_TABLE = re.compile(
+    rb'\{"attempt": (\d+), "kind": "table", "step": (\d+), .{0,80}?"name": "([^"]+)"'
+)
+
+
+def gather(
+    output_dir: Path | str, sweep: str, *, states: Mapping[str, RunState] | None = None
+) -> Sweep:
+    """The sweep as its plan and its runs' records have it; ConfigError where there is no such plan.
+
+    `states` is what a scheduler says of runs, where the caller asked it; else their word counts.
+    """
+    plan, configs = _plan(output_dir, sweep)
+    runs = [
+        _run(cell, config, output_dir=output_dir, states=states or {})
+        for cell, config in zip(plan["cells"], configs, strict=True)
+    ]
+    commands = plan.get("commands", [])
+    return Sweep(
+        name=sweep,
+        question=question(sweep, commands, [config.experiment for config in configs]),
+        commands=commands,
+        collapsed=plan.get("collapsed", []),
+        notes=plan.get("notes", []),
+        arms=_arms(runs),
+    )
+
+
+def _plan(output_dir: Path | str, sweep: str) -> tuple[dict[str, Any], list[RunConfig]]:
+    """The plan as it is in its file, and the configs of its cells."""
+    folder = Path(output_dir) / "sweeps"
+    names = [path.parent.name for path in sorted(folder.glob("*/plan.json"))]
+    if sweep not in names:
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ConfigError(
+            f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}."
+            f"{nearest(sweep, names)}"
+        )
+    path = folder / sweep / "plan.json"
+    try:
+        plan = read_plan(path)
+        if not plan["cells"]:
+            raise ValueError("it has no runs")
+        configs = [config_from_json(json.dumps(cell["config"])) for cell in plan["cells"]]
+        folder = folder.parent.absolute()
+        return plan, [frozen.read(config, output_dir=folder) for config in configs]
+    except ODD as error:
+        raise ConfigError(
+            f"{path} must be a plan as this version writes it ({error}); plan the sweep anew"
+        ) from None
+
+
+# arms -------------------------------------------------------------------------------------------
+def _arms(runs: Sequence[RunData]) -> list[Arm]:
+    arms: dict[str, Arm] = {}
+    for run in runs:
+        if run.arm_id not in arms:
+            n = len(arms)
+            arms[run.arm_id] = Arm(
+                arm_id=run.arm_id,
+                name=arm_name(run.name) or run.config.experiment,
+                colour=COLOURS[n % len(COLOURS)],
+                style=STYLES[n // len(COLOURS) % len(STYLES)],
+            )
+        arms[run.arm_id].runs.append(run)
+    rows = {arm.arm_id: settings(arm.runs[0].config) for arm in arms.values()}
+    keys = _varying(list(rows.values()))
+    for arm in arms.values():
+        arm.runs.sort(key=lambda run: run.seed)
+        arm.settings = {k: rows[arm.arm_id][k] for k in keys if k in rows[arm.arm_id]}
+    return list(arms.values())
+
+
+def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys with two values among the arms that they apply to.
+
+    A later-added knob is absent at the value that means "as before": then rows of one kind differ
+    in having it.
+    """
+    kinds = [tuple(repr(row.get(key)) for key in KINDS) for row in rows]
+    found = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        has = [key in row for row in rows]
+        values = {repr(row[key]) for row in rows if key in row}
+        if len(values) > 1 or len(set(zip(kinds, has, strict=True))) > len(set(kinds)):
+            found.append(key)
+    return found
+
+
+# runs -------------------------------------------------------------------------------------------
+def _run(
+    cell: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    output_dir: Path | str,
+    states: Mapping[str, RunState],
+) -> RunData:
+    run_dir = run_at(output_dir, cell["run_id"])
+    run = RunData(
+        run_id=cell["run_id"],
+        arm_id=cell["arm_id"],
+        name=cell["name"],
+        seed=config.seed,
+        config=config,
+    )
+    try:
+        state = states.get(run.run_id) or state_of(run_dir)
+        run.state, run.reason, run.step = state.state, state.reason, state.step
+        _read_record(run, run_dir)
+        _read_evaluations(run, run_dir)
+        run.attempts = [_attempt(record) for record in run_dir.attempt_records()]
+        run.changed = sorted({c["key"] for c in inputs.accepted(run_dir, by=inputs.TRAINING)})
+        run.cost.attempts = max(state.attempts, len(run.attempts))
+        if run.state in DONE:
+            result = run_dir.result() or {}
+            run.metrics = _final(run, result)
+            run.step = result.get("step", run.step)
+            run.loss_steps = result.get("loss_steps") or _since_log(run)
+    except ODD as error:
+        what = " ".join(str(error).split())[:200]
+        run.state, run.metrics = "unreadable", {}
+        run.reason = f"its files are damaged ({type(error).__name__}: {what})"
+    run.cost.tokens = run.step * config.train.batch_size * config.data.seq_len
+    return run
+
+
+def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
+    """The result's metrics, and evaluations apart from training of the very step it ended at."""
+    apart = {
+        name: points[-1].value
+        for name, points in run.curves.items()
+        if points[-1].step == result["step"] and name not in result["metrics"]
+    }
+    return apart | {name: float(value) for name, value in result["metrics"].items()}
+
+
+def _since_log(run: RunData) -> int:
+    """What the final loss of earlier versions was a mean over: the updates since the last log."""
+    steps = [0, 0, *(point.step for point in run.curves.get("train/loss", []))]
+    return steps[-1] - steps[-2]
+
+
+def _attempt(record: Mapping[str, Any]) -> Attempt:
+    gpus = record.get("gpus") or []
+    names = [str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in gpus]
+    hardware = ", ".join(f"{n} x {name}" for name, n in Counter(names).items())
+    return Attempt(
+        host=record.get("host") or "",
+        python=record.get("python") or "",
+        code_hash=record.get("code_hash") or "",
+        commit=record.get("commit") or "",
+        dirty=record.get("dirty"),
+        hardware=hardware or str(record.get("cpu") or ""),
+        packages=record.get("packages") or {},
+    )
+
+
+def _read_record(run: RunData, run_dir: RunDir) -> None:
+    """Curves, tables, restarts and cost out of events.jsonl, which is read once."""
+    events, tables, spans = _kept(run_dir.events_path)
+    hours, seconds, world = 0.0, 0.0, 1
+    steps, clock = [0], [0.0]
+    for event in events:
+        if event["kind"] == "start":
+            world = int(event["data"].get("world", 1))
+            notes = event["data"].get("notes", [])
+            run.notes += [str(note) for note in notes if note not in run.notes]
+        elif "perf/train_seconds" in event["metrics"]:
+            now = event["metrics"]["perf/train_seconds"]
+            hours, seconds = hours + max(0.0, now - seconds) * world / 3600, now
+            steps.append(event["step"])
+            clock.append(hours)
+    per_step = run.config.train.batch_size * run.config.data.seq_len
+    for event in events:
+        step = event["step"]
+        if event["kind"] == "restart":
+            run.restarts.append(step)
+        if event["kind"] != "system":
+            at = step, step * per_step, _interpolate(steps, clock, step)
+            for name, value in event["metrics"].items():
+                _add(run.curves.setdefault(name, []), Point(*at, float(value)))
+    run.tables |= tables
+    run.cost.gpu_hours = hours
+    run.cost.all_hours = sum((last - first) * n / 3600 for first, last, n in spans.values())
+    run.step = max(run.step, steps[-1])
+
+
+def _add(curve: list[Point], point: Point) -> None:
+    """What a resumed run measured again takes the place of the first time."""
+    if curve and curve[-1].step == point.step:
+        curve.pop()
+    curve.append(point)
+
+
+def _kept(
+    path: Path,
+) -> tuple[
+    list[dict[str, Any]], dict[str, list[dict[str, Any]]], dict[int, tuple[float, float, int]]
+]:
+    """Events as they count (RunDir.events), newest rows of each table, attempt -> (begin, end, n).
+
+    Tables are most of a record's bytes and only the newest of each name is parsed.
+    """
+    events: list[dict[str, Any]] = []
+    tables: dict[str, list[tuple[int, bytes]]] = {}
+    spans: dict[int, tuple[float, float, int]] = {}
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return [], {}, {}
+    with file:
+        for line in file:
+            if not line.endswith(b"\n"):  # being written, or torn by a kill
+                break
+            if (match := _TABLE.match(line)) and line.endswith(b"}\n"):
+                tables.setdefault(match[3].decode(), []).append((int(match[2]), line))
+                continue
+            try:
+                event = json.loads(line)
+                kind, step, metrics, data = (event[k] for k in ("kind", "step", "metrics", "data"))
+                if not isinstance(metrics, dict) or not isinstance(data, dict):
+                    continue
+            except ODD:  # a line that a kill tore, ended by the next attempt
+                continue
+            if kind == "table":
+                tables.setdefault(data.get("name", ""), []).append((step, line))
+                continue
+            attempt, world = event.get("attempt", 1), int(data.get("world", 1))
+            begin, _, world = spans.get(attempt, (event["time"], 0.0, world))
+            spans[attempt] = begin, event["time"], world
+            if kind == "start":
+                limit = step if data.get("resumed", False) else -1
+                events = [e for e in events if e["step"] <= limit]
+                tables = {n: [t for t in kept if t[0] <= limit] for n, kept in tables.items()}
+            events.append(event)
+    return events, {name: rows for name, kept in tables.items() if (rows := _rows(kept))}, spans
+
+
+def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
+    """Of the newest line that is whole."""
+    for _, line in reversed(lines):
+        with contextlib.suppress(*ODD):
+            return json.loads(line)["data"]["rows"]
+    return []
+
+
+def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+    """Between the points (xs ascending), the last value beyond them."""
+    right = bisect_right(xs, x)
+    if right >= len(xs):
+        return ys[-1]
+    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
+    """Evaluations apart from training, as further points and tables."""
+    evaluations = list(results(run_dir))
+    if not evaluations:
+        return
+    known = sorted({p[:3] for points in run.curves.values() for p in points})
+    steps, hours = [0, *(k[0] for k in known)], [0.0, *(k[2] for k in known)]
+    per_step = run.config.train.batch_size * run.config.data.seq_len
+    for found in evaluations:
+        step = found["step"]
+        at = step, step * per_step, _interpolate(steps, hours, step)
+        for name, value in found["metrics"].items():
+            _add(run.curves.setdefault(name, []), Point(*at, float(value)))
+        run.tables |= {f"{found['name']}/{name}": rows for name, rows in found["tables"].items()}

@@ -1,0 +1,413 @@
+"""`python -m sweeps report`: what a sweep found, for a reader who did not run it.
+
+    output_dir/sweeps/<name>/report/  report.html, report.md, figures/, tables/*.csv, data.parquet
+
+It says what it cannot say, too: runs that did not finish are counted, one seed has no interval. Not
+for: reading records (`tidy.py`), estimates (`stats.py`), layout (`document.py`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import notices
+from experiments.disk.state import RunState
+from experiments.errors import one_line
+from experiments.report import blimp, gather
+from experiments.report import tables as report_tables
+from experiments.report.data import Arm, Sweep
+from experiments.report.document import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Notice,
+    Picture,
+    Section,
+    Table,
+    joined,
+    number,
+    plural,
+    to_csv,
+    to_html,
+    to_markdown,
+)
+from relora_core import atomic, shared
+from relora_core.config import ConfigError, nearest
+from relora_core.sources import comparable
+
+AXES = ("steps", "tokens", "gpu_hours")
+"""What curves can be drawn against."""
+PREVIOUS = "previous"
+"""Instead of a reference: each arm is compared with the one before it."""
+MOST_RUNS = 40
+"""Runs that did not finish which are told one by one."""
+WORDS = {
+    "finished": "trained to their last step",
+    "diverged": "their loss became infinite or NaN; they are in no mean",
+    "failed": "ended with an error or were killed; the same command goes on with them",
+    "cancelled": "ended on request",
+    "pruned": "ended early by a search, since others did better",
+    "lost": "no word from them, and their scheduler does not know them",
+    "running": "at work when this was written",
+    "queued": "wait for their turn",
+    "planned": "planned and not begun",
+    "unreadable": "their files are damaged",
+}
+
+
+def write(
+    output_dir: Path | str,
+    sweep: str,
+    *,
+    output: Path | None = None,
+    arms: Sequence[str] = (),
+    reference: str | None = None,
+    x: str = "tokens",
+    published: Path | None = None,
+    states: Mapping[str, RunState] | None = None,
+) -> Path:
+    """Write the report of a sweep as it is now; the path of its HTML page.
+
+    `arms` are patterns of the names to show, all by default; `reference` is one of them, or
+    `previous`. ConfigError for a sweep, arm or file that is not there; an odd run is a line in the
+    page.
+    """
+    found = gather.gather(output_dir, sweep, states=states)
+    keep(found, arms)
+    if reference == PREVIOUS:
+        pairs = list(zip(found.arms[1:], found.arms, strict=False))
+    else:
+        pairs = report_tables.against(found, reference=choose(found, reference))
+    folder = output or Path(output_dir) / "sweeps" / sweep / "report"
+    pictures = draw(
+        folder,
+        lambda figures: figures.all_figures(
+            found, folder / "figures", x=x, published=published, pairs=pairs
+        ),
+    )
+    return save(_document(found, pairs, pictures), [found], folder=folder)
+
+
+def keep(sweep: Sweep, patterns: Sequence[str]) -> None:
+    """Leave out the arms whose names match none of the patterns; colours stay those of the plan."""
+    names = [arm.name for arm in sweep.arms]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"--arms must match one of {joined(names, most=8)}, got {pattern!r}."
+                f"{nearest(pattern, names)}"
+            )
+    if patterns:
+        sweep.arms = [a for a in sweep.arms if any(fnmatch.fnmatch(a.name, p) for p in patterns)]
+
+
+def choose(sweep: Sweep, word: str | None) -> Arm | None:
+    """The arm that `word` names: its name, id or a part that no other arm has."""
+    if word is None:
+        return None
+    exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
+    hits = exact or [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
+    if len(hits) == 1:
+        return hits[0]
+    names = [arm.name for arm in hits or sweep.arms]
+    many = f" that {len(hits)} match" if hits else ""
+    raise ConfigError(
+        f"--reference must name one arm of {joined(names, most=8)}, got {word!r}{many}."
+        f"{nearest(word, names)}"
+    )
+
+
+# the document -----------------------------------------------------------------------------------
+def _document(sweep: Sweep, pairs: Sequence[tuple[Arm, Arm]], pictures: list[Block]) -> Document:
+    made: dict[str, Callable[[], list[Block]]] = {
+        "Settings": lambda: _settings(sweep),
+        "Runs": lambda: _runs(sweep),
+        "Results": lambda: report_tables.results(sweep),
+        "Comparisons": lambda: report_tables.comparisons(sweep, pairs),
+        "BLiMP": lambda: blimp.blimp(sweep, pairs),
+        "Figures": lambda: pictures,
+        "Restarts": lambda: report_tables.restarts(sweep),
+        "Cost": lambda: report_tables.cost(sweep),
+        "Code and environment": lambda: _environment(sweep),
+        "Files": _files,
+    }
+    sections = [Section(title=title, blocks=_tried(blocks)) for title, blocks in made.items()]
+    return Document(
+        title=f"Sweep {sweep.name}",
+        lead=_lead(sweep),
+        sections=[section for section in sections if section.blocks],
+    )
+
+
+def _tried(blocks: Callable[[], list[Block]]) -> list[Block]:
+    """What is odd in one section must not cost the reader the others."""
+    try:
+        return blocks()
+    except Exception as error:
+        return [Notice(f"This part could not be made ({one_line(error)}).")]
+
+
+def _lead(sweep: Sweep) -> list[Block]:
+    runs, counts = sweep.runs, sweep.counts
+    done = counts.get("finished", 0)
+    rest = [f"{n} {state}" for state, n in counts.items() if state != "finished"]
+    seeds = sorted({run.seed for run in runs})
+    steps = sorted({run.config.train.steps for run in runs})
+    many = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+    hours = sum(run.cost.gpu_hours for run in runs)
+    blocks: list[Block] = [f"Question: {sweep.question}"] if sweep.question else []
+    blocks.append(
+        f"{done} of {plural(len(runs), 'run')} finished"
+        + (f" ({', '.join(rest)})" if rest else "")
+        + f": {plural(len(sweep.arms), 'arm')}, {plural(len(seeds), 'seed')}, {many} steps each, "
+        f"{number(hours, digits=3)} device-hours of training so far. Written "
+        f"{time.strftime('%Y-%m-%d %H:%M %Z')}."
+    )
+    return blocks + [Notice(line) for line in _cautions(sweep)]
+
+
+def _cautions(sweep: Sweep) -> list[str]:
+    """What the report cannot say, and why."""
+    runs = sweep.runs
+    finished = [len(arm.finished) for arm in sweep.arms]
+    lines = []
+    if not any(finished):
+        lines.append(
+            "No run has finished: there are no results yet, only what the runs say so far."
+        )
+    elif max(finished) == 1:
+        lines.append(
+            "No arm has more than one finished seed: nothing here says how much a result would "
+            "change with another seed, so there are no intervals and no tests over seeds."
+        )
+    elif few := [a.name for a, n in zip(sweep.arms, finished, strict=True) if n == 1]:
+        lines.append(f"One finished seed only, and so no interval: {joined(few)}.")
+    if any(finished) and (none := [arm.name for arm in sweep.arms if not arm.finished]):
+        lines.append(f"No finished run, and so no result: {joined(none)}.")
+    if diverged := sum(run.state == "diverged" for run in runs):
+        verb = "is" if diverged == 1 else "are"
+        lines.append(
+            f"{plural(diverged, 'run')} diverged and {verb} in no mean: the means are of the runs "
+            "that survived, which flatters an arm that diverges."
+        )
+    differing = [k for k in sweep.varies if k.startswith(("data.", "model.vocab_size"))]
+    differing += [k for k in sweep.varies if k.startswith("eval.") and k.endswith("fingerprint")]
+    if differing:
+        lines.append(
+            f"Arms differ in what they read ({', '.join(differing)}): losses and perplexities of "
+            "different texts or vocabularies must not be compared."
+        )
+    if changed := [run for run in runs if run.changed]:
+        keys = joined(sorted({key for run in changed for key in run.changed}))
+        lines.append(
+            f"{plural(len(changed), 'run')} went on with other {keys} than planned, on purpose "
+            f"(--accept-changed): {joined([run.run_id for run in changed], most=5)}."
+        )
+    if len({run.config.train.steps for run in runs}) > 1:
+        lines.append(
+            "Arms differ in their number of steps: their final numbers are not at one budget."
+        )
+    planned = [*notices.across([run.config for run in runs]), *sweep.notes]
+    read = [f"data: {note}" for run in runs for note in run.notes]
+    lines += dict.fromkeys(f"{n[:1].upper()}{n[1:]}." for n in [*planned, *read])
+    codes = {tuple(sorted({c for run in arm.runs for c in run.code})) for arm in sweep.arms}
+    codes.discard(())
+    if len({code for arm_codes in codes for code in arm_codes}) > 1:
+        what = "arms" if len(codes) > 1 else "attempts"
+        one, *others = (code for arm_codes in codes for code in arm_codes)
+        ran = "ran" if all(comparable(one, code) for code in others) else "may have run"
+        lines.append(
+            f"Different {what} {ran} different code of relora_core (see Code and environment): a "
+            "difference between them may be the code's."
+        )
+    return lines
+
+
+def _settings(sweep: Sweep) -> list[Block]:
+    blocks: list[Block] = []
+    if sweep.commands:
+        blocks += ["Planned by:", Code("\n".join(sweep.commands))]
+    varies = [[key, joined(map(text, values), most=20)] for key, values in sweep.varies.items()]
+    if varies:
+        blocks.append(
+            Table(name="varies", title="What varies", columns=["setting", "values"], rows=varies)
+        )
+    else:
+        blocks.append("Nothing varies: one setting, one seed.")
+    fixed = [[key, text(value)] for key, value in sweep.fixed.items()]
+    blocks.append(
+        Table(
+            name="fixed",
+            title=f"What does not vary ({plural(len(fixed), 'setting')})",
+            columns=["setting", "value"],
+            rows=fixed,
+            folded=True,
+        )
+    )
+    return blocks
+
+
+def text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, list):
+        return "+".join(map(str, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _runs(sweep: Sweep) -> list[Block]:
+    counts = sweep.counts
+    states = list(counts)
+    rows = [
+        [arm.name, *(str(sum(r.state == s for r in arm.runs) or "-") for s in states)]
+        for arm in sweep.arms
+    ]
+    rows.append(["all", *(str(n) for n in counts.values())])
+    meaning = "; ".join(f"{s}: {WORDS.get(s, 'as the run says')}" for s in states)
+    blocks: list[Block] = [
+        Table(
+            name="states",
+            title="What became of the runs",
+            columns=["arm", *states],
+            rows=rows,
+            note=f"{meaning[0].upper()}{meaning[1:]}.",
+        )
+    ]
+    rest = [run for run in sweep.runs if run.state not in ("finished", "planned", "queued")]
+    if rest:
+        blocks.append(
+            Bullets(
+                [
+                    f"{run.state} at step {run.step:,} of {run.config.train.steps:,}: "
+                    f"`{run.name or run.run_id}`" + (f" ({run.reason})" if run.reason else "")
+                    for run in rest[:MOST_RUNS]
+                ]
+                + ([f"and {len(rest) - MOST_RUNS} more"] if len(rest) > MOST_RUNS else [])
+            )
+        )
+    if sweep.collapsed:
+        blocks.append(Bullets(sweep.collapsed))
+    blocks.append(report_tables.every_run(sweep))
+    return blocks
+
+
+def _environment(sweep: Sweep) -> list[Block]:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for run in sweep.runs:
+        for attempt in run.attempts:
+            torch = attempt.packages.get("torch", "?")
+            state = {True: "changed", False: "clean", None: "?"}[attempt.dirty]
+            key = (
+                attempt.code_hash or "?",
+                attempt.commit[:12] or "?",
+                state,
+                attempt.python or "?",
+                torch,
+                attempt.hardware or "?",
+                attempt.host or "?",
+            )
+            groups.setdefault(key, []).append(run.run_id)
+    if not groups:
+        return []
+    columns = ["code of relora_core", "commit", "checkout", "Python", "torch", "hardware", "host"]
+    rows = [[*key, str(len(ids))] for key, ids in groups.items()]
+    table = Table(name="environment", title="Attempts", columns=[*columns, "attempts"], rows=rows)
+    packages = sorted(
+        {f"{k} {v}" for r in sweep.runs for a in r.attempts for k, v in a.packages.items()}
+    )
+    return [table, f"Packages: {', '.join(packages)}." if packages else ""]
+
+
+def _files() -> list[Block]:
+    return [
+        Bullets(
+            [
+                "`tables/*.csv`: every table here with unrounded numbers",
+                "`figures/*.svg` and `*.png`: every figure",
+                "`data.parquet`: each value of each metric of each run, a row each (sweep, run_id, "
+                "arm_id, arm, seed, state, metric, step, tokens, gpu_hours, value)",
+            ]
+        )
+    ]
+
+
+# files ------------------------------------------------------------------------------------------
+def draw(folder: Path, figures: Callable[[Any], Sequence[Any]]) -> list[Block]:
+    """Figures as blocks; where they cannot be drawn the report says so and stands without."""
+    try:
+        import experiments.report.figures.catalogue as module
+
+        shared.make_folder(folder / "figures")
+        made = figures(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        return [Notice(f"The figures could not be drawn ({one_line(error)}).")]
+    blocks: list[Block] = [
+        Picture(name=f.name, title=f.title, caption=f.caption, svg=f.svg, png=f.png)
+        for f in made
+        if f.svg is not None and f.png is not None
+    ]
+    absent = [f"{figure.title}: {figure.missing}" for figure in made if figure.svg is None]
+    return blocks + (["Not drawn:", Bullets(absent)] if absent else [])
+
+
+def save(document: Document, sweeps: Sequence[Sweep], *, folder: Path) -> Path:
+    """All files of a report; tables of an earlier one are removed."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output must be a folder, got the file {folder}")
+    tables = folder / "tables"
+    shared.make_folder(tables)
+    if (folder / "report.html").exists():
+        for old in tables.glob("*.csv"):
+            old.unlink()
+    for table in document.tables:
+        atomic.write_text(tables / f"{table.name}.csv", to_csv(table))
+    write_parquet(sweeps, folder / "data.parquet")
+    atomic.write_text(folder / "report.md", to_markdown(document))
+    atomic.write_text(folder / "report.html", to_html(document))
+    return folder / "report.html"
+
+
+def write_parquet(sweeps: Sequence[Sweep], path: Path) -> None:
+    """Every point of every curve as a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [(name, pa.string()) for name in ("sweep", "run_id", "arm_id", "arm")]
+        + [("seed", pa.int64()), ("state", pa.string()), ("metric", pa.string())]
+        + [("step", pa.int64()), ("tokens", pa.int64())]
+        + [("gpu_hours", pa.float64()), ("value", pa.float64())]
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for sweep in sweeps:
+            for arm in sweep.arms:
+                for batch in _batches(sweep, arm, schema):
+                    writer.write_batch(batch)
+    shared.share(temporary)
+    temporary.replace(path)
+
+
+def _batches(sweep: Sweep, arm: Arm, schema: Any) -> list[Any]:
+    import pyarrow as pa
+
+    batches = []
+    for run in arm.runs:
+        names = [name for name, points in run.curves.items() for _ in points]
+        points = [point for points in run.curves.values() for point in points]
+        if not points:
+            continue
+        steps, tokens, hours, values = zip(*points, strict=True)
+        same = [sweep.name, run.run_id, arm.arm_id, arm.name, run.seed, run.state]
+        columns = [[value] * len(points) for value in same]
+        columns += [names, list(steps), list(tokens), list(hours), list(values)]
+        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, schema, strict=True)]
+        batches.append(pa.record_batch(arrays, schema=schema))
+    return batches

@@ -1,0 +1,439 @@
+"""The tables of a report: means, comparisons, BLiMP, restarts, cost; cells for people, CSV beneath.
+
+Not for: estimates and tests themselves (`stats.py`, `stats_blimp.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from experiments.notices import fixed_order
+from experiments.report.data import Arm, RunData, Sweep, floor
+from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
+from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
+from relora_core.evals import REGISTRY
+from relora_core.events import LOSS_STEPS
+
+Pair = tuple[Arm, Arm]
+"""An arm and what it is compared with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Measure:
+    """A final metric of a run, and how its values are shown."""
+
+    title: str
+    metric: str
+    scale: Scale = "linear"
+    factor: float = 1.0
+    """100: shown in per cent."""
+    digits: int = 3
+    """Decimals of a mean; a difference has one more."""
+    significant: bool = False
+    """`digits` are significant digits, not decimals."""
+
+    def show(self, value: float | None) -> str:
+        if value is None or math.isnan(value):
+            return "-"
+        if self.significant:
+            return number(value, digits=self.digits)
+        return f"{value * self.factor:,.{self.digits}f}"
+
+    def show_difference(self, value: float | None) -> str:
+        """Signed; a ratio on the log scale."""
+        if value is None or math.isnan(value):
+            return "-"
+        if self.scale == "log":
+            return f"{value:.4f}"
+        return f"{value * self.factor:+,.{self.digits + 1}f}"
+
+
+perplexity = partial(Measure, scale="log", digits=4, significant=True)
+accuracy = partial(Measure, factor=100, digits=1)
+MEASURES = [
+    Measure(title="loss", metric="train/loss"),
+    perplexity(title="perplexity", metric="eval/paloma/perplexity"),
+    perplexity(title="paper's perplexity", metric="eval/paloma/paper_perplexity"),
+    accuracy(title="BLiMP no_bos, %", metric="eval/blimp/no_bos/accuracy"),
+    accuracy(title="BLiMP eos_prefix, %", metric="eval/blimp/eos_prefix/accuracy"),
+]
+_NAMED = [measure.metric for measure in MEASURES]
+MEASURES += [
+    Measure(title=f"{spec.name} {name}", metric=key, digits=4, significant=True)
+    for spec in REGISTRY.values()
+    for name in spec.headline
+    if (key := f"eval/{spec.name}/{name}") not in _NAMED
+]
+HOURS = Measure(title="device-hours", metric="perf/train_seconds", digits=3, significant=True)
+SAME_TASK = ("model.", "data.", "train.", "eval.")
+"""Prefixes of the settings that a fair reference shares with its arm."""
+
+
+def shown(sweep: Sweep) -> list[Measure]:
+    """The measures that a finished run has."""
+    return [m for m in MEASURES if any(arm.values(m.metric) for arm in sweep.arms)]
+
+
+def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
+    """Each arm with its reference, by default a full-rank arm.
+
+    Of several full-rank arms it is the one that shares most settings of model, data and training.
+    Where there is none, or nothing else, the reference is the sweep's first arm.
+    """
+    full = [arm for arm in sweep.arms if arm.runs[0].config.method == "full_rank"]
+    if reference is None and 0 < len(full) < len(sweep.arms):
+        ids = {arm.arm_id for arm in full}
+        others = [arm for arm in sweep.arms if arm.arm_id not in ids]
+        return [(arm, max(full, key=partial(_shared, arm))) for arm in others]
+    first = reference or sweep.arms[0]
+    return [(arm, first) for arm in sweep.arms if arm is not first]
+
+
+def _shared(arm: Arm, other: Arm) -> int:
+    keys = [key for key in arm.settings if key.startswith(SAME_TASK)]
+    return sum(arm.settings[key] == other.settings.get(key) for key in keys)
+
+
+# means ------------------------------------------------------------------------------------------
+def results(sweep: Sweep) -> list[Block]:
+    """Arms with the interval of each measure."""
+    measures = shown(sweep)
+    if not measures:
+        return []
+    rows, data = [], []
+    for arm in sweep.arms:
+        done, cells = len(arm.finished), []
+        for measure in measures:
+            values = list(arm.values(measure.metric).values())
+            estimate = interval(values, scale=measure.scale) if values else None
+            cells.append(mean_cell(estimate, measure, expected=done))
+            data.append(_row(arm, measure, estimate))
+        cells += [tokens_per_run(arm), mean_cell(hours_per_run(arm), HOURS, expected=done)]
+        rows.append([arm.name, f"{done} of {len(arm.runs)}", *cells])
+    several = any(len(arm.finished) > 1 for arm in sweep.arms)
+    note = (
+        "Mean [95 % interval of the mean over seeds, Student's t]; of perplexities the geometric "
+        "mean with the interval of the logarithms. "
+        if several
+        else "One value per arm: no interval. "
+    )
+    if several:
+        note += "".join(
+            f"{line[:1].upper()}{line[1:]}. " for line in fixed_order(r.config for r in sweep.runs)
+        )
+    note += f"Loss: training loss of the last {LOSS_STEPS} updates, nats per token. "
+    note += "Tokens and device-hours are those of training. A mean of fewer values than runs that "
+    note += "finished says so (n)."
+    blocks: list[Block] = [
+        Table(
+            name="arms",
+            title="Arms",
+            columns=["arm", "finished", *(m.title for m in measures), "tokens", HOURS.title],
+            rows=rows,
+            data=data,
+            note=note,
+        ),
+        *other_losses(sweep.runs),
+    ]
+    if bound := floor(sweep):
+        blocks.append(
+            f"The grammar's entropy is {bound.entropy:.3f} nats per token: no model's expected "
+            f"loss is below it. One that knows frequencies only has {bound.unigram:.3f}."
+        )
+    return blocks
+
+
+def other_losses(runs: Iterable[RunData]) -> list[Block]:
+    """Which finished runs' losses are means over another number of updates than LOSS_STEPS.
+
+    Earlier versions took those since the last log.
+    """
+    odd: dict[int, list[str]] = {}
+    for run in runs:
+        if run.finished and run.loss_steps not in (0, min(LOSS_STEPS, run.step)):
+            odd.setdefault(run.loss_steps, []).append(run.run_id)
+    return [
+        Notice(
+            f"The loss of {joined(ids)} is a mean over the last {plural(steps, 'update')}, as an "
+            f"earlier version logged it, that of other runs over {LOSS_STEPS}."
+        )
+        for steps, ids in sorted(odd.items())
+    ]
+
+
+def mean_cell(estimate: Interval | None, measure: Measure, *, expected: int) -> str:
+    """`2.61 [2.58, 2.64]`, with n where values are missing."""
+    if estimate is None or not estimate.n:
+        return "-"
+    text = measure.show(estimate.mean)
+    if estimate.low is not None:
+        text += f" [{measure.show(estimate.low)}, {measure.show(estimate.high)}]"
+    return text if estimate.n == expected else f"{text} (n = {estimate.n})"
+
+
+def _row(arm: Arm, measure: Measure, estimate: Interval | None) -> dict[str, Any]:
+    row = {
+        "arm": arm.name,
+        "arm_id": arm.arm_id,
+        "metric": measure.metric,
+        "finished": len(arm.finished),
+        "planned": len(arm.runs),
+    }
+    return row | (asdict(estimate) if estimate else {"n": 0})
+
+
+# comparisons ------------------------------------------------------------------------------------
+def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
+    """A table for each measure: arm against reference on common seeds."""
+    blocks: list[Block] = []
+    assumed: dict[str, None] = {}
+    for measure in shown(sweep):
+        outcomes = compared(pairs, measure)
+        if any(c.difference is not None for c in outcomes):
+            blocks.append(difference_table(measure, pairs, outcomes))
+            assumed |= dict.fromkeys(c.assumes for c in outcomes if c.p is not None)
+    if not blocks:
+        return ["There is nothing to compare: fewer than two arms have finished runs."]
+    text = (
+        "Arm minus reference on the seeds that both have; of perplexities the ratio of the two. "
+        "p (Holm) is adjusted for all comparisons of its table. Seeds needed: with so many of each "
+        "arm a test at 5 % would find the gap seen here four times in five, if gap and spread are "
+        "the true ones."
+    )
+    assumptions = ["What the tests assume:", Bullets(list(assumed))] if assumed else []
+    return [text, *blocks, *assumptions]
+
+
+def compared(pairs: Sequence[Pair], measure: Measure) -> list[Comparison]:
+    """Compare each pair on its common seeds; Holm's adjustment is over all pairs."""
+    outcomes = [
+        compare(arm.values(measure.metric), other.values(measure.metric), scale=measure.scale)
+        for arm, other in pairs
+    ]
+    for comparison, p in zip(outcomes, holm([c.p for c in outcomes]), strict=True):
+        comparison.p_holm = p
+    return outcomes
+
+
+def _sides(pairs: Sequence[Pair]) -> tuple[str, bool]:
+    """The end of a title, ` to REFERENCE`, and whether all pairs have one reference."""
+    names = {reference.name for _, reference in pairs}
+    return (f" to {names.pop()}", True) if len(names) == 1 else ("", False)
+
+
+def difference_table(
+    measure: Measure, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None = None
+) -> Table:
+    """A row for each pair; `to` names the reference of all arms where it is not an arm."""
+    against_what, one = (f" to {to}", True) if to else _sides(pairs)
+    rows, data = [], []
+    for (arm, reference), c in zip(pairs, tests, strict=True):
+        seeds = str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
+        rows.append(
+            [
+                *([arm.name] if one else [arm.name, reference.name]),
+                seeds,
+                between(measure, c.difference, c.low, c.high),
+                p_value(c.p),
+                p_value(c.p_holm),
+                "-" if c.bootstrap is None else ends(measure, *c.bootstrap),
+                "-" if c.effect is None else f"{c.effect:+.2f}",
+                c.needed.text if c.p is not None else "-",
+                c.note,
+            ]
+        )
+        flat = asdict(c) | {"needed": c.needed.text, "metric": measure.metric}
+        flat["unmatched"], flat["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
+        low, high = c.bootstrap or (None, None)
+        flat |= {"bootstrap": None, "bootstrap_low": low, "bootstrap_high": high}
+        del flat["bootstrap"]
+        data.append({"arm": arm.name, "reference": reference.name} | flat)
+    what = "ratio" if measure.scale == "log" else "difference"
+    return Table(
+        name=f"compare_{slug(measure)}",
+        title=f"{measure.title}: {what}{against_what}",
+        columns=[
+            *(["arm"] if one else ["arm", "reference"]),
+            *("seeds", f"{what} [95 %]", "p", "p (Holm)", "bootstrap 95 %", "Hedges' g"),
+            *("seeds needed", "note"),
+        ],
+        rows=rows,
+        data=data,
+    )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return " ".join(map(str, seeds))
+
+
+def slug(measure: Measure) -> str:
+    return measure.metric.removeprefix("eval/").replace("/", "_")
+
+
+def between(measure: Measure, value: float | None, low: float | None, high: float | None) -> str:
+    """`-0.021 [-0.030, -0.012]`."""
+    text = measure.show_difference(value)
+    return text if low is None or high is None else f"{text} {ends(measure, low, high)}"
+
+
+def ends(measure: Measure, low: float, high: float) -> str:
+    return f"[{measure.show_difference(low)}, {measure.show_difference(high)}]"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return f"{p:.3f}" if p >= 1e-3 else f"{p:.1e}"
+
+
+# restarts ---------------------------------------------------------------------------------------
+RESTART = {
+    "restart/loss_before": "loss before",
+    "restart/loss_after": "loss after",
+    "restart/loss_next": "one step later",
+    "restart/logit_change_max": "largest change of a logit",
+    "restart/merged_norm": "norm merged",
+    "restart/state_zeroed": "state zeroed",
+}
+
+
+def restarts(sweep: Sweep) -> list[Block]:
+    """What restarts did to each arm, over its runs and their restarts."""
+    rows, data = [], []
+    for arm in sweep.arms:
+        count = sum(len(run.restarts) for run in arm.runs)
+        if not count:
+            continue
+        values = {metric: _all_values(arm.runs, metric) for metric in RESTART}
+        means = {m: statistics.fmean(v) if v else None for m, v in values.items()}
+        rows.append([arm.name, str(count), *(number(means[m]) for m in RESTART)])
+        data.append({"arm": arm.name, "restarts": count, **means})
+    if not rows:
+        return []
+    return [
+        Table(
+            name="restarts",
+            title="What the restarts did",
+            columns=["arm", "restarts", *RESTART.values()],
+            rows=rows,
+            data=data,
+            note="Means over all restarts of all runs of the arm, whatever became of the runs. "
+            "Losses are those of one fixed batch: a merge that leaves the model's function alone "
+            "leaves the loss alone, too.",
+        )
+    ]
+
+
+def _all_values(runs: Sequence[RunData], metric: str) -> list[float]:
+    values = [point.value for run in runs for point in run.curves.get(metric, [])]
+    return [value for value in values if math.isfinite(value)]
+
+
+# cost -------------------------------------------------------------------------------------------
+def cost(sweep: Sweep) -> list[Block]:
+    """What each arm took."""
+    rows, data = [], []
+    for arm in sweep.arms:
+        hours = hours_per_run(arm)
+        training = sum(run.cost.gpu_hours for run in arm.runs)
+        everything = sum(run.cost.all_hours for run in arm.runs)
+        attempts = sum(run.cost.attempts for run in arm.runs)
+        rates = _all_values(arm.finished, "perf/tokens_per_s")
+        rate = statistics.median(rates) if rates else None
+        rows.append(
+            [
+                arm.name,
+                tokens_per_run(arm),
+                mean_cell(hours, HOURS, expected=len(arm.finished)),
+                "-" if rate is None else f"{rate:,.0f}",
+                *(number(training, digits=3), number(everything, digits=3), str(attempts)),
+            ]
+        )
+        data.append(
+            {
+                "arm": arm.name,
+                "tokens_per_run": tokens_per_run(arm).replace(",", ""),
+                "gpu_hours_per_run": hours.mean if hours else None,
+                "tokens_per_s": rate,
+                "gpu_hours": training,
+                "all_hours": everything,
+                "attempts": attempts,
+            }
+        )
+    names = ["training device-hours", "with evals and lost work", "attempts"]
+    return [
+        Table(
+            name="cost",
+            title="Cost",
+            columns=["arm", "tokens per run", "device-hours per run", "tokens/s", *names],
+            rows=rows,
+            data=data,
+            note="A device-hour is an hour of one process, on a GPU or a CPU. Per run: training of "
+            "the finished runs, without evals; in all: of every run and attempt, from its first to "
+            "its last event. Speeds of runs that shared a machine cannot be compared.",
+        )
+    ]
+
+
+def hours_per_run(arm: Arm) -> Interval | None:
+    """Of training, over the finished runs."""
+    hours = [run.cost.gpu_hours for run in arm.finished]
+    return interval(hours, scale="linear") if hours else None
+
+
+def tokens_per_run(arm: Arm) -> str:
+    """Of the finished runs."""
+    tokens = sorted({run.cost.tokens for run in arm.finished})
+    return " to ".join(f"{count:,}" for count in sorted({*tokens[:1], *tokens[-1:]})) or "-"
+
+
+# runs -------------------------------------------------------------------------------------------
+def every_run(sweep: Sweep) -> Table:
+    """A row for each run; the CSV holds its settings and all of its final numbers."""
+    measures = shown(sweep)
+    rows, data = [], []
+    for arm in sweep.arms:
+        for run in arm.runs:
+            values = {m.metric: run.metrics.get(m.metric) for m in measures}
+            rows.append(
+                [
+                    *(arm.name, str(run.seed), run.state, f"{run.step:,}"),
+                    *(m.show(values[m.metric]) for m in measures),
+                    *(number(run.cost.gpu_hours, digits=3), str(run.cost.attempts), run.run_id),
+                ]
+            )
+            data.append(_run_row(arm, run))
+    return Table(
+        name="runs",
+        title=f"Every run ({plural(len(rows), 'run')})",
+        columns=[
+            *("arm", "seed", "state", "step"),
+            *(m.title for m in measures),
+            *("device-hours", "attempts", "run_id"),
+        ],
+        rows=rows,
+        data=data,
+        folded=True,
+    )
+
+
+def _run_row(arm: Arm, run: RunData) -> Mapping[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "arm": arm.name,
+        "arm_id": arm.arm_id,
+        "seed": run.seed,
+        "state": run.state,
+        "reason": run.reason,
+        "step": run.step,
+        **{f"setting/{key}": value for key, value in arm.settings.items()},
+        **{k: v for k, v in run.metrics.items() if not k.startswith("dynamics/")},
+        **asdict(run.cost),
+        "restarts": len(run.restarts),
+        "code": " ".join(run.code),
+    }

@@ -1,0 +1,106 @@
+"""`python run.py`: one run in this process, tracked, with a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+
+from experiments import environment
+from experiments.disk import frozen, inputs
+from experiments.disk.output_dir import cache_dir, check_output_dir, runs_folder, same_runs
+from experiments.disk.run_dir import RunDir
+from experiments.errors import RunLocked, fail, one_line
+from experiments.identity import run_id
+from experiments.run.complete import complete, prepared_notes
+from experiments.run.runner import run_experiment
+from experiments.run.stopping import SIGNALS, StopFlag
+from experiments.tracking import links
+from relora_core import shell
+from relora_core.config import ConfigError, RunConfig
+from relora_core.data.base import DataError
+
+
+def run_here(config: RunConfig) -> int:
+    """`python run.py`: one run in this process, tracked, with a progress bar; the exit code."""
+    from experiments.tracking import follower as mlflow_follow
+    from experiments.tracking import store
+    from relora_core import data
+
+    place = shell.settle()
+    notes: list[str] = []
+    config = complete(config, notes=notes)
+    store.check(config)
+    run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir
+    if not run_dir.ended():
+        environment.check_gpu(config)
+    check_output_dir(config.output_dir)
+    config = frozen.absolute(config)
+    if place.rank:
+        return _rank(config, run_dir)
+    if ended := run_dir.ended():
+        print(f"{run_dir.run_id} is {ended} already: nothing to do")
+        print_result(run_dir)
+        return 0 if ended == "finished" else 1
+    if not run_dir.path.exists():
+        [other] = same_runs(
+            [config], output_dir=config.output_dir, among=lambda run: run.ended() == "finished"
+        )
+        if other:
+            notes.append(f"it computes what run {other.run_id} did, which is finished")
+    for note in notes:
+        _say(f"note: {note}")
+    found = inputs.opened(run_dir, config)
+    data.prepare(found.data, cache_dir=cache_dir(config.output_dir), progress=_say)
+    for note in prepared_notes(found):
+        if note not in notes:
+            _say(f"note: {note}")
+    run_dir.create(config)
+    with contextlib.ExitStack() as stack:
+        if config.tracking.enabled:
+            follower = stack.enter_context(mlflow_follow.follow([run_dir], config=config))
+            follower.wait_ready(60)
+        stop = StopFlag()
+        stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
+        run_dir.cancel_path.unlink(missing_ok=True)
+        try:
+            state = run_experiment(config, run_dir, console=True, stop=stop)
+        except (ConfigError, DataError, RunLocked, OSError):
+            raise
+        except Exception as error:
+            fail(f"{one_line(error)} (traceback: {run_dir.error_path})", code=1)
+    if state in ("interrupted", "cancelled"):
+        fail(f"{run_dir.run_id} {run_dir.status().error or state}", code=130)
+    print_result(run_dir)
+    if config.tracking.enabled:
+        print(f"compare: {links.ui_command(typed)}")
+    return 0 if state == "finished" else 1
+
+
+def _rank(config: RunConfig, run_dir: RunDir) -> int:
+    """Rank 0 has the voice: what goes right is its to say."""
+    stop = StopFlag(says=False)
+    try:
+        with stop.installed(signal.SIGINT, *SIGNALS):
+            state = run_experiment(config, run_dir, stop=stop)
+    except (ConfigError, DataError, RunLocked, OSError):
+        raise
+    except Exception as error:
+        fail(one_line(error), code=1)
+    return {"finished": 0, "interrupted": 130}.get(state, 1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_result(run_dir: RunDir) -> None:
+    """The final metrics of a run as a small table, and where the rest is."""
+    result = run_dir.result()
+    if result is None:
+        return
+    print(f"\n{run_dir.run_id}: {result['state']} at step {result['step']}")
+    for name in sorted(result["metrics"]):
+        if not name.startswith("perf/"):
+            print(f"  {name:<58} {result['metrics'][name]:>12.5g}")
+    print(f"record: {run_dir.path}")

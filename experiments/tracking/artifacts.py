@@ -1,0 +1,121 @@
+"""Files of MLflow's runs: to the place that MLflow has for them, or where none can get there, here.
+
+MLflow fixes each experiment's place when the experiment is made, for good. A server without
+`--artifacts-destination` names a folder of its own machine. Not for: metrics and status, which go
+without their files (`mlflow_sync.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from experiments.addresses import LOOPBACK, local_folder, redacted, sqlite_path
+from relora_core import shared
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FOLDER = "mlartifacts"
+"""In the output folder."""
+
+
+class Artifacts:
+    """Writes files of runs of one MLflow experiment; no failure of theirs raises."""
+
+    def __init__(
+        self, client: MlflowClient, *, uri: str, experiment_id: str, output_dir: Path | str
+    ) -> None:
+        self.problem: str | None = None
+        """One line on what keeps files from MLflow; after it no more is tried."""
+        self._client, self._uri, self._experiment_id = client, uri, experiment_id
+        self._here = Path(output_dir).absolute() / FOLDER
+        self._place: str | None = None
+
+    def text(self, run: str, text: str, path: str, *, place: str | None = None) -> bool:
+        """Write a run's file; whether MLflow shows it.
+
+        `place` is where MLflow has the run's files; without it the store is asked.
+        """
+        return self._put(
+            run,
+            path,
+            there=lambda: self._client.log_text(run, text, path),
+            here=lambda file: shared.write_text(file, text),
+            place=place,
+        )
+
+    def file(self, run: str, file: Path, folder: str) -> bool:
+        """Copy a file into a run's `folder`; whether MLflow shows it."""
+
+        def here(copy: Path) -> None:
+            shared.touch(copy)
+            shutil.copyfile(file, copy)
+
+        def there() -> None:
+            self._client.log_artifact(run, str(file), folder)
+
+        return self._put(run, f"{folder}/{file.name}", there=there, here=here)
+
+    def _put(
+        self,
+        run: str,
+        path: str,
+        *,
+        there: Callable[[], None],
+        here: Callable[[Path], None],
+        place: str | None = None,
+    ) -> bool:
+        if self._reachable():
+            try:
+                if own := self._own_folder(run, place):
+                    here(_prepared(own / path))
+                else:
+                    there()
+                return True
+            except Exception as error:  # whatever it is: metrics and status do not depend on it
+                self._fails(error)
+        try:
+            here(_prepared(self._here / run / "artifacts" / path))
+        except OSError as error:
+            nor = f"nor to {self._here} ({error.strerror}), the runs' records have them"
+            assert self.problem is not None
+            self.problem = self.problem.replace(f"the files are in {self._here}", nor)
+        return False
+
+    def _own_folder(self, run: str, place: str | None) -> Path | None:
+        """Where MLflow would write a run's files itself, without a thought for the group."""
+        if sqlite_path(self._uri) is None:
+            return None
+        return local_folder(place or self._client.get_run(run).info.artifact_uri or "")
+
+    def _reachable(self) -> bool:
+        """Whether nothing speaks against it; a server's folder on another machine is not made
+        here."""
+        if self.problem is None and self._place is None:
+            self._place = self._client.get_experiment(self._experiment_id).artifact_location
+            folder, server = local_folder(self._place), urlsplit(self._uri)
+            far = server.scheme in ("http", "https") and server.hostname not in LOOPBACK
+            if folder and far and not (folder.exists() or folder.parent.exists()):
+                self._fails(FileNotFoundError(2, "no such folder on this machine", str(folder)))
+        return self.problem is None
+
+    def _fails(self, error: Exception) -> None:
+        line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error, OSError):
+            line = shared.explained(error) or line
+        web = self._uri.startswith(("http://", "https://"))
+        way = "start the server with --artifacts-destination; " if web else ""
+        self.problem = (
+            f"tracking: files (tables, configs) cannot be written to {redacted(self._place or '')} "
+            f"({redacted(line)[:200]}); metrics and status are there, the files are in {self._here}"
+            f"; {way}`python -m sweeps sync` tries again"
+        )
+
+
+def _prepared(file: Path) -> Path:
+    shared.make_folder(file.parent)
+    return file

@@ -1,0 +1,158 @@
+"""Links into MLflow's pages, and the command that opens them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from experiments.addresses import (
+    redacted,
+)
+from experiments.tracking.saved_views import CHARTS, TAG, TITLES, slug
+from experiments.tracking.server import ServerFailed
+from experiments.tracking.store import connect, reachable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+
+def ui_command(output_dir: Path | str, *, sweep: str | None = None) -> str:
+    """The shell command that shows a sweep, or everything below `output_dir`, in a browser."""
+    words = ["python", "-m", "sweeps", "ui", *([sweep] if sweep else [])]
+    if Path(output_dir) != Path("outputs"):
+        words += ["--output-dir", str(output_dir)]
+    return shlex.join(words)
+
+
+def ui_link(base: str, experiment_id: str) -> str:
+    """The experiment's runs as a table.
+
+    Without these parameters a fresh browser lands on a traces page, and the order by creation folds
+    all runs of a parent into one row.
+    """
+    order = quote("tags.`mlflow.runName`")
+    return (
+        f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?searchFilter=&orderByKey={order}"
+        "&orderByAsc=true&workflowType=machine_learning"
+    )
+
+
+def links(experiment_id: str, *, sweep: str) -> dict[str, str]:
+    """Title -> address of each saved view, relative to the UI's root; right in a fresh browser."""
+    found = {}
+    for view, title in TITLES.items():
+        mode = "&compareRunsMode=CHART" if view in CHARTS else ""
+        key = quote(slug(sweep, view))
+        found[title] = (
+            f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}"
+            "&workflowType=machine_learning"
+        )
+    return found
+
+
+def compare_link(experiment_id: str, *, runs: Sequence[str]) -> str:
+    """The page that sets MLflow runs side by side, in this order."""
+    listed, of = quote(json.dumps(list(runs))), quote(json.dumps([experiment_id]))
+    return f"#/compare-runs?runs={listed}&experiments={of}"
+
+
+MAX_COMPARED = 20
+"""Columns of a compare page; above that nobody reads it, and the arms table says the same."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Page:
+    """A page of the UI."""
+
+    title: str
+    url: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Section:
+    """The pages of one sweep, or of an MLflow experiment's runs that are in none."""
+
+    name: str
+    sweep: bool
+    pages: list[Page]
+
+
+# links ------------------------------------------------------------------------------------------
+def sections(uri: str, *, base: str) -> list[Section]:
+    """What `uri` has to show, newest sweep first, as links below `base`.
+
+    Raises TrackingUnreachable where the store does not answer, ServerFailed where it is of another
+    MLflow version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with reachable(uri):
+            client = connect(uri)
+            return [
+                section
+                for experiment in client.search_experiments(order_by=["last_update_time DESC"])
+                for section in _of_experiment(client, experiment, base=base)
+            ]
+    except MlflowException as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ServerFailed(f"{redacted(uri)}: {line}") from None
+
+
+def _of_experiment(client: MlflowClient, experiment: Experiment, *, base: str) -> Iterator[Section]:
+    id_ = experiment.experiment_id
+    parents = _summaries(client, id_, kind="sweep")
+    arms = _summaries(client, id_, kind="arm") if parents else []
+    for parent in reversed(parents):
+        sweep = parent.data.tags.get("sweep", experiment.name)
+        own = [arm for arm in arms if arm.data.tags.get("sweep", sweep) == sweep]
+        pages = _sweep_pages(experiment, base=base, sweep=sweep, parent=parent, arms=own)
+        yield Section(name=sweep, sweep=True, pages=pages)
+    if not parents and client.search_runs([id_], max_results=1):
+        page = Page(title="all runs", url=ui_link(base, id_))
+        yield Section(name=experiment.name, sweep=False, pages=[page])
+
+
+def _summaries(client: MlflowClient, experiment_id: str, *, kind: str) -> list[Run]:
+    """The runs that stand for sweeps or arms, oldest first."""
+    found = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.kind = '{kind}'",
+        order_by=["attributes.start_time ASC"],
+        max_results=1000,
+    )
+    return list(found)
+
+
+def _sweep_pages(
+    experiment: Experiment, *, base: str, sweep: str, parent: Run, arms: list[Run]
+) -> list[Page]:
+    id_ = experiment.experiment_id
+    addresses = {
+        title: address
+        for view, (title, address) in zip(TITLES, links(id_, sweep=sweep).items(), strict=True)
+        if TAG + slug(sweep, view) in experiment.tags
+    }
+    if "curves" in addresses:  # its columns are those of a table of runs, too
+        addresses["runs"] = addresses["curves"].replace("&compareRunsMode=CHART", "")
+    if 1 < len(arms) <= MAX_COMPARED:
+        named = sorted(arms, key=lambda arm: arm.info.run_name or "")
+        addresses["arms side by side"] = compare_link(id_, runs=[a.info.run_id for a in named])
+    addresses["note"] = f"#/experiments/{id_}/runs/{parent.info.run_id}?{ML_WORKFLOW}"
+    return [Page(title=title, url=f"{base}/{address}") for title, address in addresses.items()]
+
+
+ML_WORKFLOW = "workflowType=machine_learning"
+"""Without it a fresh browser takes every experiment for one of traces."""
+
+
+def without_user(uri: str) -> str:
+    """A server's address without user and password, which a link must not show."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")

@@ -1,0 +1,189 @@
+"""A sweep in words: the Markdown note on its MLflow run, and its table of arms as an artifact.
+
+Not for: getting them into MLflow (`mlflow_sweep.py`). Imports no MLflow.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.tracking.links import compare_link, links
+from experiments.tracking.saved_views import MAIN, axis_keys
+
+if TYPE_CHECKING:
+    from experiments.stats import Interval
+    from experiments.tracking.sweep_view import ArmView, SweepView
+
+BAD = ("failed", "diverged", "cancelled", "lost")
+MAX_NOTE = 7500
+"""Characters; MLflow's limit of a tag is 8000."""
+GAP = " &nbsp; | "
+"""Between cells: the UI's tables have neither borders nor padding."""
+WIDTH = 76
+"""Characters of a line of code."""
+MAX_COMMANDS, MAX_TROUBLES, MAX_COMPARED = 5, 5, 12
+
+
+def sentence(view: SweepView) -> str:
+    """The sweep in one line: the UI shows no more of an experiment's note."""
+    question = f" {_plain(view.question)}" if view.question else ""
+    return f"Sweep {view.name}:{question} {progress(view)}."
+
+
+def progress(view: SweepView) -> str:
+    """`4 of 6 runs finished, 1 running, 1 failed`."""
+    told = Counter(run.state.state for arm in view.arms for run in arm.runs)
+    rest = [f"{n} {state}" for state, n in told.items() if state != "finished"]
+    return ", ".join([f"{told['finished']} of {told.total()} runs finished", *rest])
+
+
+def note(
+    view: SweepView,
+    *,
+    experiment_id: str,
+    output_dir: Path | str,
+    summaries: Mapping[str, Mapping[str, Interval]],
+    arm_runs: Sequence[str] = (),
+) -> str:
+    """Question, how the runs stand, arms with intervals, links, commands; at most MAX_NOTE long.
+
+    What matters is first: the UI folds all but the first lines.
+
+    `summaries` is arm_id -> metric -> interval; `arm_runs` are the arms' MLflow runs.
+    """
+    top = [_plain(view.question)] if view.question else []
+    top.append(f"**{progress(view)}**, {_plural(len(view.arms), 'arm')}.")
+    if troubles := _troubles(view):
+        top.append(_plain(troubles))
+    bottom = []
+    if view.collapsed:
+        bottom.append(_plain("\n".join(f"- {line}" for line in view.collapsed)))
+    bottom.append("Open: " + ", ".join(_links(view, experiment_id, arm_runs)) + ".")
+    if commands := view.commands[-MAX_COMMANDS:]:
+        told = "\n".join(map(_wrapped, commands)).replace("```", "` ` `")
+        bottom.append(f"```\n{told}\n```")
+    folder = Path(output_dir).absolute()
+    bottom.append(
+        f"Records: `{folder}/runs`, plan: `{folder}/sweeps/{view.name}/plan.json`. All of this is "
+        "rebuilt from them by `python -m sweeps sync`."
+    )
+    room = MAX_NOTE - sum(len(part) + 2 for part in (*top, *bottom))
+    return "\n\n".join([*top, _table(view, summaries, room=room), *bottom])[:MAX_NOTE]
+
+
+def _plain(text: str) -> str:
+    """What comes from runs is no HTML, whoever shows the note."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _wrapped(command: str) -> str:
+    """Over several lines: one long line pushes the rest of MLflow's page out of the window."""
+    whole = re.sub(r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0].replace(" ", "\0"), command)
+    lines = textwrap.wrap(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return " \\\n    ".join(lines).replace("\0", " ")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _troubles(view: SweepView) -> str:
+    """A line for each run that did not end well, the first few."""
+    bad = [run for arm in view.arms for run in arm.runs if run.state.state in BAD]
+    lines = [
+        f"- {run.state.state}: `{run.name or run.run_id}`"
+        + (f" ({run.state.reason[:200]})" if run.state.reason else "")
+        for run in bad[:MAX_TROUBLES]
+    ]
+    if len(bad) > MAX_TROUBLES:
+        lines.append(f"- and {len(bad) - MAX_TROUBLES} more")
+    return "\n".join(lines)
+
+
+def _links(view: SweepView, experiment_id: str, arm_runs: Sequence[str]) -> list[str]:
+    found = links(experiment_id, sweep=view.name)
+    if 1 < len(arm_runs) <= MAX_COMPARED:
+        found["compare the arms"] = compare_link(experiment_id, runs=arm_runs)
+    return [f"[{title}]({address})" for title, address in found.items()]
+
+
+def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, room: int) -> str:
+    shown = {
+        title: metric
+        for title, metric in MAIN.items()
+        if any(metric in of_arm for of_arm in summaries.values())
+    }
+    lines = [
+        "| arm | finished | " + " | ".join(shown) + " |" if shown else "| arm | finished |",
+        "|---" * (2 + len(shown)) + "|",
+    ]
+    end = "\n\nMean over the finished seeds [95 % interval of the mean, Student's t]."
+    left = room - len(end) - 80 - sum(len(line) + 1 for line in lines)
+    for number, arm in enumerate(view.arms):
+        of_arm = summaries.get(arm.arm_id, {})
+        cells = [cell(of_arm.get(metric)) for metric in shown.values()]
+        name = _plain(arm.name.replace("|", "\\|"))
+        line = "| " + GAP.join([name, f"{arm.finished}/{len(arm.runs)}", *cells]) + " |"
+        left -= len(line) + 1
+        if left < 0:
+            more = len(view.arms) - number
+            return "\n".join(lines) + f"\n\n{more} more arms are in `arms.csv` below." + end
+        lines.append(line)
+    return "\n".join(lines) + (end if shown else "")
+
+
+def cell(interval: Interval | None) -> str:
+    """`13.57 [13.12, 14.02]`; without the interval where there is one value."""
+    if interval is None:
+        return ""
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:.4g}"
+    return f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+# the table as a file ----------------------------------------------------------------------------
+def table(
+    view: SweepView, summaries: Mapping[str, Mapping[str, Interval]]
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows, an arm each. No dot in a column's name: MLflow shows such ones blank."""
+    axes = axis_keys(view.arms)
+    metrics = [m for m in MAIN.values() if any(m in of_arm for of_arm in summaries.values())]
+    columns = ["arm", *(key.replace(".", "_") for key in axes), "finished", "planned"]
+    columns += [f"{m}_{part}" for m in metrics for part in ("mean", "ci_low", "ci_high", "sd")]
+    rows = [_row(arm, axes, metrics, summaries.get(arm.arm_id, {})) for arm in view.arms]
+    return [column.replace(".", "_") for column in columns], rows
+
+
+def _row(
+    arm: ArmView, axes: Sequence[str], metrics: Sequence[str], of_arm: Mapping[str, Interval]
+) -> list[Any]:
+    row: list[Any] = [arm.name, *(arm.axes.get(key) for key in axes), arm.finished, len(arm.runs)]
+    for metric in metrics:
+        found = of_arm.get(metric)
+        parts = (found.mean, found.low, found.high, found.sd) if found else (None,) * 4
+        row += [value if value is None else significant(value) for value in parts]
+    return row
+
+
+def significant(value: float) -> float:
+    """Rounded to 6 digits: MLflow prints every digit of a metric."""
+    return float(f"{value:.6g}")
+
+
+def table_json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """As MLflow's `log_table` writes it."""
+    return json.dumps({"columns": list(columns), "data": [list(row) for row in rows]})
+
+
+def table_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()

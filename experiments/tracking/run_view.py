@@ -1,0 +1,366 @@
+"""What MLflow is to show of a run, out of the run's folder. Pure: no store and no MLflow here.
+
+Points come with their step, and how far the record was read is a Position, so that nothing is
+counted twice. Not for: asking or telling a store (`mlflow_sync.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import json_files
+from experiments.disk.evaluations import results
+from experiments.disk.event_log import parse_event
+from experiments.disk.run_dir import RunDir, Status
+from experiments.identity import arm_id, label, scientific
+from relora_core import atomic
+from relora_core.config import EVALS, RunConfig, applies, get, walk
+
+LABELS = ("method", "model.name", "relora.name", "data.kind")
+"""Settings that stand for many others, which are then no news as params."""
+MAIN = (
+    *LABELS,
+    *("seed", "train.steps", "train.batch_size", "train.lr", "data.seq_len"),
+)
+"""Params of every run, beside the `main` knobs of its method; what varies comes on top."""
+
+MAX_PARAM = 6000
+MAX_TAG = 5000
+MAX_DIGEST = 36
+
+
+@dataclass(kw_only=True, slots=True)
+class Point:
+    """One value of one metric."""
+
+    key: str
+    value: float
+    time_ms: int
+    step: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Position:
+    """How much of a run one MLflow run has; a value in RUN_DIR/mlflow.json."""
+
+    run: str
+    """MLflow's id of the run."""
+    attempt: int = 0
+    """The attempt that it begins with: the newest that began at step 0 with nothing to resume."""
+    began: float = 0.0
+    """When that was, in seconds since the epoch."""
+    offset: int = 0
+    """Bytes of events.jsonl that were acknowledged."""
+    time: float = 0.0
+    """Of the newest event before `offset`."""
+    world: int = 1
+    """Processes, and so devices, of the attempt that it was read up to."""
+    last: dict[str, int] = field(default_factory=dict)
+    """Metric key -> newest step logged. Steps of a key only grow within an attempt, and a resumed
+    attempt repeats its predecessor's values, so a point at or before it is there already."""
+    apart: dict[str, list[int]] = field(default_factory=dict)
+    """Metric key -> steps that are there from evaluations apart from training, in any order."""
+    described: bool = False
+    """Whether the config and the data sets are there."""
+    waiting: list[str] = field(default_factory=list)
+    """Tables that are not there yet."""
+    sending: bool = False
+    """A batch was on its way when this was written: ask MLflow what arrived."""
+
+
+@dataclass(kw_only=True, slots=True)
+class News:
+    """What the record says that a position does not cover."""
+
+    points: list[Point]
+    tables: dict[str, list[dict[str, Any]]]
+    position: Position
+    """Behind the news."""
+    anew: bool = False
+    """The run began anew since: what MLflow shows is of a life that no longer counts."""
+
+
+def positions(run: RunDir) -> dict[str, Any]:
+    """Store and MLflow experiment -> Position, as JSON."""
+    try:
+        return json_files.read(run.mlflow_path)
+    except (FileNotFoundError, json_files.Damaged):  # damaged counts as missing: MLflow is asked
+        return {}
+
+
+def position(run: RunDir, key: str) -> Position | None:
+    raw = positions(run).get(key)
+    try:
+        return Position(**json_files.known(Position, raw, where="")) if raw else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def save(run: RunDir, key: str, position: Position) -> None:
+    atomic.write_json(run.mlflow_path, {**positions(run), key: dataclasses.asdict(position)})
+
+
+def mark(run: RunDir) -> tuple[int, ...]:
+    """Changes when the run's folder has news."""
+    stamps: list[int] = []
+    for path in (run.events_path, run.status_path, *sorted(run.evals.glob("*"))):
+        try:
+            stat = path.stat()
+            stamps += [stat.st_size, stat.st_mtime_ns]
+        except FileNotFoundError:
+            stamps += [-1, -1]
+    return tuple(stamps)
+
+
+# training -----------------------------------------------------------------------------------------
+def news(run: RunDir, position: Position) -> News:
+    """What training has written since `position`."""
+    after = dataclasses.replace(
+        position, last=dict(position.last), apart=dict(position.apart), sending=False
+    )
+    found = News(points=[], tables={}, position=after)
+    for after.offset, event in _events_after(run.events_path, position.offset):
+        if event["kind"] == "start":
+            _start(event, found)
+        if event.get("attempt", after.attempt) < after.attempt:
+            continue
+        after.time = max(after.time, event["time"])
+        for name, value in _metrics(event, world=after.world).items():
+            key = metric_key(name)
+            if event["step"] <= after.last.get(key, -1):
+                continue
+            after.last[key] = event["step"]
+            if event["step"] not in after.apart.get(key, ()):
+                found.points.append(_point(key, value, event["time"], event["step"]))
+        if event["kind"] == "table":
+            found.tables[event["data"]["name"]] = event["data"]["rows"]
+    found.anew = after.attempt != position.attempt and bool(position.last or position.apart)
+    return found
+
+
+def _start(event: Mapping[str, Any], found: News) -> None:
+    """An attempt that resumes nothing takes the place of all before it, as in RunDir.events()."""
+    after = found.position
+    attempt = event.get("attempt", after.attempt)
+    if attempt >= after.attempt:
+        after.world = int(event["data"].get("world", 1))
+    if event["data"].get("resumed") or attempt <= after.attempt:
+        return
+    found.points, found.tables = [], {}
+    after.attempt, after.began = attempt, event["time"]
+    after.time, after.last, after.apart = 0.0, {}, {}
+
+
+def _metrics(event: Mapping[str, Any], *, world: int) -> dict[str, float]:
+    """The event's metrics, with the device time so far, so that curves can be drawn against it."""
+    metrics = event["metrics"]
+    if event["kind"] == "train" and "perf/train_seconds" in metrics:
+        return {**metrics, "train/gpu_hours": metrics["perf/train_seconds"] * world / 3600}
+    return metrics
+
+
+def _point(key: str, value: Any, seconds: float, step: int) -> Point:
+    return Point(key=key, value=float(value), time_ms=int(seconds * 1000), step=step)
+
+
+def _events_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset behind it, event) of each complete line; a damaged line is passed over."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset if offset <= path.stat().st_size else 0)
+        offset = file.tell()
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            with contextlib.suppress(ValueError):
+                yield offset, parse_event(line)
+
+
+def metric_key(name: str) -> str:
+    """`name` with what MLflow refuses in a key replaced: one odd key would block its whole run."""
+    key = re.sub(r"[^\w/.\- :]", "_", name)
+    return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))[:250]
+
+
+# evaluations apart from training ------------------------------------------------------------------
+def evaluated(run: RunDir, position: Position) -> News:
+    """What evaluations apart from training found that `position` does not have.
+
+    Those of a life that no longer counts are left out.
+    """
+    after = dataclasses.replace(position, apart=dict(position.apart))
+    found = News(points=[], tables={}, position=after)
+    fresh: set[str] = set()
+    for result in results(run):  # oldest step first: of a table the newest one counts
+        if result["finished"] < position.began:
+            continue
+        points = [
+            _point(key, value, result["finished"], result["step"])
+            for name, value in result["metrics"].items()
+            if result["step"] not in after.apart.get(key := metric_key(name), ())
+        ]
+        for point in points:
+            after.apart[point.key] = [*after.apart.get(point.key, ()), point.step]
+        found.points += points
+        tables = {f"{result['name']}/{name}": rows for name, rows in result["tables"].items()}
+        found.tables |= tables
+        fresh |= set(tables) if points else set()
+    found.tables = {path: rows for path, rows in found.tables.items() if path in fresh}
+    return found
+
+
+def tables(run: RunDir, position: Position) -> dict[str, list[dict[str, Any]]]:
+    """The newest rows of every table of the life that counts."""
+    trained = news(run, Position(run=position.run))
+    return trained.tables | evaluated(run, trained.position).tables
+
+
+# what the run is ----------------------------------------------------------------------------------
+def varying(configs: Sequence[RunConfig]) -> list[str]:
+    """Scientific keys that differ between runs whose LABELS are equal: the axes of a sweep."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for config in configs:
+        groups.setdefault(_labels(config), []).append(scientific(config))
+    keys = dict.fromkeys(key for rows in groups.values() for row in rows for key in row)
+    return [
+        key
+        for key in keys
+        if any(len({repr(row.get(key)) for row in rows}) > 1 for rows in groups.values())
+    ]
+
+
+def _labels(config: RunConfig) -> tuple[Any, ...]:
+    return tuple(get(config, key) for key in LABELS)
+
+
+def params(config: RunConfig, *, varying: Sequence[str]) -> dict[str, str]:
+    """Few and flat: MAIN and what varies, where they apply; the whole config is an artifact."""
+    wanted, chosen = {*MAIN, *varying}, {}
+    for key, f, value in walk(config):
+        shown = key in wanted or f.metadata.get("main")
+        if shown and value is not None and applies(f.metadata, config):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            chosen[key] = text[:MAX_PARAM]
+    return chosen
+
+
+def arm_name(name: str, config: RunConfig) -> str:
+    """The run's name without its seed; the experiment's where only seeds vary."""
+    words = [word for word in name.split() if not word.startswith("seed=")]
+    return " ".join(words).removesuffix(f"-s{config.seed}") or config.experiment
+
+
+def default_name(config: RunConfig) -> str:
+    """Of a run that no sweep names."""
+    return f"{label(config)}-s{config.seed}"
+
+
+def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[str, str]:
+    attempts = run.attempt_records()
+    newest = attempts[-1] if attempts else {}
+    step = run.newest_step()
+    dirty, commit = newest.get("dirty"), newest.get("commit")
+    found: dict[str, Any] = {
+        "kind": "run",
+        "run_id": run.run_id,
+        "arm": arm_id(config),
+        "arm_name": arm_name(name, config),
+        "seed": config.seed,
+        "sweep": config.sweep.name,
+        "method": config.method,
+        "mode": config.relora.name if config.method == "relora" else None,
+        "model": config.model.name,
+        "commit": commit and commit[:12],
+        "dirty": None if dirty is None else str(dirty).lower(),
+        "job_id": status.job_id,
+        "attempts": status.attempts,
+        "host": status.host,
+        "state": status.state,
+        "reason": getattr(status, "reason", None) or status.error,
+        **run.trial_tags(),
+        "checkpoint": run.checkpoints.absolute() / f"step-{step:08d}" if step else None,
+        "mlflow.source.name": "run.py",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit,
+    }
+    return {k: str(v)[:MAX_TAG] for k, v in found.items() if v is not None and v != ""}
+
+
+def ended_ms(status: Status, position: Position) -> int:
+    """When a run that is over ended: its last event, or the word that it failed after it."""
+    seconds = position.time
+    if status.state not in ("finished", "diverged") or not seconds:
+        seconds = max(seconds, status.heartbeat) or time.time()
+    return int(seconds * 1000)
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetInput:
+    """Something that the run reads, by name and digest; its files are not opened."""
+
+    name: str
+    digest: str
+    source_type: str
+    source: str
+    """JSON, in the words of the source type."""
+    context: str
+    """`training` or `eval`."""
+
+
+def datasets(config: RunConfig) -> list[DatasetInput]:
+    """Of the data and of the evals that are on and have a fingerprint."""
+    data = config.data
+    wanted = [(data.kind, data.path, data.fingerprint, "training")]
+    for name in EVALS:
+        section = getattr(config.eval, name)
+        if section.enabled:
+            wanted.append((name, section.path, section.fingerprint, "eval"))
+    return [
+        _dataset(kind, path, digest, context) for kind, path, digest, context in wanted if digest
+    ]
+
+
+def _dataset(kind: str, path: str | None, digest: str, context: str) -> DatasetInput:
+    source_type, source = _source(path)
+    return DatasetInput(
+        name=Path(path).name if path and context == "training" else kind,
+        digest=digest[:MAX_DIGEST],
+        source_type=source_type,
+        source=json.dumps(source),
+        context=context,
+    )
+
+
+def _source(path: str | None) -> tuple[str, dict[str, Any]]:
+    """(source type, source) as MLflow's UI reads them; without a path it is our own generator."""
+    if path is None:
+        return "code", {"tags": {"mlflow.source.name": "relora_core/data/grammar.py"}}
+    if Path(path).exists():
+        return "local", {"uri": str(Path(path).absolute())}
+    return "hugging_face", {"path": path}
+
+
+# tables -------------------------------------------------------------------------------------------
+def table_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as the UI's table view reads them; it leaves columns with a dotted name blank."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    finite = [[_json_cell(row.get(column)) for column in columns] for row in rows]
+    return json.dumps({"columns": [c.replace(".", "_") for c in columns], "data": finite})
+
+
+def _json_cell(value: Any) -> Any:
+    """A browser refuses the NaN that Python writes."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,260 @@
+"""How a sweep looks in MLflow's UI: saved views, the links that open them, colours of the arms.
+
+A saved view is an experiment tag whose format is internal to MLflow (3.16 and later); a test pins
+it. Without one a fresh browser shows one folded row, or ten of twelve curves. Imports no MLflow.
+"""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.tracking.sweep_view import ArmView, SweepView
+
+LOSS, PERPLEXITY = "train/loss", "eval/paloma/perplexity"
+BLIMP, BLIMP_EOS = "eval/blimp/no_bos/accuracy", "eval/blimp/eos_prefix/accuracy"
+MAIN = {"loss": LOSS, "perplexity": PERPLEXITY, "BLiMP": BLIMP}
+"""What a table shows of a run or arm: heading -> metric."""
+TOKENS, GPU_HOURS = "train/tokens", "train/gpu_hours"
+TAG = "mlflow.sharedViewState."
+CHARTS = ("curves", "tokens", "gpu_hours", "by_arm", "differences")
+TITLES = {
+    "arms": "arms",
+    "curves": "curves",
+    "by_arm": "curves, mean of each arm",
+    "tokens": "curves against tokens",
+    "gpu_hours": "curves against GPU-hours",
+    "differences": "what differs",
+}
+"""View -> title, in the order of the menu."""
+HUES = (212, 24, 145, 320, 48, 265, 180, 0)
+HUE_KEYS = ("model.name", "experiment", "method", "relora.name", "data.kind")
+"""The first of these axes that varies gives an arm its hue."""
+
+
+# links ------------------------------------------------------------------------------------------
+def slug(sweep: str, view: str) -> str:
+    """The view's key, in the tag and in links. MLflow takes no `=` in a tag's name."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', sweep)}.{view}"
+
+
+# views ------------------------------------------------------------------------------------------
+def saved_views(view: SweepView, *, parent: str) -> dict[str, str]:
+    """Experiment tag -> value of every saved view of a sweep whose MLflow run is `parent`."""
+    states = {
+        "arms": _arms(view, parent),
+        "curves": _curves(view, parent),
+        "by_arm": _curves(view, parent, groupBy=BY_ARM),
+        "tokens": _curves(view, parent, against=TOKENS),
+        "gpu_hours": _curves(view, parent, against=GPU_HOURS),
+        "differences": _differences(view, parent),
+    }
+    tags = {}
+    for rank, (name, title) in enumerate(TITLES.items()):
+        packed = base64.b64encode(zlib.compress(json.dumps(states[name]).encode())).decode()
+        # The menu shows the newest first.
+        made = int(view.created * 1000) - rank
+        tags[TAG + slug(view.name, name)] = json.dumps(
+            {"name": f"{view.name}: {title}", "createdAt": made, "state": f"deflate;{packed}"}
+        )
+    return tags
+
+
+BY_ARM = {
+    "aggregateFunction": "average",
+    "groupByKeys": [{"mode": "tag", "groupByData": "arm_name"}],
+}
+
+
+def _state(**changes: Any) -> dict[str, Any]:
+    """The UI's state, neutral, with `changes`. Any order but that by creation unfolds the runs."""
+    return {
+        "searchFilter": "",
+        "orderByKey": "tags.`mlflow.runName`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": [],
+        "columnOrder": [],
+        "columnWidths": {},
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "viewMaximized": False,
+        "runListHidden": False,
+        "globalLineChartConfig": {
+            "xAxisKey": "step",
+            "lineSmoothness": 0,
+            "selectedXAxisMetricKey": "",
+        },
+        **changes,
+    }
+
+
+def _only(kind: str, parent: str) -> str:
+    # By parent: an experiment may hold several sweeps, and a run may be in more than one.
+    return f"tags.kind = '{kind}' and tags.`mlflow.parentRunId` = '{parent}'"
+
+
+def _columns(names: Sequence[str], *, wide: int = 0) -> dict[str, Any]:
+    texts = {f"tags.`{title}`" for title in MAIN}
+    widths = {n: 190 if n.startswith("metrics") or n in texts else 120 for n in names}
+    return {
+        "selectedColumns": list(names),
+        "columnOrder": list(names),
+        "columnWidths": {**widths, **({names[0]: wide} if wide else {})},
+    }
+
+
+def _charts(
+    charts: Sequence[Mapping[str, Any]], *, title: str, columns: int = 2, height: int = 380
+) -> dict[str, Any]:
+    """The charts in a section of their own, `columns` beside each other."""
+    section = {
+        "uuid": "main",
+        "name": title,
+        "display": True,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+        "columns": columns,
+        "cardHeight": height,
+    }
+    made = [
+        {
+            "uuid": f"chart{number}",
+            "metricSectionId": "main",
+            "deleted": False,
+            "isGenerated": False,
+            **chart,
+        }
+        for number, chart in enumerate(charts)
+    ]
+    return {"compareRunSections": [section], "compareRunCharts": made}
+
+
+def _arms(view: SweepView, parent: str) -> dict[str, Any]:
+    shown = [f"{m}_{p}" for p in ("mean", "ci_low", "ci_high") for m in MAIN.values()]
+    columns = [f"params.`{key}`" for key in axis_keys(view.arms)]
+    columns += [f"tags.`{tag}`" for tag in ("finished", *MAIN)]  # interval and all, as text
+    columns += [f"metrics.`{key}`" for key in shown]  # to sort by
+    bars = [
+        {
+            "type": "BAR",
+            "metricKey": f"{metric}_mean",
+            "runsCountToCompare": 100,
+        }
+        for metric in MAIN.values()
+    ]
+    return _state(
+        searchFilter=_only("arm", parent),
+        **_columns(columns),
+        **_charts(bars, title="Means"),
+    )
+
+
+def _curves(
+    view: SweepView, parent: str, *, against: str = "", groupBy: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Loss, perplexity and BLiMP of every run against the step, or against the metric `against`."""
+    axis = {"xAxisKey": "metric" if against else "step", "selectedXAxisMetricKey": against}
+    lines = [
+        {
+            "type": "LINE",
+            "metricKey": metric,
+            "selectedMetricKeys": [metric],
+            "runsCountToCompare": max(20, sum(len(arm.runs) for arm in view.arms)),
+            "lineSmoothness": 0,
+            "scaleType": "linear",
+            "xAxisScaleType": "linear",
+            "range": {},
+            **axis,
+            "yAxisKey": "metric",
+            "yAxisExpressions": [],
+            "ignoreOutliers": False,
+            "useGlobalXaxisKey": True,
+            "useGlobalLineSmoothing": True,
+        }
+        for metric in (LOSS, PERPLEXITY, BLIMP, BLIMP_EOS)
+    ]
+    columns = [f"params.`{key}`" for key in axis_keys(view.arms)]
+    columns += ["tags.`seed`", "tags.`state`", *(f"metrics.`{m}`" for m in MAIN.values())]
+    return _state(
+        searchFilter=_only("run", parent),
+        groupBy=groupBy,
+        globalLineChartConfig={"lineSmoothness": 0, **axis},
+        **_columns(columns),
+        **_charts(lines, title="Curves"),
+    )
+
+
+def _differences(view: SweepView, parent: str) -> dict[str, Any]:
+    card = {
+        "type": "DIFFERENCE",
+        "compareGroups": ["Parameters", "Tags"],
+        "chartName": "What differs",
+        "showChangeFromBaseline": True,
+        "showDifferencesOnly": True,
+        "baselineColumnUuid": "",
+        "runsCountToCompare": max(20, len(view.arms)),
+    }
+    return _state(
+        searchFilter=_only("arm", parent),
+        **_columns([f"params.`{key}`" for key in axis_keys(view.arms)] + ["tags.`finished`"]),
+        **_charts([card], title="What differs", columns=1, height=640),
+    )
+
+
+def axis_keys(arms: Sequence[ArmView]) -> list[str]:
+    """What varies between the arms, in the order of their names."""
+    return list(dict.fromkeys(key for arm in arms for key in arm.axes))
+
+
+# colours ----------------------------------------------------------------------------------------
+def colours(arms: Sequence[ArmView]) -> dict[str, str]:
+    """arm_id -> `#rrggbb`: one hue per model, dark to light within it; no two alike.
+
+    Where the model does not vary the first of HUE_KEYS that does gives the hue.
+    """
+    families: dict[str, list[str]] = {}
+    key = next((k for k in HUE_KEYS if len({arm.axes.get(k) for arm in arms}) > 1), "")
+    for arm in arms:
+        families.setdefault(arm.axes.get(key, ""), []).append(arm.arm_id)
+    found = {}
+    for number, members in enumerate(families.values()):
+        hue = HUES[number] if number < len(HUES) else (HUES[0] + 137.5 * number) % 360
+        for place, arm_id in enumerate(members):
+            found[arm_id] = _shade(hue, part=place / max(1, len(members) - 1))
+    return _distinct(found)
+
+
+def _shade(hue: float, *, part: float) -> str:
+    """Of the hue, from dark (0) to light (1), with a slight turn that helps to tell them apart."""
+    lightness = 0.28 + 0.42 * part
+    turned = (hue + 20 * (part - 0.5)) % 360
+    rgb = colorsys.hls_to_rgb(turned / 360, lightness, 0.85 - 0.2 * part)
+    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
+
+
+def _distinct(wanted: Mapping[str, str]) -> dict[str, str]:
+    """The same colours, where need be moved to the next one that is free."""
+    taken: set[int] = set()
+    found = {}
+    for key, colour in wanted.items():
+        value = int(colour[1:], 16)
+        while value in taken:
+            value = (value + 0x070B05) % 0x1000000
+        taken.add(value)
+        found[key] = f"#{value:06x}"
+    return found

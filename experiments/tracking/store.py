@@ -1,0 +1,440 @@
+"""Tracking stores: their addresses, their one migration, their lock, and when they do not answer.
+
+Checking an address loads no MLflow. Not for: what is shown of a run (`mlflow_sync.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit
+
+from experiments.addresses import (
+    LOGIN,
+    PASSWORD,
+    check_uri,
+    default_uri,
+    experiment_name,
+    misplaced,
+    read_only,
+    redacted,
+    relative_database,
+    rooted,
+    sqlite_path,
+    sqlite_uri,
+    store_uri,
+    with_password,
+)
+from relora_core import shared
+from relora_core.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+
+ARTIFACTS = {"experiments": "artifact_location", "runs": "artifact_uri"}
+ARTIFACTS |= {"logged_models": "artifact_location"}
+"""Tables of MLflow's database, and what of them says where files are."""
+DAMAGED = re.compile(
+    r"file is not a database|disk image is malformed|no such (table|column): [\w.]+|"
+    r"has no column named \w+|Can't locate revision identified by '\w+'"
+)
+"""What is said of a database that is damaged, or that a newer MLflow wrote."""
+REFUSED = re.compile(
+    r"error code (40[13])|(password authentication failed|no password supplied|Access denied for "
+    r"user|Login failed for user)"
+)
+"""What servers and databases say of a login."""
+VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
+"""MLflow's own variables, where the config's `tracking` says nothing."""
+
+
+MAX_NAME = 500
+"""Characters of an MLflow experiment's name."""
+
+
+class TrackingUnreachable(RuntimeError):
+    """The store does not answer, or is damaged; one line that says that nothing is lost."""
+
+    def __init__(self, uri: str, *, damage: str | None = None) -> None:
+        super().__init__(
+            f"tracking: {redacted(uri)} cannot be used ({damage}); nothing is lost, move the "
+            "database away and run `python -m sweeps sync`"
+            if damage
+            else f"tracking: {redacted(uri)} unreachable; nothing is lost, "
+            "run `python -m sweeps sync` later"
+        )
+
+
+class ReadOnlyStore(TrackingUnreachable):
+    """A database that is another user's; what it shows can be looked at."""
+
+    def __init__(self, line: str) -> None:
+        RuntimeError.__init__(
+            self,
+            f"tracking: {line}; nothing is lost, who may write there runs `python -m sweeps sync` "
+            "later",
+        )
+
+
+class DatabaseNotFound(TrackingUnreachable):
+    """An earlier version wrote an address down as it was typed, and its database is not there."""
+
+    def __init__(self, uri: str) -> None:
+        RuntimeError.__init__(
+            self,
+            f"tracking: tracking.uri={uri} was written down as it was typed, and "
+            f"{sqlite_path(uri)} does not exist; nothing is lost, `python -m sweeps sync "
+            "--tracking-uri sqlite:////FOLDER/FILE.db` names the database, or makes it anew",
+        )
+
+
+class LoginRefused(TrackingUnreachable):
+    """The store answers, and wants another user or password."""
+
+    def __init__(self, uri: str, *, said: str) -> None:
+        web = uri.startswith(("http://", "https://"))
+        where = f"{LOGIN}, or MLFLOW_TRACKING_TOKEN," if web else PASSWORD
+        RuntimeError.__init__(
+            self,
+            f"tracking: login refused by {redacted(uri)} ({said}); the environment's {where} hold"
+            f"{'' if web else 's'} it; nothing is lost, run `python -m sweeps sync` then",
+        )
+
+
+def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
+    """The config with what MLflow's variables say where its `tracking` says nothing.
+
+    Appends to `notes` what they decide, and why the store will show nothing, where that is known.
+    """
+    tracking, said = config.tracking, []
+    if not tracking.enabled:
+        return config
+    for key, variable in VARIABLES.items():
+        value = os.environ.get(variable, "").strip()
+        if not value or getattr(tracking, key) is not None:
+            continue
+        tracking = dataclasses.replace(tracking, **{key: value})
+        try:
+            check_uri(tracking)
+        except ConfigError as error:
+            line = str(error).replace("tracking.uri", variable)
+            raise ConfigError(f"{line}; or unset it, tracking.uri goes before it") from None
+        said.append(f"tracking.{key}={value} (the environment's {variable})")
+    config = dataclasses.replace(config, tracking=tracking)
+    if notes is not None:
+        said += [line for line in (schema(sqlite_path(store_uri(config))),) if line]
+        notes += [line for line in said if line not in notes]
+    return config
+
+
+def schema(database: Path | None) -> str | None:
+    """One line where a database is of another MLflow's schema; loads no MLflow."""
+    if database is None or not database.is_file():
+        return None
+    try:
+        address = f"file:{quote(str(database))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as there:
+            (found,) = there.execute("select version_num from alembic_version").fetchone()
+    except (sqlite3.Error, TypeError):  # not made yet, or damaged, which its first use says
+        return None
+    known, newest = _revisions()
+    if not known or found == newest:
+        return None
+    older, here = found in known, shlex.quote(sqlite_uri(database))
+    way = f"`mlflow db upgrade {here}` (keep a copy)" if older else "MLflow is upgraded"
+    return (
+        f"tracking: {database} was written by {'an older' if older else 'a newer'} MLflow (schema "
+        f"{found}, this one's is {newest}) and shows nothing new until {way}, or tracking.uri "
+        "names another; the runs' records lose nothing"
+    )
+
+
+@functools.cache
+def _revisions() -> tuple[set[str], str]:
+    """The schemas that the installed MLflow knows, and its own."""
+    spec = importlib.util.find_spec("mlflow")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    before: dict[str, str] = {}
+    for file in folder.glob("store/db_migrations/versions/*.py"):
+        text = file.read_text(encoding="utf-8")
+        named = dict(re.findall(r"^(revision|down_revision) = [\"'](\w+)[\"']", text, re.MULTILINE))
+        if "revision" in named:
+            before[named["revision"]] = named.get("down_revision", "")
+    newest = set(before) - set(before.values())
+    return (set(before), newest.pop()) if len(newest) == 1 else (set(), "")
+
+
+def check(config: RunConfig) -> None:
+    """ConfigError where MLflow would refuse to show a run that is tracked as `config` says."""
+    check_uri(config.tracking)
+    name = experiment_name(config)
+    if config.tracking.enabled and len(name) > MAX_NAME:
+        key = "tracking.experiment" if config.tracking.experiment else "sweep.name"
+        raise ConfigError(
+            f"{key} must be at most {MAX_NAME} characters for MLflow, got {len(name)}; nearest "
+            f"valid: tracking.experiment={name[:40].strip()!r}"
+        )
+
+
+def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> None:
+    """Where an output folder was moved or copied: let its own database say where its files are now.
+
+    MLflow writes each run's folder down from the root, and has no call to change that. `database`:
+    a copy of the folder's own.
+    """
+    folder = rooted(Path(output_dir))
+    database, new = database or folder / "mlflow.db", folder / "mlartifacts"
+    if not database.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as db, db:
+        try:
+            found = db.execute(
+                "SELECT artifact_location FROM experiments UNION SELECT DISTINCT "
+                "substr(artifact_uri, 1, length(artifact_uri) - length(run_uuid) - 11) FROM runs"
+            ).fetchall()
+        except sqlite3.Error:  # damaged, or not MLflow's: it is said where it is opened
+            return
+        for (old,) in found:
+            place = Path(unquote(urlsplit(old or "").path))
+            if (
+                not str(old).startswith("file:///")
+                or place.name != "mlartifacts"
+                or _same(place, new)
+            ):
+                continue
+            ours = _OURS if os.path.exists(place) else "1"
+            _mark_ours(db, folder)
+            for table, column in ARTIFACTS.items():
+                run = {"runs": "run_uuid", "logged_models": "source_run_id"}.get(table)
+                db.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE ({column} = ? OR substr({column}, 1, ?) = ?)"
+                    + (f" AND {ours.format(run=run)}" if run else ""),
+                    (new.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
+
+
+_OURS = "{run} IN (SELECT run_uuid FROM tags JOIN ours USING (key, value))"
+"""Of a database that was copied with its folder; another folder's runs may be in it, too."""
+
+
+def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
+    """A table of the tags by which runs, and what sums up sweeps, are known to be the folder's."""
+    db.execute("CREATE TEMP TABLE IF NOT EXISTS ours (key, value, PRIMARY KEY (key, value))")
+    for key, place in (("run_id", "runs"), ("sweep", "sweeps")):
+        names = [(key, path.name) for path in (folder / place).glob("*")]
+        db.executemany("INSERT OR IGNORE INTO ours VALUES (?, ?)", names)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both lead to one folder, or would once it is made."""
+    with contextlib.suppress(OSError):
+        return one.parent.samefile(other.parent)
+    return False
+
+
+@contextlib.contextmanager
+def readable(uri: str, *, output_dir: Path | str) -> Iterator[str]:
+    """The store's address, or where we may only read that of a copy of its database as it is now.
+
+    MLflow opens none that it cannot write to.
+    """
+    database = sqlite_path(uri)
+    line = read_only(database) if database else None
+    if database is None or line is None:
+        yield uri
+        return
+    print(f"note: {line}; these pages show a copy as it is now", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="relora-ui-") as scratch:
+        copy = Path(scratch) / "mlflow.db"
+        with reachable(uri):
+            _copy(database, copy)
+        if uri == default_uri(output_dir):
+            move_artifacts(output_dir, database=copy)
+        yield sqlite_uri(copy)
+
+
+def _copy(database: Path, copy: Path) -> None:
+    """A database as it is now; from a folder where SQLite can make no file, too."""
+    for how in ("mode=ro", "immutable=1"):
+        address = f"file:{quote(str(database))}?{how}"
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(address, uri=True)) as old,
+                contextlib.closing(sqlite3.connect(copy)) as new,
+            ):
+                old.backup(new)
+                return
+        except sqlite3.OperationalError:
+            if how == "immutable=1":
+                raise
+
+
+def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
+    """Create database and MLflow experiment where they are missing; the experiment's id.
+
+    Safe for any number of processes of this host: MLflow's own migration of a fresh sqlite crashes
+    when two do it at once, so it runs under a file lock. Raises TrackingUnreachable, and
+    ConfigError for a database that another MLflow version wrote.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if relative_database(uri):  # what is given now is absolute: frozen.py, given()
+        raise DatabaseNotFound(uri)
+    output_dir = Path(output_dir)
+    shared.make_folder(output_dir)
+    if line := misplaced(uri):
+        print(f"note: {line}", file=sys.stderr)
+    with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
+        if uri == default_uri(output_dir):
+            move_artifacts(output_dir)
+        try:
+            _prepare(sqlite_path(uri))
+            client = connect(uri)
+            found = _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
+            return found.experiment_id
+        except MlflowException as error:
+            if "out-of-date database schema" in str(error):
+                raise ConfigError(
+                    schema(sqlite_path(uri))
+                    or f"tracking.uri must hold a database of the installed MLflow's version, got "
+                    f"{redacted(uri)!r}; back it up, then run `mlflow db upgrade`, or name another"
+                ) from None
+            raise
+
+
+def _prepare(database: Path | None) -> None:
+    """SQLite's own file would be its maker's alone, and so would those that it puts beside it."""
+    if database is None or not database.parent.is_dir():
+        return
+    if database.exists():
+        shared.share(database)
+    else:
+        shared.touch(database)
+
+
+def _ensure_experiment(
+    client: MlflowClient, name: str, *, uri: str, output_dir: Path
+) -> Experiment:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        server = uri.startswith(("http://", "https://"))
+        artifacts = None if server else (output_dir.absolute() / "mlartifacts").as_uri()
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": f"Runs of {name}; rebuilt at any time from their events.jsonl.",
+        }
+        try:
+            id_ = client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            return client.get_experiment(id_)
+        except MlflowException as error:  # another host was faster
+            found = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of `uri`, with MLflow's telemetry, progress bars and chatter switched off."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # A refused connection is retried for minutes by default; the follower has its own back-off.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs what it raises
+    return MlflowClient(tracking_uri=with_password(uri))
+
+
+def lock(uri: str, output_dir: Path) -> BaseFileLock:
+    """One writer per store and host; beside a sqlite file, which two output folders may share.
+
+    Raises ReadOnlyStore where we cannot write.
+    """
+    from filelock import FileLock
+
+    database = sqlite_path(uri)
+    path = Path(f"{database}.lock") if database else output_dir / "mlflow.lock"
+    if database and (line := read_only(database)):
+        raise ReadOnlyStore(line)
+    if not path.exists():  # filelock's own would be for us alone
+        with contextlib.suppress(OSError):
+            shared.touch(path)
+    return FileLock(path)
+
+
+def problem(uri: str, error: Exception) -> str:
+    """One line on anything that keeps a store from being up to date."""
+    if isinstance(error, (TrackingUnreachable, ConfigError)):
+        return str(error)
+    line = next(iter(str(error).splitlines()), "")
+    what = f"{type(error).__name__}: {redacted(line)}"[:300]
+    return (
+        f"tracking: {redacted(uri)} was not brought up to date ({what}); nothing is lost, "
+        "run `python -m sweeps sync` later"
+    )
+
+
+@contextlib.contextmanager
+def reachable(uri: str) -> Iterator[None]:
+    """Turns a store that does not answer into TrackingUnreachable; its password goes nowhere."""
+    try:
+        yield
+    except Exception as error:
+        if found := DAMAGED.search(str(error)):
+            raise TrackingUnreachable(uri, damage=found[0]) from error
+        if said := _refusal(error):
+            raise LoginRefused(uri, said=said) from error
+        if not is_outage(error):
+            raise
+        database = sqlite_path(uri)
+        if database and (line := read_only(database)):
+            raise ReadOnlyStore(line) from error
+        raise TrackingUnreachable(uri) from error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """In a word why a login was refused; None where it was not."""
+    codes = {"UNAUTHENTICATED": "401", "PERMISSION_DENIED": "403"}
+    if code := codes.get(getattr(error, "error_code", "")):
+        return code
+    found = REFUSED.search(str(error)) if is_outage(error) else None
+    return found and (found[1] or found[2])
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the store is to blame, so that trying again later may help."""
+    from filelock import Timeout
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    codes = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "UNAUTHENTICATED")
+    return (
+        isinstance(error, (RequestException, OperationalError, ConnectionError, Timeout))
+        or getattr(error, "error_code", None) in (*codes, "PERMISSION_DENIED")
+        or str(error).startswith("API request to")
+    )

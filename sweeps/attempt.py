@@ -1,0 +1,78 @@
+"""Around one attempt of a run: its log, MLflow meanwhile, and its end where the process could not
+record it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from experiments.disk.run_dir import RunDir
+from experiments.run.stopping import shielded
+from experiments.scheduler import current_job
+from relora_core import shared
+
+
+@contextlib.contextmanager
+def followed(run_dir: RunDir) -> Iterator[None]:
+    """MLflow kept in step where a server can be asked; a database file is no node's to write to."""
+    config = run_dir.config()
+    if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
+        yield
+        return
+    from experiments.tracking import follower
+
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            stack.enter_context(follower.follow([run_dir], config=config))
+        yield
+
+
+def stalled(run_dir: RunDir, *, limit: int) -> bool:
+    """Whether the newest `limit` attempts were all of this job and none has left a checkpoint."""
+    newest = run_dir.attempt_records()[-limit:]
+    here = (current_job(), run_dir.newest_step())
+    return len(newest) == limit and all(
+        (r.get("job_id"), r.get("start_step")) == here for r in newest
+    )
+
+
+# the end ----------------------------------------------------------------------------------------
+def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
+    """Write down the end of a run whose worker could not: killed, or gone before its first word."""
+    status = run_dir.status()
+    if run_dir.ended() or run_dir.lock_holder() is not None:
+        return
+    if status.state in ("cancelled", "pruned") or (
+        status.state == "failed" and status.error and not reason
+    ):
+        return
+    if run_dir.cancel_path.exists():
+        run_dir.update_status(state="cancelled", phase="", error=None)
+        return
+    died = f"killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
+    run_dir.update_status(state="failed", phase="", error=reason or died)
+
+
+@contextlib.contextmanager
+def spoken(run_dir: RunDir) -> Iterator[None]:
+    """What this process prints, natively too, goes to the log of the run's attempt to come."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    _flush()
+    with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        _flush()
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

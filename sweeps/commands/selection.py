@@ -1,0 +1,262 @@
+"""What the commands share: the runs that words name, and looking at them without wearing SLURM out.
+
+Not for: deciding a run's state (`sweeps/slurm/survey.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.disk.named import arm_of, find_run, named, several
+from experiments.disk.output_dir import all_runs, plan_folder, run_at
+from experiments.disk.plans import read_plan
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import RunState, state_of
+from experiments.identity import arm_id
+from relora_core.config import ConfigError, nearest
+from sweeps.slurm import survey as scheduler
+
+GOING = ("queued", "running")
+BAD = ("failed", "diverged", "cancelled", "lost")
+ASK_S = 20.0
+"""Shortest time between two questions to the scheduler of a command that stays."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """A run as people speak of it: its folder, and what its plan says of it."""
+
+    dir: RunDir
+    name: str
+    arm: str
+    """The name without the seed."""
+    arm_id: str
+    seed: int | None
+    steps: int
+    sweep: str | None = None
+    """The sweep it is listed under."""
+    sweeps: list[str] = field(default_factory=list)
+    """Every sweep that has planned it."""
+
+    @property
+    def run_id(self) -> str:
+        return self.dir.run_id
+
+
+# which runs -------------------------------------------------------------------------------------
+def runs_of(output_dir: Path | str, *, sweep: str | None = None) -> list[Run]:
+    """The runs of one sweep, or of all and those of none; each is told once. Builds few configs."""
+    plans = _plans(output_dir)
+    if sweep is not None:
+        check_sweep(sweep, list(plans), output_dir=output_dir)
+    found: dict[str, Run] = {}
+    for name in [sweep] if sweep is not None else plans:
+        for run in plans[name]:
+            found.setdefault(run.run_id, run)
+    for name, runs in plans.items():
+        for run in runs:
+            if run.run_id in found:
+                found[run.run_id].sweeps.append(name)
+    if sweep is None:
+        singles = [run for run in all_runs(output_dir) if run.run_id not in found]
+        found |= {run.run_id: _single(run) for run in singles}
+    return list(found.values())
+
+
+def _plans(output_dir: Path | str) -> dict[str, list[Run]]:
+    """Sweep name -> runs, for every stored plan, without building their configs."""
+    plans = {}
+    for path in sorted(plan_folder(output_dir, name="").glob("*/plan.json")):
+        name = path.parent.name
+        cells = read_plan(path)["cells"]
+        plans[name] = [_planned(cell, output_dir=output_dir, sweep=name) for cell in cells]
+    return plans
+
+
+def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> Run:
+    config = cell["config"]
+    return Run(
+        dir=run_at(output_dir, cell["run_id"]),
+        name=cell["name"],
+        arm=arm_of(cell, sweep=sweep),
+        arm_id=cell["arm_id"],
+        seed=config.get("seed"),
+        steps=config["train"]["steps"],
+        sweep=sweep,
+    )
+
+
+def _single(run_dir: RunDir) -> Run:
+    """A run without a sweep; one whose config this version cannot read stands for itself."""
+    name = run_dir.run_id
+    try:
+        config = run_dir.config()
+        arm, seed, steps = arm_id(config), config.seed, config.train.steps
+    except (OSError, ValueError, TypeError):
+        arm, seed, steps = name, None, 0
+    return Run(dir=run_dir, name=name, arm=arm, arm_id=arm, seed=seed, steps=steps)
+
+
+def check_sweep(sweep: str, sweeps: Sequence[str], *, output_dir: Path | str) -> None:
+    """ConfigError unless there is a plan of this name."""
+    if sweep not in sweeps:
+        some = ", ".join(sweeps[:8]) + (", ..." if len(sweeps) > 8 else "")
+        hint = nearest(sweep, list(sweeps))
+        if hits := named(output_dir, sweep):
+            owners = _owners(output_dir, hits)
+            hint = f" It names runs of {', '.join(owners) or 'no sweep'}: this command takes SWEEP."
+        raise ConfigError(
+            f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}.{hint}"
+        )
+
+
+def _owners(output_dir: Path | str, run_ids: Sequence[str]) -> list[str]:
+    every = (run for run in runs_of(output_dir) if run.run_id in run_ids)
+    return list(dict.fromkeys(name for run in every for name in run.sweeps))
+
+
+def whole_sweep(output_dir: Path | str, word: str) -> str:
+    """The sweep of that name, or the only one that has the run, arm or job of that name."""
+    sweeps = _plans(output_dir)
+    if word in sweeps:
+        return word
+    everything = [run.run_id for runs in sweeps.values() for run in runs]
+    owners = _owners(output_dir, [word] if word in everything else named(output_dir, word))
+    if len(owners) != 1:
+        return word
+    print(f"{word} is of the sweep {owners[0]}: all of it", file=sys.stderr)
+    return owners[0]
+
+
+def has_jobs_alone(output_dir: Path | str, word: str) -> bool:
+    """Whether it is the name of a search whose jobs have taken no trial yet: it has no plan."""
+    folders = Path(output_dir).glob("sweeps/*/jobs")
+    return word not in _plans(output_dir) and word in {folder.parent.name for folder in folders}
+
+
+def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
+    """The runs that `words` name, each once: sweeps, what `status` shows of runs (names, arms, ids
+    of jobs), or (parts of) the id of one run."""
+    everything = {run.run_id: run for run in runs_of(output_dir)}
+    sweeps = list(dict.fromkeys(name for run in everything.values() for name in run.sweeps))
+    chosen: dict[str, Run] = {}
+    for word in words:
+        if word in sweeps:  # its own plan's order and names
+            members = runs_of(output_dir, sweep=word)
+        elif word not in everything and (hits := named(output_dir, word)):
+            members = [everything[run_id] for run_id in hits]
+        elif any(word in run.run_id for run in all_runs(output_dir)):
+            members = [everything[find_run(output_dir, word=word).run_id]]
+        elif word in everything:  # planned, and without a folder yet
+            members = [everything[word]]
+        else:
+            hint = nearest(word, [*sweeps, *everything])
+            raise ConfigError(
+                f"SWEEP|RUN must be the name of a sweep, a run, an arm or a job, or (part of) the "
+                f"id of a run in {output_dir}, got {word!r}."
+                f"{hint or ' `python -m sweeps status --json` lists them.'}"
+            )
+        for run in members:
+            chosen.setdefault(run.run_id, run)
+    return list(chosen.values())
+
+
+def named_runs(output_dir: Path | str, word: str | None) -> list[Run]:
+    """What `status` and `watch` show: all, or what one word names."""
+    sweeps = list(_plans(output_dir))
+    if word is None or word in sweeps:
+        return runs_of(output_dir, sweep=word)
+    try:
+        return resolve(output_dir, [word])
+    except ConfigError:
+        check_sweep(word, sweeps, output_dir=output_dir)
+        raise
+
+
+def one_run(output_dir: Path | str, word: str) -> Run:
+    """The only run that a word names."""
+    chosen = resolve(output_dir, [word])
+    if len(chosen) != 1:
+        raise several(word, [run.run_id for run in chosen])
+    return chosen[0]
+
+
+def is_named(output_dir: Path | str, word: str) -> bool:
+    """Whether it is the name of a run or an arm, as `status` shows them."""
+    return bool(named(output_dir, word))
+
+
+# looking ----------------------------------------------------------------------------------------
+def survey(runs: Sequence[Run]) -> dict[str, RunState]:
+    """run_id -> state, with what the scheduler says; steps come from the plan where need be."""
+    states = scheduler.survey([run.dir for run in runs])
+    return {run.run_id: _with_steps(states[run.run_id], run) for run in runs}
+
+
+def _with_steps(state: RunState, run: Run) -> RunState:
+    return state if state.steps else dataclasses.replace(state, steps=run.steps)
+
+
+class Observer:
+    """Looks at runs again and again; the scheduler is asked at most every ASK_S seconds.
+
+    In between a run's own word counts, or what the scheduler made of the same word before.
+    """
+
+    def __init__(self) -> None:
+        self._asked = float("-inf")
+        self._own: dict[str, RunState] = {}
+        self._judged: dict[str, RunState] = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether the next look asks the scheduler."""
+        return time.monotonic() - self._asked >= ASK_S
+
+    def look(self, runs: Sequence[Run], *, ask: bool = False) -> dict[str, RunState]:
+        """run_id -> state as it is now; `ask` asks the scheduler at once."""
+        own = {run.run_id: _with_steps(state_of(run.dir), run) for run in runs}
+        if ask or self.due:
+            self._own, self._judged = own, survey(runs)
+            self._asked = time.monotonic()
+            return self._judged
+        return {run_id: self._merged(run_id, state) for run_id, state in own.items()}
+
+    def _merged(self, run_id: str, own: RunState) -> RunState:
+        before, judged = self._own.get(run_id), self._judged.get(run_id)
+        if before is None or judged is None or (own.state, own.attempts) != _word(before):
+            return own
+        reason = judged.reason if judged.reason != before.reason else own.reason
+        return dataclasses.replace(own, state=judged.state, reason=reason)
+
+
+def _word(state: RunState) -> tuple[str, int]:
+    return state.state, state.attempts
+
+
+def counts(states: Sequence[RunState]) -> str:
+    """`3 finished, 1 running`."""
+    told: dict[str, int] = {}
+    for state in states:
+        told[state.state] = told.get(state.state, 0) + 1
+    return ", ".join(f"{n} {state}" for state, n in told.items())
+
+
+def no_runs(output_dir: Path | str) -> str:
+    return f"no runs in {output_dir} yet: `python run.py` makes one"
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="name of a sweep (default: all)")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    words = "sweep, run, arm or job (default: all)"
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP|RUN", help=words)

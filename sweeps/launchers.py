@@ -1,0 +1,81 @@
+"""What a launcher is, and the one that a sweep was launched with."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from experiments import json_files
+from relora_core import atomic
+from relora_core.config import ConfigError, RunConfig
+from sweeps.local.launcher import LocalLauncher
+from sweeps.planning.budget import Estimate, Place
+from sweeps.planning.plan import Plan
+from sweeps.slurm.launcher import SlurmLauncher
+from sweeps.slurm.options import SlurmOptions
+
+
+class Launcher(Protocol):
+    """Where runs are run; `kind` and `options` say how to make it again."""
+
+    kind: str
+
+    @property
+    def options(self) -> Any: ...
+
+    @property
+    def unit(self) -> str:
+        """GPU or CPU: what its hours are hours of."""
+        ...
+
+    def place(self, config: RunConfig) -> Place:
+        """What a run is given."""
+        ...
+
+    def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
+        """ConfigError, before anything is written, where it could not run the plan."""
+        ...
+
+    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
+        """Run, or queue, what is not done and not in flight; the exit code."""
+        ...
+
+    def check_search(self, plan: Plan) -> None:
+        """ConfigError where it could not run a search whose runs are like those of the plan."""
+        ...
+
+
+def store_launcher(launcher: Launcher, folder: Path) -> None:
+    options = launcher.options
+    values = dataclasses.asdict(options) if isinstance(options, SlurmOptions) else options
+    word = values.get("python") or ""
+    if "/" in word and Path(word).is_file():  # else a command with arguments, or one of PATH
+        values |= {"python": shlex.quote(str(Path(word).absolute()))}
+    atomic.write_json(folder / "launcher.json", {"kind": launcher.kind, "options": values})
+
+
+def load_launcher(folder: Path) -> Launcher:
+    """The launcher that the sweep in `folder` was launched with last; local where nothing says."""
+    path = folder / "launcher.json"
+    try:
+        raw = json_files.read(path)
+        options = raw["options"]
+        if raw["kind"] == "slurm":
+            if json_files.known(SlurmOptions, options, where="options.") != options:
+                raise ValueError("an option is not known")
+            return SlurmLauncher(options=SlurmOptions(**options))
+        if raw["kind"] != "local" or not json_files.fits(int | None, options.get("max_parallel")):
+            raise ValueError("it names no launcher")
+        return LocalLauncher(**options)
+    except FileNotFoundError:
+        return LocalLauncher()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} must be a launcher as this version writes it ({error}); the sweep's own "
+            "command writes it again"
+        ) from None

@@ -1,0 +1,160 @@
+"""Runs a plan in worker processes on this machine; survives failures and Ctrl-C. Not for: SLURM.
+
+A worker is a process over a RUN_DIR (`worker.py`) and gets nothing from this one but environment
+variables. Where forking is safe, workers are forks of a process that has imported torch
+(`warm.py`); else, and where that fails, each imports it again. Two launchers may run one plan: a
+run's lock decides which of them gets it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments import environment
+from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at, runs_folder
+from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.state import RunState, state_of
+from relora_core import costs
+from relora_core.config import ConfigError, RunConfig
+from sweeps import display, snapshot
+from sweeps.local import warm
+from sweeps.local.pool import Pool
+from sweeps.local.processes import stop_requested, warmed
+from sweeps.local.progress import Progress
+from sweeps.local.slots import ROOT, Slots, visible_gpus
+from sweeps.local.warm import Starter
+from sweeps.planning.budget import Estimate, Place
+from sweeps.planning.plan import Cell, Plan
+from sweeps.tracking import follow
+
+# -P: the current folder must not shadow our packages (an output folder holds a `sweeps`, too).
+WORKER = (sys.executable, "-P", "-m", "sweeps.worker")
+
+
+@dataclass(kw_only=True, slots=True)
+class Summary:
+    """The states of a plan's runs when the launcher returns."""
+
+    states: dict[str, RunState]
+    """run_id -> state."""
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """130 when stopped, 1 when a run failed, diverged or was cancelled, else 0."""
+        if self.interrupted:
+            return 130
+        bad = ("failed", "diverged", "cancelled")
+        return int(any(state.state in bad for state in self.states.values()))
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalLauncher:
+    """`hydra/launcher=local`: the same worker as on a cluster, in processes of this machine."""
+
+    max_parallel: int | None = None
+    kind: str = "local"
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"max_parallel": self.max_parallel}
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if visible_gpus() else "CPU"
+
+    def place(self, config: RunConfig) -> Place:
+        return Place(gpus=int(config.runtime.device != "cpu" and bool(visible_gpus())))
+
+    def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
+        check_parallel(self.max_parallel)
+        for cell in plan.cells:
+            asked = environment.gpu_asked(cell.config)
+            if asked is None or sys.platform == "darwin" or visible_gpus():
+                continue
+            if not run_at(Path(cell.config.output_dir), cell.run_id).ended():
+                raise environment.no_gpu(cell.config, asked)
+
+    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
+        """Run everything that is not done, show how it ended; the exit code."""
+        folder = plan_folder(output_dir, name=plan.name) / "code"
+        summary = launch_local(
+            plan,
+            output_dir=output_dir,
+            max_parallel=self.max_parallel,
+            console=console,
+            code=snapshot.freeze(folder, output_dir=output_dir),
+        )
+        display.show_closing(plan, states=summary.states, output_dir=output_dir, console=console)
+        return summary.exit_code
+
+    def check_search(self, plan: Plan) -> None:
+        pass
+
+
+def check_parallel(max_parallel: int | None) -> None:
+    if max_parallel is not None and max_parallel < 1:
+        raise ConfigError(
+            f"hydra.launcher.max_parallel must be >= 1, got {max_parallel}; nearest valid: 1"
+        )
+
+
+def launch_local(
+    plan: Plan,
+    *,
+    output_dir: Path | str,
+    max_parallel: int | None = None,
+    console: Console | None = None,
+    worker: Sequence[str] = WORKER,
+    parent: Sequence[str] | None = None,
+    code: Path = ROOT,
+) -> Summary:
+    """Run what is neither done nor running elsewhere, at most `max_parallel` runs at a time.
+
+    Workers import the project from `code`, a frozen copy that later edits do not reach. `worker` is
+    the command that RUN_DIR is appended to, `parent` that of a warm parent of such workers
+    (default: ours, where the workers are ours). The data must be prepared.
+    """
+    check_parallel(max_parallel)
+    output_dir, console = Path(output_dir), console or display.make_console()
+    with refuse_unwritable(output_dir):
+        for cell in plan.cells:
+            run_at(output_dir, cell.run_id).create(cell.config)
+    states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
+    todo = [cell for cell in plan.cells if states[cell.run_id].state not in DONE]
+    if not todo:
+        console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
+        return Summary(states=states)
+    # The longest first, so that no long run is alone at the end.
+    todo.sort(key=lambda cell: cost(cell.config), reverse=True)
+    for cell in todo:
+        run_at(output_dir, cell.run_id).cancel_path.unlink(missing_ok=True)
+    device = plan.cells[0].config.runtime.device
+    slots = Slots.of(max_parallel, runs=len(todo), device=device, code=code)
+    if parent is None and tuple(worker) == WORKER:
+        parent = warm.COMMAND
+    with (
+        warmed(parent, slots=slots, runs=len(todo)) as forks,
+        follow(plan, output_dir),
+        Progress(plan.cells, output_dir=output_dir, console=console) as progress,
+        stop_requested() as stop,
+    ):
+        starter = Starter(command=worker, warm=forks, say=progress.say)
+        pool = Pool(output_dir=output_dir, starter=starter, slots=slots, progress=progress)
+        pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
+    states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
+    return Summary(states=states, interrupted=stop.is_set())
+
+
+def cost(config: RunConfig) -> float:
+    """Training FLOPs of the whole run."""
+    return float(costs.flops_per_token(config).train) * display.tokens(config)
+
+
+def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
+    return RunDir(runs_folder(output_dir) / cell.run_id)

@@ -1,0 +1,168 @@
+"""The worker processes of one sweep on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.disk.output_dir import run_at
+from experiments.disk.run_dir import DONE, RunDir, Status
+from experiments.disk.state import RunState, state_of
+from sweeps import display
+from sweeps.attempt import settle
+from sweeps.local.processes import GRACE_S, POLL_S
+from sweeps.local.progress import Progress
+from sweeps.local.slots import Slots
+from sweeps.local.warm import Forked, Starter
+from sweeps.planning.plan import Cell
+from sweeps.worker import LOCKED
+
+
+# workers ----------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """A live worker of this launcher."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes] | Forked
+    slot: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Pool:
+    """Starts workers while there are runs and free slots, and settles the runs of dead ones."""
+
+    output_dir: Path
+    starter: Starter
+    slots: Slots
+    progress: Progress
+    pending: list[Cell] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    elsewhere: list[Cell] = field(default_factory=list)
+    """Runs of another process on this host: awaited, not touched."""
+    before: dict[str, Status] = field(default_factory=dict)
+    """run_id -> status before it was queued."""
+    ends: list[str] = field(default_factory=list)
+
+    def run(self, cells: Sequence[Cell], *, done: int, stop: threading.Event) -> None:
+        """Run `cells` in this order until all have ended or `stop` is set."""
+        self.ends = ["done"] * done
+        self.pending = list(cells)
+        for cell in cells:
+            self._queue(cell)
+        try:
+            while (self.pending or self.jobs or self.elsewhere) and not stop.is_set():
+                self._start_some()
+                self._reap()
+                self._look_elsewhere()
+                active = [job.cell for job in self.jobs] + self.elsewhere
+                self.progress.tick(active, counts=self._counts())
+                stop.wait(POLL_S)
+        finally:
+            self._stop_all()
+
+    def _counts(self) -> dict[str, int]:
+        counts = {state: self.ends.count(state) for state in dict.fromkeys(self.ends)}
+        running = len(self.jobs) + len(self.elsewhere)
+        return counts | {"running": running, "queued": len(self.pending)}
+
+    def _dir(self, cell: Cell) -> RunDir:
+        return run_at(self.output_dir, cell.run_id)
+
+    def _queue(self, cell: Cell) -> None:
+        run_dir = self._dir(cell)
+        self.before[cell.run_id] = run_dir.status()
+        if run_dir.lock_holder() is None:
+            here = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": None}
+            run_dir.update_status(state="queued", error=None, **here)
+
+    def _start_some(self) -> None:
+        if self.starter.importing:
+            return
+        while self.pending and len(self.jobs) < self.slots.parallel:
+            cell = self.pending.pop(0)
+            run_dir = self._dir(cell)
+            now = state_of(run_dir)
+            if run_dir.lock_holder() is not None:
+                self.elsewhere.append(cell)
+            elif now.state in DONE or self._failed_meanwhile(cell, now):
+                self._ended(cell, now)
+            elif run_dir.cancel_path.exists():
+                run_dir.update_status(state="cancelled", error=None)
+                self._ended(cell, state_of(run_dir))
+            else:
+                self._start(cell)
+
+    def _failed_meanwhile(self, cell: Cell, now: RunState) -> bool:
+        """Whether another launcher has tried it since it was queued: then it has failed."""
+        return now.state == "failed" and now.attempts > self.before[cell.run_id].attempts
+
+    def _start(self, cell: Cell) -> None:
+        run_dir = self._dir(cell)
+        attempt = run_dir.next_attempt()
+        slot = min(set(range(self.slots.parallel)) - {job.slot for job in self.jobs})
+        log, environment = run_dir.log_path(attempt), self.slots.environment(slot)
+        process = self.starter.start(run_dir.path, log=log, environment=environment)
+        self.jobs.append(Job(cell=cell, process=process, slot=slot))
+        self.progress.started(cell, attempt=attempt)
+
+    def _reap(self) -> None:
+        for job in list(self.jobs):
+            code = job.process.poll()
+            if code is None:
+                continue
+            self.jobs.remove(job)
+            if code == LOCKED:
+                self.elsewhere.append(job.cell)
+            else:
+                settle(self._dir(job.cell), code=code)
+                self._ended(job.cell, state_of(self._dir(job.cell)))
+
+    def _look_elsewhere(self) -> None:
+        """Await runs of this host; leave those of other hosts alone."""
+        for cell in list(self.elsewhere):
+            run_dir = self._dir(cell)
+            holder = run_dir.lock_holder()
+            if holder is not None and holder["host"] in ("?", socket.gethostname()):
+                continue
+            self.elsewhere.remove(cell)
+            now = state_of(run_dir)
+            if holder is not None or now.state in (*DONE, "failed", "cancelled"):
+                self._ended(cell, now)
+            else:
+                self.pending.append(cell)
+
+    def _ended(self, cell: Cell, now: RunState) -> None:
+        self.ends.append(now.state)
+        reason = now.reason
+        if now.state == "failed":
+            reason = display.error_line(self._dir(cell), attempts=now.attempts, reason=reason)
+        self.progress.ended(cell, state=now.state, reason=reason)
+
+    def _stop_all(self) -> None:
+        """Terminate, then kill, our own workers; the same command resumes their runs."""
+        for job in self.jobs:
+            job.process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for job in self.jobs:
+            try:
+                job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+            code = job.process.wait()
+            settle(self._dir(job.cell), code=code, reason="stopped; the same command resumes it")
+        for cell in self.pending:
+            self._unqueue(cell)
+        self.jobs, self.pending = [], []
+
+    def _unqueue(self, cell: Cell) -> None:
+        now, before = self._dir(cell).status(), self.before[cell.run_id]
+        if now.state == "queued" and now.pid == os.getpid():
+            again = "planned" if before.state in ("queued", "running") else before.state
+            self._dir(cell).update_status(state=again, error=before.error)

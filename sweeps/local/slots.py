@@ -1,0 +1,104 @@
+"""How many workers this machine runs at once, and the threads and GPUs of each."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from experiments.scheduler import JOB
+from relora_core import shell
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
+"""In /dev where there is a GPU: NVIDIA's, AMD's, Windows' under WSL."""
+
+
+# places to run ----------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Slots:
+    """How many workers run at once, and what each may use."""
+
+    parallel: int
+    threads: int
+    """CPU threads of each worker."""
+    gpus: list[str]
+    """Device ids, given to slots in turn; empty: the CPU."""
+    code: Path = ROOT
+    """What workers import the project from."""
+
+    @classmethod
+    def of(cls, max_parallel: int | None, *, runs: int, device: str, code: Path = ROOT) -> Slots:
+        """As many as there are GPUs, else cores; never more than there are runs."""
+        gpus = [] if device == "cpu" else visible_gpus()
+        cores = len(os.sched_getaffinity(0))
+        parallel = min(max_parallel or len(gpus) or cores, runs)
+        threads = max(1, cores // parallel)
+        return cls(parallel=parallel, threads=threads, gpus=gpus, code=code)
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Environment of the worker in this slot: ours without its process group's variables, and
+        the worker's share of the machine."""
+        if not self.gpus:
+            return self.shared()
+        return self.shared() | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
+
+    def shared(self) -> dict[str, str]:
+        """What the workers of all slots have in common."""
+        path = os.pathsep.join(
+            filter(None, (str(self.code.absolute()), os.environ.get("PYTHONPATH")))
+        )
+        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
+            share[name] = str(min(self.threads, _parse_count(os.environ.get(name), self.threads)))
+        inherited = {name: value for name, value in os.environ.items() if name != JOB}
+        return {**shell.outside(inherited), **share}
+
+
+def _parse_count(text: str | None, default: int) -> int:
+    return int(text) if text and text.isdigit() and int(text) else default
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, without loading torch.
+
+    As CUDA reads CUDA_VISIBLE_DEVICES: the list ends before the first invalid id (SLURM's
+    `NoDevFiles`, -1, an index beyond the last), and an id given twice hides all.
+    """
+    installed = _installed_gpus()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [name for name in installed or [] if name.isdigit()]
+    ids = [part.strip() for part in chosen.split(",")]
+    ids = list(itertools.takewhile(lambda name: _is_gpu(name, installed), ids))
+    return ids if len(set(ids)) == len(ids) else []
+
+
+def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
+    """Whether it is an index, or the UUID, perhaps cut short, of a GPU or a slice of one."""
+    if name.isdigit():
+        return installed is None or name in installed
+    if not name.startswith(("GPU-", "MIG-")):
+        return False
+    if installed is None:
+        return True
+    gpu = name.removeprefix("MIG-").partition("/")[0]  # MIG-GPU-.../1/0, as older drivers name it
+    return any(one.startswith((name, gpu)) for one in installed)
+
+
+@cache  # asked for every run of a plan
+def _installed_gpus() -> list[str] | None:
+    """Indices, and UUIDs of GPUs and their slices; None where there are GPUs but no nvidia-smi."""
+    asked = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "-L"]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    if asked is not None:
+        return re.findall(r"(?<=^GPU )\d+(?=:)|(?<=UUID: )[^)]+", asked.stdout, re.MULTILINE)
+    return None if any(Path("/dev").glob(pattern) for pattern in GPU_FILES) else []

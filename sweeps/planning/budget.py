@@ -1,0 +1,307 @@
+"""What a plan will cost in device-hours, by the speed of finished runs; and the check of a budget.
+
+A run takes its training FLOPs over the FLOP/s of finished runs, and as long for start-up, evals and
+dynamics as they did. Not for: memory and disk (`relora_core/costs.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.disk.output_dir import all_runs, runs_folder
+from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.state import RunState
+from relora_core import costs
+from relora_core.config import EVALS, ConfigError, RunConfig, runs_eval
+from sweeps.planning.plan import Cell
+
+CPU = "cpu"
+SPREAD = 0.3
+"""Margin of one measured run: equal runs on one machine were 0.75 to 1.3 times as fast as their
+median, depending on its other load. It falls with the root of their number."""
+SCALED = 3.0
+"""Factor of doubt, up and down, for a run of another shape: a model of 11 M parameters reached half
+the FLOP/s of one of 65 M, and one of 40 k a fifth."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Rate:
+    """How fast a finished run was."""
+
+    run_id: str
+    label: str
+    """Name of its model."""
+    device: str
+    """Name of the GPU, or `cpu`."""
+    shape: str
+    forward_flops: int
+    """Per token."""
+    flops_per_s: float
+    """Training FLOPs of each process in a second of training."""
+    overhead_s: float | None
+    """Process-seconds of each look (start, eval, dynamics); None where it is not known."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Estimate:
+    """Device-hours of one run, or of several."""
+
+    hours: float
+    low: float
+    high: float
+    basis: str
+    """What it is estimated from, for the user."""
+    bound: bool = False
+    """Nothing was measured: `hours` is the time limit of one attempt."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Place:
+    """What one run gets, over all its nodes."""
+
+    processes: int = 1
+    gpus: float = 0
+    """A share of one where runs are packed."""
+    time_limit_h: float | None = None
+    """Of one attempt."""
+
+
+ONE_PROCESS = Place()
+
+
+# what was measured ------------------------------------------------------------------------------
+def measured(output_dir: Path | str) -> list[Rate]:
+    """The rates of runs below `output_dir` that have ended and recorded what they ran on."""
+    return [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
+
+
+def _rate(run_dir: RunDir) -> Rate | None:
+    result = run_dir.result() or {}
+    if result.get("state") not in DONE:
+        return None
+    try:
+        config, records = run_dir.config(), run_dir.attempt_records()
+        places = {(_device(record, config), int(record["world"])) for record in records}
+        tokens = result["metrics"]["train/tokens"]
+        seconds = result["metrics"]["perf/train_seconds"]
+    except (KeyError, TypeError, ValueError):  # an earlier version did not record it
+        return None
+    if len(places) != 1 or not seconds > 0:  # no speed of attempts on different machines
+        return None
+    device, world = places.pop()
+    flops = costs.flops_per_token(config)
+    overhead = None
+    if result["attempts"] == 1 and result["state"] == "finished":
+        overhead = max(result["attempt_seconds"] - seconds, 0.0) * world / looks(config)
+    return Rate(
+        run_id=run_dir.run_id,
+        label=config.model.name,
+        device=device,
+        shape=shape(config, processes=world),
+        forward_flops=flops.forward,
+        flops_per_s=flops.train * tokens / seconds / world,
+        overhead_s=overhead,
+    )
+
+
+def _device(record: Mapping[str, Any], config: RunConfig) -> str:
+    """Of an attempt; KeyError where it is not recorded."""
+    gpus = record["gpus"]
+    return CPU if config.runtime.device == "cpu" or not gpus else str(gpus[0])
+
+
+def shape(config: RunConfig, *, processes: int) -> str:
+    """Equal for runs of the same speed in FLOP/s: model, method, lengths, evals, dynamics."""
+    model = dataclasses.replace(config.model, name="")
+    evals = [getattr(config.eval, name) for name in EVALS]
+    evals = [dataclasses.replace(section, every_steps=None, path=None) for section in evals]
+    dynamics = config.dynamics if config.dynamics.every_steps else None
+    kinds = dynamics and (dynamics.what, dynamics.kinds)
+    micro = config.train.micro_batch_size or config.train.batch_size // processes
+    train = (config.method, config.data.seq_len, micro, config.train.precision, processes)
+    return repr((model, train, *evals, kinds))
+
+
+def looks(config: RunConfig, *, done: int = 0) -> int:
+    """How often a run does not train after step `done`: its start, evals, measures of dynamics."""
+    steps, count = config.train.steps, 1
+
+    def times(every: int) -> int:
+        return steps // every - done // every + (done == 0)
+
+    for name in EVALS:
+        if runs_eval(config, name):
+            every = getattr(config.eval, name).every_steps
+            count += times(every) + bool(steps % every) if every else 1
+    if every := config.dynamics.every_steps:
+        count += times(every)
+    return count
+
+
+# what is to come --------------------------------------------------------------------------------
+def estimate(
+    config: RunConfig, *, rates: Sequence[Rate], place: Place = ONE_PROCESS, done: int = 0
+) -> Estimate | None:
+    """Device-hours of a run from step `done` on: GPU-hours where it holds GPUs, else process-hours.
+
+    Without a measured run on such a device it is what the time limit allows; None without a limit.
+    """
+    devices = place.gpus or place.processes
+    alike, basis, factor = _alike(config, rates=rates, place=place)
+    if not alike:
+        if place.time_limit_h is None:
+            return None
+        hours = place.time_limit_h * devices
+        return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
+    seconds = _predicted(config, alike, done=done)
+    middle = statistics.median(seconds)
+    margin = SPREAD / math.sqrt(len(seconds))
+    tenths = statistics.quantiles([*seconds, *seconds], n=10, method="inclusive")
+    low = min(tenths[0], middle * (1 - margin)) / factor
+    high = max(tenths[-1], middle * (1 + margin)) * factor
+    hours = devices / place.processes / 3600
+    return Estimate(hours=middle * hours, low=low * hours, high=high * hours, basis=basis)
+
+
+def _alike(
+    config: RunConfig, *, rates: Sequence[Rate], place: Place
+) -> tuple[list[Rate], str, float]:
+    """Rates of the most similar runs, which these are, and the factor of doubt."""
+    there = [rate for rate in rates if (rate.device != CPU) == (place.gpus > 0)]
+    if not there:
+        return [], "", 1.0
+    own = shape(config, processes=place.processes)
+    if same := [rate for rate in there if rate.shape == own]:
+        return same, _describe(same), 1.0
+    flops = costs.flops_per_token(config).forward
+    nearest = min(there, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
+    group = [rate for rate in there if rate.shape == nearest.shape]
+    return group, f"{_describe(group)}, scaled by FLOPs", SCALED
+
+
+def _describe(rates: Sequence[Rate]) -> str:
+    """`3 finished runs of tiny on cpu`."""
+    runs = f"{len(rates)} finished run{'s' if len(rates) > 1 else ''}"
+    devices = " and ".join(sorted({rate.device for rate in rates}))
+    return f"{runs} of {rates[0].label} on {devices}"
+
+
+def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[float]:
+    """Process-seconds of the run from step `done` on, by each of the rates."""
+    flops = costs.flops_per_token(config)
+    steps = max(config.train.steps - done, 0)
+    work = flops.train * steps * config.train.batch_size * config.data.seq_len
+    overheads = [r.overhead_s and r.overhead_s / r.forward_flops for r in rates]
+    measured = [overhead for overhead in overheads if overhead is not None]
+    typical = statistics.median(measured) if measured else 0.0
+    rest = flops.forward * looks(config, done=done)
+    return [
+        work / rate.flops_per_s + rest * (typical if overhead is None else overhead)
+        for rate, overhead in zip(rates, overheads, strict=True)
+    ]
+
+
+def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    """The sum of the known ones; None where none is known.
+
+    Ends are added: estimates from the same measurements err together.
+    """
+    parts = [part for part in estimates if part is not None]
+    if not parts:
+        return None
+    return Estimate(
+        hours=sum(part.hours for part in parts),
+        low=sum(part.low for part in parts),
+        high=sum(part.high for part in parts),
+        basis="; ".join(dict.fromkeys(part.basis for part in parts)),
+        bound=any(part.bound for part in parts),
+    )
+
+
+# a plan -----------------------------------------------------------------------------------------
+def to_run(state: RunState | None) -> bool:
+    """Whether the command would run it: it is neither done nor in flight."""
+    return state is None or state.state not in (*DONE, "running", "queued")
+
+
+def estimates(
+    cells: Sequence[Cell],
+    *,
+    states: Mapping[str, RunState],
+    output_dir: Path | str,
+    rates: Sequence[Rate],
+    place: Callable[[RunConfig], Place] = lambda config: ONE_PROCESS,
+) -> dict[str, Estimate | None]:
+    """run_id -> what the rest of each run that the command would queue takes; None: not known."""
+    hours: dict[str, Estimate | None] = {}
+    for cell in cells:
+        if to_run(states.get(cell.run_id)):
+            done = RunDir(runs_folder(output_dir) / cell.run_id).newest_step()
+            config, where = cell.config, place(cell.config)
+            hours[cell.run_id] = estimate(config, rates=rates, place=where, done=done)
+    return hours
+
+
+def check_budget(
+    estimates: Mapping[str, Estimate | None], *, max_gpu_hours: float | None, unit: str = "GPU"
+) -> None:
+    """ConfigError where the runs to queue are expected to take more than the budget.
+
+    The middle of the estimate decides. A run without an estimate is refused: a budget that let it
+    pass would be none.
+    """
+    if max_gpu_hours is None or not estimates:
+        return
+    runs, key = len(estimates), "sweep.max_gpu_hours"
+    unknown = sum(one is None for one in estimates.values())
+    if unknown:
+        raise ConfigError(
+            f"{key} must be null while nothing is known of the cost of {unknown} of {runs} runs, "
+            f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
+        )
+    asked = total(estimates.values())
+    # A sum of floats may exceed its own figure in the last digit.
+    if asked is None or asked.hours <= max_gpu_hours * (1 + 1e-9):
+        return
+    fits = _count_fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
+    help_ = f"; {_how_to_measure(unit)}" if asked.bound else ""
+    raise ConfigError(
+        f"{key} must be >= {_round_up(asked.hours)} for {runs} runs ({interval(asked)} {unit}-hours"
+        f" by {asked.basis}), got {max_gpu_hours:g}; {fits} of them fit{help_}"
+    )
+
+
+def _how_to_measure(unit: str) -> str:
+    """What gives a plan an estimate."""
+    return f"finish one run on a {unit} first (fewer train.steps will do)"
+
+
+def _count_fitting(hours: Iterable[float], *, limit: float) -> int:
+    """How many runs fit at most: the cheapest ones."""
+    spent, count = 0.0, 0
+    for one in sorted(hours):
+        spent += one
+        count += spent <= limit
+    return count
+
+
+def _round_up(value: float) -> str:
+    """To three digits, so that what is advised suffices."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.12g}"
+
+
+def interval(one: Estimate) -> str:
+    """`1.2 (0.9-1.6)`, or `<= 48` where it is a bound; two digits of the middle."""
+    if one.high < 0.001:
+        return "< 0.001"
+    places = min(max(1 - math.floor(math.log10(one.hours)), 0), 4)
+    if one.bound:
+        return f"<= {one.high:.{places}f}"
+    return f"{one.hours:.{places}f} ({one.low:.{places}f}-{one.high:.{places}f})"

@@ -1,0 +1,439 @@
+"""RunConfigs -> a deduplicated Plan: what a sweep will run, as a file to review before and after.
+
+    output_dir/sweeps/<name>/plan.json    every cell that a command of this name has planned
+    output_dir/sweeps/<name>/code.diff    the code at the newest planning (snapshot.py)
+
+Not for: deciding what still has to run (`state.py`, `launch.py`), nor for composing (`grid.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import json_files, notices
+from experiments.disk import frozen
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.plans import read_plan
+from experiments.identity import config_from_json, essential, ids, scientific
+from experiments.labels import LABELS
+from relora_core import atomic, shared
+from relora_core.config import (
+    EVALS,
+    ConfigError,
+    RunConfig,
+    applies,
+    get,
+    runs_eval,
+    validate,
+    walk,
+)
+from sweeps.planning import unsaid
+from sweeps.planning.grid import Point, axes, check_name, sweep_name
+
+FIRST = ("sweep.arm", "experiment", "method", "model.name", "relora.name", "data.kind", "data.path")
+LONGEST_VALUE = 80
+"""Of a name, in characters: a list of a hundred entries would fill the screen."""
+LAST = ("seed", "model.vocab_size")
+"""Order in which `cell_names` tries keys; those of LAST often follow from others."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Cell:
+    """One run of a plan."""
+
+    run_id: str
+    arm_id: str
+    name: str
+    """Made of what varies in the sweep: `model=tiny relora.r=8`."""
+    config: RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """The runs of one sweep, without duplicates."""
+
+    name: str
+    cells: list[Cell]
+    points: int
+    """Points of the grid before duplicates fell together."""
+    collapsed: list[str] = field(default_factory=list)
+    """Why there are fewer runs than points, one line each."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of settings and data, one line each."""
+    commands: list[str] = field(default_factory=list)
+    """Command lines that planned these cells, oldest first."""
+    created: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+def make_plan(
+    points: Sequence[tuple[Point, RunConfig]],
+    *,
+    name: str | None = None,
+    command: str = "",
+    valid: bool = False,
+    begun: Callable[[str], bool] = lambda run_id: False,
+) -> Plan:
+    """Validate every point, unless the caller has, give the sweep and its runs names, and let equal
+    runs fall together.
+
+    Configs of several ids may compute the same (`identity.essential`): then one is planned, that
+    which has `begun`, else the first by arm_id, in whatever order the grid has them. An arm is one
+    in the plan, even where its seeds have begun under several ids.
+
+    Raises ConfigError at the first bad point; touches no disk.
+    """
+    if not points:
+        raise ConfigError("the sweep must have at least one point, got an empty axis")
+    for _, config in [] if valid else points:
+        validate(config)
+    name = _plan_name(points, name)
+    spelled: dict[tuple[str, str], list[RunConfig]] = {}
+    for _, config in points:
+        named = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
+        spelled.setdefault(ids(named), []).append(named)
+    same: dict[str, dict[tuple[str, str], list[RunConfig]]] = {}
+    for known, configs in spelled.items():
+        same.setdefault(repr(essential(configs[0])), {})[known] = configs
+    cells = []
+    for one in same.values():
+        run_id, arm_id = min(one, key=lambda known: (not begun(known[0]), known[1]))
+        cells.append(Cell(run_id=run_id, arm_id=arm_id, name="", config=one[run_id, arm_id][0]))
+    _join_arms(cells)
+    _rename(cells)
+    return Plan(
+        name=name,
+        cells=cells,
+        points=len(points),
+        collapsed=_collapsed(
+            [[c for configs in one.values() for c in configs] for one in same.values()],
+            points=len(points),
+        ),
+        commands=[command] if command else [],
+    )
+
+
+def _join_arms(cells: Sequence[Cell]) -> None:
+    """One arm_id for all runs that differ in their seed alone: the first one's."""
+    arms: dict[str, str] = {}
+    for cell in cells:
+        setting = {key: value for key, value in essential(cell.config).items() if key != "seed"}
+        cell.arm_id = arms.setdefault(repr(setting), cell.arm_id)
+
+
+def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
+    folders = sorted({config.output_dir for _, config in points})
+    if len(folders) > 1:  # equal runs in two folders would fall together
+        raise ConfigError(f"output_dir must be one folder per command, got {', '.join(folders)}")
+    given = {config.sweep.name for _, config in points}
+    if name is None and len(given) > 1:
+        raise ConfigError(
+            f"sweep.name must be one name per command, got {', '.join(sorted(map(str, given)))}"
+        )
+    name = name or points[0][1].sweep.name
+    if name:
+        return check_name(name)
+    return sweep_name([point for point, _ in points], experiment=points[0][1].experiment)
+
+
+# names ------------------------------------------------------------------------------------------
+def varying(configs: Sequence[RunConfig]) -> list[str]:
+    """Scientific keys that differ, or that apply to some of the configs only."""
+    rows = [scientific(config) for config in configs]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if len({_hashable(row, key) for row in rows}) > 1]
+
+
+def cell_names(configs: Sequence[RunConfig]) -> list[str]:
+    """A name for each config from the fewest keys that tell all of them apart.
+
+    Keys are tried in a readable order (arm, experiment, method, model, data, then as declared), and
+    one that says nothing new, such as a width that follows from the model's name, is left out.
+    """
+    rows = [_settings(config) for config in configs]
+    chosen = _telling(rows)
+    return [
+        _name(row, chosen) or config.experiment for row, config in zip(rows, configs, strict=True)
+    ]
+
+
+def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
+    """What should be said of runs that are to be compared with each other, one line each."""
+    rows = [_settings(config) for config in configs]
+    hidden = unsaid.lines(configs, rows, named=_telling(rows), word=_word)
+    return [*notices.across(configs), *hidden]
+
+
+def _telling(rows: list[dict[str, Any]]) -> list[str]:
+    """The fewest keys that tell all of them apart."""
+    told: list[tuple[Any, ...]] = [() for _ in rows]
+    chosen = []
+    for key in _in_order(rows):
+        finer = [(*seen, _hashable(row, key)) for seen, row in zip(told, rows, strict=True)]
+        if len(set(finer)) > len(set(told)):
+            told = finer
+            chosen.append(key)
+    return chosen
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The scientific settings and the labels that stand for many of them."""
+    labels = {key: get(config, key) for key in ("experiment", "model.name")}
+    if config.sweep.arm:
+        labels["sweep.arm"] = config.sweep.arm
+    if config.method == "relora":
+        labels["relora.name"] = config.relora.name
+    for section in ("data", *(f"eval.{name}" for name in EVALS)):
+        key = f"{section}.path"
+        if get(config, key) and get(config, f"{section}.fingerprint"):
+            labels[key] = get(config, key)
+    return labels | scientific(config)
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[str]:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    digests = [key for key in keys if key.endswith(".fingerprint")]
+    ends = {*FIRST, *LAST, *digests}
+    middle = [key for key in keys if key not in ends]
+    middle.sort(key=lambda key: key.startswith("model."))  # the model's name says most of them
+    return [*FIRST, *middle, *LAST, *digests]
+
+
+def _hashable(row: dict[str, Any], key: str) -> str | None:
+    """The value as text; None where the key does not apply."""
+    return repr(row[key]) if key in row else None
+
+
+def _name(row: dict[str, Any], keys: list[str]) -> str:
+    return " ".join(_word(key, row[key]) for key in keys if key in row)
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{LABELS.get(key, key)}={_short(value)}"
+
+
+def _short(value: Any) -> str:
+    """A value as text, of which a long one keeps its ends; a digest tells it from others."""
+    text = _text(value)
+    if len(text) <= LONGEST_VALUE:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{text[:30]}...{text[-20:]}({digest})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        short = f"{value:.12g}"
+        return short if float(short) == value else repr(value)
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _rename(cells: list[Cell], configs: Sequence[RunConfig] | None = None) -> None:
+    configs = configs or [cell.config for cell in cells]
+    for cell, name in zip(cells, cell_names(configs), strict=True):
+        cell.name = name
+
+
+def _as_typed(cells: list[Cell], *, new: Sequence[Cell]) -> list[RunConfig]:
+    """The cells' configs, with the paths of earlier commands' in the manner of the `new` cells."""
+    if all(cell.config.data == frozen.absolute(cell.config).data for cell in new):
+        return [cell.config for cell in cells]
+    mine = {cell.run_id for cell in new}
+    return [c.config if c.run_id in mine else frozen.from_here(c.config) for c in cells]
+
+
+# collapse ---------------------------------------------------------------------------------------
+def _collapsed(groups: list[list[RunConfig]], *, points: int) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for configs in groups:
+        for key, reason in _why_equal(configs):
+            keys = reasons.setdefault(reason, [])
+            if key not in keys:
+                keys.append(key)
+    if len(groups) == points:
+        return []
+    told = [_sentence(keys, reason) for reason, keys in reasons.items()]
+    return [f"{points} points -> {len(groups)} runs: {text}" for text in told]
+
+
+def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
+    """(key, reason) of each knob that differs between configs of one identity."""
+    if len(configs) < 2:
+        return
+    first, differs = configs[0], False
+    for key, f, _ in walk(first):
+        if len({repr(get(config, key)) for config in configs}) == 1:
+            continue
+        differs = True
+        meta = f.metadata
+        section = key.rsplit(".", 1)[0]
+        if not meta.get("scientific", True):
+            yield key, "not what is computed"
+        elif not applies(meta, first):
+            on = f"method={first.method}" if "methods" in meta else f"data={first.data.kind}"
+            yield key, f"to {on}"
+        elif by := [k for k, rules_out in meta.get("moot", {}).items() if rules_out(first)]:
+            yield key, f"with {by[0]}={_short(get(first, by[0]))}"
+        elif key.startswith("eval.") and not runs_eval(first, key.split(".")[1]):
+            on = any(get(config, f"{section}.enabled") for config in configs)
+            yield key, f"with {section}.{'path=none' if on else 'enabled=false'}"
+        else:
+            yield key, "same"
+    if not differs:
+        yield "", "twice"
+
+
+def _sentence(keys: list[str], reason: str) -> str:
+    if reason == "twice":
+        return "the same setting is there more than once"
+    if reason == "same":
+        return f"values of {', '.join(keys)} mean the same"
+    does = "does" if len(keys) == 1 else "do"
+    verb = {"to": "apply", "with": "apply", "not": "change"}[reason.split()[0]]
+    if verb == "change":
+        return f"{', '.join(keys)} {does} not change what is computed"
+    return f"{', '.join(keys)} {does} not {verb} {reason}"
+
+
+# disk -------------------------------------------------------------------------------------------
+def command(name: str, *words: str, output_dir: Path | str) -> str:
+    """The shell command that does this below `output_dir`; it works as it is printed."""
+    there = Path(output_dir).absolute()
+    where = [] if there == Path("outputs").absolute() else ["--output-dir", str(there)]
+    return shlex.join(["python", "-m", "sweeps", name, *words, *where])
+
+
+def store(plan: Plan, *, output_dir: Path | str) -> Plan:
+    """Extend the stored plan of this name by `plan`; give `plan` as it is there, by name and path.
+
+    Cells that earlier commands planned stay in the file and out of the plan that is returned: a
+    command runs its own points only.
+    """
+    folder = plan_folder(output_dir, name=plan.name)
+    shared.make_folder(folder)
+    with _only_writer(folder):
+        for path in atomic.torn(folder):
+            path.unlink(missing_ok=True)
+        cells = {cell.run_id: cell for cell in plan.cells}
+        whole = dataclasses.replace(plan, cells=list(cells.values()))
+        if (folder / "plan.json").exists():
+            old = load(folder / "plan.json")
+            known = {cell.run_id for cell in old.cells}
+            new = [cell for cell in plan.cells if cell.run_id not in known]
+            whole = dataclasses.replace(
+                plan,
+                cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
+                notes=_joined(old, plan),
+                commands=list(dict.fromkeys(old.commands + plan.commands)),
+                created=old.created,
+            )
+        _join_arms(whole.cells)
+        if [cell.run_id for cell in whole.cells] != list(cells):  # else make_plan has named them
+            _rename(whole.cells, _as_typed(whole.cells, new=plan.cells))
+        for cell in plan.cells:
+            cell.config = frozen.absolute(cell.config)
+        atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))
+    return dataclasses.replace(plan, cells=list(cells.values()))
+
+
+def _joined(old: Plan, new: Plan) -> list[str]:
+    """Notes of both; what is said of runs side by side is said of all of them together."""
+    runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
+    whole = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
+    parts = {note for configs in runs for note in side_by_side(configs)}
+    alone = [note for note in old.notes + new.notes if note not in parts]
+    return list(dict.fromkeys(alone + side_by_side(list(whole.values()))))
+
+
+def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | str) -> list[str]:
+    """A line where a stored plan of the same automatic name holds runs with other fixed settings.
+
+    More values of the axes, and more seeds, are what a wider grid is made of.
+    """
+    path = plan_folder(output_dir, name=plan.name) / "plan.json"
+    if not path.exists():
+        return []
+    before, now = load(path).cells, plan.cells
+    old, new = (_values([cell.config for cell in cells]) for cells in (before, now))
+    varied = axes(points)
+    named = {key for point in points for key in point}
+    apart = []
+    for key, values in new.items():
+        if not old.get(key) or values & old[key] or _follows(key, varied, named=named):
+            continue
+        data = key.endswith(".fingerprint")
+        key = key.replace("fingerprint", "path") if data else key
+        one, two = (_short(get(cells[0].config, key)) for cells in (before, now))
+        if one == two and not data:  # what it means follows from an axis, as a scale from r
+            continue
+        apart.append(f"{key}={one} (now {two})" if one != two else f"other data at {key}={one}")
+    if not apart:
+        return []
+    more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
+    return [
+        f"sweep {plan.name} has runs of earlier commands with {', '.join(apart[:3])}{more}, and "
+        "these join them: sweep.name=NAME keeps them apart"
+    ]
+
+
+def _values(configs: Sequence[RunConfig]) -> dict[str, set[str]]:
+    """Key -> its values, of what changes the numbers; the seed and what the data imply left out."""
+    found: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in essential(config).items():
+            found.setdefault(key, set()).add(repr(value))
+    for key in ("seed", "model.vocab_size"):
+        found.pop(key, None)
+    key = "schedule.total_steps"  # in `essential` it follows from train.steps
+    found[key] = {repr(get(config, key)) for config in configs}
+    return found
+
+
+def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool:
+    """Whether an axis may have brought this key's values."""
+    if {"experiment", "sweep.arm"} & {*varied} and key not in named:
+        return True
+    by_scale = key == "relora.alpha" and "relora.scale" in named
+    return by_scale or any(key == axis or key.startswith(f"{axis}.") for axis in varied)
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Two commands that extend one plan at the same time take turns."""
+    with shared.opened(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load(path: Path) -> Plan:
+    """A stored plan; ConfigError where the file is not one."""
+    try:
+        raw = read_plan(path)
+        check_name(raw["name"])
+        cells = [
+            Cell(**{**cell, "config": _config(cell, output_dir=path.absolute().parents[2])})
+            for cell in raw["cells"]
+        ]
+        return Plan(**{**json_files.known(Plan, raw | {"cells": []}, where=""), "cells": cells})
+    except json_files.Damaged:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} must be a plan as this version writes it ({error}); move it away to plan anew"
+        ) from None
+
+
+def _config(cell: dict[str, Any], *, output_dir: Path) -> RunConfig:
+    return frozen.read(config_from_json(json.dumps(cell["config"])), output_dir=output_dir)

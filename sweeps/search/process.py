@@ -1,0 +1,348 @@
+"""What each process of a search does: take a trial, run it at its seeds, tell; until none is left.
+
+    python -P -m sweeps.search.process STUDY
+
+There is no driver: processes meet only in the study. A trial whose process has ended early stays
+this process's own (a requeued job takes it up again) until another sees that the process is gone.
+Not for: starting processes (`processes.py`), nor signals (`sweeps/job.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from experiments import notices
+from experiments.disk import inputs
+from experiments.disk.output_dir import cache_dir
+from experiments.disk.process import born, lives
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import SILENT_AFTER_S
+from experiments.errors import RunLocked, one_line
+from experiments.run.runner import run_experiment
+from experiments.run.stopping import StopFlag
+from experiments.scheduler import current_job
+from relora_core import data
+from relora_core.config import ConfigError
+from relora_core.data.base import DataError
+from relora_core.events import Event
+from sweeps import attempt, worker
+from sweeps.attempt import followed, stalled
+from sweeps.planning.plan import make_plan, store
+from sweeps.search import reads
+from sweeps.search.objective import REPORTS
+from sweeps.search.study import Study
+from sweeps.search.trial import Trial, Worker
+from sweeps.slurm import cluster
+from sweeps.slurm.cluster import SlurmError
+from sweeps.slurm.submission import submitted_jobs
+from sweeps.slurm.survey import gone as holder_gone
+from sweeps.worker import FAILED, FINISHED, INTERRUPTED
+
+PRELOAD = worker.PRELOAD
+"""What any trial imports: a warm parent has it already (`sweeps/local/warm.py`)."""
+MAX_STALLED = 5
+"""Attempts at a run without a new checkpoint, after which its trial has failed."""
+LOOK_EVERY_S = 2.0
+
+
+def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
+    """Run trials until none is left: how it ended. `most` is of a scheduler's job: its next trial
+    is taken only while the ones before ended early."""
+    study, me = Study.open(folder), this_process()
+    taken = 0
+    while True:
+        stop.next_run()
+        if stop():
+            return INTERRUPTED
+        if gave_up(study) or changed(study):
+            return FAILED
+        trial = study.take(me, gone=Gone(study))
+        if trial is None:
+            return FINISHED
+        print(f"trial {trial.number}: {told(trial.params)}", flush=True)
+        taken += 1
+        early = run_trial(trial, stop=stop)
+        if early is None:
+            return INTERRUPTED
+        if most is not None and (taken >= most or not early):
+            return FINISHED
+
+
+def told(params: Mapping[str, object]) -> str:
+    """`model=tiny train.lr=0.00123`."""
+    short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in params.items()}
+    return " ".join(f"{key}={value}" for key, value in short.items())
+
+
+def gave_up(study: Study) -> bool:
+    """Say so where too many trials in a row have failed."""
+    reasons = study.failures()
+    if len(reasons) < study.config.max_failures:
+        return False
+    print(
+        f"error: the newest {len(reasons)} trials failed (search.max_failures="
+        f"{study.config.max_failures}); the newest: {reasons[0]}",
+        file=sys.stderr,
+    )
+    return True
+
+
+def changed(study: Study) -> bool:
+    """Say so where what the trials read is not what the search was planned with."""
+    try:
+        reads.check(study.spec, study.folder)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return True
+    return False
+
+
+# whose trial ------------------------------------------------------------------------------------
+def this_process() -> Worker:
+    return Worker(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        birth=born(os.getpid()),
+        job_id=current_job(),
+    )
+
+
+@dataclass(slots=True)
+class Gone:
+    """Whether the worker of a trial will certainly not go on with it; in doubt: no.
+
+    SLURM is asked once, for the jobs of all trials that are running.
+    """
+
+    study: Study
+    jobs: dict[str, cluster.Job] | None = field(default=None, init=False)
+    ours: set[str] | None = field(default=None, init=False)
+
+    def __call__(self, worker: Worker) -> bool:
+        here = worker.host == socket.gethostname()
+        if worker.job_id is not None and (not here or self._is_ours(worker.job_id)):
+            return self._job_gone(worker.job_id)
+        return here and not lives(worker.pid, birth=worker.birth, started=worker.started)
+
+    def _is_ours(self, job_id: str) -> bool:
+        if self.ours is None:
+            self.ours = submitted_jobs(self.study.output_dir)
+        return job_id in self.ours
+
+    def _job_gone(self, job_id: str) -> bool:
+        """A job that waits was requeued: the trial is still its own."""
+        if self.jobs is None:
+            self.jobs = {}
+            if cluster.available():
+                try:
+                    self.jobs = cluster.jobs(_job_ids(self.study))
+                except SlurmError:
+                    return False
+        job = self.jobs.get(job_id)
+        if job is None:
+            return cluster.available() and self._silent(job_id)
+        return job.over
+
+    def _silent(self, job_id: str) -> bool:
+        """Nobody knows the job: the runs' own word counts."""
+        words = [
+            max(run.status().heartbeat, run.path.stat().st_mtime)
+            for trial in running(self.study)
+            if _job(trial) == job_id
+            for run in trial.runs
+            if run.path.exists()
+        ]
+        return time.time() - max(words, default=0.0) > SILENT_AFTER_S
+
+
+def running(study: Study) -> list[Trial]:
+    return [
+        Trial(study=study, number=frozen.number, params=frozen.user_attrs["params"])
+        for frozen in study.trials()
+        if frozen.state.name == "RUNNING"
+    ]
+
+
+def _job(trial: Trial) -> str | None:
+    return None if (worker := trial.worker) is None else worker.job_id
+
+
+def _job_ids(study: Study) -> list[str]:
+    return sorted({id_ for trial in running(study) if (id_ := _job(trial)) is not None})
+
+
+# one trial --------------------------------------------------------------------------------------
+def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
+    """Run the trial at each of its seeds and tell the study; whether it ended before its last step.
+
+    None where the process is to end: the trial goes on later, in this job or another.
+    """
+    try:
+        runs = prepare(trial)
+        for index, run_dir in enumerate(runs):
+            stop.next_run()
+            state = _run_seed(trial, run_dir, index=index, stop=stop)
+            if state in ("interrupted", "lost"):
+                return None if state == "interrupted" else True
+            if state == "pruned":
+                trial.prune()
+                print(f"trial {trial.number}: pruned at step {run_dir.newest_step()}", flush=True)
+                return True
+            if state == "cancelled":
+                raise ConfigError(f"{run_dir.run_id} was cancelled")
+        verdict = trial.finish()
+        print(f"trial {trial.number}: {verdict.values or verdict.reason}", flush=True)
+        return verdict.values is None
+    except (ConfigError, DataError) as error:
+        return _failed(trial, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(trial, one_line(error))
+
+
+def _failed(trial: Trial, reason: str) -> bool:
+    trial.fail(reason)
+    print(f"trial {trial.number} failed: {reason}", file=sys.stderr, flush=True)
+    return True
+
+
+def prepare(trial: Trial) -> list[RunDir]:
+    """The trial's runs as any sweep has them: directories, data, and their places in the plan."""
+    output_dir = trial.study.output_dir
+    configs = [trial.config(seed) for seed in trial.seeds]
+    runs = trial.runs
+    for run_dir, config in zip(runs, configs, strict=True):
+        run_dir.create(config)
+        if run_dir.trial_tags().get("trial") != trial.number:  # an earlier wish, not for this trial
+            run_dir.cancel_path.unlink(missing_ok=True)
+    trial.write_records()
+    reads.hand_on(trial.study.folder, runs)
+    plan = make_plan([({}, config) for config in configs], name=trial.study.name)
+    plan.notes = [*trial.study.spec.notes, *notices.across(configs)]
+    store(plan, output_dir=output_dir)
+    opened = inputs.opened(runs[0], configs[0])
+    data.prepare(opened.data, cache_dir=cache_dir(output_dir), progress=print)
+    return runs
+
+
+def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> str:
+    """How the run ended; `lost` where the trial has been given to another process meanwhile."""
+    config = run_dir.config()
+    listener = SearchSink(trial, stop=stop, index=index)
+    listener.hear_again(run_dir)
+    while True:
+        if not run_dir.ended() and stalled(run_dir, limit=MAX_STALLED):
+            raise DataError(
+                f"{MAX_STALLED} attempts at {run_dir.run_id} ended at step "
+                f"{run_dir.newest_step()} without a new checkpoint"
+            )
+        heartbeat = run_dir.status().heartbeat
+        try:
+            with attempt.spoken(run_dir), followed(run_dir):
+                state = run_experiment(
+                    config,
+                    run_dir,
+                    console=True,
+                    stop=stop,
+                    gone=lambda holder, at=heartbeat: holder_gone(holder, heartbeat=at),
+                    extra_sinks=[listener],
+                )
+            return listener.judged(state, run_dir)
+        except RunLocked:
+            if (owner := trial.worker) and not owner.is_same(this_process()):
+                return "lost"
+            # Another trial, or a grid, is at this very run: its result will do for both.
+            if stop():
+                return "interrupted"
+            time.sleep(LOOK_EVERY_S)
+
+
+class SearchSink:
+    """Tells the study what pruners look at, and ends the run where they have seen enough.
+
+    Curves are compared where there is one for each trial: at the first seed. Wilcoxon's test
+    compares trials seed by seed, so there each seed counts once, at its end.
+    """
+
+    def __init__(self, trial: Trial, *, stop: StopFlag, index: int) -> None:
+        search = trial.study.config
+        self.trial, self.stop, self.index = trial, stop, index
+        self.metric, self.pruner = search.prune_metric, search.pruner["name"]
+        self.pruning = self.pruner != "none"
+        self.reporting = len(search.objectives) == 1
+        self.steps = trial.config(trial.seeds[0]).train.steps
+        self.every = self.steps / REPORTS
+        self.next = 0.0
+
+    def emit(self, event: Event) -> None:
+        if self.pruner == "wilcoxon" or self.index or not self.reporting:
+            return
+        if self.metric in event.metrics and event.step >= self.next:
+            self.next = event.step + self.every
+            self.trial.report(event.step, event.metrics[self.metric])
+            # At its last step there is nothing left to save: it is complete.
+            if self.pruning and event.step < self.steps and self.trial.should_prune():
+                self.stop.prune()
+
+    def hear_again(self, run_dir: RunDir) -> None:
+        """What the run has said before now: it may be an earlier attempt's, or a grid's."""
+        self.pruning, before = False, self.pruning
+        for event in run_dir.events():
+            self.emit(Event(kind=event["kind"], step=event["step"], metrics=event["metrics"]))
+        self.pruning = before
+
+    def judged(self, state: str, run_dir: RunDir) -> str:
+        """The run's state; `pruned` where the trial is to end with this seed."""
+        if self.pruner != "wilcoxon" or state not in ("finished", "diverged"):
+            return state
+        values = [
+            e["metrics"][self.metric] for e in run_dir.events() if self.metric in e["metrics"]
+        ]
+        if values:
+            self.trial.report(self.index, values[-1])
+        last = self.index + 1 == len(self.trial.seeds)
+        return "pruned" if not last and self.trial.should_prune() else state
+
+
+# as a scheduler's job ---------------------------------------------------------------------------
+def trials_per_job(folder: Path | str) -> int:
+    return Study.open(folder).config.trials_per_job
+
+
+# the process ------------------------------------------------------------------------------------
+def held(folder: Path | str) -> list[RunDir] | None:
+    """The runs begun of the trial that this job has not ended; None where it has no trial."""
+    job_id = current_job()
+    for trial in running(Study.open(folder)):
+        if job_id is not None and _job(trial) == job_id:
+            return [run for run in trial.runs if run.status().attempts]
+    return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """See the module's docstring."""
+    if len(argv) != 1:
+        print("usage: python -m sweeps.search.process STUDY", file=sys.stderr)
+        return 2
+    stop = StopFlag()
+    with stop.installed():
+        try:
+            return work(argv[0], stop=stop)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main(sys.argv[1:]))

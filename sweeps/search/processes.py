@@ -1,0 +1,195 @@
+"""Starts the processes of a search: each asks the study, none waits for another.
+
+Not for: the jobs of SLURM (`sweeps/slurm/searches.py`), nor what a process does (`process.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from relora_core import shared
+from relora_core.config import RunConfig
+from sweeps import snapshot, tracking
+from sweeps.launchers import Launcher
+from sweeps.local import warm
+from sweeps.local.processes import GRACE_S, POLL_S, stop_requested, warmed
+from sweeps.local.slots import Slots
+from sweeps.local.warm import UNKNOWN, Forked, Starter
+from sweeps.search.study import Study
+from sweeps.slurm.launcher import SlurmLauncher
+from sweeps.slurm.searches import submit_search
+
+PROCESS = (sys.executable, "-P", "-m", "sweeps.search.process")
+PARENT = (*warm.PARENT, "sweeps.search.process")
+TELL_EVERY_S = 2.0
+TRACK_EVERY_S = 20.0
+
+
+def start_processes(
+    launcher: Launcher, study: Path, *, left: int, config: RunConfig, console: Console
+) -> int:
+    """Processes that take trials until none is left, here or as SLURM jobs; the exit code."""
+    if isinstance(launcher, SlurmLauncher):
+        return submit_search(launcher, study, left=left, config=config, console=console)
+    output_dir, most = study.parents[2], launcher.options["max_parallel"]
+    code = snapshot.freeze(study.parent / "code", output_dir=output_dir)
+    slots = Slots.of(most, runs=left, device=config.runtime.device, code=code)
+    return search_local(study, slots=slots, console=console)
+
+
+def search_local(folder: Path, *, slots: Slots, console: Console) -> int:
+    """Run the study to its end with `slots.parallel` processes; the exit code."""
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+
+    with (
+        stop_requested() as stop,
+        warmed(PARENT, slots=slots, runs=slots.parallel) as forks,
+        tracked(folder),
+    ):
+        starter = Starter(command=PROCESS, warm=forks, say=say)
+        team = Team(folder=folder, slots=slots, starter=starter, console=console)
+        team.run(stop)
+    return 130 if stop.is_set() else max(team.codes, default=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Team:
+    """The processes at work on one study. One that is killed is replaced: its trial goes on."""
+
+    folder: Path
+    slots: Slots
+    starter: Starter
+    console: Console
+    processes: dict[int, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
+    """By slot."""
+    codes: list[int] = field(default_factory=list)
+    killed: int = 0
+    told: set[int] = field(default_factory=set)
+    """Trials whose end was told, or came before."""
+
+    def run(self, stop: threading.Event) -> None:
+        study = Study.open(self.folder)
+        for trial in study.optuna.get_trials(deepcopy=False):
+            if trial.state.is_finished():
+                self.told.add(trial.number)
+        while self.starter.importing and not stop.is_set():
+            stop.wait(POLL_S)
+        told = time.monotonic()
+        try:
+            for slot in range(0 if stop.is_set() else self.slots.parallel):
+                self._start(slot)
+            while self.processes and not stop.is_set():
+                self._reap(most=study.config.max_failures)
+                if time.monotonic() - told >= TELL_EVERY_S:
+                    self._tell(study)
+                    told = time.monotonic()
+                stop.wait(POLL_S)
+        finally:
+            self._stop_all()
+            self._tell(study)
+
+    def _start(self, slot: int) -> None:
+        logs = self.folder / "logs"
+        shared.make_folder(logs)
+        self.processes[slot] = self.starter.start(
+            self.folder,
+            log=logs / f"process-{slot}.log",
+            environment=self.slots.environment(slot),
+        )
+
+    def _reap(self, *, most: int) -> None:
+        for slot, process in list(self.processes.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.processes[slot]
+            if code == UNKNOWN:  # whether all is done the next one sees
+                self._start(slot)
+                continue
+            if code >= 0:
+                self.codes.append(code)
+                if code:
+                    self.console.print(
+                        f"a process of the search ended with exit code {code} "
+                        f"({self.folder / 'logs' / f'process-{slot}.log'})",
+                        style="red", highlight=False, soft_wrap=True,
+                    )  # fmt: skip
+                continue
+            self.killed += 1
+            self.console.print(f"a process was killed by signal {-code}", style="yellow")
+            if self.killed <= most:
+                self._start(slot)
+            else:
+                self.codes.append(1)
+
+    def _tell(self, study: Study) -> None:
+        """A line for each trial that has ended."""
+        for trial in study.optuna.get_trials(deepcopy=False):
+            if not trial.state.is_finished() or trial.number in self.told:
+                continue
+            self.told.add(trial.number)
+            values = " ".join(f"{value:.5g}" for value in trial.values or [])
+            params = " ".join(f"{k}={_short(v)}" for k, v in trial.params.items())
+            self.console.print(
+                f"trial {trial.number:>3} {trial.state.name.lower():<8} {values}  {params}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+    def _stop_all(self) -> None:
+        """Ask our own processes to save and end, then end them; the same command goes on."""
+        for process in self.processes.values():
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def tracked(folder: Path) -> Iterator[None]:
+    """MLflow brought up to date every while, where tracking is on."""
+    config = next(iter(Study.open(folder).spec.bases.values()))
+    if not config.tracking.enabled:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_track, args=(folder, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _track(folder: Path, over: threading.Event) -> None:
+    name, output_dir = folder.parent.name, folder.resolve().parents[2]
+    tracker, told = tracking.tracker(output_dir), ""
+    while True:
+        last = over.wait(TRACK_EVERY_S)
+        planned = (folder.parent / "plan.json").exists()  # once the first trial was asked for
+        for one in tracker.bring_up_to_date([name], final=last) if planned else []:
+            if one.problem and one.problem != told:
+                told = one.problem
+                print(told, file=sys.stderr)
+        if last:
+            return

@@ -1,0 +1,73 @@
+"""Which runs go into which job array, and how many tasks run at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sweeps.planning.plan import Cell
+from sweeps.slurm import cluster
+from sweeps.slurm.options import Shape, SlurmOptions, shape_of
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Runs that one sbatch submits."""
+
+    shape: Shape
+    tasks: list[list[Cell]]
+    """The runs of each task of the array."""
+    lane: int = 0
+    """Arrays of one lane run one after another, where `max_parallel` leaves no other way."""
+    at_once: int | None = None
+    """Tasks at a time."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for task in self.tasks for cell in task]
+
+    def asks(self, options: SlurmOptions) -> tuple[SlurmOptions, Shape]:
+        """What its jobs ask for: cores and GPUs for the runs of its largest task, not for more."""
+        if options.runs_per_job == 1:
+            return options, self.shape
+        runs = max(len(task) for task in self.tasks)
+        gpus = min(self.shape.gpus_per_node, runs)
+        return (
+            dataclasses.replace(options, runs_per_job=runs),
+            dataclasses.replace(self.shape, gpus_per_node=gpus),
+        )
+
+
+def batches(
+    cells: Sequence[Cell], *, options: SlurmOptions, max_array_size: int | None
+) -> list[Batch]:
+    """One array per shape, split where arrays end; the cap is shared between them."""
+    by_shape: dict[Shape, list[Cell]] = {}
+    for cell in cells:
+        by_shape.setdefault(shape_of(cell.config, options), []).append(cell)
+    k, most = options.runs_per_job, max_array_size or cluster.ARRAY
+    cap = None if options.max_parallel is None else max(1, options.max_parallel // k)
+    made: list[Batch] = []
+    shorts: list[tuple[Batch, Batch]] = []  # with the array that each belongs to
+    for shape, members in by_shape.items():
+        tasks = [members[i : i + k] for i in range(0, len(members), k)]
+        short = tasks.pop() if len(tasks) > 1 and len(tasks[-1]) < k else None
+        made += [Batch(shape=shape, tasks=tasks[i : i + most]) for i in range(0, len(tasks), most)]
+        if short is not None:  # asks for less
+            shorts.append((Batch(shape=shape, tasks=[short]), made[-1]))
+    _share_cap(made, jobs=cap)
+    for short, main in shorts:  # under a cap after its array: a share would be taken from that
+        short.lane, short.at_once = main.lane, None if cap is None else 1
+        made.insert(made.index(main) + 1, short)
+    return made
+
+
+def _share_cap(made: list[Batch], *, jobs: int | None) -> None:
+    """At most `jobs` tasks at once over all arrays: SLURM caps each array alone."""
+    if jobs is None:
+        return
+    lanes = min(jobs, len(made))
+    for index, batch in enumerate(made):
+        batch.lane = index % lanes
+        batch.at_once = jobs // lanes + (batch.lane < jobs % lanes)

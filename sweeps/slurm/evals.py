@@ -1,0 +1,100 @@
+"""Evaluations as SLURM jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.run_dir import RunDir
+from relora_core.config import ConfigError
+from sweeps import display, snapshot
+from sweeps.slurm import cluster
+from sweeps.slurm.batches import Batch, _share_cap
+from sweeps.slurm.launcher import SlurmLauncher, make_room, send_submission
+from sweeps.slurm.options import shape_of
+from sweeps.slurm.sbatch import tell_environment
+from sweeps.slurm.submission import only_submitter, recover
+
+
+def submit_evals(
+    requests: Sequence[Path], *, sweep: str, launcher: object, output_dir: Path, after: bool
+) -> None:
+    """One array, a request each, on what `launcher` gave the sweep's runs; prints the job id.
+
+    With `after` it waits for the jobs of the runs that are still in flight.
+    """
+    folder = plan_folder(output_dir, name=sweep)
+    if not isinstance(launcher, SlurmLauncher):
+        raise ConfigError(
+            f"--slurm must be left out for {sweep}, which was launched locally: nothing says what "
+            "to ask SLURM for"
+        )
+    tell_environment(launcher.options)
+    output_dir = output_dir.absolute()
+    runs = [RunDir(request.absolute().parents[2]) for request in requests]
+    configs = [run.config() for run in runs]
+    options = launcher.options
+    # Scoring is not shared between processes: one of them, one GPU.
+    options = dataclasses.replace(options, runs_per_job=1)
+    shapes = {shape_of(config, options) for config in configs}
+    shape = dataclasses.replace(
+        max(shapes, key=lambda one: one.minutes), nodes=1, tasks_per_node=1,
+    )  # fmt: skip
+    shape = dataclasses.replace(shape, gpus_per_node=min(1, shape.gpus_per_node))
+    code = snapshot.freeze(
+        folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
+    )
+    names = [str(request.absolute().relative_to(output_dir)) for request in requests]
+    with only_submitter(output_dir, display.make_console()):
+        jobs_of = {
+            name: str(run.status().job_id)
+            for name, run in zip(names, runs, strict=True)
+            if after and not run.ended() and run.status().job_id
+        }
+        queued = _queued_evals(output_dir, sweep, ended=[r.run_id for r in runs if r.ended()])
+        todo = [n for n in names if n not in queued or not {jobs_of.get(n)} - {None} <= queued[n]]
+        if len(todo) < len(names):
+            print(f"{len(names) - len(todo)} of {len(names)} evaluations are queued already")
+        if not todo:
+            return
+        waits = sorted({jobs_of[name] for name in todo if name in jobs_of})
+        room = make_room(output_dir, sweep, most=options.max_parallel, kinds=("eval",))
+        size = cluster.max_array_size()
+        made = [
+            Batch(shape=shape, tasks=[[] for _ in todo[start : start + size]])
+            for start in range(0, len(todo), size)
+        ]
+        _share_cap(made, jobs=room.runs)
+        lanes: dict[int, str] = {}
+        for number, batch in enumerate(made):
+            part = todo[number * size : (number + 1) * size]
+            one = send_submission(
+                sweep, [[name] for name in part], output_dir=output_dir, kind="eval",
+                options=options, shape=shape, at_once=batch.at_once,
+                waits_for=[*waits, *room.after(batch, lanes)], code=code,
+            )  # fmt: skip
+            lanes[batch.lane] = one.job_id or ""
+            print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
+
+
+def _queued_evals(
+    output_dir: Path, sweep: str, *, ended: Collection[str]
+) -> dict[str, set[str | None]]:
+    """Request -> the jobs that its own waits for, of requests that will see what there is now.
+
+    One that has begun may have looked for checkpoints before the run's last one was there.
+    """
+    evals = [one for one in recover(output_dir, sweep, write=True) if one.kind == "eval"]
+    jobs = cluster.jobs([job_id for one in evals for job_id in one.ids()])
+    queued: dict[str, set[str | None]] = {}
+    for one in evals:
+        for job_id, names in zip(one.ids(), one.tasks, strict=False):
+            job = jobs.get(job_id)
+            if job is None or not job.alive:
+                continue
+            for name in names:
+                if job.waiting or Path(name).parts[1] in ended:
+                    queued[name] = {*queued.get(name, ()), *one.waits_for}
+    return queued

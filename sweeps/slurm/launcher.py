@@ -1,0 +1,427 @@
+"""Plan -> SLURM job arrays, and back to the prompt: nothing stays behind that could be killed.
+
+One array per resource shape, split where SLURM's arrays end. What a job is to do is written before
+sbatch is called, so a crash at any point leaves either no job or one that is found again by name.
+Not for: what happens on the node (`job.py`), nor for what SLURM says (`cluster.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+
+from experiments.disk.output_dir import plan_folder, run_at, runs_folder
+from experiments.disk.run_dir import DONE, RunDir
+from relora_core import shared, shell
+from relora_core.config import ConfigError, RunConfig
+from sweeps import snapshot
+from sweeps.planning.budget import Estimate, Place
+from sweeps.planning.plan import Cell, Plan, command
+from sweeps.slurm import cluster
+from sweeps.slurm.batches import Batch, batches
+from sweeps.slurm.cluster import SlurmError
+from sweeps.slurm.options import Shape, SlurmOptions, check_cell, check_options, shape_of
+from sweeps.slurm.sbatch import Unsure, by_site, script, send, tell_environment
+from sweeps.slurm.submission import Submission, adopt, only_submitter, recover
+from sweeps.slurm.survey import survey
+
+if TYPE_CHECKING:
+    pass
+
+
+T = TypeVar("T")
+WRITERS = 16
+"""Threads that write runs' files."""
+IN_FLIGHT = ("running", "queued")
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmLauncher:
+    """`hydra/launcher=slurm`."""
+
+    options: SlurmOptions
+    kind: str = "slurm"
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if self.options.gpus_per_node else "CPU"
+
+    def place(self, config: RunConfig) -> Place:
+        shape = shape_of(config, self.options)
+        return Place(
+            processes=shape.processes,
+            gpus=shape.nodes * shape.gpus_per_node / self.options.runs_per_job,
+            time_limit_h=shape.minutes / 60,
+        )
+
+    def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
+        """ConfigError before anything is written, where SLURM or arithmetic would refuse."""
+        check_options(self.options)
+        tell_environment(self.options)
+        for cell in plan.cells:
+            check_cell(cell.config, self.options)
+            self._check_pace(cell.config, estimates.get(cell.run_id))
+            if "%" in (place := os.path.abspath(cell.config.output_dir)):
+                raise ConfigError(
+                    f"output_dir must hold no % (SLURM's own sign in file names), got {place!r}; "
+                    f"nearest valid: {place.replace('%', '_')!r}"
+                )
+        if not cluster.available():
+            raise ConfigError(
+                "hydra/launcher must be local here: slurm needs sbatch and squeue on PATH"
+            )
+        try:
+            for shape in {shape_of(cell.config, self.options) for cell in plan.cells}:
+                self._ask(shape)
+        except SlurmError as error:
+            raise ConfigError(f"hydra/launcher=slurm needs SLURM's answer: {error}") from None
+
+    def _check_pace(self, config: RunConfig, cost: Estimate | None) -> None:
+        """A job that a kill without warning ends before its first checkpoint never gets on."""
+        if cost is None or cost.bound or config.checkpoint.every_minutes is not None:
+            return
+        shape, every = shape_of(config, self.options), config.checkpoint.every_steps
+        place = self.place(config)
+        wall_min = 60 * cost.hours / (place.gpus or place.processes)
+        interval = wall_min * min(1.0, every / config.train.steps)
+        if interval > shape.minutes:
+            good = max(1, int(every * shape.minutes / interval / 2))
+            raise ConfigError(
+                f"hydra.launcher.time must be longer than a checkpoint interval (checkpoint."
+                f"every_steps={every} take about {interval:.0f} min), got {shape.minutes} min; "
+                f"nearest valid: {int(interval) + 1}, or checkpoint.every_steps={good}"
+            )
+
+    def _ask(self, shape: Shape) -> None:
+        """`sbatch --test-only`: unknown partitions, nodes that do not exist."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "submission.json"
+            text = script(self.options, shape, tasks=1, name="check", file=file)
+            path = Path(folder) / "check.sh"
+            path.write_text(text, encoding="utf-8")
+            cluster.test(path)
+        self._check_limit(shape)
+
+    def _check_limit(self, shape: Shape) -> None:
+        """SLURM may take a job that is longer than its partition allows, and never start it."""
+        options = dataclasses.replace(self.options, **by_site(self.options))
+        if options.qos or "qos" in options.extra:  # which may allow more
+            return
+        partition = str(options.extra.get("partition") or options.partition or "")
+        limit = cluster.time_limit(partition)
+        if limit is not None and shape.minutes > limit[0]:
+            raise ConfigError(
+                f"hydra.launcher.time must be <= {limit[1]} (the limit of partition "
+                f"{partition or 'by default'}), got {shape.minutes} min: such a job never starts; "
+                f"nearest valid: {limit[0]}"
+            )
+
+    def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
+        """Submit what is not done and not in flight; the exit code. The jobs go on without us."""
+        output_dir = output_dir.absolute()
+        _each(lambda cell: run_at(output_dir, cell.run_id).create(cell.config), plan.cells)
+        with only_submitter(output_dir, console):
+            try:
+                todo = self._todo(plan, output_dir)
+                self._tell_skipped(plan, todo, console)
+                if not todo:
+                    return 0
+                code = snapshot.freeze(
+                    plan_folder(output_dir, name=plan.name) / "code",
+                    output_dir=output_dir,
+                    limit_mb=self.options.snapshot_limit_mb,
+                )
+                done = self._submit_all(plan, todo, output_dir, code=code, console=console)
+                _show(plan, output_dir, console=console)
+                watch = command("watch", plan.name, output_dir=output_dir)
+                console.print(f"watch: {watch}", markup=False, highlight=False, soft_wrap=True)
+                return done
+            except SlurmError as error:
+                raise ConfigError(
+                    f"SLURM does not answer, nothing was submitted: {error}"
+                ) from None
+
+    def check_search(self, plan: Plan) -> None:
+        """A trial is a job's alone, and one process's."""
+        if self.options.runs_per_job > 1:
+            raise ConfigError(
+                "hydra.launcher.runs_per_job must be 1 with hydra/sweeper=search, got "
+                f"{self.options.runs_per_job}"
+            )
+        shapes = {shape_of(cell.config, self.options) for cell in plan.cells}
+        if len(shapes) > 1:
+            raise ConfigError(
+                "resources must be the same in all of a search (nobody knows which trial a job "
+                f"will get), got {len(shapes)} different ones"
+            )
+        if (processes := shapes.pop().processes) > 1:
+            raise ConfigError(
+                f"hydra.launcher.tasks_per_node must be 1 with hydra/sweeper=search, got "
+                f"{processes} processes; nearest valid: tasks_per_node=1 on one node"
+            )
+
+    def _todo(self, plan: Plan, output_dir: Path) -> list[Cell]:
+        """Runs without a result that no job is to run."""
+        adopt(output_dir, plan.name)
+        runs = {cell.run_id: run_at(output_dir, cell.run_id) for cell in plan.cells}
+        states = survey(list(runs.values()))
+        return [c for c in plan.cells if states[c.run_id].state not in (*DONE, *IN_FLIGHT)]
+
+    def _tell_skipped(self, plan: Plan, todo: list[Cell], console: Console) -> None:
+        if skipped := len(plan.cells) - len(todo):
+            rest = "nothing to submit" if not todo else f"{len(todo)} to submit"
+            console.print(f"{skipped} runs are done or in flight: {rest}", highlight=False)
+
+    def _submit_all(
+        self, plan: Plan, todo: list[Cell], output_dir: Path, *, code: Path, console: Console
+    ) -> int:
+        room = make_room(
+            output_dir, plan.name, most=self.options.max_parallel, console=console,
+            each=self.options.runs_per_job,
+        )  # fmt: skip
+        options = dataclasses.replace(self.options, max_parallel=room.runs)
+        made = batches(todo, options=options, max_array_size=cluster.max_array_size())
+        lanes: dict[int, str] = {}  # lane -> its newest job
+        for number, batch in enumerate(made):
+            left = sum(len(b.cells) for b in made[number:])
+            try:
+                submission = self._submit(
+                    plan, batch, output_dir, code=code, waits_for=room.after(batch, lanes)
+                )
+            except SlurmError as error:
+                console.print(
+                    f"error: sbatch {'may have taken' if isinstance(error, Unsure) else 'refused'} "
+                    f"job array {number + 1} of {len(made)}: {error}; "
+                    f"{len(todo) - left} runs are submitted and stay so, {left} are not: the same "
+                    "command submits them",
+                    style="red",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                return 1
+            except KeyboardInterrupt:
+                states = survey([run_at(output_dir, cell.run_id) for cell in todo])
+                done = sum(one.state in IN_FLIGHT for one in states.values())
+                cancel = command("cancel", plan.name, output_dir=output_dir)
+                rest = f", {len(todo) - done} are not: the same command submits them"
+                console.print(
+                    f"Ctrl-C: {done} runs are submitted and go on{rest if done < len(todo) else ''}"
+                    f"; to end what is submitted: {cancel}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                raise
+            lanes[batch.lane] = submission.job_id or ""
+            console.print(
+                _told(submission, batch, options=self.options), highlight=False, soft_wrap=True
+            )
+        return 0
+
+    def _submit(
+        self, plan: Plan, batch: Batch, output_dir: Path, *, code: Path, waits_for: list[str]
+    ) -> Submission:
+        options, shape = batch.asks(self.options)
+        _each(lambda cell: _plan_again(run_at(output_dir, cell.run_id)), batch.cells)
+        try:
+            return send_submission(
+                plan.name, [[cell.run_id for cell in task] for task in batch.tasks],
+                output_dir=output_dir, options=options, shape=shape, at_once=batch.at_once,
+                waits_for=waits_for, code=code,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            with contextlib.suppress(SlurmError):
+                adopt(output_dir, plan.name)  # its sbatch may have been taken
+            raise
+
+
+def send_submission(
+    sweep: str,
+    tasks: list[list[str]],
+    *,
+    output_dir: Path,
+    options: SlurmOptions,
+    shape: Shape,
+    at_once: int | None,
+    waits_for: list[str],
+    code: Path,
+    kind: str = "train",
+) -> Submission:
+    """One submission, written down, submitted, and known to its runs."""
+    one = Submission(
+        submission=uuid.uuid4().hex[:8],
+        name="",
+        created=time.time(),
+        tasks=tasks,
+        kind=kind,
+        max_stalled=options.max_stalled,
+        signal_delay_s=options.signal_delay_s,
+        at_once=at_once,
+        waits_for=waits_for,
+    )
+    one.name = f"{sweep}.{one.submission}"
+    folder = plan_folder(output_dir, name=sweep) / "jobs" / one.submission
+    one.write(folder)
+    if waits_for:
+        waits = f"afterany:{':'.join(waits_for)}"
+        both = f"{options.dependency},{waits}" if options.dependency else waits
+        options = dataclasses.replace(options, dependency=both)
+    try:
+        send(one, folder, options=options, shape=shape, at_once=at_once, code=code)
+    except KeyboardInterrupt:
+        if kind != "train" and one.job_id is not None:
+            end = command("cancel", sweep, output_dir=output_dir)
+            print(
+                f"Ctrl-C: job {one.job_id} is submitted and goes on; to end it: {end}",
+                file=sys.stderr,
+            )
+        raise
+    if kind == "train":
+        runs = runs_folder(output_dir)
+        _each(lambda of: _queued(RunDir(runs / of[0]), of[1]), one.job_ids().items())
+    return one
+
+
+# what earlier commands have left in flight ------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Room:
+    """What `max_parallel` leaves beside the jobs that earlier commands have submitted."""
+
+    runs: int | None
+    """That may run at a time; None: as many as SLURM lets."""
+    behind: list[str] = field(default_factory=list)
+    """Jobs to wait for, where there is no room beside them."""
+
+    def after(self, batch: Batch, lanes: Mapping[int, str]) -> list[str]:
+        """Jobs that must have ended before this array begins; `lanes` has the newest of each."""
+        if self.runs is None:  # no cap, no waiting
+            return []
+        return [lanes[batch.lane]] if batch.lane in lanes else self.behind
+
+
+def make_room(
+    output_dir: Path,
+    sweep: str,
+    *,
+    most: int | None,
+    console: Console | None = None,
+    kinds: Sequence[str] = ("train", "search"),
+    each: int = 1,
+) -> Room:
+    """The cap is the sweep's, not a command's; `each` new job runs so many at a time."""
+    if most is None:
+        return Room(runs=None)
+    living = [one for one in recover(output_dir, sweep) if one.kind in kinds and one.ids()]
+    jobs = cluster.jobs([job_id for one in living for job_id in one.ids()])
+    chains: list[tuple[Submission, int]] = []  # the last of each, and how many it may run
+    for one in living:
+        alive = sum(job_id in jobs and jobs[job_id].alive for job_id in one.ids())
+        if not alive:
+            continue
+        runs = min(one.at_once or alive, alive) * max(len(task) for task in one.tasks)
+        waits = next((c for c in chains if c[0].job_id in one.waits_for), None)
+        if waits is not None:  # never beside that one
+            chains.remove(waits)
+            runs = max(runs, waits[1])
+        chains.append((one, runs))
+    if not chains:
+        return Room(runs=most)
+    taken = sum(runs for _, runs in chains)
+    room = Room(runs=most - taken)
+    if most - taken < each:
+        room = Room(runs=most, behind=[str(one.job_id) for one, _ in chains])
+    if console is not None:
+        how = f"wait for jobs {', '.join(room.behind)}" if room.behind else f"are {room.runs}"
+        console.print(
+            f"max_parallel={most}: {taken} at a time are in flight, these {how}", highlight=False
+        )
+    return room
+
+
+def _each(do: Callable[[T], object], things: Iterable[T]) -> None:
+    """`do` for each, many at once: a run's files wait for the disk some 10 ms each."""
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(do, things))
+
+
+def _plan_again(run: RunDir) -> None:
+    """Its earlier lives, and a wish to cancel it, no longer count."""
+    run.cancel_path.unlink(missing_ok=True)
+    now = run.status()
+    if (now.state, now.phase, now.job_id, now.error) != ("planned", "", None, None):
+        run.update_status(state="planned", phase="", job_id=None, error=None)
+
+
+def _show(plan: Plan, output_dir: Path, *, console: Console) -> None:
+    """Show the sweep in MLflow beside us: hundreds of runs take it a minute, and no job needs it.
+
+    Whatever becomes of that process, the records can be synced at any time.
+    """
+    if any(cell.config.tracking.enabled for cell in plan.cells):
+        log = in_background(output_dir, plan.name)
+        line = f"MLflow shows them in a minute (log: {log}); `python -m sweeps sync` does it again"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _queued(run: RunDir, job_id: str) -> None:
+    """Write down the run's job, unless the job has begun and speaks for itself."""
+    if run.lock_holder() is None and run.status().state == "planned":
+        run.update_status(state="queued", job_id=job_id)
+
+
+def _told(one: Submission, batch: Batch, *, options: SlurmOptions) -> str:
+    """What was submitted, in the units that people think in."""
+    (_, shape), jobs = batch.asks(options), len(batch.tasks)
+    runs, most = len(batch.cells), max(len(task) for task in batch.tasks)
+    words = [
+        _count(shape.nodes, "node"),
+        *([_count(shape.gpus_per_node * shape.nodes, "GPU")] if shape.gpus_per_node else []),
+        *([_count(shape.processes, "process", "processes")] if shape.processes > 1 else []),
+        _count(shape.cpus_per_task * shape.processes * most, "core"),
+        f"{shape.minutes} min",
+    ]
+    array = f" (array of {jobs})" if jobs > 1 else ""
+    packed = f", up to {most} in a job" if most > 1 else ""
+    return f"submitted job {one.job_id}{array}: {_count(runs, 'run')}{packed}; {', '.join(words)}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+_BESIDE: list[subprocess.Popen[bytes]] = []
+"""Processes that outlive this one: Python warns of those that it forgets."""
+
+
+def in_background(output_dir: Path | str, sweep: str) -> Path:
+    """Show the sweep from a process that outlives this one; the file that has what it said."""
+    output_dir = Path(output_dir).absolute()
+    log = output_dir / "logs" / "mlflow-sync.log"
+    root = str(Path(__file__).resolve().parents[2])
+    paths = filter(None, (root, os.environ.get("PYTHONPATH")))
+    with contextlib.suppress(OSError):
+        shared.make_folder(log.parent)
+        with shared.opened(log, "ab") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "sweeps", "sync", sweep, "--output-dir", output_dir],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**shell.outside(os.environ), "PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # Ctrl-C, and the terminal's end, are not for it
+            )
+        _BESIDE.append(process)
+    return log

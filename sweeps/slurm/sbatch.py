@@ -1,0 +1,348 @@
+"""One sbatch: its script, made with submitit, and the job id that comes of it.
+
+submitit pickles a function; here a job is the submission's file, so nothing is pickled and a job
+that starts before its command has ended finds all it needs. Not for: what to submit (`slurm.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.scheduler import GPUS, JOB
+from relora_core import shell
+from sweeps.slurm import cluster
+from sweeps.slurm.cluster import SlurmError
+from sweeps.slurm.options import Shape, SlurmOptions
+from sweeps.slurm.submission import Submission, read_submission
+
+TRIES = 4
+"""At sbatch, where the controller is busy."""
+BY_SITE = ("partition", "account", "qos", "constraint", "reservation")
+"""Options that a profile may have to give: SBATCH_ACCOUNT counts where the launcher has none."""
+DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
+"""What SLURM sets for a job beside its own variables."""
+
+
+SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re.M)
+"""What sbatch says where nobody stands between. Of any other answer we are not sure."""
+
+
+class Unsure(SlurmError):
+    """SLURM may have taken the job and does not say; the next command looks for it."""
+
+
+# the user's environment -------------------------------------------------------------------------
+def is_of_a_group(variable: str) -> bool:
+    """Whether it names a process's place in a group, or how a group computes."""
+    return shell.is_place(variable) or shell.is_accelerate(variable)
+
+
+def set_aside() -> list[str]:
+    """Variables that sbatch, and hence the job, does not get.
+
+    What a job asks for is in its script: options of SBATCH_ variables would beat it. SLURM_
+    variables are of a job around this command, which it would take for its own.
+    """
+    inside = "SLURM_JOB_ID" in os.environ
+    return sorted(
+        name
+        for name in os.environ
+        if cluster.is_an_option(name)
+        or is_of_a_group(name)
+        or name in shell.TASK_NAMES
+        or name.startswith("SUBMITIT_")
+        or name == JOB
+        or (inside and name in DEVICES)
+    )
+
+
+def by_site(options: SlurmOptions) -> dict[str, str]:
+    """Options that the launcher leaves unset and the user's SBATCH_ variables give."""
+    given = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in BY_SITE}
+    return {
+        name: value
+        for name, value in given.items()
+        if value and getattr(options, name) is None and name not in options.extra
+    }
+
+
+def tell_environment(options: SlurmOptions) -> None:
+    """One line on stderr where variables of the user's shell count, or do not."""
+    taken = by_site(options)
+    left = [name for name in set_aside() if name.removeprefix("SBATCH_").lower() not in taken]
+    own = [n for n in left if os.environ[n] and (n.startswith("SBATCH_") or is_of_a_group(n))]
+    words = []
+    if taken:
+        counts = (
+            f"SBATCH_{k.upper()}={v} (hydra.launcher.{k} is not set)" for k, v in taken.items()
+        )
+        words.append(f"take {', '.join(counts)}")
+    if own:
+        words.append(f"do not take {', '.join(own)}")
+    if job_id := os.environ.get("SLURM_JOB_ID"):
+        words.append(f"nothing of the job {job_id} around this command")
+    if words:
+        print(f"of this shell's variables the jobs {'; '.join(words)}", file=sys.stderr)
+
+
+# launching --------------------------------------------------------------------------------------
+
+
+def parameters(
+    options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path, array: bool
+) -> dict[str, Any]:
+    """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
+    given, options = options, dataclasses.replace(options, **by_site(options))
+    packed = options.runs_per_job > 1
+    as_they_are = [f.name for f in dataclasses.fields(options) if f.metadata.get("sbatch")]
+    sbatch = {name: getattr(options, name) for name in as_they_are if getattr(options, name)}
+    extra = {**sbatch, "requeue": True, **options.extra}
+    mine: dict[str, Any] = {
+        "job_name": name,
+        "time": shape.minutes,
+        "nodes": shape.nodes,
+        "ntasks_per_node": 1 if packed else shape.tasks_per_node,
+        "cpus_per_task": shape.cpus_per_task * (options.runs_per_job if packed else 1),
+        "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
+        "gpus_per_node": shape.gpus_per_node or None,
+        "signal_delay_s": options.signal_delay_s,
+        "stderr_to_stdout": True,
+        "exclusive": True if options.exclusive else None,
+        "additional_parameters": extra,
+        "setup": [
+            *clearing(shape, array=array),
+            *ENVIRONMENT,
+            *_own_setup(options.setup),
+            *_frozen(code),
+            *_seen(file, code, python=None if given.python else sys.executable),
+            f"export {GPUS}={shape.gpus_per_node}",
+            token(name, array=array),
+        ],
+        # One dead rank would leave the others waiting for it until the time limit.
+        "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
+        "teardown": [
+            "code=$?",
+            f'{python(options)} -m sweeps.job --after "$code" {shlex.quote(str(file))}',
+            "code=$?",
+            f"unset {JOB}",
+            *options.teardown,
+            "exit $code",
+        ],
+    }
+    return {key: value for key, value in mine.items() if value is not None}
+
+
+def clearing(shape: Shape, *, array: bool) -> list[str]:
+    """Shell lines that take away what is not this job's own, whoever has submitted its script."""
+    prefixes = (*shell.ELASTIC_PREFIXES, *shell.ACCELERATE_PREFIXES)
+    prefixes += ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SLURM_STEP")
+    words = [*shell.PLACE, *shell.ELASTIC, *(f"${{!{prefix}@}}" for prefix in prefixes)]
+    words += [JOB, "SLURM_EXPORT_ENV"]
+    if not array:  # of a job around
+        words.append("${!SLURM_ARRAY_@}")
+    if shape.mem_gb is not None:  # srun refuses to have both
+        words += ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"]
+    return [f"unset {' '.join(words)}"]
+
+
+def token(name: str, *, array: bool) -> str:
+    """The shell line by which the job's processes know that it is ours."""
+    job_id = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if array else "$SLURM_JOB_ID"
+    return f"export {JOB}={shlex.quote(name)}/{job_id}"
+
+
+ENVIRONMENT = (
+    "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
+    "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
+    "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
+    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # since SLURM 22.05 srun asks anew
+    "ulimit -c 0",
+)
+"""Shell lines that give the job's Python its own cores; `setup` may change them."""
+
+
+ON_ERROR = (
+    'trap \'code=$?; if [ ${#BASH_SOURCE[@]} -le "$relora_depth" ]; then echo '
+    '"error: hydra.launcher.setup failed with exit code $code: $BASH_COMMAND" >&2; '
+    "exit $code; fi' ERR"
+)
+
+
+def _own_setup(lines: Sequence[str]) -> list[str]:
+    """The user's lines, one of which must not fail, and what they leave set in this shell.
+
+    Functions (`module`) and files that are sourced may hold commands that fail: their last counts.
+    """
+    if not lines:
+        return []
+    return [
+        "relora_depth=${#BASH_SOURCE[@]}",
+        ON_ERROR,
+        *lines,
+        "trap - ERR",
+        "set +eu",  # else a run that fails would end this script before its last lines
+    ]
+
+
+def _frozen(code: Path) -> list[str]:
+    """Shell lines that make the job's Python use the frozen code, whatever `setup` has set."""
+    return [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
+    ]
+
+
+def _seen(file: Path, code: Path, *, python: str | None) -> list[str]:
+    """Shell lines that end the job in one line where its node does not see what it needs."""
+    must = dict.fromkeys((str(file), str(code)), "output_dir must be")
+    if python is not None:
+        must[python] = "this Python, or the one that hydra.launcher.python names, must be"
+    return [
+        f'[ -e {shlex.quote(path)} ] || {{ echo "error: $HOSTNAME does not see "'
+        f"{shlex.quote(f'{path}: {what} on a shared file system')} >&2; exit 1; }}"
+        for path, what in must.items()
+    ]
+
+
+def python(options: SlurmOptions) -> str:
+    return options.python or shlex.quote(sys.executable)
+
+
+def script(options: SlurmOptions, shape: Shape, *, tasks: int, name: str, file: Path) -> str:
+    """The text of the batch script, for `--test-only` and for the curious."""
+    executor = _executor(options, shape, tasks=tasks, name=name, code=Path("code"), file=file)
+    return executor._make_submission_file_text(_command(options, file), "check")
+
+
+def _command(options: SlurmOptions, file: Path) -> str:
+    return f"{python(options)} -m sweeps.job {shlex.quote(str(file))}"
+
+
+def _executor(
+    options: SlurmOptions, shape: Shape, *, tasks: int, name: str, code: Path, file: Path
+) -> Any:
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedSubmissionError
+
+    class Executor(SlurmExecutor):
+        """Calls sbatch in an environment that says nothing of the job, and doubts its answer."""
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            unset = [word for variable in set_aside() for word in ("-u", variable)]
+            # On the command line, which beats what a site's wrapper may set.
+            return ["env", *unset, "sbatch", f"--job-name={name}", str(submission_file_path)]
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: str | bytes) -> str:
+            text = string.decode() if isinstance(string, bytes) else string
+            ids = set(SUBMITTED.findall(text))
+            if len(ids) != 1:
+                raise FailedSubmissionError(f"sbatch printed {text[:200]!r}")
+            return ids.pop()
+
+    executor = Executor(folder=file.parent)
+    executor.update_parameters(
+        **parameters(options, shape, name=name, code=code, file=file, array=tasks > 1)
+    )
+    executor.parameters["wckey"] = None  # submitit's own; many sites refuse unknown ones
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks
+    return executor
+
+
+def send(
+    one: Submission,
+    folder: Path,
+    *,
+    options: SlurmOptions,
+    shape: Shape,
+    at_once: int | None,
+    code: Path,
+) -> None:
+    """sbatch for a submission that is on disk, and write down what came of it."""
+    try:
+        one.job_id = sbatch(
+            options, shape, tasks=len(one.tasks), at_once=at_once,
+            name=one.name, code=code, file=folder / "submission.json",
+        )  # fmt: skip
+    except Unsure:
+        raise
+    except SlurmError as error:
+        one.state, one.error = "refused", str(error)
+        one.write(folder)
+        raise
+    except KeyboardInterrupt:
+        one.job_id = _taken_meanwhile(one, folder)
+        if one.job_id is not None:
+            one.state = "submitted"
+            one.write(folder)
+        raise
+    one.state = "submitted"
+    one.write(folder)
+
+
+def _taken_meanwhile(one: Submission, folder: Path) -> str | None:
+    """The job that an interrupted sbatch has left, if SLURM knows it by now."""
+    for pause in (0.0, cluster.PAUSE_S):  # sbatch may still be at it
+        time.sleep(pause)
+        with contextlib.suppress(SlurmError, OSError, ValueError):
+            file = folder / "submission.json"
+            if job_id := read_submission(file).job_id or cluster.find(one.name):
+                return job_id
+    return None
+
+
+def sbatch(
+    options: SlurmOptions,
+    shape: Shape,
+    *,
+    tasks: int,
+    at_once: int | None,
+    name: str,
+    code: Path,
+    file: Path,
+) -> str:
+    """Submit one array; its job id. Whatever sbatch answers, a job that SLURM has is submitted."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = _executor(options, shape, tasks=tasks, name=name, code=code, file=file)
+    if tasks > 1:
+        executor.parameters["array_parallelism"] = at_once or tasks
+    for left in reversed(range(TRIES)):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                return str(executor._submit_command(_command(options, file)).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            line = " ".join(str(error).split()).removeprefix("sbatch: error: ")
+            unclear = isinstance(error, FailedSubmissionError)
+        if job_id := _looked_up(name, file=file, line=line):
+            return job_id
+        if unclear:
+            time.sleep(cluster.PAUSE_S)
+            if job_id := _looked_up(name, file=file, line=line):
+                return job_id
+            raise SlurmError(f"{line}, and SLURM knows no job {name!r}")
+        if not left or not cluster.BUSY.search(line):
+            raise SlurmError(line)
+        time.sleep(cluster.PAUSE_S)
+    raise AssertionError("at least one try")
+
+
+def _looked_up(name: str, *, file: Path, line: str) -> str | None:
+    """The job's id by its own word, if it has begun, or by its name."""
+    try:
+        return read_submission(file).job_id or cluster.find(name)
+    except SlurmError as error:
+        raise Unsure(
+            f"{line}; whether SLURM has taken the job {name!r} it does not say: {error}"
+        ) from None

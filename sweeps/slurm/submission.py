@@ -1,0 +1,179 @@
+"""submission.json: what was asked of SLURM, and the job that came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments import json_files
+from experiments.disk.output_dir import jobs_folder, run_at
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import SILENT_AFTER_S
+from relora_core import atomic, shared
+from relora_core.config import ConfigError
+from sweeps.slurm import cluster
+
+HEARD_S = 600.0
+"""So long after a command that ended inside sbatch its job may still turn up."""
+
+
+# submissions ------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Submission:
+    """One sbatch: what was asked for, and the job that came of it."""
+
+    submission: str
+    """8 hexadecimal digits."""
+    name: str
+    """SLURM's name of the job, unique; written down before sbatch is called."""
+    created: float = 0.0
+    """Seconds since the epoch."""
+    state: str = "submitting"
+    """`submitting`, `submitted` or `refused`."""
+    job_id: str | None = None
+    """Of an array: without the task."""
+    tasks: list[list[str]] = field(default_factory=list)
+    """The run_ids of each task of the array."""
+    kind: str = "train"
+    max_stalled: int = 5
+    """Attempts without a new checkpoint after which the job gives a run up."""
+    signal_delay_s: float = 120.0
+    """Seconds between SLURM's warning and its kill."""
+    error: str | None = None
+    """One line, where SLURM refused."""
+    at_once: int | None = None
+    """Tasks of its array that may run at a time; None: all."""
+    waits_for: list[str] = field(default_factory=list)
+    """Jobs that must have ended before it begins."""
+
+    def job_ids(self) -> dict[str, str]:
+        """run_id -> its job; empty while there is none."""
+        each = zip(self.tasks, self.ids(), strict=False)
+        return {run_id: job_id for run_ids, job_id in each for run_id in run_ids}
+
+    def ids(self) -> list[str]:
+        """Every job of it, one for each task; none while there is none."""
+        if self.job_id is None:
+            return []
+        if len(self.tasks) == 1:
+            return [self.job_id]
+        return [f"{self.job_id}_{index}" for index in range(len(self.tasks))]
+
+    def write(self, folder: Path) -> None:
+        """Into `folder`, which is this submission's own."""
+        shared.make_folder(folder)
+        atomic.write_json(folder / "submission.json", dataclasses.asdict(self))
+
+
+def read_submissions(folder: Path) -> list[Submission]:
+    """Every `*/submission.json` below `folder`, oldest first."""
+    found = []
+    for path in folder.glob("*/submission.json"):
+        try:
+            found.append(read_submission(path))
+        except (ValueError, TypeError) as error:  # whose jobs it names nobody can say
+            raise ConfigError(
+                f"{path} must be a submission as this version writes it ({error}); `squeue --me` "
+                "lists its jobs: when none is left, move it away"
+            ) from None
+    return sorted(found, key=lambda one: (one.created, one.submission))
+
+
+def read_submission(path: Path) -> Submission:
+    raw = json_files.known(Submission, json_files.read(path), where="")
+    raw["submission"] = path.parent.name  # whatever the file says
+    return Submission(**raw)
+
+
+def submitted_jobs(output_dir: Path | str) -> set[str]:
+    """Every job that a submission below `output_dir` has recorded: these are ours, no others."""
+    return {job_id for _, one in _sound(output_dir) for job_id in one.ids()}
+
+
+def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
+    """All sweeps' submissions and their folders; of a damaged one nobody can say what it names."""
+    for path in Path(output_dir).glob("sweeps/*/jobs/*/submission.json"):
+        with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
+            yield path.parent, read_submission(path)
+
+
+def record_job(file: Path, job_id: str) -> None:
+    """A job's own word on its id, where the command that submitted it has left none."""
+    one = read_submission(file)
+    if one.job_id is None:
+        one.job_id, one.state, one.error = job_id.partition("_")[0], "submitted", None
+        one.write(file.parent)
+
+
+def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[Submission]:
+    """Every submission of a sweep; job ids lost between sbatch and disk are found by job name.
+
+    What is found is written down only with `write` (the launcher's). SlurmError where an id is
+    missing and SLURM does not answer: nobody knows then whether the job exists.
+    """
+    folder = jobs_folder(output_dir, name=name)
+    submissions = read_submissions(folder)
+    for one in submissions:
+        if one.state != "submitting" or one.job_id is not None:
+            continue
+        one.job_id = cluster.find(one.name)
+        if one.job_id is not None:
+            one.state = "submitted"
+            if write:
+                one.write(folder / one.submission)
+    return submissions
+
+
+def unanswered(output_dir: Path | str, name: str) -> set[str]:
+    """Runs of a fresh submission without a job so far: its sbatch may be heard yet."""
+    return {
+        run_id
+        for one in read_submissions(jobs_folder(output_dir, name=name))
+        if one.state == "submitting" and one.job_id is None and one.kind == "train"
+        if time.time() - one.created < HEARD_S
+        for task in one.tasks
+        for run_id in task
+    }
+
+
+def adopt(output_dir: Path | str, name: str) -> None:
+    """Tell runs that do not know it of their job: its sbatch outlived the command around it."""
+    newest: dict[str, Submission] = {}
+    for one in recover(output_dir, name, write=True):
+        if one.kind == "train":  # a run that was asked for anew has no older job, refused or not
+            newest |= dict.fromkeys((run_id for task in one.tasks for run_id in task), one)
+    runs = {run_id: run_at(output_dir, run_id) for run_id, one in newest.items() if one.job_id}
+    lost = {run_id: run for run_id, run in runs.items() if run.path.exists() and _unaware(run)}
+    ids = {run_id: newest[run_id].job_ids()[run_id] for run_id in lost}
+    jobs = cluster.jobs(ids.values())
+    for run_id, run in lost.items():
+        job = jobs.get(ids[run_id])
+        recent = time.time() - newest[run_id].created < SILENT_AFTER_S
+        if job.alive if job is not None else recent:
+            run.update_status(state="queued", job_id=ids[run_id])
+
+
+def _unaware(run: RunDir) -> bool:
+    status = run.status()
+    return status.state == "planned" and status.job_id is None and run.lock_holder() is None
+
+
+@contextlib.contextmanager
+def only_submitter(output_dir: Path, console: Console) -> Iterator[None]:
+    """Two commands over one output_dir submit in turn, so that the second sees the first's jobs."""
+    folder = output_dir / "sweeps"
+    shared.make_folder(folder)
+    with shared.opened(folder / ".submit.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("another command submits below this output_dir: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

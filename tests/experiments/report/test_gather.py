@@ -1,0 +1,247 @@
+"""What is read of a sweep is what its runs recorded, whatever happened to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from synthetic import SECONDS, STEPS, TOKENS, a_config, a_sweep, arms, attempt, loss_of, record
+
+from experiments.disk import plans
+from experiments.disk.event_log import EventLog
+from experiments.disk.run_dir import RunDir
+from experiments.report import data
+from experiments.report.data import COLOURS
+from experiments.report.gather import gather
+from relora_core.config import ConfigError, DynamicsConfig
+from relora_core.events import Event
+
+
+def one_run(tmp_path: Path) -> RunDir:
+    return a_sweep(tmp_path, [a_config()])[0]
+
+
+def test_arms_are_settings_and_their_runs_seeds(tmp_path: Path) -> None:
+    for run in a_sweep(tmp_path, arms(2, 4)):
+        record(run)
+    sweep = gather(tmp_path, "mine")
+    names = [(arm.name, [run.seed for run in arm.runs]) for arm in sweep.arms]
+    seeds = [0, 1, 2]
+    assert names == [
+        ("method=full_rank", seeds),
+        ("method=relora relora.r=2", seeds),
+        ("method=relora relora.r=4", seeds),
+    ]
+    assert sweep.counts == {"finished": 9}
+    for arm in sweep.arms:
+        values = arm.values("train/loss")
+        assert values == {run.seed: pytest.approx(loss_of(run.config)) for run in arm.runs}
+
+
+def test_what_varies_is_told_and_what_follows_from_the_method_is_not(tmp_path: Path) -> None:
+    a_sweep(tmp_path, arms(2, 4))
+    sweep = gather(tmp_path, "mine")
+    assert sweep.varies == {
+        "method": ["full_rank", "relora"],
+        "relora.r": [2, 4],
+        "seed": [0, 1, 2],
+    }
+    assert sweep.fixed["train.steps"] == STEPS
+    assert sweep.fixed["relora.reset_frequency"] == 20
+    assert not sweep.varies.keys() & sweep.fixed.keys()
+
+
+def test_a_knob_that_is_left_out_of_the_identity_at_its_old_value_varies(tmp_path: Path) -> None:
+    dynamics = DynamicsConfig(every_steps=10, what=["base"])
+    other = dataclasses.replace(dynamics, what=["weight"])  # as before: not in the identity
+    a_sweep(tmp_path, [a_config(dynamics=dynamics), a_config(dynamics=other)])
+    assert "dynamics.what" in gather(tmp_path, "mine").varies
+
+
+def test_a_wider_plan_changes_no_arms_colour(tmp_path: Path) -> None:
+    a_sweep(tmp_path, arms(2))
+    before = {arm.arm_id: arm.colour for arm in gather(tmp_path, "mine").arms}
+    a_sweep(tmp_path, arms(2, 3, 4))
+    after = {arm.arm_id: arm.colour for arm in gather(tmp_path, "mine").arms}
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == len(after)
+
+
+def test_more_arms_than_colours_differ_by_line_style(tmp_path: Path) -> None:
+    a_sweep(tmp_path, [a_config(r=r) for r in range(1, 12)])
+    looks = {(arm.colour, arm.style) for arm in gather(tmp_path, "mine").arms}
+    assert len(looks) == 11 > len(COLOURS)
+
+
+def test_a_curve_has_every_axis(tmp_path: Path) -> None:
+    record(one_run(tmp_path), world=4)
+    (run,) = gather(tmp_path, "mine").runs
+    points = run.curves["train/loss"]
+    assert [p.step for p in points] == [10, 20, 30, 40]
+    assert [p.tokens for p in points] == [TOKENS * p.step for p in points]
+    hours = [4 * SECONDS * p.step / 3600 for p in points]
+    assert [p.gpu_hours for p in points] == pytest.approx(hours)
+    assert [p.gpu_hours for p in run.curves["eval/paloma/perplexity"]] == pytest.approx(hours)
+    assert run.cost.gpu_hours == pytest.approx(hours[-1])
+    assert (run.cost.tokens, run.restarts) == (TOKENS * STEPS, [20, 40])
+
+
+def test_what_a_kill_took_back_is_in_no_curve_and_in_the_cost(tmp_path: Path) -> None:
+    run = one_run(tmp_path)
+    attempt(run, 1, start=0, stop=30, loss=9.0)  # killed; its checkpoint is of step 20
+    attempt(run, 2, start=20, stop=40, loss=1.0)
+    expected = [e for e in run.events() if "train/loss" in e["metrics"]]
+    (found,) = gather(tmp_path, "mine").runs
+    points = [(p.step, p.value) for p in found.curves["train/loss"]]
+    assert points == [(e["step"], e["metrics"]["train/loss"]) for e in expected]
+    assert [step for step, _ in points] == [10, 20, 30, 40]
+    assert found.restarts == [20, 40]
+    assert found.cost.gpu_hours == pytest.approx(SECONDS * 40 / 3600)
+    assert found.cost.all_hours == pytest.approx((30 + 20) * 100 / 3600)
+
+
+def test_processes_of_each_attempt_count_for_its_steps(tmp_path: Path) -> None:
+    run = one_run(tmp_path)
+    attempt(run, 1, start=0, stop=20, loss=1.0, world=1)
+    attempt(run, 2, start=20, stop=40, loss=1.0, world=4)
+    (found,) = gather(tmp_path, "mine").runs
+    assert found.cost.gpu_hours == pytest.approx((20 + 4 * 20) * SECONDS / 3600)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40, 150])
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, cut: int) -> None:
+    run = one_run(tmp_path)
+    attempt(run, 1, start=0, stop=40, loss=1.0)
+    whole = run.events_path.read_bytes()
+    run.events_path.write_bytes(whole[:-cut])
+    (found,) = gather(tmp_path, "mine").runs
+    assert found.state != "unreadable"
+    assert [p.step for p in found.curves["train/loss"]] == [10, 20, 30, 40]
+    assert found.tables["blimp_paradigms"]  # the newest whole one
+
+
+def test_a_table_that_a_kill_tore_is_replaced_by_the_one_before(tmp_path: Path) -> None:
+    run = one_run(tmp_path)
+    attempt(run, 1, start=0, stop=40, loss=1.0)
+    lines = run.events_path.read_text().splitlines(keepends=True)
+    torn = lines[-1][: lines[-1].index("}") + 1]
+    run.events_path.write_text("".join([*lines[:-1], torn + "\n"]))
+    (found,) = gather(tmp_path, "mine").runs
+    assert len(found.tables["blimp_paradigms"]) == 6
+
+
+def test_runs_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
+    runs = a_sweep(tmp_path, arms(2, seeds=range(4)))
+    states = ["finished", "diverged", "failed", "cancelled"]
+    for run, state in zip(runs, states, strict=False):
+        record(run, state=state)
+    runs[5].status_path.write_text("{")
+    (tmp_path / "runs" / runs[6].run_id / "config.json").unlink()
+    sweep = gather(tmp_path, "mine")
+    counts = dict.fromkeys(states, 1) | {"planned": 3, "failed": 2}
+    assert sweep.counts == counts
+    assert "damaged" in str(sweep.arms[1].runs[1].reason)
+
+
+def test_only_finished_runs_have_values_and_diverged_ones_are_seen_to_be_lost(
+    tmp_path: Path,
+) -> None:
+    runs = a_sweep(tmp_path, [a_config(seed=seed) for seed in range(4)])
+    for run, state in zip(runs, ["finished", "diverged", "failed"], strict=False):
+        record(run, state=state)
+    (arm,) = gather(tmp_path, "mine").arms
+    values = arm.values("train/loss")
+    assert values[0] == pytest.approx(loss_of(runs[0].config()))
+    assert math.isnan(values[1])
+    assert set(values) == {0, 1}
+    assert arm.values("nobody/measured") == {}
+
+
+def test_an_evaluation_apart_from_training_is_part_of_the_run(tmp_path: Path) -> None:
+    run = one_run(tmp_path)
+    record(run)
+    for step, value in ((20, 0.5), (STEPS, 0.75)):
+        content = {"name": "later", "section": "blimp", "step": step, "digest": "d"}
+        content |= {"metrics": {"later/blimp/no_bos/accuracy": value}, "finished": 1.0}
+        content |= {"tables": {"blimp_paradigms": [{"uid": "a"}]}}
+        (run.evals / "later").mkdir(parents=True, exist_ok=True)
+        path = run.evals / "later" / f"step-{step:08d}-blimp.json"
+        path.write_text(json.dumps(content))
+    (found,) = gather(tmp_path, "mine").runs
+    points = found.curves["later/blimp/no_bos/accuracy"]
+    assert [(p.step, p.tokens) for p in points] == [(20, 20 * TOKENS), (STEPS, STEPS * TOKENS)]
+    assert points[0].gpu_hours == pytest.approx(SECONDS * 20 / 3600)
+    assert found.metrics["later/blimp/no_bos/accuracy"] == 0.75
+    assert found.tables["later/blimp_paradigms"] == [{"uid": "a"}]
+    assert len(found.tables["blimp_paradigms"]) == 6
+
+
+def test_reading_changes_nothing(tmp_path: Path) -> None:
+    for run in a_sweep(tmp_path, arms(2)):
+        record(run)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    gather(tmp_path, "mine")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_sweep_that_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
+    a_sweep(tmp_path, [a_config()])
+    with pytest.raises(ConfigError, match="Did you mean 'mine'") as error:
+        gather(tmp_path, "mien")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": []}', '{"cells": [{"run_id": 1}]}'])
+def test_a_damaged_plan_is_one_line(tmp_path: Path, text: str) -> None:
+    a_sweep(tmp_path, [a_config()])
+    (tmp_path / "sweeps" / "mine" / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"plan\.json must be a plan"):
+        gather(tmp_path, "mine")
+
+
+def test_the_question_is_of_the_sweeps_file_else_of_the_experiments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, text in (("sweep", "who is best?"), ("experiment", "is it so?")):
+        (tmp_path / folder).mkdir()
+        head = f"# @package _global_\n# Question: {text[:5]}\n#   {text[5:]}\n# Command: x\n"
+        (tmp_path / folder / "mine.yaml").write_text(head)
+    monkeypatch.setattr(plans, "CONF", tmp_path)
+    assert plans.question("other", ["run.py -m sweep=mine"], ["mine"]) == "who i s best?"
+    assert plans.question("other", ["run.py -m"], ["mine", "mine"]) == "is it  so?".replace(
+        "  ", " "
+    )
+    assert plans.question("other", [], ["nobody's"]) is None
+
+
+def test_the_question_is_that_of_the_experiments_file() -> None:
+    assert plans.question("other", [], ["demo"]) == (
+        "does a small decoder learn our grammar with ReLoRA, and what do restarts do to its loss?"
+    )
+    assert plans.question("other", [], ["nobody wrote this"]) is None
+
+
+def test_a_question_may_take_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\n# Question: is it\n#           so?\n# Command: run\nseed: 1\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(plans, "CONF", tmp_path)
+    assert plans.question("other", [], ["mine", "mine"]) == "is it so?"
+
+
+def test_floors_are_told_of_the_grammar_alone(tmp_path: Path) -> None:
+    a_sweep(tmp_path, [a_config()])
+    found = data.floor(gather(tmp_path, "mine"))
+    assert found is not None
+    assert 0 < found.entropy < found.unigram < math.log(10_000)
+
+
+def test_load_of_the_machine_is_no_curve(tmp_path: Path) -> None:
+    run = one_run(tmp_path)
+    log = EventLog(run, 1)
+    log.emit(Event(kind="system", step=1, metrics={"system/cpu": 1.0}))
+    log.close()
+    assert gather(tmp_path, "mine").runs[0].curves == {}

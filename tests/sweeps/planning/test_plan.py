@@ -1,0 +1,195 @@
+"""Plans: equal runs fall together, names tell runs apart, a stored plan only grows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.plans import stored_names
+from relora_core.config import ConfigError, ModelConfig, ReLoRAConfig, SweepConfig
+from sweeps.planning.grid import axes, check_name, compose_all, points_from, safe_name, sweep_name
+from sweeps.planning.plan import cell_names, load, make_plan, store, varying
+
+
+def grid(make, **axes_):
+    """Points and configs of a product, as the porch would hand them in."""
+    return [
+        ({f"relora.{k}" if k == "r" else k: str(v) for k, v in cell.items()}, make(**cell))
+        for cell in (
+            dict(zip(axes_, values, strict=True)) for values in itertools.product(*axes_.values())
+        )
+    ]
+
+
+def test_axes_that_do_not_apply_collapse_and_the_plan_says_so(make):
+    plan = make_plan(grid(make, method=["full_rank", "relora"], r=[8, 6]))
+    assert [cell.name for cell in plan.cells] == [
+        "method=full_rank",
+        "method=relora relora.r=8",
+        "method=relora relora.r=6",
+    ]
+    told = "4 points -> 3 runs: relora.r does not apply to method=full_rank"
+    assert plan.collapsed == [told]
+
+
+def test_the_same_point_twice_and_a_label_are_one_run(make):
+    plan = make_plan([({"seed": "1"}, make(seed=1)), ({"seed": "1"}, make(seed=1))])
+    assert len(plan.cells) == 1
+    assert plan.collapsed == ["2 points -> 1 runs: the same setting is there more than once"]
+    renamed = make_plan([({}, make()), ({}, make(experiment="other"))])
+    assert len(renamed.cells) == 1
+    assert "experiment does not change what is computed" in renamed.collapsed[0]
+
+
+def test_a_bad_cell_stops_the_whole_grid(make):
+    with pytest.raises(ConfigError, match=r"relora.r must be in \[1, 8\].* got 99") as caught:
+        make_plan(grid(make, r=[4, 99]))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_follow_the_fewest_telling_keys(make):
+    wide = ModelConfig(name="wide", d_model=48, d_ff=96, vocab_size=64)
+    configs = [make(), make(model=wide)]
+    assert varying(configs) == ["model.d_model", "model.d_ff"]
+    assert cell_names(configs) == ["model=nano", "model=wide"]
+    unnamed = [make(), make(model=dataclasses.replace(wide, name="nano"))]
+    assert cell_names(unnamed) == ["model.d_model=24", "model.d_model=48"]
+    assert cell_names([make()]) == ["test"]
+
+
+def test_names_tell_numbers_apart_that_differ_in_the_last_digit(make):
+    plan = make_plan([({}, make(relora=ReLoRAConfig(r=4, dropout=d))) for d in (0.3, 0.1 + 0.2)])
+    names = [cell.name for cell in plan.cells]
+    assert names == ["relora.dropout=0.3", "relora.dropout=0.30000000000000004"]
+
+
+def test_a_long_value_is_cut_in_a_name_and_still_told_apart(make):
+    phases = [[[step, 4 + step % (3 + last)] for step in range(200)] for last in range(3)]
+    every = [ReLoRAConfig(r=8, reset_frequency=1, rank_schedule=one) for one in phases]
+    plan = make_plan([({}, make(steps=200, relora=relora)) for relora in every])
+    names = [cell.name for cell in plan.cells]
+    assert len(set(names)) == 3
+    assert all(len(name) < 120 for name in names)
+    assert all(name.startswith("relora.rank_schedule=[0, 4]+") for name in names)
+
+
+@given(
+    cells=st.sets(
+        st.tuples(
+            st.sampled_from(["full_rank", "lora", "relora"]),
+            st.integers(1, 8),
+            st.integers(0, 3),
+            st.sampled_from([3, 4]),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_names_are_unique_within_any_plan(cells):
+    def config(method, r, seed, steps):
+        from relora_core.config import DataConfig, ReLoRAConfig, RunConfig, TrainConfig
+
+        return RunConfig(
+            method=method,
+            seed=seed,
+            model=ModelConfig(name="nano", d_model=24, d_ff=48, vocab_size=64),
+            relora=ReLoRAConfig(r=r),
+            train=TrainConfig(steps=steps, batch_size=2),
+            data=DataConfig(seq_len=8),
+        )
+
+    plan = make_plan([({}, config(*cell)) for cell in sorted(cells)])
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells)
+    assert len({cell.run_id for cell in plan.cells}) == len(plan.cells)
+
+
+def test_the_sweep_is_named_by_what_varies(make):
+    assert make_plan(grid(make, method=["lora", "relora"], r=[4, 8])).name == "method-relora.r"
+    assert make_plan([({"seed": "3"}, make(seed=3))]).name == "test"
+    named = make(sweep=SweepConfig(name="mine"))
+    plan = make_plan([({}, named)])
+    assert (plan.name, plan.cells[0].config.sweep.name) == ("mine", "mine")
+    with pytest.raises(ConfigError, match="one name per command"):
+        make_plan([({}, named), ({}, make(seed=1))])
+
+
+@given(text=st.text(max_size=90))
+def test_any_text_becomes_a_safe_folder_name(text):
+    name = safe_name(text)
+    assert re.fullmatch(r"[A-Za-z0-9_=][A-Za-z0-9._=-]{0,59}", name)
+    assert safe_name(name) == name == check_name(name)
+
+
+@given(keys=st.lists(st.from_regex(r"[a-z]{1,9}(\.[a-z]{1,9})?", fullmatch=True), min_size=1))
+def test_different_axes_have_different_names_however_long(keys):
+    keys = list(dict.fromkeys(keys))
+    points = [dict.fromkeys(keys, "1"), dict.fromkeys(keys, "2")]
+    assert axes(points) == keys
+    name = sweep_name(points, experiment="demo")
+    more = [{**point, "zzz.one-more": str(i)} for i, point in enumerate(points)]
+    assert len(name) <= 60
+    assert sweep_name(more, experiment="demo") != name
+
+
+def test_an_unsafe_name_is_refused_with_the_nearest_valid_one():
+    with pytest.raises(ConfigError, match=r"got 'a/b'; nearest valid: a-b"):
+        check_name("a/b")
+
+
+def test_points_keep_the_keys_without_hydras_prefixes():
+    assert points_from([["model=tiny", "+a.b=x=y"], ["~c"]]) == [
+        {"model": "tiny", "a.b": "x=y"},
+        {"c": ""},
+    ]
+
+
+def test_files_are_composed_once_per_choice():
+    read: list[object] = []
+
+    def base(choice):
+        read.append(choice)
+        return str(choice)
+
+    made = compose_all(
+        [("a", ["1"]), ("b", ["1"]), ("a", ["2"])], base=base, change=lambda b, v: b + v[0]
+    )
+    assert (made, read) == (["a1", "b1", "a2"], ["a", "b"])
+
+
+def test_a_stored_plan_reads_back_as_it_was(make, tmp_path):
+    out = tmp_path / "out"
+    plan = store(make_plan(grid(make, r=[4, 8]), command="run -m relora.r=4,8"), output_dir=out)
+    assert load(plan_folder(out, name=plan.name) / "plan.json") == plan
+
+
+def test_a_widened_grid_extends_the_stored_plan_and_runs_its_own_points_only(make, tmp_path):
+    first = store(make_plan(grid(make, r=[4, 8]), name="s", command="one"), output_dir=tmp_path)
+    second = store(
+        make_plan(grid(make, r=[8, 2], seed=[0, 1]), name="s", command="two"), output_dir=tmp_path
+    )
+    stored = load(plan_folder(tmp_path, name="s") / "plan.json")
+    ids = [cell.run_id for cell in stored.cells]
+    assert ids[:2] == [cell.run_id for cell in first.cells]
+    assert len(ids) == len(set(ids)) == 5
+    assert len(second.cells) == 4
+    assert stored.commands == ["one", "two"]
+    assert stored.created == first.created
+    names = {cell.run_id: cell.name for cell in stored.cells}
+    assert all(cell.name == names[cell.run_id] for cell in second.cells)
+    assert stored_names(tmp_path) == {"s": names}
+
+
+def test_a_damaged_plan_is_the_users_to_mend_in_one_line(make, tmp_path):
+    plan = store(make_plan([({}, make())]), output_dir=tmp_path)
+    path = plan_folder(tmp_path, name=plan.name) / "plan.json"
+    path.write_text(json.dumps({"cells": [{"run_id": "x"}]}))
+    with pytest.raises(ConfigError, match="must be a plan") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,463 @@
+"""A run's own word, then SLURM's; absence is not death, and reading changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_slurm import FakeSlurm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments.disk.output_dir import jobs_folder
+from experiments.disk.run_dir import STATES, RunDir
+from experiments.disk.state import SILENT_AFTER_S, state_of
+from sweeps.slurm import cluster
+from sweeps.slurm.cluster import Job, SlurmError
+from sweeps.slurm.submission import Submission, read_submissions, recover
+from sweeps.slurm.survey import gone, judge, survey
+
+ELSEWHERE = "a-node-elsewhere"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "PAUSE_S", 0.01)
+    return FakeSlurm.install(tmp_path / "slurm", monkeypatch)
+
+
+@pytest.fixture
+def run(make, tmp_path):
+    """Queued as job 12_3, on a node elsewhere."""
+    run_dir = RunDir(tmp_path / "out" / "runs" / "nano-relora-s0-abc")
+    run_dir.create(make())
+    run_dir.update_status(state="queued", job_id="12_3", host=ELSEWHERE, pid=1)
+    return run_dir
+
+
+def says(run_dir, state, *, silent=0.0, **changes):
+    run_dir.update_status(state=state, **changes)
+    status = run_dir.status()
+    status.heartbeat = time.time() - silent
+    run_dir.write_status(status)
+
+
+def lock(run_dir, **fields):
+    holder = {"host": ELSEWHERE, "pid": 1, "started": 0.0, "job_id": "12_3"} | fields
+    (run_dir.path / "lock").write_text(json.dumps(holder))
+    return holder
+
+
+def now(run_dir):
+    state = survey([run_dir])[run_dir.run_id]
+    return state.state, state.reason
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# waiting ----------------------------------------------------------------------------------------
+def test_a_pending_job_is_queued_and_says_why(slurm, run):
+    slurm.add("12_3", reason="Resources")
+    assert now(run) == ("queued", "SLURM: Resources")
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_running_run_whose_job_waits_again_was_requeued_even_if_its_lock_is_left(
+    slurm, run, locked
+):
+    says(run, "running")
+    if locked:
+        lock(run)
+    slurm.add("12_3", reason="BeginTime")
+    assert now(run) == ("queued", "requeued, SLURM: BeginTime")
+    assert (run.path / "lock").exists() == locked
+
+
+def test_the_queue_outranks_an_accounting_that_still_says_node_fail(slurm, run):
+    says(run, "running")
+    slurm.add("12_3", state="PENDING", reason="BeginTime")
+    assert now(run)[0] == "queued"
+    slurm.set_state("12_3", "NODE_FAIL")
+    slurm.forget("12_3")
+    assert now(run) == ("failed", "SLURM: NODE_FAIL (job 12_3)")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("PENDING", "launch failed requeued held"),
+        ("PENDING", "launch_failed_requeued_held"),
+        ("PENDING", "JobHeldUser"),
+        ("REQUEUE_HOLD", "None"),
+        ("SPECIAL_EXIT", "None"),
+    ],
+)
+def test_a_held_job_says_what_lets_it_go_on(slurm, run, state, reason):
+    slurm.add("12_3", state=state, reason=reason)
+    judged, why = now(run)
+    assert judged == "queued"
+    assert why is not None
+    assert "`scontrol release 12_3` lets it go on" in why
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["DependencyNeverSatisfied", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints",
+     "AssocMaxWallDurationPerJobLimit"],
+)  # fmt: skip
+def test_what_cannot_come_true_says_what_to_do(slurm, run, reason):
+    slurm.add("12_3", reason=reason)
+    assert now(run) == (
+        "queued",
+        f"never starts (SLURM: {reason}); `python -m sweeps cancel {run.run_id} --output-dir "
+        f"{run.path.parents[1]}`, then launch it again",
+    )
+
+
+# running ----------------------------------------------------------------------------------------
+def test_a_job_that_runs_is_running_only_once_the_run_says_so(slurm, run):
+    slurm.add("12_3", state="RUNNING", node="n7")
+    assert now(run) == ("queued", "starting on n7")
+    says(run, "running")
+    assert now(run) == ("running", None)
+    lock(run)
+    assert now(run) == ("running", None)
+
+
+def test_a_silent_run_whose_job_runs_is_running_with_a_note(slurm, run):
+    says(run, "running", silent=2 * SILENT_AFTER_S)
+    slurm.add("12_3", state="RUNNING")
+    assert now(run) == ("running", f"no word from {ELSEWHERE} for 10 min")
+
+
+def test_a_process_gone_from_this_host_is_no_failure_while_its_job_runs(slurm, run, tmp_path):
+    submitted(tmp_path / "out", job_id="12", tasks=[[], [], [], [run.run_id]])
+    says(run, "running", host=socket.gethostname(), pid=2**22 + 1)
+    slurm.add("12_3", state="RUNNING")
+    state, reason = now(run)
+    assert state == "running"
+    assert reason is not None
+    assert reason.endswith("but SLURM: RUNNING")
+
+
+# over -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("word", ["queued", "running"])
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize(
+    ("state", "judged", "reason"),
+    [
+        ("TIMEOUT", "failed", "SLURM: TIMEOUT (job 12_3)"),
+        ("OUT_OF_MEMORY", "failed", "SLURM: OUT_OF_MEMORY (job 12_3)"),
+        ("FAILED", "failed", "SLURM: FAILED (job 12_3)"),
+        ("BOOT_FAIL", "failed", "SLURM: BOOT_FAIL (job 12_3)"),
+        ("CANCELLED", "cancelled", "SLURM: CANCELLED (job 12_3)"),
+        ("PREEMPTED", "failed", "preempted and not requeued (job 12_3)"),
+        ("COMPLETED", "failed", "its job 12_3 ended without a result"),
+    ],
+)
+def test_a_job_that_is_over_ended_its_run(slurm, run, word, locked, state, judged, reason):
+    says(run, word)
+    if locked:
+        lock(run)
+    slurm.add("12_3", state=state)
+    assert now(run) == (judged, reason)
+    slurm.forget("12_3")  # and so says the accounting
+    assert now(run) == (judged, reason)
+
+
+def test_a_runs_own_account_of_its_failure_is_better_than_slurms(slurm, run):
+    says(run, "failed", error="RuntimeError: boom")
+    slurm.add("12_3", state="FAILED")
+    assert now(run) == ("failed", "RuntimeError: boom")
+
+
+def test_a_run_that_was_asked_to_end_is_cancelled_however_its_job_ended(slurm, run):
+    says(run, "running")
+    run.cancel_path.touch()
+    slurm.add("12_3", state="FAILED")
+    assert now(run)[0] == "cancelled"
+
+
+@pytest.mark.parametrize("job", ["RUNNING", "PENDING", "COMPLETED"])
+def test_a_job_that_nobody_submitted_says_nothing_of_a_process_of_this_host(slurm, run, job):
+    """As an earlier version wrote it down inside an allocation."""
+    slurm.add("4242", name="interactive", state=job)
+    says(run, "running", host=socket.gethostname(), pid=2**22 + 1, job_id="4242")
+    state, reason = now(run)
+    assert (state, str(reason)[:20]) == ("failed", "killed (no process; ")
+    assert survey([run])[run.run_id].job_id is None
+
+
+@pytest.mark.parametrize("result", ["finished", "diverged"])
+def test_a_run_with_a_result_needs_no_scheduler(slurm, run, result):
+    says(run, "running")
+    run.write_result({"state": result})
+    slurm.add("12_3", state="NODE_FAIL")
+    assert now(run)[0] == result
+    assert slurm.calls("squeue") == []
+
+
+def test_a_result_written_while_slurm_was_asked_counts(slurm, run, monkeypatch):
+    says(run, "running")
+
+    def ends_meanwhile(job_ids):
+        run.write_result({"state": "finished"})
+        return {"12_3": Job(job_id="12_3", state="COMPLETED")}
+
+    monkeypatch.setattr(cluster, "jobs", ends_meanwhile)
+    assert now(run)[0] == "finished"
+
+
+# unknown ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("accounting", [True, False])
+@pytest.mark.parametrize("word", ["queued", "running"])
+def test_absence_is_not_death_until_the_run_has_long_been_silent(slurm, run, word, accounting):
+    slurm.config(accounting=accounting)
+    says(run, word, silent=60)
+    assert now(run) == (word, "SLURM does not list job 12_3")
+    says(run, word, silent=12 * 60)
+    assert now(run) == (
+        "lost",
+        "no word for 12 min and SLURM does not know job 12_3; "
+        f"`python -m sweeps retry {run.run_id} --output-dir {run.path.parents[1]}` runs it again",
+    )
+
+
+# of an array whose other tasks are listed ---------------------------------------------------------
+@pytest.mark.parametrize("accounting", [True, False])
+@pytest.mark.parametrize("sibling", ["PENDING", "RUNNING", "COMPLETED"])
+def test_a_task_taken_out_of_its_array_is_cancelled_at_once(slurm, run, accounting, sibling):
+    """scancel of a pending task leaves no record of it, with the controller or the accounting."""
+    slurm.config(accounting=accounting)
+    slurm.add("12_1", state=sibling)
+    assert now(run) == ("cancelled", "SLURM does not list job 12_3 with its array any more")
+    slurm.add("12_3")
+    assert now(run)[0] == "queued"
+
+
+def test_a_job_alone_and_an_array_that_is_gone_are_no_such_case(slurm, run):
+    slurm.add("13_1")
+    assert now(run) == ("queued", "SLURM does not list job 12_3")
+    run.update_status(job_id="12")
+    slurm.add("12_1")
+    assert now(run) == ("queued", "SLURM does not list job 12")
+
+
+def test_a_task_that_began_and_is_not_listed_has_failed(slurm, run, tmp_path):
+    submitted(tmp_path / "out", job_id="12", tasks=[[], [], [], [run.run_id]])
+    slurm.add("12_1")
+    assert now(run)[0] == "cancelled"
+    folder = next(tmp_path.glob("out/sweeps/*/jobs/*"))
+    (folder / "12_3_0_log.out").touch()  # SLURM makes it at the job's begin
+    assert now(run) == ("failed", "its job 12_3 ended without a result")
+    says(run, "running")
+    assert now(run)[0] == "failed"
+
+
+def test_a_node_that_saw_nothing_is_told_of_shared_file_systems(slurm, run, tmp_path):
+    submitted(tmp_path / "out", job_id="12", tasks=[[], [], [], [run.run_id]])
+    slurm.add("12_3", state="FAILED", node="n7")
+    assert now(run) == (
+        "failed",
+        "SLURM: FAILED (job 12_3) and its node n7 wrote nothing: output_dir must be on a shared "
+        f"file system that the nodes see, got {tmp_path / 'out'}",
+    )
+    folder = next(tmp_path.glob("out/sweeps/*/jobs/*"))
+    (folder / "12_3_0_log.out").touch()
+    assert now(run) == ("failed", "SLURM: FAILED (job 12_3)")
+    said = "hydra.launcher.setup failed with exit code 127: module load x"
+    (folder / "12_3_0_log.out").write_text(f"module: command not found\nerror: {said}\n")
+    assert now(run) == ("failed", f"SLURM: FAILED (job 12_3); {said}")
+
+
+def test_a_pending_run_that_was_asked_to_end_is_still_queued(slurm, run):
+    """As where scancel was denied."""
+    run.cancel_path.touch()
+    slurm.add("12_3", reason="Priority")
+    assert now(run) == ("queued", "asked to end: it does so when it begins (SLURM: Priority)")
+
+
+def test_a_failed_run_whose_job_slurm_forgot_stays_failed(slurm, run):
+    says(run, "failed", silent=1e6, error="RuntimeError: boom")
+    assert now(run) == ("failed", "RuntimeError: boom")
+
+
+def test_when_slurm_does_not_answer_the_runs_own_word_stands(slurm, run):
+    says(run, "running", silent=60)
+    slurm.fail("squeue", "Unable to contact slurm controller (connect failure)")
+    assert now(run) == (
+        "running",
+        "SLURM does not answer: squeue: Unable to contact slurm controller (connect failure)",
+    )
+
+
+def test_without_squeue_the_runs_own_word_stands(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    state, reason = now(run)
+    assert state == "queued"
+    assert reason is not None
+    assert "no squeue" in reason
+
+
+# many -------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_hundreds_of_runs_cost_one_question_and_local_runs_none(slurm, make, tmp_path):
+    runs = []
+    for number in range(200):
+        run_dir = RunDir(tmp_path / "out" / "runs" / f"r{number}")
+        run_dir.create(make())
+        run_dir.update_status(state="queued", job_id=f"12_{number}", host=ELSEWHERE)
+        slurm.add(f"12_{number}")
+        runs.append(run_dir)
+    local = RunDir(tmp_path / "out" / "runs" / "local")
+    local.create(make())
+    states = survey([*runs, local])
+    assert [state.state for state in states.values()] == ["queued"] * 200 + ["planned"]
+    assert len(slurm.calls("squeue")) == 1
+    slurm.fail("squeue", "not to be asked")
+    assert survey([local])["local"].reason is None
+
+
+def test_a_run_at_work_outside_slurm_is_running_whatever_its_old_job_is(slurm, run):
+    lock(run, job_id=None)
+    slurm.add("12_3", state="CANCELLED")
+    assert now(run)[0] == "running"
+
+
+def test_an_older_job_that_still_holds_the_run_is_running(slurm, run):
+    lock(run, job_id="9")
+    slurm.add("9", state="RUNNING")
+    slurm.add("12_3")
+    assert now(run)[0] == "running"
+    slurm.set_state("9", "COMPLETED")
+    assert now(run) == ("queued", "SLURM: Priority")
+
+
+JOB_STATES = sorted({*cluster.OVER, *cluster.WAITING, "RUNNING", "COMPLETING", "NEW_WORD"})
+
+
+@settings(
+    max_examples=2 * settings.default.max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    word=st.sampled_from(["planned", "queued", "running", "failed", "cancelled"]),
+    job=st.none() | st.sampled_from(JOB_STATES),
+    silent=st.sampled_from([0.0, 1e4]),
+    locked=st.booleans(),
+    cancel=st.booleans(),
+)
+def test_whatever_is_said_a_judgement_is_safe_and_changes_nothing(
+    run, word, job, silent, locked, cancel
+):
+    (run.path / "lock").unlink(missing_ok=True)
+    run.cancel_path.unlink(missing_ok=True)
+    says(run, word, silent=silent)
+    if locked:
+        lock(run)
+    if cancel:
+        run.cancel_path.touch()
+    known = {"12_3": Job(job_id="12_3", state=job)} if job else {}
+    before = files(run.path)
+    judged = judge(run, own=state_of(run), jobs=known)
+    assert files(run.path) == before
+    assert judged.state in STATES
+    if known and known["12_3"].over:  # else a run would wait for ever for a job that is over
+        assert judged.state in ("failed", "cancelled")
+    if known and known["12_3"].alive and word in ("planned", "queued", "running"):
+        assert judged.state in ("queued", "running")  # else two jobs would run it
+    given_up = not known and silent > 0 and word in ("queued", "running") and not cancel
+    assert (judged.state == "lost") == given_up
+
+
+# locks ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("state", "dead"),
+    [("RUNNING", False), ("COMPLETING", False), ("PENDING", True), ("NODE_FAIL", True)],
+)
+def test_a_holder_is_dead_where_slurm_says_that_its_job_is_over_or_waits(slurm, run, state, dead):
+    slurm.add("12_3", state=state)
+    assert gone(lock(run), heartbeat=time.time()) == dead
+
+
+def test_a_holder_of_an_unknown_job_is_dead_only_after_long_silence(slurm, run):
+    assert not gone(lock(run), heartbeat=time.time() - 60)
+    assert gone(lock(run), heartbeat=time.time() - 2 * SILENT_AFTER_S)
+
+
+def test_in_doubt_a_holder_lives(slurm, run):
+    slurm.add("12_3", state="FAILED")
+    assert not gone(lock(run, job_id=None), heartbeat=0.0)
+    assert not gone(lock(run, host=socket.gethostname()), heartbeat=0.0)
+    slurm.fail("squeue", "Unable to contact slurm controller")
+    assert not gone(lock(run), heartbeat=0.0)
+
+
+# submissions ------------------------------------------------------------------------------------
+def submitted(tmp_path, **changes):
+    one = Submission(submission="0a1b2c3d", name="it's a grid.0a1b2c3d", tasks=[["a", "b"], ["c"]])
+    for key, value in changes.items():
+        setattr(one, key, value)
+    one.write(jobs_folder(tmp_path, name="it's a grid") / one.submission)
+    return one
+
+
+def test_each_run_of_a_submission_has_its_tasks_job(tmp_path):
+    array = submitted(tmp_path, job_id="12", state="submitted")
+    assert array.job_ids() == {"a": "12_0", "b": "12_0", "c": "12_1"}
+    assert Submission(submission="1", name="n", tasks=[["a", "b"]], job_id="7").job_ids() == {
+        "a": "7",
+        "b": "7",
+    }
+    assert Submission(submission="1", name="n", tasks=[["a"]]).job_ids() == {}
+
+
+def test_submissions_are_read_back_oldest_first_with_fields_of_a_later_release_left_out(tmp_path):
+    second = submitted(tmp_path, submission="aa", created=2.0)
+    first = submitted(tmp_path, submission="ff", created=1.0)
+    folder = jobs_folder(tmp_path, name="it's a grid")
+    path = folder / "aa" / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_2031": 1}))
+    assert read_submissions(folder) == [first, second]
+    assert read_submissions(tmp_path / "nothing here") == []
+
+
+def test_an_id_lost_after_sbatch_is_found_by_name_and_written_only_when_asked_to(slurm, tmp_path):
+    one = submitted(tmp_path)
+    before = files(jobs_folder(tmp_path, name="it's a grid"))
+    slurm.add("44_0", name=one.name)
+    slurm.add("44_1", name=one.name)
+    [found] = recover(tmp_path, "it's a grid")
+    assert (found.job_id, found.state) == ("44", "submitted")
+    assert files(jobs_folder(tmp_path, name="it's a grid")) == before
+    assert recover(tmp_path, "it's a grid", write=True) == [found]
+    slurm.fail("squeue", "not to be asked again")
+    assert recover(tmp_path, "it's a grid") == [found]
+
+
+def test_what_never_reached_slurm_stays_without_a_job(slurm, tmp_path):
+    one = submitted(tmp_path)
+    refused = submitted(tmp_path, submission="ff", state="refused", created=9.0, error="no")
+    assert recover(tmp_path, "it's a grid", write=True) == [one, refused]
+
+
+def test_a_lost_id_and_a_silent_slurm_are_an_error_not_a_missing_job(slurm, tmp_path):
+    submitted(tmp_path)
+    slurm.fail("squeue", "Unable to contact slurm controller")
+    with pytest.raises(SlurmError):
+        recover(tmp_path, "it's a grid")
+
+
+def test_sweeps_state_needs_no_heavy_library():
+    code = "import sys, sweeps.slurm.survey; print({'torch', 'mlflow', 'hydra'} & set(sys.modules))"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
+    )
+    assert said.stdout.strip() == "set()"
