@@ -33,6 +33,8 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypeVar, cast, get_type_hints
 
+from relora_core import schedule
+
 METHODS = ["full_rank"]
 """Every method; `of_methods` adds those that have knobs of their own."""
 ADAPTERS = ("lora", "relora")
@@ -116,7 +118,7 @@ def _of_grammar(path: str | None, most: int | None, there: int) -> int | None:
     return most if path is not None or (most or there) < there else None
 
 
-# what other knobs leave a knob to say; the schedule is asked, which imports this file ------------
+# what other knobs leave a knob to say ------------------------------------------------------------
 def _constant_scale(c: RunConfig) -> float | None:
     """s of every adapter throughout the run; None where it is trained or ranks change."""
     relora = c.relora
@@ -127,20 +129,14 @@ def _constant_scale(c: RunConfig) -> float | None:
 
 
 def _rank_changes(c: RunConfig) -> list[tuple[int, int]] | None:
-    from relora_core import schedule
-
     return schedule.rank_changes(c) or None
 
 
 def _phase_changes(c: RunConfig) -> list[int] | None:
-    from relora_core import schedule
-
     return schedule.phase_changes(c) or None
 
 
 def _first_multiple(c: RunConfig) -> int | None:
-    from relora_core import schedule
-
     return next(schedule.restart_multiples(c), None)
 
 

@@ -8,7 +8,6 @@ float64 and plain autograd.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora_core import native
+from relora_core.dropout import GOLDEN, KEEP_ALL, Dropout
+from relora_core.native_check import LANES
 
 LOG2E = math.log2(math.e)
 """exp2 of scores and logits in bits takes a third of the time of exp."""
 
 HEAD_SIZES = (8, 16, 32, 64)
 """Columns of a head that native.cpp has code for."""
-
-LANES = 16
-"""Columns of adapters come in multiples of it."""
-
-KEEP_ALL = 1 << 16
-"""What an entry's 16 bits are always below."""
 
 
 def is_native(*tensors: Tensor, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
@@ -171,66 +166,6 @@ class _SwiGLU(torch.autograd.Function):
         upstream, found = grads[0].contiguous(), (torch.empty_like(gate), torch.empty_like(value))
         native.call(f"swiglu_back_{native.kind(gate)}", gate, value, upstream, *found, gate.numel())
         return found
-
-
-# adapters ---------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Dropout:
-    """A layer's dropout in one pass of a step, the same however the step's batch is divided.
-
-    Whether an entry is kept follows from `seed`, its sequence's place in the batch and its own in
-    the sequence: not from device, kernels, accumulation or processes.
-    """
-
-    share: float
-    """Of entries, dropped."""
-    seed: int
-    """Of the step and the layer."""
-    first: int = 0
-    """Place of the pass's first sequence in the batch of all processes."""
-    stride: int = 1
-    """From one sequence of the pass to its next in that batch."""
-
-    @property
-    def cut(self) -> int:
-        """An entry whose 16 bits are below it is kept: at most 1 / 131072 from the share asked."""
-        return min(max(round((1 - self.share) * KEEP_ALL), 1), KEEP_ALL - 1)
-
-    @property
-    def gain(self) -> float:
-        """Of what is kept, so that its mean stays."""
-        return KEEP_ALL / self.cut
-
-    def mask(self, x: Tensor) -> Tensor:
-        """Of x's shape (sequences, ..., columns) in uint8: 1 where an entry is kept, else 0.
-
-        16 bits an entry, of a generator that any part can be had from: native.cpp draws the same.
-        """
-        each = x[0].numel()
-        words = -(-each // 4)
-        index = torch.arange(1, words + 1, device=x.device).repeat(len(x), 1)
-        index += words * (self.first + self.stride * torch.arange(len(x), device=x.device)[:, None])
-        bits = _split_mix(index, seed=self.seed).view(torch.int16)[:, :each]
-        kept = (bits ^ -(1 << 15)) < self.cut - (1 << 15)  # without a sign they would be < cut
-        return kept.view(torch.uint8).reshape(x.shape)
-
-
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _split_mix(index: Tensor, *, seed: int) -> Tensor:
-    """The numbers of SplitMix64 (Steele et al. 2014) at `index`, int64, which is overwritten."""
-    z = index.mul_(_signed(GOLDEN)).add_(_signed(seed))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= (z >> shift).bitwise_and_((1 << 64 - shift) - 1)  # no sign to the right
-        z *= _signed(factor)
-    z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
-    return z
-
-
-def _signed(number: int) -> int:
-    """The int64 of these 64 bits."""
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def adapted_linear(

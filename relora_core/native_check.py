@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from relora_core.dropout import Dropout
+
 LOG2E = 1.4426950408889634
 CLOSE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest difference, relative to the largest value. Right kernels are a hundredth of it off in
@@ -179,7 +181,6 @@ def _adapt(call: Call, draw: np.random.Generator, kind: str) -> Iterator[Result]
 
     They are of every third sequence, ten rows each.
     """
-    from relora_core.kernels import LANES, Dropout
 
     dropout, rows, tokens = Dropout(0.1, seed=7, stride=3), 37, 10
     inner, outer, rank, scale = 32, 48, 5, 0.5
@@ -202,3 +203,7 @@ def _adapt(call: Call, draw: np.random.Generator, kind: str) -> Iterator[Result]
     yield f"adapt_back_{kind}", d_a, d_thin.T @ dropped
     yield f"adapt_back_{kind}", d_b, up.T @ thin * scale
     yield f"adapt_back_{kind}", _read(dx), d_before + d_thin @ _read(a) * keep
+
+
+LANES = 16
+"""Columns of adapters come in multiples of it."""

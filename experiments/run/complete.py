@@ -14,7 +14,7 @@ from experiments.disk.output_dir import cache_dir
 from relora_core import shell
 from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataInfo
-from relora_core.schedule import notices
+from relora_core.redraws import notices
 
 
 def complete(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:

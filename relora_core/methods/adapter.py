@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_core.config import ReLoRAConfig, adapter_scale
-from relora_core.kernels import Dropout, adapted_linear
+from relora_core.dropout import Dropout
+from relora_core.kernels import adapted_linear
 
 
 def named_seed(seed: int, step: int, name: str) -> int:

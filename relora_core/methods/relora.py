@@ -21,7 +21,8 @@ from relora_core.config import RunConfig, adapted_shapes
 from relora_core.methods.adapter import Pass, ReLoRALinear, named_generator
 from relora_core.methods.base import Method
 from relora_core.optim import prune_state_
-from relora_core.schedule import Draws, is_full_rank, scheduled_rank
+from relora_core.redraws import Draws
+from relora_core.schedule import is_full_rank, scheduled_rank
 from relora_core.spectra import product_singular_values
 
 

@@ -14,7 +14,7 @@ from relora_core.events import Event
 from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
-from relora_core.schedule import Draws
+from relora_core.redraws import Draws
 from relora_core.train import train
 from tests import warm
 from tests.conftest import nano_config

@@ -7,14 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from relora_core.config import ReLoRAConfig
-from relora_core.kernels import (
-    Dropout,
-    adapted_linear,
-    causal_attention,
-    rms_norm,
-    rotate,
-    swiglu,
-)
+from relora_core.dropout import Dropout
+from relora_core.kernels import adapted_linear, causal_attention, rms_norm, rotate, swiglu
 from relora_core.methods.adapter import ReLoRALinear
 
 

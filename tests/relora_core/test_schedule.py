@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_core.config import ConfigError, validate
-from relora_core.schedule import is_full_rank, lr_factor, notices, redraws, restart_steps
+from relora_core.redraws import notices
+from relora_core.schedule import is_full_rank, lr_factor, redraws, restart_steps
 
 STEPS = [0, 1, 1000, 1999, 2000, 2001, 2050, 2100, 3999, 4000, 4050, 4100, 10000, 19999]
 TABLE = {

@@ -14,8 +14,8 @@ from experiments.identity import config_to_json
 from relora_core import checkpoint, native
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.dropout import Dropout
 from relora_core.events import Event
-from relora_core.kernels import Dropout
 from relora_core.model import SwiGLU
 from relora_core.train import clip, split_batch, train
 from tests import warm

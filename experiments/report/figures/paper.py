@@ -21,7 +21,8 @@ from experiments.report.figures.curves import Panel, Progress, restart_ticks
 from experiments.report.figures.published import Published, Series
 from experiments.stats import Scale
 from relora_core.config import ADAPTERS, RunConfig, adapted_shapes, linear_shapes
-from relora_core.schedule import Draws, lr_factor, redraws
+from relora_core.redraws import Draws
+from relora_core.schedule import lr_factor, redraws
 
 GROUPS = {
     "weights": {"weight": "W + sBA", "base": "W without adapter\n(as published)"},
