@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import Ui, Window
+
+from tests.browser.conftest import Ui, Window
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
