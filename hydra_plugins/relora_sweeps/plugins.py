@@ -265,7 +265,6 @@ class OurLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from sweeps.launch import run_sweep
-        from sweeps.planning.grid import points_from
 
         composer = Composer(self.loader, self.config)
         configs = composer.all(job_overrides)
