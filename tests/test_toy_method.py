@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from experiments.mlflow_store import connect
+from experiments.tracking.store import connect
 from tests.recipes import NANO, call, carry_out, killed_at, numbers
 
 pytestmark = pytest.mark.slow
