@@ -74,6 +74,7 @@ def store(**options: Any) -> None:
 
 def initialized() -> contextlib.AbstractContextManager[None]:
     """A context in which Hydra finds the options of conf/."""
+    register()
     return initialize_config_dir(str(typos.CONF), **VERSION_BASE)
 
 
@@ -222,7 +223,6 @@ def compose(overrides: list[str], *, config_dir: str | None = None) -> RunConfig
 
     `config_dir` is a folder of further options, like --config-dir of run.py.
     """
-    register()
     started = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
     context = nullcontext() if started else initialized()
     with context, _with_folder(config_dir), explaining(overrides):
@@ -280,14 +280,6 @@ def _keys(values: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def set_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
-    """A copy of a composed config with typed values set at dotted keys."""
-    changed = cfg.copy()
-    for key, value in values.items():
-        _set(changed, key, value)
-    return changed
-
-
 def _set(cfg: DictConfig, key: str, value: Any) -> None:
     try:
         OmegaConf.update(cfg, key, value, merge=False)
@@ -314,7 +306,10 @@ class Base:
         """The config with typed values set at dotted keys; ConfigError where one does not fit."""
         overrides = [*self._overrides, *values]
         if self._config is None or not all(map(self._is_plain, values, values.values())):
-            return to_run_config(set_values(self.cfg, values), overrides=overrides)
+            cfg = self.cfg.copy()
+            for key, value in values.items():
+                _set(cfg, key, value)
+            return to_run_config(cfg, overrides=overrides)
         made = _copied(self._config)
         if made.relora.scale is not None:  # its alpha follows from the r of the base
             made.relora.alpha = self.cfg.relora.alpha

@@ -204,7 +204,6 @@ def _as_meant(got: Any, meant: Any) -> bool:
 @pytest.fixture(scope="module")
 def composer():
     """A grid's composer that composes its base once."""
-    schema.register()
     GlobalHydra.instance().clear()
     with schema.initialized():
         loader = GlobalHydra.instance().config_loader()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 
+from experiments import schema
 from relora_core.config import (
     DataConfig,
     ModelConfig,
@@ -70,6 +73,13 @@ except RunLocked as error:
 def planned(make: Callable[..., RunConfig], seeds: Iterable[int], **changes: object) -> Plan:
     """A plan of these seeds."""
     return make_plan([({"seed": str(s)}, make(seed=s, **changes)) for s in seeds], name="s")
+
+
+@pytest.fixture(scope="module")
+def loader() -> Iterator[ConfigLoader]:
+    """Hydra's loader of the options of conf/."""
+    with schema.initialized():
+        yield GlobalHydra.instance().config_loader()
 
 
 @pytest.fixture

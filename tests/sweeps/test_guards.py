@@ -113,7 +113,6 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_composing_refuses_a_config_that_names_code(way):
-    schema.register()
     with schema.initialized():
         loader = GlobalHydra.instance().config_loader()
         assert WAYS[way](loader, ["seed=5"]).seed == 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import optuna
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
@@ -19,13 +18,6 @@ from tests import warm
 
 BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
 SMALL = ["relora.r=4,8", "search.enqueue=[]"]
-
-
-@pytest.fixture(scope="module")
-def loader():
-    schema.register()
-    with schema.initialized():
-        yield GlobalHydra.instance().config_loader()
 
 
 @pytest.fixture

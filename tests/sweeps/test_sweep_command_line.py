@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 
 from experiments import schema, typos
@@ -18,13 +17,6 @@ from relora_core.config import ConfigError, validate
 from sweeps.local.slots import ROOT
 from sweeps.planning.plan import make_plan
 from tests import warm
-
-
-@pytest.fixture(scope="module")
-def loader():
-    schema.register()
-    with schema.initialized():
-        yield GlobalHydra.instance().config_loader()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import functools
 from itertools import pairwise
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -20,13 +19,6 @@ from sweeps.planning.plan import make_plan
 
 FILES = [name for name in typos.options("sweep") if name != "none"]
 LOCAL = ["data=grammar", "output_dir=x"]
-
-
-@pytest.fixture(scope="module")
-def loader():
-    schema.register()
-    with schema.initialized():
-        yield GlobalHydra.instance().config_loader()
 
 
 @pytest.fixture(scope="module")
