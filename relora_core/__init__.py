@@ -1,0 +1,29 @@
+"""Trains one model. Knows torch; knows no Hydra, MLflow, SLURM or Optuna.
+
+data/            Token streams and tokenizers, by kind of data
+methods/         How the model is parametrised and updated
+evals/           Perplexity and minimal pairs
+config.py        every knob: type, unit, default, bounds; rules across knobs
+model.py         the decoder, whole
+train.py         the training loop
+schedule.py      learning-rate factors and restart steps, as functions of the step
+redraws.py       when adapters are drawn anew, and which never learn
+dropout.py       dropout of the adapters' inputs, alike on any device
+optim.py         AdamW, and pruning of its state
+loss.py          the head's loss and log-probabilities without full logits
+kernels.py       attention, norms, SwiGLU and the adapted linear, with their backward passes
+native.cpp       the same for a CPU, in C++
+native.py        builds and loads `native.cpp`, where there is a compiler
+native_check.py  each of its functions against float64, on every load
+checkpoint.py    atomic checkpoints, and back
+ranks.py         processes of one run: they meet, are compared, stay equal
+shell.py         a process's place in a group, from its environment
+dynamics.py      which matrices of a run are measured, and the metrics of them
+spectra.py       singular values, effective rank and condition number of matrices
+costs.py         parameters, FLOPs and memory from shapes
+events.py        what a run reports: Event and Sink
+export.py        a run as a plain `LlamaForCausalLM`, and pico's or Llama's weights back
+sources.py       the digest of this package's code
+atomic.py        files that are never half-written
+shared.py        files and folders as writable as the folder they are in
+"""

@@ -1,7 +1,5 @@
 """The options in conf/: each composes, and none repeats a default of the code."""
 
-import itertools
-import re
 from pathlib import Path
 
 import pytest
@@ -81,16 +79,3 @@ def test_the_readme_names_every_group_and_option():
     for group, option in OPTIONS:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{group}` |"))
         assert f"`{option}`" in row
-
-
-MAPPED = ("experiments", "sweeps")
-
-
-def test_each_folders_docstring_names_its_files():
-    root = Path(typos.CONF).parent
-    for init in itertools.chain.from_iterable((root / top).rglob("__init__.py") for top in MAPPED):
-        text, folder = init.read_text(), init.parent
-        listed = re.findall(r"^(\w+\.py|\w+/) ", text, re.MULTILINE)
-        files = {p.name for p in folder.glob("*.py")} - {"__init__.py"}
-        folders = {f"{p.parent.name}/" for p in folder.glob("*/__init__.py")}
-        assert sorted(listed) == sorted(files | folders), init

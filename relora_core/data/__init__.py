@@ -1,7 +1,17 @@
 """Token streams by kind of data: `inspect` to plan, `prepare` once, `open_stream` in each rank.
 
-Not for: anything that needs torch; planning imports this room. What reads files of one kind is
-imported where it is used: pyarrow takes longer to load than `--help` takes to print.
+Not for: anything that needs torch; planning imports this package. What reads files of one kind
+is imported where it is used: pyarrow takes longer to load than `--help` takes to print.
+
+    base.py          what a stream and a tokenizer are
+    grammar.py       the embedded generator, its entropy, its minimal pairs
+    pretokenized.py  rows of ids from parquet, local or on the hub
+    parquet.py       parquet files: layout, footers, checks
+    binary.py        ids in a bare file, as nanoGPT's train.bin
+    text.py          documents, tokenised once into a cache
+    documents.py     documents out of txt, jsonl, parquet and packed files
+    tokenizer.py     tokenizer.json, folder or hub name
+    places.py        local path, hub name, or one clear line
 """
 
 from __future__ import annotations

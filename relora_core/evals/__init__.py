@@ -1,13 +1,13 @@
 """The registry of evals, and those of a run. A new one: docs/recipes.md.
 
-  base.py      what an eval is, and what evals share
-  scoring.py   log-probabilities of sequences
-  tree.py      sequences that begin alike, computed once
-  paloma.py    perplexity per source and domain
-  blimp.py     minimal pairs
-
 Loading and inspection import no torch. Not for: how often an eval runs (`train.py`), nor for the
 definition of any one measure (`paloma.py`, `blimp.py`).
+
+    base.py     what an eval is, and what evals share
+    scoring.py  log-probabilities of sequences
+    tree.py     sequences that begin alike, computed once
+    paloma.py   perplexity per source and domain
+    blimp.py    minimal pairs
 """
 
 from __future__ import annotations
