@@ -369,11 +369,11 @@ def _other_launcher(key: str, *, file: str = "") -> str | None:
     if line := _elsewhere(key, f"in {file}" if file else ""):
         return line
     nodes = {n.removesuffix(".yaml"): o.node for n, o in _stored(f"hydra/{section}").items()}
-    having = [n for n, node in nodes.items() if n != "basic" and name.split(".")[0] in node]
-    if not having:
+    names = [n for n, node in nodes.items() if n != "basic" and name.split(".")[0] in node]
+    if not names:
         return None
     where = f" (in {file}, whose defaults may say '- override /hydra/{section}: ...')"
-    return f"{key} needs hydra/{section}={' or '.join(having)}{where if file else ''}"
+    return f"{key} needs hydra/{section}={' or '.join(names)}{where if file else ''}"
 
 
 def explain_value(error: OmegaConfBaseException) -> str:

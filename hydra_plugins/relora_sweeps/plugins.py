@@ -285,7 +285,7 @@ class LocalLauncher(OurLauncher):
     def make(self) -> Any:
         from sweeps.local.launcher import LocalLauncher as Local
 
-        _refuse_added(self.added, known=["max_parallel"])
+        _refuse_added(self.added, keys=["max_parallel"])
         return Local(max_parallel=self.max_parallel)
 
 
@@ -301,17 +301,17 @@ class SlurmLauncher(OurLauncher):
     def make(self) -> Any:
         from sweeps.slurm.launcher import SlurmLauncher as Slurm
 
-        _refuse_added(self.values, known=[f.name for f in dataclasses.fields(SlurmOptions)])
+        _refuse_added(self.values, keys=[f.name for f in dataclasses.fields(SlurmOptions)])
         return Slurm(options=SlurmOptions(**self.values))
 
 
-def _refuse_added(values: Mapping[str, Any], *, known: list[str]) -> None:
+def _refuse_added(values: Mapping[str, Any], *, keys: list[str]) -> None:
     """ConfigError for a key that a plus has added; options of sbatch's own go to `extra`."""
     for key in values:
-        if key in known:
+        if key in keys:
             continue
-        line = f"hydra.launcher.{key} is not a known key.{nearest(key, known)}"
-        if "extra" in known:
+        line = f"hydra.launcher.{key} is not a known key.{nearest(key, keys)}"
+        if "extra" in keys:
             line += f" +hydra.launcher.extra.{key}=... hands any option to sbatch."
         raise ConfigError(line)
 
