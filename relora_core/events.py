@@ -1,10 +1,13 @@
-"""Event and Sink protocol: the trainer's only voice. Not for: files or servers (`experiments/`)."""
+"""Events, which are all that the trainer says, their sinks, and how a metric is shown.
+
+Not for: files or servers (`experiments/`).
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 LOSS_STEPS = 10
 """A run's final train/loss is the mean over its last updates, so many (or all, where it has fewer):
@@ -38,3 +41,26 @@ class Sink(Protocol):
 class NullSink:
     def emit(self, event: Event) -> None:
         pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A metric that is shown to readers, and how."""
+
+    key: str
+    """As events name it."""
+    title: str
+    """Heading of its column in the report."""
+    label: str
+    """Of an axis."""
+    column: str | None = None
+    """Heading where there is room for few; None: it is not there."""
+    scale: Literal["linear", "log"] = "linear"
+    """`log`: averages are geometric, differences ratios."""
+    better: Literal["lower", "higher"] = "lower"
+    chance: float | None = None
+    """What guessing gives."""
+    percent: bool = False
+    """A share that the report shows in per cent."""
+    charted: bool = True
+    """Whether every report, and MLflow's page of a sweep, has a chart of it."""

@@ -21,6 +21,7 @@ from rich.text import Text
 from experiments.disk.output_dir import runs_folder
 from experiments.disk.run_dir import DONE, RunDir, Status
 from experiments.disk.state import RunState
+from experiments.metrics import columns
 from experiments.run.sinks import clock
 from relora_core import costs
 from relora_core.config import RunConfig
@@ -42,12 +43,6 @@ COLOURS = {
 A100_FLOPS, A100_SHARE = 312e12, 0.1
 """Peak FLOP/s in bf16 (NVIDIA's data sheet), and the share assumed where nothing was measured:
 small models do not fill it."""
-METRICS = {
-    "loss": "train/loss",
-    "perplexity": "eval/paloma/perplexity",
-    "BLiMP": "eval/blimp/no_bos/accuracy",
-}
-"""Column of the closing table -> metric."""
 
 
 def make_console() -> Console:
@@ -277,7 +272,7 @@ def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_di
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("state")
-    for name in ("steps", *METRICS, "tokens/s", "time"):
+    for name in ("steps", *columns(), "tokens/s", "time"):
         table.add_column(name, justify="right")
     for cell in cells:
         run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
@@ -298,7 +293,7 @@ def _metric_cells(result: Mapping[str, Any], status: Status) -> list[str]:
     metrics = dict(result.get("metrics", {}))
     if status.loss is not None:
         metrics.setdefault("train/loss", status.loss)
-    return [f"{metrics[key]:.4g}" if key in metrics else "-" for key in METRICS.values()]
+    return [f"{metrics[key]:.4g}" if key in metrics else "-" for key in columns().values()]
 
 
 def show_closing(

@@ -20,13 +20,13 @@ from pathlib import Path
 from experiments.disk.output_dir import jobs_folder, plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
+from experiments.metrics import goes_up, headline
 from relora_core.config import ConfigError, nearest
 from sweeps.slurm import cluster
 from sweeps.slurm.submission import recover
 
 IN_USE = ("queued", "running", "lost")
 """States in which a process may be using the run's files."""
-PERPLEXITY, LOSS = "eval/paloma/perplexity", "train/loss"
 LOADABLE = ("model.safetensors", "progress.json")
 WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
 """Files of a checkpoint. One that has LOADABLE alone (weights that a user kept) is left alone."""
@@ -103,7 +103,9 @@ def _choose(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tup
     if not policy.keep_best or not steps:
         return keep, ""
     values = at_steps(run, steps)
-    metric = policy.metric or next((m for m in (PERPLEXITY, LOSS) if values.get(m)), PERPLEXITY)
+    loss, *of_evals = [metric.key for metric in headline()]
+    usual = (of_evals[0], loss)
+    metric = policy.metric or next((key for key in usual if values.get(key)), usual[0])
     ranked = values.get(metric, {})
     if not ranked:
         return set(steps), f"no {metric} at any checkpoint: all stay"
@@ -114,8 +116,7 @@ def _choose(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tup
 
 
 def _goes_up(metric: str, policy: Policy) -> bool:
-    accuracy = "accuracy" in metric or "/blimp/" in metric
-    return accuracy if policy.maximize is None else policy.maximize
+    return goes_up(metric) if policy.maximize is None else policy.maximize
 
 
 def at_steps(run: RunDir, steps: Sequence[int] | None) -> dict[str, dict[int, float]]:

@@ -39,7 +39,7 @@ def out(root, migrated):
     shutil.copy(migrated, root / "out" / "mlflow.db")
     axis = f"eval.lines.path={root / 'a.txt'},{root / 'b.txt'}"
     words = ["run.py", "-m", *NANO, "eval=lines", axis, "sweep.name=toy"]
-    call(root, *words, f"output_dir={root / 'out'}")
+    (root / "shown.txt").write_text(call(root, *words, f"output_dir={root / 'out'}"))
     return root / "out"
 
 
@@ -95,10 +95,13 @@ def test_status_report_and_mlflow_have_two_runs_with_its_metric(root, out):
     results = [json.loads(p.read_text()) for p in sorted(out.glob("runs/*/result.json"))]
     values = sorted(result["metrics"][METRIC] for result in results)
     assert len(set(values)) == 2
-    assert "eval.lines" in call(root, "-m", "sweeps", "--output-dir", out, "status", "toy")
+    status = call(root, "-m", "sweeps", "--output-dir", out, "status", "toy")
+    assert status.count("finished") >= 2
+    closing = (root / "shown.txt").read_text()
+    assert all(f"{value:.4g}" in closing for value in values)
     call(root, "-m", "sweeps", "--output-dir", out, "report", "toy")
     report = (out / "sweeps" / "toy" / "report" / "report.md").read_text()
-    assert "nats_per_token" in report
+    assert "nats per token of lines" in report
     client = connect(f"sqlite:///{out / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("toy")
     assert experiment is not None

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from experiments.metrics import headline
 from experiments.notices import fixed_order
 from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
 from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
-from relora_core.evals import REGISTRY
-from relora_core.events import LOSS_STEPS
+from relora_core.events import LOSS_STEPS, Metric
 
 Pair = tuple[Arm, Arm]
 """An arm and what it is compared with."""
@@ -55,20 +55,14 @@ class Measure:
 
 perplexity = partial(Measure, scale="log", digits=4, significant=True)
 accuracy = partial(Measure, factor=100, digits=1)
-MEASURES = [
-    Measure(title="loss", metric="train/loss"),
-    perplexity(title="perplexity", metric="eval/paloma/perplexity"),
-    perplexity(title="paper's perplexity", metric="eval/paloma/paper_perplexity"),
-    accuracy(title="BLiMP no_bos, %", metric="eval/blimp/no_bos/accuracy"),
-    accuracy(title="BLiMP eos_prefix, %", metric="eval/blimp/eos_prefix/accuracy"),
-]
-_NAMED = [measure.metric for measure in MEASURES]
-MEASURES += [
-    Measure(title=f"{spec.name} {name}", metric=key, digits=4, significant=True)
-    for spec in REGISTRY.values()
-    for name in spec.headline
-    if (key := f"eval/{spec.name}/{name}") not in _NAMED
-]
+
+
+def _measure(metric: Metric) -> Measure:
+    shown = perplexity if metric.scale == "log" else accuracy if metric.percent else Measure
+    return shown(title=metric.title, metric=metric.key)
+
+
+MEASURES = [_measure(metric) for metric in headline()]
 HOURS = Measure(title="device-hours", metric="perf/train_seconds", digits=3, significant=True)
 SAME_TASK = ("model.", "data.", "train.", "eval.")
 """Prefixes of the settings that a fair reference shares with its arm."""

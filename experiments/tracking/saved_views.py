@@ -14,12 +14,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.metrics import charted, columns
+
 if TYPE_CHECKING:
     from experiments.tracking.sweep_view import ArmView, SweepView
 
-LOSS, PERPLEXITY = "train/loss", "eval/paloma/perplexity"
-BLIMP, BLIMP_EOS = "eval/blimp/no_bos/accuracy", "eval/blimp/eos_prefix/accuracy"
-MAIN = {"loss": LOSS, "perplexity": PERPLEXITY, "BLiMP": BLIMP}
+MAIN = columns()
 """What a table shows of a run or arm: heading -> metric."""
 TOKENS, GPU_HOURS = "train/tokens", "train/gpu_hours"
 TAG = "mlflow.sharedViewState."
@@ -167,7 +167,7 @@ def _arms(view: SweepView, parent: str) -> dict[str, Any]:
 def _curves(
     view: SweepView, parent: str, *, against: str = "", groupBy: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Loss, perplexity and BLiMP of every run against the step, or against the metric `against`."""
+    """The charted metrics of every run against the step, or against the metric `against`."""
     axis = {"xAxisKey": "metric" if against else "step", "selectedXAxisMetricKey": against}
     lines = [
         {
@@ -186,7 +186,7 @@ def _curves(
             "useGlobalXaxisKey": True,
             "useGlobalLineSmoothing": True,
         }
-        for metric in (LOSS, PERPLEXITY, BLIMP, BLIMP_EOS)
+        for metric in [shown.key for shown in charted()]
     ]
     columns = [f"params.`{key}`" for key in axis_keys(view.arms)]
     columns += ["tags.`seed`", "tags.`state`", *(f"metrics.`{m}`" for m in MAIN.values())]

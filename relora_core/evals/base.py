@@ -17,6 +17,7 @@ import numpy as np
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
 from relora_core.data.places import missing
+from relora_core.events import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +77,8 @@ class EvalSpec:
 
     name: str
     """Its section of `config.EvalConfig`, and the first part of its metrics after `eval/`."""
-    headline: tuple[str, ...]
-    """Its metrics that short tables show, without `eval/<name>/`; the first one matters most."""
+    headline: tuple[Metric, ...]
+    """Its metrics that tables, figures and MLflow's pages show; the first one matters most."""
     load: Callable[[Any], Sequence[Item]]
     """The items of a section; ConfigError, one line with file and line number, for a bad one."""
     local_files: Callable[[Any], list[Path]]

@@ -41,11 +41,29 @@ from relora_core.evals.base import (
     records,
 )
 from relora_core.evals.scoring import score
+from relora_core.events import Metric
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder
 
 KEY = "eval.blimp.path"
+ACCURACY = Metric(
+    key="eval/blimp/no_bos/accuracy",
+    title="BLiMP no_bos, %",
+    label="BLiMP accuracy",
+    column="BLiMP",
+    better="higher",
+    chance=0.5,
+    percent=True,
+)
+ACCURACY_EOS = Metric(
+    key="eval/blimp/eos_prefix/accuracy",
+    title="BLiMP eos_prefix, %",
+    label="BLiMP accuracy,\neos_prefix",
+    better="higher",
+    chance=0.5,
+    percent=True,
+)
 FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
 MAX_BYTES = 1 << 30
 """Of an archive's files in memory; BLiMP has 40 MB."""
@@ -360,7 +378,7 @@ def _check_lengths(windows: Mapping[str, Sequence[Window]], *, max_seq_len: int)
 
 SPEC = EvalSpec(
     name="blimp",
-    headline=("no_bos/accuracy", "eos_prefix/accuracy"),
+    headline=(ACCURACY, ACCURACY_EOS),
     load=load,
     local_files=local_files,
     inspect=inspect,

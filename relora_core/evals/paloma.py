@@ -48,11 +48,26 @@ from relora_core.evals.base import (
     records,
 )
 from relora_core.evals.scoring import score
+from relora_core.events import Metric
 
 if TYPE_CHECKING:
     from relora_core.model import Decoder
 
 KEY = "eval.paloma.path"
+PERPLEXITY = Metric(
+    key="eval/paloma/perplexity",
+    title="perplexity",
+    label="Paloma perplexity",
+    column="perplexity",
+    scale="log",
+)
+PAPER_PERPLEXITY = Metric(
+    key="eval/paloma/paper_perplexity",
+    title="paper's perplexity",
+    label="Paloma perplexity,\nas published",
+    scale="log",
+    charted=False,
+)
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".json.gz")
 """Of the files that are read."""
 MAX_LEN = 2048
@@ -384,7 +399,7 @@ def _mean(values: Iterable[float]) -> float:
 
 SPEC = EvalSpec(
     name="paloma",
-    headline=("perplexity",),
+    headline=(PERPLEXITY, PAPER_PERPLEXITY),
     load=load,
     local_files=local_files,
     inspect=inspect,

@@ -24,6 +24,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
 from experiments.environment import ROOT, frozen, git
 from experiments.identity import arm_id, scientific
+from experiments.metrics import columns
 from relora_core.config import ConfigError, RunConfig, applies, walk
 from sweeps import display, snapshot
 from sweeps.commands import selection
@@ -137,7 +138,7 @@ def _results(one: RunDir, two: RunDir) -> Pairs:
     a, b = state_of(one), state_of(two)
     left, right = ((run.result() or {}).get("metrics", {}) for run in (one, two))
     names = left.keys() | right.keys()
-    first = [name for name in display.METRICS.values() if name in names]
+    first = [name for name in columns().values() if name in names]
     others = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
     pairs: Pairs = {"state": (a.state, b.state), "step": (a.step, b.step)}
     return pairs | _pairs(left, right, keys=[*first, *others])
@@ -277,7 +278,7 @@ def _one_sided(name: str, key: str, a: Any, b: Any) -> str | None:
     """The group of a knob or metric that only one run has; None where both have it."""
     if name == "config" and ABSENT in (a, b) and "." in key:
         return key.rsplit(".", 1)[0] + ".*"
-    if name == "results" and None in (a, b) and key not in display.METRICS.values():
+    if name == "results" and None in (a, b) and key not in columns().values():
         return key.split("/")[0] + "/*"
     return None
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from experiments.disk import evaluations, inputs
 from experiments.disk.output_dir import plan_folder
+from experiments.metrics import charted
 from relora_core import shell
 from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
 from sweeps.commands import selection
@@ -273,7 +274,6 @@ def _submit(
 
 def _show(requests: Sequence[tuple[Run, Request]]) -> None:
     """The figures that the requests asked for, those of earlier evaluations included."""
-    from relora_core.evals import REGISTRY
     from sweeps.display import make_console
 
     rows: list[tuple[str, int, dict[str, float]]] = []
@@ -287,8 +287,8 @@ def _show(requests: Sequence[tuple[Run, Request]]) -> None:
         if isinstance(request.steps, list):
             steps = [step for step in found if step in request.steps]
         rows += [(run.name, step, found[step]) for step in steps]
-    columns = [f"{spec.name}/{name}" for spec in REGISTRY.values() for name in spec.headline]
-    keys = [f"{request.name}/{name}" for _, request in requests[:1] for name in columns]
+    main = [metric.key for metric in charted() if metric.key.startswith("eval/")]
+    keys = [key.replace("eval", request.name, 1) for _, request in requests[:1] for key in main]
     keys = [key for key in keys if any(key in metrics for _, _, metrics in rows)]
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")

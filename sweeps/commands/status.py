@@ -19,6 +19,7 @@ from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import read_plan
 from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState
+from experiments.metrics import columns
 from experiments.run.sinks import clock
 from sweeps import display
 from sweeps.commands import selection
@@ -196,7 +197,7 @@ def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
 
 
 def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> RenderableType:
-    heads = ("<arm", "seeds", "<state", "step", *display.METRICS, "left", "word", "<note")
+    heads = ("<arm", "seeds", "<state", "step", *columns(), "left", "word", "<note")
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.arm_id, []).append(run)
@@ -225,7 +226,7 @@ def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
         if state.state == "finished"
     ]
     figures = []
-    for name, key in display.METRICS.items():
+    for name, key in columns().items():
         values = [metrics[key] for metrics in results if key in metrics]
         text = f"{statistics.mean(values):.4g}" if values else ""
         if name == "loss" and len(values) > 1:

@@ -1,4 +1,4 @@
-"""Figures with rows of arms: final numbers, differences, BLiMP by phenomenon; the metrics shown.
+"""Figures with rows of arms: final numbers, differences, BLiMP by phenomenon.
 
 Not for: curves (`figures.py`), estimates (`stats.py`).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from matplotlib.axes import Axes
@@ -17,10 +16,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from experiments import stats
+from experiments.metrics import charted
 from experiments.report.data import Arm, Sweep
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
 from experiments.stats import Scale
+from relora_core.events import Metric
 
 MOST_ROWS = 60
 """Arms in a figure with a row for each."""
@@ -28,41 +29,12 @@ MOST_DOTS = 12
 """Arms in the figure of BLiMP's phenomena, which has a dot for each arm and phenomenon."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Metric:
-    """A final metric and its label."""
-
-    key: str
-    label: str
-    scale: Scale = "linear"
-    better: str = "lower"
-    chance: float | None = None
-
-
-LOSS = Metric(key="train/loss", label="training loss\n(nats per token)")
-PERPLEXITY = Metric(key="eval/paloma/perplexity", label="Paloma perplexity", scale="log")
-PAPER_PERPLEXITY = Metric(
-    key="eval/paloma/paper_perplexity", label="Paloma perplexity,\nas published", scale="log"
-)
-BLIMP = Metric(
-    key="eval/blimp/no_bos/accuracy", label="BLiMP accuracy", better="higher", chance=0.5
-)
-BLIMP_EOS = Metric(
-    key="eval/blimp/eos_prefix/accuracy",
-    label="BLiMP accuracy,\neos_prefix",
-    better="higher",
-    chance=0.5,
-)
-METRICS = (LOSS, PERPLEXITY, BLIMP, BLIMP_EOS)
-"""Columns of the figures with a row for each arm."""
-
-
 # rows of arms -----------------------------------------------------------------------------------
 def arms_summary(sweep: Sweep) -> Drawing:
     """A row for each arm: mean with interval, and every seed's own value."""
     metrics = [
         metric
-        for metric in METRICS
+        for metric in charted()
         if any(canvas.finite(arm.values(metric.key).values()) for arm in sweep.arms)
     ]
     if not metrics:
@@ -96,7 +68,7 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
         raise NoData("there is one arm only, so nothing to compare")
     metrics = [
         metric
-        for metric in METRICS
+        for metric in charted()
         if any(_compare(arm, to, metric).difference is not None for arm, to in pairs)
     ]
     if not metrics:

@@ -14,14 +14,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
 
+from experiments.metrics import LOSS
 from experiments.report import data
 from experiments.report.data import Arm, Sweep
 from experiments.report.figures import arms, canvas, published
 from experiments.report.figures import paper as figures_paper
-from experiments.report.figures.arms import BLIMP, LOSS, PAPER_PERPLEXITY, PERPLEXITY
 from experiments.report.figures.canvas import Drawing, Figure, NoData
 from experiments.report.figures.curves import Panel, Progress, progress, restart_ticks
 from experiments.report.figures.published import Published
+from relora_core.evals.blimp import ACCURACY
+from relora_core.evals.paloma import PAPER_PERPLEXITY, PERPLEXITY
 
 DYNAMICS = {
     "weights_rank": ("Proportional effective rank of weights", "weights", "per"),
@@ -100,7 +102,9 @@ def learning_curves(sweep: Sweep, *, axis: Progress, paper: Published | None = N
     """Loss, its last half, perplexity and BLiMP against progress."""
     perplexity = PAPER_PERPLEXITY if paper else PERPLEXITY
     drawn, others = canvas.few(_with_curves(sweep))
-    metrics = [m for m in (LOSS, perplexity, BLIMP) if any(canvas.has(arm, m.key) for arm in drawn)]
+    metrics = [
+        m for m in (LOSS, perplexity, ACCURACY) if any(canvas.has(arm, m.key) for arm in drawn)
+    ]
     if not metrics:
         raise NoData("no run has logged a loss or an eval")
     floor = data.floor(sweep) if LOSS in metrics else None
@@ -131,5 +135,5 @@ def learning_curves(sweep: Sweep, *, axis: Progress, paper: Published | None = N
 
 
 def _with_curves(sweep: Sweep) -> list[Arm]:
-    keys = [m.key for m in (LOSS, PERPLEXITY, PAPER_PERPLEXITY, BLIMP)]
+    keys = [m.key for m in (LOSS, PERPLEXITY, PAPER_PERPLEXITY, ACCURACY)]
     return [arm for arm in sweep.arms if any(canvas.has(arm, key) for key in keys)]

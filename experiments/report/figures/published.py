@@ -15,8 +15,11 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from experiments import json_files
+from experiments.metrics import LOSS
 from experiments.report.figures.curves import Panel
 from relora_core.config import ConfigError
+from relora_core.evals.blimp import ACCURACY
+from relora_core.evals.paloma import PAPER_PERPLEXITY
 
 TOKENS_PER_STEP = 1024 * 2048
 REFERENCE_STEP = 20_000
@@ -30,9 +33,9 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 WIDTHS = {"tiny": 1.3, "small": 2.2}
 SERIES = {
-    "train/loss": ("train_loss_digitised", ()),
-    "eval/paloma/paper_perplexity": ("eval", ("paloma_ppl", "paloma_ppl_digitised")),
-    "eval/blimp/no_bos/accuracy": ("eval", ("blimp",)),
+    LOSS.key: ("train_loss_digitised", ()),
+    PAPER_PERPLEXITY.key: ("eval", ("paloma_ppl", "paloma_ppl_digitised")),
+    ACCURACY.key: ("eval", ("blimp",)),
 }
 """Metric -> its key below a model, and the names of its values there."""
 KINDS = {

@@ -1,0 +1,41 @@
+"""The metrics that tables, figures and MLflow's pages show: the loss, and what evals name.
+
+Not for: values of metrics, nor how a page looks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from relora_core.events import Metric
+
+LOSS = Metric(
+    key="train/loss", title="loss", label="training loss\n(nats per token)", column="loss"
+)
+
+
+@cache
+def headline() -> tuple[Metric, ...]:
+    """All of them, the loss first."""
+    from relora_core.evals import REGISTRY  # numpy, for which `--help` need not wait
+
+    return (LOSS, *(metric for spec in REGISTRY.values() for metric in spec.headline))
+
+
+@cache
+def columns() -> dict[str, str]:
+    """Heading -> key, of those that are shown where there is room for few."""
+    return {metric.column: metric.key for metric in headline() if metric.column}
+
+
+def charted() -> list[Metric]:
+    """Those with a chart of their own in every report and on MLflow's pages."""
+    return [metric for metric in headline() if metric.charted]
+
+
+def goes_up(key: str) -> bool:
+    """Whether more is better, as far as the metric's name says it."""
+    from relora_core.evals import REGISTRY
+
+    spec = REGISTRY.get(key.split("/")[1]) if "/" in key else None
+    return spec.headline[0].better == "higher" if spec else "accuracy" in key
