@@ -22,8 +22,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
 from experiments.metrics import goes_up, headline
 from relora_core.config import ConfigError, nearest
-from sweeps.slurm import cluster
-from sweeps.slurm.submission import recover
+from sweeps.slurm.submission import alive, recover
 
 IN_USE = ("queued", "running", "lost")
 """States in which a process may be using the run's files."""
@@ -230,5 +229,4 @@ def _jobs_alive(output_dir: Path | str, *, sweep: str) -> bool:
     submissions = recover(output_dir, sweep)
     if any(one.state == "submitting" and one.created > time.time() - 60 for one in submissions):
         return True
-    ids = {job_id for one in submissions for job_id in one.ids()}
-    return bool(ids) and any(job.alive for job in cluster.jobs(ids).values())
+    return bool(alive(submissions))

@@ -25,7 +25,7 @@ from sweeps.commands import selection
 from sweeps.commands.selection import GOING, Run
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
-from sweeps.slurm.submission import adopt, recover, submitted_jobs, unanswered
+from sweeps.slurm.submission import adopt, alive, recover, submitted_jobs, unanswered
 
 HELP = "end runs that are queued or running; they keep their checkpoints"
 EXAMPLES = """examples:
@@ -131,12 +131,8 @@ def _jobs(
 
 def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
     """Jobs of a whole sweep that hold no run of their own: searches and evaluations."""
-    found = {}
-    for word in words:
-        for one in recover(output_dir, word):  # of a run's id there are none
-            if one.kind != "train":
-                found |= dict.fromkeys(one.ids())
-    return [job_id for job_id, job in cluster.jobs(found).items() if job.alive] if found else []
+    submissions = [one for word in words for one in recover(output_dir, word)]  # none of a run's id
+    return alive(one for one in submissions if one.kind != "train")
 
 
 def _alive(jobs: Sequence[str]) -> set[str]:

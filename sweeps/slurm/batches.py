@@ -5,26 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from sweeps.planning.plan import Cell
 from sweeps.slurm import cluster
 from sweeps.slurm.options import Shape, SlurmOptions, shape_of
 
+T = TypeVar("T")
+
 
 @dataclass(kw_only=True, slots=True)
-class Batch:
-    """Runs that one sbatch submits."""
+class Batch(Generic[T]):
+    """What one sbatch submits."""
 
     shape: Shape
-    tasks: list[list[Cell]]
-    """The runs of each task of the array."""
+    tasks: list[list[T]]
+    """The runs, or other work, of each task of the array."""
     lane: int = 0
     """Arrays of one lane run one after another, where `max_parallel` leaves no other way."""
     at_once: int | None = None
     """Tasks at a time."""
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[T]:
         return [cell for task in self.tasks for cell in task]
 
     def asks(self, options: SlurmOptions) -> tuple[SlurmOptions, Shape]:
@@ -41,15 +44,15 @@ class Batch:
 
 def batches(
     cells: Sequence[Cell], *, options: SlurmOptions, max_array_size: int | None
-) -> list[Batch]:
+) -> list[Batch[Cell]]:
     """One array per shape, split where arrays end; the cap is shared between them."""
     by_shape: dict[Shape, list[Cell]] = {}
     for cell in cells:
         by_shape.setdefault(shape_of(cell.config, options), []).append(cell)
     k, most = options.runs_per_job, max_array_size or cluster.ARRAY
     cap = None if options.max_parallel is None else max(1, options.max_parallel // k)
-    made: list[Batch] = []
-    shorts: list[tuple[Batch, Batch]] = []  # with the array that each belongs to
+    made: list[Batch[Cell]] = []
+    shorts: list[tuple[Batch[Cell], Batch[Cell]]] = []  # with the array that each belongs to
     for shape, members in by_shape.items():
         tasks = [members[i : i + k] for i in range(0, len(members), k)]
         short = tasks.pop() if len(tasks) > 1 and len(tasks[-1]) < k else None
@@ -63,7 +66,16 @@ def batches(
     return made
 
 
-def _share_cap(made: list[Batch], *, jobs: int | None) -> None:
+def arrays(tasks: list[list[T]], *, shape: Shape, cap: int | None) -> list[Batch[T]]:
+    """Tasks of one shape, split where arrays end; at most `cap` run at a time."""
+    size = cluster.max_array_size()
+    parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    made = [Batch(shape=shape, tasks=part) for part in parts]
+    _share_cap(made, jobs=cap)
+    return made
+
+
+def _share_cap(made: Sequence[Batch[T]], *, jobs: int | None) -> None:
     """At most `jobs` tasks at once over all arrays: SLURM caps each array alone."""
     if jobs is None:
         return

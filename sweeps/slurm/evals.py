@@ -11,9 +11,10 @@ from experiments.disk.run_dir import RunDir
 from relora_core.config import ConfigError
 from sweeps import display, snapshot
 from sweeps.slurm import cluster
-from sweeps.slurm.batches import Batch, _share_cap
-from sweeps.slurm.launcher import SlurmLauncher, make_room, send_submission
+from sweeps.slurm.batches import arrays
+from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import shape_of
+from sweeps.slurm.queue import Queue
 from sweeps.slurm.sbatch import tell_environment
 from sweeps.slurm.submission import only_submitter, recover
 
@@ -35,14 +36,12 @@ def submit_evals(
     output_dir = output_dir.absolute()
     runs = [RunDir(request.absolute().parents[2]) for request in requests]
     configs = [run.config() for run in runs]
-    options = launcher.options
     # Scoring is not shared between processes: one of them, one GPU.
-    options = dataclasses.replace(options, runs_per_job=1)
+    options = dataclasses.replace(launcher.options, runs_per_job=1)
     shapes = {shape_of(config, options) for config in configs}
-    shape = dataclasses.replace(
-        max(shapes, key=lambda one: one.minutes), nodes=1, tasks_per_node=1,
-    )  # fmt: skip
-    shape = dataclasses.replace(shape, gpus_per_node=min(1, shape.gpus_per_node))
+    longest = max(shapes, key=lambda shape: shape.minutes)
+    gpus = min(1, longest.gpus_per_node)
+    shape = dataclasses.replace(longest, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
     code = snapshot.freeze(
         folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
     )
@@ -60,22 +59,10 @@ def submit_evals(
         if not todo:
             return
         waits = sorted({jobs_of[name] for name in todo if name in jobs_of})
-        room = make_room(output_dir, sweep, most=options.max_parallel, kinds=("eval",))
-        size = cluster.max_array_size()
-        made = [
-            Batch(shape=shape, tasks=[[] for _ in todo[start : start + size]])
-            for start in range(0, len(todo), size)
-        ]
-        _share_cap(made, jobs=room.runs)
-        lanes: dict[int, str] = {}
-        for number, batch in enumerate(made):
-            part = todo[number * size : (number + 1) * size]
-            one = send_submission(
-                sweep, [[name] for name in part], output_dir=output_dir, kind="eval",
-                options=options, shape=shape, at_once=batch.at_once,
-                waits_for=[*waits, *room.after(batch, lanes)], code=code,
-            )  # fmt: skip
-            lanes[batch.lane] = one.job_id or ""
+        queue = Queue(output_dir=output_dir, sweep=sweep, kind="eval", options=options, code=code)
+        queue.make_room()
+        for batch in arrays([[name] for name in todo], shape=shape, cap=queue.cap):
+            one = queue.submit(batch, batch.tasks, after=waits)
             print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
 
 
@@ -87,10 +74,10 @@ def _queued_evals(
     One that has begun may have looked for checkpoints before the run's last one was there.
     """
     evals = [one for one in recover(output_dir, sweep, write=True) if one.kind == "eval"]
-    jobs = cluster.jobs([job_id for one in evals for job_id in one.ids()])
+    jobs = cluster.jobs([job_id for one in evals for job_id in one.task_ids()])
     queued: dict[str, set[str | None]] = {}
     for one in evals:
-        for job_id, names in zip(one.ids(), one.tasks, strict=False):
+        for job_id, names in zip(one.task_ids(), one.tasks, strict=False):
             job = jobs.get(job_id)
             if job is None or not job.alive:
                 continue

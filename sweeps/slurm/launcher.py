@@ -13,17 +13,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
-from experiments.disk.output_dir import plan_folder, run_at, runs_folder
+from experiments.disk.output_dir import plan_folder, run_at
 from experiments.disk.run_dir import DONE, RunDir
 from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
@@ -34,13 +32,10 @@ from sweeps.slurm import cluster
 from sweeps.slurm.batches import Batch, batches
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.options import Shape, SlurmOptions, check_cell, check_options, shape_of
-from sweeps.slurm.sbatch import Unsure, by_site, script, send, tell_environment
-from sweeps.slurm.submission import Submission, adopt, only_submitter, recover
+from sweeps.slurm.queue import Queue
+from sweeps.slurm.sbatch import Sbatch, Unsure, by_site, tell_environment
+from sweeps.slurm.submission import Submission, adopt, only_submitter
 from sweeps.slurm.survey import survey
-
-if TYPE_CHECKING:
-    pass
-
 
 T = TypeVar("T")
 WRITERS = 16
@@ -109,9 +104,9 @@ class SlurmLauncher:
         """`sbatch --test-only`: unknown partitions, nodes that do not exist."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "submission.json"
-            text = script(self.options, shape, tasks=1, name="check", file=file)
+            check = Sbatch(name="check", tasks=1, options=self.options, shape=shape, file=file)
             path = Path(folder) / "check.sh"
-            path.write_text(text, encoding="utf-8")
+            path.write_text(check.script(), encoding="utf-8")
             cluster.test(path)
         self._check_limit(shape)
 
@@ -188,19 +183,16 @@ class SlurmLauncher:
     def _submit_all(
         self, plan: Plan, todo: list[Cell], output_dir: Path, *, code: Path, console: Console
     ) -> int:
-        room = make_room(
-            output_dir, plan.name, most=self.options.max_parallel, console=console,
-            each=self.options.runs_per_job,
-        )  # fmt: skip
-        options = dataclasses.replace(self.options, max_parallel=room.runs)
+        queue = Queue(
+            output_dir=output_dir, sweep=plan.name, kind="train", options=self.options, code=code
+        )
+        queue.make_room(console)
+        options = dataclasses.replace(self.options, max_parallel=queue.cap)
         made = batches(todo, options=options, max_array_size=cluster.max_array_size())
-        lanes: dict[int, str] = {}  # lane -> its newest job
         for number, batch in enumerate(made):
             left = sum(len(b.cells) for b in made[number:])
             try:
-                submission = self._submit(
-                    plan, batch, output_dir, code=code, waits_for=room.after(batch, lanes)
-                )
+                submission = _submit(queue, batch)
             except SlurmError as error:
                 console.print(
                     f"error: sbatch {'may have taken' if isinstance(error, Unsure) else 'refused'} "
@@ -225,130 +217,26 @@ class SlurmLauncher:
                     soft_wrap=True,
                 )
                 raise
-            lanes[batch.lane] = submission.job_id or ""
             console.print(
-                _told(submission, batch, options=self.options), highlight=False, soft_wrap=True
+                _submitted(submission, batch, options=self.options),
+                highlight=False,
+                soft_wrap=True,
             )
         return 0
 
-    def _submit(
-        self, plan: Plan, batch: Batch, output_dir: Path, *, code: Path, waits_for: list[str]
-    ) -> Submission:
-        options, shape = batch.asks(self.options)
-        _each(lambda cell: _plan_again(run_at(output_dir, cell.run_id)), batch.cells)
-        try:
-            return send_submission(
-                plan.name, [[cell.run_id for cell in task] for task in batch.tasks],
-                output_dir=output_dir, options=options, shape=shape, at_once=batch.at_once,
-                waits_for=waits_for, code=code,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            with contextlib.suppress(SlurmError):
-                adopt(output_dir, plan.name)  # its sbatch may have been taken
-            raise
 
-
-def send_submission(
-    sweep: str,
-    tasks: list[list[str]],
-    *,
-    output_dir: Path,
-    options: SlurmOptions,
-    shape: Shape,
-    at_once: int | None,
-    waits_for: list[str],
-    code: Path,
-    kind: str = "train",
-) -> Submission:
-    """One submission, written down, submitted, and known to its runs."""
-    one = Submission(
-        submission=uuid.uuid4().hex[:8],
-        name="",
-        created=time.time(),
-        tasks=tasks,
-        kind=kind,
-        max_stalled=options.max_stalled,
-        signal_delay_s=options.signal_delay_s,
-        at_once=at_once,
-        waits_for=waits_for,
-    )
-    one.name = f"{sweep}.{one.submission}"
-    folder = plan_folder(output_dir, name=sweep) / "jobs" / one.submission
-    one.write(folder)
-    if waits_for:
-        waits = f"afterany:{':'.join(waits_for)}"
-        both = f"{options.dependency},{waits}" if options.dependency else waits
-        options = dataclasses.replace(options, dependency=both)
+def _submit(queue: Queue, batch: Batch[Cell]) -> Submission:
+    """One array, which its runs know of afterwards."""
+    runs = {cell.run_id: run_at(queue.output_dir, cell.run_id) for cell in batch.cells}
+    _each(_plan_again, runs.values())
     try:
-        send(one, folder, options=options, shape=shape, at_once=at_once, code=code)
+        one = queue.submit(batch, [[cell.run_id for cell in task] for task in batch.tasks])
+        _each(lambda of: _queued(runs[of[0]], of[1]), one.job_ids().items())
     except KeyboardInterrupt:
-        if kind != "train" and one.job_id is not None:
-            end = command("cancel", sweep, output_dir=output_dir)
-            print(
-                f"Ctrl-C: job {one.job_id} is submitted and goes on; to end it: {end}",
-                file=sys.stderr,
-            )
+        with contextlib.suppress(SlurmError):
+            adopt(queue.output_dir, queue.sweep)  # its sbatch may have been taken
         raise
-    if kind == "train":
-        runs = runs_folder(output_dir)
-        _each(lambda of: _queued(RunDir(runs / of[0]), of[1]), one.job_ids().items())
     return one
-
-
-# what earlier commands have left in flight ------------------------------------------------------
-@dataclass(kw_only=True, slots=True)
-class Room:
-    """What `max_parallel` leaves beside the jobs that earlier commands have submitted."""
-
-    runs: int | None
-    """That may run at a time; None: as many as SLURM lets."""
-    behind: list[str] = field(default_factory=list)
-    """Jobs to wait for, where there is no room beside them."""
-
-    def after(self, batch: Batch, lanes: Mapping[int, str]) -> list[str]:
-        """Jobs that must have ended before this array begins; `lanes` has the newest of each."""
-        if self.runs is None:  # no cap, no waiting
-            return []
-        return [lanes[batch.lane]] if batch.lane in lanes else self.behind
-
-
-def make_room(
-    output_dir: Path,
-    sweep: str,
-    *,
-    most: int | None,
-    console: Console | None = None,
-    kinds: Sequence[str] = ("train", "search"),
-    each: int = 1,
-) -> Room:
-    """The cap is the sweep's, not a command's; `each` new job runs so many at a time."""
-    if most is None:
-        return Room(runs=None)
-    living = [one for one in recover(output_dir, sweep) if one.kind in kinds and one.ids()]
-    jobs = cluster.jobs([job_id for one in living for job_id in one.ids()])
-    chains: list[tuple[Submission, int]] = []  # the last of each, and how many it may run
-    for one in living:
-        alive = sum(job_id in jobs and jobs[job_id].alive for job_id in one.ids())
-        if not alive:
-            continue
-        runs = min(one.at_once or alive, alive) * max(len(task) for task in one.tasks)
-        waits = next((c for c in chains if c[0].job_id in one.waits_for), None)
-        if waits is not None:  # never beside that one
-            chains.remove(waits)
-            runs = max(runs, waits[1])
-        chains.append((one, runs))
-    if not chains:
-        return Room(runs=most)
-    taken = sum(runs for _, runs in chains)
-    room = Room(runs=most - taken)
-    if most - taken < each:
-        room = Room(runs=most, behind=[str(one.job_id) for one, _ in chains])
-    if console is not None:
-        how = f"wait for jobs {', '.join(room.behind)}" if room.behind else f"are {room.runs}"
-        console.print(
-            f"max_parallel={most}: {taken} at a time are in flight, these {how}", highlight=False
-        )
-    return room
 
 
 def _each(do: Callable[[T], object], things: Iterable[T]) -> None:
@@ -382,7 +270,7 @@ def _queued(run: RunDir, job_id: str) -> None:
         run.update_status(state="queued", job_id=job_id)
 
 
-def _told(one: Submission, batch: Batch, *, options: SlurmOptions) -> str:
+def _submitted(one: Submission, batch: Batch[Cell], *, options: SlurmOptions) -> str:
     """What was submitted, in the units that people think in."""
     (_, shape), jobs = batch.asks(options), len(batch.tasks)
     runs, most = len(batch.cells), max(len(task) for task in batch.tasks)

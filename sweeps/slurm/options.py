@@ -6,46 +6,53 @@ Hydra reads this module at every start, so it imports next to nothing.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
 
+# The metadata of an option: nothing else needs to list it.
 SBATCH = {"sbatch": True}
-"""Metadata of an option that goes to sbatch under its own name, where it is set."""
+"""It goes to sbatch under its own name, where it is set."""
+SITE = {**SBATCH, "site": True}
+"""So it does; where it is not set, the user's SBATCH_ variable of that name counts."""
+COUNT = {"ge": 1}
+"""It must be at least 1."""
+FROM_0 = {"ge": 0}
+"""It must be at least 0."""
 
 
 @dataclass(kw_only=True)
 class SlurmOptions:
     """What a job asks of SLURM; `resources.*` of a run overrides the shape for that run."""
 
-    partition: str | None = field(default=None, metadata=SBATCH)
-    account: str | None = field(default=None, metadata=SBATCH)
-    qos: str | None = field(default=None, metadata=SBATCH)
-    constraint: str | None = field(default=None, metadata=SBATCH)
-    reservation: str | None = field(default=None, metadata=SBATCH)
+    partition: str | None = field(default=None, metadata=SITE)
+    account: str | None = field(default=None, metadata=SITE)
+    qos: str | None = field(default=None, metadata=SITE)
+    constraint: str | None = field(default=None, metadata=SITE)
+    reservation: str | None = field(default=None, metadata=SITE)
     time: str = "1:00:00"
     """Limit of one job: minutes, MM:SS, H:MM:SS, D-H, D-HH:MM:SS. A run may take several jobs."""
-    nodes: int = 1
+    nodes: int = field(default=1, metadata=COUNT)
     """Machines of one run."""
-    gpus_per_node: int = 1
+    gpus_per_node: int = field(default=1, metadata=FROM_0)
     """0: the CPU."""
     tasks_per_node: int | None = None
     """Processes of a run on each node (DDP); null: one per GPU."""
-    cpus_per_task: int = 4
+    cpus_per_task: int = field(default=4, metadata=COUNT)
     mem_gb: float | None = None
     """Memory of each node; null: the partition's default."""
     exclusive: bool = False
-    max_parallel: int | None = None
+    max_parallel: int | None = field(default=None, metadata=COUNT)
     """Runs at a time; null: as many as SLURM lets."""
-    runs_per_job: int = 1
+    runs_per_job: int = field(default=1, metadata=COUNT)
     """Small runs that share a job, each with its part of the GPUs and cores."""
     gpu_memory_gb: float | None = None
     """Of one GPU: packing more runs than fit is refused. null: not checked."""
-    signal_delay_s: int = 120
+    signal_delay_s: int = field(default=120, metadata=FROM_0)
     """From SLURM's warning to its kill: time for the current step and a checkpoint."""
-    max_stalled: int = 5
+    max_stalled: int = field(default=5, metadata=COUNT)
     """Attempts of one job without a new checkpoint, after which it is a failure."""
     mail_type: str | None = field(default=None, metadata=SBATCH)
     """As sbatch's: END,FAIL, ARRAY_TASKS, ..."""
@@ -64,6 +71,12 @@ class SlurmOptions:
     """Command in place of this Python: `singularity exec --nv image.sif python`."""
     snapshot_limit_mb: float = 50.0
     """The frozen copy of the code is refused beyond that: something large is not git-ignored."""
+
+
+def as_they_are(options: SlurmOptions) -> dict[str, Any]:
+    """Options that go to sbatch under their own names."""
+    names = [option.name for option in fields(options) if option.metadata.get("sbatch")]
+    return {name: value for name in names if (value := getattr(options, name))}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -125,15 +138,12 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
 # checks, before anything is written -------------------------------------------------------------
 def check_options(options: SlurmOptions) -> None:
     """ConfigError for what no cluster could grant."""
-    for name in ("nodes", "cpus_per_task", "runs_per_job", "max_stalled", "max_parallel"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"hydra.launcher.{name} must be >= 1, got {value}; nearest valid: 1")
-    for name in ("gpus_per_node", "signal_delay_s"):
-        if getattr(options, name) < 0:
+    for option in fields(options):
+        value, least = getattr(options, option.name), option.metadata.get("ge")
+        if least is not None and value is not None and value < least:
             raise ConfigError(
-                f"hydra.launcher.{name} must be >= 0, got {getattr(options, name)}; "
-                "nearest valid: 0"
+                f"hydra.launcher.{option.name} must be >= {least}, got {value}; "
+                f"nearest valid: {least}"
             )
     if options.max_parallel is not None and options.runs_per_job > options.max_parallel:
         raise ConfigError(

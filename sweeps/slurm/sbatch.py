@@ -1,7 +1,8 @@
 """One sbatch: its script, made with submitit, and the job id that comes of it.
 
 submitit pickles a function; here a job is the submission's file, so nothing is pickled and a job
-that starts before its command has ended finds all it needs. Not for: what to submit (`slurm.py`).
+that starts before its command has ended finds all it needs. Not for: what to submit
+(`launcher.py`), nor when (`queue.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,13 @@ from experiments.scheduler import GPUS, JOB
 from relora_core import shell
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
-from sweeps.slurm.options import Shape, SlurmOptions
+from sweeps.slurm.options import Shape, SlurmOptions, as_they_are
 from sweeps.slurm.submission import Submission, read_submission
 
 TRIES = 4
 """At sbatch, where the controller is busy."""
-BY_SITE = ("partition", "account", "qos", "constraint", "reservation")
-"""Options that a profile may have to give: SBATCH_ACCOUNT counts where the launcher has none."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 """What SLURM sets for a job beside its own variables."""
-
-
 SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re.M)
 """What sbatch says where nobody stands between. Of any other answer we are not sure."""
 
@@ -68,7 +66,8 @@ def set_aside() -> list[str]:
 
 def by_site(options: SlurmOptions) -> dict[str, str]:
     """Options that the launcher leaves unset and the user's SBATCH_ variables give."""
-    given = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in BY_SITE}
+    site = [option.name for option in dataclasses.fields(options) if option.metadata.get("site")]
+    given = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in site}
     return {
         name: value
         for name, value in given.items()
@@ -95,53 +94,134 @@ def tell_environment(options: SlurmOptions) -> None:
         print(f"of this shell's variables the jobs {'; '.join(words)}", file=sys.stderr)
 
 
-# launching --------------------------------------------------------------------------------------
+# one call ---------------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class Sbatch:
+    """One call of sbatch: what the jobs ask for, and the submission that they read."""
+
+    name: str
+    tasks: int
+    options: SlurmOptions
+    shape: Shape
+    file: Path
+    """submission.json"""
+    code: Path = Path("code")
+    """The frozen copy that the jobs import."""
+    at_once: int | None = None
+    """Tasks that may run at a time; None: all."""
+
+    def script(self) -> str:
+        """The text of the batch script, for `--test-only` and for the curious."""
+        return self._executor()._make_submission_file_text(self._command(), "check")
+
+    def submit(self) -> str:
+        """The job's id. Whatever sbatch answers, a job that SLURM has is submitted."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = self._executor()
+        if self.tasks > 1:
+            executor.parameters["array_parallelism"] = self.at_once or self.tasks
+        for left in reversed(range(TRIES)):
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                    return str(executor._submit_command(self._command()).job_id)
+            except (FailedJobError, FailedSubmissionError) as error:
+                line = " ".join(str(error).split()).removeprefix("sbatch: error: ")
+                unclear = isinstance(error, FailedSubmissionError)
+            if job_id := self._look_up(line):
+                return job_id
+            if unclear:
+                time.sleep(cluster.PAUSE_S)
+                if job_id := self._look_up(line):
+                    return job_id
+                raise SlurmError(f"{line}, and SLURM knows no job {self.name!r}")
+            if not left or not cluster.BUSY.search(line):
+                raise SlurmError(line)
+            time.sleep(cluster.PAUSE_S)
+        raise AssertionError("at least one try")
+
+    def _look_up(self, line: str) -> str | None:
+        """The job's id as the job has written it down, if it has begun, or by its name."""
+        try:
+            return read_submission(self.file).job_id or cluster.find(self.name)
+        except SlurmError as error:
+            raise Unsure(
+                f"{line}; whether SLURM has taken the job {self.name!r} it does not say: {error}"
+            ) from None
+
+    def _command(self) -> str:
+        return f"{python(self.options)} -m sweeps.job {shlex.quote(str(self.file))}"
+
+    def _executor(self) -> Any:
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedSubmissionError
+
+        name = self.name
+
+        class Executor(SlurmExecutor):
+            """Calls sbatch in an environment that says nothing of the job; doubts its answer."""
+
+            def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+                unset = [word for variable in set_aside() for word in ("-u", variable)]
+                # On the command line, which beats what a site's wrapper may set.
+                return ["env", *unset, "sbatch", f"--job-name={name}", str(submission_file_path)]
+
+            @staticmethod
+            def _get_job_id_from_submission_command(string: str | bytes) -> str:
+                text = string.decode() if isinstance(string, bytes) else string
+                ids = set(SUBMITTED.findall(text))
+                if len(ids) != 1:
+                    raise FailedSubmissionError(f"sbatch printed {text[:200]!r}")
+                return ids.pop()
+
+        executor = Executor(folder=self.file.parent)
+        executor.update_parameters(**self.parameters())
+        executor.parameters["wckey"] = None  # submitit's own; many sites refuse unknown ones
+        if self.tasks > 1:
+            executor.parameters["map_count"] = self.tasks
+        return executor
+
+    def parameters(self) -> dict[str, Any]:
+        """submitit's parameters."""
+        options = dataclasses.replace(self.options, **by_site(self.options))
+        shape, file, array = self.shape, shlex.quote(str(self.file)), self.tasks > 1
+        packed = options.runs_per_job > 1
+        mine: dict[str, Any] = {
+            "job_name": self.name,
+            "time": shape.minutes,
+            "nodes": shape.nodes,
+            "ntasks_per_node": 1 if packed else shape.tasks_per_node,
+            "cpus_per_task": shape.cpus_per_task * (options.runs_per_job if packed else 1),
+            "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
+            "gpus_per_node": shape.gpus_per_node or None,
+            "signal_delay_s": options.signal_delay_s,
+            "stderr_to_stdout": True,
+            "exclusive": True if options.exclusive else None,
+            "additional_parameters": {**as_they_are(options), "requeue": True, **options.extra},
+            "setup": [
+                *clearing(shape, array=array),
+                *ENVIRONMENT,
+                *_own_setup(options.setup),
+                *_frozen(self.code),
+                *_seen(self.file, self.code, python=None if options.python else sys.executable),
+                f"export {GPUS}={shape.gpus_per_node}",
+                token(self.name, array=array),
+            ],
+            # One dead rank would leave the others waiting for it until the time limit.
+            "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
+            "teardown": [
+                "code=$?",
+                f'{python(options)} -m sweeps.job --after "$code" {file}',
+                "code=$?",
+                f"unset {JOB}",
+                *options.teardown,
+                "exit $code",
+            ],
+        }
+        return {key: value for key, value in mine.items() if value is not None}
 
 
-def parameters(
-    options: SlurmOptions, shape: Shape, *, name: str, code: Path, file: Path, array: bool
-) -> dict[str, Any]:
-    """submitit's parameters of one array: `file` is its submission, `code` the frozen copy."""
-    given, options = options, dataclasses.replace(options, **by_site(options))
-    packed = options.runs_per_job > 1
-    as_they_are = [f.name for f in dataclasses.fields(options) if f.metadata.get("sbatch")]
-    sbatch = {name: getattr(options, name) for name in as_they_are if getattr(options, name)}
-    extra = {**sbatch, "requeue": True, **options.extra}
-    mine: dict[str, Any] = {
-        "job_name": name,
-        "time": shape.minutes,
-        "nodes": shape.nodes,
-        "ntasks_per_node": 1 if packed else shape.tasks_per_node,
-        "cpus_per_task": shape.cpus_per_task * (options.runs_per_job if packed else 1),
-        "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
-        "gpus_per_node": shape.gpus_per_node or None,
-        "signal_delay_s": options.signal_delay_s,
-        "stderr_to_stdout": True,
-        "exclusive": True if options.exclusive else None,
-        "additional_parameters": extra,
-        "setup": [
-            *clearing(shape, array=array),
-            *ENVIRONMENT,
-            *_own_setup(options.setup),
-            *_frozen(code),
-            *_seen(file, code, python=None if given.python else sys.executable),
-            f"export {GPUS}={shape.gpus_per_node}",
-            token(name, array=array),
-        ],
-        # One dead rank would leave the others waiting for it until the time limit.
-        "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
-        "teardown": [
-            "code=$?",
-            f'{python(options)} -m sweeps.job --after "$code" {shlex.quote(str(file))}',
-            "code=$?",
-            f"unset {JOB}",
-            *options.teardown,
-            "exit $code",
-        ],
-    }
-    return {key: value for key, value in mine.items() if value is not None}
-
-
+# lines of its script ----------------------------------------------------------------------------
 def clearing(shape: Shape, *, array: bool) -> list[str]:
     """Shell lines that take away what is not this job's own, whoever has submitted its script."""
     prefixes = (*shell.ELASTIC_PREFIXES, *shell.ACCELERATE_PREFIXES)
@@ -218,63 +298,22 @@ def python(options: SlurmOptions) -> str:
     return options.python or shlex.quote(sys.executable)
 
 
-def script(options: SlurmOptions, shape: Shape, *, tasks: int, name: str, file: Path) -> str:
-    """The text of the batch script, for `--test-only` and for the curious."""
-    executor = _executor(options, shape, tasks=tasks, name=name, code=Path("code"), file=file)
-    return executor._make_submission_file_text(_command(options, file), "check")
-
-
-def _command(options: SlurmOptions, file: Path) -> str:
-    return f"{python(options)} -m sweeps.job {shlex.quote(str(file))}"
-
-
-def _executor(
-    options: SlurmOptions, shape: Shape, *, tasks: int, name: str, code: Path, file: Path
-) -> Any:
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedSubmissionError
-
-    class Executor(SlurmExecutor):
-        """Calls sbatch in an environment that says nothing of the job, and doubts its answer."""
-
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            unset = [word for variable in set_aside() for word in ("-u", variable)]
-            # On the command line, which beats what a site's wrapper may set.
-            return ["env", *unset, "sbatch", f"--job-name={name}", str(submission_file_path)]
-
-        @staticmethod
-        def _get_job_id_from_submission_command(string: str | bytes) -> str:
-            text = string.decode() if isinstance(string, bytes) else string
-            ids = set(SUBMITTED.findall(text))
-            if len(ids) != 1:
-                raise FailedSubmissionError(f"sbatch printed {text[:200]!r}")
-            return ids.pop()
-
-    executor = Executor(folder=file.parent)
-    executor.update_parameters(
-        **parameters(options, shape, name=name, code=code, file=file, array=tasks > 1)
-    )
-    executor.parameters["wckey"] = None  # submitit's own; many sites refuse unknown ones
-    if tasks > 1:
-        executor.parameters["map_count"] = tasks
-    return executor
-
-
-def send(
-    one: Submission,
-    folder: Path,
-    *,
-    options: SlurmOptions,
-    shape: Shape,
-    at_once: int | None,
-    code: Path,
+# a submission -----------------------------------------------------------------------------------
+def submit(
+    one: Submission, folder: Path, *, shape: Shape, options: SlurmOptions, code: Path
 ) -> None:
-    """sbatch for a submission that is on disk, and write down what came of it."""
+    """Write the submission into `folder`, call sbatch, and write down what came of it."""
+    one.write(folder)
+    if one.waits_for:
+        waits = f"afterany:{':'.join(one.waits_for)}"
+        both = f"{options.dependency},{waits}" if options.dependency else waits
+        options = dataclasses.replace(options, dependency=both)
+    sbatch = Sbatch(
+        name=one.name, tasks=len(one.tasks), at_once=one.at_once,
+        options=options, shape=shape, code=code, file=folder / "submission.json",
+    )  # fmt: skip
     try:
-        one.job_id = sbatch(
-            options, shape, tasks=len(one.tasks), at_once=at_once,
-            name=one.name, code=code, file=folder / "submission.json",
-        )  # fmt: skip
+        one.job_id = sbatch.submit()
     except Unsure:
         raise
     except SlurmError as error:
@@ -282,7 +321,7 @@ def send(
         one.write(folder)
         raise
     except KeyboardInterrupt:
-        one.job_id = _taken_meanwhile(one, folder)
+        one.job_id = _taken_meanwhile(sbatch)
         if one.job_id is not None:
             one.state = "submitted"
             one.write(folder)
@@ -291,58 +330,11 @@ def send(
     one.write(folder)
 
 
-def _taken_meanwhile(one: Submission, folder: Path) -> str | None:
+def _taken_meanwhile(sbatch: Sbatch) -> str | None:
     """The job that an interrupted sbatch has left, if SLURM knows it by now."""
     for pause in (0.0, cluster.PAUSE_S):  # sbatch may still be at it
         time.sleep(pause)
         with contextlib.suppress(SlurmError, OSError, ValueError):
-            file = folder / "submission.json"
-            if job_id := read_submission(file).job_id or cluster.find(one.name):
+            if job_id := read_submission(sbatch.file).job_id or cluster.find(sbatch.name):
                 return job_id
     return None
-
-
-def sbatch(
-    options: SlurmOptions,
-    shape: Shape,
-    *,
-    tasks: int,
-    at_once: int | None,
-    name: str,
-    code: Path,
-    file: Path,
-) -> str:
-    """Submit one array; its job id. Whatever sbatch answers, a job that SLURM has is submitted."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    executor = _executor(options, shape, tasks=tasks, name=name, code=code, file=file)
-    if tasks > 1:
-        executor.parameters["array_parallelism"] = at_once or tasks
-    for left in reversed(range(TRIES)):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
-                return str(executor._submit_command(_command(options, file)).job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
-            line = " ".join(str(error).split()).removeprefix("sbatch: error: ")
-            unclear = isinstance(error, FailedSubmissionError)
-        if job_id := _looked_up(name, file=file, line=line):
-            return job_id
-        if unclear:
-            time.sleep(cluster.PAUSE_S)
-            if job_id := _looked_up(name, file=file, line=line):
-                return job_id
-            raise SlurmError(f"{line}, and SLURM knows no job {name!r}")
-        if not left or not cluster.BUSY.search(line):
-            raise SlurmError(line)
-        time.sleep(cluster.PAUSE_S)
-    raise AssertionError("at least one try")
-
-
-def _looked_up(name: str, *, file: Path, line: str) -> str | None:
-    """The job's id by its own word, if it has begun, or by its name."""
-    try:
-        return read_submission(file).job_id or cluster.find(name)
-    except SlurmError as error:
-        raise Unsure(
-            f"{line}; whether SLURM has taken the job {name!r} it does not say: {error}"
-        ) from None

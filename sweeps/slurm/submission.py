@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import fcntl
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from experiments.disk.state import SILENT_AFTER_S
 from relora_core import atomic, shared
 from relora_core.config import ConfigError
 from sweeps.slurm import cluster
+from sweeps.slurm.options import SlurmOptions
 
 HEARD_S = 600.0
 """So long after a command that ended inside sbatch its job may still turn up."""
@@ -53,13 +55,38 @@ class Submission:
     waits_for: list[str] = field(default_factory=list)
     """Jobs that must have ended before it begins."""
 
+    @classmethod
+    def new(
+        cls,
+        sweep: str,
+        tasks: list[list[str]],
+        *,
+        kind: str,
+        options: SlurmOptions,
+        at_once: int | None,
+        waits_for: list[str],
+    ) -> Submission:
+        """What is about to be asked of SLURM, under a name that no other job has."""
+        number = uuid.uuid4().hex[:8]
+        return cls(
+            submission=number,
+            name=f"{sweep}.{number}",
+            created=time.time(),
+            tasks=tasks,
+            kind=kind,
+            max_stalled=options.max_stalled,
+            signal_delay_s=options.signal_delay_s,
+            at_once=at_once,
+            waits_for=waits_for,
+        )
+
     def job_ids(self) -> dict[str, str]:
         """run_id -> its job; empty while there is none."""
-        each = zip(self.tasks, self.ids(), strict=False)
+        each = zip(self.tasks, self.task_ids(), strict=False)
         return {run_id: job_id for run_ids, job_id in each for run_id in run_ids}
 
-    def ids(self) -> list[str]:
-        """Every job of it, one for each task; none while there is none."""
+    def task_ids(self) -> list[str]:
+        """SLURM's id of each task's job; none while there is no job."""
         if self.job_id is None:
             return []
         if len(self.tasks) == 1:
@@ -94,7 +121,7 @@ def read_submission(path: Path) -> Submission:
 
 def submitted_jobs(output_dir: Path | str) -> set[str]:
     """Every job that a submission below `output_dir` has recorded: these are ours, no others."""
-    return {job_id for _, one in _sound(output_dir) for job_id in one.ids()}
+    return {job_id for _, one in _sound(output_dir) for job_id in one.task_ids()}
 
 
 def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
@@ -102,6 +129,12 @@ def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
     for path in Path(output_dir).glob("sweeps/*/jobs/*/submission.json"):
         with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
             yield path.parent, read_submission(path)
+
+
+def alive(submissions: Iterable[Submission]) -> list[str]:
+    """Those of their jobs that are queued or running."""
+    ids = {job_id for one in submissions for job_id in one.task_ids()}
+    return [job_id for job_id, job in cluster.jobs(ids).items() if job.alive]
 
 
 def record_job(file: Path, job_id: str) -> None:

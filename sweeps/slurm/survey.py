@@ -211,7 +211,7 @@ def _last_error(run: RunDir, job_id: str) -> str | None:
 def _log_of(run: RunDir, job_id: str) -> Path | None:
     """What submitit has SLURM call the job's output; None where no submission names the job."""
     for folder, one in _sound(run.path.parents[1]):
-        if job_id in one.ids():
+        if job_id in one.task_ids():
             return folder / f"{job_id}_0_log.out"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import io
@@ -40,12 +41,12 @@ from sweeps.launch import relaunch, run_sweep
 from sweeps.launchers import load_launcher, store_launcher
 from sweeps.planning.budget import Estimate
 from sweeps.planning.plan import load, make_plan
-from sweeps.slurm import cluster, evals
-from sweeps.slurm import launcher as slurm_module
+from sweeps.slurm import cluster, evals, queue
 from sweeps.slurm import sbatch as submit_module
 from sweeps.slurm.batches import batches
-from sweeps.slurm.launcher import SlurmLauncher, script
+from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions, check_cell, check_options, minutes, shape_of
+from sweeps.slurm.sbatch import Sbatch
 from sweeps.slurm.searches import submit_search
 from sweeps.slurm.submission import read_submissions
 from sweeps.slurm.survey import survey
@@ -292,6 +293,35 @@ def test_the_script_holds_every_option(submit, slurm):
     assert "--cpu-bind=none" in lines[at[1]]
     assert "box exec i.sif python -m sweeps.job " in lines[at[1]]
     assert "box exec i.sif python -m sweeps.job --after" in lines[at[2]]
+
+
+ANOTHER = {"str": "x", "int": 2, "float": 1e-6, "bool": True, "dict": {"a": "b"}, "list": ["x"]}
+"""A value that is no option's default."""
+
+
+def test_no_option_does_nothing(submit, slurm, tmp_path):
+    """Whatever is changed, the jobs, their scripts or the answer are others than without it."""
+
+    def outcome(name: str, **options):
+        before, out = set(slurm.jobs()), tmp_path / name
+        plain = {"gpus_per_node": 3, "runs_per_job": 3, "partition": "gpu", "time": "9"}
+        try:
+            submit(range(3), changes={"output_dir": str(out)}, **{**plain, **options})
+        except ConfigError as error:
+            return str(error)
+        scripts = [slurm.script(job_id) for job_id in sorted(set(slurm.jobs()) - before)]
+        files = out.glob("sweeps/s/jobs/*/submission.json")
+        facts = [json.loads(path.read_text()) for path in sorted(files)]
+        facts = [(one["max_stalled"], one["signal_delay_s"], one["waits_for"]) for one in facts]
+        return re.sub(rf"s\.[0-9a-f]{{8}}|jobs/[0-9a-f]{{8}}|{out}", "", repr((scripts, facts)))
+
+    plain = outcome("plain")
+    assert "#SBATCH" in plain
+    assert outcome("again") == plain
+    for option in dataclasses.fields(SlurmOptions):
+        kind = re.split(r"\W", str(option.type))[0]
+        value = {"time": "8"}.get(option.name, ANOTHER[kind])
+        assert outcome(option.name, **{option.name: value}) != plain, option.name
 
 
 @pytest.fixture
@@ -899,9 +929,7 @@ def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, mo
     def killed(*args, **kwargs):
         raise Killed
 
-    monkeypatch.setattr(
-        slurm_module, "send", lambda *a, **k: (submit_module.send(*a, **k), killed())
-    )
+    monkeypatch.setattr(queue, "submit", lambda *a, **k: (submit_module.submit(*a, **k), killed()))
     with pytest.raises(Killed):
         submit([0, 1])
     for file in out.glob("sweeps/s/jobs/*/submission.json"):
@@ -1209,10 +1237,11 @@ def test_a_batch_that_divides_is_offered(nano, batch, nodes, tasks):
 def test_the_script_of_an_array_that_was_not_submitted(make, tmp_path, slurm):
     """What --test-only asks about is what would be submitted, but for the paths."""
     options = SlurmOptions(**CPU)
-    text = script(
-        options, shape_of(make(), options), tasks=3, name="x", file=tmp_path / "submission.json"
-    )
-    assert "#SBATCH --array=0-2" in text
+    asked = Sbatch(
+        name="x", tasks=3, options=options, shape=shape_of(make(), options),
+        file=tmp_path / "submission.json",
+    )  # fmt: skip
+    assert "#SBATCH --array=0-2" in asked.script()
 
 
 # evaluations ------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""Submits the arrays of one command, so that with earlier ones' jobs `max_parallel` holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.disk.output_dir import jobs_folder
+from sweeps.planning.plan import command
+from sweeps.slurm import cluster
+from sweeps.slurm.batches import Batch
+from sweeps.slurm.options import SlurmOptions
+from sweeps.slurm.sbatch import submit
+from sweeps.slurm.submission import Submission, recover
+
+SHARING = {"train": ("train", "search"), "search": ("train", "search"), "eval": ("eval",)}
+"""Kind of a submission -> the kinds whose jobs count to its cap."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Queue:
+    """What a command submits of a sweep, array after array."""
+
+    output_dir: Path
+    sweep: str
+    kind: str
+    options: SlurmOptions
+    code: Path
+    """The frozen copy that the jobs import."""
+    cap: int | None = None
+    """Runs that may run at a time beside those in flight; None: as many as SLURM lets."""
+    behind: list[str] = field(default_factory=list)
+    """Jobs to wait for, where the cap leaves no run beside them."""
+    lanes: dict[int, str] = field(default_factory=dict)
+    """Lane -> its newest job."""
+
+    def make_room(self, console: Console | None = None) -> None:
+        """Find out what earlier commands have in flight: the cap is the sweep's, not a command's.
+
+        Says on `console` what that leaves.
+        """
+        most = self.options.max_parallel
+        if most is None:
+            return
+        chains = self._in_flight()
+        taken = sum(runs for _, runs in chains)
+        self.cap = most - taken
+        if not chains:
+            return
+        if self.cap < self.options.runs_per_job:
+            self.cap, self.behind = most, [str(one.job_id) for one, _ in chains]
+        if console is not None:
+            how = f"wait for jobs {', '.join(self.behind)}" if self.behind else f"are {self.cap}"
+            console.print(
+                f"max_parallel={most}: {taken} at a time are in flight, these {how}",
+                highlight=False,
+            )
+
+    def _in_flight(self) -> list[tuple[Submission, int]]:
+        """Of each chain of submissions that wait for one another the last, and the runs at once."""
+        kinds = SHARING[self.kind]
+        living = [one for one in recover(self.output_dir, self.sweep) if one.kind in kinds]
+        jobs = cluster.jobs([job_id for one in living for job_id in one.task_ids()])
+        chains: list[tuple[Submission, int]] = []
+        for one in living:
+            alive = sum(job_id in jobs and jobs[job_id].alive for job_id in one.task_ids())
+            if not alive:
+                continue
+            runs = min(one.at_once or alive, alive) * max(len(task) for task in one.tasks)
+            waits = next((c for c in chains if c[0].job_id in one.waits_for), None)
+            if waits is not None:  # never beside that one
+                chains.remove(waits)
+                runs = max(runs, waits[1])
+            chains.append((one, runs))
+        return chains
+
+    def submit(
+        self, batch: Batch[Any], tasks: list[list[str]], *, after: Sequence[str] = ()
+    ) -> Submission:
+        """One array with these tasks, to begin once the jobs of `after` have ended, too."""
+        options, shape = batch.asks(self.options)
+        one = Submission.new(
+            self.sweep, tasks, kind=self.kind, options=options, at_once=batch.at_once,
+            waits_for=[*after, *self._before(batch)],
+        )  # fmt: skip
+        folder = jobs_folder(self.output_dir, name=self.sweep) / one.submission
+        try:
+            submit(one, folder, shape=shape, options=options, code=self.code)
+        except KeyboardInterrupt:
+            if self.kind != "train" and one.job_id is not None:
+                end = command("cancel", self.sweep, output_dir=self.output_dir)
+                print(
+                    f"Ctrl-C: job {one.job_id} is submitted and goes on; to end it: {end}",
+                    file=sys.stderr,
+                )
+            raise
+        self.lanes[batch.lane] = one.job_id or ""
+        return one
+
+    def _before(self, batch: Batch[Any]) -> list[str]:
+        """Jobs that must have ended before this array begins, for the cap's sake."""
+        if self.cap is None:
+            return []
+        return [self.lanes[batch.lane]] if batch.lane in self.lanes else self.behind
