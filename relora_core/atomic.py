@@ -40,7 +40,7 @@ def create_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _beside(path: Path, text: str) -> Iterator[Path]:
-    """A temporary file that holds `text` on the disk itself; gone where something goes wrong."""
+    """A temporary file that holds `text` on the disk itself; removed where something goes wrong."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
@@ -59,13 +59,13 @@ def _beside(path: Path, text: str) -> Iterator[Path]:
 
 def torn(folder: Path) -> list[Path]:
     """Temporary files that no living process can still be at work on."""
-    found = []
+    leftover = []
     for path in sorted(folder.glob(".*.tmp")):
         with contextlib.suppress(FileNotFoundError):
             # A clock that was set back makes files of the future.
             if abs(time.time() - path.stat().st_mtime) > TORN_AFTER_S:
-                found.append(path)
-    return found
+                leftover.append(path)
+    return leftover
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -114,7 +114,7 @@ class Snapshot:
         with_frozen: bool = True,
         copied: Callable[[Tensor], Tensor] | None = None,
     ) -> Snapshot:
-        """`copied` takes a tensor out of training's reach; without it, training must stand still.
+        """`copied` copies a tensor, so that training may go on; without it training must wait.
 
         `rng` holds one state per rank; `reference` weights are those that dynamics compare with.
         """
@@ -442,8 +442,8 @@ def _naming(path: Path) -> Iterator[None]:
     except (OSError, DataError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{path} cannot be read ({told})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{path} cannot be read ({reason})") from None
 
 
 def read_progress(path: Path) -> Progress:

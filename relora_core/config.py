@@ -118,7 +118,7 @@ def _of_grammar(path: str | None, most: int | None, there: int) -> int | None:
     return most if path is not None or (most or there) < there else None
 
 
-# what other knobs leave a knob to say ------------------------------------------------------------
+# knobs that say nothing beside others ------------------------------------------------------------
 def _constant_scale(c: RunConfig) -> float | None:
     """s of every adapter throughout the run; None where it is trained or ranks change."""
     relora = c.relora
@@ -773,14 +773,14 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 @cache
 def _leaves(section: type) -> list[tuple[str, dataclasses.Field[Any], Callable[[Any], Any]]]:
     """What `walk` gives of each section of this class: a sweep walks thousands of configs."""
-    hints, found = get_type_hints(section), []
+    hints, leaves = get_type_hints(section), []
     for f in fields(section):
         if dataclasses.is_dataclass(kind := hints[f.name]):
             inner = _leaves(cast(type, kind))
-            found += [(f"{f.name}.{k}", g, attrgetter(f"{f.name}.{k}")) for k, g, _ in inner]
+            leaves += [(f"{f.name}.{k}", g, attrgetter(f"{f.name}.{k}")) for k, g, _ in inner]
         else:
-            found.append((f.name, f, attrgetter(f.name)))
-    return found
+            leaves.append((f.name, f, attrgetter(f.name)))
+    return leaves
 
 
 def get(config: RunConfig, key: str) -> Any:
@@ -813,7 +813,7 @@ def _alpha(relora: ReLoRAConfig) -> float:
 
 
 ALPHA = cast(float, next(f.default for f in fields(ReLoRAConfig) if f.name == "alpha"))
-"""Where nobody has named one."""
+"""Where none is given."""
 
 
 def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:

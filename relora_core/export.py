@@ -195,8 +195,8 @@ def to_llama(state: Mapping[str, Tensor], *, model: ModelConfig) -> dict[str, Te
 def from_llama(state: Mapping[str, Tensor], *, model: ModelConfig) -> dict[str, Tensor]:
     """Inverse of `to_llama`, bit for bit. DataError where names or shapes are not the model's."""
     ours = {theirs: name for name, theirs in _names(model).items()}
-    kept = {n: t for n, t in state.items() if not n.endswith("rotary_emb.inv_freq")}
-    renamed = {ours.get(name, name): tensor for name, tensor in kept.items()}
+    weights = {n: t for n, t in state.items() if not n.endswith("rotary_emb.inv_freq")}
+    renamed = {ours.get(name, name): tensor for name, tensor in weights.items()}
     _check(renamed, _shapes(model), where="the Llama model")
     return {
         name: _regroup(tensor, heads=_heads(name, model), inner=(2, -1))
@@ -261,10 +261,10 @@ def _check(
 ) -> None:
     """DataError at the first tensor that is missing, unknown or of another shape."""
     for name in [*shapes, *state]:
-        found = tuple(state[name].shape) if name in state else "nothing"
+        shape = tuple(state[name].shape) if name in state else "nothing"
         expected = shapes.get(name, "nothing")
-        if found != expected:
-            raise DataError(f"{where}: expected {name} to be {expected}, got {found}")
+        if shape != expected:
+            raise DataError(f"{where}: expected {name} to be {expected}, got {shape}")
 
 
 # foreign checkpoints ------------------------------------------------------------------------------
@@ -368,11 +368,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 # tokenizers ---------------------------------------------------------------------------------------
 def _run_tokenizer(config: RunConfig, *, notes: list[str]) -> tuple[dict[str, str], int | None]:
     """(files by name, EOS id) of the run's tokenizer; no files where the data name none."""
-    found = load_tokenizer(config.data)
-    if found is None:
+    tokenizer = load_tokenizer(config.data)
+    if tokenizer is None:
         notes.append("no tokenizer was written: the run's data.tokenizer is not set")
         return {}, config.data.eos_id
-    return _tokenizer_texts(found, model=config.model, notes=notes), found.eos_id
+    return _tokenizer_texts(tokenizer, model=config.model, notes=notes), tokenizer.eos_id
 
 
 def _tokenizer_texts(

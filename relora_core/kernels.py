@@ -70,10 +70,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, sums = ctx.saved_tensors
-        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         upstream = grads[0].contiguous()
-        native.call("attention_back", q, k, v, out, sums, upstream, *found, *ctx.sizes)
-        return found
+        native.call("attention_back", q, k, v, out, sums, upstream, *gradients, *ctx.sizes)
+        return gradients
 
 
 def to_product_type(x: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        found = torch.empty_like(x), torch.empty_like(weight)
+        gradients = torch.empty_like(x), torch.empty_like(weight)
         upstream, sizes = grads[0].contiguous(), (inverse.numel(), x.shape[-1])
-        native.call("rms_norm_back", x, weight, inverse, upstream, *found, *sizes)
-        return *found, None
+        native.call("rms_norm_back", x, weight, inverse, upstream, *gradients, *sizes)
+        return *gradients, None
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -163,17 +163,19 @@ class _SwiGLU(torch.autograd.Function):
         if not ctx.native:
             d_gate = torch.ops.aten.silu_backward(grads[0] * value, gate)
             return d_gate, F.silu(gate).mul_(grads[0])
-        upstream, found = grads[0].contiguous(), (torch.empty_like(gate), torch.empty_like(value))
-        native.call(f"swiglu_back_{native.kind(gate)}", gate, value, upstream, *found, gate.numel())
-        return found
+        gradients = torch.empty_like(gate), torch.empty_like(value)
+        upstream = grads[0].contiguous()
+        name = f"swiglu_back_{native.kind(gate)}"
+        native.call(name, gate, value, upstream, *gradients, gate.numel())
+        return gradients
 
 
 def adapted_linear(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scale: float, dropout: Dropout | None
 ) -> Tensor:
     """W x + scale B A dropout(x) for a frozen W (out, in); A (r, in), B (out, r), x (..., in)."""
-    whole = a.shape[1] % LANES == 0 == b.shape[0] % LANES
-    kind = _Native if whole and is_native(a, b) and x.device.type == "cpu" else _Plain
+    fits = a.shape[1] % LANES == 0 == b.shape[0] % LANES
+    kind = _Native if fits and is_native(a, b) and x.device.type == "cpu" else _Plain
     return kind.apply(x, weight, a, b, scale, dropout)  # type: ignore[return-value]
 
 
@@ -212,11 +214,11 @@ class _Native(torch.autograd.Function):
         rows, weight, a, b, low = ctx.saved_tensors
         g = grads[0].flatten(0, -2).to(rows.dtype).contiguous()
         dx = g @ weight if ctx.needs_input_grad[0] else None
-        found = torch.empty_like(a), torch.empty_like(b)
-        native.call(f"adapt_back_{native.kind(g)}", rows, a, b, low, g, dx, *found, *ctx.last)
+        gradients = torch.empty_like(a), torch.empty_like(b)
+        native.call(f"adapt_back_{native.kind(g)}", rows, a, b, low, g, dx, *gradients, *ctx.last)
         if dx is not None:
             dx = dx.unflatten(0, grads[0].shape[:-1]).to(ctx.type)
-        return dx, None, *found, None, None
+        return dx, None, *gradients, None, None
 
 
 class _Plain(torch.autograd.Function):
@@ -235,25 +237,25 @@ class _Plain(torch.autograd.Function):
         ctx.type = x.dtype
         rows, weight, a, b = map(to_product_type, (x.flatten(0, -2), weight, a, b))
         with torch.autocast(x.device.type, enabled=False):
-            kept = dropout.mask(x).view(rows.shape) if dropout else None
+            mask = dropout.mask(x).view(rows.shape) if dropout else None
             ctx.scale = scale * dropout.gain if dropout else scale
-            low = (rows if kept is None else rows * kept) @ a.T
+            low = (rows if mask is None else rows * mask) @ a.T
             y = (rows @ weight.T).addmm_(low, b.T, alpha=ctx.scale)
-        ctx.save_for_backward(rows, weight, a, b, low, kept)
+        ctx.save_for_backward(rows, weight, a, b, low, mask)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low, kept = ctx.saved_tensors
+        rows, weight, a, b, low, mask = ctx.saved_tensors
         g = grads[0].flatten(0, -2).to(rows.dtype)
         d_b = (g.T @ low).mul_(ctx.scale)
         d_low = (g @ b).mul_(ctx.scale)
-        d_a = d_low.T @ (rows if kept is None else rows * kept)
+        d_a = d_low.T @ (rows if mask is None else rows * mask)
         if not ctx.needs_input_grad[0]:
             return None, None, d_a, d_b, None, None
         dx = g @ weight
-        if kept is None:
+        if mask is None:
             dx.addmm_(d_low, a)
         else:
-            dx.add_((d_low @ a).mul_(kept))
+            dx.add_((d_low @ a).mul_(mask))
         return dx.unflatten(0, grads[0].shape[:-1]).to(ctx.type), None, d_a, d_b, None, None

@@ -44,14 +44,14 @@ class _Exponentials:
         self.rows, self.columns = max(1, min(rows, most, tokens)), columns
         self.weights, self.keep = weight.split(columns), keep
         self.native = is_native(weight, types=(torch.float32, torch.bfloat16))
-        self.room = _room(weight, self.rows * (vocab if keep else min(columns, vocab)))
+        self.buffer = _buffer(weight, self.rows * (vocab if keep else min(columns, vocab)))
         self.block = torch.empty(self.rows * min(columns, vocab), device=weight.device)
 
     def _place(self, index: int, rows: int) -> Tensor:
         """(rows, columns) of block `index`; without gradients all share one place."""
         width = len(self.weights[index])
         start = index * self.columns * rows if self.keep else 0
-        return self.room[start : start + rows * width].view(rows, width)
+        return self.buffer[start : start + rows * width].view(rows, width)
 
     def fill(self, hidden: Tensor, targets: Tensor, *, mean: Tensor | None) -> Tensor:
         """Make the blocks of (rows, C), 0 at the targets; gives the log of their sums, (rows,).
@@ -59,7 +59,7 @@ class _Exponentials:
         `mean` (rows, C) becomes the mean of the weight's rows under these exponentials: here the
         block is still in the cache.
         """
-        bits = (hidden * LOG2E).to(self.room.dtype)
+        bits = (hidden * LOG2E).to(self.buffer.dtype)
         self.largest = torch.empty(len(self.weights), len(hidden), 1, device=hidden.device)
         largest = torch.full_like(self.largest[0], -1e38)
         total = torch.zeros_like(largest)
@@ -127,18 +127,18 @@ class _Exponentials:
                 part.copy_(kept.T @ scaled)
 
 
-def _room(like: Tensor, size: int) -> Tensor:
+def _buffer(like: Tensor, size: int) -> Tensor:
     """Uninitialised; a CPU's is the same from call to call, as the system takes a fifth of the
     head's time to hand out 100 MB of fresh pages."""
     if like.device.type != "cpu":
         return like.new_empty(size)
-    held: Tensor | None = getattr(_held, "room", None)
-    if held is None or held.dtype != like.dtype or held.numel() < size:
-        held = _held.room = like.new_empty(size)
-    return held[:size]
+    buffer: Tensor | None = getattr(_buffers, "last", None)
+    if buffer is None or buffer.dtype != like.dtype or buffer.numel() < size:
+        buffer = _buffers.last = like.new_empty(size)
+    return buffer[:size]
 
 
-_held = threading.local()
+_buffers = threading.local()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -227,10 +227,10 @@ def _log_normalisers(hidden: Tensor, weight: Tensor) -> Tensor:
     if is_native(weight, types=(torch.float32, torch.bfloat16)):
         with torch.autocast("cpu", enabled=False):
             exponentials = _Exponentials(weight, tokens=len(hidden), keep=False)
-            nobody = torch.full((len(hidden),), -1)
+            no_target = torch.full((len(hidden),), -1)
             for start in range(0, len(hidden), exponentials.rows):
                 part = slice(start, start + exponentials.rows)
-                out[part] = exponentials.fill(hidden[part].float(), nobody[part], mean=None)
+                out[part] = exponentials.fill(hidden[part].float(), no_target[part], mean=None)
         return out
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0], rows):

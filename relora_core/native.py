@@ -89,7 +89,7 @@ def choose(kernels: str) -> str:
 
 
 def available() -> bool:
-    """Whether native kernels are to be used; builds them where nobody has."""
+    """Whether native kernels are to be used; builds them where there is no build."""
     if _native is None:
         choose("auto")
     return bool(_native)
@@ -242,7 +242,7 @@ def _left() -> list[str]:
 def _split(text: str) -> list[str]:
     try:
         return shlex.split(text)
-    except ValueError:  # a quote that nobody closed
+    except ValueError:  # an unclosed quote
         return text.split()
 
 
@@ -252,8 +252,8 @@ def _processor() -> str:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         return platform.processor()
-    kept = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(line for line in first.splitlines() if line.startswith(kept))
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(line for line in first.splitlines() if line.startswith(wanted))
 
 
 def _cache() -> Path | None:
@@ -262,10 +262,10 @@ def _cache() -> Path | None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(root) / "relora-sweeps"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):  # the latter: nobody's home
+        status = folder.stat()
+    except (OSError, RuntimeError):  # the latter: no home folder
         return None
-    ours = found.st_uid == os.getuid() and not found.st_mode & 0o022  # what is there will be run
+    ours = status.st_uid == os.getuid() and not status.st_mode & 0o022  # what is there will be run
     return folder if ours and os.access(folder, os.W_OK) else None
 
 

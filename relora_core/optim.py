@@ -54,7 +54,7 @@ def prune_state_(
     bias-corrected, and under a constant gradient the updates after a restart rise to 6 learning
     rates. (A tensor has one counter: an entry kept beside pruned ones begins with a third of one.)
     Where nothing is pruned the counter stays, whatever `reset_step` says. No other parameter's
-    state is touched. `dropped` entries went with tensors that are gone, and count.
+    state is touched. `dropped` entries, of tensors that were replaced, count as zeroed.
     """
     zeroed, total = dropped, dropped
     for name, parameter in parameters.items():

@@ -87,39 +87,39 @@ def _moves(first: int, *, config: RunConfig) -> bool:
 
 def _never(config: RunConfig) -> list[str]:
     """What is asked for and lies beyond the run's end."""
-    found, steps, relora = [], config.train.steps, config.relora
+    lines, steps, relora = [], config.train.steps, config.relora
     end, floor = config.schedule.total_steps or steps, config.schedule.min_ratio
     if end < steps - 1 and (config.schedule.name == "linear" or not floor):
-        found.append(
+        lines.append(
             f"the learning rate is 0 from step {end} of train.steps={steps} on: "
             f"schedule.total_steps={end}"
         )
     if (every := config.dynamics.every_steps) and every > steps:
-        found.append(
+        lines.append(
             f"weights are measured before the first step alone: dynamics.every_steps={every} of "
             f"train.steps={steps}"
         )
     if config.method != "relora":
-        return found
+        return lines
     if not (at := restart_steps(config)):
         first = _first_multiple(config)
         why = f"the first would be at step {first}" if first >= steps else "it has none to merge"
-        found.append(
+        lines.append(
             f"no restart within train.steps={steps}: {why} (relora.reset_frequency="
             f"{relora.reset_frequency}), so method=relora does what method=lora does"
         )
     elif len(at) < relora.restart_groups:
-        found.append(
+        lines.append(
             f"relora.restart_groups={relora.restart_groups} take turns in {len(at)} restarts: "
             "the others never restart"
         )
     for step, rank in relora.rank_schedule:
         if at and step > max(redraws(config)):
-            found.append(
+            lines.append(
                 f"relora.rank_schedule never comes to [{step}, {rank}]: the last restart is at "
                 f"step {max(redraws(config))}"
             )
-    return found
+    return lines
 
 
 def _first_multiple(config: RunConfig) -> int:
@@ -131,20 +131,20 @@ def _first_multiple(config: RunConfig) -> int:
 
 def notices(config: RunConfig) -> list[str]:
     """What a plan should say of a valid config that may not do what its author expects."""
-    found = []
+    lines = []
     relora = config.relora
-    kept = relora.optimizer_state == "keep" or (
+    keeps_moments = relora.optimizer_state == "keep" or (
         relora.optimizer_state != "zero" and relora.prune_ratio == 0
     )
-    if config.method == "relora" and kept and relora.reset_adam_step:
-        found.append(
+    if config.method == "relora" and keeps_moments and relora.reset_adam_step:
+        lines.append(
             "relora.reset_adam_step has no say where no moment is pruned; runs of such a setting "
             "that earlier versions made had Adam's step reset"
         )
     n = config.train.steps
     factors = (lr_factor(step, config=config) for step in range(n))
     if not any(factors):
-        return [*found, f"nothing is learnt: every update of train.steps={n} has learning rate 0"]
+        return [*lines, f"nothing is learnt: every update of train.steps={n} has learning rate 0"]
     if idle := idle_adapters(config):
         why = "every update of them has learning rate 0"
         if _begins_inert(config):
@@ -153,5 +153,5 @@ def notices(config: RunConfig) -> list[str]:
                 f"none does within train.steps={config.train.steps}"
             )
         of = len(adapted_shapes(config))
-        found.append(f"{len(idle)} of {of} adapters learn nothing: {why}")
-    return found + _never(config)
+        lines.append(f"{len(idle)} of {of} adapters learn nothing: {why}")
+    return lines + _never(config)

@@ -65,21 +65,21 @@ def redraws(config: RunConfig) -> dict[int, int | None]:
     Multiples of F (plus the offset), never the end, none at full rank. The update whose 0-based
     index is a multiple of F has factor 0 where there is a re-warm-up; adapters are drawn just
     before it, or, with restart_offset = 1 as published, just after it. None: since the base was
-    trained, no adapter has had an update. That merges zero, is no restart and takes nobody's turn.
+    trained, no adapter has had an update. That merges zero: no restart, and no group's turn.
     """
-    found: dict[int, int | None] = {}
+    numbers: dict[int, int | None] = {}
     last = restarts = 0
     for k in restart_multiples(config):
         step = k + config.relora.restart_offset
         if step == config.train.steps:
             break
         if _follows_full_rank(step, config=config, last=last):
-            found[step] = None
+            numbers[step] = None
         else:
-            found[step] = restarts
+            numbers[step] = restarts
             restarts += 1
         last = step
-    return found
+    return numbers
 
 
 def _follows_full_rank(step: int, *, config: RunConfig, last: int) -> bool:

@@ -47,7 +47,7 @@ def touch(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that nobody reads before it is whole; else `atomic.write_text`."""
+    """For a file that is read only when it is complete; for any other `atomic.write_text`."""
     with opened(path, "w", encoding="utf-8") as file:
         file.write(text)
 
@@ -108,27 +108,27 @@ def closed(path: Path | str) -> str | None:
     path = Path(os.path.abspath(path))
     for place in (path, *path.parents):
         try:
-            found = place.stat()
+            status = place.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError:
-            continue  # the folder that lets nobody in is above it
-        return _closed(place, found)
+            continue  # the folder that may not be entered is above it
+        return _closed(place, status)
     return None
 
 
-def _closed(place: Path, found: os.stat_result) -> str | None:
+def _closed(place: Path, status: os.stat_result) -> str | None:
     if os.statvfs(place).f_flag & os.ST_RDONLY:
         return f"{place} is on a disk that is mounted read-only"
-    is_folder = stat.S_ISDIR(found.st_mode)
+    is_folder = stat.S_ISDIR(status.st_mode)
     wanted = os.W_OK | os.X_OK if is_folder else os.W_OK
     if not os.access(place, wanted, effective_ids=os.access in os.supports_effective_ids):
-        if found.st_uid == os.geteuid():
+        if status.st_uid == os.geteuid():
             return f"{place} is read-only, though it is yours (`chmod u+w` opens it)"
-        bits = "g+wx" if is_folder and not found.st_mode & stat.S_IXGRP else "g+w"
+        bits = "g+wx" if is_folder and not status.st_mode & stat.S_IXGRP else "g+w"
         return (
-            f"{place} is read-only for you (owner {_user(found.st_uid)}, whose `chmod {bits}` "
-            f"opens it to group {_group(found.st_gid)})"
+            f"{place} is read-only for you (owner {_user(status.st_uid)}, whose `chmod {bits}` "
+            f"opens it to group {_group(status.st_gid)})"
         )
     return None
 

@@ -45,7 +45,7 @@ PRECISION, USE_CPU = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
 ASKED = (PRECISION, USE_CPU)
 """What `accelerate launch` is asked for by an option: kept, to be compared with each config."""
 _QUIET = ("", "no", "false", "default", "0")
-"""Values that `accelerate launch` sets where nobody has asked for anything."""
+"""Values that `accelerate launch` sets where nothing was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

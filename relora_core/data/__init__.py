@@ -233,7 +233,7 @@ def _inspect_grammar() -> DataInfo:
 
 
 def _grammar_fingerprint() -> str:
-    """What it says stands for what it is: another grammar is another data set."""
+    """Digest of some of its text: another grammar is another data set."""
     from relora_core.data import grammar
 
     sample = grammar.GrammarStream(seq_len=64, seed=0).next_rows(64)
@@ -249,7 +249,7 @@ def _tokenizer_digest(tokenizer: HFTokenizer | None) -> str | None:
 
 
 def _vocabulary(data: DataConfig, tokenizer: HFTokenizer | None) -> int:
-    """Ids that the model must know; ConfigError where nothing tells or the tokenizer has more."""
+    """Ids that the model must know; ConfigError where it is not set, or the tokenizer has more."""
     size = data.vocab_size if data.kind == "pretokenized" else None
     if tokenizer is None:
         if size is None:

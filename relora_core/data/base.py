@@ -33,7 +33,7 @@ class TokenStream(Protocol):
     """
 
     notes: list[str]
-    """What of the data it leaves out, one line each; they stand in the run's record."""
+    """What it leaves out of the data, one line each, for the run's record."""
 
     def next_rows(self, n: int) -> np.ndarray:
         """The next n rows of this rank, int64, shape (n, seq_len + 1). Raises DataError."""

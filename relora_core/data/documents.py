@@ -2,7 +2,7 @@
 
 A `.txt` file is one document, or several with `<|endoftext|>` between them; a line of a `.jsonl`
 file is one, a row of a `.parquet` file another. txt and jsonl may be packed (.gz, .xz, .zst).
-No more than a few MB of a document are held at once, except for the one line of a jsonl file.
+No more than a few MB of a document are in memory at once, except for the one line of a jsonl file.
 """
 
 from __future__ import annotations

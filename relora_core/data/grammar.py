@@ -6,7 +6,7 @@ of integers: block b of a training stream depends on (seed, b) and on nothing th
 Not for: scoring (`evals/`), nor for other people's text (`text.py`, `pretokenized.py`).
 
 Notation of `RULES`: `Left = weight symbols | weight symbols`; lines with the same left side add up.
-Capitalised symbols are expanded, the others are words. In brackets stand features; the letters of
+Capitalised symbols are expanded, the others are words. Features are in brackets; the letters of
 `VALUES` are variables that range over them: one on the left makes one rule per value, one that is
 only on the right is chosen by `PRIOR`. Preterminals come from the lexicon (`_lexical_rules`).
 """

@@ -98,7 +98,7 @@ def split_of(name: str) -> str | None:
 
 
 def _split_of_file(name: str) -> str | None:
-    """None where the name tells none."""
+    """None where the name has none."""
     stem = name.removesuffix(".parquet")
     split, *rest = stem.split("-")
     numbered = len(rest) == 3 and rest[0].isdigit() and rest[1] == "of" and rest[2].isdigit()

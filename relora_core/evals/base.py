@@ -113,10 +113,10 @@ def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
 
 def existing(path: str, *, key: str) -> Path:
     """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
-    found = Path(path).expanduser()
-    if not found.exists():
+    there = Path(path).expanduser()
+    if not there.exists():
         raise missing(key, source=path, expected="an existing folder or file")
-    return found
+    return there
 
 
 def records(

@@ -142,12 +142,12 @@ def load(config: BlimpConfig) -> list[Pair]:
     """The pairs by file name and line, the first `max_pairs` of each paradigm."""
     if config.path is None:
         raise ValueError("no path to load from: the grammar has grammar_pairs")
-    kept, counts = [], defaultdict(int)
+    chosen, counts = [], defaultdict(int)
     for pair in _pairs(existing(config.path, key=KEY)):
         counts[pair.uid] += 1
         if config.max_pairs is None or counts[pair.uid] <= config.max_pairs:
-            kept.append(pair)
-    return kept
+            chosen.append(pair)
+    return chosen
 
 
 def grammar_pairs(count: int) -> list[Pair]:
@@ -177,9 +177,9 @@ def _pair_id(record: dict[str, Any]) -> str:
 
 
 def _pairs(root: Path) -> Iterator[Pair]:
-    for names, where, found in _files(root):
+    for names, where, rows in _files(root):
         empty = True
-        for record in found:
+        for record in rows:
             pair = _pair(record)
             if names and pair.uid not in names:
                 name = names[0] if len(names) == 1 else " or ".join(names)
@@ -213,9 +213,9 @@ def _files(root: Path) -> Iterator[tuple[list[str], str, Iterator[dict[str, Any]
 def _records(rows: Iterable[bytes], *, where: str) -> Iterator[dict[str, Any]]:
     for number, record in enumerate(records(rows, where=where, fields=FIELDS), 1):
         name = "pairID" if "pairID" in record else "pair_id"
-        if not isinstance(found := record.get(name), str | int):
+        if not isinstance(pair_id := record.get(name), str | int):
             raise ConfigError(
-                f"{where} pair {number}: '{name}' must be a string, got {found!r:.40}"
+                f"{where} pair {number}: '{name}' must be a string, got {pair_id!r:.40}"
             )
         yield record
 

@@ -118,12 +118,12 @@ def load(config: PalomaConfig) -> list[Document]:
         raise ValueError("no path to load from: the grammar has grammar_documents")
     root = existing(config.path, key=KEY)
     counts: dict[tuple[str, str], int] = defaultdict(int)
-    kept = []
+    chosen = []
     for document in _documents(root, split=config.split):
         counts[document.source, document.domain] += 1
         if counts[document.source, document.domain] <= (config.max_documents or math.inf):
-            kept.append(document)
-    return kept
+            chosen.append(document)
+    return chosen
 
 
 def grammar_documents(count: int) -> list[Document]:
@@ -165,10 +165,10 @@ def check(
     for document in load(config):
         key = document.source, document.domain
         if not knows_all:
-            found = bool(tokenizer.encode(document.text))
+            has_tokens = bool(tokenizer.encode(document.text))
         else:  # a text has tokens if its beginning has
-            found = not empty.get(key, True) or bool(tokenizer.encode(document.text[:1000]))
-        empty[key] = empty.get(key, True) and not found
+            has_tokens = not empty.get(key, True) or bool(tokenizer.encode(document.text[:1000]))
+        empty[key] = empty.get(key, True) and not has_tokens
     for (source, domain), nothing in empty.items():
         if nothing:
             raise DataError(f"domain {source}/{domain} must hold tokens, got none")
@@ -180,15 +180,15 @@ def _files(root: Path, *, split: str) -> list[Path]:
 
     if not root.is_dir():
         raise ConfigError(f"{KEY} must be a folder of <source>/<split>/*.jsonl.gz, got {root}")
-    found = [
+    there = [
         file
         for file in sorted(root.glob("*/*/*"))
         if file.name.lower().endswith(ENDINGS) and file.is_file()
         if not any(part.startswith(".") for part in file.relative_to(root).parts)
     ]
-    files = [file for file in found if file.parent.name == split]
+    files = [file for file in there if file.parent.name == split]
     if not files:
-        splits = sorted({file.parent.name for file in found})
+        splits = sorted({file.parent.name for file in there})
         if splits:
             raise ConfigError(
                 f"eval.paloma.split must be one of {', '.join(splits)} (the splits in {root}), got "
@@ -206,13 +206,13 @@ def _documents(root: Path, *, split: str) -> Iterator[Document]:
     """Every document that has a text; an empty one has nothing to predict."""
     for file in _files(root, split=split):
         source, where = file.parent.parent.name, f"{KEY}: {file.relative_to(root)}"
-        found = False
+        any_text = False
         for record in records(_lines(file, where=where), where=where, fields=["text"]):
             if record["text"]:
-                found = True
+                any_text = True
                 domain = record.get("subdomain") or source
                 yield Document(source, str(domain), record["text"], str(record.get("id", "")))
-        if not found:
+        if not any_text:
             raise ConfigError(f"{where} must hold at least one document, got none")
 
 
@@ -264,14 +264,14 @@ def document_windows(ids: np.ndarray, *, prefix: int, max_len: int) -> Iterator[
 def paper_rows(ids: Sequence[np.ndarray], *, eos_id: int, length: int) -> Iterator[Window]:
     """Up to PAPER_ROWS rows of `length` >= 2 tokens of one source, the first token unscored."""
     order = np.random.default_rng(PAPER_SEED).permutation(len(ids))
-    pieces, held = [], 0
+    pieces, count = [], 0
     for i in order:
-        if held >= PAPER_ROWS * length:
+        if count >= PAPER_ROWS * length:
             break
         pieces += [ids[i], np.array([eos_id], dtype=np.int32)]
-        held += len(ids[i]) + 1
+        count += len(ids[i]) + 1
     tokens = np.concatenate(pieces).astype(np.int32)
-    for row in range(min(PAPER_ROWS, held // length)):
+    for row in range(min(PAPER_ROWS, count // length)):
         yield Window(tokens[row * length : (row + 1) * length], length - 1)
 
 

@@ -110,7 +110,7 @@ class ReLoRALinear(nn.Module):
         return Dropout(self.dropout, seed=seed, first=now.first, stride=now.stride)
 
     def resize_(self, rank: int) -> None:
-        """Make room for another rank, before any pass: the parameters stay the same objects."""
+        """Change the rank before any pass: the parameters stay the same objects, all 0."""
         self.lora_A.data = self.lora_A.data.new_zeros(rank, self.lora_A.shape[1])
         self.lora_B.data = self.lora_B.data.new_zeros(self.lora_B.shape[0], rank)
 

@@ -81,7 +81,7 @@ class GaLoreAdamW(AdamW):
 
     def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[weight], group["betas"]
-        # The counter lives on the CPU, where reading it waits for no kernel; a load may move it.
+        # The counter is kept on the CPU, where reading it waits for no kernel; a load may move it.
         done = int(state["step"].cpu()) if state else 0
         if done % group["galore_update_gap"] == 0:
             state["projector"] = projector(gradient, r=group["galore_r"])
