@@ -21,7 +21,7 @@ from rich.text import Text
 from experiments.disk.output_dir import runs_folder
 from experiments.disk.run_dir import DONE, RunDir, Status
 from experiments.disk.state import RunState
-from experiments.metrics import columns
+from experiments.metrics import LOSS, columns
 from experiments.run.sinks import clock
 from relora_core import costs
 from relora_core.config import RunConfig
@@ -292,7 +292,7 @@ def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_di
 def _metric_cells(result: Mapping[str, Any], status: Status) -> list[str]:
     metrics = dict(result.get("metrics", {}))
     if status.loss is not None:
-        metrics.setdefault("train/loss", status.loss)
+        metrics.setdefault(LOSS.key, status.loss)
     return [f"{metrics[key]:.4g}" if key in metrics else "-" for key in columns().values()]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Bullets, Table
-from experiments.report.tables import Pair, _row, _sides, accuracy, between, mean_cell, p_value
+from experiments.report.tables import Pair, _row, _sides, between, mean_cell, p_value, value_text
 from experiments.stats import interval
+from relora_core.evals.blimp import ACCURACY
 
 VARIANTS = ("no_bos", "eos_prefix")
 
@@ -40,12 +42,15 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
         return None
     rows, data = [], []
     for name in names:
-        measure, cells = accuracy(title="", metric=name), []
+        metric, cells = replace(ACCURACY, key=name), []
+        text = partial(value_text, metric)
         for arm in arms:
             values = list(arm.values(name).values())
             estimate = interval(values, scale="linear") if values else None
-            cells.append(mean_cell(estimate, measure, expected=len(arm.finished)))
-            data.append(_row(arm, measure, estimate) | {"phenomenon": name.removeprefix(prefix)})
+            cells.append(
+                mean_cell(estimate, text, expected=len(arm.finished))
+            )
+            data.append(_row(arm, metric, estimate) | {"phenomenon": name.removeprefix(prefix)})
         rows.append([name.removeprefix(prefix).replace("_", " "), *cells])
     return Table(
         name=f"blimp_{variant}_phenomena",
@@ -61,7 +66,6 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
 def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Table | None:
     from experiments.report.blimp_tests import blimp_tests
 
-    shows = accuracy(title="", metric="")
     against_what, one = _sides(pairs)
     rows, data = [], []
     for arm, reference in pairs:
@@ -74,7 +78,7 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
                 [
                     *([arm.name] if one else [arm.name, reference.name]),
                     *(test.name, test.unit, f"{test.n:,}"),
-                    between(shows, test.difference, test.low, test.high),
+                    between(ACCURACY, test.difference, test.low, test.high),
                     *(p_value(test.p), test.note),
                 ]
             )

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.metrics import headline
 from experiments.report import data, gather, page, tables
 from experiments.report.data import Sweep
 from experiments.report.document import (
@@ -26,7 +27,7 @@ from experiments.report.document import (
     joined,
     plural,
 )
-from experiments.report.tables import MEASURES, Pair
+from experiments.report.tables import Pair
 from relora_core.config import ConfigError
 
 
@@ -153,10 +154,10 @@ def _settings(matched: Matched) -> list[Block]:
 
 def _differences(one: Sweep, matched: Matched) -> list[Block]:
     blocks: list[Block] = []
-    for measure in MEASURES:
-        compared = tables.compared(matched.pairs, measure)
+    for metric in headline():
+        compared = tables.compared(matched.pairs, metric)
         if any(c.difference is not None for c in compared):
-            blocks.append(tables.difference_table(measure, matched.pairs, compared, to=one.name))
+            blocks.append(tables.difference_table(metric, matched.pairs, compared, to=one.name))
     return blocks
 
 

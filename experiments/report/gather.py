@@ -25,6 +25,7 @@ from experiments.disk.run_dir import DONE, RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.identity import arm_name, config_from_json
 from experiments.json_files import ODD
+from experiments.metrics import LOSS
 from experiments.report.data import COLOURS, STYLES, Arm, Attempt, Point, RunData, Sweep, settings
 from relora_core.config import EVALS, ConfigError, RunConfig, nearest
 
@@ -168,7 +169,7 @@ def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
 
 def _since_log(run: RunData) -> int:
     """What the final loss of earlier versions was a mean over: the updates since the last log."""
-    steps = [0, 0, *(point.step for point in run.curves.get("train/loss", []))]
+    steps = [0, 0, *(point.step for point in run.curves.get(LOSS.key, []))]
     return steps[-1] - steps[-2]
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,61 +16,21 @@ from experiments.metrics import headline
 from experiments.notices import fixed_order
 from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
-from experiments.stats import Comparison, Interval, Scale, compare, holm, interval
+from experiments.stats import Comparison, Interval, compare, holm, interval
 from relora_core.events import LOSS_STEPS, Metric
 
 Pair = tuple[Arm, Arm]
 """An arm and what it is compared with."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Measure:
-    """A final metric of a run, and how its values are shown."""
-
-    title: str
-    metric: str
-    scale: Scale = "linear"
-    factor: float = 1.0
-    """100: shown in per cent."""
-    digits: int = 3
-    """Decimals of a mean; a difference has one more."""
-    significant: bool = False
-    """`digits` are significant digits, not decimals."""
-
-    def show(self, value: float | None) -> str:
-        if value is None or math.isnan(value):
-            return "-"
-        if self.significant:
-            return number(value, digits=self.digits)
-        return f"{value * self.factor:,.{self.digits}f}"
-
-    def show_difference(self, value: float | None) -> str:
-        """Signed; a ratio on the log scale."""
-        if value is None or math.isnan(value):
-            return "-"
-        if self.scale == "log":
-            return f"{value:.4f}"
-        return f"{value * self.factor:+,.{self.digits + 1}f}"
-
-
-perplexity = partial(Measure, scale="log", digits=4, significant=True)
-accuracy = partial(Measure, factor=100, digits=1)
-
-
-def _measure(metric: Metric) -> Measure:
-    shown = perplexity if metric.scale == "log" else accuracy if metric.percent else Measure
-    return shown(title=metric.title, metric=metric.key)
-
-
-MEASURES = [_measure(metric) for metric in headline()]
-HOURS = Measure(title="device-hours", metric="perf/train_seconds", digits=3, significant=True)
+HOURS = "device-hours"
 SAME_TASK = ("model.", "data.", "train.", "eval.")
 """Prefixes of the settings that a fair reference shares with its arm."""
 
 
-def shown(sweep: Sweep) -> list[Measure]:
-    """The measures that a finished run has."""
-    return [m for m in MEASURES if any(arm.values(m.metric) for arm in sweep.arms)]
+def shown(sweep: Sweep) -> list[Metric]:
+    """The metrics that a finished run has."""
+    return [m for m in headline() if any(arm.values(m.key) for arm in sweep.arms)]
 
 
 def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
@@ -95,19 +55,19 @@ def _shared(arm: Arm, other: Arm) -> int:
 
 # means ------------------------------------------------------------------------------------------
 def results(sweep: Sweep) -> list[Block]:
-    """Arms with the interval of each measure."""
-    measures = shown(sweep)
-    if not measures:
+    """Arms with the interval of each metric."""
+    metrics = shown(sweep)
+    if not metrics:
         return []
     rows, data = [], []
     for arm in sweep.arms:
         done, cells = len(arm.finished), []
-        for measure in measures:
-            values = list(arm.values(measure.metric).values())
-            estimate = interval(values, scale=measure.scale) if values else None
-            cells.append(mean_cell(estimate, measure, expected=done))
-            data.append(_row(arm, measure, estimate))
-        cells += [tokens_per_run(arm), mean_cell(hours_per_run(arm), HOURS, expected=done)]
+        for metric in metrics:
+            values = list(arm.values(metric.key).values())
+            estimate = interval(values, scale=metric.scale) if values else None
+            cells.append(mean_cell(estimate, partial(value_text, metric), expected=done))
+            data.append(_row(arm, metric, estimate))
+        cells += [tokens_per_run(arm), hours_cell(arm)]
         rows.append([arm.name, f"{done} of {len(arm.runs)}", *cells])
     several = any(len(arm.finished) > 1 for arm in sweep.arms)
     note = (
@@ -127,7 +87,7 @@ def results(sweep: Sweep) -> list[Block]:
         Table(
             name="arms",
             title="Arms",
-            columns=["arm", "finished", *(m.title for m in measures), "tokens", HOURS.title],
+            columns=["arm", "finished", *(m.title for m in metrics), "tokens", HOURS],
             rows=rows,
             data=data,
             note=note,
@@ -160,21 +120,31 @@ def other_losses(runs: Iterable[RunData]) -> list[Block]:
     ]
 
 
-def mean_cell(estimate: Interval | None, measure: Measure, *, expected: int) -> str:
+def mean_cell(
+    estimate: Interval | None, text: Callable[[float | None], str], *, expected: int
+) -> str:
     """`2.61 [2.58, 2.64]`, with n where values are missing."""
     if estimate is None or not estimate.n:
         return "-"
-    text = measure.show(estimate.mean)
+    cell = text(estimate.mean)
     if estimate.low is not None:
-        text += f" [{measure.show(estimate.low)}, {measure.show(estimate.high)}]"
-    return text if estimate.n == expected else f"{text} (n = {estimate.n})"
+        cell += f" [{text(estimate.low)}, {text(estimate.high)}]"
+    return cell if estimate.n == expected else f"{cell} (n = {estimate.n})"
 
 
-def _row(arm: Arm, measure: Measure, estimate: Interval | None) -> dict[str, Any]:
+def value_text(metric: Metric, value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    if metric.scale == "log":
+        return number(value)
+    return f"{100 * value:,.1f}" if metric.percent else f"{value:,.3f}"
+
+
+def _row(arm: Arm, metric: Metric, estimate: Interval | None) -> dict[str, Any]:
     row = {
         "arm": arm.name,
         "arm_id": arm.arm_id,
-        "metric": measure.metric,
+        "metric": metric.key,
         "finished": len(arm.finished),
         "planned": len(arm.runs),
     }
@@ -183,13 +153,13 @@ def _row(arm: Arm, measure: Measure, estimate: Interval | None) -> dict[str, Any
 
 # comparisons ------------------------------------------------------------------------------------
 def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
-    """A table for each measure: arm against reference on common seeds."""
+    """A table for each metric: arm against reference on common seeds."""
     blocks: list[Block] = []
     assumed: dict[str, None] = {}
-    for measure in shown(sweep):
-        outcomes = compared(pairs, measure)
+    for metric in shown(sweep):
+        outcomes = compared(pairs, metric)
         if any(c.difference is not None for c in outcomes):
-            blocks.append(difference_table(measure, pairs, outcomes))
+            blocks.append(difference_table(metric, pairs, outcomes))
             assumed |= dict.fromkeys(c.assumes for c in outcomes if c.p is not None)
     if not blocks:
         return ["There is nothing to compare: fewer than two arms have finished runs."]
@@ -203,10 +173,10 @@ def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     return [text, *blocks, *assumptions]
 
 
-def compared(pairs: Sequence[Pair], measure: Measure) -> list[Comparison]:
+def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
     """Compare each pair on its common seeds; Holm's adjustment is over all pairs."""
     outcomes = [
-        compare(arm.values(measure.metric), other.values(measure.metric), scale=measure.scale)
+        compare(arm.values(metric.key), other.values(metric.key), scale=metric.scale)
         for arm, other in pairs
     ]
     for comparison, p in zip(outcomes, holm([c.p for c in outcomes]), strict=True):
@@ -221,7 +191,7 @@ def _sides(pairs: Sequence[Pair]) -> tuple[str, bool]:
 
 
 def difference_table(
-    measure: Measure, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None = None
+    metric: Metric, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None = None
 ) -> Table:
     """A row for each pair; `to` names the reference of all arms where it is not an arm."""
     against_what, one = (f" to {to}", True) if to else _sides(pairs)
@@ -232,25 +202,25 @@ def difference_table(
             [
                 *([arm.name] if one else [arm.name, reference.name]),
                 seeds,
-                between(measure, c.difference, c.low, c.high),
+                between(metric, c.difference, c.low, c.high),
                 p_value(c.p),
                 p_value(c.p_holm),
-                "-" if c.bootstrap is None else ends(measure, *c.bootstrap),
+                "-" if c.bootstrap is None else ends(metric, *c.bootstrap),
                 "-" if c.effect is None else f"{c.effect:+.2f}",
                 c.needed.text if c.p is not None else "-",
                 c.note,
             ]
         )
-        flat = asdict(c) | {"needed": c.needed.text, "metric": measure.metric}
+        flat = asdict(c) | {"needed": c.needed.text, "metric": metric.key}
         flat["unmatched"], flat["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
         low, high = c.bootstrap or (None, None)
         flat |= {"bootstrap": None, "bootstrap_low": low, "bootstrap_high": high}
         del flat["bootstrap"]
         data.append({"arm": arm.name, "reference": reference.name} | flat)
-    what = "ratio" if measure.scale == "log" else "difference"
+    what = "ratio" if metric.scale == "log" else "difference"
     return Table(
-        name=f"compare_{slug(measure)}",
-        title=f"{measure.title}: {what}{against_what}",
+        name=f"compare_{slug(metric)}",
+        title=f"{metric.title}: {what}{against_what}",
         columns=[
             *(["arm"] if one else ["arm", "reference"]),
             *("seeds", f"{what} [95 %]", "p", "p (Holm)", "bootstrap 95 %", "Hedges' g"),
@@ -265,18 +235,27 @@ def _seeds(seeds: Sequence[int]) -> str:
     return " ".join(map(str, seeds))
 
 
-def slug(measure: Measure) -> str:
-    return measure.metric.removeprefix("eval/").replace("/", "_")
+def slug(metric: Metric) -> str:
+    return metric.key.removeprefix("eval/").replace("/", "_")
 
 
-def between(measure: Measure, value: float | None, low: float | None, high: float | None) -> str:
+def difference_text(metric: Metric, value: float | None) -> str:
+    """Signed, with a decimal more than the values have; on the log scale a ratio."""
+    if value is None or math.isnan(value):
+        return "-"
+    if metric.scale == "log":
+        return f"{value:.4f}"
+    return f"{100 * value:+,.2f}" if metric.percent else f"{value:+,.4f}"
+
+
+def between(metric: Metric, value: float | None, low: float | None, high: float | None) -> str:
     """`-0.021 [-0.030, -0.012]`."""
-    text = measure.show_difference(value)
-    return text if low is None or high is None else f"{text} {ends(measure, low, high)}"
+    text = difference_text(metric, value)
+    return text if low is None or high is None else f"{text} {ends(metric, low, high)}"
 
 
-def ends(measure: Measure, low: float, high: float) -> str:
-    return f"[{measure.show_difference(low)}, {measure.show_difference(high)}]"
+def ends(metric: Metric, low: float, high: float) -> str:
+    return f"[{difference_text(metric, low)}, {difference_text(metric, high)}]"
 
 
 def p_value(p: float | None) -> str:
@@ -343,7 +322,7 @@ def cost(sweep: Sweep) -> list[Block]:
             [
                 arm.name,
                 tokens_per_run(arm),
-                mean_cell(hours, HOURS, expected=len(arm.finished)),
+                hours_cell(arm),
                 "-" if rate is None else f"{rate:,.0f}",
                 *(number(training, digits=3), number(everything, digits=3), str(attempts)),
             ]
@@ -380,6 +359,11 @@ def hours_per_run(arm: Arm) -> Interval | None:
     return interval(hours, scale="linear") if hours else None
 
 
+def hours_cell(arm: Arm) -> str:
+    text = partial(number, digits=3)
+    return mean_cell(hours_per_run(arm), text, expected=len(arm.finished))
+
+
 def tokens_per_run(arm: Arm) -> str:
     """Of the finished runs."""
     tokens = sorted({run.cost.tokens for run in arm.finished})
@@ -389,15 +373,15 @@ def tokens_per_run(arm: Arm) -> str:
 # runs -------------------------------------------------------------------------------------------
 def every_run(sweep: Sweep) -> Table:
     """A row for each run; the CSV holds its settings and all of its final numbers."""
-    measures = shown(sweep)
+    metrics = shown(sweep)
     rows, data = [], []
     for arm in sweep.arms:
         for run in arm.runs:
-            values = {m.metric: run.metrics.get(m.metric) for m in measures}
+            values = {m.key: run.metrics.get(m.key) for m in metrics}
             rows.append(
                 [
                     *(arm.name, str(run.seed), run.state, f"{run.step:,}"),
-                    *(m.show(values[m.metric]) for m in measures),
+                    *(value_text(m, values[m.key]) for m in metrics),
                     *(number(run.cost.gpu_hours, digits=3), str(run.cost.attempts), run.run_id),
                 ]
             )
@@ -407,7 +391,7 @@ def every_run(sweep: Sweep) -> Table:
         title=f"Every run ({plural(len(rows), 'run')})",
         columns=[
             *("arm", "seed", "state", "step"),
-            *(m.title for m in measures),
+            *(m.title for m in metrics),
             *("device-hours", "attempts", "run_id"),
         ],
         rows=rows,

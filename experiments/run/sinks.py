@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from experiments.disk.run_dir import RunDir
+from experiments.metrics import LOSS
 from relora_core.events import Event, Sink
 
 HEARTBEAT_S = 0.5
@@ -55,7 +56,7 @@ class StatusSink:
                 return
             self.run_dir.update_status(
                 step=event.step,
-                loss=event.metrics["train/loss"],
+                loss=event.metrics[LOSS.key],
                 tokens_per_s=event.metrics["perf/tokens_per_s"],
                 eta_s=seconds_left(event, steps=self.steps),
                 phase="train",
@@ -159,7 +160,7 @@ class ConsoleSink:
     def emit(self, event: Event) -> None:
         if event.kind == "train":
             info = (
-                f"loss {event.metrics['train/loss']:.3f}  "
+                f"loss {event.metrics[LOSS.key]:.3f}  "
                 f"{event.metrics['perf/tokens_per_s']:,.0f} tokens/s  "
                 f"{clock(seconds_left(event, steps=self.steps))} left"
             )

@@ -19,7 +19,7 @@ from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import read_plan
 from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState
-from experiments.metrics import columns
+from experiments.metrics import LOSS, columns
 from experiments.run.sinks import clock
 from sweeps import display
 from sweeps.commands import selection
@@ -236,7 +236,7 @@ def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
 
 
 def _last_loss(state: RunState) -> dict[str, float]:
-    return {} if state.loss is None else {"train/loss": state.loss}
+    return {} if state.loss is None else {LOSS.key: state.loss}
 
 
 def _left(states: Sequence[RunState]) -> str:

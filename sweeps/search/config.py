@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from experiments.addresses import check_home, check_secret
+from experiments.metrics import LOSS
 from relora_core.config import LARGEST_INT, ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")
@@ -130,7 +131,7 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
             f"better in one), got {config.pruner['name']!r}"
         )
     first = config.objectives[0].metric
-    config.prune_metric = config.prune_metric or (first if first not in COSTS else "train/loss")
+    config.prune_metric = config.prune_metric or (first if first not in COSTS else LOSS.key)
     for key in ("space", "when"):
         _mapping(f"search.{key}", getattr(config, key))
     entries = _list(config.enqueue)

@@ -21,6 +21,7 @@ from experiments.report.data import Arm, Sweep
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
 from experiments.stats import Scale
+from relora_core.evals.blimp import ACCURACY
 from relora_core.events import Metric
 
 MOST_ROWS = 60
@@ -166,7 +167,7 @@ def _count(arm: Arm) -> str:
 # BLiMP ------------------------------------------------------------------------------------------
 def blimp_phenomena(sweep: Sweep) -> Drawing:
     """A group of dots for each phenomenon, a dot for each arm, beside chance."""
-    prefix = "eval/blimp/no_bos/"
+    prefix = ACCURACY.key.removesuffix("accuracy")
     finished = [arm for arm in sweep.arms if arm.values(prefix + "accuracy")]
     names = [m.removeprefix(prefix) for m in sweep.metrics() if m.startswith(prefix)]
     groups = ["accuracy", *sorted(set(names) - {"accuracy"})]
