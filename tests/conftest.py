@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -58,7 +59,22 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "ready.db"
 
 
+MEMORY, ROOM = Path("/dev/shm"), 6 << 30
+
+
+def _use_memory(config: pytest.Config) -> None:
+    """Temporary folders in memory, where there is plenty: to bring a file to a disk takes
+    milliseconds, which runs and databases do all the time. pytest removes those of tests that pass.
+    """
+    chosen = config.option.basetemp or os.environ.get("PYTEST_DEBUG_TEMPROOT")
+    if chosen or not os.access(MEMORY, os.W_OK) or psutil.virtual_memory().available < 2 * ROOM:
+        return
+    if shutil.disk_usage(MEMORY).free >= ROOM:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _use_memory(config)
     gc.disable()  # what is imported stays
     config.option.loadscopereorder = False  # xdist's order is by number of tests, ours is `LONG`'s
     settings.register_profile("fast", max_examples=25, deadline=None)
