@@ -521,7 +521,8 @@ class Desk(socketserver.StreamRequestHandler):
         return os.fsdecode(bytes(letters))
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the caller was killed, as by a timeout
+        # The caller was killed, as by a timeout, or its test has ended meanwhile.
+        with contextlib.suppress(ConnectionError, FileNotFoundError):
             folder, command, cwd, pid, count = (self.word() for _ in range(5))
             argv = [self.word() for _ in range(int(count))]
             environ = Path(f"/proc/{pid}/environ").read_bytes()
