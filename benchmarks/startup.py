@@ -32,7 +32,7 @@ from experiments.environment import cores, cpu, packages
 from experiments.identity import run_id
 from experiments.run.complete import complete
 from sweeps.local import warm
-from sweeps.local.launcher import WORKER
+from sweeps.local.launcher import WORKERS
 from sweeps.local.slots import Slots
 
 PHASES = {
@@ -60,7 +60,7 @@ def prepared(model: str, *, folder: Path, number: int) -> RunDir:
 def cold(run: RunDir, *, slots: Slots) -> int:
     with open(run.log_path(1), "ab") as log:
         return subprocess.Popen(
-            [*WORKER, str(run.path)],
+            [*WORKERS.command, str(run.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -2,8 +2,8 @@
 
 launcher.py   `hydra/launcher=local`
 slots.py      how many workers at once, and their threads and GPUs
-pool.py       the workers of a sweep, started and settled
-processes.py  a warm parent, Ctrl-C, waiting times
+pool.py       the runs of a sweep: which starts next, how it ended
+processes.py  workers in slots: started, watched, stopped; Ctrl-C
 progress.py   the live table
 warm.py       workers forked from a process that has imported torch
 """

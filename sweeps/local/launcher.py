@@ -8,32 +8,33 @@ run's lock decides which of them gets it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments import environment
-from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at, runs_folder
-from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at
+from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState, state_of
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot
 from sweeps.local import warm
 from sweeps.local.pool import Pool
-from sweeps.local.processes import stop_requested, warmed
+from sweeps.local.processes import Workers, open_processes, stop_requested
 from sweeps.local.progress import Progress
-from sweeps.local.slots import ROOT, Slots, visible_gpus
-from sweeps.local.warm import Starter
+from sweeps.local.slots import Slots, visible_gpus
 from sweeps.planning.budget import Estimate, Place
-from sweeps.planning.plan import Cell, Plan
+from sweeps.planning.plan import Plan
 from sweeps.tracking import follow
 
 # -P: the current folder must not shadow our packages (an output folder holds a `sweeps`, too).
-WORKER = (sys.executable, "-P", "-m", "sweeps.worker")
+WORKERS = Workers(command=(sys.executable, "-P", "-m", "sweeps.worker"), parent=warm.COMMAND)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,12 +84,13 @@ class LocalLauncher:
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
         """Run everything that is not done, show how it ended; the exit code."""
         folder = plan_folder(output_dir, name=plan.name) / "code"
+        code = snapshot.freeze(folder, output_dir=output_dir)
         summary = launch_local(
             plan,
             output_dir=output_dir,
             max_parallel=self.max_parallel,
+            workers=dataclasses.replace(WORKERS, code=code),
             console=console,
-            code=snapshot.freeze(folder, output_dir=output_dir),
         )
         display.show_closing(plan, states=summary.states, output_dir=output_dir, console=console)
         return summary.exit_code
@@ -109,16 +111,12 @@ def launch_local(
     *,
     output_dir: Path | str,
     max_parallel: int | None = None,
+    workers: Workers = WORKERS,
     console: Console | None = None,
-    worker: Sequence[str] = WORKER,
-    parent: Sequence[str] | None = None,
-    code: Path = ROOT,
 ) -> Summary:
     """Run what is neither done nor running elsewhere, at most `max_parallel` runs at a time.
 
-    Workers import the project from `code`, a frozen copy that later edits do not reach. `worker` is
-    the command that RUN_DIR is appended to, `parent` that of a warm parent of such workers
-    (default: ours, where the workers are ours). The data must be prepared.
+    The data must be prepared.
     """
     check_parallel(max_parallel)
     output_dir, console = Path(output_dir), console or display.make_console()
@@ -135,17 +133,15 @@ def launch_local(
     for cell in todo:
         run_at(output_dir, cell.run_id).cancel_path.unlink(missing_ok=True)
     device = plan.cells[0].config.runtime.device
-    slots = Slots.of(max_parallel, runs=len(todo), device=device, code=code)
-    if parent is None and tuple(worker) == WORKER:
-        parent = warm.COMMAND
+    slots = Slots.of(max_parallel, runs=len(todo), device=device, code=workers.code)
+    say = partial(display.say, console)
     with (
-        warmed(parent, slots=slots, runs=len(todo)) as forks,
+        open_processes(workers, slots=slots, runs=len(todo), say=say) as processes,
         follow(plan, output_dir),
         Progress(plan.cells, output_dir=output_dir, console=console) as progress,
         stop_requested() as stop,
     ):
-        starter = Starter(command=worker, warm=forks, say=progress.say)
-        pool = Pool(output_dir=output_dir, starter=starter, slots=slots, progress=progress)
+        pool = Pool(output_dir=output_dir, processes=processes, progress=progress)
         pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
     states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
     return Summary(states=states, interrupted=stop.is_set())
@@ -154,7 +150,3 @@ def launch_local(
 def cost(config: RunConfig) -> float:
     """Training FLOPs of the whole run."""
     return float(costs.flops_per_token(config).train) * display.tokens(config)
-
-
-def _run_dir(output_dir: Path, cell: Cell) -> RunDir:
-    return RunDir(runs_folder(output_dir) / cell.run_id)

@@ -1,12 +1,10 @@
-"""The worker processes of one sweep on this machine."""
+"""The runs of one sweep on this machine: which starts next, and how those of dead workers end."""
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,22 +14,10 @@ from experiments.disk.run_dir import DONE, RunDir, Status
 from experiments.disk.state import RunState, state_of
 from sweeps import display
 from sweeps.attempt import settle
-from sweeps.local.processes import GRACE_S, POLL_S
+from sweeps.local.processes import POLL_S, Processes
 from sweeps.local.progress import Progress
-from sweeps.local.slots import Slots
-from sweeps.local.warm import Forked, Starter
 from sweeps.planning.plan import Cell
 from sweeps.worker import LOCKED
-
-
-# workers ----------------------------------------------------------------------------------------
-@dataclass(kw_only=True, slots=True)
-class Job:
-    """A live worker of this launcher."""
-
-    cell: Cell
-    process: subprocess.Popen[bytes] | Forked
-    slot: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,11 +25,9 @@ class Pool:
     """Starts workers while there are runs and free slots, and settles the runs of dead ones."""
 
     output_dir: Path
-    starter: Starter
-    slots: Slots
+    processes: Processes[Cell]
     progress: Progress
     pending: list[Cell] = field(default_factory=list)
-    jobs: list[Job] = field(default_factory=list)
     elsewhere: list[Cell] = field(default_factory=list)
     """Runs of another process on this host: awaited, not touched."""
     before: dict[str, Status] = field(default_factory=dict)
@@ -57,20 +41,22 @@ class Pool:
         for cell in cells:
             self._queue(cell)
         try:
-            while (self.pending or self.jobs or self.elsewhere) and not stop.is_set():
+            while (self.pending or self._active) and not stop.is_set():
                 self._start_some()
                 self._reap()
                 self._look_elsewhere()
-                active = [job.cell for job in self.jobs] + self.elsewhere
-                self.progress.tick(active, counts=self._counts())
+                self.progress.tick(self._active, counts=self._counts())
                 stop.wait(POLL_S)
         finally:
             self._stop_all()
 
+    @property
+    def _active(self) -> list[Cell]:
+        return self.processes.work + self.elsewhere
+
     def _counts(self) -> dict[str, int]:
         counts = {state: self.ends.count(state) for state in dict.fromkeys(self.ends)}
-        running = len(self.jobs) + len(self.elsewhere)
-        return counts | {"running": running, "queued": len(self.pending)}
+        return counts | {"running": len(self._active), "queued": len(self.pending)}
 
     def _dir(self, cell: Cell) -> RunDir:
         return run_at(self.output_dir, cell.run_id)
@@ -83,9 +69,7 @@ class Pool:
             run_dir.update_status(state="queued", error=None, **here)
 
     def _start_some(self) -> None:
-        if self.starter.importing:
-            return
-        while self.pending and len(self.jobs) < self.slots.parallel:
+        while self.pending and self.processes.ready:
             cell = self.pending.pop(0)
             run_dir = self._dir(cell)
             now = state_of(run_dir)
@@ -106,23 +90,16 @@ class Pool:
     def _start(self, cell: Cell) -> None:
         run_dir = self._dir(cell)
         attempt = run_dir.next_attempt()
-        slot = min(set(range(self.slots.parallel)) - {job.slot for job in self.jobs})
-        log, environment = run_dir.log_path(attempt), self.slots.environment(slot)
-        process = self.starter.start(run_dir.path, log=log, environment=environment)
-        self.jobs.append(Job(cell=cell, process=process, slot=slot))
+        self.processes.start(cell, run_dir.path, log=run_dir.log_path(attempt))
         self.progress.started(cell, attempt=attempt)
 
     def _reap(self) -> None:
-        for job in list(self.jobs):
-            code = job.process.poll()
-            if code is None:
-                continue
-            self.jobs.remove(job)
+        for cell, code in self.processes.reap():
             if code == LOCKED:
-                self.elsewhere.append(job.cell)
+                self.elsewhere.append(cell)
             else:
-                settle(self._dir(job.cell), code=code)
-                self._ended(job.cell, state_of(self._dir(job.cell)))
+                settle(self._dir(cell), code=code)
+                self._ended(cell, state_of(self._dir(cell)))
 
     def _look_elsewhere(self) -> None:
         """Await runs of this host; leave those of other hosts alone."""
@@ -146,20 +123,12 @@ class Pool:
         self.progress.ended(cell, state=now.state, reason=reason)
 
     def _stop_all(self) -> None:
-        """Terminate, then kill, our own workers; the same command resumes their runs."""
-        for job in self.jobs:
-            job.process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for job in self.jobs:
-            try:
-                job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-            code = job.process.wait()
-            settle(self._dir(job.cell), code=code, reason="stopped; the same command resumes it")
+        """End our own workers; the same command resumes their runs."""
+        for cell, code in self.processes.stop():
+            settle(self._dir(cell), code=code, reason="stopped; the same command resumes it")
         for cell in self.pending:
             self._unqueue(cell)
-        self.jobs, self.pending = [], []
+        self.pending = []
 
     def _unqueue(self, cell: Cell) -> None:
         now, before = self._dir(cell).status(), self.before[cell.run_id]

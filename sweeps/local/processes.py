@@ -1,30 +1,105 @@
-"""What worker processes of this machine share: a warm parent, Ctrl-C, waiting times."""
+"""Worker processes of this machine: started in slots, watched, stopped; and Ctrl-C.
+
+Not for: what they are at (`pool.py`, and `processes.py` of the search).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
+from typing import Any, Generic, TypeVar
 
 from sweeps.local import warm
-from sweeps.local.slots import Slots
-from sweeps.local.warm import Warm
+from sweeps.local.slots import ROOT, Slots
+from sweeps.local.warm import Forked, Starter
 
+T = TypeVar("T")
 POLL_S = 0.2
 GRACE_S = 60.0
 """When the sweep is stopped: from terminate, on which a worker saves, to kill."""
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Workers:
+    """How worker processes are started."""
+
+    command: Sequence[str]
+    """A path is appended."""
+    parent: Sequence[str] | None = None
+    """The command of a warm parent of such workers."""
+    code: Path = ROOT
+    """What they import the project from: a frozen copy, which later edits do not reach."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Processes(Generic[T]):
+    """Worker processes, each at work on one thing in a slot of its own."""
+
+    starter: Starter
+    slots: Slots
+    running: dict[int, tuple[T, subprocess.Popen[bytes] | Forked]] = field(default_factory=dict)
+    """By slot."""
+
+    @property
+    def work(self) -> list[T]:
+        """What is worked on."""
+        return [thing for thing, _ in self.running.values()]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next one should start: there is a slot, and the warm parent has imported."""
+        return len(self.running) < self.slots.parallel and not self.starter.importing
+
+    def start(self, thing: T, path: Path, *, log: Path) -> None:
+        """A process over `path` in the first free slot; its output goes to the end of `log`."""
+        slot = min(set(range(self.slots.parallel)) - self.running.keys())
+        environment = self.slots.environment(slot)
+        process = self.starter.start(path, log=log, environment=environment)
+        self.running[slot] = (thing, process)
+
+    def reap(self) -> list[tuple[T, int]]:
+        """What is no longer worked on, and its process's exit code."""
+        ended = []
+        for slot, (thing, process) in list(self.running.items()):
+            if (code := process.poll()) is not None:
+                del self.running[slot]
+                ended.append((thing, code))
+        return ended
+
+    def stop(self) -> list[tuple[T, int]]:
+        """Ask all to save and end, kill those that do not; what they were at, and exit codes."""
+        for _, process in self.running.values():
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for _, process in self.running.values():
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        ended = [(thing, process.wait()) for thing, process in self.running.values()]
+        self.running.clear()
+        return ended
+
+
 @contextlib.contextmanager
-def warmed(parent: Sequence[str] | None, *, slots: Slots, runs: int) -> Iterator[Warm | None]:
-    """A warm parent that has begun to import; None where it saves nothing or is not safe."""
-    if parent is None or runs < 2 or not warm.available():
-        yield None
-        return
-    with warm.open_parent(parent, environment=slots.shared()) as forks:
-        yield forks
+def open_processes(
+    workers: Workers, *, slots: Slots, runs: int, say: Callable[[str], None]
+) -> Iterator[Processes[Any]]:
+    """None so far; their warm parent, where one is safe and saves time, has begun to import."""
+    with contextlib.ExitStack() as stack:
+        forks = None
+        if workers.parent is not None and runs > 1 and warm.available():
+            forks = stack.enter_context(
+                warm.open_parent(workers.parent, environment=slots.shared())
+            )
+        yield Processes(starter=Starter(command=workers.command, warm=forks, say=say), slots=slots)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ The parent imports what a run needs and computes nothing. Each run is a fork, a 
 of its own: it has the parent's modules, and its own log and environment. Requests are lines of JSON
 on stdin (run_dir, log, env), answers lines on stdout (ready, pid, code, error). At the end of its
 stdin the parent ends; its children go on. Not for: what a worker does (`worker.py`,
-`search/run.py`), nor which run is next (`local.py`).
+`search/process.py`), nor which run is next (`pool.py`).
 """
 
 from __future__ import annotations

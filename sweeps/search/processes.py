@@ -6,7 +6,6 @@ Not for: the jobs of SLURM (`sweeps/slurm/searches.py`), nor what a process does
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 import threading
 import time
@@ -21,15 +20,17 @@ from relora_core.config import RunConfig
 from sweeps import snapshot, tracking
 from sweeps.launchers import Launcher
 from sweeps.local import warm
-from sweeps.local.processes import GRACE_S, POLL_S, stop_requested, warmed
+from sweeps.local.processes import POLL_S, Processes, Workers, open_processes, stop_requested
 from sweeps.local.slots import Slots
-from sweeps.local.warm import UNKNOWN, Forked, Starter
+from sweeps.local.warm import UNKNOWN
 from sweeps.search.study import Study
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.searches import submit_search
 
-PROCESS = (sys.executable, "-P", "-m", "sweeps.search.process")
-PARENT = (*warm.PARENT, "sweeps.search.process")
+WORKERS = Workers(
+    command=(sys.executable, "-P", "-m", "sweeps.search.process"),
+    parent=(*warm.PARENT, "sweeps.search.process"),
+)
 TELL_EVERY_S = 2.0
 TRACK_EVERY_S = 20.0
 
@@ -54,11 +55,10 @@ def search_local(folder: Path, *, slots: Slots, console: Console) -> int:
 
     with (
         stop_requested() as stop,
-        warmed(PARENT, slots=slots, runs=slots.parallel) as forks,
+        open_processes(WORKERS, slots=slots, runs=slots.parallel, say=say) as processes,
         tracked(folder),
     ):
-        starter = Starter(command=PROCESS, warm=forks, say=say)
-        team = Team(folder=folder, slots=slots, starter=starter, console=console)
+        team = Team(folder=folder, processes=processes, console=console)
         team.run(stop)
     return 130 if stop.is_set() else max(team.codes, default=0)
 
@@ -68,11 +68,8 @@ class Team:
     """The processes at work on one study. One that is killed is replaced: its trial goes on."""
 
     folder: Path
-    slots: Slots
-    starter: Starter
+    processes: Processes[int]
     console: Console
-    processes: dict[int, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
-    """By slot."""
     codes: list[int] = field(default_factory=list)
     killed: int = 0
     told: set[int] = field(default_factory=set)
@@ -83,53 +80,47 @@ class Team:
         for trial in study.optuna.get_trials(deepcopy=False):
             if trial.state.is_finished():
                 self.told.add(trial.number)
-        while self.starter.importing and not stop.is_set():
+        while not self.processes.ready and not stop.is_set():
             stop.wait(POLL_S)
         told = time.monotonic()
         try:
-            for slot in range(0 if stop.is_set() else self.slots.parallel):
-                self._start(slot)
-            while self.processes and not stop.is_set():
+            for number in range(0 if stop.is_set() else self.processes.slots.parallel):
+                self._start(number)
+            while self.processes.work and not stop.is_set():
                 self._reap(most=study.config.max_failures)
                 if time.monotonic() - told >= TELL_EVERY_S:
                     self._tell(study)
                     told = time.monotonic()
                 stop.wait(POLL_S)
         finally:
-            self._stop_all()
+            self.processes.stop()  # the same command goes on
             self._tell(study)
 
-    def _start(self, slot: int) -> None:
-        logs = self.folder / "logs"
-        shared.make_folder(logs)
-        self.processes[slot] = self.starter.start(
-            self.folder,
-            log=logs / f"process-{slot}.log",
-            environment=self.slots.environment(slot),
-        )
+    def _log(self, number: int) -> Path:
+        return self.folder / "logs" / f"process-{number}.log"
+
+    def _start(self, number: int) -> None:
+        shared.make_folder(self._log(number).parent)
+        self.processes.start(number, self.folder, log=self._log(number))
 
     def _reap(self, *, most: int) -> None:
-        for slot, process in list(self.processes.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del self.processes[slot]
+        for number, code in self.processes.reap():
             if code == UNKNOWN:  # whether all is done the next one sees
-                self._start(slot)
+                self._start(number)
                 continue
             if code >= 0:
                 self.codes.append(code)
                 if code:
                     self.console.print(
                         f"a process of the search ended with exit code {code} "
-                        f"({self.folder / 'logs' / f'process-{slot}.log'})",
+                        f"({self._log(number)})",
                         style="red", highlight=False, soft_wrap=True,
                     )  # fmt: skip
                 continue
             self.killed += 1
             self.console.print(f"a process was killed by signal {-code}", style="yellow")
             if self.killed <= most:
-                self._start(slot)
+                self._start(number)
             else:
                 self.codes.append(1)
 
@@ -145,19 +136,6 @@ class Team:
                 f"trial {trial.number:>3} {trial.state.name.lower():<8} {values}  {params}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
-
-    def _stop_all(self) -> None:
-        """Ask our own processes to save and end, then end them; the same command goes on."""
-        for process in self.processes.values():
-            process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for process in self.processes.values():
-            try:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.processes.clear()
 
 
 def _short(value: object) -> str:

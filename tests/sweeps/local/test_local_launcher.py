@@ -27,6 +27,7 @@ from sweeps.launch import run_sweep
 from sweeps.local import launcher
 from sweeps.local import slots as slots_module
 from sweeps.local.launcher import LocalLauncher, cost, launch_local
+from sweeps.local.processes import Workers
 from sweeps.local.slots import ROOT, Slots, visible_gpus
 from sweeps.planning.plan import make_plan, store
 from tests.sweeps.conftest import planned
@@ -42,7 +43,7 @@ def launch(worker, tmp_path):
             plan,
             output_dir=tmp_path / "out",
             console=console,
-            worker=worker,
+            workers=Workers(command=worker),
             **options,
         )
         display.show_closing(
@@ -245,9 +246,11 @@ import sys
 from pathlib import Path
 from experiments.identity import config_from_json
 from sweeps.local.launcher import launch_local
+from sweeps.local.processes import Workers
 from sweeps.planning.plan import load
 plan = load(Path(sys.argv[1]))
-summary = launch_local(plan, output_dir=sys.argv[2], max_parallel=1, worker=sys.argv[3:])
+workers = Workers(command=sys.argv[3:])
+summary = launch_local(plan, output_dir=sys.argv[2], max_parallel=1, workers=workers)
 sys.exit(summary.exit_code)
 """
 

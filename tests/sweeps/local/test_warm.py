@@ -23,7 +23,8 @@ from experiments.disk.state import state_of
 from experiments.run.complete import complete
 from relora_core.config import BlimpConfig, PalomaConfig
 from sweeps.local import warm
-from sweeps.local.launcher import WORKER, launch_local
+from sweeps.local.launcher import WORKERS, launch_local
+from sweeps.local.processes import Workers
 from sweeps.local.slots import ROOT, Slots
 from sweeps.planning.plan import store
 from tests.conftest import nano_config
@@ -57,7 +58,7 @@ def launch(worker, parent, tmp_path):
 
     def go(plan, *, parent=parent, **options):
         console = Console(file=io.StringIO(), width=200)
-        options = {"worker": worker, "parent": parent} | options
+        options["workers"] = Workers(command=worker, parent=parent)
         summary = launch_local(plan, output_dir=tmp_path / "out", console=console, **options)
         return summary, console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -186,9 +187,11 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from sweeps.local.launcher import launch_local
+from sweeps.local.processes import Workers
 from sweeps.planning.plan import load
-plan, out, worker, parent = load(Path(sys.argv[1])), sys.argv[2], sys.argv[3:5], sys.argv[5:]
-summary = launch_local(plan, output_dir=out, max_parallel=2, worker=worker, parent=parent)
+workers = Workers(command=sys.argv[3:5], parent=sys.argv[5:])
+plan, out = load(Path(sys.argv[1])), sys.argv[2]
+summary = launch_local(plan, output_dir=out, max_parallel=2, workers=workers)
 sys.exit(summary.exit_code)
 """
 
@@ -258,7 +261,7 @@ def test_a_warm_worker_computes_what_a_cold_one_does_bit_for_bit(tmp_path):
             run.create(config)
             runs[way] = run
             if way == "cold":
-                command = [*WORKER, str(run.path)]
+                command = [*WORKERS.command, str(run.path)]
                 assert subprocess.call(command, env=slots.environment(0)) == 0
                 continue
             wait_for(lambda: not forks.importing)
