@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -44,6 +45,8 @@ def fits(kind: Any, value: Any) -> bool:
         return True
     if kind is float:
         return type(value) in (int, float)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return value in list(kind)
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(part, value) for part in parts)

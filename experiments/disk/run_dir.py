@@ -35,19 +35,14 @@ from experiments import json_files
 from experiments.disk import frozen
 from experiments.disk.event_log import parse_event
 from experiments.disk.process import born, lives
+from experiments.disk.states import State
 from experiments.errors import RunLocked
 from experiments.identity import config_from_json, config_to_json
 from experiments.scheduler import current_job
 from relora_core import atomic, shared
 from relora_core.config import EVALS, RunConfig
 
-STATES = (
-    "planned", "queued", "running", "finished", "failed", "diverged", "pruned", "cancelled", "lost",
-)  # fmt: skip
-"""`lost` is judged, never written: no word from the run, and its scheduler knows no such job.
-`pruned`: a search has ended it early; a grid that meets it goes on from its checkpoint."""
-DONE = ("finished", "diverged")
-"""States that the same command again leaves alone: the run has its result."""
+DONE = tuple(state for state in State if state.done)
 
 
 LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
@@ -61,7 +56,7 @@ RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
 class Status:
     """status.json: what the run last said of itself."""
 
-    state: str = "planned"
+    state: State = State.PLANNED
     attempts: int = 0
     step: int = 0
     """Optimizer steps completed."""
@@ -82,6 +77,9 @@ class Status:
     """Of a SLURM job that we submitted; any other process is known by its host and pid."""
     error: str | None = None
     """One line; the traceback is in error.txt."""
+
+    def __post_init__(self) -> None:
+        self.state = State(self.state)  # JSON has the word
 
 
 class RunDir:
@@ -165,16 +163,14 @@ class RunDir:
         """The run's newest word; a run without status.json is `planned`. A damaged one has failed:
         the same command goes on with it, and the next word takes the place of the damaged."""
         try:
-            status = Status(**json_files.known(Status, json_files.read(self.status_path), where=""))
-            if status.state not in STATES:
-                raise ValueError(f"state cannot be {status.state!r:.60}")
+            raw = json_files.read(self.status_path)
+            return Status(**json_files.known(Status, raw, where=""))
         except FileNotFoundError:
             return Status()
         except ValueError as error:
             why = "" if isinstance(error, json_files.Damaged) else f" ({error})"
             told = f"status.json is damaged{why}; the same command goes on"
-            return Status(state="failed", attempts=len(self.attempt_records()), error=told)
-        return status
+            return Status(state=State.FAILED, attempts=len(self.attempt_records()), error=told)
 
     def write_status(self, status: Status) -> None:
         atomic.write_json(self.status_path, dataclasses.asdict(status))
@@ -323,10 +319,10 @@ class RunDir:
         result = _read_json(self.result_path)
         return result if result and json_files.sound(result, RESULT, whole=False) else None
 
-    def ended(self) -> str | None:
-        """`finished` or `diverged` where the run has its result, whatever its status says."""
-        state = (self.result() or {}).get("state")
-        return state if state in DONE else None
+    def ended(self) -> State | None:
+        """FINISHED or DIVERGED where the run has its result, whatever its status says."""
+        word = (self.result() or {}).get("state")
+        return next((state for state in State if state.done and state == word), None)
 
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_json(self.result_path, result)

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.disk.output_dir import all_runs, jobs_folder
-from experiments.disk.run_dir import STATES, RunDir
+from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 from experiments.identity import arm_id
 from sweeps import launch
 from sweeps.__main__ import main
@@ -46,7 +47,7 @@ def test_status_json_has_one_entry_per_run(out, capsys):
     assert len(runs) == 3
     for run in runs:
         assert run.keys() >= {"run_id", "state", "attempts", "step", "steps", "loss", "name"}
-        assert run["state"] in STATES
+        assert run["state"] in list(State)
     told = {run["name"]: run for run in runs}
     assert told["seed=0"]["state"] == "finished"
     assert (told["seed=0"]["attempts"], told["seed=0"]["step"], told["seed=0"]["loss"]) == (

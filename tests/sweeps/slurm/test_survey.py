@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.disk.output_dir import jobs_folder
-from experiments.disk.run_dir import STATES, RunDir
+from experiments.disk.run_dir import RunDir
 from experiments.disk.state import SILENT_AFTER_S, state_of
+from experiments.disk.states import State
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import Job, SlurmError
 from sweeps.slurm.submission import Submission, read_submissions, recover
@@ -368,7 +369,7 @@ def test_whatever_is_said_a_judgement_is_safe_and_changes_nothing(
     before = files(run.path)
     judged = judge(run, own=state_of(run), jobs=known)
     assert files(run.path) == before
-    assert judged.state in STATES
+    assert judged.state in list(State)
     if known and known["12_3"].over:  # else a run would wait for ever for a job that is over
         assert judged.state in ("failed", "cancelled")
     if known and known["12_3"].alive and word in ("planned", "queued", "running"):
