@@ -1,7 +1,7 @@
-"""What is true of each run, from its directory: status, lock and heartbeat. Reads only.
+"""What is true of a run: one look at its files, and a pure judgement of what was seen.
 
-A run says of itself what it does; who holds its lock says whether it still can. Absence of word is
-not death: only a process of this host that is gone for certain makes a running run a failed one.
+A run says of itself what it does; who holds its lock says whether it still can. Silence is not
+death: only a process of this host that has certainly ended makes a running run a failed one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 
 from experiments.disk import inputs
-from experiments.disk.output_dir import all_runs
-from experiments.disk.run_dir import DONE, RunDir, Status
+from experiments.disk.run_dir import RunDir, Status
+from experiments.disk.states import State
 from relora_core.config import ConfigError
 
 SILENT_AFTER_S = 300.0
-"""A running run without word for so long gets a note."""
+"""A running run that has written nothing for so long gets a note."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,60 +35,108 @@ class RunState(Status):
     """Why it failed, or what is odd about it; one line."""
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Seen:
+    """A run's files, each read once, and what this host knows of the processes they name."""
+
+    path: Path
+    status: Status
+    holder: dict[str, Any] | None
+    """Who works on the run, as its lock says; a dead process of this host does not count."""
+    ended: State | None
+    """FINISHED or DIVERGED where it has a result."""
+    damaged: bool = False
+    """It says that it is done, and its result.json cannot be read."""
+    cancelled: bool = False
+    """The user has asked it to end."""
+    orphaned: bool = False
+    """A process of this host queued it and has ended; no scheduler knows of it."""
+    changed: str | None = None
+    """One line on inputs that were taken though they had changed."""
+    host: str = ""
+    """This host."""
+
+    @property
+    def here(self) -> bool:
+        """Its status is of a process of this host, if of any."""
+        return self.status.host in ("", self.host)
+
+    @property
+    def held_here(self) -> bool:
+        """A living process of this host holds it, or somebody is writing the lock."""
+        return self.holder is not None and self.holder["host"] in ("?", self.host)
+
+
 def state_of(run_dir: RunDir) -> RunState:
     """The run as it is now; nothing on disk is changed."""
-    status = run_dir.status()
-    state, reason = _judge(run_dir, status)
-    again = run_dir.status()
-    if again.state != status.state:  # it ended between the two looks: judge what it left
-        status = again
-        state, reason = _judge(run_dir, status)
-    if reason is None and run_dir.changes_path.exists():
-        with contextlib.suppress(ConfigError):
-            reason = inputs.said(run_dir)
-    said: dict[str, Any] = dataclasses.asdict(status) | {"state": state}
-    return RunState(**said, run_id=run_dir.run_id, reason=reason)
+    return judge(look(run_dir), now=time.time())
 
 
-def _judge(run_dir: RunDir, status: Status) -> tuple[str, str | None]:
-    holder = run_dir.lock_holder()
-    if holder is not None:
-        return "running", _silence(status)
-    ended = run_dir.ended()
-    if ended is not None:
-        return ended, status.error
-    if status.state in DONE:
-        damaged = run_dir.result_path.exists()
-        what = "its result.json is damaged" if damaged else "left no result"
-        return "failed", f"says {status.state} but {what}; the same command goes on with it"
-    if status.state == "running":
-        if status.host in ("", socket.gethostname()):
-            return "failed", f"killed (no process; last heartbeat {_ago(status)})"
-        return "running", _silence(status)
-    if status.state == "queued" and _abandoned(status):
-        return "planned", "its launcher is gone; the same command runs it"
-    return status.state, status.error
+# looking ----------------------------------------------------------------------------------------
+def look(run_dir: RunDir) -> Seen:
+    """What its files say; read again where neither a lock nor a result confirms what it says of
+    itself: it may have begun or ended between two of the reads."""
+    seen = _read(run_dir)
+    confirmed = seen.holder or seen.ended or judge(seen, now=0.0).state is seen.status.state
+    return seen if confirmed else _read(run_dir)
 
 
-def _abandoned(status: Status) -> bool:
-    """Queued by a process of this host that is gone, and by no scheduler."""
-    here = status.host in ("", socket.gethostname())
-    return here and status.job_id is None and not psutil.pid_exists(status.pid or os.getpid())
+def _read(run_dir: RunDir) -> Seen:
+    """The status first: a run that ends now writes its result and then lets go of its lock."""
+    status, host = run_dir.status(), socket.gethostname()
+    holder, ended = run_dir.lock_holder(), run_dir.ended()
+    changed = None
+    with contextlib.suppress(ConfigError):
+        changed = inputs.said(run_dir)
+    return Seen(
+        path=run_dir.path,
+        status=status,
+        holder=holder,
+        ended=ended,
+        damaged=status.state.done and ended is None and run_dir.result_path.exists(),
+        cancelled=run_dir.cancel_path.exists(),
+        orphaned=_is_orphan(status, host=host),
+        changed=changed,
+        host=host,
+    )
 
 
-def _silence(status: Status) -> str | None:
-    if not status.heartbeat or time.time() - status.heartbeat < SILENT_AFTER_S:
+def _is_orphan(status: Status, *, host: str) -> bool:
+    if status.state is not State.QUEUED or status.job_id is not None:
+        return False
+    return status.host in ("", host) and not psutil.pid_exists(status.pid or os.getpid())
+
+
+# judging ----------------------------------------------------------------------------------------
+def judge(seen: Seen, *, now: float) -> RunState:
+    """The run as its own files have it; the first case that fits counts."""
+    status = seen.status
+    state, reason = status.state, status.error
+    if seen.holder is not None:
+        state, reason = State.RUNNING, _silence(status, now=now)
+    elif seen.ended is not None:
+        state = seen.ended
+    elif state.done:
+        what = "its result.json is damaged" if seen.damaged else "left no result"
+        reason = f"says {state} but {what}; the same command goes on with it"
+        state = State.FAILED
+    elif state is State.RUNNING and seen.here:
+        state, reason = State.FAILED, f"killed (no process; last heartbeat {_ago(status, now=now)})"
+    elif state is State.RUNNING:
+        reason = _silence(status, now=now)
+    elif seen.orphaned:
+        state, reason = State.PLANNED, "its launcher is gone; the same command runs it"
+    fields = dataclasses.asdict(status) | {"state": state}
+    reason = seen.changed if reason is None else reason
+    return RunState(**fields, run_id=seen.path.name, reason=reason)
+
+
+def _silence(status: Status, *, now: float) -> str | None:
+    if not status.heartbeat or now - status.heartbeat < SILENT_AFTER_S:
         return None
     where = f" from {status.host}" if status.host else ""
-    return f"no word{where} for {(time.time() - status.heartbeat) / 60:.0f} min"
+    return f"no word{where} for {(now - status.heartbeat) / 60:.0f} min"
 
 
-def _ago(status: Status) -> str:
-    if not status.heartbeat:
-        return "never"
-    return f"{max(0.0, time.time() - status.heartbeat):.0f} s ago"
-
-
-def states(output_dir: Path | str) -> list[RunState]:
-    """Every run below `output_dir`, by run_id."""
-    return [state_of(run_dir) for run_dir in all_runs(output_dir)]
+def _ago(status: Status, *, now: float) -> str:
+    return f"{max(0.0, now - status.heartbeat):.0f} s ago" if status.heartbeat else "never"

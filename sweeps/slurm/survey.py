@@ -1,4 +1,4 @@
-"""What is true of each run of a sweep: its own word first, then SLURM's. Reads only.
+"""What is true of each run of a sweep: its own files first, then SLURM's answer. Reads only.
 
 Absence from squeue is not death: a run is given up (`lost`) only when nobody in SLURM knows its
 job and the run itself has been silent for long; and even that is judged anew each time.
@@ -10,16 +10,18 @@ import dataclasses
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.disk.run_dir import RunDir, Status
-from experiments.disk.state import SILENT_AFTER_S, RunState, state_of
+from experiments.disk.run_dir import RunDir
+from experiments.disk.state import SILENT_AFTER_S, RunState, Seen, judge, look
+from experiments.disk.states import State
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import Job, SlurmError
-from sweeps.slurm.submission import _sound, submitted_jobs
+from sweeps.slurm.submission import _sound
 
 HELD = re.compile(r"held|hold|special.?exit", re.IGNORECASE)
 NEVER = re.compile(
@@ -30,54 +32,75 @@ NEVER = re.compile(
 
 
 def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
-    """run_id -> the run as it is now; SLURM is asked once, for the runs of its that have not ended.
+    """run_id -> the run as it is now; SLURM is asked once, for all runs that have a job of ours.
 
-    Where SLURM does not answer the run's own word stands, with a note in `reason`.
+    Where SLURM does not answer the run's own state stands, with a note in `reason`.
     """
-    own = _Own()
-    states = {run.run_id: own(run) for run in runs}
-    unsure = {run: _jobs_of(run) for run in runs if _unsure(run, states[run.run_id])}
-    if not unsure:
+    look_at = _Looking()  # reads submissions once
+    seen = {run.run_id: look_at(run) for run in runs}
+    states = {run_id: judge(one, now=time.time()) for run_id, one in seen.items()}
+    with_job = [run for run in runs if _needs_slurm(seen[run.run_id])]
+    if not with_job:
         return states
     try:
-        jobs = _ask({job_id for job_ids in unsure.values() for job_id in job_ids})
+        jobs = _ask({id_ for run in with_job for id_ in _jobs_of(seen[run.run_id])})
     except SlurmError as error:
-        for run in unsure:
+        for run in with_job:
             states[run.run_id] = _noted(states[run.run_id], f"SLURM does not answer: {error}")
         return states
-    for run in unsure:
-        # Read again: it may have ended while SLURM was asked.
-        said = own(run)
-        states[run.run_id] = judge(run, own=said, jobs=jobs) if _unsure(run, said) else said
+    for run in with_job:
+        state = judge_job(seen[run.run_id], jobs=jobs, now=time.time())
+        if not state.state.in_flight:  # look again: it may have ended while SLURM was asked
+            again = look_at(run)
+            trace = look_at.trace(again, jobs=jobs)
+            state = judge_job(again, jobs=jobs, trace=trace, now=time.time())
+        states[run.run_id] = state
     return states
 
 
-class _Own:
-    """Runs' own word, where a job that is not ours says nothing of a process of this host.
+class _Looking:
+    """Looks at runs; a job that is not ours says nothing of a process of this host.
 
     Earlier versions wrote down whatever job a run was inside of; a queued run's is a launcher's.
     """
 
     def __init__(self) -> None:
-        self._ours: dict[Path, set[str]] = {}
+        self._folders: dict[Path, dict[str, Path]] = {}
 
-    def __call__(self, run: RunDir) -> RunState:
-        state = state_of(run)
-        here = state.host in ("", socket.gethostname()) and state.state != "queued"
-        if state.job_id is None or not here or state.job_id in self._submitted(run.path.parents[1]):
-            return state
-        return dataclasses.replace(state, job_id=None)
+    def __call__(self, run: RunDir) -> Seen:
+        seen = look(run)
+        if seen.status.job_id is None or not seen.here:
+            return seen
+        queued = judge(seen, now=0.0).state is State.QUEUED
+        if queued or self._folder(seen) is not None:
+            return seen
+        return dataclasses.replace(seen, status=dataclasses.replace(seen.status, job_id=None))
 
-    def _submitted(self, output_dir: Path) -> set[str]:
-        if output_dir not in self._ours:
-            self._ours[output_dir] = submitted_jobs(output_dir)
-        return self._ours[output_dir]
+    def _folder(self, seen: Seen) -> Path | None:
+        """Of the submission that the run's job is of; None where it is none of ours."""
+        output_dir = seen.path.parents[1]
+        if output_dir not in self._folders:
+            self._folders[output_dir] = {
+                job_id: folder for folder, one in _sound(output_dir) for job_id in one.task_ids()
+            }
+        return self._folders[output_dir].get(seen.status.job_id or "")
+
+    def trace(self, seen: Seen, *, jobs: Mapping[str, Job]) -> Trace:
+        """Of a job that failed or is not listed: of others SLURM's answer says enough."""
+        job = jobs.get(seen.status.job_id or "")
+        if job is None or job.state not in ("FAILED", cluster.UNLISTED):
+            return Trace()
+        if (folder := self._folder(seen)) is None:
+            return Trace()
+        log = folder / f"{job.job_id}_0_log.out"  # as submitit names it
+        error = None if seen.status.attempts else _newest_error(log)
+        return Trace(began=log.exists(), error=error)
 
 
 def gone(holder: dict[str, Any], *, heartbeat: float) -> bool:
     """Is the holder of a run's lock, on another host, certainly dead? In doubt: no.
 
-    `heartbeat` is the newest word of the run, seconds since the epoch.
+    `heartbeat` is when the run last wrote its status, seconds since the epoch.
     """
     job_id = holder.get("job_id")
     if job_id is None or holder["host"] in ("?", socket.gethostname()):
@@ -97,146 +120,149 @@ def _ask(job_ids: set[str]) -> dict[str, Job]:
     return cluster.jobs(job_ids)
 
 
-def _unsure(run: RunDir, own: RunState) -> bool:
-    return own.job_id is not None and run.ended() is None and own.state != "pruned"
+def _needs_slurm(seen: Seen) -> bool:
+    pruned = seen.status.state is State.PRUNED and seen.holder is None
+    return seen.status.job_id is not None and seen.ended is None and not pruned
 
 
-def _jobs_of(run: RunDir) -> list[str]:
+def _jobs_of(seen: Seen) -> list[str]:
     """The job that the run was given to and the one that holds its lock: mostly the same."""
-    ids = (run.status().job_id, (run.lock_holder() or {}).get("job_id"))
-    return [job_id for job_id in ids if job_id is not None]
+    job_ids = (seen.status.job_id, (seen.holder or {}).get("job_id"))
+    return [job_id for job_id in job_ids if job_id is not None]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Trace:
+    """What a job has left beside its submission."""
+
+    began: bool | None = None
+    """Whether SLURM has made its log, as it does when a job begins; None: no submission has it."""
+    error: str | None = None
+    """The newest error of its script itself, such as a command of `setup` that has failed."""
+
+
+def _newest_error(log: Path) -> str | None:
+    if not log.exists():
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace")[-4096:].splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else None
 
 
 # judging ----------------------------------------------------------------------------------------
-def judge(run: RunDir, *, own: RunState, jobs: dict[str, Job]) -> RunState:
-    """The run's own word in the light of what SLURM says of its job."""
-    holder = run.lock_holder()
-    if holder is not None:
-        at_work = jobs.get(holder.get("job_id", ""))
-        here = holder["host"] in ("?", socket.gethostname())
-        if (
-            here
-            or holder.get("job_id") is None
-            or (at_work and at_work.alive and not at_work.waiting)
-        ):
-            return own
-    word = run.status()  # `own` may be "running" only because of a dead holder's lock
-    job_id = own.job_id or ""
-    job = jobs.get(job_id)
+def judge_job(
+    seen: Seen, *, jobs: Mapping[str, Job], trace: Trace | None = None, now: float
+) -> RunState:
+    """The run in the light of what SLURM says of its job; the first case that fits counts."""
+    own, trace = judge(seen, now=now), trace or Trace()
+    if not _needs_slurm(seen) or _is_held(seen, jobs=jobs):
+        return own
+    status = seen.status
+    said = status.state  # `own` may be RUNNING only because of a dead holder's lock
+    job = jobs.get(status.job_id or "")
     if job is None:
-        return _unknown(run, own, word=word.state, job_id=job_id)
-    if word.state == "cancelled" and (job.over or not job.waiting or run.cancel_path.exists()):
-        return _said(own, "cancelled", word.error)
+        return _unknown(seen, own, now=now)
+    if said is State.CANCELLED and (seen.cancelled or not job.waiting):
+        return _as(own, State.CANCELLED, status.error)
     if job.waiting:
-        return _said(own, "queued", _waits(job, word=word, run=run))
-    if job.state == cluster.UNLISTED and word.state in ("queued", "planned"):
-        return _never_listed(run, own, job=job)
+        return _as(own, State.QUEUED, _why_it_waits(seen, job=job))
+    if job.state == cluster.UNLISTED and said in (State.QUEUED, State.PLANNED):
+        if trace.began:
+            return _as(own, State.FAILED, f"its job {job.job_id} ended without a result")
+        # Taken out before it had a node, or long over.
+        reason = f"SLURM does not list job {job.job_id} with its array any more"
+        return _as(own, State.CANCELLED, reason)
     if job.over:
-        return _over(run, own, word=word.state, error=word.error, job=job)
-    if word.state == "failed":
-        return _said(own, "failed", word.error)
-    if word.state == "running":
-        odd = own.reason if own.state == "running" else f"{own.reason}, but SLURM: {job.state}"
-        return _said(own, "running", odd)
+        return _over(seen, own, job=job, trace=trace)
+    if said is State.FAILED:
+        return _as(own, State.FAILED, status.error)
+    if said is State.RUNNING:
+        odd = own.state is not State.RUNNING
+        return _as(own, said, f"{own.reason}, but SLURM: {job.state}" if odd else own.reason)
     where = f" on {job.node}" if job.node else ""
-    return _said(own, "queued", f"{'ending' if job.state == 'COMPLETING' else 'starting'}{where}")
+    what = "ending" if job.state == "COMPLETING" else "starting"
+    return _as(own, State.QUEUED, f"{what}{where}")
 
 
-def _unknown(run: RunDir, own: RunState, *, word: str, job_id: str) -> RunState:
-    if word in ("failed", "cancelled", "planned"):
-        return _said(own, word, run.status().error)
-    if run.cancel_path.exists():
-        return _said(own, "cancelled", None)
-    silent = time.time() - own.heartbeat
+def _is_held(seen: Seen, *, jobs: Mapping[str, Job]) -> bool:
+    """Whether who holds the run's lock is at work, as far as SLURM can tell."""
+    if seen.holder is None:
+        return False
+    job_id = seen.holder.get("job_id")
+    if seen.held_here or job_id is None:
+        return True
+    job = jobs.get(job_id)
+    return job is not None and job.alive and not job.waiting
+
+
+def _unknown(seen: Seen, own: RunState, *, now: float) -> RunState:
+    """SLURM does not know its job."""
+    status = seen.status
+    if status.state in (State.FAILED, State.CANCELLED, State.PLANNED):
+        return _as(own, status.state, status.error)
+    if seen.cancelled:
+        return _as(own, State.CANCELLED, None)
+    silent = now - status.heartbeat
     if silent <= SILENT_AFTER_S:
-        return _noted(own, f"SLURM does not list job {job_id}")
-    since = f"no word for {silent / 60:.0f} min" if own.heartbeat else "no word ever"
-    return _said(
-        own,
-        "lost",
-        f"{since} and SLURM does not know job {job_id}; `{_command('retry', run)}` runs it again",
+        return _noted(own, f"SLURM does not list job {status.job_id}")
+    since = f"no word for {silent / 60:.0f} min" if status.heartbeat else "no word ever"
+    again = f"`{_command('retry', seen)}` runs it again"
+    return _as(own, State.LOST, f"{since} and SLURM does not know job {status.job_id}; {again}")
+
+
+def _over(seen: Seen, own: RunState, *, job: Job, trace: Trace) -> RunState:
+    """The job has ended and left no result."""
+    by_slurm = f"SLURM: {job.state} (job {job.job_id})"
+    if seen.status.state is State.FAILED:
+        return _as(own, State.FAILED, seen.status.error or by_slurm)
+    if job.state == "CANCELLED" or seen.cancelled:
+        return _as(own, State.CANCELLED, by_slurm)
+    if job.state == "FAILED" and not own.attempts:
+        return _as(own, State.FAILED, by_slurm + _before_the_run(seen, job=job, trace=trace))
+    why = {
+        "COMPLETED": f"its job {job.job_id} ended without a result",
+        "PREEMPTED": f"preempted and not requeued (job {job.job_id})",
+        cluster.UNLISTED: f"its job {job.job_id} ended without a word: SLURM forgot it",
+    }
+    return _as(own, State.FAILED, why.get(job.state, by_slurm))
+
+
+def _before_the_run(seen: Seen, *, job: Job, trace: Trace) -> str:
+    """Why a job failed before the run began, to be added to what SLURM says."""
+    if trace.error:
+        return f"; {trace.error}"
+    if trace.began is not False:
+        return ""
+    node = f"node {job.node}" if job.node else "node"
+    return (
+        f" and its {node} wrote nothing: output_dir must be on a shared file system that the nodes "
+        f"see, got {seen.path.absolute().parents[1]}"
     )
 
 
-def _over(run: RunDir, own: RunState, *, word: str, error: str | None, job: Job) -> RunState:
-    """The job has ended and left no result."""
-    if word == "failed":
-        return _said(own, "failed", error or f"SLURM: {job.state} (job {job.job_id})")
-    if job.state == "CANCELLED" or run.cancel_path.exists():
-        return _said(own, "cancelled", f"SLURM: {job.state} (job {job.job_id})")
-    if job.state == "COMPLETED":
-        return _said(own, "failed", f"its job {job.job_id} ended without a result")
-    if job.state == "PREEMPTED":
-        return _said(own, "failed", f"preempted and not requeued (job {job.job_id})")
-    if job.state == cluster.UNLISTED:
-        return _said(own, "failed", f"its job {job.job_id} ended without a word: SLURM forgot it")
-    reason = f"SLURM: {job.state} (job {job.job_id})"
-    if job.state == "FAILED" and not own.attempts and (line := _last_error(run, job.job_id)):
-        reason += f"; {line}"
-    elif job.state == "FAILED" and not own.attempts and _began(run, job.job_id) is False:
-        reason += (
-            f" and its node {job.node or ''} wrote nothing: output_dir must be on a shared file "
-            f"system that the nodes see, got {run.path.absolute().parents[1]}"
-        ).replace("  ", " ")
-    return _said(own, "failed", reason)
-
-
-def _never_listed(run: RunDir, own: RunState, *, job: Job) -> RunState:
-    """SLURM lists the array without this task: it was taken out before it had a node, or it is
-    long over. SLURM writes a file when it begins."""
-    if _began(run, job.job_id):
-        return _said(own, "failed", f"its job {job.job_id} ended without a result")
-    return _said(own, "cancelled", f"SLURM does not list job {job.job_id} with its array any more")
-
-
-def _began(run: RunDir, job_id: str) -> bool | None:
-    """Whether SLURM has begun this job of ours: it then makes the file that submitit has named.
-
-    None where no submission names the job.
-    """
-    log = _log_of(run, job_id)
-    return None if log is None else log.exists()
-
-
-def _last_error(run: RunDir, job_id: str) -> str | None:
-    """Of the lines of a job's script itself, such as one of `setup` that has failed."""
-    log = _log_of(run, job_id)
-    if log is None or not log.exists():
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace")[-4096:].splitlines()
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return said[-1] if said else None
-
-
-def _log_of(run: RunDir, job_id: str) -> Path | None:
-    """What submitit has SLURM call the job's output; None where no submission names the job."""
-    for folder, one in _sound(run.path.parents[1]):
-        if job_id in one.task_ids():
-            return folder / f"{job_id}_0_log.out"
-    return None
-
-
-def _waits(job: Job, *, word: Status, run: RunDir) -> str:
-    """Why it has no node; where it would wait for ever, what to do."""
+def _why_it_waits(seen: Seen, *, job: Job) -> str:
+    """Why the job has no node; where it would wait for ever, what to do."""
+    status = seen.status
     why = job.reason if job.reason not in ("", "None") else job.state
     if "admin" in why.lower():
         return f"held by an administrator (SLURM: {why})"
     if HELD.search(why) or HELD.search(job.state):
         return f"held (SLURM: {why}); `scontrol release {job.job_id}` lets it go on"
     if NEVER.search(why):
-        return f"never starts (SLURM: {why}); `{_command('cancel', run)}`, then launch it again"
-    if run.cancel_path.exists():
+        return f"never starts (SLURM: {why}); `{_command('cancel', seen)}`, then launch it again"
+    if seen.cancelled:
         return f"asked to end: it does so when it begins (SLURM: {why})"
-    if word.phase.startswith("requeued"):
-        return f"{word.phase}, SLURM: {why}"
-    return f"SLURM: {why}" if word.state in ("planned", "queued") else f"requeued, SLURM: {why}"
+    if status.phase.startswith("requeued"):
+        return f"{status.phase}, SLURM: {why}"
+    fresh = status.state in (State.PLANNED, State.QUEUED)
+    return f"SLURM: {why}" if fresh else f"requeued, SLURM: {why}"
 
 
-def _command(name: str, run: RunDir) -> str:
-    return command(name, run.run_id, output_dir=run.path.parents[1])
+def _command(name: str, seen: Seen) -> str:
+    return command(name, seen.path.name, output_dir=seen.path.parents[1])
 
 
-def _said(own: RunState, state: str, reason: str | None) -> RunState:
+def _as(own: RunState, state: State, reason: str | None) -> RunState:
     return dataclasses.replace(own, state=state, reason=reason)
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
@@ -15,13 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.disk.output_dir import jobs_folder
-from experiments.disk.run_dir import RunDir
-from experiments.disk.state import SILENT_AFTER_S, state_of
+from experiments.disk.run_dir import RunDir, Status
+from experiments.disk.state import SILENT_AFTER_S, Seen, look
 from experiments.disk.states import State
 from sweeps.slurm import cluster
+from sweeps.slurm import survey as module
 from sweeps.slurm.cluster import Job, SlurmError
 from sweeps.slurm.submission import Submission, read_submissions, recover
-from sweeps.slurm.survey import gone, judge, survey
+from sweeps.slurm.survey import gone, judge_job, survey
 
 ELSEWHERE = "a-node-elsewhere"
 
@@ -341,6 +343,87 @@ def test_an_older_job_that_still_holds_the_run_is_running(slurm, run):
     assert now(run) == ("queued", "SLURM: Priority")
 
 
+# judging: what was seen, what SLURM says, what follows ------------------------------------------
+NOW, LONG = 1e6, 2 * SILENT_AFTER_S
+BY_12_3 = {"host": ELSEWHERE, "pid": 1, "job_id": "12_3"}
+SAYS = "SLURM: {} (job 12_3)"
+
+
+def seen(state="running", *, silent=60.0, attempts=1, phase="", error=None, holder=None, **of):
+    status = Status(
+        state=State(state),
+        host=ELSEWHERE,
+        job_id="12_3",
+        heartbeat=NOW - silent,
+        attempts=attempts,
+        phase=phase,
+        error=error,
+    )
+    path = Path("/out/runs/r")
+    return Seen(path=path, status=status, holder=holder, ended=of.pop("ended", None), **of)
+
+
+HOST = socket.gethostname()
+NOT_LISTED = "SLURM does not list job 12_3"
+TABLE = [
+    # nothing that SLURM says changes a result, a pruned run, or one that is certainly at work
+    (seen(ended=State.FINISHED), "NODE_FAIL", "finished", None),
+    (seen("pruned"), "COMPLETED", "pruned", None),
+    (seen(holder={"host": ELSEWHERE, "pid": 1}), "FAILED", "running", None),
+    (seen("queued", holder={**BY_12_3, "host": HOST}, host=HOST), "FAILED", "running", None),
+    (seen("queued", holder=BY_12_3), "RUNNING", "running", None),
+    # a lock of a job that waits or is over is a dead one's
+    (seen(holder=BY_12_3), "PENDING", "queued", "requeued, SLURM: PENDING"),
+    (seen(holder=BY_12_3), "TIMEOUT", "failed", SAYS.format("TIMEOUT")),
+    # it waits
+    (seen("queued"), "PENDING", "queued", "SLURM: PENDING"),
+    (seen("queued", phase="requeued: node"), "PENDING", "queued", "requeued: node, SLURM: PENDING"),
+    (seen("cancelled"), "PENDING", "queued", "requeued, SLURM: PENDING"),
+    (seen("cancelled", cancelled=True), "PENDING", "cancelled", None),
+    # it has a node
+    (seen("queued"), "RUNNING", "queued", "starting"),
+    (seen("planned"), "COMPLETING", "queued", "ending"),
+    (seen("running"), "RUNNING", "running", None),
+    (seen("running", silent=LONG), "RUNNING", "running", f"no word from {ELSEWHERE} for 10 min"),
+    (seen("failed", error="boom"), "RUNNING", "failed", "boom"),
+    (seen("cancelled"), "RUNNING", "cancelled", None),
+    # it is over
+    (seen("failed", error="boom"), "FAILED", "failed", "boom"),
+    (seen("failed"), "FAILED", "failed", SAYS.format("FAILED")),
+    (seen(cancelled=True), "FAILED", "cancelled", SAYS.format("FAILED")),
+    (seen("queued"), "CANCELLED", "cancelled", SAYS.format("CANCELLED")),
+    (seen(), "COMPLETED", "failed", "its job 12_3 ended without a result"),
+    (seen(), "PREEMPTED", "failed", "preempted and not requeued (job 12_3)"),
+    (seen(), "UNLISTED", "failed", "its job 12_3 ended without a word: SLURM forgot it"),
+    (seen("queued"), "UNLISTED", "cancelled", f"{NOT_LISTED} with its array any more"),
+    # SLURM does not know it
+    (seen("failed", error="boom", silent=LONG), None, "failed", "boom"),
+    (seen("cancelled", silent=LONG), None, "cancelled", None),
+    (seen("planned", silent=LONG), None, "planned", None),
+    (seen(silent=LONG, cancelled=True), None, "cancelled", None),
+    (seen(), None, "running", NOT_LISTED),
+    (seen("queued"), None, "queued", NOT_LISTED),
+]
+
+
+@pytest.mark.parametrize(("files", "job", "state", "reason"), TABLE)
+def test_what_was_seen_and_what_slurm_says_decide_the_state(files, job, state, reason):
+    jobs = {"12_3": Job(job_id="12_3", state=job)} if job else {}
+    judged = judge_job(files, jobs=jobs, now=NOW)
+    assert (judged.state, judged.reason) == (state, reason)
+
+
+def test_a_run_in_a_living_job_is_looked_at_once_and_any_other_again(slurm, run, monkeypatch):
+    looks = []
+    monkeypatch.setattr(module, "look", lambda run: looks.append(run.run_id) or look(run))
+    slurm.add("12_3", state="RUNNING")
+    assert now(run)[0] == "queued"
+    assert looks == [run.run_id]
+    slurm.set_state("12_3", "FAILED")
+    assert now(run)[0] == "failed"
+    assert looks == [run.run_id] * 3
+
+
 JOB_STATES = sorted({*cluster.OVER, *cluster.WAITING, "RUNNING", "COMPLETING", "NEW_WORD"})
 
 
@@ -367,7 +450,7 @@ def test_whatever_is_said_a_judgement_is_safe_and_changes_nothing(
         run.cancel_path.touch()
     known = {"12_3": Job(job_id="12_3", state=job)} if job else {}
     before = files(run.path)
-    judged = judge(run, own=state_of(run), jobs=known)
+    judged = judge_job(look(run), jobs=known, now=time.time())
     assert files(run.path) == before
     assert judged.state in list(State)
     if known and known["12_3"].over:  # else a run would wait for ever for a job that is over
