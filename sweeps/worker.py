@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import Outcome
 from experiments.errors import RunLocked
 from experiments.run.stopping import StopFlag
 from experiments.scheduler import enter_job
@@ -33,10 +34,10 @@ PRELOAD = (
 """What any run imports: a warm parent has it already (`warm.py`)."""
 FINISHED, FAILED, DIVERGED, LOCKED, INTERRUPTED, CANCELLED = 0, 1, 3, 4, 5, 6
 CODES = {
-    "finished": FINISHED,
-    "diverged": DIVERGED,
-    "interrupted": INTERRUPTED,
-    "cancelled": CANCELLED,
+    Outcome.FINISHED: FINISHED,
+    Outcome.DIVERGED: DIVERGED,
+    Outcome.INTERRUPTED: INTERRUPTED,
+    Outcome.CANCELLED: CANCELLED,
 }
 
 
@@ -50,7 +51,7 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
 
     heartbeat = run_dir.status().heartbeat
     try:
-        state = run_experiment(
+        outcome = run_experiment(
             run_dir.config(),
             run_dir,
             console=True,
@@ -66,7 +67,7 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
     except Exception:
         traceback.print_exc()
         return FAILED
-    return CODES[state]
+    return CODES[outcome]
 
 
 def main(argv: list[str]) -> int:

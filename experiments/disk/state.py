@@ -126,7 +126,7 @@ def judge(seen: Seen, *, now: float) -> RunState:
         reason = _silence(status, now=now)
     elif seen.orphaned:
         state, reason = State.PLANNED, "its launcher is gone; the same command runs it"
-    fields = dataclasses.asdict(status) | {"state": state}
+    fields: dict[str, Any] = dataclasses.asdict(status) | {"state": state}
     reason = seen.changed if reason is None else reason
     return RunState(**fields, run_id=seen.path.name, reason=reason)
 

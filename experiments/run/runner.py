@@ -19,10 +19,11 @@ from experiments.disk import inputs
 from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import cache_dir
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import Outcome, State
 from experiments.environment import attempt_record, code_hash
 from experiments.errors import RunLocked, one_line
 from experiments.run.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
-from experiments.run.stopping import PRUNED, StopFlag
+from experiments.run.stopping import StopFlag
 from experiments.scheduler import current_job
 from relora_core import atomic, shell
 from relora_core.config import ConfigError, RunConfig
@@ -38,9 +39,8 @@ def run_experiment(
     stop: StopFlag | None = None,
     gone: Callable[[dict[str, Any]], bool] = lambda holder: False,
     extra_sinks: Sequence[Sink] = (),
-) -> str:
-    """Run, or resume, one run in this process: `finished`, `diverged`, `pruned`, `interrupted`,
-    `cancelled`.
+) -> Outcome:
+    """Run, or resume, one run in this process: begin an attempt, train, settle how it ended.
 
     `stop` asks it to end early; then everything is on disk when this returns. `gone` judges who
     holds the run's lock on another host. `extra_sinks` hear the events after the record has them.
@@ -52,47 +52,19 @@ def run_experiment(
         return _join(config, run_dir, stop)
     run_dir.create(config)
     with run_dir.lock(gone=gone):
-        status = run_dir.status()
-        if ended := run_dir.ended():
-            if status.state != ended:  # killed between its result and its last word
-                run_dir.update_status(state=ended, phase="", eta_s=0.0)
-            return ended
-        if run_dir.cancel_path.exists():
-            run_dir.update_status(state="cancelled", phase="", error=None)
-            return "cancelled"
-        attempt = run_dir.next_attempt()
-        for path in run_dir.torn():
-            path.unlink(missing_ok=True)
+        if over := _is_over(run_dir):
+            return over
         stop.run_dir = run_dir
         _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
         try:
-            run_dir.update_status(
-                state="running",
-                attempts=attempt,
-                steps=config.train.steps,
-                phase="start",
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                job_id=current_job(),
-                error=None,
-            )
-            from relora_core import native  # and torch: the record names the GPUs then
-
-            record = attempt_record(
-                start_step=run_dir.newest_step(), world=place.world, kernels_key=native.key()
-            )
-            if taken := inputs.accepted(run_dir, by=inputs.TRAINING):
-                record["changes"] = taken
-            run_dir.write_attempt(attempt, record)
-            environment.check_gpu(config)
-            config = inputs.opened(run_dir, config)
-            state = _attempt(
-                config,
+            attempt = _begin(config, run_dir, world=place.world)
+            outcome = _train(
+                inputs.opened(run_dir, config),
                 run_dir,
                 attempt=attempt,
                 console=console,
                 stop=stop,
-                extra=extra_sinks,
+                extra_sinks=extra_sinks,
                 world=place.world,
             )
         except RunLocked:  # given to another process: the run's files are its from now on
@@ -100,25 +72,105 @@ def run_experiment(
         except BaseException as error:
             _record_failure(run_dir, error)
             raise
-        if state == "interrupted":
-            return _interrupted(run_dir, reason=stop.reason or "asked to end")
-        run_dir.update_status(state=state, phase="", eta_s=0.0)
-        return state
+        return _settle(run_dir, outcome, reason=stop.reason or "asked to end")
 
 
-def _interrupted(run_dir: RunDir, *, reason: str) -> str:
-    """Write down an early end. Who started this process may have it go on, and says so then."""
-    if reason == "cancelled" or run_dir.cancel_path.exists():
-        run_dir.update_status(state="cancelled", step=run_dir.newest_step(), phase="", error=None)
-        return "cancelled"
-    if reason == PRUNED:
-        run_dir.update_status(
-            state=PRUNED, step=run_dir.newest_step(), phase="", eta_s=None, error=None
-        )
-        return PRUNED
-    line = f"stopped ({reason}); the same command resumes it"
-    run_dir.update_status(state="failed", step=run_dir.newest_step(), phase="", error=line)
-    return "interrupted"
+def _is_over(run_dir: RunDir) -> Outcome | None:
+    """How the run has ended already, or is to end before it begins; None where it is to go on."""
+    if ended := run_dir.ended():
+        if run_dir.status().state is not ended:  # killed between its result and its last status
+            run_dir.update_status(state=ended, phase="", eta_s=0.0)
+        return Outcome(ended)
+    if run_dir.cancel_path.exists():
+        run_dir.update_status(state=State.CANCELLED, phase="", error=None)
+        return Outcome.CANCELLED
+    return None
+
+
+def _begin(config: RunConfig, run_dir: RunDir, *, world: int) -> int:
+    """Say that the run is at work, and on what: the number of the attempt."""
+    attempt = run_dir.next_attempt()
+    for path in run_dir.torn():
+        path.unlink(missing_ok=True)
+    run_dir.update_status(
+        state=State.RUNNING,
+        attempts=attempt,
+        steps=config.train.steps,
+        phase="start",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        job_id=current_job(),
+        error=None,
+    )
+    # Takes seconds: after the status. It imports torch, which alone knows the GPUs to record.
+    from relora_core import native
+
+    start_step = run_dir.newest_step()
+    record = attempt_record(start_step=start_step, world=world, kernels_key=native.key())
+    if taken := inputs.accepted(run_dir, by=inputs.TRAINING):
+        record["changes"] = taken
+    run_dir.write_attempt(attempt, record)
+    environment.check_gpu(config)
+    return attempt
+
+
+def _train(
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    attempt: int,
+    console: bool,
+    stop: StopFlag,
+    extra_sinks: Sequence[Sink],
+    world: int,
+) -> Outcome:
+    """Train to the last step or an earlier end; a run that did not end early has its result."""
+    from relora_core.train import train  # torch
+
+    started, steps = time.time(), config.train.steps
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(contextlib.closing(EventLog(run_dir, attempt)))
+        sinks: list[Sink] = [log, StatusSink(run_dir, steps=steps)]
+        if console:
+            bar = ConsoleSink(run_dir.run_id, steps=steps)
+            sinks.append(stack.enter_context(contextlib.closing(bar)))
+        if config.tracking.system_metrics:
+            sinks.append(stack.enter_context(contextlib.closing(SystemSink(log))))
+        with stop.ending() if world > 1 else contextlib.nullcontext():
+            word = train(
+                config,
+                checkpoints=run_dir.checkpoints,
+                cache_dir=cache_dir(config.output_dir),
+                sink=Fanout([*sinks, *extra_sinks]),
+                stop=stop,
+            )
+        outcome = Outcome(word)
+        if outcome is not Outcome.INTERRUPTED:
+            seconds = time.time() - started
+            result = make_result(run_dir, state=outcome, attempt=attempt, seconds=seconds)
+            log.emit(Event(kind="end", step=result["step"], data={"state": outcome}))
+            run_dir.write_result(result)
+    return outcome
+
+
+def _settle(run_dir: RunDir, outcome: Outcome, *, reason: str) -> Outcome:
+    """Write down how the attempt ended, and give what an early end was for. Who started this
+    process may have an interrupted run go on, and says so then."""
+    if outcome is not Outcome.INTERRUPTED:
+        run_dir.update_status(state=outcome, phase="", eta_s=0.0)
+        return outcome
+    if reason == Outcome.CANCELLED or run_dir.cancel_path.exists():
+        outcome = Outcome.CANCELLED
+    elif reason == Outcome.PRUNED:
+        outcome = Outcome.PRUNED
+    early: dict[str, Any] = {"state": outcome, "error": None}
+    if outcome is Outcome.INTERRUPTED:
+        line = f"stopped ({reason}); the same command resumes it"
+        early = {"state": State.FAILED, "error": line}
+    if outcome is Outcome.PRUNED:
+        early["eta_s"] = None
+    run_dir.update_status(**early, step=run_dir.newest_step(), phase="")
+    return outcome
 
 
 def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
@@ -141,62 +193,19 @@ def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
     print(f"warning: {line}: its numbers may change where it resumes", file=sys.stderr)
 
 
-def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> str:
+def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
     """Ranks above 0 compute; the lock, the record and the status are rank 0's."""
     if ended := run_dir.ended():
-        return ended
-    from relora_core.train import train
+        return Outcome(ended)
+    from relora_core.train import train  # torch
 
     config = inputs.opened(run_dir, config)
     folder = cache_dir(config.output_dir)
     with stop.ending():
-        return train(
+        word = train(
             config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
         )
-
-
-def _attempt(
-    config: RunConfig,
-    run_dir: RunDir,
-    *,
-    attempt: int,
-    console: bool,
-    stop: StopFlag,
-    extra: Sequence[Sink],
-    world: int,
-) -> str:
-    from relora_core.train import train
-
-    log = EventLog(run_dir, attempt)
-    sinks: list[Sink] = [log, StatusSink(run_dir, steps=config.train.steps)]
-    bar = ConsoleSink(run_dir.run_id, steps=config.train.steps) if console else None
-    if bar:
-        sinks.append(bar)
-    load = SystemSink(log) if config.tracking.system_metrics else None
-    if load:
-        sinks.append(load)
-    sinks += extra
-    started = time.time()
-    try:
-        with stop.ending() if world > 1 else contextlib.nullcontext():
-            state = train(
-                config,
-                checkpoints=run_dir.checkpoints,
-                cache_dir=cache_dir(config.output_dir),
-                sink=Fanout(sinks),
-                stop=stop,
-            )
-        if state == "interrupted":
-            return state
-        result = make_result(run_dir, state=state, attempt=attempt, seconds=time.time() - started)
-        log.emit(Event(kind="end", step=result["step"], data={"state": state}))
-        run_dir.write_result(result)
-    finally:
-        log.close()
-        for sink in (bar, load):
-            if sink:
-                sink.close()
-    return state
+    return Outcome(word)
 
 
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
@@ -225,6 +234,6 @@ def _record_failure(run_dir: RunDir, error: BaseException) -> None:
     line = one_line(error)
     try:
         atomic.write_text(run_dir.error_path, "".join(traceback.format_exception(error)))
-        run_dir.update_status(state="failed", phase="", error=line)
+        run_dir.update_status(state=State.FAILED, phase="", error=line)
     except OSError as trouble:
         print(f"{run_dir.path}: could not record the failure: {trouble}", file=sys.stderr)

@@ -10,6 +10,7 @@ from experiments import environment
 from experiments.disk import frozen, inputs
 from experiments.disk.output_dir import cache_dir, check_output_dir, runs_folder, same_runs
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import Outcome, State
 from experiments.errors import RunLocked, fail, one_line
 from experiments.identity import run_id
 from experiments.run.complete import complete, prepared_notes
@@ -41,10 +42,10 @@ def run_here(config: RunConfig) -> int:
     if ended := run_dir.ended():
         print(f"{run_dir.run_id} is {ended} already: nothing to do")
         print_result(run_dir)
-        return 0 if ended == "finished" else 1
+        return 0 if ended is State.FINISHED else 1
     if not run_dir.path.exists():
         [other] = same_runs(
-            [config], output_dir=config.output_dir, among=lambda run: run.ended() == "finished"
+            [config], output_dir=config.output_dir, among=lambda run: run.ended() is State.FINISHED
         )
         if other:
             notes.append(f"it computes what run {other.run_id} did, which is finished")
@@ -64,17 +65,17 @@ def run_here(config: RunConfig) -> int:
         stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
         run_dir.cancel_path.unlink(missing_ok=True)
         try:
-            state = run_experiment(config, run_dir, console=True, stop=stop)
+            outcome = run_experiment(config, run_dir, console=True, stop=stop)
         except (ConfigError, DataError, RunLocked, OSError):
             raise
         except Exception as error:
             fail(f"{one_line(error)} (traceback: {run_dir.error_path})", code=1)
-    if state in ("interrupted", "cancelled"):
-        fail(f"{run_dir.run_id} {run_dir.status().error or state}", code=130)
+    if outcome in (Outcome.INTERRUPTED, Outcome.CANCELLED):
+        fail(f"{run_dir.run_id} {run_dir.status().error or outcome}", code=130)
     print_result(run_dir)
     if config.tracking.enabled:
         print(f"compare: {links.ui_command(typed)}")
-    return 0 if state == "finished" else 1
+    return 0 if outcome is Outcome.FINISHED else 1
 
 
 def _rank(config: RunConfig, run_dir: RunDir) -> int:
@@ -82,12 +83,12 @@ def _rank(config: RunConfig, run_dir: RunDir) -> int:
     stop = StopFlag(says=False)
     try:
         with stop.installed(signal.SIGINT, *SIGNALS):
-            state = run_experiment(config, run_dir, stop=stop)
+            outcome = run_experiment(config, run_dir, stop=stop)
     except (ConfigError, DataError, RunLocked, OSError):
         raise
     except Exception as error:
         fail(one_line(error), code=1)
-    return {"finished": 0, "interrupted": 130}.get(state, 1)
+    return {Outcome.FINISHED: 0, Outcome.INTERRUPTED: 130}.get(outcome, 1)
 
 
 def _say(line: str) -> None:

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from types import FrameType
 
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import Outcome
 from experiments.errors import RunLocked
 
 LOOK_EVERY_S = 2.0
 """How often the disk is asked whether the user has cancelled the run."""
-PRUNED = "pruned"
-"""The reason, and the run's state, where a search has seen enough of it."""
 DEAF_S = 60.0
 """How long a process of a group may not come back from one call after it was asked to end: then it
 waits for one that is not there any more, or is not one of its own."""
@@ -54,11 +53,11 @@ class StopFlag:
     def prune(self) -> None:
         """End the run that is at work; a reason to end all of this process comes first."""
         if not self():
-            self.reason = PRUNED
+            self.reason = Outcome.PRUNED
 
     def next_run(self) -> None:
         """What ended one run early does not end the next."""
-        if self.reason in (PRUNED, "cancelled"):
+        if self.reason in (Outcome.PRUNED, Outcome.CANCELLED):
             self.reason = None
         self.run_dir = None
 
@@ -72,7 +71,7 @@ class StopFlag:
             if not self.run_dir.is_mine():
                 raise RunLocked(f"{self.run_dir.run_id} has been given to another process")
             if self.run_dir.cancel_path.exists():
-                return "cancelled"
+                return Outcome.CANCELLED
         return None
 
     def handle(self, number: int, frame: FrameType | None) -> None:

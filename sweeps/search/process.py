@@ -26,6 +26,7 @@ from experiments.disk.output_dir import cache_dir
 from experiments.disk.process import born, lives
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import SILENT_AFTER_S
+from experiments.disk.states import Outcome
 from experiments.errors import RunLocked, one_line
 from experiments.run.runner import run_experiment
 from experiments.run.stopping import StopFlag
@@ -191,14 +192,16 @@ def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
         runs = prepare(trial)
         for index, run_dir in enumerate(runs):
             stop.next_run()
-            state = _run_seed(trial, run_dir, index=index, stop=stop)
-            if state in ("interrupted", "lost"):
-                return None if state == "interrupted" else True
-            if state == "pruned":
+            outcome = _run_seed(trial, run_dir, index=index, stop=stop)
+            if outcome is None:
+                return True
+            if outcome is Outcome.INTERRUPTED:
+                return None
+            if outcome is Outcome.PRUNED:
                 trial.prune()
                 print(f"trial {trial.number}: pruned at step {run_dir.newest_step()}", flush=True)
                 return True
-            if state == "cancelled":
+            if outcome is Outcome.CANCELLED:
                 raise ConfigError(f"{run_dir.run_id} was cancelled")
         verdict = trial.finish()
         print(f"trial {trial.number}: {verdict.values or verdict.reason}", flush=True)
@@ -235,8 +238,8 @@ def prepare(trial: Trial) -> list[RunDir]:
     return runs
 
 
-def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> str:
-    """How the run ended; `lost` where the trial has been given to another process meanwhile."""
+def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> Outcome | None:
+    """How the run ended; None where the trial has been given to another process meanwhile."""
     config = run_dir.config()
     listener = SearchSink(trial, stop=stop, index=index)
     listener.hear_again(run_dir)
@@ -249,7 +252,7 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> s
         heartbeat = run_dir.status().heartbeat
         try:
             with attempt.spoken(run_dir), followed(run_dir):
-                state = run_experiment(
+                outcome = run_experiment(
                     config,
                     run_dir,
                     console=True,
@@ -257,13 +260,13 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> s
                     gone=lambda holder, at=heartbeat: holder_gone(holder, heartbeat=at),
                     extra_sinks=[listener],
                 )
-            return listener.judged(state, run_dir)
+            return listener.judged(outcome, run_dir)
         except RunLocked:
             if (owner := trial.worker) and not owner.is_same(this_process()):
-                return "lost"
+                return None
             # Another trial, or a grid, is at this very run: its result will do for both.
             if stop():
-                return "interrupted"
+                return Outcome.INTERRUPTED
             time.sleep(LOOK_EVERY_S)
 
 
@@ -301,17 +304,17 @@ class SearchSink:
             self.emit(Event(kind=event["kind"], step=event["step"], metrics=event["metrics"]))
         self.pruning = before
 
-    def judged(self, state: str, run_dir: RunDir) -> str:
-        """The run's state; `pruned` where the trial is to end with this seed."""
-        if self.pruner != "wilcoxon" or state not in ("finished", "diverged"):
-            return state
+    def judged(self, outcome: Outcome, run_dir: RunDir) -> Outcome:
+        """How the run ended; PRUNED where the trial is to end with this seed."""
+        if self.pruner != "wilcoxon" or outcome not in (Outcome.FINISHED, Outcome.DIVERGED):
+            return outcome
         values = [
             e["metrics"][self.metric] for e in run_dir.events() if self.metric in e["metrics"]
         ]
         if values:
             self.trial.report(self.index, values[-1])
         last = self.index + 1 == len(self.trial.seeds)
-        return "pruned" if not last and self.trial.should_prune() else state
+        return Outcome.PRUNED if not last and self.trial.should_prune() else outcome
 
 
 # as a scheduler's job ---------------------------------------------------------------------------
