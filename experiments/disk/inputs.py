@@ -187,7 +187,7 @@ def to_export(run_dir: RunDir, *, tokenizer: str | None) -> tuple[Opened, list[s
 
 def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Opened, list[str]]:
     """`tokenizer` in the place of the run's, held against what was kept or else the fingerprint."""
-    from relora_core import data as room
+    from relora_core import data as data_package
     from relora_core.data import HFTokenizer
 
     if config.data.kind == "grammar":
@@ -207,10 +207,13 @@ def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Open
         ]
     if kept is not None:
         own = replace(config.data, tokenizer=str(kept))
-        planned, now = str(room.tokenizer_digest(own)), str(room.tokenizer_digest(new.data))
+        planned, now = (
+            str(data_package.tokenizer_digest(own)),
+            str(data_package.tokenizer_digest(new.data)),
+        )
     else:
         try:
-            planned, now = planned.partition(".")[0], room.fingerprint(new.data)
+            planned, now = planned.partition(".")[0], data_package.fingerprint(new.data)
         except ConfigError as error:
             return Opened(config=new, changes=[]), [f"--tokenizer could not be checked: {error}"]
     what = f"--tokenizer={tokenizer} is not the tokenizer that the run was planned with"
@@ -225,24 +228,24 @@ def output_dir_of(run_dir: RunDir) -> Path:
 def _data(config: RunConfig, *, output_dir: Path, kept: Path | None) -> list[Change]:
     """The data's change, if any; where there is none its files' looks and tokenizer are kept."""
     from experiments.disk.output_dir import cache_dir
-    from relora_core import data as room
+    from relora_core import data as data_package
 
     data = config.data
     planned = str(data.fingerprint)
     fingerprint, _, planned_sample = planned.partition(".")
     known = _read(output_dir, planned)
-    if kept is not None and room.is_cached(data, cache_dir=cache_dir(output_dir)):
+    if kept is not None and data_package.is_cached(data, cache_dir=cache_dir(output_dir)):
         return []  # the tokens are what was planned; nobody opens the texts
     if data.kind == "grammar":
-        now = room.fingerprint(data)
+        now = data_package.fingerprint(data)
         what = "the grammar of this version of the code is another"
         return [] if now == planned else [Change(key="data", planned=planned, now=now, what=what)]
-    files = room.local_files(data)
+    files = data_package.local_files(data)
     seen = looks(file.absolute() for file in files)
     if files and (kept or not data.tokenizer) and _looks_same(known, seen):
         return []
-    now = room.fingerprint(data, tokenizer=str(kept) if kept else None)
-    sample = room.sample(data)
+    now = data_package.fingerprint(data, tokenizer=str(kept) if kept else None)
+    sample = data_package.sample(data)
     planned_sample = planned_sample or (known or {}).get("sample")
     if now == fingerprint and (planned_sample is None or sample == planned_sample):
         tokenizer = (known or {}).get("tokenizer")

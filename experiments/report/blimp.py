@@ -47,9 +47,7 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
         for arm in arms:
             values = list(arm.values(name).values())
             estimate = interval(values, scale="linear") if values else None
-            cells.append(
-                mean_cell(estimate, text, expected=len(arm.finished))
-            )
+            cells.append(mean_cell(estimate, text, expected=len(arm.finished)))
             data.append(_row(arm, metric, estimate) | {"phenomenon": name.removeprefix(prefix)})
         rows.append([name.removeprefix(prefix).replace("_", " "), *cells])
     return Table(

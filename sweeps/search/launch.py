@@ -1,7 +1,7 @@
 """The whole of `run.py -m hydra/sweeper=search`: check, price, prepare, write, start processes.
 
 As in `sweeps/launch.py`, all that can be refused is refused before anything is written. Not for:
-parsing and composing (the porch's), nor for what a process does (`process.py`).
+parsing and composing (`hydra_plugins`), nor for what a process does (`process.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The space that a search draws from, in a form that knows neither Hydra nor how to sample.
 
-Hydra's grammar is parsed on the porch; Optuna's distributions are made in `study.py` from these.
+Hydra's grammar is parsed in `hydra_plugins`; `samplers.py` makes Optuna's distributions of these.
 """
 
 from __future__ import annotations

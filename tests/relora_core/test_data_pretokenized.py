@@ -17,7 +17,7 @@ from data_files import STORED, random_rows, write_bpe, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_core import data as room
+from relora_core import data as data_package
 from relora_core.config import ConfigError, DataConfig
 from relora_core.data import DataError, inspect, open_stream, parquet, pretokenized
 
@@ -581,7 +581,7 @@ def test_real_rows_are_counted_and_served_as_stored(shared_data):
     info = inspect(data)
     assert (info.rows, info.vocab_size, info.notes) == (2048, 50_304, [])
     assert inspect(config(folder, seq_len=1024, vocab_size=50_304)).rows == 4096
-    tokenizer = room.load_tokenizer(data)
+    tokenizer = data_package.load_tokenizer(data)
     assert tokenizer is not None
     assert tokenizer.eos_id == 50_279
     source = stream(data, vocab_size=info.vocab_size)

@@ -19,7 +19,7 @@ from sweeps.planning.plan import cell_names, load, make_plan, store, varying
 
 
 def grid(make, **axes_):
-    """Points and configs of a product, as the porch would hand them in."""
+    """Points and configs of a product, as Hydra would hand them in."""
     return [
         ({f"relora.{k}" if k == "r" else k: str(v) for k, v in cell.items()}, make(**cell))
         for cell in (
