@@ -6,7 +6,8 @@ slurm/        Runs as SLURM jobs
 search/       A sweep that chooses its next run (Optuna)
 commands/     `python -m sweeps ...`: looking after runs. One command a file
 __main__.py   the command line of `python -m sweeps`
-launch.py     all of `run.py -m`: plan, check, write, hand over
+launch.py     `run.py -m`: a grid, and how it is launched again
+outlook.py    what a command is about to do: look ahead, check, write, show, start
 launchers.py  what a launcher is, and the one a sweep was launched with
 job.py        `python -m sweeps.job`: the body of a SLURM job
 worker.py     `python -m sweeps.worker RUN_DIR`: the body of one run

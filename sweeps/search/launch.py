@@ -1,7 +1,6 @@
-"""The whole of `run.py -m hydra/sweeper=search`: check, price, prepare, write, start processes.
+"""`run.py -m hydra/sweeper=search`: a search is planned, checked, written (`outlook.py`), begun.
 
-As in `sweeps/launch.py`, all that can be refused is refused before anything is written. Not for:
-parsing and composing (`hydra_plugins`), nor for what a process does (`process.py`).
+Not for: parsing and composing (`hydra_plugins`), nor for what a process does (`process.py`).
 """
 
 from __future__ import annotations
@@ -9,25 +8,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments.disk.output_dir import (
-    check_output_dir,
-    plan_folder,
-    refuse_unwritable,
-    study_folder,
-)
+from experiments.disk.output_dir import refuse_unwritable, study_folder
 from experiments.notices import across
-from experiments.run.complete import complete_all
-from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, validate
-from sweeps import display, snapshot, tracking
-from sweeps.launch import check_tracking, one_output_dir, prepare_data
-from sweeps.launchers import Launcher, store_launcher
+from sweeps import display, tracking
+from sweeps.launchers import Launcher
+from sweeps.outlook import Outlook, check_tracking, completed, one_output_dir
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import check_name
@@ -61,32 +54,26 @@ def run_search(
     `bases` holds each combination of searched groups with what it composes to. Raises ConfigError
     before anything is written where the user made a mistake.
     """
-    console = console or display.make_console()
-    notes: list[str] = []
-    completed = complete_all([config for _, config in bases], notes=notes)
-    for config in completed:
-        shell.check_asked(config, gpu=launcher.place(config).gpus > 0)
-    name = check_name(completed[0].sweep.name or name)
-    completed = [
+    configs, notes = completed([config for _, config in bases], launcher)
+    name = check_name(configs[0].sweep.name or name)
+    configs = [
         dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
-        for config in completed
+        for config in configs
     ]
-    folder = study_folder(completed[0].output_dir, name=name)
-    completed = reads.as_planned(completed, folder)
+    folder = study_folder(configs[0].output_dir, name=name)
+    configs = reads.as_planned(configs, folder)
     groups = list(bases[0][0])
-    spaces.check_space(space, groups=groups, when=search.when, config=completed[0])
+    spaces.check_space(space, groups=groups, when=search.when, config=configs[0])
+    points = [(choices, config) for (choices, _), config in zip(bases, configs, strict=True)]
     spec = Spec(
         config=search,
         space=dict(space),
         groups=groups,
-        bases={
-            spaces.base_key(choices): config
-            for (choices, _), config in zip(bases, completed, strict=True)
-        },
+        bases={spaces.base_key(choices): config for choices, config in points},
         command=command,
         notes=list(notes),
     )
-    plan = make_plan([(dict(c), config) for (c, _), config in zip(bases, completed, strict=True)])
+    plan = make_plan(points)
     output_dir = one_output_dir(plan)
     left = search.n_trials
     begun = Study.open(folder) if (folder / "study.json").exists() else None
@@ -101,31 +88,70 @@ def run_search(
     if begun is None:
         spec.learnt, lines = learn(spec, output_dir=output_dir)
         notes += lines
+    plan.notes = notes
     costs = estimates(plan, launcher=launcher, output_dir=output_dir, runs=left * len(search.seeds))
-    limit = completed[0].sweep.max_gpu_hours
-    if plan_only:
-        show(spec, name=name, left=left, costs=costs, unit=launcher.unit, console=console)
-        display.show_notes(notes, console=console)
-    launcher.check(plan, estimates=dict.fromkeys(costs))
-    launcher.check_search(plan)
-    budget.check_budget(costs, max_gpu_hours=limit, unit=launcher.unit)
-    if plan_only:
-        return 0
-    check_output_dir(output_dir)
-    prepare_data(plan, output_dir, console=console)
-    with refuse_unwritable(output_dir):
-        study = Study.open(folder, create=spec)
-        snapshot.record(plan_folder(output_dir, name=name), output_dir=output_dir)
-        store_launcher(launcher, plan_folder(output_dir, name=name))
-    left = study.left() + study.counts().get("RUNNING", 0)  # the grid sampler's may be fewer
-    show(spec, name=name, left=left, costs=costs, unit=launcher.unit, console=console)
-    display.show_notes(notes, console=console)
-    if not left:
-        console.print(f"nothing to do: {name} has its {search.n_trials} trials", highlight=False)
-        return close(study, console)
-    with refuse_unwritable(output_dir):
-        code = start_processes(launcher, folder, left=left, config=completed[0], console=console)
-    return close(study, console) or code if launcher.kind == "local" else code
+    outlook = SearchOutlook(
+        plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, spec=spec, left=left
+    )
+    return outlook.carry_out(console or display.make_console(), plan_only=plan_only)
+
+
+@dataclass(kw_only=True)
+class SearchOutlook(Outlook):
+    """A search, of whose runs only the costs are known. The plan holds what it starts from."""
+
+    spec: Spec
+    left: int
+    """Trials that have not ended."""
+
+    study: Study | None = None
+    """Once it is written."""
+
+    def show(self, console: Console, *, stored: bool) -> None:
+        """The space as a table, how many trials are left, and what they may cost."""
+        search, title = self.spec.config, f"search {self.plan.name}"
+        table = Table("key", "values", "where", title=title, title_justify="left", box=None)
+        for key, dimension in self.spec.space.items():
+            table.add_row(key, dimension.text(), search.when.get(key, ""))
+        console.print(table)
+        goals = "; ".join(one.text() for one in search.objectives)
+        rules = f", {' and '.join(search.constraints)}" if search.constraints else ""
+        cost = budget.total(self.costs.values())
+        unit = self.launcher.unit
+        price = f", {budget.interval(cost)} {unit}-hours by {cost.basis}" if cost else ""
+        display.say(console, f"objective: {goals}{rules}")
+        display.say(
+            console,
+            f"{search.sampler['name']} sampler, pruner {search.pruner['name']}, "
+            f"seeds {' '.join(map(str, search.seeds))}",
+        )
+        ended = search.n_trials - self.left
+        display.say(
+            console, f"{ended} of {search.n_trials} trials have ended, {self.left} left{price}"
+        )
+
+    def check(self) -> None:
+        super().check()
+        self.launcher.check_search(self.plan)
+
+    def store(self) -> None:
+        folder = study_folder(self.output_dir, name=self.plan.name)
+        self.study = study = Study.open(folder, create=self.spec)
+        # the grid sampler's may be fewer
+        self.left = study.left() + study.counts().get("RUNNING", 0)
+
+    def start(self, console: Console) -> int:
+        assert self.study is not None
+        if not self.left:
+            done = f"{self.plan.name} has its {self.spec.config.n_trials} trials"
+            console.print(f"nothing to do: {done}", highlight=False)
+            return close(self.study, console)
+        with refuse_unwritable(self.output_dir):
+            code = start_processes(
+                self.launcher, self.study.folder,
+                left=self.left, config=self.plan.cells[0].config, console=console,
+            )  # fmt: skip
+        return close(self.study, console) or code if self.launcher.kind == "local" else code
 
 
 def begun_notes(spec: Spec, before: Spec) -> list[str]:
@@ -150,9 +176,10 @@ def close(study: Study, console: Console) -> int:
     """What the search came to, on disk and on screen; 1 where no trial has a value."""
     from sweeps.search.results import write_results
 
+    name, output_dir = study.name, study.folder.resolve().parents[2]
     counts = {state.lower(): n for state, n in study.counts().items() if n}
-    told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    console.print(f"{study.folder.parent.name}: {told or 'no trial yet'}", highlight=False)
+    ends = ", ".join(f"{n} {state}" for state, n in counts.items())
+    console.print(f"{name}: {ends or 'no trial yet'}", highlight=False)
     if counts.get("fail") and not counts.keys() - {"fail"}:
         reasons = study.failures()
         console.print(
@@ -162,14 +189,10 @@ def close(study: Study, console: Console) -> int:
         return 1
     write_results(study.folder)
     if any(base.tracking.enabled for base in study.spec.bases.values()):
-        name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
-        for line in tracking.complaints(
-            tracking.shown(output_dir, name)
-        ):  # plots go to the parent run
+        # plots go to the parent run
+        for line in tracking.complaints(tracking.shown(output_dir, name)):
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
-    name, output_dir = study.folder.parent.name, study.folder.resolve().parents[2]
-    results = command("search", name, output_dir=output_dir)
-    console.print(f"results: {results}", markup=False, highlight=False, soft_wrap=True)
+    display.say(console, f"results: {command('search', name, output_dir=output_dir)}")
     return 0
 
 
@@ -245,31 +268,3 @@ def estimates(
     )
     each = itertools.islice(itertools.cycle(found.values()), runs)
     return {f"trial {index}": one for index, one in enumerate(each)}
-
-
-def show(
-    spec: Spec,
-    *,
-    name: str,
-    left: int,
-    costs: Mapping[str, Estimate | None],
-    unit: str,
-    console: Console,
-) -> None:
-    """The space as a table, how many trials are left, and what they may cost."""
-    search = spec.config
-    table = Table("key", "values", "where", title=f"search {name}", title_justify="left", box=None)
-    for key, dimension in spec.space.items():
-        table.add_row(key, dimension.text(), search.when.get(key, ""))
-    console.print(table)
-    goals = "; ".join(one.text() for one in search.objectives)
-    rules = f", {' and '.join(search.constraints)}" if search.constraints else ""
-    whole = budget.total(costs.values())
-    price = f", {budget.interval(whole)} {unit}-hours by {whole.basis}" if whole else ""
-    for line in (
-        f"objective: {goals}{rules}",
-        f"{search.sampler['name']} sampler, pruner {search.pruner['name']}, "
-        f"seeds {' '.join(map(str, search.seeds))}",
-        f"{search.n_trials - left} of {search.n_trials} trials have ended, {left} left{price}",
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

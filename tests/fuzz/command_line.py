@@ -43,14 +43,12 @@ def _start(output_dir: object) -> None:
 
 def run_py(arguments: Sequence[str], *, cwd: Path) -> Answer:
     """The answer of `python run.py ARGUMENTS`; nothing is launched."""
-    import experiments.disk.output_dir
     import experiments.run.single
-    import sweeps.search.launch
+    import sweeps.outlook
 
     patches = [
-        mock.patch.object(experiments.disk.output_dir, "check_output_dir", _start),
         mock.patch.object(experiments.run.single, "check_output_dir", _start),
-        mock.patch.object(sweeps.search.launch, "check_output_dir", _start),
+        mock.patch.object(sweeps.outlook, "check_output_dir", _start),
         mock.patch.object(sys, "argv", ["run.py", *arguments]),
         contextlib.chdir(cwd),
     ]
