@@ -31,7 +31,7 @@ WORKERS = Workers(
     command=(sys.executable, "-P", "-m", "sweeps.search.process"),
     parent=(*warm.PARENT, "sweeps.search.process"),
 )
-TELL_EVERY_S = 2.0
+PRINT_EVERY_S = 2.0
 TRACK_EVERY_S = 20.0
 
 
@@ -72,29 +72,29 @@ class Team:
     console: Console
     codes: list[int] = field(default_factory=list)
     killed: int = 0
-    told: set[int] = field(default_factory=set)
-    """Trials whose end was told, or came before."""
+    printed: set[int] = field(default_factory=set)
+    """Trials that have a line, or had ended before."""
 
     def run(self, stop: threading.Event) -> None:
         study = Study.open(self.folder)
         for trial in study.optuna.get_trials(deepcopy=False):
             if trial.state.is_finished():
-                self.told.add(trial.number)
+                self.printed.add(trial.number)
         while not self.processes.ready and not stop.is_set():
             stop.wait(POLL_S)
-        told = time.monotonic()
+        printed = time.monotonic()
         try:
             for number in range(0 if stop.is_set() else self.processes.slots.parallel):
                 self._start(number)
             while self.processes.work and not stop.is_set():
                 self._reap(most=study.config.max_failures)
-                if time.monotonic() - told >= TELL_EVERY_S:
-                    self._tell(study)
-                    told = time.monotonic()
+                if time.monotonic() - printed >= PRINT_EVERY_S:
+                    self._print_ended(study)
+                    printed = time.monotonic()
                 stop.wait(POLL_S)
         finally:
             self.processes.stop()  # the same command goes on
-            self._tell(study)
+            self._print_ended(study)
 
     def _log(self, number: int) -> Path:
         return self.folder / "logs" / f"process-{number}.log"
@@ -105,7 +105,7 @@ class Team:
 
     def _reap(self, *, most: int) -> None:
         for number, code in self.processes.reap():
-            if code == UNKNOWN:  # whether all is done the next one sees
+            if code == UNKNOWN:  # the next one sees whether all is done
                 self._start(number)
                 continue
             if code >= 0:
@@ -124,12 +124,12 @@ class Team:
             else:
                 self.codes.append(1)
 
-    def _tell(self, study: Study) -> None:
+    def _print_ended(self, study: Study) -> None:
         """A line for each trial that has ended."""
         for trial in study.optuna.get_trials(deepcopy=False):
-            if not trial.state.is_finished() or trial.number in self.told:
+            if not trial.state.is_finished() or trial.number in self.printed:
                 continue
-            self.told.add(trial.number)
+            self.printed.add(trial.number)
             values = " ".join(f"{value:.5g}" for value in trial.values or [])
             params = " ".join(f"{k}={_short(v)}" for k, v in trial.params.items())
             self.console.print(

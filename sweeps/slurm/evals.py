@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from relora_core.config import ConfigError
-from sweeps import display, snapshot
+from sweeps import display
 from sweeps.slurm import cluster
 from sweeps.slurm.batches import arrays
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import shape_of
 from sweeps.slurm.queue import Queue
-from sweeps.slurm.sbatch import tell_environment
+from sweeps.slurm.sbatch import print_environment
 from sweeps.slurm.submission import only_submitter, recover
 
 
@@ -26,13 +25,12 @@ def submit_evals(
 
     With `after` it waits for the jobs of the runs that are still in flight.
     """
-    folder = plan_folder(output_dir, name=sweep)
     if not isinstance(launcher, SlurmLauncher):
         raise ConfigError(
             f"--slurm must be left out for {sweep}, which was launched locally: nothing says what "
             "to ask SLURM for"
         )
-    tell_environment(launcher.options)
+    print_environment(launcher.options)
     output_dir = output_dir.absolute()
     runs = [RunDir(request.absolute().parents[2]) for request in requests]
     configs = [run.config() for run in runs]
@@ -42,9 +40,6 @@ def submit_evals(
     longest = max(shapes, key=lambda shape: shape.minutes)
     gpus = min(1, longest.gpus_per_node)
     shape = dataclasses.replace(longest, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
-    code = snapshot.freeze(
-        folder / "code", output_dir=output_dir, limit_mb=options.snapshot_limit_mb
-    )
     names = [str(request.absolute().relative_to(output_dir)) for request in requests]
     with only_submitter(output_dir, display.make_console()):
         jobs_of = {
@@ -59,8 +54,7 @@ def submit_evals(
         if not todo:
             return
         waits = sorted({jobs_of[name] for name in todo if name in jobs_of})
-        queue = Queue(output_dir=output_dir, sweep=sweep, kind="eval", options=options, code=code)
-        queue.make_room()
+        queue = Queue.open(output_dir, sweep, kind="eval", options=options)
         for batch in arrays([[name] for name in todo], shape=shape, cap=queue.cap):
             one = queue.submit(batch, batch.tasks, after=waits)
             print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")

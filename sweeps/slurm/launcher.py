@@ -21,11 +21,10 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from experiments.disk.output_dir import plan_folder, run_at
+from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import DONE, RunDir
 from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
-from sweeps import snapshot
 from sweeps.planning.budget import Estimate, Place
 from sweeps.planning.plan import Cell, Plan, command
 from sweeps.slurm import cluster
@@ -33,7 +32,7 @@ from sweeps.slurm.batches import Batch, batches
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.options import Shape, SlurmOptions, check_cell, check_options, shape_of
 from sweeps.slurm.queue import Queue
-from sweeps.slurm.sbatch import Sbatch, Unsure, by_site, tell_environment
+from sweeps.slurm.sbatch import Sbatch, Unsure, by_site, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
 from sweeps.slurm.survey import survey
 
@@ -65,7 +64,7 @@ class SlurmLauncher:
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
         """ConfigError before anything is written, where SLURM or arithmetic would refuse."""
         check_options(self.options)
-        tell_environment(self.options)
+        print_environment(self.options)
         for cell in plan.cells:
             check_cell(cell.config, self.options)
             self._check_pace(cell.config, estimates.get(cell.run_id))
@@ -131,15 +130,13 @@ class SlurmLauncher:
         with only_submitter(output_dir, console):
             try:
                 todo = self._todo(plan, output_dir)
-                self._tell_skipped(plan, todo, console)
+                self._print_skipped(plan, todo, console)
                 if not todo:
                     return 0
-                code = snapshot.freeze(
-                    plan_folder(output_dir, name=plan.name) / "code",
-                    output_dir=output_dir,
-                    limit_mb=self.options.snapshot_limit_mb,
+                queue = Queue.open(
+                    output_dir, plan.name, kind="train", options=self.options, console=console
                 )
-                done = self._submit_all(plan, todo, output_dir, code=code, console=console)
+                done = self._submit_all(plan, todo, queue, console=console)
                 _show(plan, output_dir, console=console)
                 watch = command("watch", plan.name, output_dir=output_dir)
                 console.print(f"watch: {watch}", markup=False, highlight=False, soft_wrap=True)
@@ -175,18 +172,12 @@ class SlurmLauncher:
         states = survey(list(runs.values()))
         return [c for c in plan.cells if states[c.run_id].state not in (*DONE, *IN_FLIGHT)]
 
-    def _tell_skipped(self, plan: Plan, todo: list[Cell], console: Console) -> None:
+    def _print_skipped(self, plan: Plan, todo: list[Cell], console: Console) -> None:
         if skipped := len(plan.cells) - len(todo):
             rest = "nothing to submit" if not todo else f"{len(todo)} to submit"
             console.print(f"{skipped} runs are done or in flight: {rest}", highlight=False)
 
-    def _submit_all(
-        self, plan: Plan, todo: list[Cell], output_dir: Path, *, code: Path, console: Console
-    ) -> int:
-        queue = Queue(
-            output_dir=output_dir, sweep=plan.name, kind="train", options=self.options, code=code
-        )
-        queue.make_room(console)
+    def _submit_all(self, plan: Plan, todo: list[Cell], queue: Queue, *, console: Console) -> int:
         options = dataclasses.replace(self.options, max_parallel=queue.cap)
         made = batches(todo, options=options, max_array_size=cluster.max_array_size())
         for number, batch in enumerate(made):
@@ -205,9 +196,9 @@ class SlurmLauncher:
                 )
                 return 1
             except KeyboardInterrupt:
-                states = survey([run_at(output_dir, cell.run_id) for cell in todo])
+                states = survey([run_at(queue.output_dir, cell.run_id) for cell in todo])
                 done = sum(one.state in IN_FLIGHT for one in states.values())
-                cancel = command("cancel", plan.name, output_dir=output_dir)
+                cancel = command("cancel", plan.name, output_dir=queue.output_dir)
                 rest = f", {len(todo) - done} are not: the same command submits them"
                 console.print(
                     f"Ctrl-C: {done} runs are submitted and go on{rest if done < len(todo) else ''}"

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.disk.output_dir import jobs_folder
+from experiments.disk.output_dir import jobs_folder, plan_folder
+from sweeps import snapshot
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.batches import Batch
@@ -39,11 +40,28 @@ class Queue:
     lanes: dict[int, str] = field(default_factory=dict)
     """Lane -> its newest job."""
 
-    def make_room(self, console: Console | None = None) -> None:
-        """Find out what earlier commands have in flight: the cap is the sweep's, not a command's.
+    @classmethod
+    def open(
+        cls,
+        output_dir: Path,
+        sweep: str,
+        *,
+        kind: str,
+        options: SlurmOptions,
+        console: Console | None = None,
+    ) -> Queue:
+        """Freeze the code, and see what earlier commands have in flight; `console` hears of it."""
+        code = snapshot.freeze(
+            plan_folder(output_dir, name=sweep) / "code",
+            output_dir=output_dir,
+            limit_mb=options.snapshot_limit_mb,
+        )
+        queue = cls(output_dir=output_dir, sweep=sweep, kind=kind, options=options, code=code)
+        queue._deduct_in_flight(console)
+        return queue
 
-        Says on `console` what that leaves.
-        """
+    def _deduct_in_flight(self, console: Console | None) -> None:
+        """The cap is the sweep's, not a command's."""
         most = self.options.max_parallel
         if most is None:
             return

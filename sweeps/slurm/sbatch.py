@@ -75,7 +75,7 @@ def by_site(options: SlurmOptions) -> dict[str, str]:
     }
 
 
-def tell_environment(options: SlurmOptions) -> None:
+def print_environment(options: SlurmOptions) -> None:
     """One line on stderr where variables of the user's shell count, or do not."""
     taken = by_site(options)
     left = [name for name in set_aside() if name.removeprefix("SBATCH_").lower() not in taken]

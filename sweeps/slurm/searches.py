@@ -6,9 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.disk.output_dir import plan_folder
 from relora_core.config import ConfigError, RunConfig
-from sweeps import snapshot
 from sweeps.planning.plan import command
 from sweeps.slurm.batches import arrays
 from sweeps.slurm.cluster import SlurmError
@@ -33,15 +31,7 @@ def submit_search(
                 console.print(f"{taken} jobs of this search are in flight", highlight=False)
             if (count := left - taken) <= 0:
                 return 0
-            code = snapshot.freeze(
-                plan_folder(output_dir, name=name) / "code",
-                output_dir=output_dir,
-                limit_mb=options.snapshot_limit_mb,
-            )
-            queue = Queue(
-                output_dir=output_dir, sweep=name, kind="search", options=options, code=code
-            )
-            queue.make_room(console)
+            queue = Queue.open(output_dir, name, kind="search", options=options, console=console)
             tasks = [[str(study.absolute().relative_to(output_dir))]] * count
             for batch in arrays(tasks, shape=shape_of(config, options), cap=queue.cap):
                 one = queue.submit(batch, batch.tasks)
