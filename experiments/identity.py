@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from typing import Any, get_args
 
 from experiments import json_files
@@ -143,8 +142,3 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def _is_float(kind: Any) -> bool:
     return kind is float or (float in get_args(kind) and int not in get_args(kind))
-
-
-def arm_name(name: str) -> str:
-    """Of a run's name: `relora.r=8 seed=0` -> `relora.r=8`, and `arm=lora seed=0` -> `lora`."""
-    return re.sub(r"(^| )seed=\S+", "", name).strip().removeprefix("arm=")

@@ -6,14 +6,12 @@ Not for: the state that a run is in (`state.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.disk.output_dir import all_runs, run_at
-from experiments.disk.plans import read_plan
+from experiments.disk.plans import read_sweeps
 from experiments.disk.run_dir import RunDir
-from experiments.identity import arm_name
 from relora_core.config import ConfigError, nearest
 
 JOB_ID = re.compile(r"\d+(_\d+)?")
@@ -50,33 +48,18 @@ def several(word: str, ids: Sequence[str]) -> ConfigError:
 
 def named(output_dir: Path | str, word: str) -> list[str]:
     """Ids of the runs that a word is the whole name of, or that are of that arm or job."""
-    planned = list(_planned(output_dir))
-    hits = [(sweep, cell) for sweep, cell in planned if word == cell["name"]]
-    hits = hits or [
-        (sweep, cell)
-        for sweep, cell in planned
-        if word in (arm_of(cell, sweep=sweep), cell["arm_id"])
-    ]
-    if len({cell["arm_id"] for _, cell in hits}) > 1:
-        places = ", ".join(f"{cell['run_id']} of {sweep}" for sweep, cell in hits[:4])
+    planned = [run for sweep in read_sweeps(output_dir).values() for run in sweep.runs]
+    hits = [run for run in planned if word == run.name]
+    hits = hits or [run for run in planned if word in (run.arm, run.arm_id)]
+    if len({run.arm_id for run in hits}) > 1:
+        places = ", ".join(f"{run.run_id} of {run.sweep}" for run in hits[:4])
         raise ConfigError(f"{word!r} names different runs ({places}): give their ids")
     if not hits and JOB_ID.fullmatch(word):
         jobs = {run.run_id: run.status().job_id or "" for run in all_runs(output_dir)}
         return [id_ for id_, job in jobs.items() if word in (job, job.partition("_")[0])]
-    return list(dict.fromkeys(cell["run_id"] for _, cell in hits))
-
-
-def arm_of(cell: Mapping[str, Any], *, sweep: str) -> str:
-    """What a planned run's arm is called."""
-    return arm_name(cell["name"]) or str(cell["config"].get("experiment", sweep))
-
-
-def _planned(output_dir: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(sweep, cell) of every stored plan."""
-    for path in sorted((Path(output_dir) / "sweeps").glob("*/plan.json")):
-        for cell in read_plan(path)["cells"]:
-            yield path.parent.name, cell
+    return list(dict.fromkeys(run.run_id for run in hits))
 
 
 def _of_sweep(output_dir: Path | str, word: str) -> list[str]:
-    return [cell["run_id"] for sweep, cell in _planned(output_dir) if sweep == word]
+    sweeps = read_sweeps(output_dir, [word])
+    return [run.run_id for sweep in sweeps.values() for run in sweep.runs]

@@ -1,31 +1,41 @@
-"""Stored plans: what a sweep consists of, and where each of its runs is shown in MLflow."""
+"""Stored plans: what a sweep consists of, and where each of its runs is shown in MLflow.
+
+    read_sweep(output_dir, name) -> SweepRecord -> PlannedRun
+
+The only reader of plan.json. Not for: planning, or a plan's configs (`sweeps/planning/plan.py`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.addresses import experiment_name, located
+from experiments.addresses import located
 from experiments.disk import frozen
 from experiments.disk.output_dir import plan_folder, run_at
 from experiments.disk.run_dir import RunDir
 from experiments.identity import arm_id
 from experiments.json_files import Damaged, fits, names_folder, parse
+from experiments.labels import spell
 from relora_core.config import ConfigError
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """plan.json as it is in the file; Damaged where it could mislead who looks for its runs."""
+    """plan.json as this version writes it; Damaged where it could mislead who looks for its runs.
+
+    Cells of earlier versions are given the axes that they lack.
+    """
     try:
         raw = parse(path.read_bytes())
         if not isinstance(raw.get("cells"), list):
             raise ValueError("it has no list of cells")
         for cell in raw["cells"]:
             _check_cell(cell)
+            cell.setdefault("axes", axes_of_older(cell["name"]))
         for key in ("commands", "collapsed", "notes"):
             if not fits(list[str], raw.get(key, [])):
                 raise ValueError(f"{key} is no list of text")
@@ -45,6 +55,8 @@ def _check_cell(cell: Any) -> None:
     run_id = cell["run_id"]
     if not names_folder(run_id):
         raise ValueError(f"run_id must name a folder, got {run_id!r:.60}")
+    if not fits(dict[str, str], cell.get("axes", {})):
+        raise ValueError(f"{run_id} has no axes of text")
     config = cell.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
         raise ValueError(f"{run_id} has no config")
@@ -53,81 +65,169 @@ def _check_cell(cell: Any) -> None:
 
 
 @dataclass(kw_only=True, slots=True)
-class Member:
-    """A run, as a plan or its own config says where it is to be shown."""
+class PlannedRun:
+    """A run as people speak of it: its folder, and what its plan, or its own config, says of it."""
 
-    run: RunDir
+    dir: RunDir
     name: str
+    axes: dict[str, str]
+    """What tells it from the plan's other runs, as on a command line: `{"relora.r": "8"}`."""
+    arm: str
+    """The name without the seed."""
     arm_id: str
     seed: int | None
+    steps: int
     experiment: str
     """The setting's name, of which conf/ knows the question."""
+    config: dict[str, Any]
+    """As in the file: building thousands takes seconds. Empty where this version cannot read it."""
+    sweep: str | None = None
+    """The sweep it is listed under."""
+    sweeps: list[str] = field(default_factory=list)
+    """Every sweep that has planned it."""
+
+    @property
+    def run_id(self) -> str:
+        return self.dir.run_id
+
+    def place(self) -> Place:
+        """Where MLflow shows it; ConfigError where the stored config does not say."""
+        try:
+            tracking, uri = self.config["tracking"], self.config["tracking"]["uri"]
+            folder = self.dir.path.parents[1]
+            return Place(
+                tracked=tracking["enabled"],
+                uri=uri and located(uri, frozen.typed_in(self.config["output_dir"], folder)),
+                experiment=tracking["experiment"]
+                or self.config["sweep"]["name"]
+                or self.config["experiment"],
+            )
+        except (KeyError, TypeError):
+            path = plan_folder(self.dir.path.parents[1], name=self.sweep or "") / "plan.json"
+            raise ConfigError(f"{path} must be a plan as this version writes it") from None
+
+
+@dataclass(kw_only=True, slots=True)
+class Place:
+    """Where MLflow shows a run."""
+
     tracked: bool
     uri: str | None
     """None: the store in the output folder."""
-    shown_in: str
+    experiment: str
     """Name of the MLflow experiment."""
 
 
-def read_plans(
-    output_dir: Path | str, sweeps: Sequence[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Sweep -> its stored plan as it is in the file: building thousands of configs takes seconds.
+@dataclass(kw_only=True, slots=True)
+class SweepRecord:
+    """A sweep as its stored plan has it."""
 
-    Sweeps without a plan are skipped.
-    """
-    found = {}
-    for path in sorted(plan_folder(output_dir, name="").glob("*/plan.json")):
-        if sweeps is None or path.parent.name in sweeps:
-            found[path.parent.name] = read_plan(path)
-    return found
+    name: str
+    runs: list[PlannedRun]
+    commands: list[str] = field(default_factory=list)
+    """Command lines that planned the runs, oldest first."""
+    collapsed: list[str] = field(default_factory=list)
+    """Why there are fewer runs than points, one line each."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of settings and data, one line each."""
+    created: float = 0.0
+    """Seconds since the epoch."""
+
+    @property
+    def arms(self) -> dict[str, list[PlannedRun]]:
+        """arm_id -> its runs, in the order of the plan."""
+        arms: dict[str, list[PlannedRun]] = {}
+        for run in self.runs:
+            arms.setdefault(run.arm_id, []).append(run)
+        return arms
 
 
-def _no_plan(path: Path) -> ConfigError:
-    return ConfigError(f"{path} must be a plan as this version writes it")
+def sweep_names(output_dir: Path | str) -> list[str]:
+    """Of every stored plan."""
+    paths = plan_folder(output_dir, name="").glob("*/plan.json")
+    return sorted(path.parent.name for path in paths)
 
 
-def members_of(plan: Mapping[str, Any], output_dir: Path, *, sweep: str) -> list[Member]:
-    try:
-        return [_planned(cell, output_dir=output_dir) for cell in plan["cells"]]
-    except (KeyError, TypeError):
-        raise _no_plan(plan_folder(output_dir, name=sweep) / "plan.json") from None
+def read_sweeps(
+    output_dir: Path | str, names: Sequence[str] | None = None
+) -> dict[str, SweepRecord]:
+    """Name -> sweep, of every stored plan, or of those among `names` that have one."""
+    stored = sweep_names(output_dir)
+    return {name: read_sweep(output_dir, name) for name in stored if names is None or name in names}
 
 
-def _planned(cell: Mapping[str, Any], *, output_dir: Path) -> Member:
-    config = cell["config"]
-    tracking, experiment = config["tracking"], config["experiment"]
-    bases = frozen.typed_in(config["output_dir"], output_dir)
-    return Member(
-        run=run_at(output_dir, cell["run_id"]),
-        name=cell["name"],
-        arm_id=cell["arm_id"],
-        seed=config["seed"],
-        experiment=experiment,
-        tracked=tracking["enabled"],
-        uri=tracking["uri"] and located(tracking["uri"], bases),
-        shown_in=tracking["experiment"] or config["sweep"]["name"] or experiment,
+def read_sweep(output_dir: Path | str, name: str) -> SweepRecord:
+    raw = read_plan(plan_folder(output_dir, name=name) / "plan.json")
+    return SweepRecord(
+        name=name,
+        runs=[_planned(cell, output_dir=output_dir, sweep=name) for cell in raw["cells"]],
+        commands=raw.get("commands", []),
+        collapsed=raw.get("collapsed", []),
+        notes=raw.get("notes", []),
+        created=raw.get("created", 0.0),
     )
 
 
-def single_member(run: RunDir) -> Member | None:
-    """A run without a plan; None where this version cannot read what it is."""
+def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> PlannedRun:
+    config, axes = cell["config"], cell["axes"]
+    experiment = str(config.get("experiment", sweep))
+    setting = spell({key: value for key, value in axes.items() if key != "seed"})
+    return PlannedRun(
+        dir=run_at(output_dir, cell["run_id"]),
+        name=cell["name"],
+        axes=axes,
+        arm=setting.removeprefix("arm=") or experiment,
+        arm_id=cell["arm_id"],
+        seed=config.get("seed"),
+        steps=config["train"]["steps"],
+        experiment=experiment,
+        config=config,
+        sweep=sweep,
+    )
+
+
+def single_run(run: RunDir) -> PlannedRun:
+    """A run without a plan; one whose config this version cannot read stands for itself."""
+    name = run.run_id
+    bare = PlannedRun(
+        dir=run,
+        name=name,
+        axes={},
+        arm=name,
+        arm_id=name,
+        seed=None,
+        steps=0,
+        experiment="",
+        config={},
+    )
     try:
         config = run.config()
     except (OSError, ValueError, TypeError):
-        return None
-    return Member(
-        run=run,
-        name="",
-        arm_id=arm_id(config),
+        return bare
+    arm = arm_id(config)
+    return replace(
+        bare,
+        arm=arm,
+        arm_id=arm,
         seed=config.seed,
+        steps=config.train.steps,
         experiment=config.experiment,
-        tracked=config.tracking.enabled,
-        uri=config.tracking.uri,
-        shown_in=experiment_name(config),
+        config=asdict(config),
     )
 
 
+# plans of earlier versions ----------------------------------------------------------------------
+WORD = re.compile(r"(?:^| )([A-Za-z_][\w.]*)=")
+
+
+def axes_of_older(name: str) -> dict[str, str]:
+    """`model=tiny relora.r=8` -> pairs, of a plan that has names alone; a value may hold spaces."""
+    starts = list(WORD.finditer(name))
+    ends = [*(match.start() for match in starts[1:]), len(name)]
+    return {m.group(1): name[m.end() : end] for m, end in zip(starts, ends, strict=False)}
+
+
+# questions --------------------------------------------------------------------------------------
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -156,12 +256,3 @@ def _question(path: Path) -> str | None:
         elif told:
             break
     return " ".join(told) or None
-
-
-def stored_names(output_dir: Path | str) -> dict[str, dict[str, str]]:
-    """Sweep name -> run_id -> run name, for every stored plan, without building the configs."""
-    found = {}
-    for path in sorted((Path(output_dir) / "sweeps").glob("*/plan.json")):
-        cells = read_plan(path)["cells"]
-        found[path.parent.name] = {cell["run_id"]: cell["name"] for cell in cells}
-    return found

@@ -19,11 +19,11 @@ from typing import Any
 
 from experiments.disk import frozen, inputs
 from experiments.disk.evaluations import results
-from experiments.disk.output_dir import run_at
-from experiments.disk.plans import question, read_plan
+from experiments.disk.output_dir import plan_folder
+from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweep, sweep_names
 from experiments.disk.run_dir import DONE, RunDir
 from experiments.disk.state import RunState, state_of
-from experiments.identity import arm_name, config_from_json
+from experiments.identity import config_from_json
 from experiments.json_files import ODD
 from experiments.metrics import LOSS
 from experiments.report.data import COLOURS, STYLES, Arm, Attempt, Point, RunData, Sweep, settings
@@ -43,55 +43,53 @@ def gather(
 
     `states` is what a scheduler says of runs, where the caller asked it; else their word counts.
     """
-    plan, configs = _plan(output_dir, sweep)
+    record, configs = _plan(output_dir, sweep)
     runs = [
-        _run(cell, config, output_dir=output_dir, states=states or {})
-        for cell, config in zip(plan["cells"], configs, strict=True)
+        _run(planned, config, states=states or {})
+        for planned, config in zip(record.runs, configs, strict=True)
     ]
-    commands = plan.get("commands", [])
     return Sweep(
         name=sweep,
-        question=question(sweep, commands, [config.experiment for config in configs]),
-        commands=commands,
-        collapsed=plan.get("collapsed", []),
-        notes=plan.get("notes", []),
-        arms=_arms(runs),
+        question=question(sweep, record.commands, [config.experiment for config in configs]),
+        commands=record.commands,
+        collapsed=record.collapsed,
+        notes=record.notes,
+        arms=_arms(runs, names={run.arm_id: run.arm for run in reversed(record.runs)}),
     )
 
 
-def _plan(output_dir: Path | str, sweep: str) -> tuple[dict[str, Any], list[RunConfig]]:
-    """The plan as it is in its file, and the configs of its cells."""
-    folder = Path(output_dir) / "sweeps"
-    names = [path.parent.name for path in sorted(folder.glob("*/plan.json"))]
+def _plan(output_dir: Path | str, sweep: str) -> tuple[SweepRecord, list[RunConfig]]:
+    """The sweep as its plan has it, and the configs of its runs."""
+    names = sweep_names(output_dir)
     if sweep not in names:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ConfigError(
             f"SWEEP must be one of {some or 'none yet'} in {output_dir}, got {sweep!r}."
             f"{nearest(sweep, names)}"
         )
-    path = folder / sweep / "plan.json"
     try:
-        plan = read_plan(path)
-        if not plan["cells"]:
+        record = read_sweep(output_dir, sweep)
+        if not record.runs:
             raise ValueError("it has no runs")
-        configs = [config_from_json(json.dumps(cell["config"])) for cell in plan["cells"]]
-        folder = folder.parent.absolute()
-        return plan, [frozen.read(config, output_dir=folder) for config in configs]
+        configs = [config_from_json(json.dumps(run.config)) for run in record.runs]
+        folder = Path(output_dir).absolute()
+        return record, [frozen.read(config, output_dir=folder) for config in configs]
     except ODD as error:
+        path = plan_folder(output_dir, name=sweep) / "plan.json"
         raise ConfigError(
             f"{path} must be a plan as this version writes it ({error}); plan the sweep anew"
         ) from None
 
 
 # arms -------------------------------------------------------------------------------------------
-def _arms(runs: Sequence[RunData]) -> list[Arm]:
+def _arms(runs: Sequence[RunData], *, names: Mapping[str, str]) -> list[Arm]:
     arms: dict[str, Arm] = {}
     for run in runs:
         if run.arm_id not in arms:
             n = len(arms)
             arms[run.arm_id] = Arm(
                 arm_id=run.arm_id,
-                name=arm_name(run.name) or run.config.experiment,
+                name=names[run.arm_id],
                 colour=COLOURS[n % len(COLOURS)],
                 style=STYLES[n // len(COLOURS) % len(STYLES)],
             )
@@ -121,18 +119,12 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 # runs -------------------------------------------------------------------------------------------
-def _run(
-    cell: Mapping[str, Any],
-    config: RunConfig,
-    *,
-    output_dir: Path | str,
-    states: Mapping[str, RunState],
-) -> RunData:
-    run_dir = run_at(output_dir, cell["run_id"])
+def _run(planned: PlannedRun, config: RunConfig, *, states: Mapping[str, RunState]) -> RunData:
+    run_dir = planned.dir
     run = RunData(
-        run_id=cell["run_id"],
-        arm_id=cell["arm_id"],
-        name=cell["name"],
+        run_id=planned.run_id,
+        arm_id=planned.arm_id,
+        name=planned.name,
         seed=config.seed,
         config=config,
     )

@@ -17,23 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.disk.output_dir import all_runs, plan_folder
-from experiments.disk.plans import Member, members_of, question, read_plans, single_member
+from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweeps, single_run
 from experiments.disk.run_dir import DONE, RunDir
 from experiments.disk.state import RunState, state_of
-from experiments.labels import LABELS
+from experiments.labels import KEYS, spell
 from relora_core import shared
 
 if TYPE_CHECKING:
     from experiments.tracking.runs import Syncer, SyncReport
     from experiments.tracking.sweep_view import ArmView, SweepView
 
-KEYS = {word: key for key, word in LABELS.items()}
-"""Word of a name -> config key, where they differ."""
 Survey = Callable[[list[RunDir]], Mapping[str, RunState]]
 """What is true of runs, by run_id: whoever knows a scheduler asks it."""
 BUSY_S = 5.0
 """Longest wait of a pass that is not final for another process at the same store."""
-WORD = re.compile(r"(?:^| )([A-Za-z_][\w.]*)=")
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 MAX_DIGITS = 12
 """A longer decimal fraction is left in scientific notation."""
@@ -45,9 +42,8 @@ class Group:
 
     uri: str
     experiment: str
-    sweep: str | None
-    plan: dict[str, Any]
-    members: list[Member] = field(default_factory=list)
+    sweep: SweepRecord | None
+    members: list[PlannedRun] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,7 +105,7 @@ class Tracker:
         `states` spares asking the scheduler; `final` awaits another process that is at a store.
         """
         groups = self._groups(sweeps)
-        runs = {m.run.run_id: m.run for group in groups for m in group.members}
+        runs = {run.run_id: run.dir for group in groups for run in group.members}
         if states is None:
             states = self.survey(list(runs.values()))
         known = {id_: states.get(id_) or state_of(run) for id_, run in runs.items()}
@@ -119,34 +115,34 @@ class Tracker:
     def _groups(self, sweeps: Sequence[str] | None) -> list[Group]:
         groups: dict[tuple[str, str, str | None], Group] = {}
         planned: set[str] = set()
-        for name, plan in read_plans(self.output_dir, sweeps).items():
-            members = members_of(plan, self.output_dir, sweep=name)
-            planned |= {member.run.run_id for member in members}
-            self._sort(members, groups, sweep=name, plan=plan)
+        for sweep in read_sweeps(self.output_dir, sweeps).values():
+            planned |= {run.run_id for run in sweep.runs}
+            self._sort(sweep.runs, groups, sweep=sweep)
         if sweeps is None:
-            singles = [run for run in all_runs(self.output_dir) if run.run_id not in planned]
-            members = [member for run in singles if (member := single_member(run))]
-            self._sort(members, groups, sweep=None, plan={})
+            others = [run for run in all_runs(self.output_dir) if run.run_id not in planned]
+            singles = [run for run in map(single_run, others) if run.config]
+            self._sort(singles, groups, sweep=None)
         return list(groups.values())
 
     def _sort(
         self,
-        members: Iterable[Member],
+        runs: Iterable[PlannedRun],
         groups: dict[tuple[str, str, str | None], Group],
         *,
-        sweep: str | None,
-        plan: dict[str, Any],
+        sweep: SweepRecord | None,
     ) -> None:
         from experiments.addresses import default_uri
 
-        for member in members:
-            uri = self.tracking_uri or member.uri or default_uri(self.output_dir)
-            if not (member.tracked or self.tracking_uri):
+        for run in runs:
+            place = run.place()
+            uri = self.tracking_uri or place.uri or default_uri(self.output_dir)
+            if not (place.tracked or self.tracking_uri):
                 continue
             if not (self.servers or uri.startswith("sqlite")):
                 continue
-            empty = Group(uri=uri, experiment=member.shown_in, sweep=sweep, plan=plan)
-            groups.setdefault((uri, member.shown_in, sweep), empty).members.append(member)
+            key = (uri, place.experiment, run.sweep)
+            empty = Group(uri=uri, experiment=place.experiment, sweep=sweep)
+            groups.setdefault(key, empty).members.append(run)
 
     # a pass -------------------------------------------------------------------------------------
     def _bring(self, group: Group, states: Mapping[str, RunState], *, final: bool) -> Pass:
@@ -158,7 +154,7 @@ class Tracker:
         done = Pass(
             uri=group.uri,
             experiment=group.experiment,
-            sweep=group.sweep,
+            sweep=group.sweep.name if group.sweep else None,
             names={run.run_id: run.name for arm in view.arms for run in arm.runs} if view else {},
             colours=saved_views.colours(view.arms) if view else {},
         )
@@ -214,7 +210,7 @@ class Tracker:
                 self._parents[key] = mlflow_sweep.parent_run(view, **settings)
             done.parent = self._parents[key]
         syncer = self._syncer(group, done)
-        runs = [m.run for m in group.members if m.run.config_path.exists()]
+        runs = [run.dir for run in group.members if run.dir.config_path.exists()]
         done.runs = len(runs)
         done.report = syncer.sync(runs, final=final, states=states)
         done.files = done.report.files
@@ -224,7 +220,7 @@ class Tracker:
     def _syncer(self, group: Group, done: Pass) -> Syncer:
         from experiments.tracking.runs import Syncer
 
-        key = (group.uri, group.experiment, group.sweep)
+        key = (done.uri, done.experiment, done.sweep)
         if key not in self._syncers:
             assert done.experiment_id is not None
             self._syncers[key] = Syncer(
@@ -267,28 +263,26 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
     """The group's part of its sweep, arms in the order of their names."""
     from experiments.tracking.sweep_view import RunView, SweepView
 
-    assert group.sweep is not None
-    commands = group.plan.get("commands", [])
-    experiments = [member.experiment for member in group.members]
+    sweep = group.sweep
+    assert sweep is not None
     arms: dict[str, ArmView] = {}
-    names = display_names([member.name for member in group.members])
-    for member, name in zip(group.members, names, strict=True):
-        state = states[member.run.run_id]
+    shown = display_axes([run.axes for run in group.members])
+    for planned, axes in zip(group.members, shown, strict=True):
+        state = states[planned.run_id]
         run = RunView(
-            run_id=member.run.run_id,
-            name=name,
-            seed=member.seed,
+            run_id=planned.run_id,
+            name=spell(axes) or planned.name,
+            seed=planned.seed,
             state=state,
-            metrics=_metrics(member.run) if state.state in DONE else {},
+            metrics=_metrics(planned.dir) if state.state in DONE else {},
         )
-        arm = arms.setdefault(member.arm_id, _arm(member, name))
-        arm.runs.append(run)
+        arms.setdefault(planned.arm_id, _arm(planned, axes)).runs.append(run)
     return SweepView(
-        name=group.sweep,
-        question=question(group.sweep, commands, experiments),
-        commands=commands,
-        created=group.plan.get("created", 0.0),
-        collapsed=group.plan.get("collapsed", []),
+        name=sweep.name,
+        question=question(sweep.name, sweep.commands, [run.experiment for run in group.members]),
+        commands=sweep.commands,
+        created=sweep.created,
+        collapsed=sweep.collapsed,
         arms=sorted(arms.values(), key=lambda arm: arm.name),
     )
 
@@ -303,32 +297,29 @@ def _metrics(run: RunDir) -> dict[str, float]:
         return {}
 
 
-def _arm(member: Member, name: str) -> ArmView:
+def _arm(run: PlannedRun, axes: Mapping[str, str]) -> ArmView:
     from experiments.tracking.sweep_view import ArmView
 
-    words = [(key, value) for key, value in words_of(name) if key != "seed"]
-    axes = {KEYS.get(k, k): v for k, v in words_of(member.name) if k != "seed"}
-    label = " ".join(f"{key}={value}" for key, value in words) or member.experiment
-    return ArmView(arm_id=member.arm_id, name=label, axes=axes, runs=[])
+    return ArmView(
+        arm_id=run.arm_id,
+        name=spell(_seedless(axes)) or run.experiment,
+        axes={KEYS.get(word, word): value for word, value in _seedless(run.axes).items()},
+        runs=[],
+    )
 
 
-def words_of(name: str) -> list[tuple[str, str]]:
-    """`model=tiny relora.r=8` -> pairs; a value may hold spaces."""
-    starts = list(WORD.finditer(name))
-    ends = [*(match.start() for match in starts[1:]), len(name)]
-    return [(m.group(1), name[m.end() : end]) for m, end in zip(starts, ends, strict=False)]
+def _seedless(axes: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in axes.items() if key != "seed"}
 
 
-def display_names(names: Sequence[str]) -> list[str]:
-    """The names with their numbers padded, so that their order is that of the numbers: `r=08`."""
+def display_axes(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The axes with their numbers padded, so that their order is that of the numbers: `r=08`."""
     values: dict[str, set[str]] = {}
-    for name in names:
-        for key, value in words_of(name):
+    for axes in rows:
+        for key, value in axes.items():
             values.setdefault(key, set()).add(value)
     padded = {key: _padded(texts) for key, texts in values.items()}
-    return [
-        " ".join(f"{k}={padded[k].get(v, v)}" for k, v in words_of(name)) or name for name in names
-    ]
+    return [{key: padded[key].get(v, v) for key, v in axes.items()} for axes in rows]
 
 
 def _padded(texts: Iterable[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from experiments import json_files
 from experiments.disk.output_dir import plan_folder
-from experiments.disk.plans import stored_names
+from experiments.disk.plans import read_sweeps
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
 from experiments.environment import ROOT, frozen, git
@@ -180,7 +180,7 @@ def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, st
     """
     if facts.get("dirty") is False:
         return {}
-    for name, runs in stored_names(output_dir).items():
+    for name, sweep in read_sweeps(output_dir).items():
         folder = plan_folder(output_dir, name=name)
         try:
             code = json_files.read(folder / "code.json")
@@ -188,7 +188,7 @@ def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, st
         except (FileNotFoundError, json_files.Damaged):
             continue
         alike = all(code.get(key) == facts.get(key) for key in ("commit", "code_hash"))
-        if run.run_id in runs and alike:
+        if alike and any(run.run_id == planned.run_id for planned in sweep.runs):
             return by_file(text)
     return None
 

@@ -9,17 +9,13 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.disk.named import arm_of, find_run, named, several
-from experiments.disk.output_dir import all_runs, plan_folder, run_at
-from experiments.disk.plans import read_plan
-from experiments.disk.run_dir import RunDir
+from experiments.disk.named import find_run, named, several
+from experiments.disk.output_dir import all_runs
+from experiments.disk.plans import PlannedRun, read_sweeps, single_run, sweep_names
 from experiments.disk.state import RunState, state_of
-from experiments.identity import arm_id
 from relora_core.config import ConfigError, nearest
 from sweeps.slurm import survey as scheduler
 
@@ -29,79 +25,27 @@ ASK_S = 20.0
 """Shortest time between two questions to the scheduler of a command that stays."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Run:
-    """A run as people speak of it: its folder, and what its plan says of it."""
-
-    dir: RunDir
-    name: str
-    arm: str
-    """The name without the seed."""
-    arm_id: str
-    seed: int | None
-    steps: int
-    sweep: str | None = None
-    """The sweep it is listed under."""
-    sweeps: list[str] = field(default_factory=list)
-    """Every sweep that has planned it."""
-
-    @property
-    def run_id(self) -> str:
-        return self.dir.run_id
+Run = PlannedRun
 
 
 # which runs -------------------------------------------------------------------------------------
 def runs_of(output_dir: Path | str, *, sweep: str | None = None) -> list[Run]:
     """The runs of one sweep, or of all and those of none; each is told once. Builds few configs."""
-    plans = _plans(output_dir)
+    sweeps = read_sweeps(output_dir)
     if sweep is not None:
-        check_sweep(sweep, list(plans), output_dir=output_dir)
-    found: dict[str, Run] = {}
-    for name in [sweep] if sweep is not None else plans:
-        for run in plans[name]:
-            found.setdefault(run.run_id, run)
-    for name, runs in plans.items():
-        for run in runs:
-            if run.run_id in found:
-                found[run.run_id].sweeps.append(name)
+        check_sweep(sweep, list(sweeps), output_dir=output_dir)
+    chosen: dict[str, Run] = {}
+    for name in [sweep] if sweep is not None else sweeps:
+        for run in sweeps[name].runs:
+            chosen.setdefault(run.run_id, run)
+    for name, record in sweeps.items():
+        for run in record.runs:
+            if run.run_id in chosen:
+                chosen[run.run_id].sweeps.append(name)
     if sweep is None:
-        singles = [run for run in all_runs(output_dir) if run.run_id not in found]
-        found |= {run.run_id: _single(run) for run in singles}
-    return list(found.values())
-
-
-def _plans(output_dir: Path | str) -> dict[str, list[Run]]:
-    """Sweep name -> runs, for every stored plan, without building their configs."""
-    plans = {}
-    for path in sorted(plan_folder(output_dir, name="").glob("*/plan.json")):
-        name = path.parent.name
-        cells = read_plan(path)["cells"]
-        plans[name] = [_planned(cell, output_dir=output_dir, sweep=name) for cell in cells]
-    return plans
-
-
-def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> Run:
-    config = cell["config"]
-    return Run(
-        dir=run_at(output_dir, cell["run_id"]),
-        name=cell["name"],
-        arm=arm_of(cell, sweep=sweep),
-        arm_id=cell["arm_id"],
-        seed=config.get("seed"),
-        steps=config["train"]["steps"],
-        sweep=sweep,
-    )
-
-
-def _single(run_dir: RunDir) -> Run:
-    """A run without a sweep; one whose config this version cannot read stands for itself."""
-    name = run_dir.run_id
-    try:
-        config = run_dir.config()
-        arm, seed, steps = arm_id(config), config.seed, config.train.steps
-    except (OSError, ValueError, TypeError):
-        arm, seed, steps = name, None, 0
-    return Run(dir=run_dir, name=name, arm=arm, arm_id=arm, seed=seed, steps=steps)
+        singles = [run for run in all_runs(output_dir) if run.run_id not in chosen]
+        chosen |= {run.run_id: single_run(run) for run in singles}
+    return list(chosen.values())
 
 
 def check_sweep(sweep: str, sweeps: Sequence[str], *, output_dir: Path | str) -> None:
@@ -124,10 +68,10 @@ def _owners(output_dir: Path | str, run_ids: Sequence[str]) -> list[str]:
 
 def whole_sweep(output_dir: Path | str, word: str) -> str:
     """The sweep of that name, or the only one that has the run, arm or job of that name."""
-    sweeps = _plans(output_dir)
+    sweeps = read_sweeps(output_dir)
     if word in sweeps:
         return word
-    everything = [run.run_id for runs in sweeps.values() for run in runs]
+    everything = [run.run_id for sweep in sweeps.values() for run in sweep.runs]
     owners = _owners(output_dir, [word] if word in everything else named(output_dir, word))
     if len(owners) != 1:
         return word
@@ -138,7 +82,9 @@ def whole_sweep(output_dir: Path | str, word: str) -> str:
 def has_jobs_alone(output_dir: Path | str, word: str) -> bool:
     """Whether it is the name of a search whose jobs have taken no trial yet: it has no plan."""
     folders = Path(output_dir).glob("sweeps/*/jobs")
-    return word not in _plans(output_dir) and word in {folder.parent.name for folder in folders}
+    return word not in sweep_names(output_dir) and word in {
+        folder.parent.name for folder in folders
+    }
 
 
 def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
@@ -170,7 +116,7 @@ def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
 
 def named_runs(output_dir: Path | str, word: str | None) -> list[Run]:
     """What `status` and `watch` show: all, or what one word names."""
-    sweeps = list(_plans(output_dir))
+    sweeps = sweep_names(output_dir)
     if word is None or word in sweeps:
         return runs_of(output_dir, sweep=word)
     try:

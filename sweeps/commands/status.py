@@ -15,8 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from experiments.disk.output_dir import plan_folder
-from experiments.disk.plans import read_plan
+from experiments.disk.plans import read_sweep
 from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState
 from experiments.metrics import LOSS, columns
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _notes(output_dir: Path | str, runs: Sequence[Run]) -> dict[str, list[str]]:
     """Sweep -> what the plan of each sweep that is shown says."""
     sweeps = list(dict.fromkeys(run.sweep for run in runs if run.sweep))
-    plans = {s: read_plan(plan_folder(output_dir, name=s) / "plan.json") for s in sweeps}
-    return {sweep: plan.get("notes", []) for sweep, plan in plans.items()}
+    return {sweep: read_sweep(output_dir, sweep).notes for sweep in sweeps}
 
 
 def entry(run: Run, state: RunState) -> dict[str, object]:

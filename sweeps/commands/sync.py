@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from experiments import addresses
-from experiments.disk import plans
+from experiments.disk.plans import sweep_names
 from experiments.tracking import tracker
 from sweeps import display, tracking
 from sweeps.commands import selection
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     uri = None if args.tracking_uri is None else addresses.given(args.tracking_uri)
     args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)
     if args.sweep is not None:
-        names = list(plans.read_plans(args.output_dir))
+        names = sweep_names(args.output_dir)
         selection.check_sweep(args.sweep, names, output_dir=args.output_dir)
     with display.Counter("synced to", console=display.make_console()) as counter:
         passes = tracking.bring_up_to_date(

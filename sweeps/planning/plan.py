@@ -25,7 +25,7 @@ from experiments.disk import frozen
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import read_plan
 from experiments.identity import config_from_json, essential, ids, scientific
-from experiments.labels import LABELS
+from experiments.labels import LABELS, spell
 from relora_core import atomic, shared
 from relora_core.config import (
     EVALS,
@@ -54,8 +54,10 @@ class Cell:
     run_id: str
     arm_id: str
     name: str
-    """Made of what varies in the sweep: `model=tiny relora.r=8`."""
+    """Made of its axes: `model=tiny relora.r=8`; the experiment's where nothing varies."""
     config: RunConfig
+    axes: dict[str, str] = field(default_factory=dict)
+    """What tells it from the plan's other runs: `{"model": "tiny", "relora.r": "8"}`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -155,16 +157,23 @@ def varying(configs: Sequence[RunConfig]) -> list[str]:
 
 
 def cell_names(configs: Sequence[RunConfig]) -> list[str]:
-    """A name for each config from the fewest keys that tell all of them apart.
+    """A name for each config: its axes, or the experiment's where it has none."""
+    return _names(configs, cell_axes(configs))
+
+
+def _names(configs: Sequence[RunConfig], rows: Sequence[dict[str, str]]) -> list[str]:
+    return [spell(axes) or c.experiment for c, axes in zip(configs, rows, strict=True)]
+
+
+def cell_axes(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
+    """For each config the fewest keys that tell all of them apart, with their values as text.
 
     Keys are tried in a readable order (arm, experiment, method, model, data, then as declared), and
     one that says nothing new, such as a width that follows from the model's name, is left out.
     """
     rows = [_settings(config) for config in configs]
-    chosen = _telling(rows)
-    return [
-        _name(row, chosen) or config.experiment for row, config in zip(rows, configs, strict=True)
-    ]
+    keys = _telling(rows)
+    return [{LABELS.get(k, k): _short(row[k]) for k in keys if k in row} for row in rows]
 
 
 def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
@@ -214,10 +223,6 @@ def _hashable(row: dict[str, Any], key: str) -> str | None:
     return repr(row[key]) if key in row else None
 
 
-def _name(row: dict[str, Any], keys: list[str]) -> str:
-    return " ".join(_word(key, row[key]) for key in keys if key in row)
-
-
 def _word(key: str, value: Any) -> str:
     return f"{LABELS.get(key, key)}={_short(value)}"
 
@@ -242,8 +247,9 @@ def _text(value: Any) -> str:
 
 def _rename(cells: list[Cell], configs: Sequence[RunConfig] | None = None) -> None:
     configs = configs or [cell.config for cell in cells]
-    for cell, name in zip(cells, cell_names(configs), strict=True):
-        cell.name = name
+    rows = cell_axes(configs)
+    for cell, name, row in zip(cells, _names(configs, rows), rows, strict=True):
+        cell.name, cell.axes = name, row
 
 
 def _as_typed(cells: list[Cell], *, new: Sequence[Cell]) -> list[RunConfig]:

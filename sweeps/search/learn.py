@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.disk.output_dir import plan_folder, run_at
-from experiments.disk.plans import stored_names
+from experiments.disk.plans import sweep_names
 from experiments.disk.run_dir import RunDir
 from experiments.identity import essential
 from relora_core.config import ConfigError, RunConfig, get, nearest
@@ -84,7 +84,7 @@ def learn(spec: Spec, *, output_dir: Path) -> tuple[list[dict[str, Any]], list[s
 
 # which runs -------------------------------------------------------------------------------------
 def _matches(spec: Spec, *, name: str, output_dir: Path) -> list[Match]:
-    names = list(stored_names(output_dir))
+    names = sweep_names(output_dir)
     if name not in names:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ConfigError(

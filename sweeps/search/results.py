@@ -24,8 +24,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.disk.output_dir import plan_folder, run_at
-from experiments.disk.plans import read_plan
+from experiments.disk.output_dir import run_at
+from experiments.disk.plans import read_sweeps
 from experiments.disk.run_dir import RunDir
 from experiments.stats import mean_interval
 from relora_core import atomic
@@ -171,13 +171,14 @@ def collect(
         importances=importances(study, goals=goals),
         pruned_steps=sum(row.step for row in pruned),
         saved_steps=sum(row.steps - row.step for row in pruned),
-        notes=_notes(plan_folder(output_dir, name=name) / "plan.json"),
+        notes=_notes(name, output_dir=output_dir),
     )
 
 
-def _notes(path: Path) -> list[str]:
+def _notes(name: str, *, output_dir: Path | str) -> list[str]:
     """Of the plan, which the first trial begins."""
-    return read_plan(path).get("notes", []) if path.exists() else []
+    plans = read_sweeps(output_dir, [name])
+    return plans[name].notes if plans else []
 
 
 def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:

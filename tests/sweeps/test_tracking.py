@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import runs_folder
+from experiments.disk.plans import axes_of_older
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
+from experiments.labels import spell
 from experiments.tracking import tracker as track
-from experiments.tracking.tracker import display_names, words_of
+from experiments.tracking.tracker import display_axes
 from relora_core.config import ModelConfig, RunConfig, SweepConfig, TrackingConfig
 from relora_core.events import Event
 from sweeps import display, tracking
@@ -229,7 +231,7 @@ def test_reading_a_plan_costs_the_same_for_each_run_of_a_larger_one(
 ) -> None:
     def look(size: int) -> None:
         (group,) = tracking.tracker(tmp_path / str(size))._groups(None)
-        states = {m.run.run_id: RunState(run_id=m.run.run_id) for m in group.members}
+        states = {run.run_id: RunState(run_id=run.run_id) for run in group.members}
         view = track.sweep_view(group, states)
         assert sum(len(arm.runs) for arm in view.arms) == size
 
@@ -252,9 +254,9 @@ numbers = st.one_of(st.integers(0, 10**6), st.floats(1e-6, 1e6).map(lambda x: fl
 
 @given(st.lists(numbers, min_size=1, max_size=12, unique=True))
 def test_names_are_in_the_order_of_their_numbers(values: list[float]) -> None:
-    names = [f"model=tiny train.lr={value:.12g} seed=0" for value in values]
-    shown_as = display_names(names)
-    assert len(set(shown_as)) == len(set(names))
+    rows = [{"model": "tiny", "train.lr": f"{value:.12g}", "seed": "0"} for value in values]
+    shown_as = [spell(axes) for axes in display_axes(rows)]
+    assert len(set(shown_as)) == len({spell(axes) for axes in rows})
     ordered = [name for _, name in sorted(zip(values, shown_as, strict=True))]
     assert ordered == sorted(shown_as)
 
@@ -262,24 +264,24 @@ def test_names_are_in_the_order_of_their_numbers(values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (["relora.r=8", "relora.r=16"], ["relora.r=08", "relora.r=16"]),
-        (["lr=3e-05", "lr=0.001"], ["lr=0.00003", "lr=0.001"]),
-        (["r=8", "method=full_rank"], ["r=8", "method=full_rank"]),
+        ([{"relora.r": "8"}, {"relora.r": "16"}], ["relora.r=08", "relora.r=16"]),
+        ([{"lr": "3e-05"}, {"lr": "0.001"}], ["lr=0.00003", "lr=0.001"]),
+        ([{"r": "8"}, {"method": "full_rank"}], ["r=8", "method=full_rank"]),
         (
-            ["data.path=/a b r=8", "data.path=/a b r=16"],
+            [{"data.path": "/a b", "r": "8"}, {"data.path": "/a b", "r": "16"}],
             ["data.path=/a b r=08", "data.path=/a b r=16"],
         ),
-        (["model=8", "model=08"], ["model=8", "model=08"]),  # labels, not numbers
-        (["demo"], ["demo"]),
+        ([{"model": "8"}, {"model": "08"}], ["model=8", "model=08"]),  # labels, not numbers
+        ([{}], [""]),
     ],
 )
-def test_only_numbers_are_padded(before: list[str], after: list[str]) -> None:
-    assert display_names(before) == after
+def test_only_numbers_are_padded(before: list[dict[str, str]], after: list[str]) -> None:
+    assert [spell(axes) for axes in display_axes(before)] == after
 
 
 def test_a_name_is_taken_apart_where_keys_begin() -> None:
-    words = words_of("model=tiny data.path=/my data/x seed=0")
-    assert words == [("model", "tiny"), ("data.path", "/my data/x"), ("seed", "0")]
+    axes = axes_of_older("model=tiny data.path=/my data/x seed=0")
+    assert axes == {"model": "tiny", "data.path": "/my data/x", "seed": "0"}
 
 
 def test_planning_and_status_need_no_mlflow() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.disk.output_dir import plan_folder
-from experiments.disk.plans import stored_names
+from experiments.disk.plans import read_sweep
+from experiments.labels import spell
 from relora_core.config import ConfigError, ModelConfig, ReLoRAConfig, SweepConfig
 from sweeps.planning.grid import axes, check_name, compose_all, points_from, safe_name, sweep_name
 from sweeps.planning.plan import cell_names, load, make_plan, store, varying
@@ -183,7 +184,34 @@ def test_a_widened_grid_extends_the_stored_plan_and_runs_its_own_points_only(mak
     assert stored.created == first.created
     names = {cell.run_id: cell.name for cell in stored.cells}
     assert all(cell.name == names[cell.run_id] for cell in second.cells)
-    assert stored_names(tmp_path) == {"s": names}
+    record = read_sweep(tmp_path, "s")
+    assert {run.run_id: run.name for run in record.runs} == names
+    assert record.commands == ["one", "two"]
+
+
+def test_a_stored_run_has_the_axes_that_its_name_is_made_of(make, tmp_path):
+    grammar = make()
+    files = dataclasses.replace(grammar.data, kind="text", path="/a b=c", fingerprint="f")
+    odd = dataclasses.replace(grammar, data=dataclasses.replace(files, tokenizer="t"))
+    points = [({}, odd), *grid(make, r=[4, 8], seed=[0, 1])]
+    store(make_plan(points, name="s"), output_dir=tmp_path)
+    runs = read_sweep(tmp_path, "s").runs
+    assert [spell(run.axes) for run in runs] == [run.name for run in runs]
+    assert runs[0].axes["data"] == "text"
+    assert (runs[2].axes["relora.r"], runs[2].axes["seed"]) == ("4", "1")
+
+
+def test_a_plan_of_an_earlier_version_is_read_as_one_with_axes(make, tmp_path):
+    points = grid(make, method=["lora", "relora"], r=[4, 8], seed=[0, 1])
+    plan = store(make_plan(points, name="s"), output_dir=tmp_path)
+    path = plan_folder(tmp_path, name="s") / "plan.json"
+    now = [(run.axes, run.arm) for run in read_sweep(tmp_path, "s").runs]
+    raw = json.loads(path.read_text())
+    for cell in raw["cells"]:
+        del cell["axes"]
+    path.write_text(json.dumps(raw))
+    assert [(run.axes, run.arm) for run in read_sweep(tmp_path, "s").runs] == now
+    assert [cell.axes for cell in load(path).cells] == [cell.axes for cell in plan.cells]
 
 
 def test_a_damaged_plan_is_the_users_to_mend_in_one_line(make, tmp_path):
