@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-LABELS = {
-    "sweep.arm": "arm",
+OPTIONS = {
     "experiment": "experiment",
-    "model.name": "model",
-    "relora.name": "relora",
-    "data.kind": "data",
+    "model": "model.name",
+    "method": "method",
+    "data": "data.kind",
+    "relora": "relora.name",
 }
+"""Group of conf/ -> the key that names its option."""
+KEYS = {"arm": "sweep.arm", **OPTIONS}
+LABELS = {key: word for word, key in KEYS.items()}
 """Key -> the word that names its choice on the command line."""
-KEYS = {word: key for key, word in LABELS.items()}
 
 
 def spell(axes: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ COLOURS = (
 """Okabe and Ito's eight, those that white paper suits least at the end."""
 STYLES = ("-", "--", ":", "-.")
 """Line styles of the first eight arms, of the next eight, ..."""
-LABELS = ("experiment", "method", "model.name", "relora.name", "data.path")
+FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
 """Settings outside the identity, or in it, that a reader wants first."""
 
 
@@ -178,7 +178,7 @@ class Sweep:
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """Labels and scientific settings without the seed; a label that does not apply is left out."""
-    labels = {key: get(config, key) for key in LABELS if key != "relora.name"}
+    labels = {key: get(config, key) for key in FIRST if key != "relora.name"}
     if config.method == "relora":
         labels["relora.name"] = config.relora.name
     rows = {key: value for key, value in labels.items() if value is not None} | scientific(config)

@@ -25,10 +25,10 @@ from experiments.identity import arm_id, label, scientific
 from relora_core import atomic
 from relora_core.config import EVALS, RunConfig, applies, get, walk
 
-LABELS = ("method", "model.name", "relora.name", "data.kind")
+CHOICES = ("method", "model.name", "relora.name", "data.kind")
 """Settings that stand for many others, which are then no news as params."""
 MAIN = (
-    *LABELS,
+    *CHOICES,
     *("seed", "train.steps", "train.batch_size", "train.lr", "data.seq_len"),
 )
 """Params of every run, beside the `main` knobs of its method; what varies comes on top."""
@@ -230,10 +230,10 @@ def tables(run: RunDir, position: Position) -> dict[str, list[dict[str, Any]]]:
 
 # what the run is ----------------------------------------------------------------------------------
 def varying(configs: Sequence[RunConfig]) -> list[str]:
-    """Scientific keys that differ between runs whose LABELS are equal: the axes of a sweep."""
+    """Scientific keys that differ between runs whose CHOICES are equal: the axes of a sweep."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for config in configs:
-        groups.setdefault(_labels(config), []).append(scientific(config))
+        groups.setdefault(_choices(config), []).append(scientific(config))
     keys = dict.fromkeys(key for rows in groups.values() for row in rows for key in row)
     return [
         key
@@ -242,8 +242,8 @@ def varying(configs: Sequence[RunConfig]) -> list[str]:
     ]
 
 
-def _labels(config: RunConfig) -> tuple[Any, ...]:
-    return tuple(get(config, key) for key in LABELS)
+def _choices(config: RunConfig) -> tuple[Any, ...]:
+    return tuple(get(config, key) for key in CHOICES)
 
 
 def params(config: RunConfig, *, varying: Sequence[str]) -> dict[str, str]:

@@ -16,11 +16,12 @@ import yaml
 
 from experiments.environment import ROOT
 from experiments.identity import essential
+from experiments.labels import OPTIONS
 from relora_core.config import RunConfig, get, walk
 
 CONF = ROOT / "conf"
-GROUPS = {"model": "model.name", "relora": "relora.name", "data": "data.kind", "method": "method"}
-"""Group of conf/ -> the key that names its option."""
+GROUPS = {group: key for group, key in OPTIONS.items() if group != "experiment"}
+"""An experiment's settings are its own, and no option's."""
 IMPLIED = ("model.vocab_size", "data.vocab_size", "data.tokenizer", "data.eos_id", "seed")
 """What the data imply, and what never stands for something else."""
 DEFAULTS: dict[str, Any] = {}

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.labels import OPTIONS
 from relora_core import data
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, walk
 
-LABELS = ("experiment", "model.name", "relora.name")
+NAMES = ("experiment", "model.name", "relora.name")
+"""Given by the choice of an option, and of no effect."""
 FILLED_IN = ("data.fingerprint", *(f"eval.{name}.fingerprint" for name in EVALS))
 """Written by planning, from what the paths lead to."""
 MEASURED = ("eval", "dynamics")
@@ -71,14 +73,9 @@ def _labelled(config: RunConfig) -> dict[str, str]:
     """Group -> option, as far as the config's own labels say; the defaults do for the others."""
     from experiments import typos
 
-    names = {
-        "experiment": config.experiment,
-        "model": config.model.name,
-        "method": config.method,
-        "data": config.data.kind,
-    }
-    if config.method == "relora":
-        names["relora"] = config.relora.name
+    names = {group: get(config, key) for group, key in OPTIONS.items()}
+    if config.method != "relora":
+        del names["relora"]
     return {group: name for group, name in names.items() if name in typos.options(group)}
 
 
@@ -86,7 +83,7 @@ def _differences(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of the knobs that have an effect and are not as in `base`."""
     found = {}
     for key, f, value in walk(config):
-        if key in (*LABELS, *FILLED_IN) or key.startswith("sweep."):
+        if key in (*NAMES, *FILLED_IN) or key.startswith("sweep."):
             continue
         if applies(f.metadata, config) and value != get(base, key):
             found[key] = value
