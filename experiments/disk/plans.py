@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,10 @@ def read_plan(path: Path) -> dict[str, Any]:
         for key in ("commands", "collapsed", "notes"):
             if not fits(list[str], raw.get(key, [])):
                 raise ValueError(f"{key} is no list of text")
+        commands = raw.setdefault("commands", [])
+        typed = raw.setdefault("overrides", [overrides_of(command) for command in commands])
+        if not fits(list[list[str]], typed) or len(typed) != len(commands):
+            raise ValueError("overrides are no lists of text, one a command")
         return raw
     except ValueError as error:
         raise Damaged(
@@ -126,6 +131,8 @@ class SweepRecord:
     runs: list[PlannedRun]
     commands: list[str] = field(default_factory=list)
     """Command lines that planned the runs, oldest first."""
+    overrides: list[list[str]] = field(default_factory=list)
+    """Of each command, as typed: `["relora.r=4,8", "seed=0,1"]`."""
     collapsed: list[str] = field(default_factory=list)
     """Why there are fewer runs than points, one line each."""
     notes: list[str] = field(default_factory=list)
@@ -161,7 +168,8 @@ def read_sweep(output_dir: Path | str, name: str) -> SweepRecord:
     return SweepRecord(
         name=name,
         runs=[_planned(cell, output_dir=output_dir, sweep=name) for cell in raw["cells"]],
-        commands=raw.get("commands", []),
+        commands=raw["commands"],
+        overrides=raw["overrides"],
         collapsed=raw.get("collapsed", []),
         notes=raw.get("notes", []),
         created=raw.get("created", 0.0),
@@ -227,13 +235,25 @@ def axes_of_older(name: str) -> dict[str, str]:
     return {m.group(1): name[m.end() : end] for m, end in zip(starts, ends, strict=False)}
 
 
+def overrides_of(command: str) -> list[str]:
+    """Those in a command line, as typed; none where it is not a shell's."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return []
+    return [w for w in words if w.startswith("~") or ("=" in w and not w.startswith("-"))]
+
+
 # questions --------------------------------------------------------------------------------------
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def question(sweep: str, commands: Iterable[str], experiments: Iterable[str]) -> str | None:
+def question(
+    sweep: str, overrides: Iterable[Sequence[str]], experiments: Iterable[str]
+) -> str | None:
     """From the head of the sweep's file in conf/, else of the experiments' files."""
-    chosen = [w for c in commands for w in re.findall(r"(?<![\w.])sweep=([\w-]+)", c)]
+    typed = [re.match(r"\+*sweep=([\w-]+)", word) for words in overrides for word in words]
+    chosen = [match[1] for match in typed if match]
     for folder, names in (("sweep", [sweep, *chosen]), ("experiment", experiments)):
         files = [CONF / folder / f"{name}.yaml" for name in dict.fromkeys(names)]
         if found := " ".join(filter(None, map(_question, files))):

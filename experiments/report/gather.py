@@ -50,7 +50,7 @@ def gather(
     ]
     return Sweep(
         name=sweep,
-        question=question(sweep, record.commands, [config.experiment for config in configs]),
+        question=question(sweep, record.overrides, [config.experiment for config in configs]),
         commands=record.commands,
         collapsed=record.collapsed,
         notes=record.notes,

@@ -279,7 +279,7 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
         arms.setdefault(planned.arm_id, _arm(planned, axes)).runs.append(run)
     return SweepView(
         name=sweep.name,
-        question=question(sweep.name, sweep.commands, [run.experiment for run in group.members]),
+        question=question(sweep.name, sweep.overrides, [run.experiment for run in group.members]),
         commands=sweep.commands,
         created=sweep.created,
         collapsed=sweep.collapsed,

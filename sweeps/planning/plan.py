@@ -23,7 +23,7 @@ from typing import Any
 from experiments import json_files, notices
 from experiments.disk import frozen
 from experiments.disk.output_dir import plan_folder
-from experiments.disk.plans import read_plan
+from experiments.disk.plans import overrides_of, read_plan
 from experiments.identity import config_from_json, essential, ids, scientific
 from experiments.labels import LABELS, spell
 from relora_core import atomic, shared
@@ -74,6 +74,8 @@ class Plan:
     """What the user should know of settings and data, one line each."""
     commands: list[str] = field(default_factory=list)
     """Command lines that planned these cells, oldest first."""
+    overrides: list[list[str]] = field(default_factory=list)
+    """Of each command, as typed: `["relora.r=4,8", "seed=0,1"]`."""
     created: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -122,6 +124,7 @@ def make_plan(
             points=len(points),
         ),
         commands=[command] if command else [],
+        overrides=[overrides_of(command)] if command else [],
     )
 
 
@@ -338,11 +341,14 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             old = load(folder / "plan.json")
             known = {cell.run_id for cell in old.cells}
             new = [cell for cell in plan.cells if cell.run_id not in known]
+            both = zip(old.commands + plan.commands, old.overrides + plan.overrides, strict=True)
+            typed = dict(both)
             whole = dataclasses.replace(
                 plan,
                 cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
                 notes=_joined(old, plan),
-                commands=list(dict.fromkeys(old.commands + plan.commands)),
+                commands=list(typed),
+                overrides=list(typed.values()),
                 created=old.created,
             )
         _join_arms(whole.cells)

@@ -210,10 +210,8 @@ def test_the_question_is_of_the_sweeps_file_else_of_the_experiments(
         head = f"# @package _global_\n# Question: {text[:5]}\n#   {text[5:]}\n# Command: x\n"
         (tmp_path / folder / "mine.yaml").write_text(head)
     monkeypatch.setattr(plans, "CONF", tmp_path)
-    assert plans.question("other", ["run.py -m sweep=mine"], ["mine"]) == "who i s best?"
-    assert plans.question("other", ["run.py -m"], ["mine", "mine"]) == "is it  so?".replace(
-        "  ", " "
-    )
+    assert plans.question("other", [["sweep=mine"]], ["mine"]) == "who i s best?"
+    assert plans.question("other", [[]], ["mine", "mine"]) == "is it  so?".replace("  ", " ")
     assert plans.question("other", [], ["nobody's"]) is None
 
 

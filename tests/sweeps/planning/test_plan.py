@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 
 import pytest
 from hypothesis import given
@@ -189,6 +190,18 @@ def test_a_widened_grid_extends_the_stored_plan_and_runs_its_own_points_only(mak
     assert record.commands == ["one", "two"]
 
 
+def test_a_plan_keeps_the_overrides_of_each_command_as_typed(make, tmp_path):
+    typed = {"a": ["relora.r=4,8", "data.path=my data/x"], "b": ["+sweep=it's", "seed=0"]}
+    for words in [*typed.values(), typed["a"]]:
+        command = shlex.join(["python", "run.py", "-m", *words])
+        store(make_plan(grid(make, r=[4, 8]), name="s", command=command), output_dir=tmp_path)
+    path = plan_folder(tmp_path, name="s") / "plan.json"
+    assert read_sweep(tmp_path, "s").overrides == list(typed.values())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"overrides": [[]]}))
+    with pytest.raises(ConfigError, match="one a command"):
+        read_sweep(tmp_path, "s")
+
+
 def test_a_stored_run_has_the_axes_that_its_name_is_made_of(make, tmp_path):
     grammar = make()
     files = dataclasses.replace(grammar.data, kind="text", path="/a b=c", fingerprint="f")
@@ -207,6 +220,7 @@ def test_a_plan_of_an_earlier_version_is_read_as_one_with_axes(make, tmp_path):
     path = plan_folder(tmp_path, name="s") / "plan.json"
     now = [(run.axes, run.arm) for run in read_sweep(tmp_path, "s").runs]
     raw = json.loads(path.read_text())
+    del raw["overrides"]
     for cell in raw["cells"]:
         del cell["axes"]
     path.write_text(json.dumps(raw))
