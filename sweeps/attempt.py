@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 from experiments.run.stopping import shielded
 from experiments.scheduler import current_job
 from relora_core import shared
@@ -45,15 +46,15 @@ def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
     status = run_dir.status()
     if run_dir.ended() or run_dir.lock_holder() is not None:
         return
-    if status.state in ("cancelled", "pruned") or (
-        status.state == "failed" and status.error and not reason
+    if status.state in (State.CANCELLED, State.PRUNED) or (
+        status.state is State.FAILED and status.error and not reason
     ):
         return
     if run_dir.cancel_path.exists():
-        run_dir.update_status(state="cancelled", phase="", error=None)
+        run_dir.update_status(state=State.CANCELLED, phase="", error=None)
         return
     died = f"killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
-    run_dir.update_status(state="failed", phase="", error=reason or died)
+    run_dir.update_status(state=State.FAILED, phase="", error=reason or died)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.disk.output_dir import runs_folder
-from experiments.disk.run_dir import DONE, RunDir, Status
+from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.metrics import LOSS, columns
 from experiments.run.sinks import clock
 from relora_core import costs
@@ -31,14 +32,14 @@ from sweeps.planning.plan import Cell, Plan
 
 PLAIN_EVERY_S = 10.0
 REFRESH_S = 0.5
-COLOURS = {
-    "finished": "green",
-    "running": "cyan",
-    "failed": "red",
-    "lost": "red",
-    "diverged": "magenta",
-    "cancelled": "yellow",
-    "pruned": "yellow",
+COLOURS: dict[str, str] = {
+    State.FINISHED: "green",
+    State.RUNNING: "cyan",
+    State.FAILED: "red",
+    State.LOST: "red",
+    State.DIVERGED: "magenta",
+    State.CANCELLED: "yellow",
+    State.PRUNED: "yellow",
 }
 A100_FLOPS, A100_SHARE = 312e12, 0.1
 """Peak FLOP/s in bf16 (NVIDIA's data sheet), and the share assumed where nothing was measured:
@@ -79,12 +80,12 @@ def _state(state: str) -> Text:
 # plan -------------------------------------------------------------------------------------------
 def plan_words(state: RunState | None, *, after: int = 0) -> str:
     """What the command will do with a planned run; `after`: step of its newest checkpoint."""
-    if state is None or (state.state == "planned" and not after):
+    if state is None or (state.state is State.PLANNED and not after):
         return "new"
-    if state.state in DONE:
-        return "done" if state.state == "finished" else f"done ({state.state})"
+    if state.state.done:
+        return "done" if state.state is State.FINISHED else f"done ({state.state})"
     if not budget.to_run(state):
-        return "in flight" if state.state == "running" else state.state
+        return "in flight" if state.state is State.RUNNING else state.state
     return f"{state.state} -> " + (f"resumes after step {after}" if after else "runs again")
 
 
@@ -305,9 +306,10 @@ def show_closing(
     line = partial(say, console)
     for cell in plan.cells:
         state = states[cell.run_id]
-        if state.state in ("failed", "diverged"):
+        if state.state in (State.FAILED, State.DIVERGED):
             run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
             why = error_line(run_dir, attempts=state.attempts, reason=state.reason)
-            line(f"{state.state} {cell.name}: {why if state.state == 'failed' else run_dir.path}")
+            what = why if state.state is State.FAILED else run_dir.path
+            line(f"{state.state} {cell.name}: {what}")
     counts = [f"{count} {state}" for state, count in collections.Counter(ends.values()).items()]
     line(f"{', '.join(counts)}; runs in {runs_folder(output_dir)}, plan in sweeps/{plan.name}")

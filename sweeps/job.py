@@ -24,6 +24,7 @@ from typing import Any
 
 from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 from experiments.run.stopping import StopFlag, shielded
 from experiments.scheduler import JOB, current_job, enter_job, job_environment
 from relora_core import shared
@@ -184,7 +185,7 @@ def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
         f"{max_stalled} attempts of this job ended at step {run_dir.newest_step()} without a new "
         f"checkpoint; `{again}` tries again"
     )
-    run_dir.update_status(state="failed", phase="", error=line)
+    run_dir.update_status(state=State.FAILED, phase="", error=line)
     return True
 
 
@@ -217,7 +218,7 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
         if code >= 0:  # one that was killed goes on later
             settle(run_dir, code=code)
     codes = [INTERRUPTED if code < 0 else code for code in codes]
-    failed = any(run_dir.status().state == "failed" for run_dir in work.runs)
+    failed = any(run_dir.status().state is State.FAILED for run_dir in work.runs)
     return [*codes, FAILED if failed else FINISHED]
 
 
@@ -254,7 +255,7 @@ def _unfinished(work: Work) -> list[RunDir]:
 
 def _failed_here(run_dir: RunDir) -> bool:
     status = run_dir.status()
-    return status.state == "failed" and status.job_id == current_job()
+    return status.state is State.FAILED and status.job_id == current_job()
 
 
 def _go_on_later(work: Work, *, why: str) -> int:
@@ -263,7 +264,7 @@ def _go_on_later(work: Work, *, why: str) -> int:
     if job_id is None or not (left or work.study):
         return INTERRUPTED if left or work.study else CANCELLED
     for run_dir in left:  # SLURM ends this process at once: its last word comes first
-        run_dir.update_status(state="queued", phase=f"stopped: {why}", error=None)
+        run_dir.update_status(state=State.QUEUED, phase=f"stopped: {why}", error=None)
     until = time.monotonic() + max(WAIT_S, work.signal_delay_s)
     try:
         while True:
@@ -281,7 +282,7 @@ def _go_on_later(work: Work, *, why: str) -> int:
     except SlurmError as error:
         for run_dir in left:
             line = f"stopped ({why}) and not requeued: {error}"
-            run_dir.update_status(state="failed", phase="", error=line)
+            run_dir.update_status(state=State.FAILED, phase="", error=line)
         return INTERRUPTED
     time.sleep(WAIT_S)  # SLURM ends us now
     return INTERRUPTED

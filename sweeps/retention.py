@@ -20,11 +20,12 @@ from pathlib import Path
 from experiments.disk.output_dir import jobs_folder, plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
+from experiments.disk.states import State
 from experiments.metrics import goes_up, headline
 from relora_core.config import ConfigError, nearest
 from sweeps.slurm.submission import alive, recover
 
-IN_USE = ("queued", "running", "lost")
+IN_USE = (State.QUEUED, State.RUNNING, State.LOST)
 """States in which a process may be using the run's files."""
 LOADABLE = ("model.safetensors", "progress.json")
 WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
@@ -63,7 +64,7 @@ class Verdict:
 
 
 # checkpoints --------------------------------------------------------------------------------------
-def judge(run: RunDir, *, state: str, policy: Policy) -> Verdict:
+def judge(run: RunDir, *, state: State, policy: Policy) -> Verdict:
     """Apply `policy` to a run in `state`; only reads."""
     checkpoints = {step_of(p): p for p in run.checkpoints.glob("step-*") if p.name[5:].isdigit()}
     complete = {step: path for step, path in sorted(checkpoints.items()) if _has(path, WHOLE)}
@@ -94,10 +95,10 @@ def _has(path: Path, names: Sequence[str]) -> bool:
     return all((path / name).exists() for name in names)
 
 
-def _choose(run: RunDir, steps: list[int], *, state: str, policy: Policy) -> tuple[set[int], str]:
+def _choose(run: RunDir, steps: list[int], *, state: State, policy: Policy) -> tuple[set[int], str]:
     """(steps that stay, how they were ranked)."""
     keep = set(steps[len(steps) - policy.keep_latest :] if policy.keep_latest else [])
-    if state != "finished" or len(steps) == 1:
+    if state != State.FINISHED or len(steps) == 1:
         keep |= set(steps[-1:])  # the run resumes from it
     if not policy.keep_best or not steps:
         return keep, ""
@@ -202,7 +203,7 @@ def freed(paths: Sequence[Path]) -> int:
 
 
 # snapshots ----------------------------------------------------------------------------------------
-def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, str]) -> list[Path]:
+def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, State]) -> list[Path]:
     """Code snapshots of a sweep that no job can still read, and leftovers of removed ones.
 
     `states` is run_id -> state of the sweep's runs. None while any of them is in use or a job of

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from experiments.disk.states import State
 from experiments.identity import scientific
 from relora_core.config import RunConfig, get
 
@@ -67,7 +68,8 @@ class RunData:
     arm_id: str
     name: str
     seed: int
-    state: str = "planned"
+    state: str = State.PLANNED
+    """A State, or `unreadable` where its files are damaged."""
     reason: str | None = None
     step: int = 0
     config: RunConfig
@@ -90,7 +92,7 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        return self.state == "finished"
+        return self.state == State.FINISHED
 
     @property
     def code(self) -> list[str]:
@@ -123,7 +125,7 @@ class Arm:
         measured.
         """
         found = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
-        lost = {run.seed: math.nan for run in self.runs if run.state == "diverged"}
+        lost = {run.seed: math.nan for run in self.runs if run.state == State.DIVERGED}
         return found | lost if found else {}
 
 

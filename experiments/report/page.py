@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments import notices
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.errors import one_line
 from experiments.report import blimp, gather
 from experiments.report import tables as report_tables
@@ -47,15 +48,15 @@ PREVIOUS = "previous"
 MOST_RUNS = 40
 """Runs that did not finish which are told one by one."""
 WORDS = {
-    "finished": "trained to their last step",
-    "diverged": "their loss became infinite or NaN; they are in no mean",
-    "failed": "ended with an error or were killed; the same command goes on with them",
-    "cancelled": "ended on request",
-    "pruned": "ended early by a search, since others did better",
-    "lost": "no word from them, and their scheduler does not know them",
-    "running": "at work when this was written",
-    "queued": "wait for their turn",
-    "planned": "planned and not begun",
+    State.FINISHED: "trained to their last step",
+    State.DIVERGED: "their loss became infinite or NaN; they are in no mean",
+    State.FAILED: "ended with an error or were killed; the same command goes on with them",
+    State.CANCELLED: "ended on request",
+    State.PRUNED: "ended early by a search, since others did better",
+    State.LOST: "no word from them, and their scheduler does not know them",
+    State.RUNNING: "at work when this was written",
+    State.QUEUED: "wait for their turn",
+    State.PLANNED: "planned and not begun",
     "unreadable": "their files are damaged",
 }
 
@@ -189,7 +190,7 @@ def _cautions(sweep: Sweep) -> list[str]:
         lines.append(f"One finished seed only, and so no interval: {joined(few)}.")
     if any(finished) and (none := [arm.name for arm in sweep.arms if not arm.finished]):
         lines.append(f"No finished run, and so no result: {joined(none)}.")
-    if diverged := sum(run.state == "diverged" for run in runs):
+    if diverged := sum(run.state == State.DIVERGED for run in runs):
         verb = "is" if diverged == 1 else "are"
         lines.append(
             f"{plural(diverged, 'run')} diverged and {verb} in no mean: the means are of the runs "
@@ -278,7 +279,9 @@ def _runs(sweep: Sweep) -> list[Block]:
             note=f"{meaning[0].upper()}{meaning[1:]}.",
         )
     ]
-    rest = [run for run in sweep.runs if run.state not in ("finished", "planned", "queued")]
+    rest = [
+        run for run in sweep.runs if run.state not in (State.FINISHED, State.PLANNED, State.QUEUED)
+    ]
     if rest:
         blocks.append(
             Bullets(

@@ -18,11 +18,12 @@ import psutil
 from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
+from experiments.disk.states import State
 from experiments.errors import RunLocked
 from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps.commands import selection
-from sweeps.commands.selection import GOING, Run
+from sweeps.commands.selection import Run
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.submission import adopt, alive, recover, submitted_jobs, unanswered
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     except SlurmError as error:
         problem = str(error)
     before = selection.survey(chosen)
-    going = [one for one in chosen if before[one.run_id].state in GOING]
+    going = [one for one in chosen if before[one.run_id].state.in_flight]
     alone = [before[one.run_id] for one in chosen if one not in going]
     if alone:
         print(f"left alone: {selection.counts(alone)}")
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if not going and not more:
         sweeps = dict.fromkeys(name for one in chosen for name in one.sweeps)
         fresh = {run_id for name in sweeps for run_id in unanswered(args.output_dir, name)}
-        planned = [one for one in chosen if before[one.run_id].state == "planned"]
+        planned = [one for one in chosen if before[one.run_id].state is State.PLANNED]
         if unheard := [one for one in planned if one.run_id in fresh]:
             for one in unheard:
                 shared.touch(one.dir.cancel_path)
@@ -158,7 +159,7 @@ def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
     others = [r for r in selection.runs_of(output_dir) if r.run_id not in jobs]
     together = [r for r in others if r.dir.status().job_id in ours and not r.dir.ended()]
     states = selection.survey(together)
-    kept = {states[r.run_id].job_id for r in together if states[r.run_id].state in GOING}
+    kept = {states[r.run_id].job_id for r in together if states[r.run_id].state.in_flight}
     return sorted(ours - kept)
 
 
@@ -201,8 +202,8 @@ def _settle(runs: Sequence[Run], before: Mapping[str, RunState]) -> None:
     waiting = list(runs)
     while waiting:
         for run in list(waiting):
-            silent = before[run.run_id].state == "queued" or before[run.run_id].job_id is None
-            if state_of(run.dir).state == "cancelled" or (silent and write_cancelled(run.dir)):
+            silent = before[run.run_id].state is State.QUEUED or before[run.run_id].job_id is None
+            if state_of(run.dir).state is State.CANCELLED or (silent and write_cancelled(run.dir)):
                 waiting.remove(run)
         if not waiting or time.monotonic() >= deadline:
             return
@@ -213,7 +214,7 @@ def write_cancelled(run_dir: RunDir) -> bool:
     """Write `cancelled` unless somebody works on the run or it has ended; whether it is over."""
     with contextlib.suppress(RunLocked), run_dir.lock():
         if not run_dir.ended():
-            run_dir.update_status(state="cancelled", phase="", eta_s=None, error=None)
+            run_dir.update_status(state=State.CANCELLED, phase="", eta_s=None, error=None)
         return True
     return False
 
@@ -221,8 +222,10 @@ def write_cancelled(run_dir: RunDir) -> bool:
 def _tell(runs: Sequence[Run]) -> None:
     after = selection.survey(runs)
     print(f"now: {selection.counts(list(after.values())) or 'no jobs'}")
-    still = [run for run in runs if after[run.run_id].state in GOING]
+    still = [run for run in runs if after[run.run_id].state.in_flight]
     for run in still[:TELL]:
         state = after[run.run_id]
-        where = f"on {state.host or 'its host'}" if state.state == "running" else "when it begins"
+        where = (
+            f"on {state.host or 'its host'}" if state.state is State.RUNNING else "when it begins"
+        )
         print(f"  {state.state} {run.name}: asked to end, {where}")

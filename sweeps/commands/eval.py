@@ -38,7 +38,6 @@ evaluated already is not repeated. A run that is training goes on: its checkpoin
 """
 SAME_TEXTS = ("enabled", "every_steps", "precision")
 """Knobs that leave an eval the texts it has; those that begin with max_ only take fewer of them."""
-GOING = ("queued", "running")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +156,7 @@ def _steps(text: str) -> str | list[int]:
 
 def _waiting(runs: Sequence[Run]) -> list[str]:
     """Ids of the runs that a job of SLURM still has to end."""
-    going = {id_: s for id_, s in selection.survey(runs).items() if s.state in GOING}
+    going = {id_: s for id_, s in selection.survey(runs).items() if s.state.in_flight}
     for id_, state in going.items():
         if state.job_id is None:
             raise ConfigError(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 from sweeps import retention
 from sweeps.commands import selection
 from sweeps.display import count, make_console
@@ -83,10 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _snapshots(
-    runs: Sequence[selection.Run], *, states: dict[str, str], words: Sequence[str], output_dir: str
+    runs: Sequence[selection.Run],
+    *,
+    states: dict[str, State],
+    words: Sequence[str],
+    output_dir: str,
 ) -> list[Path]:
     """Of the sweeps that `words` name, or of all."""
-    sweeps: dict[str, dict[str, str]] = {}
+    sweeps: dict[str, dict[str, State]] = {}
     for one in runs:
         for name in one.sweeps:
             sweeps.setdefault(name, {})[one.run_id] = states[one.run_id]

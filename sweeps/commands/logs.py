@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.disk.output_dir import jobs_folder
 from relora_core.config import ConfigError
 from sweeps.commands import selection
-from sweeps.commands.selection import GOING, Observer, Run
+from sweeps.commands.selection import Observer, Run
 from sweeps.slurm.submission import read_submissions
 
 HELP = "what a run prints"
@@ -53,7 +53,7 @@ def _no_log(run: Run, *, slurm: bool) -> str:
     if slurm:
         return f"--slurm must name a run whose SLURM job has begun, {run.run_id} is {state.state}"
     return f"RUN must have been started by a sweep, {run.run_id} ({state.state}) has no log yet" + (
-        "; -f waits for it" if state.state in GOING else ""
+        "; -f waits for it" if state.state.in_flight else ""
     )
 
 
@@ -86,9 +86,9 @@ class _Log:
     def going(self) -> bool:
         """Whether the run may still say something; its own last word is checked with SLURM."""
         run_id = self.run.run_id
-        if self._observer.look([self.run])[run_id].state in GOING:
+        if self._observer.look([self.run])[run_id].state.in_flight:
             return True
-        return self._observer.look([self.run], ask=True)[run_id].state in GOING
+        return self._observer.look([self.run], ask=True)[run_id].state.in_flight
 
     def follow(self) -> Iterator[str]:
         """Everything from the newest log on; a requeued run goes on with its next attempt's."""

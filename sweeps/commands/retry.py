@@ -9,6 +9,7 @@ from experiments.disk import inputs
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from relora_core import shell
 from sweeps.commands import selection
 from sweeps.commands.selection import Run
@@ -21,13 +22,13 @@ EXAMPLES = """examples:
   python -m sweeps retry r16-t60-grammar-s0 --diverged    anew from step 0, after a change of code
 """
 REST = {
-    "finished": "they have their results",
-    "running": "they are at work",
-    "queued": "they wait for their turn",
-    "planned": "never started: the command that planned them runs them",
-    "cancelled": "--cancelled runs them, too",
-    "diverged": "--diverged begins them anew",
-    "pruned": "their search has ended them; a grid that has them goes on",
+    State.FINISHED: "they have their results",
+    State.RUNNING: "they are at work",
+    State.QUEUED: "they wait for their turn",
+    State.PLANNED: "never started: the command that planned them runs them",
+    State.CANCELLED: "--cancelled runs them, too",
+    State.DIVERGED: "--diverged begins them anew",
+    State.PRUNED: "their search has ended them; a grid that has them goes on",
 }
 
 
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     where = args.output_dir
     chosen = selection.resolve(where, args.words) if args.words else selection.runs_of(where)
     states = selection.survey(chosen)
-    wanted = {"failed", "lost"} | {s for s in ("cancelled", "diverged") if getattr(args, s)}
+    more = {s for s in (State.CANCELLED, State.DIVERGED) if getattr(args, s)}
+    wanted = {State.FAILED, State.LOST} | more
     again = [one for one in chosen if _state(one, states) in wanted and one.sweep]
     _tell(chosen, again, states)
     if not again:
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     check_inputs([one.dir for one in again], accept=args.accept_changed)
     for one in again:
-        if states[one.run_id].state == "diverged":
+        if states[one.run_id].state is State.DIVERGED:
             begin_anew(one.dir)
     return _relaunch(again, output_dir=where)
 
@@ -91,17 +93,17 @@ def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
                 print(f"{run_dir.run_id}: taken as it is now: {change.what}")
 
 
-def _state(run: Run, states: Mapping[str, RunState]) -> str:
+def _state(run: Run, states: Mapping[str, RunState]) -> State:
     """A lost run that the user had cancelled is no failure."""
     state = states[run.run_id].state
-    return "cancelled" if state == "lost" and run.dir.cancel_path.exists() else state
+    return State.CANCELLED if state is State.LOST and run.dir.cancel_path.exists() else state
 
 
 def _tell(chosen: Sequence[Run], again: Sequence[Run], states: Mapping[str, RunState]) -> None:
     """What is launched again, and why the rest is not."""
     for run in again:
         state = states[run.run_id]
-        fresh = not state.step or state.state == "diverged"
+        fresh = not state.step or state.state is State.DIVERGED
         what = "from step 0" if fresh else f"had reached step {state.step}"
         why = f" ({state.reason.partition('; `')[0]})" if state.reason else ""  # without the advice
         print(f"retry {run.name}: {state.state}, {what}{why}")
@@ -128,7 +130,7 @@ def begin_anew(run_dir: RunDir) -> None:
             checkpoints.rename(checkpoints.with_name(f"checkpoints-{n}"))
         result.rename(result.with_name(f"result-{n}.json"))  # last: until then it is as it was
         run_dir.update_status(
-            state="planned", step=0, loss=None, tokens_per_s=None, eta_s=None, error=None
+            state=State.PLANNED, step=0, loss=None, tokens_per_s=None, eta_s=None, error=None
         )
 
 

@@ -19,8 +19,6 @@ from experiments.disk.state import RunState, state_of
 from relora_core.config import ConfigError, nearest
 from sweeps.slurm import survey as scheduler
 
-GOING = ("queued", "running")
-BAD = ("failed", "diverged", "cancelled", "lost")
 ASK_S = 20.0
 """Shortest time between two questions to the scheduler of a command that stays."""
 

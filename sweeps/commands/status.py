@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.disk.plans import read_sweep
-from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.metrics import LOSS, columns
 from experiments.run.sinks import clock
 from sweeps import display
 from sweeps.commands import selection
-from sweeps.commands.selection import BAD, Run
+from sweeps.commands.selection import Run
 from sweeps.planning.plan import command
 
 HELP = "state, step and loss of every run; changes nothing"
@@ -116,7 +116,7 @@ def _counted(states: Sequence[RunState]) -> Text:
 
 def failure_lines(runs: Sequence[Run], states: States) -> list[str]:
     """What went wrong with the first few, and where to read more."""
-    failed = [run for run in runs if states[run.run_id].state in ("failed", "lost")]
+    failed = [run for run in runs if states[run.run_id].state in (State.FAILED, State.LOST)]
     lines = [
         f"{states[run.run_id].state} {run.name}: {_why(run, states[run.run_id])}"
         for run in failed[:TELL]
@@ -138,10 +138,21 @@ Row = tuple[int, list[str | Text]]
 """(how much it needs attention: least first, cells)."""
 
 
+ATTENTION = (
+    State.FAILED,
+    State.LOST,
+    State.DIVERGED,
+    State.RUNNING,
+    State.QUEUED,
+    State.PLANNED,
+    State.CANCELLED,
+    State.PRUNED,
+    State.FINISHED,
+)
+
+
 def _attention(states: Iterable[RunState]) -> int:
-    order = ("failed", "lost", "diverged", "running", "queued", "planned", "cancelled")
-    order += ("pruned", "finished")
-    return min(order.index(state.state) for state in states)
+    return min(ATTENTION.index(state.state) for state in states)
 
 
 def _table(
@@ -178,7 +189,7 @@ def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
     rows = []
     for run in runs:
         state = states[run.run_id]
-        rate = state.tokens_per_s if state.state == "running" else None
+        rate = state.tokens_per_s if state.state is State.RUNNING else None
         cells = [
             run.name,
             Text(state.state, style=display.COLOURS.get(state.state, "")),
@@ -221,7 +232,7 @@ def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
     results = [
         _last_loss(state) | (run.dir.result() or {}).get("metrics", {})
         for run, state in zip(runs, states, strict=True)
-        if state.state == "finished"
+        if state.state is State.FINISHED
     ]
     figures = []
     for name, key in columns().items():
@@ -249,12 +260,12 @@ def _word(states: Sequence[RunState]) -> str:
 
 
 def _longest(states: Sequence[RunState], of: Callable[[RunState], float | None]) -> str:
-    running = [of(state) for state in states if state.state == "running"]
+    running = [of(state) for state in states if state.state is State.RUNNING]
     known = [seconds for seconds in running if seconds is not None]
     return clock(max(known)) if known else ""
 
 
 def _note(states: Sequence[RunState]) -> str:
     """The first failure's reason, else the first thing that is odd."""
-    order = sorted(states, key=lambda state: state.state not in BAD)
-    return next((state.reason for state in order if state.reason and state.state not in DONE), "")
+    order = sorted(states, key=lambda state: not state.state.bad)
+    return next((state.reason for state in order if state.reason and not state.state.done), "")

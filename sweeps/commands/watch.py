@@ -12,12 +12,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from relora_core.config import ConfigError
 from sweeps import display, tracking
 from sweeps.commands import selection, status
-from sweeps.commands.selection import BAD, GOING, Observer, Run
+from sweeps.commands.selection import Observer, Run
 
 HELP = "a live table of the runs, until they have ended"
 EXAMPLES = """examples:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         states = mirror.states = selection.survey(runs)
         mirror.pass_over(final=True)
         console.print(_whole(runs, states, mirror=mirror))
-        return int(any(state.state in BAD for state in states.values()))
+        return int(any(state.state.bad for state in states.values()))
     try:
         states = _watch(args, runs, mirror=mirror, console=console)
         mirror.pass_over(final=True)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("the watch has ended; the runs go on", file=sys.stderr)
         return 130
-    return int(any(state.state != "finished" for state in states.values()))
+    return int(any(state.state is not State.FINISHED for state in states.values()))
 
 
 def _watch(
@@ -80,8 +80,8 @@ def _watch(
                     runs = selection.named_runs(args.output_dir, args.sweep)
                 states = mirror.states = observer.look(runs, ask=over)
                 show(runs, states, mirror)
-                before, over = over, not any(s.state in GOING for s in states.values())
-                if over and (before or all(s.state in DONE for s in states.values())):
+                before, over = over, not any(s.state.in_flight for s in states.values())
+                if over and (before or all(s.state.done for s in states.values())):
                     return states
                 time.sleep(args.interval)
     finally:

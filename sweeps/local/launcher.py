@@ -19,7 +19,6 @@ from rich.console import Console
 
 from experiments import environment
 from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at
-from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState, state_of
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
@@ -50,8 +49,7 @@ class Summary:
         """130 when stopped, 1 when a run failed, diverged or was cancelled, else 0."""
         if self.interrupted:
             return 130
-        bad = ("failed", "diverged", "cancelled")
-        return int(any(state.state in bad for state in self.states.values()))
+        return int(any(state.state.bad for state in self.states.values()))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,7 +122,7 @@ def launch_local(
         for cell in plan.cells:
             run_at(output_dir, cell.run_id).create(cell.config)
     states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
-    todo = [cell for cell in plan.cells if states[cell.run_id].state not in DONE]
+    todo = [cell for cell in plan.cells if not states[cell.run_id].state.done]
     if not todo:
         console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
         return Summary(states=states)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.disk.output_dir import all_runs, runs_folder
-from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from relora_core import costs
 from relora_core.config import EVALS, ConfigError, RunConfig, runs_eval
 from sweeps.planning.plan import Cell
@@ -83,7 +84,7 @@ def measured(output_dir: Path | str) -> list[Rate]:
 
 def _rate(run_dir: RunDir) -> Rate | None:
     result = run_dir.result() or {}
-    if result.get("state") not in DONE:
+    if result.get("state") not in (State.FINISHED, State.DIVERGED):
         return None
     try:
         config, records = run_dir.config(), run_dir.attempt_records()
@@ -97,7 +98,7 @@ def _rate(run_dir: RunDir) -> Rate | None:
     device, world = places.pop()
     flops = costs.flops_per_token(config)
     overhead = None
-    if result["attempts"] == 1 and result["state"] == "finished":
+    if result["attempts"] == 1 and result["state"] == State.FINISHED:
         overhead = max(result["attempt_seconds"] - seconds, 0.0) * world / looks(config)
     return Rate(
         run_id=run_dir.run_id,
@@ -227,7 +228,7 @@ def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
 # a plan -----------------------------------------------------------------------------------------
 def to_run(state: RunState | None) -> bool:
     """Whether the command would run it: it is neither done nor in flight."""
-    return state is None or state.state not in (*DONE, "running", "queued")
+    return state is None or not (state.state.done or state.state.in_flight)
 
 
 def estimates(

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 from relora_core import costs
 from relora_core.config import RunConfig, nearest
 from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of
@@ -55,7 +56,7 @@ def run_value(objective: Objective, run_dir: RunDir) -> float | None:
         return _device_hours(run_dir)
     if objective.metric.startswith("cost/"):
         return foreseen(objective.metric, run_dir.config())
-    if run_dir.ended() == "diverged":
+    if run_dir.ended() is State.DIVERGED:
         return objective.worst
     return value(objective, run_dir.events())
 

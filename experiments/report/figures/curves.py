@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from experiments.disk.states import State
 from experiments.report.data import Arm, Point, RunData, Sweep
 from experiments.report.figures.canvas import DARK, GREY, finite
 from experiments.stats import CONFIDENCE, Scale
@@ -126,7 +127,7 @@ class Panel:
         for run in others:
             alone = curve([run], metric, axis=self.axis, scale=self.scale)
             self._draw(alone, **look, linewidth=0.8, alpha=0.6)
-            if alone and len(alone.x) and run.state == "diverged":
+            if alone and len(alone.x) and run.state == State.DIVERGED:
                 self.ax.plot(alone.x[-1:], alone.mean[-1:], "x", color=arm.colour, markersize=6)
 
     def _draw(self, line: Curve | None, **look: Any) -> None:
