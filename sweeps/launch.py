@@ -16,7 +16,6 @@ from experiments.disk.output_dir import (
     runs_folder,
     same_runs,
 )
-from experiments.disk.run_dir import DONE
 from experiments.disk.state import RunState
 from experiments.run.complete import prepared_notes
 from experiments.tracking import links
@@ -82,7 +81,7 @@ class SweepOutlook(Outlook):
 
     @property
     def todo(self) -> list[Cell]:
-        return [cell for cell in self.plan.cells if self.states[cell.run_id].state not in DONE]
+        return [cell for cell in self.plan.cells if not self.states[cell.run_id].state.done]
 
     def show(self, console: Console, *, stored: bool) -> None:
         display.show_plan(

@@ -24,7 +24,6 @@ from experiments.disk.output_dir import (
     refuse_unwritable,
     run_at,
 )
-from experiments.disk.run_dir import DONE
 from experiments.disk.state import state_of
 from experiments.run.complete import complete_all
 from relora_core import data, shell
@@ -137,7 +136,7 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
     seen = set()
     for cell in plan.cells:
         run_dir = run_at(output_dir, cell.run_id)
-        if state_of(run_dir).state in DONE:
+        if state_of(run_dir).state.done:
             continue
         config = inputs.as_accepted(run_dir, cell.config)
         if (key := repr((config.data, config.eval))) in seen:

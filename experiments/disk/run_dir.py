@@ -42,9 +42,6 @@ from experiments.scheduler import current_job
 from relora_core import atomic, shared
 from relora_core.config import EVALS, RunConfig
 
-DONE = tuple(state for state in State if state.done)
-
-
 LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
 ATTEMPT = {"host": str, "pid": int, "python": str, "commit": str, "tree_hash": str}
 ATTEMPT |= {"code_hash": str, "cpu": str, "packages": dict[str, str], "gpus": list[Any]}

@@ -21,7 +21,7 @@ from experiments.disk import frozen, inputs
 from experiments.disk.evaluations import results
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweep, sweep_names
-from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.identity import config_from_json
 from experiments.json_files import ODD
@@ -136,7 +136,7 @@ def _run(planned: PlannedRun, config: RunConfig, *, states: Mapping[str, RunStat
         run.attempts = [_attempt(record) for record in run_dir.attempt_records()]
         run.changed = sorted({c["key"] for c in inputs.accepted(run_dir, by=inputs.TRAINING)})
         run.cost.attempts = max(state.attempts, len(run.attempts))
-        if run.state in DONE:
+        if state.state.done:
             result = run_dir.result() or {}
             run.metrics = _final(run, result)
             run.step = result.get("step", run.step)

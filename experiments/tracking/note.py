@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.disk.states import State
 from experiments.tracking.links import compare_link, links
 from experiments.tracking.saved_views import MAIN, axis_keys
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from experiments.stats import Interval
     from experiments.tracking.sweep_view import ArmView, SweepView
 
-BAD = ("failed", "diverged", "cancelled", "lost")
 MAX_NOTE = 7500
 """Characters; MLflow's limit of a tag is 8000."""
 GAP = " &nbsp; | "
@@ -41,8 +41,8 @@ def sentence(view: SweepView) -> str:
 def progress(view: SweepView) -> str:
     """`4 of 6 runs finished, 1 running, 1 failed`."""
     told = Counter(run.state.state for arm in view.arms for run in arm.runs)
-    rest = [f"{n} {state}" for state, n in told.items() if state != "finished"]
-    return ", ".join([f"{told['finished']} of {told.total()} runs finished", *rest])
+    rest = [f"{n} {state}" for state, n in told.items() if state is not State.FINISHED]
+    return ", ".join([f"{told[State.FINISHED]} of {told.total()} runs finished", *rest])
 
 
 def note(
@@ -97,7 +97,7 @@ def _plural(count: int, noun: str) -> str:
 
 def _troubles(view: SweepView) -> str:
     """A line for each run that did not end well, the first few."""
-    bad = [run for arm in view.arms for run in arm.runs if run.state.state in BAD]
+    bad = [run for arm in view.arms for run in arm.runs if run.state.state.bad]
     lines = [
         f"- {run.state.state}: `{run.name or run.run_id}`"
         + (f" ({run.state.reason[:200]})" if run.state.reason else "")

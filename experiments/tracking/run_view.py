@@ -302,7 +302,7 @@ def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[s
 def ended_ms(status: Status, position: Position) -> int:
     """When a run that is over ended: its last event, or the word that it failed after it."""
     seconds = position.time
-    if status.state not in ("finished", "diverged") or not seconds:
+    if not status.state.done or not seconds:
         seconds = max(seconds, status.heartbeat) or time.time()
     return int(seconds * 1000)
 

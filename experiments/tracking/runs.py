@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.addresses import redacted, sqlite_path, sqlite_uri
 from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.identity import config_to_json
 from experiments.tracking import run_view as record
 from experiments.tracking.artifacts import Artifacts
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 MLFLOW_STATUS = {
-    "planned": "SCHEDULED",
-    "queued": "SCHEDULED",
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    "failed": "FAILED",
-    "diverged": "FAILED",
-    "lost": "FAILED",
-    "cancelled": "KILLED",
-    "pruned": "KILLED",
+    State.PLANNED: "SCHEDULED",
+    State.QUEUED: "SCHEDULED",
+    State.RUNNING: "RUNNING",
+    State.FINISHED: "FINISHED",
+    State.FAILED: "FAILED",
+    State.DIVERGED: "FAILED",
+    State.LOST: "FAILED",
+    State.CANCELLED: "KILLED",
+    State.PRUNED: "KILLED",
 }
 TERMINAL = ("FINISHED", "FAILED", "KILLED")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.stats import Interval, mean_interval
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ArmView:
 
     @property
     def finished(self) -> int:
-        return sum(run.state.state == "finished" for run in self.runs)
+        return sum(run.state.state is State.FINISHED for run in self.runs)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class SweepView:
 
 def summary(arm: ArmView) -> dict[str, Interval]:
     """Metric -> mean over the finished runs, of metrics that all of them have as finite numbers."""
-    done = [run.metrics for run in arm.runs if run.state.state == "finished"]
+    done = [run.metrics for run in arm.runs if run.state.state is State.FINISHED]
     keys = [key for key in (done[0] if done else {}) if not key.startswith(NOT_AVERAGED)]
     whole = [k for k in keys if all(math.isfinite(m.get(k, math.nan)) for m in done)]
     return {key: mean_interval([metrics[key] for metrics in done]) for key in whole}

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.stats import Interval
 from experiments.tracking import note, saved_views
 from experiments.tracking.artifacts import Artifacts
-from experiments.tracking.note import BAD, significant
+from experiments.tracking.note import significant
 from experiments.tracking.run_view import MAX_PARAM, MAX_TAG
 from experiments.tracking.store import connect, is_outage, lock, reachable
 from experiments.tracking.sweep_view import ArmView, SweepView, summary
@@ -115,14 +116,14 @@ def attach(
 
 def mlflow_status(states: Sequence[RunState]) -> str:
     """MLflow's word for several runs: of those still to come first, then the worst."""
-    words = {state.state for state in states}
-    if "running" in words:
+    present = {state.state for state in states}
+    if State.RUNNING in present:
         return "RUNNING"
-    if words & {"planned", "queued"}:
+    if present & {State.PLANNED, State.QUEUED}:
         return "SCHEDULED"
-    if words & (set(BAD) - {"cancelled"}):
+    if any(state.bad for state in present - {State.CANCELLED}):
         return "FAILED"
-    return "KILLED" if "cancelled" in words else "FINISHED"
+    return "KILLED" if State.CANCELLED in present else "FINISHED"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,7 +233,7 @@ class _Sweep:
             summaries=summaries,
             arm_runs=arm_runs,
         )
-        finished = sum(state.state == "finished" for state in states)
+        finished = sum(state.state is State.FINISHED for state in states)
         plan = Path(output_dir).absolute() / "sweeps" / view.name / "plan.json"
         tags = {
             **self._tags("sweep"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.disk.output_dir import all_runs, plan_folder
 from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweeps, single_run
-from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.labels import KEYS, spell
 from relora_core import shared
@@ -274,7 +274,7 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
             name=spell(axes) or planned.name,
             seed=planned.seed,
             state=state,
-            metrics=_metrics(planned.dir) if state.state in DONE else {},
+            metrics=_metrics(planned.dir) if state.state.done else {},
         )
         arms.setdefault(planned.arm_id, _arm(planned, axes)).runs.append(run)
     return SweepView(

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.disk.output_dir import run_at
-from experiments.disk.run_dir import DONE, RunDir, Status
+from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState, state_of
+from experiments.disk.states import State
 from sweeps import display
 from sweeps.attempt import settle
 from sweeps.local.processes import POLL_S, Processes
@@ -56,7 +57,7 @@ class Pool:
 
     def _counts(self) -> dict[str, int]:
         counts = {state: self.ends.count(state) for state in dict.fromkeys(self.ends)}
-        return counts | {"running": len(self._active), "queued": len(self.pending)}
+        return counts | {State.RUNNING: len(self._active), State.QUEUED: len(self.pending)}
 
     def _dir(self, cell: Cell) -> RunDir:
         return run_at(self.output_dir, cell.run_id)
@@ -66,7 +67,7 @@ class Pool:
         self.before[cell.run_id] = run_dir.status()
         if run_dir.lock_holder() is None:
             here = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": None}
-            run_dir.update_status(state="queued", error=None, **here)
+            run_dir.update_status(state=State.QUEUED, error=None, **here)
 
     def _start_some(self) -> None:
         while self.pending and self.processes.ready:
@@ -75,17 +76,17 @@ class Pool:
             now = state_of(run_dir)
             if run_dir.lock_holder() is not None:
                 self.elsewhere.append(cell)
-            elif now.state in DONE or self._failed_meanwhile(cell, now):
+            elif now.state.done or self._failed_meanwhile(cell, now):
                 self._ended(cell, now)
             elif run_dir.cancel_path.exists():
-                run_dir.update_status(state="cancelled", error=None)
+                run_dir.update_status(state=State.CANCELLED, error=None)
                 self._ended(cell, state_of(run_dir))
             else:
                 self._start(cell)
 
     def _failed_meanwhile(self, cell: Cell, now: RunState) -> bool:
         """Whether another launcher has tried it since it was queued: then it has failed."""
-        return now.state == "failed" and now.attempts > self.before[cell.run_id].attempts
+        return now.state is State.FAILED and now.attempts > self.before[cell.run_id].attempts
 
     def _start(self, cell: Cell) -> None:
         run_dir = self._dir(cell)
@@ -110,7 +111,7 @@ class Pool:
                 continue
             self.elsewhere.remove(cell)
             now = state_of(run_dir)
-            if holder is not None or now.state in (*DONE, "failed", "cancelled"):
+            if holder is not None or now.state.done or now.state in (State.FAILED, State.CANCELLED):
                 self._ended(cell, now)
             else:
                 self.pending.append(cell)
@@ -118,7 +119,7 @@ class Pool:
     def _ended(self, cell: Cell, now: RunState) -> None:
         self.ends.append(now.state)
         reason = now.reason
-        if now.state == "failed":
+        if now.state is State.FAILED:
             reason = display.error_line(self._dir(cell), attempts=now.attempts, reason=reason)
         self.progress.ended(cell, state=now.state, reason=reason)
 
@@ -132,6 +133,6 @@ class Pool:
 
     def _unqueue(self, cell: Cell) -> None:
         now, before = self._dir(cell).status(), self.before[cell.run_id]
-        if now.state == "queued" and now.pid == os.getpid():
-            again = "planned" if before.state in ("queued", "running") else before.state
+        if now.state is State.QUEUED and now.pid == os.getpid():
+            again = State.PLANNED if before.state.in_flight else before.state
             self._dir(cell).update_status(state=again, error=before.error)

@@ -22,10 +22,11 @@ from typing import TypeVar
 from rich.console import Console
 
 from experiments.disk.output_dir import run_at
-from experiments.disk.run_dir import DONE, RunDir
+from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
-from sweeps.planning.budget import Estimate, Place
+from sweeps.planning.budget import Estimate, Place, to_run
 from sweeps.planning.plan import Cell, Plan, command
 from sweeps.slurm import cluster
 from sweeps.slurm.batches import Batch, batches
@@ -39,7 +40,6 @@ from sweeps.slurm.survey import survey
 T = TypeVar("T")
 WRITERS = 16
 """Threads that write runs' files."""
-IN_FLIGHT = ("running", "queued")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,7 +170,7 @@ class SlurmLauncher:
         adopt(output_dir, plan.name)
         runs = {cell.run_id: run_at(output_dir, cell.run_id) for cell in plan.cells}
         states = survey(list(runs.values()))
-        return [c for c in plan.cells if states[c.run_id].state not in (*DONE, *IN_FLIGHT)]
+        return [c for c in plan.cells if to_run(states[c.run_id])]
 
     def _print_skipped(self, plan: Plan, todo: list[Cell], console: Console) -> None:
         if skipped := len(plan.cells) - len(todo):
@@ -197,7 +197,7 @@ class SlurmLauncher:
                 return 1
             except KeyboardInterrupt:
                 states = survey([run_at(queue.output_dir, cell.run_id) for cell in todo])
-                done = sum(one.state in IN_FLIGHT for one in states.values())
+                done = sum(one.state.in_flight for one in states.values())
                 cancel = command("cancel", plan.name, output_dir=queue.output_dir)
                 rest = f", {len(todo) - done} are not: the same command submits them"
                 console.print(
@@ -240,8 +240,8 @@ def _plan_again(run: RunDir) -> None:
     """Its earlier lives, and a wish to cancel it, no longer count."""
     run.cancel_path.unlink(missing_ok=True)
     now = run.status()
-    if (now.state, now.phase, now.job_id, now.error) != ("planned", "", None, None):
-        run.update_status(state="planned", phase="", job_id=None, error=None)
+    if (now.state, now.phase, now.job_id, now.error) != (State.PLANNED, "", None, None):
+        run.update_status(state=State.PLANNED, phase="", job_id=None, error=None)
 
 
 def _show(plan: Plan, output_dir: Path, *, console: Console) -> None:
@@ -257,8 +257,8 @@ def _show(plan: Plan, output_dir: Path, *, console: Console) -> None:
 
 def _queued(run: RunDir, job_id: str) -> None:
     """Write down the run's job, unless the job has begun and speaks for itself."""
-    if run.lock_holder() is None and run.status().state == "planned":
-        run.update_status(state="queued", job_id=job_id)
+    if run.lock_holder() is None and run.status().state is State.PLANNED:
+        run.update_status(state=State.QUEUED, job_id=job_id)
 
 
 def _submitted(one: Submission, batch: Batch[Cell], *, options: SlurmOptions) -> str:

@@ -17,6 +17,7 @@ from experiments import json_files
 from experiments.disk.output_dir import jobs_folder, run_at
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import SILENT_AFTER_S
+from experiments.disk.states import State
 from relora_core import atomic, shared
 from relora_core.config import ConfigError
 from sweeps.slurm import cluster
@@ -190,12 +191,12 @@ def adopt(output_dir: Path | str, name: str) -> None:
         job = jobs.get(ids[run_id])
         recent = time.time() - newest[run_id].created < SILENT_AFTER_S
         if job.alive if job is not None else recent:
-            run.update_status(state="queued", job_id=ids[run_id])
+            run.update_status(state=State.QUEUED, job_id=ids[run_id])
 
 
 def _unaware(run: RunDir) -> bool:
     status = run.status()
-    return status.state == "planned" and status.job_id is None and run.lock_holder() is None
+    return status.state is State.PLANNED and status.job_id is None and run.lock_holder() is None
 
 
 @contextlib.contextmanager
