@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import json_files
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import State
 
 if TYPE_CHECKING:
     pass
@@ -52,6 +53,6 @@ def all_metrics(run_dir: RunDir) -> dict[str, float]:
     result = run_dir.result() or {}
     found = evaluations(run_dir)
     newest = max(found, default=0)
-    if result.get("state") == "finished":
+    if result.get("state") == State.FINISHED:
         newest = result["step"]
     return found.get(newest, {}) | result.get("metrics", {})

@@ -155,8 +155,8 @@ def _tried(blocks: Callable[[], list[Block]]) -> list[Block]:
 
 def _lead(sweep: Sweep) -> list[Block]:
     runs, counts = sweep.runs, sweep.counts
-    done = counts.get("finished", 0)
-    rest = [f"{n} {state}" for state, n in counts.items() if state != "finished"]
+    done = counts.get(State.FINISHED, 0)
+    rest = [f"{n} {state}" for state, n in counts.items() if state != State.FINISHED]
     seeds = sorted({run.seed for run in runs})
     steps = sorted({run.config.train.steps for run in runs})
     many = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"

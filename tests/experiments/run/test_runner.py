@@ -3,7 +3,9 @@ import json
 import pytest
 
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import Outcome
 from experiments.errors import one_line
+from experiments.run import runner
 from experiments.run.runner import run_experiment
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
@@ -86,3 +88,48 @@ def test_a_failure_is_recorded_with_its_traceback(nano, tmp_path):
 def test_errors_are_one_line():
     assert one_line(OSError(28, "No space left on device", "x")) == "No space left on device (x)"
     assert "\n" not in one_line(RuntimeError("a\nb"))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "cancel", "ends", "state", "error"),
+    [
+        ("finished", "SIGTERM", True, "finished", "finished", None),
+        ("diverged", "asked to end", False, "diverged", "diverged", None),
+        ("interrupted", "cancelled", False, "cancelled", "cancelled", None),
+        ("interrupted", "SIGTERM", True, "cancelled", "cancelled", None),
+        ("interrupted", "pruned", True, "cancelled", "cancelled", None),
+        ("interrupted", "pruned", False, "pruned", "pruned", None),
+        (
+            "interrupted",
+            "SIGTERM",
+            False,
+            "interrupted",
+            "failed",
+            "stopped (SIGTERM); the same command resumes it",
+        ),
+    ],
+)
+def test_what_an_attempt_ended_for_decides_what_the_run_says(
+    nano, tmp_path, outcome, reason, cancel, ends, state, error
+):
+    run_dir = RunDir(tmp_path / "runs" / "a")
+    run_dir.create(nano())
+    if cancel:
+        run_dir.cancel_path.touch()
+    assert runner._settle(run_dir, Outcome(outcome), reason=reason) == ends
+    status = run_dir.status()
+    assert (status.state, status.error) == (state, error)
+
+
+def test_the_record_is_closed_even_where_another_sink_cannot_be(nano, tmp_path, monkeypatch):
+    closed = []
+
+    def fail(self):
+        raise OSError("no such sensor")
+
+    monkeypatch.setattr(runner.SystemSink, "close", fail)
+    monkeypatch.setattr(runner.EventLog, "close", lambda self: closed.append(self))
+    config = nano(model={"vocab_size": VOCAB_SIZE}, tracking={"system_metrics": True})
+    with pytest.raises(OSError, match="no such sensor"):
+        run_experiment(config, RunDir(tmp_path / "runs" / "a"))
+    assert len(closed) == 1
