@@ -8,6 +8,7 @@ __main__.py     `describe`, `show`, `export`, `import-pico`, `tokenizer`
 schema.py       where Hydra meets the dataclasses
 typos.py        what a mistyped key, option or value should have been
 identity.py     run_id and arm_id
+colours.py      the colour of an arm, in reports and in MLflow
 environment.py  host, packages and code of an attempt
 scheduler.py    which SLURM job of ours a process is in, if any
 errors.py       an error as one line and an exit code

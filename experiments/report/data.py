@@ -14,13 +14,6 @@ from experiments.disk.states import State
 from experiments.identity import scientific
 from relora_core.config import RunConfig, get
 
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-    *("#56B4E9", "#E69F00", "#000000", "#F0E442"),
-)
-"""Okabe and Ito's eight, those that white paper suits least at the end."""
-STYLES = ("-", "--", ":", "-.")
-"""Line styles of the first eight arms, of the next eight, ..."""
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
 """Settings outside the identity, or in it, that a reader wants first."""
 
@@ -107,9 +100,8 @@ class Arm:
     arm_id: str
     name: str
     colour: str
-    """`#rrggbb`, the same wherever the arm is drawn."""
+    """`#rrggbb`, in MLflow, too (`experiments/colours.py`)."""
     style: str = "-"
-    """Line style: beyond eight arms colours come again."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Key -> value of what varies in the sweep and applies to the arm; without the seed."""
     runs: list[RunData] = field(default_factory=list)
@@ -141,7 +133,7 @@ class Sweep:
     notes: list[str] = field(default_factory=list)
     """What planning said of settings and data."""
     arms: list[Arm]
-    """In the plan's order, so that a wider plan changes no colour."""
+    """In the plan's order."""
 
     @property
     def runs(self) -> list[RunData]:

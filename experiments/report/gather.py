@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import colours
+from experiments.colours import Look
 from experiments.disk import frozen, inputs
 from experiments.disk.evaluations import results
 from experiments.disk.output_dir import plan_folder
@@ -26,7 +28,7 @@ from experiments.disk.state import RunState, state_of
 from experiments.identity import config_from_json
 from experiments.json_files import ODD
 from experiments.metrics import LOSS
-from experiments.report.data import COLOURS, STYLES, Arm, Attempt, Point, RunData, Sweep, settings
+from experiments.report.data import Arm, Attempt, Point, RunData, Sweep, settings
 from relora_core.config import EVALS, ConfigError, RunConfig, nearest
 
 KINDS = ("method", "data.kind", *(f"eval.{name}.enabled" for name in EVALS))
@@ -54,7 +56,11 @@ def gather(
         commands=record.commands,
         collapsed=record.collapsed,
         notes=record.notes,
-        arms=_arms(runs, names={run.arm_id: run.arm for run in reversed(record.runs)}),
+        arms=_arms(
+            runs,
+            names={run.arm_id: run.arm for run in reversed(record.runs)},
+            looks=colours.looks(record.runs),
+        ),
     )
 
 
@@ -82,16 +88,16 @@ def _plan(output_dir: Path | str, sweep: str) -> tuple[SweepRecord, list[RunConf
 
 
 # arms -------------------------------------------------------------------------------------------
-def _arms(runs: Sequence[RunData], *, names: Mapping[str, str]) -> list[Arm]:
+def _arms(
+    runs: Sequence[RunData], *, names: Mapping[str, str], looks: Mapping[str, Look]
+) -> list[Arm]:
     arms: dict[str, Arm] = {}
     for run in runs:
         if run.arm_id not in arms:
-            n = len(arms)
             arms[run.arm_id] = Arm(
                 arm_id=run.arm_id,
                 name=names[run.arm_id],
-                colour=COLOURS[n % len(COLOURS)],
-                style=STYLES[n // len(COLOURS) % len(STYLES)],
+                **looks[run.arm_id]._asdict(),
             )
         arms[run.arm_id].runs.append(run)
     rows = {arm.arm_id: settings(arm.runs[0].config) for arm in arms.values()}

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.addresses import redacted, sqlite_path, sqlite_uri
+from experiments.colours import least_used
 from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState
 from experiments.disk.states import State
@@ -44,12 +44,6 @@ MLFLOW_STATUS = {
     State.PRUNED: "KILLED",
 }
 TERMINAL = ("FINISHED", "FAILED", "KILLED")
-
-PALETTE = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe and Ito
-    *("#332288", "#882255", "#117733", "#999933", "#AA4499", "#44AA99", "#CC6677"),  # Tol, muted
-)
-"""Colours that colour-blind readers tell apart; the first six best of all."""
 
 SUPERSEDED = "superseded"
 """State of what showed a run before it began anew."""
@@ -121,7 +115,7 @@ class Syncer:
         self.varying: Sequence[str] | None = None
         """Keys shown as params of every run; None: what varies between the runs of a pass."""
         self.colours: Mapping[str, str] = {}
-        """arm_id -> colour, where the sweep says; other arms take one of PALETTE."""
+        """arm_id -> colour, where the sweep says."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Hears of each run of a pass that has news: how many are done, of how many."""
         self._uri = uri
@@ -365,8 +359,7 @@ class Syncer:
         if arm in self.colours:
             return self.colours[arm]
         if arm not in self._colours:
-            used = Counter(self._colours.values())
-            self._colours[arm] = min(PALETTE, key=lambda colour: used[colour])
+            self._colours[arm] = least_used(self._colours.values())
         return self._colours[arm]
 
     def _log(

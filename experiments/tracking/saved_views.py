@@ -1,4 +1,4 @@
-"""How a sweep looks in MLflow's UI: saved views, the links that open them, colours of the arms.
+"""How a sweep looks in MLflow's UI: saved views, and the links that open them.
 
 A saved view is an experiment tag whose format is internal to MLflow (3.16 and later); a test pins
 it. Without one a fresh browser shows one folded row, or ten of twelve curves. Imports no MLflow.
@@ -7,7 +7,6 @@ it. Without one a fresh browser shows one folded row, or ten of twelve curves. I
 from __future__ import annotations
 
 import base64
-import colorsys
 import json
 import re
 import zlib
@@ -33,9 +32,6 @@ TITLES = {
     "differences": "what differs",
 }
 """View -> title, in the order of the menu."""
-HUES = (212, 24, 145, 320, 48, 265, 180, 0)
-HUE_KEYS = ("model.name", "experiment", "method", "relora.name", "data.kind")
-"""The first of these axes that varies gives an arm its hue."""
 
 
 # links ------------------------------------------------------------------------------------------
@@ -219,42 +215,3 @@ def _differences(view: SweepView, parent: str) -> dict[str, Any]:
 def axis_keys(arms: Sequence[ArmView]) -> list[str]:
     """What varies between the arms, in the order of their names."""
     return list(dict.fromkeys(key for arm in arms for key in arm.axes))
-
-
-# colours ----------------------------------------------------------------------------------------
-def colours(arms: Sequence[ArmView]) -> dict[str, str]:
-    """arm_id -> `#rrggbb`: one hue per model, dark to light within it; no two alike.
-
-    Where the model does not vary the first of HUE_KEYS that does gives the hue.
-    """
-    families: dict[str, list[str]] = {}
-    key = next((k for k in HUE_KEYS if len({arm.axes.get(k) for arm in arms}) > 1), "")
-    for arm in arms:
-        families.setdefault(arm.axes.get(key, ""), []).append(arm.arm_id)
-    found = {}
-    for number, members in enumerate(families.values()):
-        hue = HUES[number] if number < len(HUES) else (HUES[0] + 137.5 * number) % 360
-        for place, arm_id in enumerate(members):
-            found[arm_id] = _shade(hue, part=place / max(1, len(members) - 1))
-    return _distinct(found)
-
-
-def _shade(hue: float, *, part: float) -> str:
-    """Of the hue, from dark (0) to light (1), with a slight turn that helps to tell them apart."""
-    lightness = 0.28 + 0.42 * part
-    turned = (hue + 20 * (part - 0.5)) % 360
-    rgb = colorsys.hls_to_rgb(turned / 360, lightness, 0.85 - 0.2 * part)
-    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
-
-
-def _distinct(wanted: Mapping[str, str]) -> dict[str, str]:
-    """The same colours, where need be moved to the next one that is free."""
-    taken: set[int] = set()
-    found = {}
-    for key, colour in wanted.items():
-        value = int(colour[1:], 16)
-        while value in taken:
-            value = (value + 0x070B05) % 0x1000000
-        taken.add(value)
-        found[key] = f"#{value:06x}"
-    return found

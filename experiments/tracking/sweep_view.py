@@ -37,6 +37,8 @@ class ArmView:
     name: str
     axes: dict[str, str]
     """What varies in the sweep, without the seed: key -> value."""
+    colour: str
+    """`#rrggbb`"""
     runs: list[RunView]
 
     @property

@@ -170,18 +170,15 @@ class _Sweep:
                 self.client.delete_run(run.info.run_id)
             else:
                 known[arm_id] = run
-        colours = saved_views.colours(self.view.arms)
         shown = []
         for arm in self.view.arms:
-            content = self._arm(arm, parent, summaries[arm.arm_id], colour=colours[arm.arm_id])
+            content = self._arm(arm, parent, summaries[arm.arm_id])
             run = known.get(arm.arm_id) or self._create(content.name, content.tags, start=None)
             self._show(run, content)
             shown.append(run.info.run_id)
         return shown
 
-    def _arm(
-        self, arm: ArmView, parent: str, found: Mapping[str, Interval], *, colour: str
-    ) -> _Content:
+    def _arm(self, arm: ArmView, parent: str, found: Mapping[str, Interval]) -> _Content:
         n, m = arm.finished, len(arm.runs)
         metrics: dict[str, float] = {}
         for key, interval in found.items():
@@ -206,7 +203,7 @@ class _Sweep:
                 for title, metric in saved_views.MAIN.items()
                 if metric in found
             },
-            "mlflow.runColor": colour,
+            "mlflow.runColor": arm.colour,
             "mlflow.parentRunId": parent,
         }
         return _Content(

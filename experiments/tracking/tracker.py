@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import colours
 from experiments.disk.output_dir import all_runs, plan_folder
 from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweeps, single_run
 from experiments.disk.run_dir import RunDir
@@ -148,7 +149,7 @@ class Tracker:
     def _bring(self, group: Group, states: Mapping[str, RunState], *, final: bool) -> Pass:
         from filelock import Timeout
 
-        from experiments.tracking import saved_views, store
+        from experiments.tracking import store
 
         view = sweep_view(group, states) if group.sweep else None
         done = Pass(
@@ -156,7 +157,7 @@ class Tracker:
             experiment=group.experiment,
             sweep=group.sweep.name if group.sweep else None,
             names={run.run_id: run.name for arm in view.arms for run in arm.runs} if view else {},
-            colours=saved_views.colours(view.arms) if view else {},
+            colours={arm.arm_id: arm.colour for arm in view.arms} if view else {},
         )
         try:
             self._send(group, view, states, done, final=final)
@@ -265,6 +266,7 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
 
     sweep = group.sweep
     assert sweep is not None
+    looks = colours.looks(sweep.runs)
     arms: dict[str, ArmView] = {}
     shown = display_axes([run.axes for run in group.members])
     for planned, axes in zip(group.members, shown, strict=True):
@@ -276,7 +278,8 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
             state=state,
             metrics=_metrics(planned.dir) if state.state.done else {},
         )
-        arms.setdefault(planned.arm_id, _arm(planned, axes)).runs.append(run)
+        arm = _arm(planned, axes, colour=looks[planned.arm_id].colour)
+        arms.setdefault(planned.arm_id, arm).runs.append(run)
     return SweepView(
         name=sweep.name,
         question=question(sweep.name, sweep.overrides, [run.experiment for run in group.members]),
@@ -297,13 +300,14 @@ def _metrics(run: RunDir) -> dict[str, float]:
         return {}
 
 
-def _arm(run: PlannedRun, axes: Mapping[str, str]) -> ArmView:
+def _arm(run: PlannedRun, axes: Mapping[str, str], *, colour: str) -> ArmView:
     from experiments.tracking.sweep_view import ArmView
 
     return ArmView(
         arm_id=run.arm_id,
         name=spell(_seedless(axes)) or run.experiment,
         axes={KEYS.get(word, word): value for word, value in _seedless(run.axes).items()},
+        colour=colour,
         runs=[],
     )
 

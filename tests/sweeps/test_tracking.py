@@ -19,6 +19,7 @@ from experiments.disk.plans import axes_of_older
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
 from experiments.labels import spell
+from experiments.report.gather import gather
 from experiments.tracking import tracker as track
 from experiments.tracking.tracker import display_axes
 from relora_core.config import ModelConfig, RunConfig, SweepConfig, TrackingConfig
@@ -115,15 +116,18 @@ def test_a_planned_sweep_is_there_before_its_runs_begin(out: Path, plan: Any) ->
     assert done.problem is None
 
 
-def test_runs_have_the_colour_of_their_arm(out: Path, plan: Any) -> None:
-    plan()
-    bring_up_to_date(out)
-    colours = {
-        r.data.tags["arm"]: r.data.tags["mlflow.runColor"] for r in shown(out, "ranks", "arm")
-    }
-    assert len(set(colours.values())) == 2
-    for run in shown(out, "ranks", "run"):
-        assert run.data.tags["mlflow.runColor"] == colours[run.data.tags["arm"]]
+def test_an_arm_has_one_colour_in_mlflow_and_report_and_keeps_it(out: Path, plan: Any) -> None:
+    before: dict[str, str] = {}
+    for ranks in ((16, 8), (4,)):  # the second command widens the plan
+        plan(ranks=ranks)
+        bring_up_to_date(out)
+        tags = [r.data.tags for kind in ("arm", "run") for r in shown(out, "ranks", kind)]
+        shown_as = {(tag["arm"], tag["mlflow.runColor"]) for tag in tags}
+        reported = {arm.arm_id: arm.colour for arm in gather(out, "ranks").arms}
+        assert shown_as == set(reported.items())
+        assert before.items() < reported.items()
+        assert len(set(reported.values())) == len(reported)
+        before = reported
 
 
 def test_repeating_it_changes_nothing(out: Path, plan: Any) -> None:

@@ -20,7 +20,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from experiments.report.data import STYLES, Arm
+from experiments.colours import STYLES
+from experiments.report.data import Arm
 from relora_core import shared
 
 DPI = 150

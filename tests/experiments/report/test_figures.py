@@ -18,8 +18,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
 from experiments import stats
+from experiments.colours import OKABE_ITO, STYLES
 from experiments.report import tables
-from experiments.report.data import COLOURS, STYLES, Arm, Point, RunData, Sweep
+from experiments.report.data import Arm, Point, RunData, Sweep
 from experiments.report.figures import canvas, published
 from experiments.report.figures import catalogue as figures
 from experiments.report.figures import paper as figures_paper
@@ -121,7 +122,7 @@ def arm_of(name: str, runs: Iterable[RunData], *, index: int) -> Arm:
     return Arm(
         arm_id=name,
         name=name,
-        colour=COLOURS[index % 8],
+        colour=OKABE_ITO[index % 8],
         style=STYLES[index // 8],
         runs=list(runs),
     )
@@ -230,7 +231,7 @@ def test_svg_text_is_text_and_at_least_nine_points(complete: dict[str, Figure]) 
 def test_an_arm_has_its_colour_in_every_figure_that_shows_it(complete: dict[str, Figure]) -> None:
     for name in NAMES - {"schedules"}:
         svg = complete[name].svg
-        assert COLOURS[1].lower() in svg.read_text().lower(), name  # relora's
+        assert OKABE_ITO[1] in svg.read_text().lower(), name  # relora's
 
 
 @pytest.mark.slow

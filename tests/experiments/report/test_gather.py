@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from experiments.disk import plans
 from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.report import data
-from experiments.report.data import COLOURS
 from experiments.report.gather import gather
 from relora_core.config import ConfigError, DynamicsConfig
 from relora_core.events import Event
@@ -70,10 +70,11 @@ def test_a_wider_plan_changes_no_arms_colour(tmp_path: Path) -> None:
     assert len(set(after.values())) == len(after)
 
 
-def test_more_arms_than_colours_differ_by_line_style(tmp_path: Path) -> None:
+def test_arms_of_one_hue_differ_by_colour_and_neighbours_by_line_style(tmp_path: Path) -> None:
     a_sweep(tmp_path, [a_config(r=r) for r in range(1, 12)])
-    looks = {(arm.colour, arm.style) for arm in gather(tmp_path, "mine").arms}
-    assert len(looks) == 11 > len(COLOURS)
+    arms = gather(tmp_path, "mine").arms
+    assert len({arm.colour for arm in arms}) == len(arms) == 11
+    assert all(one.style != other.style for one, other in pairwise(arms))
 
 
 def test_a_curve_has_every_axis(tmp_path: Path) -> None:

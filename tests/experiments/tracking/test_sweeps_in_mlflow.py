@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import colorsys
 import csv
 import json
 import zlib
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlflow_runs import Store
 from scipy import stats as scipy_stats
 
@@ -48,7 +45,11 @@ def a_run(arm: str, seed: int, *, state: str = "finished", **metrics: float) -> 
 def an_arm(r: int, *runs: RunView, model: str = "tiny") -> ArmView:
     axes = {"model.name": model, "relora.r": str(r)}
     return ArmView(
-        arm_id=f"{model}-r{r}", name=f"model={model} relora.r={r:02d}", axes=axes, runs=list(runs)
+        arm_id=f"{model}-r{r}",
+        name=f"model={model} relora.r={r:02d}",
+        axes=axes,
+        colour=f"#0000{r:02x}",
+        runs=list(runs),
     )
 
 
@@ -335,41 +336,11 @@ def test_a_views_key_is_one_that_mlflow_takes(store: Store, show: Any) -> None:
     assert any("viewStateShareKey=a-b_c.curves" in link for link in addresses.values())
 
 
-# colours ----------------------------------------------------------------------------------------
-def hue(colour: str) -> float:
-    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return 360 * colorsys.rgb_to_hls(*rgb)[0]
-
-
-def apart(a: float, b: float) -> float:
-    return min((a - b) % 360, (b - a) % 360)
-
-
-@given(st.lists(st.integers(1, 10), min_size=1, max_size=4))
-def test_a_hue_per_model_and_no_colour_twice(sizes: list[int]) -> None:
-    arms = [
-        an_arm(r, model=f"model{number}") for number, size in enumerate(sizes) for r in range(size)
-    ]
-    found = saved_views.colours(arms)
-    assert len(set(found.values())) == len(arms)
-    hues = {arm.arm_id: (arm.axes["model.name"], hue(found[arm.arm_id])) for arm in arms}
-    for one, of_one in hues.values():
-        for other, of_other in hues.values():
-            assert (apart(of_one, of_other) < 23) == (one == other)
-
-
-def test_colours_of_many_arms_are_all_different() -> None:
-    found = saved_views.colours([an_arm(r) for r in range(20)])
-    values = [np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in found.values()]
-    nearest = min(np.abs(a - b).max() for i, a in enumerate(values) for b in values[:i])
-    assert nearest >= 6
-
-
 def test_arms_carry_their_colour(store: Store, show: Any) -> None:
     view = two_arms()
     show(view)
     shown_as = {r.data.tags["arm"]: r.data.tags["mlflow.runColor"] for r in shown(store, "arm")}
-    assert shown_as == saved_views.colours(view.arms)
+    assert shown_as == {arm.arm_id: arm.colour for arm in view.arms}
 
 
 def test_no_step_of_an_arm_or_a_parent_has_two_values(store: Store, show: Any) -> None:
