@@ -100,17 +100,17 @@ def measure(uri: str, *, output_dir: Path) -> dict[str, float]:
     import mlflow
 
     from experiments.tracking.runs import Syncer
-    from experiments.tracking.store import ensure_store
+    from experiments.tracking.store import open_store
 
     assert mlflow.MlflowClient  # loads it, which takes seconds that are no part of a sync
     runs = all_runs(output_dir)
-    experiment = ensure_store(uri, experiment="load", output_dir=output_dir)
-    syncer = Syncer(uri, experiment_id=experiment, output_dir=output_dir)
+    store = open_store(uri, experiment="load", output_dir=output_dir)
+    syncer = Syncer(store)
     cpu = time.process_time()  # hardly depends on what else the machine does
     sync_s, report = _timed(syncer, runs)
     cpu_s = time.process_time() - cpu
     watch_s, same = _timed(syncer, runs)
-    fresh = Syncer(uri, experiment_id=experiment, output_dir=output_dir)
+    fresh = Syncer(store)
     again_s, again = _timed(fresh, runs)
     if report.errors or report.created != len(runs) or again.points or same.points:
         raise RuntimeError(f"the sync is wrong: {report} {again} {same}")

@@ -122,7 +122,11 @@ def export(
     notes += export_run(found.config, checkpoint=steps[step], folder=folder)
     _write_down(run_dir, found)
     model = log_model(shown, folder=folder, step=step)
-    return exported | {"notes": notes, "mlflow_model": model, "tracking_uri": redacted(shown.uri)}
+    return exported | {
+        "notes": notes,
+        "mlflow_model": model,
+        "tracking_uri": redacted(shown.store.uri),
+    }
 
 
 def _write_down(run_dir: RunDir, found: inputs.Opened) -> None:

@@ -28,13 +28,9 @@ def bring_up_to_date(
     final: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Pass]:
-    """Show sweeps (None: all, and runs of none) as they are now; see Tracker.
-
-    `progress` hears the MLflow experiment, how many of its runs are done, and of how many.
-    """
+    """Show sweeps (None: all, and runs of none) as they are now; see Tracker."""
     shower = tracker(output_dir, tracking_uri=tracking_uri)
-    shower.progress = progress
-    return shower.bring_up_to_date(sweeps, states=states, final=final)
+    return shower.bring_up_to_date(sweeps, states=states, final=final, progress=progress)
 
 
 def tracker(

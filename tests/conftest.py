@@ -46,7 +46,7 @@ def shared_data() -> Path:
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database, empty, to be copied: making one takes seconds. One for all workers."""
     from experiments.addresses import default_uri
-    from experiments.tracking.store import ensure_store
+    from experiments.tracking.store import open_store
 
     here = tmp_path_factory.getbasetemp()
     folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "migrated"
@@ -54,7 +54,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "ready.db").exists():
-            ensure_store(default_uri(folder), experiment="other", output_dir=folder)
+            open_store(default_uri(folder), experiment="other", output_dir=folder)
             shutil.copy(folder / "mlflow.db", folder / "ready.db")
     return folder / "ready.db"
 

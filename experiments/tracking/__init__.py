@@ -3,6 +3,7 @@
 tracker.py        one pass over all sweeps and runs of a folder
 store.py          opening, migrating and locking a store
 run_view.py       what MLflow shows of a run, as data
+content.py        what an MLflow run is to show and shows, and the difference written
 runs.py           runs brought up to date in MLflow
 sweep_view.py     what MLflow shows of a sweep, as data
 sweeps.py         sweeps and arms brought up to date in MLflow

@@ -2,7 +2,7 @@
 
 MLflow fixes each experiment's place when the experiment is made, for good. A server without
 `--artifacts-destination` names a folder of its own machine. Not for: metrics and status, which go
-without their files (`mlflow_sync.py`).
+without their files (`content.py`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ from experiments.addresses import LOOPBACK, local_folder, redacted, sqlite_path
 from relora_core import shared
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from experiments.tracking.store import Store
 
 FOLDER = "mlartifacts"
 """In the output folder."""
 
 
 class Artifacts:
-    """Writes files of runs of one MLflow experiment; no failure of theirs raises."""
+    """Writes files of a store's runs; no failure of theirs raises."""
 
-    def __init__(
-        self, client: MlflowClient, *, uri: str, experiment_id: str, output_dir: Path | str
-    ) -> None:
+    def __init__(self, store: Store) -> None:
         self.problem: str | None = None
         """One line on what keeps files from MLflow; after it no more is tried."""
-        self._client, self._uri, self._experiment_id = client, uri, experiment_id
-        self._here = Path(output_dir).absolute() / FOLDER
+        self._store, self._client = store, store.client
+        self._here = store.output_dir.absolute() / FOLDER
         self._place: str | None = None
 
     def text(self, run: str, text: str, path: str, *, place: str | None = None) -> bool:
@@ -88,7 +86,7 @@ class Artifacts:
 
     def _own_folder(self, run: str, place: str | None) -> Path | None:
         """Where MLflow would write a run's files itself, without a thought for the group."""
-        if sqlite_path(self._uri) is None:
+        if sqlite_path(self._store.uri) is None:
             return None
         return local_folder(place or self._client.get_run(run).info.artifact_uri or "")
 
@@ -96,8 +94,8 @@ class Artifacts:
         """Whether nothing speaks against it; a server's folder on another machine is not made
         here."""
         if self.problem is None and self._place is None:
-            self._place = self._client.get_experiment(self._experiment_id).artifact_location
-            folder, server = local_folder(self._place), urlsplit(self._uri)
+            self._place = self._client.get_experiment(self._store.experiment_id).artifact_location
+            folder, server = local_folder(self._place), urlsplit(self._store.uri)
             far = server.scheme in ("http", "https") and server.hostname not in LOOPBACK
             if folder and far and not (folder.exists() or folder.parent.exists()):
                 self._fails(FileNotFoundError(2, "no such folder on this machine", str(folder)))
@@ -107,7 +105,7 @@ class Artifacts:
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, OSError):
             line = shared.explained(error) or line
-        web = self._uri.startswith(("http://", "https://"))
+        web = self._store.uri.startswith(("http://", "https://"))
         way = "start the server with --artifacts-destination; " if web else ""
         self.problem = (
             f"tracking: files (tables, configs) cannot be written to {redacted(self._place or '')} "

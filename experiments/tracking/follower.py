@@ -1,7 +1,7 @@
 """A child process that keeps MLflow up to date while runs are at work; never slows or harms them.
 
 The trainer's process writes events.jsonl and waits for nothing: all that is asked of a store is
-asked here. Not for: what is shown of a run (`mlflow_sync.py`).
+asked here. Not for: what is shown of a run (`runs.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 from experiments.addresses import experiment_name, redacted, store_uri
 from experiments.disk.run_dir import RunDir
 from experiments.tracking import store
-from experiments.tracking.runs import Syncer, SyncReport
-from experiments.tracking.store import TrackingUnreachable, ensure_store
+from experiments.tracking.runs import InSweep, Syncer, SyncReport
+from experiments.tracking.store import TrackingUnreachable, open_store
 from relora_core import shared, shell
 from relora_core.config import RunConfig
 
@@ -205,6 +205,7 @@ def _follow(
 ) -> str | None:
     """Pass after pass until `closed`, then a last one, tried twice; what is wrong after that."""
     runs = [RunDir(path) for path in spec["runs"]]
+    sweep = InSweep(names=spec["names"], parent=spec["parent"])
     syncer: Syncer | None = None
     pause, tries = spec["every_s"], 0
     while True:
@@ -213,7 +214,7 @@ def _follow(
         try:
             if syncer is None:
                 syncer = _start(spec, say)
-            report = syncer.sync(runs, final=final)
+            report = syncer.sync(runs, sweep=sweep, final=final)
             problem = _complaint(report, total=len(runs))
             pause = spec["every_s"]
         except Exception as error:  # whatever it is: the runs go on, and the next pass may succeed
@@ -230,12 +231,9 @@ def _follow(
 
 
 def _start(spec: dict[str, Any], say: Callable[[str], None]) -> Syncer:
-    uri, output_dir = spec["uri"], spec["output_dir"]
-    experiment_id = ensure_store(uri, experiment=spec["experiment"], output_dir=output_dir)
-    syncer = Syncer(uri, experiment_id=experiment_id, output_dir=output_dir)
-    syncer.names, syncer.parent = spec["names"], spec["parent"]
-    say(f"ready {experiment_id}")
-    return syncer
+    store = open_store(spec["uri"], experiment=spec["experiment"], output_dir=spec["output_dir"])
+    say(f"ready {store.experiment_id}")
+    return Syncer(store)
 
 
 def _complaint(report: SyncReport, *, total: int) -> str | None:

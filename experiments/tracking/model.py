@@ -33,12 +33,17 @@ from experiments.addresses import (
 from experiments.disk.run_dir import RunDir
 from experiments.environment import ROOT
 from experiments.tracking import mlflow_scorer
-from experiments.tracking.store import TrackingUnreachable, connect, move_artifacts, reachable
+from experiments.tracking.store import (
+    Store,
+    TrackingUnreachable,
+    connect,
+    move_artifacts,
+    reachable,
+)
 from relora_core import shared
 from relora_core.config import ConfigError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel, Run
 
 REQUIREMENTS = ("torch", "numpy", "safetensors", "tokenizers", "pyarrow")
@@ -49,8 +54,7 @@ REQUIREMENTS = ("torch", "numpy", "safetensors", "tokenizers", "pyarrow")
 class Tracked:
     """A run in MLflow, and where."""
 
-    uri: str
-    client: MlflowClient
+    store: Store
     run: Run
 
 
@@ -75,16 +79,13 @@ def tracked(run_dir: RunDir) -> Tracked:
         experiment = client.get_experiment_by_name(experiment_name(config))
         if experiment is None or experiment.lifecycle_stage != "active":
             raise missing
-        found = client.search_runs(
-            [experiment.experiment_id],
-            filter_string=f"tags.kind = 'run' and tags.run_id = '{run_dir.run_id}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
-        )
-    if not found:
+        place = {"experiment_id": experiment.experiment_id, "output_dir": run_dir.path.parents[1]}
+        store = Store(uri=uri, client=client, **place)
+        runs = store.search(f"tags.kind = 'run' and tags.run_id = '{run_dir.run_id}'")
+    if not runs:
         raise missing
     _check_place(experiment, uri=uri)
-    return Tracked(uri=uri, client=client, run=found[0])
+    return Tracked(store=store, run=runs[0])
 
 
 def _remedy(run_dir: RunDir) -> str:
@@ -115,8 +116,8 @@ def log_model(found: Tracked, *, folder: Path, step: int) -> str:
     with open(folder / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     same = f"source_run_id = '{found.run.info.run_id}' AND tags.sha256 = '{weights}'"
-    with _one_line(found.uri):
-        models = found.client.search_logged_models(
+    with _one_line(found.store.uri):
+        models = found.store.client.search_logged_models(
             [found.run.info.experiment_id], filter_string=same
         )
         ready = [model.model_uri for model in models if model.status == "READY"]
@@ -129,7 +130,7 @@ def _log(found: Tracked, *, folder: Path, step: int, weights: str) -> str:
 
     info, tags = found.run.info, found.run.data.tags
     kept = {key: tags[key] for key in ("run_id", "arm", "seed", "method") if key in tags}
-    model = found.client.create_logged_model(
+    model = found.store.client.create_logged_model(
         info.experiment_id,
         name=re.sub(r"[^\w-]", "_", f"{tags['run_id']}-step-{step}"),
         source_run_id=info.run_id,
@@ -142,21 +143,21 @@ def _log(found: Tracked, *, folder: Path, step: int, weights: str) -> str:
             _save(target, folder=folder, model_id=model.model_id, run=info.run_id)
             if place := _own_folder(found, model):
                 shared.make_folder(place)
-            found.client.log_model_artifacts(model.model_id, str(target))
+            found.store.client.log_model_artifacts(model.model_id, str(target))
             if place:
                 shared.share_all(place)
-        found.client.log_outputs(info.run_id, [LoggedModelOutput(model.model_id, step=step)])
+        found.store.client.log_outputs(info.run_id, [LoggedModelOutput(model.model_id, step=step)])
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            found.client.finalize_logged_model(model.model_id, "FAILED")
+            found.store.client.finalize_logged_model(model.model_id, "FAILED")
         raise
-    found.client.finalize_logged_model(model.model_id, "READY")
+    found.store.client.finalize_logged_model(model.model_id, "READY")
     return model.model_uri
 
 
 def _own_folder(found: Tracked, model: LoggedModel) -> Path | None:
     """Where MLflow writes the model itself, without a thought for the group."""
-    return local_folder(model.artifact_location) if sqlite_path(found.uri) else None
+    return local_folder(model.artifact_location) if sqlite_path(found.store.uri) else None
 
 
 def _save(target: Path, *, folder: Path, model_id: str, run: str) -> None:

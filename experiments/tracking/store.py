@@ -1,6 +1,7 @@
 """Tracking stores: their addresses, their one migration, their lock, and when they do not answer.
 
-Checking an address loads no MLflow. Not for: what is shown of a run (`mlflow_sync.py`).
+Checking an address loads no MLflow. Not for: what is shown (`run_view.py`, `sweep_view.py`),
+nor for writing it (`content.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
@@ -43,7 +45,7 @@ from relora_core.config import ConfigError, RunConfig
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Run
 
 
 ARTIFACTS = {"experiments": "artifact_location", "runs": "artifact_uri"}
@@ -285,8 +287,51 @@ def _copy(database: Path, copy: Path) -> None:
                 raise
 
 
-def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
-    """Create database and MLflow experiment where they are missing; the experiment's id.
+@dataclass(kw_only=True, slots=True)
+class Store:
+    """One MLflow experiment of a tracking store, as an output folder writes to it."""
+
+    uri: str
+    experiment_id: str
+    output_dir: Path
+    client: MlflowClient
+
+    @property
+    def key(self) -> str:
+        """By which a run's folder keeps how much of it is there (`mlflow.json`)."""
+        database = sqlite_path(self.uri)
+        address = sqlite_uri(database) if database else redacted(self.uri)
+        return f"{address}#{self.experiment_id}"
+
+    @contextlib.contextmanager
+    def writing(self, *, wait_s: float) -> Iterator[None]:
+        """Alone among the writers of this host, see `lock`.
+
+        Raises filelock's Timeout where another one writes for longer than `wait_s`, and
+        TrackingUnreachable where the store does not answer.
+        """
+        with lock(self.uri, self.output_dir).acquire(timeout=wait_s), reachable(self.uri):
+            yield
+
+    def search(self, filter_string: str) -> list[Run]:
+        """Its runs, oldest first, in an order that every host sees alike."""
+        token, runs = None, []
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id],
+                filter_string=filter_string,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
+    """Create database and MLflow experiment where they are missing.
 
     Safe for any number of processes of this host: MLflow's own migration of a fresh sqlite crashes
     when two do it at once, so it runs under a file lock. Raises TrackingUnreachable, and
@@ -306,8 +351,7 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
         try:
             _prepare(sqlite_path(uri))
             client = connect(uri)
-            found = _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
-            return found.experiment_id
+            id_ = _ensure_experiment(client, experiment, uri=uri, output_dir=output_dir)
         except MlflowException as error:
             if "out-of-date database schema" in str(error):
                 raise ConfigError(
@@ -316,6 +360,7 @@ def ensure_store(uri: str, *, experiment: str, output_dir: Path | str) -> str:
                     f"{redacted(uri)!r}; back it up, then run `mlflow db upgrade`, or name another"
                 ) from None
             raise
+    return Store(uri=uri, experiment_id=id_, output_dir=output_dir, client=client)
 
 
 def _prepare(database: Path | None) -> None:
@@ -328,9 +373,8 @@ def _prepare(database: Path | None) -> None:
         shared.touch(database)
 
 
-def _ensure_experiment(
-    client: MlflowClient, name: str, *, uri: str, output_dir: Path
-) -> Experiment:
+def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir: Path) -> str:
+    """The id of the MLflow experiment `name`."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -342,15 +386,14 @@ def _ensure_experiment(
             "mlflow.note.content": f"Runs of {name}; rebuilt at any time from their events.jsonl.",
         }
         try:
-            id_ = client.create_experiment(name, artifact_location=artifacts, tags=tags)
-            return client.get_experiment(id_)
+            return client.create_experiment(name, artifact_location=artifacts, tags=tags)
         except MlflowException as error:  # another host was faster
             found = client.get_experiment_by_name(name)
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                 raise
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    return found
+    return found.experiment_id
 
 
 def connect(uri: str) -> MlflowClient:

@@ -1,7 +1,7 @@
 """The one way to bring MLflow up to date: plans and records -> sweeps, arms and runs in stores.
 
 `sync`, `watch` and both launchers go through it, so all of them show the same. Not for: how any of
-it looks in MLflow (`experiments/mlflow_*.py`), nor for what is true of a run (`state.py`).
+it looks in MLflow (`runs.py`, `sweeps.py`), nor for what is true of a run (`disk/state.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments import colours
 from experiments.disk.output_dir import all_runs, plan_folder
@@ -26,10 +26,12 @@ from relora_core import shared
 
 if TYPE_CHECKING:
     from experiments.tracking.runs import Syncer, SyncReport
+    from experiments.tracking.store import Store
     from experiments.tracking.sweep_view import ArmView, SweepView
 
 Survey = Callable[[list[RunDir]], Mapping[str, RunState]]
 """What is true of runs, by run_id: whoever knows a scheduler asks it."""
+Progress = Callable[[str, int, int], None]
 BUSY_S = 5.0
 """Longest wait of a pass that is not final for another process at the same store."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
@@ -88,11 +90,8 @@ class Tracker:
         self.survey = survey
         self.tracking_uri = tracking_uri
         self.servers = servers
-        self.progress: Callable[[str, int, int], None] | None = None
-        self._ids: dict[tuple[str, str], str] = {}
-        self._parents: dict[tuple[str, str, str], str] = {}
-        self._syncers: dict[tuple[str, str, str | None], Syncer] = {}
-        self._shown: dict[tuple[str, str, str], str] = {}
+        self._stores: dict[tuple[str, str], Store] = {}
+        self._before: dict[tuple[str, str, str | None], _Before] = {}
 
     def bring_up_to_date(
         self,
@@ -100,17 +99,19 @@ class Tracker:
         *,
         states: Mapping[str, RunState] | None = None,
         final: bool = False,
+        progress: Progress | None = None,
     ) -> list[Pass]:
         """One pass over each place. Whatever a store says is a `problem`, not an error.
 
         `states` spares asking the scheduler; `final` awaits another process that is at a store.
+        `progress` hears the MLflow experiment, how many of its runs are done, and of how many.
         """
         groups = self._groups(sweeps)
         runs = {run.run_id: run.dir for group in groups for run in group.members}
         if states is None:
             states = self.survey(list(runs.values()))
         known = {id_: states.get(id_) or state_of(run) for id_, run in runs.items()}
-        return [self._bring(group, known, final=final) for group in groups]
+        return [self._bring(group, known, final=final, progress=progress) for group in groups]
 
     # where runs go ------------------------------------------------------------------------------
     def _groups(self, sweeps: Sequence[str] | None) -> list[Group]:
@@ -146,7 +147,14 @@ class Tracker:
             groups.setdefault(key, empty).members.append(run)
 
     # a pass -------------------------------------------------------------------------------------
-    def _bring(self, group: Group, states: Mapping[str, RunState], *, final: bool) -> Pass:
+    def _bring(
+        self,
+        group: Group,
+        states: Mapping[str, RunState],
+        *,
+        final: bool,
+        progress: Progress | None,
+    ) -> Pass:
         from filelock import Timeout
 
         from experiments.tracking import store
@@ -160,7 +168,7 @@ class Tracker:
             colours={arm.arm_id: arm.colour for arm in view.arms} if view else {},
         )
         try:
-            self._send(group, view, states, done, final=final)
+            self._send(group, view, states, done, final=final, progress=progress)
         except Timeout:
             done.problem = "tracking: another sync holds the store, the next pass tries again"
         except Exception as error:  # whatever it is: the runs are on disk, a later sync can succeed
@@ -189,64 +197,79 @@ class Tracker:
         done: Pass,
         *,
         final: bool,
+        progress: Progress | None,
     ) -> None:
-        from experiments.tracking import sweeps as mlflow_sweep
-        from experiments.tracking.store import ensure_store
+        from experiments.tracking import sweeps
+        from experiments.tracking.runs import WAIT_S, InSweep
 
-        place, where = (group.uri, group.experiment), self.output_dir
-        if place not in self._ids:
-            self._ids[place] = ensure_store(
-                group.uri, experiment=group.experiment, output_dir=where
-            )
-        done.experiment_id = self._ids[place]
-        settings: dict[str, Any] = {
-            "uri": group.uri,
-            "experiment_id": done.experiment_id,
-            "output_dir": where,
-            "wait_s": mlflow_sweep.WAIT_S if final else BUSY_S,
-        }
+        store, wait_s = self._store(group), WAIT_S if final else BUSY_S
+        before = self._remembered(done, store)
+        done.experiment_id = store.experiment_id
         if view:
-            key = (*place, view.name)
-            if final or key not in self._parents:
-                self._parents[key] = mlflow_sweep.parent_run(view, **settings)
-            done.parent = self._parents[key]
-        syncer = self._syncer(group, done)
+            if final or before.parent is None:
+                before.parent = sweeps.parent_run(store, view, wait_s=wait_s)
+            done.parent = before.parent
         runs = [run.dir for run in group.members if run.dir.config_path.exists()]
         done.runs = len(runs)
-        done.report = syncer.sync(runs, final=final, states=states)
+        done.report = before.syncer.sync(
+            runs,
+            sweep=InSweep(names=done.names, parent=done.parent, colours=done.colours),
+            states=states,
+            final=final,
+            progress=functools.partial(progress or _ignore, done.experiment),
+        )
         done.files = done.report.files
         if view:
-            self._update(view, done, settings)
+            self._update(store, view, done, before, wait_s=wait_s)
 
-    def _syncer(self, group: Group, done: Pass) -> Syncer:
+    def _store(self, group: Group) -> Store:
+        from experiments.tracking import store
+
+        place = (group.uri, group.experiment)
+        if place not in self._stores:
+            self._stores[place] = store.open_store(
+                group.uri, experiment=group.experiment, output_dir=self.output_dir
+            )
+        return self._stores[place]
+
+    def _remembered(self, done: Pass, store: Store) -> _Before:
         from experiments.tracking.runs import Syncer
 
         key = (done.uri, done.experiment, done.sweep)
-        if key not in self._syncers:
-            assert done.experiment_id is not None
-            self._syncers[key] = Syncer(
-                group.uri, experiment_id=done.experiment_id, output_dir=self.output_dir
-            )
-        syncer = self._syncers[key]
-        syncer.names, syncer.parent, syncer.colours = done.names, done.parent, done.colours
-        if self.progress:
-            syncer.progress = functools.partial(self.progress, done.experiment)
-        return syncer
+        if key not in self._before:
+            self._before[key] = _Before(syncer=Syncer(store))
+        return self._before[key]
 
-    def _update(self, view: SweepView, done: Pass, settings: dict[str, Any]) -> None:
+    def _update(
+        self, store: Store, view: SweepView, done: Pass, before: _Before, *, wait_s: float
+    ) -> None:
         """Arms, note and views, where they have changed since we showed them."""
-        from experiments.tracking import sweeps as mlflow_sweep
+        from experiments.tracking import sweeps
 
-        key, now = (done.uri, done.experiment, view.name), _fingerprint(view)
-        if self._shown.get(key) != now:
-            done.parent, files = mlflow_sweep.update(view, **settings)
-            self._parents[key] = done.parent
-            self._shown[key] = "" if files else now
-            done.files = done.files or files
+        now = _fingerprint(view)
+        if before.fingerprint != now:
+            before.parent, files = sweeps.update(store, view, wait_s=wait_s)
+            before.fingerprint = "" if files else now
+            done.parent, done.files = before.parent, done.files or files
         if done.parent:
             folder = plan_folder(self.output_dir, name=view.name)
-            files = mlflow_sweep.attach(done.parent, folder, **settings)
+            files = sweeps.attach(store, done.parent, folder, wait_s=wait_s)
             done.files = done.files or files
+
+
+def _ignore(*_: object) -> None:
+    return
+
+
+@dataclass(kw_only=True, slots=True)
+class _Before:
+    """What is remembered of a group from one pass to the next."""
+
+    syncer: Syncer
+    parent: str | None = None
+    """MLflow's id of the sweep's parent run."""
+    fingerprint: str = ""
+    """Of the sweep as it was shown; empty where not all of it was."""
 
 
 def _fingerprint(view: SweepView) -> str:

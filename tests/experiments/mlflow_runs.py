@@ -13,10 +13,11 @@ from experiments import addresses
 from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import runs_folder
 from experiments.disk.run_dir import RunDir
+from experiments.disk.state import RunState
 from experiments.identity import run_id
-from experiments.tracking import runs as mlflow_sync
-from experiments.tracking.runs import sync
-from experiments.tracking.store import ensure_store
+from experiments.tracking import store as mlflow_store
+from experiments.tracking.runs import InSweep, Syncer, SyncReport
+from experiments.tracking.store import connect, open_store
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from relora_core.events import Event
 
@@ -97,11 +98,24 @@ class Store:
         self.client = MlflowClient(tracking_uri=self.uri)
 
     def experiment(self, name: str) -> str:
-        return ensure_store(self.uri, experiment=name, output_dir=self.folder)
+        return open_store(self.uri, experiment=name, output_dir=self.folder).experiment_id
 
-    def sync(self, *runs: RunDir, **changes: Any) -> mlflow_sync.SyncReport:
+    def opened(self, **changes: Any) -> mlflow_store.Store:
         settings = {"experiment_id": self.experiment_id, "output_dir": self.folder, **changes}
-        return sync(runs, uri=self.uri, **settings)
+        return mlflow_store.Store(uri=self.uri, client=connect(self.uri), **settings)
+
+    def sync(
+        self,
+        *runs: RunDir,
+        names: dict[str, str] | None = None,
+        parent: str | None = None,
+        states: dict[str, RunState] | None = None,
+        final: bool = False,
+        **place: Any,
+    ) -> SyncReport:
+        """By a Syncer that has seen nothing yet."""
+        sweep = InSweep(names=names or {}, parent=parent)
+        return Syncer(self.opened(**place)).sync(runs, sweep=sweep, states=states, final=final)
 
     def run(self, run: RunDir) -> Any:
         """The one MLflow run that shows `run`."""
@@ -126,10 +140,8 @@ class Store:
             for key in shown.data.metrics
         }
 
-    def syncer(self) -> mlflow_sync.Syncer:
-        return mlflow_sync.Syncer(
-            self.uri, experiment_id=self.experiment_id, output_dir=self.folder
-        )
+    def syncer(self) -> Syncer:
+        return Syncer(self.opened())
 
     def artifact(self, run: RunDir, path: str) -> str:
         uuid = self.run(run).info.run_id

@@ -17,7 +17,7 @@ from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json, ids
 from experiments.tracking import store as mlflow_store
-from experiments.tracking.store import DatabaseNotFound, ensure_store
+from experiments.tracking.store import DatabaseNotFound, open_store
 from relora_core.config import DataConfig, EvalConfig, PalomaConfig, TrackingConfig
 from relora_core.events import Event
 from sweeps.__main__ import main
@@ -171,7 +171,7 @@ def test_a_second_database_is_never_made(nano, home, monkeypatch):
     run = as_before(RunDir(out / "runs" / "r"), config)
     monkeypatch.chdir(home.parent / "away")
     with pytest.raises(DatabaseNotFound, match=r"tracking.uri=sqlite:///x.db .*--tracking-uri"):
-        ensure_store(store_uri(run.config()), experiment="e", output_dir=out)
+        open_store(store_uri(run.config()), experiment="e", output_dir=out)
     assert not list(home.parent.rglob("*.db"))
 
 

@@ -398,7 +398,7 @@ def test_any_error_of_a_store_is_one_line_at_a_sweeps_end(
         raise RuntimeError("Could not determine home directory.\nand more")
 
     monkeypatch.setattr(tracking, "_SAID", set())
-    monkeypatch.setattr(mlflow_store, "ensure_store", fails)
+    monkeypatch.setattr(mlflow_store, "open_store", fails)
     made = plan(ranks=(8,), seeds=2)
     for cell in made.cells:
         finish(out, cell.run_id)

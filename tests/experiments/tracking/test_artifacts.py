@@ -13,7 +13,14 @@ import pytest
 from mlflow_runs import Store, a_run, expected, train
 
 from experiments.disk.run_dir import RunDir
+from experiments.tracking import store as mlflow_store
 from experiments.tracking.artifacts import Artifacts
+
+
+def artifacts(client: Any, tmp_path: Path) -> Artifacts:
+    """Of a server elsewhere."""
+    uri, out = "http://lab.example:5000", tmp_path / "out"
+    return Artifacts(mlflow_store.Store(uri=uri, client=client, experiment_id="1", output_dir=out))
 
 
 def blocked(store: Store, tmp_path: Path) -> Path:
@@ -99,12 +106,7 @@ def test_a_folder_of_a_server_on_another_machine_is_not_made_here(tmp_path: Path
         def log_text(self, *_: str) -> None:
             raise AssertionError("it would be written to this machine")
 
-    files = Artifacts(
-        Client(),  # pyright: ignore[reportArgumentType]
-        uri="http://lab.example:5000",
-        experiment_id="1",
-        output_dir=tmp_path / "out",
-    )
+    files = artifacts(Client(), tmp_path)
     assert not files.text("abc", "{}", "tables/x.json")
     assert (tmp_path / "out" / "mlartifacts/abc/artifacts/tables/x.json").read_text() == "{}"
     assert "start the server with --artifacts-destination" in (files.problem or "")
@@ -122,9 +124,7 @@ def test_a_folder_of_a_server_that_this_machine_shares_is_written_to(tmp_path: P
         def log_text(self, *words: str) -> None:
             said.append(words)
 
-    settings = {"experiment_id": "1", "output_dir": tmp_path / "out"}
-    client: Any = Client()
-    files = Artifacts(client, uri="http://lab.example:5000", **settings)
+    files = artifacts(Client(), tmp_path)
     assert files.text("abc", "{}", "x.json")
     assert said == [("abc", "{}", "x.json")]
 
@@ -140,9 +140,7 @@ def test_whatever_a_place_for_files_says_is_one_line(tmp_path: Path, error: Exce
         def log_artifact(self, *_: str) -> None:
             raise error
 
-    client: Any = Client()
-    settings = {"experiment_id": "1", "output_dir": tmp_path / "out"}
-    files = Artifacts(client, uri="http://lab.example:5000", **settings)
+    files = artifacts(Client(), tmp_path)
     (tmp_path / "a.csv").write_text("1")
     (tmp_path / "out").write_text("")  # nor is there a folder here
     assert not files.file("abc", tmp_path / "a.csv", "report")

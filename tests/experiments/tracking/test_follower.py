@@ -21,9 +21,10 @@ from mlflow_runs import Store, a_run, expected, train, wait_for
 
 from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json
-from experiments.tracking import runs
+from experiments.tracking import content
 from experiments.tracking.follower import Follower
-from experiments.tracking.store import TrackingUnreachable, ensure_store
+from experiments.tracking.runs import Syncer
+from experiments.tracking.store import TrackingUnreachable, open_store
 from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE
 from tests.ports import free_port
@@ -226,24 +227,23 @@ def shown(proxy: Proxy, experiment: str, run: RunDir) -> dict[str, list[tuple[in
 def test_a_server_that_dies_at_any_request_loses_and_doubles_nothing(
     proxy: Proxy, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "MAX_METRICS", 4)
+    monkeypatch.setattr(content, "MAX_METRICS", 4)
     experiment = f"dies {mode}"
-    id_ = ensure_store(proxy.uri, experiment=experiment, output_dir=tmp_path)
-    settings = {"uri": proxy.uri, "experiment_id": id_, "output_dir": tmp_path}
+    store = open_store(proxy.uri, experiment=experiment, output_dir=tmp_path)
     failures, requests = 0, 0
     while failures == requests:  # until a pass needs no more requests than it is granted
         run = a_run(tmp_path / str(requests), r=requests + 1)
         train(run, attempt=1, start=0, stop=30)
         proxy.mode, proxy.healthy = mode, requests
         try:
-            report = runs.sync([run], **settings)
+            report = Syncer(store).sync([run])
             failures += bool(report.errors or report.files)
         except TrackingUnreachable:
             failures += 1
         requests += 1
         proxy.mode = "up"
         train(run, attempt=1, start=30, stop=50, state="finished")
-        assert not runs.sync([run], **settings).errors
+        assert not Syncer(store).sync([run]).errors
         assert shown(proxy, experiment, run) == expected(run)
     assert requests > 8
 

@@ -21,8 +21,8 @@ from experiments.addresses import default_uri, experiment_name
 from experiments.disk.run_dir import RunDir
 from experiments.tracking import model as mlflow_model
 from experiments.tracking.mlflow_scorer import Scorer
-from experiments.tracking.runs import sync
-from experiments.tracking.store import ensure_store
+from experiments.tracking.runs import Syncer
+from experiments.tracking.store import open_store
 from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE, GrammarTokenizer
 from relora_core.model import Decoder
@@ -83,8 +83,8 @@ def a_config(**tracking: Any) -> RunConfig:
 def track(output: Path, run_dir: RunDir, *, uri: str) -> None:
     run_dir.update_status(state="finished", attempts=1)
     experiment = experiment_name(run_dir.config())
-    experiment_id = ensure_store(uri, experiment=experiment, output_dir=output)
-    report = sync([run_dir], uri=uri, experiment_id=experiment_id, output_dir=output, final=True)
+    store = open_store(uri, experiment=experiment, output_dir=output)
+    report = Syncer(store).sync([run_dir], final=True)
     assert (report.created, report.errors) == (1, {})
 
 
@@ -182,7 +182,7 @@ def test_it_goes_and_comes_through_a_server(
         track(tmp_path, run_dir, uri=uri)
         assert export(tmp_path, tmp_path / "llama") == 0
         found = mlflow_model.tracked(run_dir)
-        (logged,) = found.client.search_logged_models([found.run.info.experiment_id])
+        (logged,) = found.store.client.search_logged_models([found.run.info.experiment_id])
         row = random_ids(VOCAB_SIZE)[0].tolist()
         answer = elsewhere(uri, logged.model_uri, [row])
     assert_same_numbers(answer["found"], [row], model)

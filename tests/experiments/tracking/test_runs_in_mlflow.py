@@ -22,8 +22,8 @@ from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
 from experiments.identity import arm_id, config_to_json
+from experiments.tracking import content as mlflow_content
 from experiments.tracking import run_view
-from experiments.tracking import runs as mlflow_sync
 from experiments.tracking import store as mlflow_store
 from relora_core import atomic
 from relora_core.config import BlimpConfig, PalomaConfig, RunConfig
@@ -116,7 +116,7 @@ def test_a_kill_between_two_batches_sends_only_the_rest(
         log_batch(self, uuid, metrics=metrics, **rest)
         sent.extend([len(metrics)] if metrics else [])
 
-    monkeypatch.setattr(mlflow_sync, "MAX_METRICS", 5)
+    monkeypatch.setattr(mlflow_content, "MAX_METRICS", 5)
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", killed)
         with pytest.raises(Killed):

@@ -21,8 +21,8 @@ from experiments import addresses
 from experiments.addresses import check_uri, default_uri
 from experiments.tracking import links
 from experiments.tracking import store as mlflow_store
-from experiments.tracking.runs import sync
-from experiments.tracking.store import TrackingUnreachable, ensure_store
+from experiments.tracking.runs import Syncer
+from experiments.tracking.store import TrackingUnreachable, connect, open_store
 from relora_core.config import ConfigError, SweepConfig, TrackingConfig
 from tests.ports import free_port
 
@@ -42,17 +42,19 @@ def test_a_store_that_does_not_answer_is_said_in_one_line(
     train(run, attempt=1, start=0, stop=20)
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(TrackingUnreachable, match="nothing is lost"):
-        ensure_store(uri, experiment="x", output_dir=tmp_path)
+        open_store(uri, experiment="x", output_dir=tmp_path)
     with pytest.raises(TrackingUnreachable, match="nothing is lost"):
-        sync([run], uri=uri, experiment_id="1", output_dir=tmp_path)
+        Syncer(
+            mlflow_store.Store(uri=uri, client=connect(uri), experiment_id="1", output_dir=tmp_path)
+        ).sync([run])
 
 
 AT_ONCE = """if True:
     import multiprocessing, sys
     import mlflow.store.tracking.sqlalchemy_store  # once, not in each process
     from experiments.addresses import default_uri
-    from experiments.tracking.store import ensure_store
-    from experiments.tracking.runs import sync
+    from experiments.tracking.store import open_store
+    from experiments.tracking.runs import Syncer
     from experiments.disk.output_dir import all_runs
 
     out = sys.argv[1]
@@ -62,9 +64,9 @@ AT_ONCE = """if True:
 
     def one(run):
         barrier.wait()
-        id_ = ensure_store(uri, experiment="x", output_dir=out)
+        store = open_store(uri, experiment="x", output_dir=out)
         barrier.wait()
-        report = sync([run], uri=uri, experiment_id=id_, output_dir=out, final=True)
+        report = Syncer(store).sync([run], final=True)
         sys.exit(report.created != 1 or bool(report.errors))
 
     workers = [context.Process(target=one, args=[run]) for run in runs]
@@ -183,8 +185,9 @@ def test_database_and_artifacts_lie_in_the_output_folder(
     uri = default_uri(out)
     run = a_run(out)
     train(run, attempt=1, start=0, stop=20, state="finished")
-    (id_,) = {ensure_store(uri, experiment="x", output_dir=out) for _ in range(2)}
-    assert not sync([run], uri=uri, experiment_id=id_, output_dir=out).errors
+    stores = [open_store(uri, experiment="x", output_dir=out) for _ in range(2)]
+    (id_,) = {store.experiment_id for store in stores}
+    assert not Syncer(stores[0]).sync([run]).errors
     client = MlflowClient(uri)
     (found,) = client.search_runs([id_])
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
@@ -205,15 +208,15 @@ def test_a_database_that_an_earlier_version_misplaced_is_said_and_left(
     train(run, attempt=1, start=0, stop=20)
     old = f"sqlite:///{out}/mlflow.db"
     shown = {"experiment": "x", "output_dir": out}
-    sync([run], uri=old, experiment_id=ensure_store(old, **shown), output_dir=out)
+    Syncer(open_store(old, **shown)).sync([run])
     assert not (out / "mlflow.db").exists()
     before = (tmp_path / "a b" / "mlflow.db").read_bytes()
     uri = default_uri(out)
     assert (addresses.misplaced(uri) or "").startswith(f"an earlier version kept {out}")
     shutil.copy(migrated, out / "mlflow.db")
-    there = ensure_store(uri, **shown)
-    sync([run], uri=uri, experiment_id=there, output_dir=out)
-    (found,) = MlflowClient(uri).search_runs([there])
+    there = open_store(uri, **shown)
+    Syncer(there).sync([run])
+    (found,) = MlflowClient(uri).search_runs([there.experiment_id])
     assert found.data.metrics["train/loss"]
     assert (tmp_path / "a b" / "mlflow.db").read_bytes() == before
 
@@ -271,7 +274,7 @@ def test_a_refused_login_is_called_one_and_names_the_variables(
     status: int, body: str, tmp_path: Path
 ) -> None:
     with answering(status, body) as uri, pytest.raises(TrackingUnreachable) as caught:
-        ensure_store(uri, experiment="x", output_dir=tmp_path)
+        open_store(uri, experiment="x", output_dir=tmp_path)
     line = str(caught.value)
     assert line.startswith(f"tracking: login refused by {uri} ({status}); ")
     for variable in ("USERNAME", "PASSWORD", "TOKEN"):
@@ -284,7 +287,7 @@ def test_a_refused_login_is_called_one_and_names_the_variables(
 def test_a_server_that_is_broken_or_gone_has_refused_no_login(tmp_path: Path) -> None:
     for status in (404, 500, 503):
         with answering(status, "no") as uri, pytest.raises(TrackingUnreachable) as caught:
-            ensure_store(uri, experiment="x", output_dir=tmp_path)
+            open_store(uri, experiment="x", output_dir=tmp_path)
         assert "login" not in str(caught.value)
 
 
@@ -383,7 +386,7 @@ def test_a_schema_of_another_mlflow_is_said_at_the_start(
     for word in words:
         assert word in note
     with pytest.raises(ConfigError) as caught:  # and again by what would have shown the runs
-        ensure_store(uri, experiment="a", output_dir=tmp_path)
+        open_store(uri, experiment="a", output_dir=tmp_path)
     assert str(caught.value) == note
     database.write_bytes(b"no database at all, which is said by what opens it")
     assert settled(uri=uri)[1] == []

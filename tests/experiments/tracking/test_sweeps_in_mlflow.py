@@ -75,9 +75,7 @@ def two_arms() -> SweepView:
 @pytest.fixture
 def show(store: Store) -> Callable[[SweepView], str]:
     def show(view: SweepView) -> str:
-        parent, problem = sweeps.update(
-            view, uri=store.uri, experiment_id=store.experiment_id, output_dir=store.folder
-        )
+        parent, problem = sweeps.update(store.opened(), view, wait_s=600)
         assert problem is None
         return parent
 
