@@ -18,7 +18,11 @@ from relora_core import shared
 
 @contextlib.contextmanager
 def followed(run_dir: RunDir) -> Iterator[None]:
-    """MLflow kept in step where a server can be asked; a database file is no node's to write to."""
+    """MLflow kept up to date where a server can be asked; a database file is no node's to write to.
+
+    By a child process, as the run is in this one: a thread would take turns with its training, wait
+    with it for a slow server, and die with it before the last points are sent.
+    """
     config = run_dir.config()
     if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
         yield
@@ -27,7 +31,7 @@ def followed(run_dir: RunDir) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         with shielded():
-            stack.enter_context(follower.follow([run_dir], config=config))
+            stack.enter_context(follower.follow(run_dir, config=config))
         yield
 
 

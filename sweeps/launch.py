@@ -150,7 +150,7 @@ def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
         again = command("report", plan.name, output_dir=output_dir)
         display.say(console, f"no report: {one_line(error)}; `{again}` tries again")
     if any(cell.config.tracking.enabled for cell in plan.cells):
-        for text in tracking.complaints(tracking.shown(output_dir, plan.name)):
+        for text in tracking.complaints(tracking.show(output_dir, plan.name)):
             display.say(console, text)
 
 

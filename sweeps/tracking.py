@@ -1,6 +1,7 @@
 """Keeps MLflow up to date with an output folder while its runs are at work.
 
-Not for: how it looks in MLflow (`experiments/tracking/`).
+Not for: how it looks in MLflow (`experiments/tracking/`), nor for a run in this very process, which
+a child process follows (`attempt.followed`).
 """
 
 from __future__ import annotations
@@ -8,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiments import addresses
-from experiments.disk.output_dir import run_at
 from experiments.disk.state import RunState
 from experiments.tracking.tracker import Pass, Tracker
 from sweeps.planning.plan import Plan
@@ -40,14 +40,31 @@ def tracker(
     return Tracker(output_dir, survey=survey, tracking_uri=tracking_uri, servers=servers)
 
 
-def shown(output_dir: Path | str, sweep: str) -> list[Pass]:
-    """What came of showing the sweep; none, and a line on stderr, where its plan cannot be read."""
+def pass_over(
+    shower: Tracker,
+    sweeps: Sequence[str] | None,
+    *,
+    states: Mapping[str, RunState] | None = None,
+    final: bool = True,
+) -> list[Pass]:
+    """What came of a pass; where not even the plans can be read, that is its one problem."""
     try:
-        return bring_up_to_date(output_dir, [sweep])
+        return shower.bring_up_to_date(sweeps, states=states, final=final)
     except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"tracking: {line}; `python -m sweeps sync` tries again", file=sys.stderr)
-        return []
+        line = line if line.startswith("tracking") else f"tracking: {line}"
+        problem = f"{line}; `python -m sweeps sync` tries again"
+        place = {"uri": "", "experiment": "", "sweep": None}
+        return [Pass(**place, names={}, colours={}, problem=problem)]
+
+
+def show(output_dir: Path | str, sweep: str) -> list[Pass]:
+    """What came of showing the sweep as it is now."""
+    return pass_over(tracker(output_dir), [sweep])
+
+
+def problems(passes: Sequence[Pass]) -> list[str]:
+    return [one.problem for one in passes if one.problem]
 
 
 def complaints(passes: Sequence[Pass]) -> Iterator[str]:
@@ -62,49 +79,78 @@ def complaints(passes: Sequence[Pass]) -> Iterator[str]:
 _SAID: set[str] = set()
 
 
+def complain(passes: Sequence[Pass]) -> None:
+    for line in complaints(passes):
+        print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def keep_up_to_date(
+    output_dir: Path | str,
+    sweeps: Sequence[str] | None,
+    *,
+    every_s: float,
+    hear: Callable[[Sequence[Pass]], None],
+    meanwhile: bool = True,
+    states: Callable[[], Mapping[str, RunState] | None] = lambda: None,
+    servers: bool = True,
+    last_s: float | None = None,
+) -> Iterator[None]:
+    """Keep MLflow up to date while the body runs, and bring it up to date once more at its end.
+
+    In a thread: a store may take a second for each run, or not answer at all. Passes take at most a
+    fifth of the time, and after one with a problem the next one waits longer. `hear` gets what came
+    of each pass, of the last one alone unless `meanwhile`. `states`, as the caller has them, spare
+    asking the scheduler. The end is awaited for `last_s` seconds; after Ctrl-C there is no last
+    pass.
+    """
+    shower = tracker(output_dir, servers=servers)
+    over, cut = threading.Event(), threading.Event()
+
+    def repeat() -> None:
+        pause = every_s
+        while not cut.is_set():
+            final, began = over.is_set(), time.monotonic()
+            passes = pass_over(shower, sweeps, states=states(), final=final)
+            if final or meanwhile:
+                hear(passes)
+            if final:
+                return
+            pause = min(2 * pause, LONGEST_S) if problems(passes) else every_s
+            over.wait(max(pause, 4 * (time.monotonic() - began)))
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        cut.set()
+        raise
+    finally:
+        over.set()
+        thread.join(CUT_S if cut.is_set() else last_s)
+        if thread.is_alive() and not cut.is_set():
+            line = f"tracking: not ready {last_s:.0f} s after the runs; `python -m sweeps sync` is"
+            print(f"{line} what is left to do", file=sys.stderr)
+
+
+LONGEST_S = 60.0
+"""Longest pause after a pass with a problem."""
+CUT_S = 10.0
+"""Longest wait for the pass at work after Ctrl-C."""
+LOCAL_S = 5.0
+"""Pause between two passes while runs of this machine are at work."""
 STORE_S = 120.0
 """Longest wait for MLflow's store when all runs have ended."""
 
 
 @contextlib.contextmanager
 def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """Keep the sweep's runs in MLflow up to date; its means when all have ended.
-
-    In a thread: a store may take a second for each run, or not answer at all.
-    """
-    ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(plan, output_dir, ended), daemon=True)
+    """Keep the sweep's runs in MLflow up to date; its means when all have ended."""
     if not any(cell.config.tracking.enabled for cell in plan.cells):
         yield
         return
-    thread.start()
-    try:
+    with keep_up_to_date(
+        output_dir, [plan.name], every_s=LOCAL_S, hear=complain, meanwhile=False, last_s=STORE_S
+    ):
         yield
-    finally:
-        ended.set()
-        thread.join(STORE_S)
-        if thread.is_alive():
-            line = f"tracking: not ready {STORE_S:.0f} s after the runs; `python -m sweeps sync` is"
-            print(f"{line} what is left to do", file=sys.stderr)
-
-
-def _follow(plan: Plan, output_dir: Path, ended: threading.Event) -> None:
-    """Show all runs, follow them by a child process until `ended`, show all again."""
-    from experiments.tracking import follower
-
-    tracked = [cell for cell in plan.cells if cell.config.tracking.enabled]
-    config = tracked[0].config
-    place = (addresses.store_uri(config), addresses.experiment_name(config))
-    passes = shown(output_dir, plan.name)
-    here = next((one for one in passes if (one.uri, one.experiment) == place), None)
-    if not ended.is_set():
-        with follower.follow(
-            [run_at(output_dir, cell.run_id) for cell in tracked],
-            config=config,
-            names=here.names if here else {cell.run_id: cell.name for cell in tracked},
-            parent=here.parent if here else None,
-            warn=lambda _: None,  # a pass over all of it follows
-        ):
-            ended.wait()
-    for line in complaints(shown(output_dir, plan.name)):
-        print(line, file=sys.stderr)

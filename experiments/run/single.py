@@ -59,7 +59,7 @@ def run_here(config: RunConfig) -> int:
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:
-            follower = stack.enter_context(mlflow_follow.follow([run_dir], config=config))
+            follower = stack.enter_context(mlflow_follow.follow(run_dir, config=config))
             follower.wait_ready(60)
         stop = StopFlag()
         stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))

@@ -1,7 +1,9 @@
-"""A child process that keeps MLflow up to date while runs are at work; never slows or harms them.
+"""A child process that keeps MLflow up to date while a run trains; never slows or harms it.
 
-The trainer's process writes events.jsonl and waits for nothing: all that is asked of a store is
-asked here. Not for: what is shown of a run (`runs.py`).
+For a run in this very process, which writes events.jsonl and waits for nothing: importing MLflow
+and asking a store in a thread would take turns with the training, and end with it when it is
+killed. Processes that only look after others use a thread: `sweeps/tracking.py`. Not for: what is
+shown of a run (`runs.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.addresses import experiment_name, redacted, store_uri
 from experiments.disk.run_dir import RunDir
 from experiments.tracking import store
-from experiments.tracking.runs import InSweep, Syncer, SyncReport
+from experiments.tracking.runs import Syncer, SyncReport
 from experiments.tracking.store import TrackingUnreachable, open_store
 from relora_core import shared, shell
 from relora_core.config import RunConfig
@@ -46,8 +48,6 @@ class Follower:
         uri: str,
         experiment: str,
         output_dir: Path | str,
-        names: Mapping[str, str] | None = None,
-        parent: str | None = None,
         every_s: float = 3.0,
         final_timeout_s: float = 120.0,
         warn: Callable[[str], None] = _to_stderr,
@@ -56,11 +56,9 @@ class Follower:
         self._output_dir = Path(output_dir).absolute()
         self._spec = {
             "runs": [str(run.path.absolute()) for run in runs],
-            "names": dict(names or {}),
             "uri": uri,
             "experiment": experiment,
             "output_dir": str(self._output_dir),
-            "parent": parent,
             "every_s": every_s,
         }
         self._final_timeout_s = final_timeout_s
@@ -150,23 +148,13 @@ class Follower:
         self._settled.set()
 
 
-def follow(
-    runs: Sequence[RunDir],
-    *,
-    config: RunConfig,
-    names: Mapping[str, str] | None = None,
-    parent: str | None = None,
-    warn: Callable[[str], None] = _to_stderr,
-) -> Follower:
-    """A Follower of runs that are tracked as `config` says; `parent` is an MLflow run's id."""
+def follow(run: RunDir, *, config: RunConfig) -> Follower:
+    """A Follower of a run that is tracked as `config` says."""
     return Follower(
-        runs,
-        names=names,
-        parent=parent,
+        [run],
         uri=store_uri(config),
         experiment=experiment_name(config),
         output_dir=config.output_dir,
-        warn=warn,
     )
 
 
@@ -205,7 +193,6 @@ def _follow(
 ) -> str | None:
     """Pass after pass until `closed`, then a last one, tried twice; what is wrong after that."""
     runs = [RunDir(path) for path in spec["runs"]]
-    sweep = InSweep(names=spec["names"], parent=spec["parent"])
     syncer: Syncer | None = None
     pause, tries = spec["every_s"], 0
     while True:
@@ -214,7 +201,7 @@ def _follow(
         try:
             if syncer is None:
                 syncer = _start(spec, say)
-            report = syncer.sync(runs, sweep=sweep, final=final)
+            report = syncer.sync(runs, final=final)
             problem = _complaint(report, total=len(runs))
             pause = spec["every_s"]
         except Exception as error:  # whatever it is: the runs go on, and the next pass may succeed

@@ -190,7 +190,7 @@ def close(study: Study, console: Console) -> int:
     write_results(study.folder)
     if any(base.tracking.enabled for base in study.spec.bases.values()):
         # plots go to the parent run
-        for line in tracking.complaints(tracking.shown(output_dir, name)):
+        for line in tracking.complaints(tracking.show(output_dir, name)):
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     display.say(console, f"results: {command('search', name, output_dir=output_dir)}")
     return 0

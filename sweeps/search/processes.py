@@ -9,7 +9,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,32 +141,14 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-@contextlib.contextmanager
-def tracked(folder: Path) -> Iterator[None]:
+def tracked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """MLflow brought up to date every while, where tracking is on."""
     config = next(iter(Study.open(folder).spec.bases.values()))
     if not config.tracking.enabled:
-        yield
-        return
-    over = threading.Event()
-    thread = threading.Thread(target=_track, args=(folder, over), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _track(folder: Path, over: threading.Event) -> None:
-    name, output_dir = folder.parent.name, folder.resolve().parents[2]
-    tracker, told = tracking.tracker(output_dir), ""
-    while True:
-        last = over.wait(TRACK_EVERY_S)
-        planned = (folder.parent / "plan.json").exists()  # once the first trial was asked for
-        for one in tracker.bring_up_to_date([name], final=last) if planned else []:
-            if one.problem and one.problem != told:
-                told = one.problem
-                print(told, file=sys.stderr)
-        if last:
-            return
+        return contextlib.nullcontext()
+    return tracking.keep_up_to_date(
+        folder.resolve().parents[2],
+        [folder.parent.name],
+        every_s=TRACK_EVERY_S,
+        hear=tracking.complain,
+    )

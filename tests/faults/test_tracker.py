@@ -192,8 +192,6 @@ def last_pass(config: RunConfig) -> str:
     """What the follower has to say at the end of a run: its own code, in this process."""
     spec = {
         "runs": [str(run.path) for run in all_runs(config.output_dir)],
-        "names": {},
-        "parent": None,
         "uri": default_uri(config.output_dir),
         "experiment": "demo",
         "output_dir": config.output_dir,

@@ -21,7 +21,7 @@ from mlflow_runs import Store, a_run, expected, train, wait_for
 
 from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json
-from experiments.tracking import content
+from experiments.tracking import content, run_view
 from experiments.tracking.follower import Follower
 from experiments.tracking.runs import Syncer
 from experiments.tracking.store import TrackingUnreachable, open_store
@@ -39,7 +39,6 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
         uri=store.uri,
         experiment=store.client.get_experiment(store.experiment_id).name,
         output_dir=tmp_path,
-        names={run.run_id: "followed"},
         every_s=0.05,
         warn=said.append,
     ) as follower:
@@ -48,7 +47,7 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
         train(run, attempt=2, start=20, stop=60, state="finished")
     assert said == []
     assert store.points(run) == expected(run)
-    assert store.run(run).info.run_name == "followed"
+    assert store.run(run).info.run_name == run_view.default_name(run.config())
     assert store.run(run).info.status == "FINISHED"
 
 

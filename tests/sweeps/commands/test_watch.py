@@ -15,6 +15,7 @@ from rich.console import Console
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
 from relora_core.config import TrackingConfig
+from sweeps import tracking
 from sweeps.__main__ import main
 from sweeps.commands import selection, status, watch
 from sweeps.commands.selection import Observer, runs_of
@@ -237,6 +238,9 @@ def test_tracking_servers_are_left_to_sync(make, tmp_path):
     server = TrackingConfig(enabled=True, uri="http://127.0.0.1:9")
     config = dataclasses.replace(make(), tracking=server)
     store(make_plan([({}, config)], name="s"), output_dir=tmp_path / "out")
-    mirror = watch.Mirror(str(tmp_path / "out"))
-    mirror.pass_over(final=True)
-    assert mirror.problem is None
+    shown = watch.View()
+    with tracking.keep_up_to_date(
+        tmp_path / "out", None, every_s=3600, hear=shown.hear, servers=False
+    ):
+        pass
+    assert shown.problem is None

@@ -347,17 +347,15 @@ def test_runs_wait_for_no_store(make, launch, tmp_path, monkeypatch):
     """The first look at MLflow ends after the last run has; the second shows them as they ended."""
     seen: list[list[str]] = []
 
-    def slow(output_dir, names):
+    def slow(tracker, names, **_):
         deadline = time.monotonic() + 60
         while not seen and len(executed(tmp_path)) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         seen.append([what for _, what, _ in executed(tmp_path)])
         return []
 
-    monkeypatch.setattr("sweeps.tracking.bring_up_to_date", slow)
-    monkeypatch.setattr(
-        "experiments.tracking.follower.follow", lambda *a, **k: contextlib.nullcontext()
-    )
+    monkeypatch.setattr("sweeps.tracking.LOCAL_S", 3600.0)
+    monkeypatch.setattr("experiments.tracking.tracker.Tracker.bring_up_to_date", slow)
     summary, _ = launch(planned(make, [0, 1], tracking=TrackingConfig(enabled=True)))
     assert states(summary) == {"0": "finished", "1": "finished"}
     assert [len(one) for one in seen] == [4, 4]

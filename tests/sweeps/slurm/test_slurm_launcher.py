@@ -1344,7 +1344,7 @@ def test_mlflows_part_begins_when_the_jobs_are_submitted_and_nobody_waits_for_it
 
     stand_in = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr("sweeps.slurm.launcher.subprocess", stand_in)
-    monkeypatch.setattr("sweeps.tracking.bring_up_to_date", waits)
+    monkeypatch.setattr("experiments.tracking.tracker.Tracker.bring_up_to_date", waits)
     done, text = submit([0, 1], changes={"tracking": TrackingConfig(enabled=True)})
     assert done == 0
     words = ["sweeps", "sync", "s", "--output-dir", out.absolute()]
