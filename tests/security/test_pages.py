@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.disk.state import RunState
+from experiments.disk.states import State
 from experiments.report.document import (
     Bullets,
     Code,
@@ -87,7 +89,8 @@ def test_a_report_has_the_elements_that_it_has_with_harmless_words(
 
 
 def note(text: str, *, command: str) -> str:
-    run = SimpleNamespace(run_id="r", name=text, state=SimpleNamespace(state="failed", reason=text))
+    state = RunState(run_id="r", state=State.FAILED, reason=text)
+    run = SimpleNamespace(run_id="r", name=text, state=state)
     arm = SimpleNamespace(arm_id="a", name=text, runs=[run], finished=0)
     view = SimpleNamespace(
         name="s", question=text, arms=[arm], collapsed=[text], commands=[command]
