@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,3 +223,11 @@ def store_uri(config: RunConfig) -> str:
 def experiment_name(config: RunConfig) -> str:
     """The MLflow experiment that holds the run."""
     return config.tracking.experiment or config.sweep.name or config.experiment
+
+
+def ui_command(output_dir: Path | str, *, sweep: str | None = None) -> str:
+    """The shell command that shows a sweep, or everything below `output_dir`, in a browser."""
+    words = ["python", "-m", "sweeps", "ui", *([sweep] if sweep else [])]
+    if Path(output_dir) != Path("outputs"):
+        words += ["--output-dir", str(output_dir)]
+    return shlex.join(words)

@@ -1,7 +1,7 @@
 """Estimates and comparisons over seeds: pure functions of numbers.
 
 Values that are not finite are left out of means, and results count them. Not for: choosing which
-runs to average, nor tests of BLiMP's paradigms (`stats_blimp.py`).
+runs to average, nor tests of BLiMP's paradigms (`blimp_tests.py`).
 """
 
 from __future__ import annotations

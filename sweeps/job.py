@@ -4,7 +4,9 @@
     python -m sweeps.job --after CODE SUBMISSION   the batch script, once srun has ended
 
 SUBMISSION is the submission.json written before sbatch was called; the task's number in the array
-says which of its entries this job is. Not for: submitting (`slurm.py`), training (`worker.py`).
+says which of its entries this job is.
+
+Not for: submitting (`slurm/sbatch.py`), training (`worker.py`).
 """
 
 from __future__ import annotations

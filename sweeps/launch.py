@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments import addresses
 from experiments.disk.output_dir import (
     plan_folder,
     refuse_unwritable,
@@ -18,7 +19,6 @@ from experiments.disk.output_dir import (
 )
 from experiments.disk.state import RunState
 from experiments.run.complete import prepared_notes
-from experiments.tracking import links
 from relora_core import shell
 from relora_core.config import RunConfig
 from sweeps import display, tracking
@@ -156,4 +156,4 @@ def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
 
 def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
     if any(cell.config.tracking.enabled for cell in plan.cells):
-        display.say(console, f"compare: {links.ui_command(output_dir, sweep=plan.name)}")
+        display.say(console, f"compare: {addresses.ui_command(output_dir, sweep=plan.name)}")

@@ -78,3 +78,22 @@ def test_every_promise_names_a_test():
         for test in tests:
             path = ROOT / test
             assert path.is_file() or (path.is_dir() and any(path.glob("test_*.py"))), test
+
+
+SOURCES = sorted(
+    path
+    for package in ("relora_core", "experiments", "sweeps", "hydra_plugins")
+    for path in (ROOT / package).rglob("*.py")
+)
+
+
+def test_every_file_that_a_docstring_names_exists():
+    """`x.py`, with or without its folder."""
+    files = [f"/{path.relative_to(ROOT)}" for path in (*SOURCES, *ROOT.glob("*.py"))]
+    wrong = []
+    for source in SOURCES:
+        docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        for named in re.findall(r"`([\w/]+\.py)`", docstring):
+            if not any(file.endswith(f"/{named}") for file in files):
+                wrong.append(f"{source.relative_to(ROOT)}: {named}")
+    assert wrong == []

@@ -1,6 +1,6 @@
 """A report as sections of text, tables and pictures, and its HTML, Markdown and CSV.
 
-Not for: what a report says (`report.py`).
+Not for: what a report says (`page.py`).
 """
 
 from __future__ import annotations

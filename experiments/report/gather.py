@@ -3,7 +3,7 @@
     gather(output_dir, sweep) -> Sweep -> arms -> runs -> curves, metrics, tables, cost
 
 Reads plan, records and results, needs no torch, and takes what is odd in a run as a fact about that
-run. Not for: estimates (`stats.py`), pictures (`figures.py`), words (`report.py`).
+run. Not for: estimates (`stats.py`), pictures (`figures/`), words (`page.py`).
 """
 
 from __future__ import annotations

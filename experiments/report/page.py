@@ -3,7 +3,7 @@
     output_dir/sweeps/<name>/report/  report.html, report.md, figures/, tables/*.csv, data.parquet
 
 It says what it cannot say, too: runs that did not finish are counted, one seed has no interval. Not
-for: reading records (`tidy.py`), estimates (`stats.py`), layout (`document.py`).
+for: reading records (`gather.py`), estimates (`stats.py`), layout (`document.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tables of a report: means, comparisons, BLiMP, restarts, cost; cells for people, CSV beneath.
 
-Not for: estimates and tests themselves (`stats.py`, `stats_blimp.py`).
+Not for: estimates and tests themselves (`stats.py`, `blimp_tests.py`).
 """
 
 from __future__ import annotations

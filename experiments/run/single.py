@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 
-from experiments import environment
+from experiments import addresses, environment
 from experiments.disk import frozen, inputs
 from experiments.disk.output_dir import cache_dir, check_output_dir, runs_folder, same_runs
 from experiments.disk.run_dir import RunDir
@@ -16,7 +16,6 @@ from experiments.identity import run_id
 from experiments.run.complete import complete, prepared_notes
 from experiments.run.runner import run_experiment
 from experiments.run.stopping import SIGNALS, StopFlag
-from experiments.tracking import links
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data.base import DataError
@@ -74,7 +73,7 @@ def run_here(config: RunConfig) -> int:
         fail(f"{run_dir.run_id} {run_dir.status().error or outcome}", code=130)
     print_result(run_dir)
     if config.tracking.enabled:
-        print(f"compare: {links.ui_command(typed)}")
+        print(f"compare: {addresses.ui_command(typed)}")
     return 0 if outcome is Outcome.FINISHED else 1
 
 

@@ -1,6 +1,6 @@
 """Where a run's events go while it runs: heartbeat in status.json, console, load of the machine.
 
-The record itself is `run_dir.EventLog`; MLflow follows that file (`mlflow_follow.py`).
+The record itself is `event_log.EventLog`; MLflow follows that file (`follower.py`).
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -20,14 +18,6 @@ from experiments.tracking.store import connect, reachable
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
-
-
-def ui_command(output_dir: Path | str, *, sweep: str | None = None) -> str:
-    """The shell command that shows a sweep, or everything below `output_dir`, in a browser."""
-    words = ["python", "-m", "sweeps", "ui", *([sweep] if sweep else [])]
-    if Path(output_dir) != Path("outputs"):
-        words += ["--output-dir", str(output_dir)]
-    return shlex.join(words)
 
 
 def ui_link(base: str, experiment_id: str) -> str:

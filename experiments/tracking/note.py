@@ -1,6 +1,6 @@
 """A sweep in words: the Markdown note on its MLflow run, and its table of arms as an artifact.
 
-Not for: getting them into MLflow (`mlflow_sweep.py`). Imports no MLflow.
+Not for: getting them into MLflow (`sweeps.py`). Imports no MLflow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What MLflow is to show of a run, out of the run's folder. Pure: no store and no MLflow here.
 
 Points come with their step, and how far the record was read is a Position, so that nothing is
-counted twice. Not for: asking or telling a store (`mlflow_sync.py`).
+counted twice. Not for: asking or telling a store (`runs.py`).
 """
 
 from __future__ import annotations

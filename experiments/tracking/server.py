@@ -1,6 +1,6 @@
 """MLflow's pages over a store: its server, lean, and links that open right in a fresh browser.
 
-Not for: what the pages show (`mlflow_sweep.py`), nor the choice of the store (`sweeps/commands`).
+Not for: what the pages show (`sweeps.py`), nor the choice of the store (`sweeps/commands`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     output_dir/sweeps/<name>/plan.json    every cell that a command of this name has planned
     output_dir/sweeps/<name>/code.diff    the code at the newest planning (snapshot.py)
 
-Not for: deciding what still has to run (`state.py`, `launch.py`), nor for composing (`grid.py`).
+Not for: deciding what still has to run (`slurm/survey.py`, `launch.py`), nor composing (`grid.py`).
 """
 
 from __future__ import annotations

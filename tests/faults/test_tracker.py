@@ -2,7 +2,7 @@
 
 A follower that is killed and a store that is locked, damaged, of another MLflow or on a full disk
 cost one line at the end of the run; its exit code and its record are those of a run that is not
-tracked. Servers that fail: `tests/experiments/test_mlflow_follow.py`.
+tracked. Servers that fail: `tests/experiments/tracking/test_follower.py`.
 """
 
 from __future__ import annotations

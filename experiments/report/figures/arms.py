@@ -1,6 +1,6 @@
 """Figures with rows of arms: final numbers, differences, BLiMP by phenomenon.
 
-Not for: curves (`figures.py`), estimates (`stats.py`).
+Not for: curves (`curves.py`), estimates (`stats.py`).
 """
 
 from __future__ import annotations

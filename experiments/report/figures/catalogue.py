@@ -2,8 +2,8 @@
 
     all_figures(sweep, folder) -> list[Figure]     <folder>/<name>.svg and .png
 
-Figures with rows of arms are in `figures_arms.py`, those after the paper's own in
-`figures_paper.py`. Not for: style (`canvas.py`), the text beside a figure (`report.py`).
+Figures with rows of arms are in `arms.py`, those after the paper's own in
+`paper.py`. Not for: style (`canvas.py`), the text beside a figure (`page.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An arm's curve is the mean of its finished runs with a 95 % t band over seeds; a single run is a
 thin line without one, and so is each run that has not finished. Not for: what a figure shows
-(`figures.py`, `figures_paper.py`).
+(`catalogue.py`, `paper.py`).
 """
 
 from __future__ import annotations

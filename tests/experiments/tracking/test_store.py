@@ -132,7 +132,7 @@ def test_good_addresses_pass(tmp_path: Path) -> None:
 def test_checking_an_address_loads_no_mlflow() -> None:
     script = (
         "import sys; from experiments.addresses import check_uri, default_uri; "
-        "from experiments.tracking.links import ui_command; "
+        "from experiments.addresses import ui_command; "
         "from relora_core.config import TrackingConfig; "
         "check_uri(TrackingConfig(enabled=True, uri='http://h')); ui_command('x'); "
         "sys.exit(any(m in sys.modules for m in ('mlflow', 'torch', 'sqlalchemy')))"
@@ -151,8 +151,8 @@ def test_the_experiment_is_named_after_the_nearest_of_its_names() -> None:
 
 
 def test_the_way_to_the_ui_is_one_command_and_links_lead_to_the_runs() -> None:
-    assert links.ui_command("outputs", sweep="ranks") == "python -m sweeps ui ranks"
-    command = links.ui_command("out puts")
+    assert addresses.ui_command("outputs", sweep="ranks") == "python -m sweeps ui ranks"
+    command = addresses.ui_command("out puts")
     assert command == "python -m sweeps ui --output-dir 'out puts'"
     link = links.ui_link("http://127.0.0.1:5000/", "7")
     assert link.startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
