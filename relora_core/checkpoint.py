@@ -246,7 +246,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._written: tuple[int, float] | None = None
         self._error: BaseException | None = None
-        self._kept: list[Kept | None] = []
+        self._frozen_files: list[Kept | None] = []
 
     def __enter__(self) -> Self:
         return self
@@ -298,8 +298,8 @@ class Writer:
         The last one's would do for disk space, but then one damaged file would spoil both of the
         checkpoints that a run can go on from.
         """
-        kept = self._kept[0] if len(self._kept) == 2 else None
-        return kept if kept and kept.versions == versions and kept.file.exists() else None
+        frozen = self._frozen_files[0] if len(self._frozen_files) == 2 else None
+        return frozen if frozen and frozen.versions == versions and frozen.file.exists() else None
 
     def _run(
         self, snapshot: Snapshot, versions: dict[str, tuple[int, int]], same: Kept | None
@@ -312,12 +312,12 @@ class Writer:
             self._error = error
             return
         self._written = snapshot.step, time.time()
-        kept = (
+        frozen = (
             Kept(file=path / FROZEN, digest=digests[FROZEN], versions=versions)
             if versions
             else None
         )
-        self._kept = [*self._kept[-1:], kept]
+        self._frozen_files = [*self._frozen_files[-1:], frozen]
 
     def wait(self) -> tuple[int, float] | None:
         """Until what was begun is on disk: its step, and when that was. Raises why it is not."""
@@ -383,12 +383,12 @@ def damage(path: Path) -> str | None:
     for name, expected in digests.items():
         try:
             with open(path / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, ValueError):
             return name
         except OSError as error:
             return _unreadable(error, name)
-        if found != expected:
+        if digest != expected:
             return name
     return None
 

@@ -99,15 +99,15 @@ GENERATORS_BYTES = 14_200
 def checkpoint_bytes(config: RunConfig) -> int:
     """One checkpoint on disk at its largest: weights, moments, dynamics' reference weights."""
     counted, method = parameters(config), method_config(config)
-    added, kept, frozen = method.added(config), method.kept(config), method.frozen(config)
+    added, buffers, frozen = method.added(config), method.kept(config), method.frozen(config)
     plain = 3 + 9 * config.model.n_layers
     states = method.moment_bytes(config, trainable=counted.trainable)
     states += STATE_BYTES * (plain - len(frozen) + len(added))
     if method.phases(config):
         alone = counted.total - _entries(added.values())
         states = max(states, 8 * alone + STATE_BYTES * plain)
-    weights = counted.total + _entries(kept.values()) + sum(_reference_sizes(config))
-    tensors = plain + len(added) + len(kept)
+    weights = counted.total + _entries(buffers.values()) + sum(_reference_sizes(config))
+    tensors = plain + len(added) + len(buffers)
     return 4 * weights + TENSOR_BYTES * tensors + states + GENERATORS_BYTES
 
 

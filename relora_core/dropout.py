@@ -49,8 +49,8 @@ class Dropout:
         index = torch.arange(1, words + 1, device=x.device).repeat(len(x), 1)
         index += words * (self.first + self.stride * torch.arange(len(x), device=x.device)[:, None])
         bits = _split_mix(index, seed=self.seed).view(torch.int16)[:, :each]
-        kept = (bits ^ -(1 << 15)) < self.cut - (1 << 15)  # without a sign they would be < cut
-        return kept.view(torch.uint8).reshape(x.shape)
+        keep = (bits ^ -(1 << 15)) < self.cut - (1 << 15)  # without a sign they would be < cut
+        return keep.view(torch.uint8).reshape(x.shape)
 
 
 GOLDEN = 0x9E3779B97F4A7C15

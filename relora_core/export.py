@@ -308,15 +308,15 @@ def import_model(source: Path, *, folder: Path, tokenizer: str | None) -> list[s
     if tokenizer is None:
         write_llama(folder, model=model, state=state, eos_id=None, texts={})
         return ["no tokenizer was written: SOURCE has none; --tokenizer names one"]
-    found = HFTokenizer(tokenizer)
-    if found.vocab_size > (model.vocab_size or 0):
+    hf_tokenizer = HFTokenizer(tokenizer)
+    if hf_tokenizer.vocab_size > (model.vocab_size or 0):
         raise ConfigError(
             f"--tokenizer must have at most {model.vocab_size} ids (the rows of SOURCE's head), "
-            f"got {found.vocab_size} in {tokenizer!r}"
+            f"got {hf_tokenizer.vocab_size} in {tokenizer!r}"
         )
     notes: list[str] = []
-    files = _tokenizer_texts(found, model=model, notes=notes)
-    write_llama(folder, model=model, state=state, eos_id=found.eos_id, texts=files)
+    files = _tokenizer_texts(hf_tokenizer, model=model, notes=notes)
+    write_llama(folder, model=model, state=state, eos_id=hf_tokenizer.eos_id, texts=files)
     return notes
 
 
@@ -325,7 +325,7 @@ def _llama_shape(config: dict[str, Any], *, path: Path) -> ModelConfig:
     sizes = _take(LLAMA_DEFAULTS | given, LLAMA_KEYS, path=path, without=("n_kv_heads",))
     sizes["n_kv_heads"] = given.get(LLAMA_KEYS["n_kv_heads"], sizes["n_heads"])
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = {
+    actual = {
         "hidden_act": config.get("hidden_act", "silu"),
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
@@ -340,8 +340,8 @@ def _llama_shape(config: dict[str, Any], *, path: Path) -> ModelConfig:
         "rope_type": "default",
     }
     for key, value in expected.items():
-        if found[key] != value:
-            raise DataError(f"{path}: {key} must be {value!r}, got {found[key]!r}")
+        if actual[key] != value:
+            raise DataError(f"{path}: {key} must be {value!r}, got {actual[key]!r}")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     return ModelConfig(name=path.parent.name, rope_theta=theta, **sizes)
 

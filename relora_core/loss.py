@@ -65,15 +65,15 @@ class _Exponentials:
         total = torch.zeros_like(largest)
         make = self._native if self.native else self._plain
         for index, weight in enumerate(self.weights):
-            kept = torch.mm(bits, weight.T, out=self._place(index, len(bits)))
-            make(kept, targets - index * self.columns, largest, total, mean)
+            z = torch.mm(bits, weight.T, out=self._place(index, len(bits)))
+            make(z, targets - index * self.columns, largest, total, mean)
             self.largest[index] = largest
             if mean is None:
                 continue
-            if kept.dtype == torch.float32:
-                mean.addmm_(kept, weight)
+            if z.dtype == torch.float32:
+                mean.addmm_(z, weight)
             else:
-                mean.add_(kept @ weight)
+                mean.add_(z @ weight)
         if mean is not None:
             mean.div_(total)
         return largest.add_(total.log2_()).div_(LOG2E)[:, 0]
@@ -89,16 +89,16 @@ class _Exponentials:
         )
 
     def _plain(
-        self, kept: Tensor, own: Tensor, largest: Tensor, total: Tensor, mean: Tensor | None
+        self, logits: Tensor, own: Tensor, largest: Tensor, total: Tensor, mean: Tensor | None
     ) -> None:
         """Logits of a block, (rows, columns), become their exponentials relative to `largest`.
 
         0 where `own` (rows,) says. `largest` and the sums `total`, (rows, 1), go on, and as the
         former grows `total` and `mean` shrink.
         """
-        z = kept
-        if kept.dtype != torch.float32:
-            z = self.block[: kept.numel()].view_as(kept).copy_(kept)
+        z = logits
+        if logits.dtype != torch.float32:
+            z = self.block[: logits.numel()].view_as(logits).copy_(logits)
         place = own.clamp(0, z.shape[1] - 1)
         logit = z.gather(1, place[:, None]).masked_fill_((own == place)[:, None], -1e38)
         z.scatter_(1, place[:, None], logit)
@@ -106,8 +106,8 @@ class _Exponentials:
         shrink = (largest - grown).exp2_()
         largest.copy_(grown)
         total.mul_(shrink).add_(z.sub_(grown).exp2_().sum(dim=1, keepdim=True))
-        if z is not kept:
-            kept.copy_(z)
+        if z is not logits:
+            logits.copy_(z)
         if mean is not None:
             mean.mul_(shrink)
 
@@ -117,14 +117,14 @@ class _Exponentials:
         """d_weight = to * d_weight + p.T @ hidden, `to` 0 or 1; p = 0 at the targets."""
         factors = (self.largest - normaliser[:, None] * LOG2E).exp2_()  # make probabilities
         for index, part in enumerate(d_weight.split(self.columns)):
-            kept = self._place(index, len(hidden))
-            scaled = (hidden * factors[index]).to(kept.dtype)
-            if kept.dtype == torch.float32:
-                part.addmm_(kept.T, scaled, beta=to)
+            z = self._place(index, len(hidden))
+            scaled = (hidden * factors[index]).to(z.dtype)
+            if z.dtype == torch.float32:
+                part.addmm_(z.T, scaled, beta=to)
             elif to:
-                part.add_(kept.T @ scaled)
+                part.add_(z.T @ scaled)
             else:
-                part.copy_(kept.T @ scaled)
+                part.copy_(z.T @ scaled)
 
 
 def _buffer(like: Tensor, size: int) -> Tensor:
@@ -238,13 +238,13 @@ def _log_normalisers(hidden: Tensor, weight: Tensor) -> Tensor:
             total = torch.zeros(len(own), dtype=torch.float64, device=own.device)
             for block in _logit_blocks(own, weight, columns=columns):
                 total += block.exp2_().sum(dim=1)
-            found = total.log().float()
+            log_sums = total.log().float()
             wide = ~((total > 1e-30) & (total < math.inf))
             if wide.any():
                 blocks = _logit_blocks(own[wide], weight, columns=columns)
                 parts = [(block / LOG2E).logsumexp(dim=1) for block in blocks]
-                found[wide] = torch.stack(parts).logsumexp(dim=0)
-            out[start : start + rows] = found
+                log_sums[wide] = torch.stack(parts).logsumexp(dim=0)
+            out[start : start + rows] = log_sums
     return out
 
 

@@ -290,8 +290,8 @@ def _build(folder: Path, name: str) -> Path:
                 env={**environment, "LC_ALL": "C"},
             )
             if done.returncode:
-                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                first = next((line for line in said if "error" in line), said[-1])
+                output = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                first = next((line for line in output if "error" in line), output[-1])
                 raise NativeError(f"{compiler} failed ({first.strip()})")
             path = folder / f"{name}-{_digest(out.read_bytes())}.so"
             if _found(folder, name) != path:  # else others may have it in memory: it stays

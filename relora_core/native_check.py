@@ -28,10 +28,10 @@ Result = tuple[str, np.ndarray, np.ndarray]
 def wrong(call: Call) -> str | None:
     """The first function that computes something else than it should; None: all are right."""
     with np.errstate(all="ignore"):
-        for name, found, right in _results(call):
-            if (np.isnan(found) != np.isnan(right)).any():
+        for name, actual, right in _results(call):
+            if (np.isnan(actual) != np.isnan(right)).any():
                 return f"{name} takes no care of numbers that are none"
-            away = np.nanmax(np.abs(found - right)) / np.nanmax(np.abs(right))
+            away = np.nanmax(np.abs(actual - right)) / np.nanmax(np.abs(right))
             if not away < CLOSE["bfloat16" if name.endswith("bfloat16") else "float32"]:
                 return f"{name} is off by {away:.2g}"
     return None
@@ -76,8 +76,8 @@ def _attention(call: Call, draw: np.random.Generator) -> Iterator[Result]:
     out, sums = np.empty_like(q), np.empty((heads, length), np.float32)
     sizes = 1, length, heads, 1, size
     call("attention", q, k, v, out, sums, *sizes)
-    found = [np.empty_like(x) for x in (q, k, v)]
-    call("attention_back", q, k, v, out, sums, g, *found, *sizes)
+    gradients = [np.empty_like(x) for x in (q, k, v)]
+    call("attention_back", q, k, v, out, sums, g, *gradients, *sizes)
 
     scale = size**-0.5
     keys, values = _read(k)[:, 0], _read(v)[:, 0]
@@ -99,7 +99,7 @@ def _attention(call: Call, draw: np.random.Generator) -> Iterator[Result]:
         want[3][:] += p.T @ up
     yield "attention", out, want[0]
     yield "attention", sums, logs
-    for one, right in zip(found, want[1:], strict=True):
+    for one, right in zip(gradients, want[1:], strict=True):
         yield "attention_back", one, right.reshape(one.shape)
 
 

@@ -91,7 +91,7 @@ class _Waiting:
 
     def __init__(self, place: Group, *, stop: Callable[[], bool]) -> None:
         self.place, self.stop = place, stop
-        self.start, self.said = time.monotonic(), False
+        self.start, self.announced = time.monotonic(), False
 
     def goes_on(self, missing: str) -> bool:
         """After a moment; False where asked to end. ConfigError when it has taken too long."""
@@ -103,9 +103,9 @@ class _Waiting:
                 f"{self.place.world} processes must share this run, got none of {missing} within "
                 f"{LONGEST_S:.0f} s ({self.place})"
             )
-        if waited > SAY_AFTER_S and not self.said:
+        if waited > SAY_AFTER_S and not self.announced:
             print(f"waiting for {missing}: this is {self.place}", file=sys.stderr, flush=True)
-            self.said = True
+            self.announced = True
         time.sleep(LOOK_EVERY_S)
         return True
 

@@ -99,28 +99,28 @@ def group(environment: Mapping[str, str]) -> Group:
     if len(numbers) < 2:
         _refuse_tasks(environment)
         return Group()
-    said = " ".join(f"{name}={text}" for name, text in given.items())
-    place = {name: _whole(name, given[name], said=said) for name in numbers}
+    variables = " ".join(f"{name}={text}" for name, text in given.items())
+    place = {name: _whole(name, given[name], variables=variables) for name in numbers}
     world, local = place.get("WORLD_SIZE"), place.get("LOCAL_WORLD_SIZE")
     for name, size, of in (
         ("RANK", world, "WORLD_SIZE"),
         ("LOCAL_RANK", local, "LOCAL_WORLD_SIZE"),
     ):
         if size is not None and place.get(name, 0) >= max(size, 1):
-            raise ConfigError(f"{name} must be below {of}, got {said}; {START}, or unset them")
+            raise ConfigError(f"{name} must be below {of}, got {variables}; {START}, or unset them")
     if world == 0 or local == 0 or (world and local and local > world):
         raise ConfigError(
-            f"LOCAL_WORLD_SIZE must be in [1, WORLD_SIZE], got {said}; {START}, or unset them"
+            f"LOCAL_WORLD_SIZE must be in [1, WORLD_SIZE], got {variables}; {START}, or unset them"
         )
     if world == 1:
         _refuse_tasks(environment)
         return Group()
     if missing := [name for name in PLACE if name not in given]:
         raise ConfigError(
-            f"a group of processes must be named by {', '.join(PLACE)}, got {said} without "
+            f"a group of processes must be named by {', '.join(PLACE)}, got {variables} without "
             f"{', '.join(missing)}; {START}, or unset them"
         )
-    port = _whole("MASTER_PORT", given["MASTER_PORT"], said=said)
+    port = _whole("MASTER_PORT", given["MASTER_PORT"], variables=variables)
     assert world is not None
     return Group(
         rank=place["RANK"],
@@ -130,9 +130,9 @@ def group(environment: Mapping[str, str]) -> Group:
     )
 
 
-def _whole(name: str, text: str, *, said: str) -> int:
+def _whole(name: str, text: str, *, variables: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"{name} must be a whole number, got {said}; {START}, or unset them")
+        raise ConfigError(f"{name} must be a whole number, got {variables}; {START}, or unset them")
     return int(text)
 
 
@@ -141,9 +141,9 @@ def _refuse_tasks(environment: Mapping[str, str]) -> None:
     for rank, size in TASKS.items():
         place, of = (environment.get(name, "").strip() for name in (rank, size))
         if any(text.isdigit() and int(text) > least for text, least in ((place, 0), (of, 1))):
-            said = " ".join(f"{n}={t}" for n, t in ((rank, place), (size, of)) if t)
+            variables = " ".join(f"{n}={t}" for n, t in ((rank, place), (size, of)) if t)
             raise ConfigError(
-                f"processes of one run must be named by {', '.join(PLACE)}, got {said} alone "
+                f"processes of one run must be named by {', '.join(PLACE)}, got {variables} alone "
                 f"(mpirun or srun): {START} (on SLURM: hydra/launcher=slurm with "
                 "hydra.launcher.tasks_per_node)"
             )
@@ -172,8 +172,8 @@ def settle(environment: MutableMapping[str, str] | None = None) -> Group:
         aside |= {name: v for name, v in environment.items() if is_place(name)}
     for name in aside:
         del environment[name]
-    if said := _worth_saying(aside):
-        print(f"warning: set aside from the environment: {said}", file=sys.stderr)
+    if ignored := _worth_saying(aside):
+        print(f"warning: set aside from the environment: {ignored}", file=sys.stderr)
     return place
 
 
@@ -222,8 +222,8 @@ def check_asked(config: RunConfig, *, gpu: bool) -> None:
 @contextlib.contextmanager
 def unasked() -> Iterator[None]:
     """Inside, nothing that `accelerate launch` was asked for is in the environment."""
-    kept = {name: os.environ.pop(name) for name in ASKED if name in os.environ}
+    asked = {name: os.environ.pop(name) for name in ASKED if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(asked)

@@ -275,15 +275,15 @@ def newest_intact(
     accelerator: Accelerator, checkpoints: Path
 ) -> tuple[Path | None, dict[str, list[str]]]:
     """The checkpoint to go on from, as rank 0 sees it; `damaged` ones stand aside from now on."""
-    found: list[Any] = [None, []]
+    choice: list[Any] = [None, []]
     if accelerator.is_main_process:
         checkpoint.discard_torn(checkpoints)
-        found[1] = checkpoint.set_aside_damaged(checkpoints)
-        found[0] = max(checkpoint.complete(checkpoints), default=None)
-        then = "going on from the one before" if found[0] else "none is left, so it begins anew"
-        for line in found[1]:
+        choice[1] = checkpoint.set_aside_damaged(checkpoints)
+        choice[0] = max(checkpoint.complete(checkpoints), default=None)
+        then = "going on from the one before" if choice[0] else "none is left, so it begins anew"
+        for line in choice[1]:
             print(f"warning: {line}: {then}", file=sys.stderr)
-    newest, damaged = broadcast_object_list(found)
+    newest, damaged = broadcast_object_list(choice)
     return newest, {"damaged": damaged} if damaged else {}
 
 

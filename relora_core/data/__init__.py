@@ -90,9 +90,11 @@ def fingerprint(data: DataConfig, *, tokenizer: str | None = None) -> str:
     digest = tokenizer_digest(replace(data, tokenizer=tokenizer or data.tokenizer))
     try:
         if data.kind == "text":
-            found = documents.find_files(str(data.path))
+            named_files = documents.find_files(str(data.path))
             field = data.text_field
-            return documents.fingerprint(found, text_field=field, tokenizer_digest=digest or "")
+            return documents.fingerprint(
+                named_files, text_field=field, tokenizer_digest=digest or ""
+            )
         pretokenized.check_place(data)
         if (files := parquet.find_files(data)) is None:
             return pretokenized.hub_fingerprint(data, tokenizer_digest=digest)
@@ -285,13 +287,13 @@ def _token_cache(
     digest = _tokenizer_digest(tokenizer) or ""
     try:
         files = documents.find_files(str(data.path))
-        found = documents.fingerprint(files, text_field=data.text_field, tokenizer_digest=digest)
-        if data.fingerprint not in (None, found):
+        current = documents.fingerprint(files, text_field=data.text_field, tokenizer_digest=digest)
+        if data.fingerprint not in (None, current):
             raise ConfigError(
                 f"data.path={data.path} (or data.tokenizer) has changed since the run was planned; "
                 f"plan it again, or put the old files back"
             )
-        folder = text.cache_folder(cache_dir, found)
+        folder = text.cache_folder(cache_dir, current)
         text.build(
             folder,
             files=files,

@@ -146,21 +146,21 @@ def _matching(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     parts, notes = pattern.parts, []
     root = Path(*map(_unescaped, itertools.takewhile(_literal, parts[:-1])))
     deep = parts.index("**") if "**" in parts else len(parts)
-    found = [Path(p) for p in sorted(glob.glob(str(Path(*parts[:deep]))))]
+    paths = [Path(p) for p in sorted(glob.glob(str(Path(*parts[:deep]))))]
     if deep < len(parts):
-        walked = [places.walk(folder) for folder in found if folder.is_dir()]
+        walked = [places.walk(folder) for folder in paths if folder.is_dir()]
         notes = list(dict.fromkeys(note for _, passed in walked for note in passed))
-        found = [f for files, _ in walked for n, f in files if _match(n.split("/"), parts[deep:])]
+        paths = [f for files, _ in walked for n, f in files if _match(n.split("/"), parts[deep:])]
     ways: dict[Path, Path] = {}
-    for file in filter(Path.is_file, found):
+    for file in filter(Path.is_file, paths):
         place = file.parent.resolve() / file.name
         if place not in ways or root.resolve() / file.relative_to(root) == place:
             ways[place] = file
-    kept = set(ways.values())
-    doubles = [f.relative_to(root).as_posix() for f in found if f.is_file() and f not in kept]
+    unique = set(ways.values())
+    doubles = [f.relative_to(root).as_posix() for f in paths if f.is_file() and f not in unique]
     if doubles:
         notes.append(f"reached by a second way, read once: {places.some(doubles)}")
-    return sorted((file.relative_to(root).as_posix(), file) for file in kept), notes
+    return sorted((file.relative_to(root).as_posix(), file) for file in unique), notes
 
 
 def _match(names: list[str], pattern: tuple[str, ...]) -> bool:
@@ -292,15 +292,15 @@ def read(file: Path, *, text_field: str, skipped: Counter[str] | None = None) ->
     kind = _kind(file.name)
     with _naming(file), contextlib.ExitStack() as stack:
         if kind == ".parquet":
-            found = _whole(_rows(file, text_field=text_field, skipped=skipped))
+            texts = _whole(_rows(file, text_field=text_field, skipped=skipped))
         else:
             stream = stack.enter_context(unpacked(file))
             _check_encoding(stream, file=file)
             if kind == ".txt":
-                found = _parts(_separated(stream, file=file))
+                texts = _parts(_separated(stream, file=file))
             else:
-                found = _whole(_records(stream, file=file, text_field=text_field, skipped=skipped))
-        for count, text in enumerate(found, 1):  # noqa: B007 (read after the loop)
+                texts = _whole(_records(stream, file=file, text_field=text_field, skipped=skipped))
+        for count, text in enumerate(texts, 1):  # noqa: B007 (read after the loop)
             yield text
     if not count and kind != ".parquet" and skipped["null"] == nulls:
         raise DataError(f"{file} holds no document")

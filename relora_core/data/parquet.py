@@ -75,14 +75,18 @@ def _below(path: Path, *, data: DataConfig) -> list[Path]:
         )
     if not there:
         raise ConfigError(f"data.path must be {EXPECTED}, got {data.path!r}: no *.parquet in it")
-    found = {name: places.split_of(name) for name, _ in there}
-    splits = sorted({split for split in found.values() if split}) or ["train"]
+    split_by_name = {name: places.split_of(name) for name, _ in there}
+    splits = sorted({split for split in split_by_name.values() if split}) or ["train"]
     if data.split not in splits:
         raise ConfigError(
             f"data.split must be one of {', '.join(splits)} (below {path}), got {data.split!r}."
             f"{nearest(data.split, splits)}"
         )
-    chosen = {n for n, split in found.items() if split == data.split or not any(found.values())}
+    chosen = {
+        n
+        for n, split in split_by_name.items()
+        if split == data.split or not any(split_by_name.values())
+    }
     configs = {n.split("/")[0] for n in chosen if data.split in n.split("/")[1:]}
     if len(configs) > 1:
         raise ConfigError(
@@ -312,12 +316,12 @@ def fingerprint(files: list[Path], *, tokenizer_digest: str | None) -> str:
 
     Kept while the files look the same: a plan and its launch ask for it in turn.
     """
-    return _fingerprint(places.looks(files), tokenizer_digest, whole=_read_whole(files))
+    return _fingerprint(places.looks(files), tokenizer_digest, contents=_read_whole(files))
 
 
 @functools.lru_cache(maxsize=64)
 def _fingerprint(
-    looks: tuple[places.Look, ...], tokenizer_digest: str | None, *, whole: bool
+    looks: tuple[places.Look, ...], tokenizer_digest: str | None, *, contents: bool
 ) -> str:
     files = [Path(look[0]) for look in looks]
     digest = hashlib.sha256(f"pretokenized 1 {tokenizer_digest}".encode())
@@ -325,7 +329,7 @@ def _fingerprint(
         size = file.stat().st_size
         digest.update(f"\n{file.name}\0{size}\0".encode())
         with open(file, "rb") as stream:
-            if whole:
+            if contents:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
             elif file.suffix == ".bin":  # no footer: its ends stand for it
                 digest.update(stream.read(2**20))

@@ -53,16 +53,16 @@ def walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     files: list[tuple[str, Path]] = []
     passed: dict[str, list[str]] = {}
     above = {_identity(parent) for parent in root.resolve().parents}
-    known: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     folders, links = [(root, "")], []
     while folders or links:  # links last: what lies here goes by its own name
         folder, prefix = folders.pop() if folders else links.pop(0)
         try:
-            if (own := _identity(folder)) in known | above:
+            if (own := _identity(folder)) in visited | above:
                 why = "links to folders that are read already, or that hold this one, not followed"
                 passed.setdefault(why, []).append(prefix.rstrip("/"))
                 continue
-            known.add(own)
+            visited.add(own)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             passed.setdefault(f"not readable ({error.strerror})", []).append(prefix.rstrip("/"))

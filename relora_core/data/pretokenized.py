@@ -220,10 +220,10 @@ class _LocalReader:
                         columns=[parquet.COLUMN],
                         use_threads=False,
                     ):
-                        kept = batch.slice(min(skip, len(batch)))
-                        skip -= len(batch) - len(kept)
-                        if len(kept):
-                            yield pa.Table.from_batches([kept])
+                        rest = batch.slice(min(skip, len(batch)))
+                        skip -= len(batch) - len(rest)
+                        if len(rest):
+                            yield pa.Table.from_batches([rest])
 
 
 class _HubReader:

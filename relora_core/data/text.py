@@ -65,8 +65,8 @@ def inspect(
             info.rows = tokens.rows(data.seq_len)
             info.notes += _null_notes(tokens.meta.nulls)
         else:
-            said, tokens = _check_documents(files, data=data, tokenizer=tokenizer)
-            info.notes += said
+            more, tokens = _check_documents(files, data=data, tokenizer=tokenizer)
+            info.notes += more
             info.rows = tokens and (tokens - 1) // data.seq_len
     except DataError as error:
         raise ConfigError(f"data.path: {error}") from None
@@ -168,10 +168,10 @@ def _check_digests(folder: Path) -> None:
     """
     try:
         stored = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-        known, looks = stored["sha256"], stored["looks"]
-        if all(looks.get(n) == list(places.looks([folder / n])[0][1:]) for n in known):
+        digests, looks = stored["sha256"], stored["looks"]
+        if all(looks.get(n) == list(places.looks([folder / n])[0][1:]) for n in digests):
             return
-        for name, digest in known.items():
+        for name, digest in digests.items():
             with open(folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise DataError(_damaged(folder, f"{name} has other content than was written"))
@@ -180,7 +180,7 @@ def _check_digests(folder: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(_damaged(folder, f"digests.json: {places.first_line(error)}")) from None
     with contextlib.suppress(OSError):  # a copy, or touched; somebody else's may be read-only
-        _write_digests(folder, known)
+        _write_digests(folder, digests)
 
 
 def build(
@@ -255,13 +255,13 @@ def _all_documents(
     progress: Callable[[str], None] | None,
 ) -> Iterator[tuple[str, documents.Document]]:
     """(name of its file, document)."""
-    said, characters = time.monotonic(), 0
+    reported_at, characters = time.monotonic(), 0
 
     def counted(piece: str, name: str, i: int) -> str:
-        nonlocal said, characters
+        nonlocal reported_at, characters
         characters += len(piece)
-        if progress is not None and time.monotonic() - said > 2:
-            said = time.monotonic()
+        if progress is not None and time.monotonic() - reported_at > 2:
+            reported_at = time.monotonic()
             progress(f"tokenising {name} ({i}/{len(files)}): {characters / 1e6:.0f} MB of text")
         return piece
 

@@ -137,15 +137,15 @@ def _unknown(file: dict[str, Any], vocabulary: dict[str, int]) -> str:
 
     model = file.get("model") or {}
     unk, unigram = model.get("unk_token"), model.get("type") == "Unigram"
-    known = model.get("unk_id") is not None if unigram else unk in vocabulary
+    covered = model.get("unk_id") is not None if unigram else unk in vocabulary
     if model.get("byte_fallback"):
-        known = known or all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        covered = covered or all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     if model.get("type", "BPE") != "BPE":
-        return "known" if known else "error"
+        return "known" if covered else "error"
     if _has_byte_level(file.get("pre_tokenizer")) or _has_byte_level(file.get("normalizer")):
         unused = {*map(chr, (0xC0, 0xC1, *range(0xF5, 0x100)))}  # bytes that UTF-8 has not
-        known = known or vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()) - unused
-    return "known" if known else "error" if unk is not None else "dropped"
+        covered = covered or vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()) - unused
+    return "known" if covered else "error" if unk is not None else "dropped"
 
 
 def _has_byte_level(step: Any) -> bool:

@@ -151,9 +151,11 @@ def notes(config: PalomaConfig) -> list[str]:
         if name.parts[0] in sources or len(name.parts) == 1
         if name not in read and (len(name.parts) != 3 or name.parts[1] == config.split)
     ]
-    said = [f"sources without a split {config.split}, left out: {some(without)}"] if without else []
-    said += [f"no <source>/<split>/FILE, or there twice, not read: {some(other)}"] if other else []
-    return said + passed
+    lines = (
+        [f"sources without a split {config.split}, left out: {some(without)}"] if without else []
+    )
+    lines += [f"no <source>/<split>/FILE, or there twice, not read: {some(other)}"] if other else []
+    return lines + passed
 
 
 def check(

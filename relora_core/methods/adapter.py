@@ -91,8 +91,8 @@ class ReLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A, self.lora_B
         if self.nested and self.training:
-            kept = 1 + self._seed("nested") % self.rank
-            a, b = a[:kept], b[:, :kept]
+            rank = 1 + self._seed("nested") % self.rank
+            a, b = a[:rank], b[:, :rank]
         scale, dropout = self.scale, self._draw()
         if not self.weight.requires_grad and not isinstance(scale, Tensor):
             return adapted_linear(x, self.weight, a, b, scale=scale, dropout=dropout)
