@@ -64,7 +64,7 @@ def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
 @contextlib.contextmanager
 def spoken(run_dir: RunDir) -> Iterator[None]:
     """What this process prints, natively too, goes to the log of the run's attempt to come."""
-    kept = [os.dup(stream) for stream in (1, 2)]
+    saved = [os.dup(stream) for stream in (1, 2)]
     _flush()
     with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
         for stream in (1, 2):
@@ -73,7 +73,7 @@ def spoken(run_dir: RunDir) -> Iterator[None]:
         yield
     finally:
         _flush()
-        for stream, copy in zip((1, 2), kept, strict=True):
+        for stream, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, stream)
             os.close(copy)
 

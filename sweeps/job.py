@@ -208,10 +208,10 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
                     preexec_fn=_dying_with(os.getpid()),
                 )
             )
-    told = False
+    terminated = False
     while any(child.poll() is None for child in children):
-        if stop() and not told:
-            told = True
+        if stop() and not terminated:
+            terminated = True
             for child in children:
                 child.terminate()
         time.sleep(0.2)

@@ -83,22 +83,22 @@ def run(args: argparse.Namespace) -> int:
         if problem:
             print(f"SLURM: {problem}; there may be jobs of theirs", file=sys.stderr)
         return int(problem is not None)
-    whole = [*_wholly_ours(jobs, output_dir=args.output_dir), *more]
-    if not _agreed(going, before, whole=whole, yes=args.yes):
+    job_ids = [*_wholly_ours(jobs, output_dir=args.output_dir), *more]
+    if not _agreed(going, before, job_ids=job_ids, yes=args.yes):
         print("nothing was cancelled")
         return 0
     for one in going:
         shared.touch(one.dir.cancel_path)
-    kept: set[str] = set()
-    if whole:
+    still_alive: set[str] = set()
+    if job_ids:
         try:
-            cluster.cancel(whole)
+            cluster.cancel(job_ids)
         except SlurmError as error:
-            problem, kept = str(error), _alive(whole)
+            problem, still_alive = str(error), _alive(job_ids)
     for one in going:
         if one.run_id not in jobs:
             terminate(one.dir)
-    _settle([one for one in going if jobs.get(one.run_id) not in kept], before)
+    _settle([one for one in going if jobs.get(one.run_id) not in still_alive], before)
     if going or not problem:
         _tell(going)
     if problem:
@@ -125,8 +125,8 @@ def _jobs(
     for sweep in dict.fromkeys(s for r in runs if r.run_id in unknown for s in r.sweeps):
         for submission in recover(output_dir, sweep):
             if submission.state == "submitted" and not _written(submission.job_ids(), output_dir):
-                found = submission.job_ids().items()
-                jobs |= {run_id: job for run_id, job in found if run_id in unknown}
+                task_jobs = submission.job_ids().items()
+                jobs |= {run_id: job for run_id, job in task_jobs if run_id in unknown}
     return jobs
 
 
@@ -139,10 +139,10 @@ def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
 def _alive(jobs: Sequence[str]) -> set[str]:
     """Those that SLURM has not ended though it was asked to; in doubt all."""
     try:
-        known = cluster.jobs(jobs)
+        by_id = cluster.jobs(jobs)
     except SlurmError:
         return set(jobs)
-    return {job_id for job_id, job in known.items() if job.alive and job.state != "COMPLETING"}
+    return {job_id for job_id, job in by_id.items() if job.alive and job.state != "COMPLETING"}
 
 
 def _written(jobs: Mapping[str, str], output_dir: str) -> bool:
@@ -159,12 +159,12 @@ def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
     others = [r for r in selection.runs_of(output_dir) if r.run_id not in jobs]
     together = [r for r in others if r.dir.status().job_id in ours and not r.dir.ended()]
     states = selection.survey(together)
-    kept = {states[r.run_id].job_id for r in together if states[r.run_id].state.in_flight}
-    return sorted(ours - kept)
+    shared_jobs = {states[r.run_id].job_id for r in together if states[r.run_id].state.in_flight}
+    return sorted(ours - shared_jobs)
 
 
 def _agreed(
-    runs: Sequence[Run], states: Mapping[str, RunState], *, whole: Sequence[str], yes: bool
+    runs: Sequence[Run], states: Mapping[str, RunState], *, job_ids: Sequence[str], yes: bool
 ) -> bool:
     what = selection.counts([states[r.run_id] for r in runs])
     print(f"to cancel: {what or 'jobs that have no run yet'}")
@@ -173,9 +173,9 @@ def _agreed(
         print(f"  {states[run.run_id].state:<8} {run.name}" + (f"  (job {job})" if job else ""))
     if len(runs) > TELL:
         print(f"  ... and {len(runs) - TELL} more")
-    if whole:
-        more = f" and {len(whole) - 10} more" if len(whole) > 10 else ""
-        print(f"SLURM jobs: {' '.join(whole[:10])}{more}")
+    if job_ids:
+        more = f" and {len(job_ids) - 10} more" if len(job_ids) > 10 else ""
+        print(f"SLURM jobs: {' '.join(job_ids[:10])}{more}")
     if yes:
         return True
     if not sys.stdin.isatty():

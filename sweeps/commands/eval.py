@@ -97,15 +97,15 @@ def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]
     from experiments import schema, typos
 
     keys = [text.partition("=")[0] for text in overrides]
-    known = [key for key in typos.schema_keys() if key.split(".")[0] == "eval"]
+    eval_keys = [key for key in typos.schema_keys() if key.split(".")[0] == "eval"]
     for key, text in zip(keys, overrides, strict=True):
-        if key in known:
+        if key in eval_keys:
             continue
         if key.startswith("eval."):
-            raise ConfigError(f"{key} is not a known key ({text}).{nearest(key, known)}")
+            raise ConfigError(f"{key} is not a known key ({text}).{nearest(key, eval_keys)}")
         raise ConfigError(
             f"{key} must be eval or a key below it ({text}), since all else is frozen in the "
-            f"runs.{nearest(key, known)}"
+            f"runs.{nearest(key, eval_keys)}"
         )
     if not overrides:
         return lambda config: config.eval
@@ -191,12 +191,12 @@ def _requests(
         wanted = _absolute(settings(config))
         key = repr((wanted, config.data, config.model))
         if key not in completed:
-            found = evaluate.look(run.dir, eval=wanted)
-            _check_changes(found.changes, name=name, accept=accept)
+            seen = evaluate.look(run.dir, eval=wanted)
+            _check_changes(seen.changes, name=name, accept=accept)
             eval = evaluate.complete_eval(
-                dataclasses.replace(config, data=found.config.data), eval=wanted
+                dataclasses.replace(config, data=seen.config.data), eval=wanted
             )
-            completed[key] = eval, [dataclasses.asdict(change) for change in found.changes]
+            completed[key] = eval, [dataclasses.asdict(change) for change in seen.changes]
         eval, changes = completed[key]
         request = evaluate.Request(name=name, eval=eval, steps=steps, changes=changes)
         evaluate.check(run.dir, request=request)
@@ -277,15 +277,15 @@ def _show(requests: Sequence[tuple[Run, Request]]) -> None:
 
     rows: list[tuple[str, int, dict[str, float]]] = []
     for run, request in requests:
-        found = {
+        by_step = {
             step: own
             for step, metrics in sorted(evaluations.evaluations(run.dir).items())
             if (own := {k: v for k, v in metrics.items() if k.startswith(f"{request.name}/")})
         }
-        steps = list(found)[-1:] if request.steps == "last" else found
+        steps = list(by_step)[-1:] if request.steps == "last" else by_step
         if isinstance(request.steps, list):
-            steps = [step for step in found if step in request.steps]
-        rows += [(run.name, step, found[step]) for step in steps]
+            steps = [step for step in by_step if step in request.steps]
+        rows += [(run.name, step, by_step[step]) for step in steps]
     main = [metric.key for metric in charted() if metric.key.startswith("eval/")]
     keys = [key.replace("eval", request.name, 1) for _, request in requests[:1] for key in main]
     keys = [key for key in keys if any(key in metrics for _, _, metrics in rows)]

@@ -95,13 +95,13 @@ def _snapshots(
     for one in runs:
         for name in one.sweeps:
             sweeps.setdefault(name, {})[one.run_id] = states[one.run_id]
-    found = []
+    snapshots = []
     for name in [name for name in sweeps if not words or name in words]:
         try:
-            found += retention.old_snapshots(output_dir, sweep=name, states=sweeps[name])
+            snapshots += retention.old_snapshots(output_dir, sweep=name, states=sweeps[name])
         except SlurmError as error:
             print(f"{name}: code snapshots left alone ({error})", file=sys.stderr)
-    return found
+    return snapshots
 
 
 def _show(

@@ -118,10 +118,10 @@ def _read_from(path: Path, offset: int) -> tuple[str, int]:
 
 def slurm_log(run: Run, *, output_dir: Path) -> Path | None:
     """What SLURM caught of the run's newest job, as submitit names it; None before it begins."""
-    found = []
+    logs = []
     for sweep in run.sweeps:
         folder = jobs_folder(output_dir, name=sweep)
         for one in read_submissions(folder):
             if (job_id := one.job_ids().get(run.run_id)) and one.kind == "train":
-                found.append((one.created, folder / one.submission / f"{job_id}_0_log.out"))
-    return max(((at, path) for at, path in found if path.exists()), default=(0, None))[1]
+                logs.append((one.created, folder / one.submission / f"{job_id}_0_log.out"))
+    return max(((at, path) for at, path in logs if path.exists()), default=(0, None))[1]

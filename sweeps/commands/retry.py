@@ -83,8 +83,8 @@ def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
         keys[run_dir.run_id] = key = repr((config.data, config.eval))
         if key not in changes:
             changes[key] = inputs.look(config, output_dir=inputs.output_dir_of(run_dir)).changes
-    if (found := [c for of_key in changes.values() for c in of_key]) and not accept:
-        once = list({(c.key, c.now): c for c in found}.values())
+    if (changed := [c for of_key in changes.values() for c in of_key]) and not accept:
+        once = list({(c.key, c.now): c for c in changed}.values())
         raise inputs.refusal(once, remedy="--accept-changed goes on with what is there now")
     for run_dir in runs:
         if own := changes[keys[run_dir.run_id]]:

@@ -68,26 +68,26 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rebuild:
         rebuild(folder)
-    found, study = results.read(folder)
+    summary, study = results.read(folder)
     if args.trial is not None:
-        check_trial(args.trial, found)
+        check_trial(args.trial, summary)
     if args.write_experiment:
-        write_experiment(args.write_experiment, found, trial=args.trial, place=args.output_dir)
+        write_experiment(args.write_experiment, summary, trial=args.trial, place=args.output_dir)
     elif args.json:
-        json.dump(_finite(dataclasses.asdict(found)), sys.stdout, indent=2)
+        json.dump(_finite(dataclasses.asdict(summary)), sys.stdout, indent=2)
         print()
     elif args.trial is not None:
-        _say(trial_lines(found, number=args.trial, output_dir=args.output_dir))
+        _say(trial_lines(summary, number=args.trial, output_dir=args.output_dir))
     else:
-        show(found, top=args.top)
-        if found.trials and (line := shared.closed(folder)):
+        show(summary, top=args.top)
+        if summary.trials and (line := shared.closed(folder)):
             print(f"best, trials.csv and plots were not written: {line}")
-        elif found.trials:
-            written, left_out = results.write(found, study=study, folder=folder)
+        elif summary.trials:
+            written, left_out = results.write(summary, study=study, folder=folder)
             _say([*left_out, f"{len(written)} files: best, trials.csv and plots in {folder}"])
-    if found.all_failed:
-        print(f"error: all {len(found.counted)} trials of {found.name} failed", file=sys.stderr)
-    return 1 if found.all_failed else 0
+    if summary.all_failed:
+        print(f"error: all {len(summary.counted)} trials of {summary.name} failed", file=sys.stderr)
+    return 1 if summary.all_failed else 0
 
 
 def find(output_dir: Path | str, *, name: str) -> Path:
@@ -114,24 +114,24 @@ def accept(folder: Path) -> int:
     return 0
 
 
-def check_trial(number: int, found: Results) -> None:
+def check_trial(number: int, summary: Results) -> None:
     """ConfigError unless there is a trial of this number."""
-    numbers = [row.number for row in found.trials]
+    numbers = [row.number for row in summary.trials]
     if number not in numbers:
         some = f"0 to {max(numbers)}" if numbers else "that of a trial, and there is none yet"
         raise ConfigError(f"--trial must be {some}, got {number}")
 
 
-def write_experiment(word: str, found: Results, *, trial: int | None, place: Path | str) -> None:
+def write_experiment(word: str, summary: Results, *, trial: int | None, place: Path | str) -> None:
     """The best or the given trial as an experiment file; ConfigError where it is not one trial."""
     from sweeps.search import recipe, results
 
-    numbers = [best.number for best in found.best] if trial is None else [trial]
+    numbers = [best.number for best in summary.best] if trial is None else [trial]
     if len(numbers) != 1:
         which = ", ".join(map(str, numbers)) or "none is finished and feasible"
         raise ConfigError(f"--write-experiment needs --trial N, one of the best: {which}")
     path = recipe.experiment_path(word)
-    text = results.experiment_text(found, number=numbers[0], name=path.stem, output_dir=place)
+    text = results.experiment_text(summary, number=numbers[0], name=path.stem, output_dir=place)
     if text is None:
         raise ConfigError(f"--write-experiment needs the run directories of trial {numbers[0]}")
     shared.make_folder(path.parent)
@@ -140,30 +140,32 @@ def write_experiment(word: str, found: Results, *, trial: int | None, place: Pat
 
 
 # the view ---------------------------------------------------------------------------------------
-def show(found: Results, *, top: int) -> None:
+def show(summary: Results, *, top: int) -> None:
     """Counts, the best, the table, importances, failures: most important first."""
     console = display.make_console()
-    told = ", ".join(f"{n} {state}" for state, n in found.counts.items())
-    asked = f"{len(found.counted)} of {found.n_trials} trials" + (f": {told}" if told else "")
-    asked += f"; {len(found.learnt)} learnt from {_sources(found)}" if found.learnt else ""
-    _say([f"{found.name}: {asked}", *_headline(found)])
-    if found.counted or found.learnt:
-        console.print(trial_table(found, top=top))
-    _say([*_tail(found), *failure_lines(found), *(f"note: {note}" for note in found.notes)])
+    counts = ", ".join(f"{n} {state}" for state, n in summary.counts.items())
+    asked = f"{len(summary.counted)} of {summary.n_trials} trials" + (
+        f": {counts}" if counts else ""
+    )
+    asked += f"; {len(summary.learnt)} learnt from {_sources(summary)}" if summary.learnt else ""
+    _say([f"{summary.name}: {asked}", *_headline(summary)])
+    if summary.counted or summary.learnt:
+        console.print(trial_table(summary, top=top))
+    _say([*_tail(summary), *failure_lines(summary), *(f"note: {note}" for note in summary.notes)])
 
 
-def _sources(found: Results) -> str:
-    return ", ".join(dict.fromkeys(str(row.learnt_from) for row in found.learnt))
+def _sources(summary: Results) -> str:
+    return ", ".join(dict.fromkeys(str(row.learnt_from) for row in summary.learnt))
 
 
-def _headline(found: Results) -> Iterator[str]:
-    if found.best and len(found.goals) > 1:
-        yield f"Pareto front: {len(found.best)} trials that none beats in every objective"
-    elif found.best:
-        yield from best_lines(found.best[0])
-    elif found.counts.get("complete"):
+def _headline(summary: Results) -> Iterator[str]:
+    if summary.best and len(summary.goals) > 1:
+        yield f"Pareto front: {len(summary.best)} trials that none beats in every objective"
+    elif summary.best:
+        yield from best_lines(summary.best[0])
+    elif summary.counts.get("complete"):
         yield "no best trial: none is within the constraints and ended with a number"
-    elif not found.all_failed:
+    elif not summary.all_failed:
         yield "no trial is finished yet"
 
 
@@ -180,21 +182,21 @@ def best_lines(best: Best) -> Iterator[str]:
         yield f"  {best.command}"
 
 
-def trial_table(found: Results, *, top: int) -> Table:
+def trial_table(summary: Results, *, top: int) -> Table:
     """The `top` best trials, those of the Pareto front first; `*` marks the best."""
-    rows = _ranked(found)
-    keys = list(dict.fromkeys(key for row in found.trials for key in row.params))
+    rows = _ranked(summary)
+    keys = list(dict.fromkeys(key for row in summary.trials for key in row.params))
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("trial", justify="right")
     table.add_column("state")
-    for head in (*(goal.metric for goal in found.goals), *_heads(keys), "steps", "seeds", "time"):
+    for head in (*(goal.metric for goal in summary.goals), *_heads(keys), "steps", "seeds", "time"):
         table.add_column(head, justify="right", overflow="fold")
-    marked = {best.number for best in found.best}
+    marked = {best.number for best in summary.best}
     for row in rows[: max(top, 0)]:
         table.add_row(
             f"{'* ' if row.number in marked else ''}{row.number}",
             Text(_state(row), style=COLOURS.get(row.state, "")),
-            *(_cell(value) for value in row.values or [None] * len(found.goals)),
+            *(_cell(value) for value in row.values or [None] * len(summary.goals)),
             *(_cell(row.params.get(key)) for key in keys),
             "-" if row.state == "learnt" else f"{row.step}/{row.steps}",
             str(len(row.runs)),
@@ -211,10 +213,10 @@ def _heads(keys: list[str]) -> list[str]:
     return [s if short.count(s) == 1 else key for s, key in zip(short, keys, strict=True)]
 
 
-def _ranked(found: Results) -> list[TrialRow]:
+def _ranked(summary: Results) -> list[TrialRow]:
     """Best trials, good ones by the first objective, then complete, running, pruned and failed."""
-    front = {best.number: place for place, best in enumerate(found.best)}
-    sign = 1.0 if found.goals[0].direction == "minimize" else -1.0
+    front = {best.number: place for place, best in enumerate(summary.best)}
+    sign = 1.0 if summary.goals[0].direction == "minimize" else -1.0
     order = ("complete", "learnt", "running", "pruned", "refused", "fail")
 
     def rank(row: TrialRow) -> tuple[Any, ...]:
@@ -222,7 +224,7 @@ def _ranked(found: Results) -> list[TrialRow]:
         first = front.get(row.number, len(front))
         return first, not row.good, value, order.index(row.state), row.number
 
-    return sorted(found.counted + found.learnt, key=rank)
+    return sorted(summary.counted + summary.learnt, key=rank)
 
 
 def _state(row: TrialRow) -> str:
@@ -235,27 +237,28 @@ def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _tail(found: Results) -> Iterator[str]:
-    for metric, shares in found.importances.items():
-        told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
-        yield f"importances for {metric} (PED-ANOVA: what sets the best tenth apart): {told}"
-    if found.saved_steps:
-        full = found.pruned_steps + found.saved_steps
+def _tail(summary: Results) -> Iterator[str]:
+    for metric, shares in summary.importances.items():
+        listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
+        yield f"importances for {metric} (PED-ANOVA: what sets the best tenth apart): {listed}"
+    if summary.saved_steps:
+        full = summary.pruned_steps + summary.saved_steps
+        share = summary.saved_steps / all_steps(summary)
         yield (
-            f"pruning: {found.counts['pruned']} trials took {found.pruned_steps} of {full} steps; "
-            f"{found.saved_steps} saved ({found.saved_steps / all_steps(found):.0%} of the search)"
+            f"pruning: {summary.counts['pruned']} trials took {summary.pruned_steps} of {full} "
+            f"steps; {summary.saved_steps} saved ({share:.0%} of the search)"
         )
 
 
-def all_steps(found: Results) -> int:
+def all_steps(summary: Results) -> int:
     """Steps of all trials, had none been pruned."""
-    return sum(row.steps if row.state == "pruned" else row.step for row in found.counted)
+    return sum(row.steps if row.state == "pruned" else row.step for row in summary.counted)
 
 
-def failure_lines(found: Results) -> Iterator[str]:
+def failure_lines(summary: Results) -> Iterator[str]:
     """Why trials failed or were refused; equal reasons together."""
     reasons: dict[tuple[str, str], list[int]] = {}
-    for row in found.trials:
+    for row in summary.trials:
         if row.state in ("fail", "refused"):
             word = "failed" if row.state == "fail" else "refused"
             reasons.setdefault((word, row.reason or "no reason given"), []).append(row.number)
@@ -266,14 +269,14 @@ def failure_lines(found: Results) -> Iterator[str]:
         yield f"... and {len(reasons) - TELL} more reasons (trials.csv)"
 
 
-def trial_lines(found: Results, *, number: int, output_dir: Path | str) -> Iterator[str]:
+def trial_lines(summary: Results, *, number: int, output_dir: Path | str) -> Iterator[str]:
     """One trial: values, parameters, each seed's run, command line."""
     from sweeps.search import recipe, results
 
-    row = found.trial(number)
+    row = summary.trial(number)
     why = f"from {row.learnt_from}" if row.learnt_from else row.reason
-    yield f"trial {number} of {found.name}: {_state(row)}" + (f" ({why})" if why else "")
-    for goal, value in zip(found.goals, row.values or [], strict=False):
+    yield f"trial {number} of {summary.name}: {_state(row)}" + (f" ({why})" if why else "")
+    for goal, value in zip(summary.goals, row.values or [], strict=False):
         yield f"  {goal.metric} {value:.6g}"
     for key, value in row.params.items():
         yield f"  {key} {_cell(value)}"

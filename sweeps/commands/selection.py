@@ -187,10 +187,10 @@ def _word(state: RunState) -> tuple[str, int]:
 
 def counts(states: Sequence[RunState]) -> str:
     """`3 finished, 1 running`."""
-    told: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for state in states:
-        told[state.state] = told.get(state.state, 0) + 1
-    return ", ".join(f"{n} {state}" for state, n in told.items())
+        totals[state.state] = totals.get(state.state, 0) + 1
+    return ", ".join(f"{n} {state}" for state, n in totals.items())
 
 
 def no_runs(output_dir: Path | str) -> str:

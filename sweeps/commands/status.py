@@ -76,8 +76,8 @@ def _notes(output_dir: Path | str, runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def entry(run: Run, state: RunState) -> dict[str, object]:
     """A run in the JSON."""
-    said = ("name", "sweep", "sweeps", "arm_id", "seed")
-    return dataclasses.asdict(state) | {key: getattr(run, key) for key in said}
+    fields = ("name", "sweep", "sweeps", "arm_id", "seed")
+    return dataclasses.asdict(state) | {key: getattr(run, key) for key in fields}
 
 
 # the view ---------------------------------------------------------------------------------------
@@ -99,8 +99,10 @@ def view(
     if height is not None:
         lines = max(3, (height - len(parts) - len(failures)) // len(groups) - 3)
     for title, members in groups.items():
-        told = Text.assemble((f"{title}: ", "bold"), _counted([states[r.run_id] for r in members]))
-        parts.append(told)
+        heading = Text.assemble(
+            (f"{title}: ", "bold"), _counted([states[r.run_id] for r in members])
+        )
+        parts.append(heading)
         parts.append((_run_table if by_run else _arm_table)(members, states, lines=lines))
     return Group(*parts, *failures)
 
@@ -212,18 +214,18 @@ def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
         arms.setdefault(run.arm_id, []).append(run)
     rows = []
     for members in arms.values():
-        told = [states[run.run_id] for run in members]
+        arm_states = [states[run.run_id] for run in members]
         cells = [
             members[0].arm,
             str(len(members)),
-            _counted(told),
-            f"{statistics.mean(s.step for s in told):.0f}/{max(s.steps for s in told)}",
-            *_figures(members, told),
-            _left(told),
-            _word(told),
-            _note(told),
+            _counted(arm_states),
+            f"{statistics.mean(s.step for s in arm_states):.0f}/{max(s.steps for s in arm_states)}",
+            *_figures(members, arm_states),
+            _left(arm_states),
+            _word(arm_states),
+            _note(arm_states),
         ]
-        rows.append((_attention(told), cells))
+        rows.append((_attention(arm_states), cells))
     return _table(heads, rows, lines=lines, what="arms")
 
 
@@ -261,8 +263,8 @@ def _word(states: Sequence[RunState]) -> str:
 
 def _longest(states: Sequence[RunState], of: Callable[[RunState], float | None]) -> str:
     running = [of(state) for state in states if state.state is State.RUNNING]
-    known = [seconds for seconds in running if seconds is not None]
-    return clock(max(known)) if known else ""
+    seconds_left = [seconds for seconds in running if seconds is not None]
+    return clock(max(seconds_left)) if seconds_left else ""
 
 
 def _note(states: Sequence[RunState]) -> str:

@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if not passes:
         print(f"nothing to sync in {args.output_dir}")
-    said: set[str] = set()
+    printed: set[str] = set()
     for one in passes:
-        if one.report is None and one.problem in said:  # one store may hold several experiments
+        if one.report is None and one.problem in printed:  # one store may hold several experiments
             continue
-        said.add(one.problem or "")
+        printed.add(one.problem or "")
         _tell(one)
     return int(any(one.problem for one in passes))
 

@@ -119,9 +119,9 @@ def _serve(uri: str, *, args: argparse.Namespace) -> int:
             if asked:
                 raise KeyboardInterrupt
             with console.status("waiting for it"):
-                found = links.sections(uri, base=server.base)
+                sections = links.sections(uri, base=server.base)
                 server.wait_ready()
-            show(found, args=args)
+            show(sections, args=args)
             _closing_words(server.base, host=args.host, port=port)
             server.wait()
         except KeyboardInterrupt:
@@ -160,9 +160,9 @@ def _closing_words(base: str, *, host: str, port: int) -> None:
     print(f"{base} is up; Ctrl-C ends it", flush=True)
 
 
-def show(found: Sequence[Section], *, args: argparse.Namespace) -> None:
+def show(sections: Sequence[Section], *, args: argparse.Namespace) -> None:
     """Links, each to be opened in a page of its own."""
-    chosen = [section for section in found if args.sweep in (None, section.name)]
+    chosen = [section for section in sections if args.sweep in (None, section.name)]
     if not chosen:
         what = args.sweep or "anything"
         print(f"the store does not have {what} yet: `python -m sweeps sync` brings it")

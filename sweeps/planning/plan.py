@@ -107,11 +107,11 @@ def make_plan(
         named = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
         spelled.setdefault(ids(named), []).append(named)
     same: dict[str, dict[tuple[str, str], list[RunConfig]]] = {}
-    for known, configs in spelled.items():
-        same.setdefault(repr(essential(configs[0])), {})[known] = configs
+    for ids_of, configs in spelled.items():
+        same.setdefault(repr(essential(configs[0])), {})[ids_of] = configs
     cells = []
     for one in same.values():
-        run_id, arm_id = min(one, key=lambda known: (not begun(known[0]), known[1]))
+        run_id, arm_id = min(one, key=lambda ids_of: (not begun(ids_of[0]), ids_of[1]))
         cells.append(Cell(run_id=run_id, arm_id=arm_id, name="", config=one[run_id, arm_id][0]))
     _join_arms(cells)
     _rename(cells)
@@ -188,12 +188,12 @@ def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
 
 def _telling(rows: list[dict[str, Any]]) -> list[str]:
     """The fewest keys that tell all of them apart."""
-    told: list[tuple[Any, ...]] = [() for _ in rows]
+    prefixes: list[tuple[Any, ...]] = [() for _ in rows]
     chosen = []
     for key in _in_order(rows):
-        finer = [(*seen, _hashable(row, key)) for seen, row in zip(told, rows, strict=True)]
-        if len(set(finer)) > len(set(told)):
-            told = finer
+        finer = [(*seen, _hashable(row, key)) for seen, row in zip(prefixes, rows, strict=True)]
+        if len(set(finer)) > len(set(prefixes)):
+            prefixes = finer
             chosen.append(key)
     return chosen
 
@@ -273,8 +273,8 @@ def _collapsed(groups: list[list[RunConfig]], *, points: int) -> list[str]:
                 keys.append(key)
     if len(groups) == points:
         return []
-    told = [_sentence(keys, reason) for reason, keys in reasons.items()]
-    return [f"{points} points -> {len(groups)} runs: {text}" for text in told]
+    sentences = [_sentence(keys, reason) for reason, keys in reasons.items()]
+    return [f"{points} points -> {len(groups)} runs: {text}" for text in sentences]
 
 
 def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
@@ -336,14 +336,14 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
         for path in atomic.torn(folder):
             path.unlink(missing_ok=True)
         cells = {cell.run_id: cell for cell in plan.cells}
-        whole = dataclasses.replace(plan, cells=list(cells.values()))
+        merged = dataclasses.replace(plan, cells=list(cells.values()))
         if (folder / "plan.json").exists():
             old = load(folder / "plan.json")
-            known = {cell.run_id for cell in old.cells}
-            new = [cell for cell in plan.cells if cell.run_id not in known]
+            old_ids = {cell.run_id for cell in old.cells}
+            new = [cell for cell in plan.cells if cell.run_id not in old_ids]
             both = zip(old.commands + plan.commands, old.overrides + plan.overrides, strict=True)
             typed = dict(both)
-            whole = dataclasses.replace(
+            merged = dataclasses.replace(
                 plan,
                 cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
                 notes=_joined(old, plan),
@@ -351,22 +351,22 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
                 overrides=list(typed.values()),
                 created=old.created,
             )
-        _join_arms(whole.cells)
-        if [cell.run_id for cell in whole.cells] != list(cells):  # else make_plan has named them
-            _rename(whole.cells, _as_typed(whole.cells, new=plan.cells))
+        _join_arms(merged.cells)
+        if [cell.run_id for cell in merged.cells] != list(cells):  # else make_plan has named them
+            _rename(merged.cells, _as_typed(merged.cells, new=plan.cells))
         for cell in plan.cells:
             cell.config = frozen.absolute(cell.config)
-        atomic.write_json(folder / "plan.json", dataclasses.asdict(whole))
+        atomic.write_json(folder / "plan.json", dataclasses.asdict(merged))
     return dataclasses.replace(plan, cells=list(cells.values()))
 
 
 def _joined(old: Plan, new: Plan) -> list[str]:
     """Notes of both; what is said of runs side by side is said of all of them together."""
     runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
-    whole = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
+    configs_by_id = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
     parts = {note for configs in runs for note in side_by_side(configs)}
     alone = [note for note in old.notes + new.notes if note not in parts]
-    return list(dict.fromkeys(alone + side_by_side(list(whole.values()))))
+    return list(dict.fromkeys(alone + side_by_side(list(configs_by_id.values()))))
 
 
 def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | str) -> list[str]:
@@ -402,15 +402,15 @@ def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | st
 
 def _values(configs: Sequence[RunConfig]) -> dict[str, set[str]]:
     """Key -> its values, of what changes the numbers; the seed and what the data imply left out."""
-    found: dict[str, set[str]] = {}
+    values_of: dict[str, set[str]] = {}
     for config in configs:
         for key, value in essential(config).items():
-            found.setdefault(key, set()).add(repr(value))
+            values_of.setdefault(key, set()).add(repr(value))
     for key in ("seed", "model.vocab_size"):
-        found.pop(key, None)
+        values_of.pop(key, None)
     key = "schedule.total_steps"  # in `essential` it follows from train.steps
-    found[key] = {repr(get(config, key)) for config in configs}
-    return found
+    values_of[key] = {repr(get(config, key)) for config in configs}
+    return values_of
 
 
 def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool:

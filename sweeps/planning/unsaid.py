@@ -130,14 +130,14 @@ def _line(
     """Like `names say model alone, yet model=tiny has train.lr=0.001; model=small has ...`."""
     of_name: dict[str, str] = {}
     for row, own in zip(rows, settings, strict=True):
-        told = [label] if label else named
-        name = " ".join(word(key, row[key]) for key in told if key in row)
+        named_keys = [label] if label else named
+        name = " ".join(word(key, row[key]) for key in named_keys if key in row)
         has = ", ".join(word(key, own[key]) for key in keys[:MOST] if key in own)
         if has:
             of_name.setdefault(name, f"{name} has {has}")
     some = "; ".join(list(of_name.values())[:MOST]) + ("; ..." if len(of_name) > MOST else "")
     more = len(keys) - MOST
     others = f" (and {more} more {'key differs' if more == 1 else 'keys differ'})"
-    told = word(label, "").rstrip("=") if label else "less than differs"
-    what = f"names say {told} alone" if label else f"names say {told}"
+    label_text = word(label, "").rstrip("=") if label else ""
+    what = f"names say {label_text} alone" if label else "names say less than differs"
     return f"{what}, yet {some}{others if more > 0 else ''}"

@@ -113,9 +113,9 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
     """Short forms written out, everything checked; `seed` is the first of `seeds: N`."""
     if isinstance(values, SearchConfig):
         values = dataclasses.asdict(values)
-    known = [f.name for f in fields(SearchConfig)]
+    names = [f.name for f in fields(SearchConfig)]
     for key in values:
-        _one_of("search", key, known, what="a key of search")
+        _one_of("search", key, names, what="a key of search")
     config = SearchConfig(**values)
     for key in ("n_trials", "max_failures", "trials_per_job"):
         _whole(f"search.{key}", getattr(config, key), at_least=1)
@@ -152,11 +152,11 @@ def constraints_of(config: SearchConfig) -> list[Constraint]:
 
 def parse_constraint(text: str) -> Constraint:
     """`cost/trainable <= 2e6`; ConfigError where it is none."""
-    found = re.fullmatch(r"\s*([\w./-]+)\s*(<=|>=)\s*(\S+)\s*", str(text))
+    match = re.fullmatch(r"\s*([\w./-]+)\s*(<=|>=)\s*(\S+)\s*", str(text))
     try:
-        if found is None:
+        if match is None:
             raise ValueError
-        metric, sign, bound = found[1], found[2], float(found[3])
+        metric, sign, bound = match[1], match[2], float(match[3])
         if not math.isfinite(bound):
             raise ValueError
     except ValueError:
@@ -173,11 +173,11 @@ def _objectives(given: Any) -> list[Objective]:
             "search.objectives must name at least one metric, like 'eval/paloma/perplexity min "
             "last', got nothing"
         )
-    found = [_objective(one) for one in _list(given)]
-    names = [one.metric for one in found]
+    objectives = [_objective(one) for one in _list(given)]
+    names = [one.metric for one in objectives]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"search.objectives must be different metrics, got {twice[0]!r} twice")
-    return found
+    return objectives
 
 
 def _objective(given: Any) -> Objective:

@@ -192,8 +192,8 @@ def _fitted(
     present = {key: distributions[key] for key in stored}
     if present == trial.distributions and stored.keys() == trial.params.keys():
         return trial
-    said = {"params": own} if "params" in trial.user_attrs else {}
-    return _changed(trial, params=stored, distributions=present, user_attrs=said)
+    attrs = {"params": own} if "params" in trial.user_attrs else {}
+    return _changed(trial, params=stored, distributions=present, user_attrs=attrs)
 
 
 def _before(key: str, spec: Spec, config: RunConfig) -> Any:

@@ -199,7 +199,7 @@ def close(study: Study, console: Console) -> int:
 # checks -----------------------------------------------------------------------------------------
 def check_corners(spec: Spec) -> list[RunConfig]:
     """The runs at the ends of the space; ConfigError where one is not valid."""
-    found = []
+    configs = []
     for choices in combinations(spec):
         base = spec.bases[spaces.base_key(choices)]
         active = applying(spec, choices=choices, base=base)
@@ -212,15 +212,15 @@ def check_corners(spec: Spec) -> list[RunConfig]:
                 raise ConfigError(
                     f"search.space must hold valid runs only, got {where}: {error}"
                 ) from None
-            found.append(config)
-    return found
+            configs.append(config)
+    return configs
 
 
 def applying(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list[str]:
     """Keys that are drawn beside these choices of groups, whatever the other keys' values."""
     when = spec.config.when
     params: dict[str, Any] = dict(choices)
-    found = []
+    keys = []
     for key in spaces.ordered(spec.space, groups=spec.groups, when=when):
         if key in spec.groups:
             continue
@@ -230,8 +230,8 @@ def applying(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list
         if spaces.is_active(
             key, params=params, space=spec.space, when=when, config=base, group=False
         ):
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys
 
 
 def corners(space: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
@@ -263,8 +263,8 @@ def estimates(
 ) -> dict[str, Estimate | None]:
     """What each run still to come may cost: the combinations of groups in turn."""
     rates = budget.measured(output_dir)
-    found = budget.estimates(
+    per_cell = budget.estimates(
         plan.cells, states={}, output_dir=output_dir, rates=rates, place=launcher.place
     )
-    each = itertools.islice(itertools.cycle(found.values()), runs)
+    each = itertools.islice(itertools.cycle(per_cell.values()), runs)
     return {f"trial {index}": one for index, one in enumerate(each)}

@@ -100,11 +100,11 @@ def judge(search: SearchConfig, runs: Sequence[RunDir]) -> Verdict:
         table.append(row)
         verdict.by_seed[str(run_dir.config().seed)] = row
     for constraint in constraints_of(search):
-        found = [_known(as_objective(constraint), run_dir) for run_dir in runs]
-        if missing := [entry for entry in found if isinstance(entry, str)]:
+        entries = [_known(as_objective(constraint), run_dir) for run_dir in runs]
+        if missing := [entry for entry in entries if isinstance(entry, str)]:
             verdict.reason = missing[0]
             return verdict
-        verdict.constraints[constraint.text()] = constraint.excess(_mean(found))
+        verdict.constraints[constraint.text()] = constraint.excess(_mean(entries))
     verdict.values = [_mean(column) for column in zip(*table, strict=True)]
     return verdict
 
@@ -120,14 +120,14 @@ def _known(objective: Objective, run_dir: RunDir) -> Any:
     if run_dir.ended() is None:
         status = run_dir.status()
         return f"{run_dir.run_id} is {status.state}" + (f": {status.error}" * bool(status.error))
-    found = run_value(objective, run_dir)
-    if found is None:
+    value = run_value(objective, run_dir)
+    if value is None:
         logged = sorted({name for event in run_dir.events() for name in event["metrics"]})
         return (
             f"{objective.metric} was never logged by {run_dir.run_id}."
             f"{nearest(objective.metric, logged)}"
         )
-    return found
+    return value
 
 
 def _mean(values: Any) -> float:

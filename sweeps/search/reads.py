@@ -64,8 +64,8 @@ def hand_on(folder: Path, runs: Sequence[RunDir]) -> None:
     """Write down in runs that have not ended what the search has taken and they have not."""
     newest = {change["key"]: change for change in taken(folder)}
     for run_dir in runs if newest else ():
-        known = inputs.prints(inputs.accepted(run_dir, by=inputs.TRAINING))
-        new = [c for key, c in newest.items() if known.get(key) != c["now"]]
+        accepted = inputs.prints(inputs.accepted(run_dir, by=inputs.TRAINING))
+        new = [c for key, c in newest.items() if accepted.get(key) != c["now"]]
         if new and not run_dir.ended():
             fields = ("key", "planned", "now", "what")
             own = [Change(**{field: change[field] for field in fields}) for change in new]

@@ -81,15 +81,15 @@ def _labelled(config: RunConfig) -> dict[str, str]:
 
 def _differences(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of the knobs that have an effect and are not as in `base`."""
-    found = {}
+    differences = {}
     for key, f, value in walk(config):
         if key in (*NAMES, *FILLED_IN) or key.startswith("sweep."):
             continue
         if applies(f.metadata, config) and value != get(base, key):
-            found[key] = value
+            differences[key] = value
     if _is_the_datas_own(config, base):
-        found.pop("model.vocab_size", None)
-    return found
+        differences.pop("model.vocab_size", None)
+    return differences
 
 
 def _is_the_datas_own(config: RunConfig, base: RunConfig) -> bool:

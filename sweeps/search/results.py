@@ -182,20 +182,20 @@ def _notes(name: str, *, output_dir: Path | str) -> list[str]:
 
 
 def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) -> TrialRow:
-    said = trial.user_attrs
-    learnt, values = said.get("learnt"), said.get("by_seed", {})
-    runs = [_seed_row(run_at(output_dir, id_), values) for id_ in said.get("run_ids", [])]
+    attrs = trial.user_attrs
+    learnt, values = attrs.get("learnt"), attrs.get("by_seed", {})
+    runs = [_seed_row(run_at(output_dir, id_), values) for id_ in attrs.get("run_ids", [])]
     longest = max((run.steps for run in runs), default=0)
-    begun = trial.state.is_finished() or "worker" in said
+    begun = trial.state.is_finished() or "worker" in attrs
     return TrialRow(
         number=trial.number,
-        state="learnt" if learnt else "refused" if "refused" in said else trial.state.name.lower(),
-        counted=begun and said.get("counted", True),
+        state="learnt" if learnt else "refused" if "refused" in attrs else trial.state.name.lower(),
+        counted=begun and attrs.get("counted", True),
         # Of a pruned trial Optuna gives the newest report, which is of another metric.
         values=None if trial.state.name == "PRUNED" else trial.values,
-        params=said.get("params", trial.params),
+        params=attrs.get("params", trial.params),
         feasible=all(excess <= 0 for excess in trial.constraints.values()),
-        reason=said.get("reason"),
+        reason=attrs.get("reason"),
         learnt_from=learnt,
         runs=runs,
         step=0 if learnt else sum(run.step for run in runs),
@@ -254,10 +254,10 @@ def _best(row: TrialRow, *, goals: Sequence[Objective], output_dir: Path | str) 
     for i, goal in enumerate(goals):
         values = [run.values[i] for run in row.runs if run.values]
         if len(values) > 1:
-            found = mean_interval(values)
-            assert found.low is not None
-            assert found.high is not None
-            intervals[goal.metric] = (found.low, found.high)
+            interval = mean_interval(values)
+            assert interval.low is not None
+            assert interval.high is not None
+            intervals[goal.metric] = (interval.low, interval.high)
     config = config_of(row, output_dir=output_dir)
     return Best(
         number=row.number,
@@ -286,14 +286,14 @@ def importances(study: optuna.Study, *, goals: Sequence[Objective]) -> dict[str,
     finite = [t for t in finished if all(math.isfinite(value) for value in t.values)]
     if len(finite) < plots.FEWEST:
         return {}
-    found = {}
+    by_metric = {}
     for i, goal in enumerate(goals):
         with warnings.catch_warnings():  # that a target is minimised: it is
             warnings.simplefilter("ignore")
-            found[goal.metric] = optuna.importance.get_param_importances(
+            by_metric[goal.metric] = optuna.importance.get_param_importances(
                 study, target=plots.less_is_better(goal, index=i)
             )
-    return found
+    return by_metric
 
 
 # artifacts --------------------------------------------------------------------------------------
@@ -323,9 +323,9 @@ def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[
 
 def best_json(results: Results) -> dict[str, Any]:
     """What best.json says: the results without the list of all trials."""
-    told = dataclasses.asdict(results)
-    del told["trials"]
-    return told
+    values = dataclasses.asdict(results)
+    del values["trials"]
+    return values
 
 
 def trials_csv(results: Results) -> str:
@@ -354,7 +354,7 @@ def experiment_text(
     if config is None:
         return None
     keys, metrics = ", ".join(row.params), " and ".join(g.metric for g in results.goals)
-    told = [
+    achieved = [
         f"{goal.metric} {value:.6g}"
         for goal, value in zip(results.goals, row.values or [], strict=False)
     ]
@@ -366,7 +366,7 @@ def experiment_text(
         source=[
             f"trial {number} of search {results.name} ({results.n_trials} trials, {count} each)"
             + (f", learnt from {row.learnt_from}" if row.learnt_from else ""),
-            *([f"found {', '.join(told)}"] if told else []),
+            *([f"found {', '.join(achieved)}"] if achieved else []),
         ],
     )
 

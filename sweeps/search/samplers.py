@@ -255,20 +255,20 @@ def _check_options(
     key: str, named: Mapping[str, Any], cls: type, *, given: tuple[str, ...] = ()
 ) -> None:
     """`given` are options that the search sets itself."""
-    known = {
+    options = {
         p.name: p
         for p in inspect.signature(cls.__init__).parameters.values()
         if p.name not in ("self", *_NOT_TEXT, *given)
         and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
     for option in named:
-        if option != "name" and option not in known:
-            told = ", ".join(known) or "it has none"
+        if option != "name" and option not in options:
+            listed = ", ".join(options) or "it has none"
             raise ConfigError(
-                f"{key}.{option} must be an option of {named['name']} ({told}), got "
-                f"{named[option]!r}.{nearest(option, list(known))}"
+                f"{key}.{option} must be an option of {named['name']} ({listed}), got "
+                f"{named[option]!r}.{nearest(option, list(options))}"
             )
-    for name, parameter in known.items():
+    for name, parameter in options.items():
         if parameter.default is parameter.empty and name not in named:
             raise ConfigError(f"{key}.{name} must be set for {named['name']}, got nothing")
 

@@ -64,8 +64,10 @@ class Int:
         return list(range(self.low, self.high + 1, self.step)) if count <= MAX_FINITE else None
 
     def contains(self, value: Any) -> bool:
-        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
-        return whole and self.low <= value <= self.high and (value - self.low) % self.step == 0
+        is_integer = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
+        )
+        return is_integer and self.low <= value <= self.high and (value - self.low) % self.step == 0
 
     def nearest(self, value: Any) -> Any:
         most = (self.high - self.low) // self.step
@@ -138,8 +140,8 @@ def _number(value: float) -> str:
 
 def _plain(value: Any) -> str:
     """4 and 4.0 are one value, 1 and true are two."""
-    whole = isinstance(value, float) and value.is_integer()
-    return json.dumps(int(value) if whole else value)
+    is_integer = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if is_integer else value)
 
 
 def _word(value: Any) -> str:
@@ -223,14 +225,15 @@ def knobs(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_key(key: str, config: RunConfig) -> None:
-    known = knobs(config)
-    if key not in known:
+    all_knobs = knobs(config)
+    if key not in all_knobs:
         raise ConfigError(
-            f"search.space.{key} must be a knob or a group, got {key!r}.{nearest(key, list(known))}"
+            f"search.space.{key} must be a knob or a group, got {key!r}."
+            f"{nearest(key, list(all_knobs))}"
         )
     if key == "seed":
         raise ConfigError("search.space.seed must not be searched; search.seeds are averaged over")
-    if not known[key].get("scientific", True) and "sets" not in known[key]:
+    if not all_knobs[key].get("scientific", True) and "sets" not in all_knobs[key]:
         raise ConfigError(
             f"search.space.{key} must be a knob that changes what is computed, got {key!r}"
         )

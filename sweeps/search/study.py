@@ -106,9 +106,9 @@ class Study:
             records = read_records(self.output_dir, study_id=self.spec.id)
             if self.config.storage:
                 self._study = self._attached(self._database())
-                known = len(self._study.get_trials(deepcopy=False))
-                if not known or known < len(self.spec.learnt):
-                    self._fill(self._study, records, start=known)
+                n_trials = len(self._study.get_trials(deepcopy=False))
+                if not n_trials or n_trials < len(self.spec.learnt):
+                    self._fill(self._study, records, start=n_trials)
                 return
             existed = self.journal_path.exists()
             why = journal.damage(self.journal_path) or self._attach_journal(records)
@@ -174,8 +174,8 @@ class Study:
         process's making, or killed before this."""
         if shared.closed(self.folder):  # who only looks
             return
-        if (known := len(study.get_trials(deepcopy=False))) < len(self.spec.learnt):
-            self._fill(study, {}, start=known)
+        if (n_trials := len(study.get_trials(deepcopy=False))) < len(self.spec.learnt):
+            self._fill(study, {}, start=n_trials)
         if study.user_attrs.get("space") == growth.mark(self.spec):
             return
         with journal.unchanged(self.journal_path):
@@ -232,8 +232,8 @@ class Study:
         for number, record in zip(records, written, strict=True):
             if number >= len(trials):
                 return f"it lacks trial {number}"
-            known, ended = trials[number], record.state.is_finished()
-            if known.params != record.params or (ended and not known.state.is_finished()):
+            trial, ended = trials[number], record.state.is_finished()
+            if trial.params != record.params or (ended and not trial.state.is_finished()):
                 return f"it is behind in trial {number}"
         return None
 
@@ -367,15 +367,15 @@ class Study:
         counted: bool = True,
     ) -> None:
         """End a trial; one that has ended stays as it is."""
-        said: dict[str, Any] = {"reason": reason, "by_seed": by_seed}
-        said |= {} if counted else {"counted": False}
+        attrs: dict[str, Any] = {"reason": reason, "by_seed": by_seed}
+        attrs |= {} if counted else {"counted": False}
 
         def act() -> None:
             frozen = self.frozen(number)
             if frozen.state.is_finished():
                 return
             handle = self.handle(frozen)
-            for key, value in said.items():
+            for key, value in attrs.items():
                 if value is not None:
                     handle.set_user_attr(key, value)
             for key, value in (constraints or {}).items():
@@ -390,8 +390,8 @@ class Study:
     # looking ------------------------------------------------------------------------------------
     def trials(self) -> list[FrozenTrial]:
         """Those that count towards n_trials."""
-        found = self._mending(lambda: self.optuna.get_trials(deepcopy=False))
-        return [t for t in found if _counts(t)]
+        trials = self._mending(lambda: self.optuna.get_trials(deepcopy=False))
+        return [t for t in trials if _counts(t)]
 
     def learnt(self) -> list[FrozenTrial]:
         """Those that stand for runs of earlier sweeps."""

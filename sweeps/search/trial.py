@@ -215,15 +215,15 @@ def from_record(record: dict[str, Any]) -> FrozenTrial:
 
 def read_records(output_dir: Path, *, study_id: str) -> dict[int, dict[str, Any]]:
     """Number -> newest record of each of a study's trials, from all run directories."""
-    found: dict[int, dict[str, Any]] = {}
+    newest: dict[int, dict[str, Any]] = {}
     for path in sorted(runs_folder(output_dir).glob(f"*/{RECORD}")):
         for record in _held(path):
             number = record.get("number")
             if record.get("study_id") != study_id or not isinstance(number, int):
                 continue
-            if number not in found or found[number]["written"] < record["written"]:
-                found[number] = record
-    return found
+            if number not in newest or newest[number]["written"] < record["written"]:
+                newest[number] = record
+    return newest
 
 
 def _held(path: Path) -> Iterator[dict[str, Any]]:

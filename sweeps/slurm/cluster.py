@@ -122,16 +122,16 @@ def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
     if not wanted:
         return {}
     listed = _squeue()
-    found = {job.job_id: job for job in listed if job.job_id in wanted}
+    by_id = {job.job_id: job for job in listed if job.job_id in wanted}
     for ask in (_sacct, _scontrol):
-        missing = wanted - found.keys()
+        missing = wanted - by_id.keys()
         if missing:
             bases = sorted({_base(job_id) for job_id in missing}, key=_number)
-            found |= {job.job_id: job for job in ask(bases) if job.job_id in missing}
+            by_id |= {job.job_id: job for job in ask(bases) if job.job_id in missing}
     # A task that was cancelled while it was pending leaves no record anywhere.
     arrays = {_base(job.job_id) for job in listed if "_" in job.job_id}
-    unlisted = [id_ for id_ in wanted - found.keys() if "_" in id_ and _base(id_) in arrays]
-    return found | {id_: Job(job_id=id_, state=UNLISTED) for id_ in unlisted}
+    unlisted = [id_ for id_ in wanted - by_id.keys() if "_" in id_ and _base(id_) in arrays]
+    return by_id | {id_: Job(job_id=id_, state=UNLISTED) for id_ in unlisted}
 
 
 def _base(job_id: str) -> str:
@@ -203,15 +203,15 @@ def _accounted(which: Sequence[str]) -> list[Job]:
 
 def _scontrol(bases: Sequence[str]) -> list[Job]:
     """One question per job, so only for the newest few."""
-    found: list[Job] = []
+    shown: list[Job] = []
     for base in bases[-SCONTROL_MAX:]:
         try:
             answer = _ask(["scontrol", "-o", "show", "job", base], tries=1)
         except SlurmError:
             continue
         for line in answer.splitlines():
-            found += _shown(line)
-    return found
+            shown += _shown(line)
+    return shown
 
 
 def _shown(line: str) -> Iterator[Job]:
@@ -270,8 +270,8 @@ def end_time(job_id: str) -> float | None:
     try:
         left = _ask(["squeue", "-h", "-a", "-r", "-j", job_id, "-o", "%i|%L"], tries=1)
     except SlurmError:
-        known = os.environ.get("SLURM_JOB_END_TIME", "")  # of our own job; since release 22.05
-        return float(known) if known.isdigit() else None
+        end = os.environ.get("SLURM_JOB_END_TIME", "")  # of our own job; since release 22.05
+        return float(end) if end.isdigit() else None
     for id_, seconds in _rows(left, columns=2):
         if id_ == job_id and SPAN.fullmatch(seconds):
             return time.time() + _seconds(seconds)
@@ -343,11 +343,11 @@ def _refusal(message: str, *, asked: dict[str, str]) -> str:
     """SLURM's reason in its own words, with what would be granted as far as its tools say it."""
     partition = asked.get("partition", "")
     try:
-        known = partitions()
-        if partition and not set(partition.split(",")) <= set(known):
+        names = partitions()
+        if partition and not set(partition.split(",")) <= set(names):
             return (
-                f"hydra.launcher.partition must be one of {', '.join(known)}, got {partition!r}."
-                + nearest(partition, known)
+                f"hydra.launcher.partition must be one of {', '.join(names)}, got {partition!r}."
+                + nearest(partition, names)
             )
         nodes = _nodes(partition)
     except SlurmError:  # SLURM's reason is what counts
@@ -458,12 +458,12 @@ def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes
     if "reservation" in asked:
         words["reservation"] = ("reservation", sorted(_shown_of("reservation", "ReservationName")))
     hints = []
-    for key, (sign, known) in words.items():
+    for key, (sign, names) in words.items():
         value = asked.get(key, "")
-        missing = value not in known and (value or key != "constraint")
-        if known and missing and re.search(sign, message, re.IGNORECASE):
-            near = re.findall(r"'(.*?)'", nearest(value, list(known)))
-            hints.append(f"{key}={near[0]}" if near else f"{key} one of {', '.join(known[:8])}")
+        missing = value not in names and (value or key != "constraint")
+        if names and missing and re.search(sign, message, re.IGNORECASE):
+            near = re.findall(r"'(.*?)'", nearest(value, list(names)))
+            hints.append(f"{key}={near[0]}" if near else f"{key} one of {', '.join(names[:8])}")
     if re.search(r"licen[cs]e", message, re.IGNORECASE):
         hints += _licenses(asked.get("licenses", ""))
     return hints
@@ -471,17 +471,17 @@ def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes
 
 def _licenses(asked: str) -> list[str]:
     """What is nearest to these licences (`name:count,...`), of names and numbers that there are."""
-    known = _shown_of("licenses", "LicenseName")
-    if not known:
+    licences = _shown_of("licenses", "LicenseName")
+    if not licences:
         return []
     words = []
     for word in asked.split(","):
         name, colon, count = word.partition(":")
-        near = re.findall(r"'(.*?)'", nearest(name, list(known)))
-        if name not in known and not near:
-            return [f"licenses one of {', '.join(sorted(known)[:8])}"]
-        name = name if name in known else near[0]
-        total = re.search(r"\bTotal=(\d+)", known[name])
+        near = re.findall(r"'(.*?)'", nearest(name, list(licences)))
+        if name not in licences and not near:
+            return [f"licenses one of {', '.join(sorted(licences)[:8])}"]
+        name = name if name in licences else near[0]
+        total = re.search(r"\bTotal=(\d+)", licences[name])
         if count.isdecimal() and total and int(count) > int(total[1]):
             count = total[1]
         words.append(f"{name}{colon}{count}")
@@ -516,13 +516,13 @@ def may_requeue(job_id: str) -> bool:
     Yes while it runs (a warning, the grace of a preemption) and where its time is up. Otherwise
     SLURM requeues it, or its user has cancelled it; and SLURM would requeue that one as well.
     """
-    told = ""
+    answer = ""
     for _ in range(5):
-        told = _ask(["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]).split("\n")[0]
-        if told:
+        answer = _ask(["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]).split("\n")[0]
+        if answer:
             break
         time.sleep(0.3)  # a controller that is just ending the job may say nothing at first
-    state, _, reason = told.partition("|")
+    state, _, reason = answer.partition("|")
     return state == "RUNNING" or (state == "COMPLETING" and reason.startswith("TimeLimit"))
 
 
@@ -572,12 +572,12 @@ def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
         answer, complaint = _heard(process, tool=tool)
     if process.returncode == 0:
         return answer
-    said = [line.strip() for line in complaint.splitlines() if line.strip()]
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     if forgive is not None:
-        said = [line for line in said if not forgive.search(line)]
-        if not said:
+        lines = [line for line in lines if not forgive.search(line)]
+        if not lines:
             return answer
-    words = "; ".join(_plain(line, tool=tool) for line in said)
+    words = "; ".join(_plain(line, tool=tool) for line in lines)
     raise SlurmError(f"{tool}: {words or f'exit code {process.returncode}'}")
 
 

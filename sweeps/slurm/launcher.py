@@ -293,12 +293,12 @@ def in_background(output_dir: Path | str, sweep: str) -> Path:
     paths = filter(None, (root, os.environ.get("PYTHONPATH")))
     with contextlib.suppress(OSError):
         shared.make_folder(log.parent)
-        with shared.opened(log, "ab") as said:
+        with shared.opened(log, "ab") as log_file:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sweeps", "sync", sweep, "--output-dir", output_dir],
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=log_file,
+                stderr=log_file,
                 env={**shell.outside(os.environ), "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C, and the terminal's end, are not for it
             )

@@ -102,16 +102,16 @@ class Submission:
 
 def read_submissions(folder: Path) -> list[Submission]:
     """Every `*/submission.json` below `folder`, oldest first."""
-    found = []
+    submissions = []
     for path in folder.glob("*/submission.json"):
         try:
-            found.append(read_submission(path))
+            submissions.append(read_submission(path))
         except (ValueError, TypeError) as error:  # whose jobs it names nobody can say
             raise ConfigError(
                 f"{path} must be a submission as this version writes it ({error}); `squeue --me` "
                 "lists its jobs: when none is left, move it away"
             ) from None
-    return sorted(found, key=lambda one: (one.created, one.submission))
+    return sorted(submissions, key=lambda one: (one.created, one.submission))
 
 
 def read_submission(path: Path) -> Submission:

@@ -158,15 +158,15 @@ def judge_job(
     if not _needs_slurm(seen) or _is_held(seen, jobs=jobs):
         return own
     status = seen.status
-    said = status.state  # `own` may be RUNNING only because of a dead holder's lock
+    recorded = status.state  # `own` may be RUNNING only because of a dead holder's lock
     job = jobs.get(status.job_id or "")
     if job is None:
         return _unknown(seen, own, now=now)
-    if said is State.CANCELLED and (seen.cancelled or not job.waiting):
+    if recorded is State.CANCELLED and (seen.cancelled or not job.waiting):
         return _as(own, State.CANCELLED, status.error)
     if job.waiting:
         return _as(own, State.QUEUED, _why_it_waits(seen, job=job))
-    if job.state == cluster.UNLISTED and said in (State.QUEUED, State.PLANNED):
+    if job.state == cluster.UNLISTED and recorded in (State.QUEUED, State.PLANNED):
         if trace.began:
             return _as(own, State.FAILED, f"its job {job.job_id} ended without a result")
         # Taken out before it had a node, or long over.
@@ -174,11 +174,11 @@ def judge_job(
         return _as(own, State.CANCELLED, reason)
     if job.over:
         return _over(seen, own, job=job, trace=trace)
-    if said is State.FAILED:
+    if recorded is State.FAILED:
         return _as(own, State.FAILED, status.error)
-    if said is State.RUNNING:
+    if recorded is State.RUNNING:
         odd = own.state is not State.RUNNING
-        return _as(own, said, f"{own.reason}, but SLURM: {job.state}" if odd else own.reason)
+        return _as(own, recorded, f"{own.reason}, but SLURM: {job.state}" if odd else own.reason)
     where = f" on {job.node}" if job.node else ""
     what = "ending" if job.state == "COMPLETING" else "starting"
     return _as(own, State.QUEUED, f"{what}{where}")
