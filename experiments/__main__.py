@@ -92,8 +92,8 @@ def export(
     from relora_core.export import check_target, export_run
 
     check_target(folder)
-    found = checkpoint.complete(run_dir.checkpoints)
-    steps = {int(path.name.removeprefix("step-")): path for path in found}
+    folders = checkpoint.complete(run_dir.checkpoints)
+    steps = {int(path.name.removeprefix("step-")): path for path in folders}
     if not steps:
         state = state_of(run_dir).state
         raise ConfigError(f"RUN must have a checkpoint, got {run_dir.run_id} ({state}) without one")
@@ -106,21 +106,21 @@ def export(
             f"valid: {close}"
         )
     exported: dict[str, Any] = {"run_id": run_dir.run_id, "step": step, "path": str(folder)}
-    found, notes = inputs.to_export(run_dir, tokenizer=tokenizer)
-    if found.changes and not accept_changed:
+    opened, notes = inputs.to_export(run_dir, tokenizer=tokenizer)
+    if opened.changes and not accept_changed:
         remedy = "--accept-changed exports with what is there now (--tokenizer PATH with another)"
-        raise inputs.refusal(found.changes, remedy=remedy)
-    notes += [f"taken as it is now: {change.what}" for change in found.changes]
+        raise inputs.refusal(opened.changes, remedy=remedy)
+    notes += [f"taken as it is now: {change.what}" for change in opened.changes]
     if not mlflow:
-        notes += export_run(found.config, checkpoint=steps[step], folder=folder)
-        _write_down(run_dir, found)
+        notes += export_run(opened.config, checkpoint=steps[step], folder=folder)
+        _write_down(run_dir, opened)
         return exported | {"notes": notes}
     from experiments.addresses import redacted
     from experiments.tracking.model import log_model, tracked
 
     shown = tracked(run_dir)  # before anything is written
-    notes += export_run(found.config, checkpoint=steps[step], folder=folder)
-    _write_down(run_dir, found)
+    notes += export_run(opened.config, checkpoint=steps[step], folder=folder)
+    _write_down(run_dir, opened)
     model = log_model(shown, folder=folder, step=step)
     return exported | {
         "notes": notes,
@@ -129,9 +129,9 @@ def export(
     }
 
 
-def _write_down(run_dir: RunDir, found: inputs.Opened) -> None:
-    if found.changes:
-        inputs.accept(run_dir, found.changes, by="export")
+def _write_down(run_dir: RunDir, opened: inputs.Opened) -> None:
+    if opened.changes:
+        inputs.accept(run_dir, opened.changes, by="export")
 
 
 def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[str, Any]:
@@ -176,43 +176,45 @@ def make_tokenizer(
     }
 
 
-def _print_description(found: dict[str, Any]) -> None:
-    counted = found["parameters"]
-    print(f"run_id      {found['run_id']}")
+def _print_description(description: dict[str, Any]) -> None:
+    counted = description["parameters"]
+    print(f"run_id      {description['run_id']}")
     print(f"parameters  {counted['total']:,} in all, {counted['trainable']:,} trained")
     for group, number in counted["by_group"].items():
         print(f"            {number:>14,} {group}")
-    print(f"tokens      {found['tokens']:,}")
-    print(f"FLOPs       {found['flops_per_token']:,} per token of training")
-    print(f"memory      {found['memory_bytes']['total'] / 2**20:,.0f} MiB (estimate)")
-    restarts = found["restarts"]
+    print(f"tokens      {description['tokens']:,}")
+    print(f"FLOPs       {description['flops_per_token']:,} per token of training")
+    print(f"memory      {description['memory_bytes']['total'] / 2**20:,.0f} MiB (estimate)")
+    restarts = description["restarts"]
     print(f"restarts    {len(restarts)}" + (f" at {restarts[:10]}" if restarts else ""))
-    for step, factor in found["lr_factor"].items():
+    for step, factor in description["lr_factor"].items():
         print(f"lr factor   {step:>8}  {factor:.6f}")
-    for note in found["notes"]:
+    for note in description["notes"]:
         print(f"note        {note}")
 
 
-def _print_run(found: dict[str, Any]) -> None:
+def _print_run(facts: dict[str, Any]) -> None:
     for key in ("run_id", "state", "reason", "attempts", "step", "steps", "path"):
-        if found.get(key) not in (None, ""):
-            print(f"{key:<10} {found[key]}")
-    for note in found["notes"]:
+        if facts.get(key) not in (None, ""):
+            print(f"{key:<10} {facts[key]}")
+    for note in facts["notes"]:
         print(f"note       {note}")
-    for change in found["changes"]:
+    for change in facts["changes"]:
         print(f"{'changed':<10} {change['what']} (taken by {change['by']} --accept-changed)")
-    for name, value in sorted(found["metrics"].items()):
+    for name, value in sorted(facts["metrics"].items()):
         print(f"  {name:<58} {value:>12.5g}")
 
 
-def _print_export(found: dict[str, Any]) -> None:
-    source = f"{found['run_id']} at step {found['step']}" if "run_id" in found else found["source"]
-    print(f"{source} -> {found['path']}")
-    if "mlflow_model" in found:
-        print(f"MLflow      {found['mlflow_model']} in {found['tracking_uri']}")
-    if "vocab_size" in found:
-        print(f"entries     {found['vocab_size']}")
-    for note in found["notes"]:
+def _print_export(result: dict[str, Any]) -> None:
+    source = (
+        f"{result['run_id']} at step {result['step']}" if "run_id" in result else result["source"]
+    )
+    print(f"{source} -> {result['path']}")
+    if "mlflow_model" in result:
+        print(f"MLflow      {result['mlflow_model']} in {result['tracking_uri']}")
+    if "vocab_size" in result:
+        print(f"entries     {result['vocab_size']}")
+    for note in result["notes"]:
         print(f"note        {note}")
 
 
@@ -290,11 +292,11 @@ def main(argv: list[str] | None = None) -> int:
 
             extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
-            found = describe(config, at_steps=arguments.at_steps)
+            result = describe(config, at_steps=arguments.at_steps)
             printer = _print_description
         elif arguments.command == "export":
             run_dir = find_run(arguments.output_dir or "outputs", word=arguments.run)
-            found = export(
+            result = export(
                 run_dir,
                 folder=arguments.folder,
                 step=arguments.step,
@@ -304,12 +306,12 @@ def main(argv: list[str] | None = None) -> int:
             )
             printer = _print_export
         elif arguments.command == "import-pico":
-            found = import_pico(
+            result = import_pico(
                 arguments.source, folder=arguments.folder, tokenizer=arguments.tokenizer
             )
             printer = _print_export
         elif arguments.command == "tokenizer":
-            found = make_tokenizer(
+            result = make_tokenizer(
                 arguments.source,
                 folder=arguments.folder,
                 vocab_size=arguments.vocab,
@@ -317,13 +319,13 @@ def main(argv: list[str] | None = None) -> int:
             )
             printer = _print_export
         else:
-            found = show(find_run(arguments.output_dir or "outputs", word=arguments.run))
+            result = show(find_run(arguments.output_dir or "outputs", word=arguments.run))
             printer = _print_run
         if arguments.json:
-            json.dump(found, sys.stdout, indent=2, default=str)
+            json.dump(result, sys.stdout, indent=2, default=str)
             print(flush=True)
         else:
-            printer(found)
+            printer(result)
             sys.stdout.flush()
     return 0
 

@@ -72,10 +72,10 @@ def check_home(key: str, uri: str) -> None:
     """ConfigError where a database's address begins with `~`, which nobody expands there."""
     dialect, sign, name = uri.partition(":///")
     if sign and dialect.startswith("sqlite") and name.startswith("~"):
-        whole = quote(os.path.expanduser(unquote(name)), safe="/~")
+        path = quote(os.path.expanduser(unquote(name)), safe="/~")
         raise ConfigError(
             f"{key} must be a path from the root, or from here, got {uri!r}; nearest valid: "
-            f"{dialect}:///{whole}"
+            f"{dialect}:///{path}"
         )
 
 

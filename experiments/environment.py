@@ -97,8 +97,8 @@ def notes(root: Path = ROOT) -> tuple[str, ...]:
         return (f"code: no commit is recorded, git cannot be run: {error}",)
     if not done.returncode:
         return ()
-    said = done.stderr.decode("utf-8", "replace").splitlines()
-    why = next((line.removeprefix("fatal: ") for line in said if line), "git gives no reason")
+    lines = done.stderr.decode("utf-8", "replace").splitlines()
+    why = next((line.removeprefix("fatal: ") for line in lines if line), "git gives no reason")
     way = f" (git config --global --add safe.directory {root})" if "ownership" in why else ""
     return (f"code: no commit is recorded: {why}{way}",)
 
@@ -128,13 +128,13 @@ def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
 @cache
 def packages() -> Mapping[str, str]:
     """Versions of the packages that numbers depend on; those not installed are left out."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cpu() -> str:

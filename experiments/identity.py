@@ -48,7 +48,7 @@ def essential(config: RunConfig) -> dict[str, Any]:
     Knobs that another one rules out are left out, and values that mean the same are one (`moot` and
     `same_as` in their metadata). Not part of an id: that would rename runs that exist.
     """
-    kept = {}
+    essentials = {}
     for key, f, value in walk(config):
         meta = f.metadata
         if not meta.get("scientific", True) or not applies(meta, config):
@@ -58,10 +58,10 @@ def essential(config: RunConfig) -> dict[str, Any]:
         if any(rules_out(config) for rules_out in meta.get("moot", {}).values()):
             continue
         if "same_as" not in meta:
-            kept[key] = value
+            essentials[key] = value
         elif (meaning := meta["same_as"](config)) is not None:
-            kept[key] = meaning
-    return kept
+            essentials[key] = meaning
+    return essentials
 
 
 def plain_keys(config: RunConfig) -> list[str]:

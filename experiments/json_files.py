@@ -66,11 +66,11 @@ def hints(cls: type) -> dict[str, Any]:
 def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
     """The fields of `cls` in `raw`; ValueError where one does not fit. Others are ignored."""
     names = {f.name for f in dataclasses.fields(cls)}
-    found = {key: value for key, value in raw.items() if key in names}
-    for key, value in found.items():
+    fields = {key: value for key, value in raw.items() if key in names}
+    for key, value in fields.items():
         if not fits(hints(cls)[key], value):
             raise ValueError(f"{where}{key} cannot be {value!r:.60}")
-    return found
+    return fields
 
 
 def sound(record: dict[str, Any], kinds: dict[str, Any], *, whole: bool = True) -> bool:

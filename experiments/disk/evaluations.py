@@ -31,16 +31,16 @@ def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
         with contextlib.suppress(
             json_files.Damaged
         ):  # it is no result: the step is evaluated again
-            found = json_files.read(path)
-            if json_files.sound(found, STORED):
-                yield found
+            result = json_files.read(path)
+            if json_files.sound(result, STORED):
+                yield result
 
 
 def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
     """Step -> metrics of all evaluations apart from training, oldest step first."""
     merged: dict[int, dict[str, float]] = {}
-    for found in results(run_dir):
-        merged.setdefault(found["step"], {}).update(found["metrics"])
+    for result in results(run_dir):
+        merged.setdefault(result["step"], {}).update(result["metrics"])
     return merged
 
 
@@ -51,8 +51,8 @@ def all_metrics(run_dir: RunDir) -> dict[str, float]:
     count: an earlier checkpoint's numbers are not the run's.
     """
     result = run_dir.result() or {}
-    found = evaluations(run_dir)
-    newest = max(found, default=0)
+    by_step = evaluations(run_dir)
+    newest = max(by_step, default=0)
     if result.get("state") == State.FINISHED:
         newest = result["step"]
-    return found.get(newest, {}) | result.get("metrics", {})
+    return by_step.get(newest, {}) | result.get("metrics", {})

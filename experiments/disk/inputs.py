@@ -76,8 +76,8 @@ def accept(run_dir: RunDir, changes: Sequence[Change], *, by: str) -> None:
 def accepted_in(path: Path) -> list[dict[str, Any]]:
     """The changes that this file lists."""
     try:
-        found = json_files.read(path)["changes"]
-        return [c for c in found if json_files.sound(c, CHANGE)]
+        changes = json_files.read(path)["changes"]
+        return [c for c in changes if json_files.sound(c, CHANGE)]
     except FileNotFoundError:
         return []
     except (json_files.Damaged, KeyError, TypeError) as error:
@@ -147,11 +147,11 @@ def look(config: RunConfig, *, output_dir: Path, only: Iterable[str] = ("data", 
 
     opened, changes = config, []
     if config.data.fingerprint:
-        kept = kept_tokenizer(config.data, output_dir=output_dir)
-        if kept is not None:
-            opened = replace(config, data=replace(config.data, tokenizer=str(kept)))
-        if "data" in only or ("tokenizer" in only and kept is None and config.data.tokenizer):
-            changes += _data(config, output_dir=output_dir, kept=kept)
+        copy = kept_tokenizer(config.data, output_dir=output_dir)
+        if copy is not None:
+            opened = replace(config, data=replace(config.data, tokenizer=str(copy)))
+        if "data" in only or ("tokenizer" in only and copy is None and config.data.tokenizer):
+            changes += _data(config, output_dir=output_dir, copy=copy)
     names = [name for name in evals.active(config) if name in only]
     for name in names:
         changes += _eval(config, name, output_dir=output_dir)
@@ -163,14 +163,14 @@ def opened(run_dir: RunDir, config: RunConfig) -> RunConfig:
 
     The tokenizer is kept from here on.
     """
-    found = look(as_accepted(run_dir, config), output_dir=output_dir_of(run_dir))
-    if found.changes:
+    checked = look(as_accepted(run_dir, config), output_dir=output_dir_of(run_dir))
+    if checked.changes:
         raise refusal(
-            found.changes,
+            checked.changes,
             remedy=f"`python -m sweeps retry {run_dir.run_id} --accept-changed` goes on with what "
             "is there now, and writes it down",
         )
-    return found.config
+    return checked.config
 
 
 def to_export(run_dir: RunDir, *, tokenizer: str | None) -> tuple[Opened, list[str]]:
@@ -192,7 +192,7 @@ def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Open
 
     if config.data.kind == "grammar":
         raise ConfigError(f"--tokenizer must be left out, since data=grammar, got {tokenizer!r}")
-    kept = kept_tokenizer(config.data, output_dir=output_dir)
+    copy = kept_tokenizer(config.data, output_dir=output_dir)
     new = replace(config, data=replace(config.data, tokenizer=tokenizer))
     size = HFTokenizer(tokenizer, eos_id=config.data.eos_id).vocab_size
     if size > (config.model.vocab_size or size):
@@ -205,8 +205,8 @@ def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Open
         return Opened(config=new, changes=[]), [
             "the run named no tokenizer: nothing here says whether its ids mean these texts"
         ]
-    if kept is not None:
-        own = replace(config.data, tokenizer=str(kept))
+    if copy is not None:
+        own = replace(config.data, tokenizer=str(copy))
         planned, now = (
             str(data_package.tokenizer_digest(own)),
             str(data_package.tokenizer_digest(new.data)),
@@ -225,7 +225,7 @@ def output_dir_of(run_dir: RunDir) -> Path:
     return run_dir.path.absolute().parents[1]
 
 
-def _data(config: RunConfig, *, output_dir: Path, kept: Path | None) -> list[Change]:
+def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Change]:
     """The data's change, if any; where there is none its files' looks and tokenizer are kept."""
     from experiments.disk.output_dir import cache_dir
     from relora_core import data as data_package
@@ -233,8 +233,8 @@ def _data(config: RunConfig, *, output_dir: Path, kept: Path | None) -> list[Cha
     data = config.data
     planned = str(data.fingerprint)
     fingerprint, _, planned_sample = planned.partition(".")
-    known = _read(output_dir, planned)
-    if kept is not None and data_package.is_cached(data, cache_dir=cache_dir(output_dir)):
+    stored = _read(output_dir, planned)
+    if copy is not None and data_package.is_cached(data, cache_dir=cache_dir(output_dir)):
         return []  # the tokens are what was planned; nobody opens the texts
     if data.kind == "grammar":
         now = data_package.fingerprint(data)
@@ -242,25 +242,25 @@ def _data(config: RunConfig, *, output_dir: Path, kept: Path | None) -> list[Cha
         return [] if now == planned else [Change(key="data", planned=planned, now=now, what=what)]
     files = data_package.local_files(data)
     seen = looks(file.absolute() for file in files)
-    if files and (kept or not data.tokenizer) and _looks_same(known, seen):
+    if files and (copy or not data.tokenizer) and _looks_same(stored, seen):
         return []
-    now = data_package.fingerprint(data, tokenizer=str(kept) if kept else None)
+    now = data_package.fingerprint(data, tokenizer=str(copy) if copy else None)
     sample = data_package.sample(data)
-    planned_sample = planned_sample or (known or {}).get("sample")
+    planned_sample = planned_sample or (stored or {}).get("sample")
     if now == fingerprint and (planned_sample is None or sample == planned_sample):
-        tokenizer = (known or {}).get("tokenizer")
-        if data.tokenizer and kept is None:
+        tokenizer = (stored or {}).get("tokenizer")
+        if data.tokenizer and copy is None:
             tokenizer = _keep_tokenizer(data, output_dir=output_dir)
         _write(output_dir, planned, seen=seen, sample=sample, tokenizer=tokenizer)
         return []
     if sample is not None:
         now = f"{now}.{sample}"
     what = f"data.path={data.path} has changed since the run was planned"
-    if detail := _difference(known, seen):
+    if detail := _difference(stored, seen):
         what += f" ({detail})"
     elif not files:
         what += " (the hub has another commit of it: owner/name@commit names the planned one)"
-    elif data.tokenizer and kept is None:
+    elif data.tokenizer and copy is None:
         what = f"data.path={data.path} or data.tokenizer={data.tokenizer} has changed since the "
         what += "run was planned"
     return [Change(key="data", planned=planned, now=now, what=what)]
@@ -274,15 +274,15 @@ def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
     if not planned or section.path is None:
         return []
     seen = looks(file.absolute() for file in evals.local_files(config)[name])
-    known = _read(output_dir, planned)
-    if _looks_same(known, seen):
+    stored = _read(output_dir, planned)
+    if _looks_same(stored, seen):
         return []
     now = evals.texts_digest(config, name)
     if now == planned:
         _write(output_dir, planned, seen=seen)
         return []
     what = f"eval.{name}.path={section.path} has changed since the run was planned"
-    if detail := _difference(known, seen):
+    if detail := _difference(stored, seen):
         what += f" ({detail})"
     return [Change(key=f"eval.{name}", planned=planned, now=str(now), what=what)]
 
@@ -290,8 +290,8 @@ def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
 # the tokenizer ------------------------------------------------------------------------------------
 def kept_tokenizer(data: DataConfig, *, output_dir: Path) -> Path | None:
     """The folder with the run's own tokenizer, whole; None where none was kept or it is damaged."""
-    known = _read(output_dir, str(data.fingerprint)) if data.fingerprint else None
-    digests = (known or {}).get("tokenizer")
+    stored = _read(output_dir, str(data.fingerprint)) if data.fingerprint else None
+    digests = (stored or {}).get("tokenizer")
     if not digests or not data.tokenizer:
         return None
     folder = _folder(output_dir, str(data.fingerprint))
@@ -331,10 +331,10 @@ def _folder(output_dir: Path, fingerprint: str) -> Path:
 def _read(output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
     """What was written down of the files; None where there is nothing, or nothing readable."""
     try:
-        found = json_files.read(_folder(output_dir, fingerprint) / "files.json")
+        stored = json_files.read(_folder(output_dir, fingerprint) / "files.json")
     except (OSError, json_files.Damaged):
         return None
-    return found if json_files.sound(found, FILES) else None
+    return stored if json_files.sound(stored, FILES) else None
 
 
 def _write(
@@ -354,16 +354,16 @@ def _write(
             torn.unlink(missing_ok=True)
 
 
-def _looks_same(known: dict[str, Any] | None, seen: Sequence[Look]) -> bool:
-    if known is None or [list(look) for look in seen] != known["looks"]:
+def _looks_same(stored: dict[str, Any] | None, seen: Sequence[Look]) -> bool:
+    if stored is None or [list(look) for look in seen] != stored["looks"]:
         return False
     newest = max((max(look[2], look[3]) for look in seen), default=0)
-    return newest < known["read"] - SETTLED_NS
+    return newest < stored["read"] - SETTLED_NS
 
 
-def _difference(known: dict[str, Any] | None, seen: Sequence[Look]) -> str:
+def _difference(stored: dict[str, Any] | None, seen: Sequence[Look]) -> str:
     """Which files look different; empty where nothing is known of them, or all lie elsewhere."""
-    before = {look[0]: look for look in (known or {}).get("looks", [])}
+    before = {look[0]: look for look in (stored or {}).get("looks", [])}
     after = {look[0]: list(look) for look in seen}
     if not before.keys() & after.keys():
         return ""

@@ -58,7 +58,7 @@ def same_runs(
     seeds = {f"-s{config.seed}-" for config in configs}
     keys = {(c.method, c.data.kind): [k.split(".") for k in plain_keys(c)] for c in configs}
     plain = {_values(dataclasses.asdict(c), keys[c.method, c.data.kind]) for c in configs}
-    known: dict[str, RunDir] = {}
+    by_config: dict[str, RunDir] = {}
     for run in all_runs(output_dir) if configs else ():
         if not any(seed in run.run_id for seed in seeds):
             continue
@@ -69,8 +69,8 @@ def same_runs(
                 if known_keys is None or _values(raw, known_keys) not in plain:
                     continue
             if among(run):
-                known.setdefault(repr(essential(run.config())), run)
-    return [known.get(repr(essential(config))) for config in configs]
+                by_config.setdefault(repr(essential(run.config())), run)
+    return [by_config.get(repr(essential(config))) for config in configs]
 
 
 def _values(raw: dict[str, Any], keys: list[list[str]]) -> tuple[Any, ...]:

@@ -256,8 +256,8 @@ def question(
     chosen = [match[1] for match in typed if match]
     for folder, names in (("sweep", [sweep, *chosen]), ("experiment", experiments)):
         files = [CONF / folder / f"{name}.yaml" for name in dict.fromkeys(names)]
-        if found := " ".join(filter(None, map(_question, files))):
-            return found
+        if text := " ".join(filter(None, map(_question, files))):
+            return text
     return None
 
 
@@ -266,13 +266,13 @@ def _question(path: Path) -> str | None:
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
         lines = path.read_text(encoding="utf-8").splitlines()
-    told: list[str] = []
+    parts: list[str] = []
     for line in lines:
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text.startswith("Question:"):
-            told = [text.removeprefix("Question:").strip()]
-        elif told and line.startswith("#") and not re.match(r"[A-Z]\w*:", text):
-            told.append(text)
-        elif told:
+            parts = [text.removeprefix("Question:").strip()]
+        elif parts and line.startswith("#") and not re.match(r"[A-Z]\w*:", text):
+            parts.append(text)
+        elif parts:
             break
-    return " ".join(told) or None
+    return " ".join(parts) or None

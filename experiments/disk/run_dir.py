@@ -166,8 +166,8 @@ class RunDir:
             return Status()
         except ValueError as error:
             why = "" if isinstance(error, json_files.Damaged) else f" ({error})"
-            told = f"status.json is damaged{why}; the same command goes on"
-            return Status(state=State.FAILED, attempts=len(self.attempt_records()), error=told)
+            problem = f"status.json is damaged{why}; the same command goes on"
+            return Status(state=State.FAILED, attempts=len(self.attempt_records()), error=problem)
 
     def write_status(self, status: Status) -> None:
         atomic.write_json(self.status_path, dataclasses.asdict(status))
@@ -192,9 +192,11 @@ class RunDir:
 
     def attempt_records(self) -> list[dict[str, Any]]:
         """What each attempt said of its host, process and code, oldest first."""
-        found = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
+        records = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
         return [
-            record for record in found if record and json_files.sound(record, ATTEMPT, whole=False)
+            record
+            for record in records
+            if record and json_files.sound(record, ATTEMPT, whole=False)
         ]
 
     @contextlib.contextmanager
@@ -294,13 +296,13 @@ class RunDir:
 
     def events(self) -> list[dict[str, Any]]:
         """The record as it counts: where attempts overlap, the newest from its first step on."""
-        kept: list[dict[str, Any]] = []
+        events: list[dict[str, Any]] = []
         for event in self.raw_events():
             if event["kind"] == "start":
                 resumed = event["data"].get("resumed", False)
-                kept = [e for e in kept if e["step"] <= event["step"]] if resumed else []
-            kept.append(event)
-        return kept
+                events = [e for e in events if e["step"] <= event["step"]] if resumed else []
+            events.append(event)
+        return events
 
     def notes(self) -> list[str]:
         """What its attempts said of the data they read, one line each."""

@@ -116,9 +116,9 @@ class Arm:
         Empty where no run has it, so that nan says that a value was lost, and not that none was
         measured.
         """
-        found = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
+        by_seed = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
         lost = {run.seed: math.nan for run in self.runs if run.state == State.DIVERGED}
-        return found | lost if found else {}
+        return by_seed | lost if by_seed else {}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -147,14 +147,14 @@ class Sweep:
     @property
     def varies(self) -> dict[str, list[Any]]:
         """Key -> its values, of what differs between arms; the seed comes last, if it varies."""
-        found: dict[str, list[Any]] = {}
+        varied: dict[str, list[Any]] = {}
         for arm in self.arms:
             for key, value in arm.settings.items():
-                values = found.setdefault(key, [])
+                values = varied.setdefault(key, [])
                 if value not in values:
                     values.append(value)
         seeds = sorted({run.seed for run in self.runs})
-        return found | ({"seed": seeds} if len(seeds) > 1 else {})
+        return varied | ({"seed": seeds} if len(seeds) > 1 else {})
 
     @property
     def fixed(self) -> dict[str, Any]:

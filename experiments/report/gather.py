@@ -115,13 +115,13 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     in having it.
     """
     kinds = [tuple(repr(row.get(key)) for key in KINDS) for row in rows]
-    found = []
+    keys = []
     for key in dict.fromkeys(key for row in rows for key in row):
         has = [key in row for row in rows]
         values = {repr(row[key]) for row in rows if key in row}
         if len(values) > 1 or len(set(zip(kinds, has, strict=True))) > len(set(kinds)):
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys
 
 
 # runs -------------------------------------------------------------------------------------------
@@ -262,9 +262,9 @@ def _kept(
             if kind == "start":
                 limit = step if data.get("resumed", False) else -1
                 events = [e for e in events if e["step"] <= limit]
-                tables = {n: [t for t in kept if t[0] <= limit] for n, kept in tables.items()}
+                tables = {n: [t for t in table if t[0] <= limit] for n, table in tables.items()}
             events.append(event)
-    return events, {name: rows for name, kept in tables.items() if (rows := _rows(kept))}, spans
+    return events, {name: rows for name, table in tables.items() if (rows := _rows(table))}, spans
 
 
 def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
@@ -289,12 +289,14 @@ def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
     evaluations = list(results(run_dir))
     if not evaluations:
         return
-    known = sorted({p[:3] for points in run.curves.values() for p in points})
-    steps, hours = [0, *(k[0] for k in known)], [0.0, *(k[2] for k in known)]
+    places = sorted({p[:3] for points in run.curves.values() for p in points})
+    steps, hours = [0, *(k[0] for k in places)], [0.0, *(k[2] for k in places)]
     per_step = run.config.train.batch_size * run.config.data.seq_len
-    for found in evaluations:
-        step = found["step"]
+    for evaluation in evaluations:
+        step = evaluation["step"]
         at = step, step * per_step, _interpolate(steps, hours, step)
-        for name, value in found["metrics"].items():
+        for name, value in evaluation["metrics"].items():
             _add(run.curves.setdefault(name, []), Point(*at, float(value)))
-        run.tables |= {f"{found['name']}/{name}": rows for name, rows in found["tables"].items()}
+        run.tables |= {
+            f"{evaluation['name']}/{name}": rows for name, rows in evaluation["tables"].items()
+        }

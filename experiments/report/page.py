@@ -78,20 +78,20 @@ def write(
     `previous`. ConfigError for a sweep, arm or file that is not there; an odd run is a line in the
     page.
     """
-    found = gather.gather(output_dir, sweep, states=states)
-    keep(found, arms)
+    data = gather.gather(output_dir, sweep, states=states)
+    keep(data, arms)
     if reference == PREVIOUS:
-        pairs = list(zip(found.arms[1:], found.arms, strict=False))
+        pairs = list(zip(data.arms[1:], data.arms, strict=False))
     else:
-        pairs = report_tables.against(found, reference=choose(found, reference))
+        pairs = report_tables.against(data, reference=choose(data, reference))
     folder = output or Path(output_dir) / "sweeps" / sweep / "report"
     pictures = draw(
         folder,
         lambda figures: figures.all_figures(
-            found, folder / "figures", x=x, published=published, pairs=pairs
+            data, folder / "figures", x=x, published=published, pairs=pairs
         ),
     )
-    return save(_document(found, pairs, pictures), [found], folder=folder)
+    return save(_document(data, pairs, pictures), [data], folder=folder)
 
 
 def keep(sweep: Sweep, patterns: Sequence[str]) -> None:

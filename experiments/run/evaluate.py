@@ -98,7 +98,9 @@ def check(run_dir: RunDir, *, request: Request) -> None:
             f"{re.sub(r'[^A-Za-z0-9]+', '_', request.name).strip('_')[:60] or 'other'}_eval"
         )
     config = run_dir.config()
-    earlier = {found["section"]: found["digest"] for found in results(run_dir, name=request.name)}
+    earlier = {
+        result["section"]: result["digest"] for result in results(run_dir, name=request.name)
+    }
     for section, digest in _digests(request.eval).items():
         own = _digest(config.eval, section) if runs_eval(config, section) else digest
         if request.name == PLAIN and own != digest:
@@ -161,8 +163,8 @@ def missing(run_dir: RunDir, *, request: Request) -> list[int]:
 
 
 def _sections_left(run_dir: RunDir, *, request: Request, step: int) -> list[str]:
-    found = {(f["section"], f["step"], f["digest"]) for f in results(run_dir, name=request.name)}
-    return [s for s, d in _digests(request.eval).items() if (s, step, d) not in found]
+    stored = {(f["section"], f["step"], f["digest"]) for f in results(run_dir, name=request.name)}
+    return [s for s, d in _digests(request.eval).items() if (s, step, d) not in stored]
 
 
 def _digests(eval: EvalConfig) -> dict[str, str]:
@@ -224,11 +226,11 @@ def look(run_dir: RunDir, *, eval: EvalConfig) -> inputs.Opened:
 
 def _opened(run_dir: RunDir, config: RunConfig, *, request: Request) -> RunConfig:
     """`config` with the tokenizer that the run kept; ConfigError where something has changed."""
-    found = look(run_dir, eval=request.eval)
-    known = {(change["key"], change["now"]) for change in request.changes}
-    if new := [c for c in found.changes if (c.key, c.now) not in known]:
+    opened = look(run_dir, eval=request.eval)
+    accepted = {(change["key"], change["now"]) for change in request.changes}
+    if new := [c for c in opened.changes if (c.key, c.now) not in accepted]:
         raise inputs.refusal(new, remedy="ask for the evaluation again")
-    return replace(config, data=found.config.data)
+    return replace(config, data=opened.config.data)
 
 
 def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
@@ -288,12 +290,12 @@ def _evaluate(
     model: Decoder,
     say: Callable[[str], None],
 ) -> None:
-    where, said = f"{run_dir.run_id} step {step}", time.monotonic()
+    where, said_at = f"{run_dir.run_id} step {step}", time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= SAY_EVERY_S:
-            said = time.monotonic()
+        nonlocal said_at
+        if time.monotonic() - said_at >= SAY_EVERY_S:
+            said_at = time.monotonic()
             say(f"{where}: {evaluation.name} {done}/{total}")
 
     result = evaluation.run(model, progress=progress)

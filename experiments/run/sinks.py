@@ -119,15 +119,15 @@ def gpu_load() -> dict[str, float]:
 
 def _gpu_metrics(listed: str, *, names: list[str]) -> dict[str, float]:
     """Lines of numbers, one for each GPU, as metrics; what a GPU does not support is left out."""
-    found = {}
+    metrics = {}
     for gpu, line in enumerate(listed.splitlines()):
         for name, cell in zip(names, line.split(","), strict=False):
             try:
                 value = float(cell)
             except ValueError:
                 continue
-            found[f"system/gpu{gpu}_{name}"] = value / 1024 if name == "memory_gb" else value
-    return found
+            metrics[f"system/gpu{gpu}_{name}"] = value / 1024 if name == "memory_gb" else value
+    return metrics
 
 
 def clock(seconds: float | None) -> str:

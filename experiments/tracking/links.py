@@ -35,15 +35,15 @@ def ui_link(base: str, experiment_id: str) -> str:
 
 def links(experiment_id: str, *, sweep: str) -> dict[str, str]:
     """Title -> address of each saved view, relative to the UI's root; right in a fresh browser."""
-    found = {}
+    addresses = {}
     for view, title in TITLES.items():
         mode = "&compareRunsMode=CHART" if view in CHARTS else ""
         key = quote(slug(sweep, view))
-        found[title] = (
+        addresses[title] = (
             f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}"
             "&workflowType=machine_learning"
         )
-    return found
+    return addresses
 
 
 def compare_link(experiment_id: str, *, runs: Sequence[str]) -> str:
@@ -111,13 +111,13 @@ def _of_experiment(client: MlflowClient, experiment: Experiment, *, base: str) -
 
 def _summaries(client: MlflowClient, experiment_id: str, *, kind: str) -> list[Run]:
     """The runs that stand for sweeps or arms, oldest first."""
-    found = client.search_runs(
+    hits = client.search_runs(
         [experiment_id],
         filter_string=f"tags.kind = '{kind}'",
         order_by=["attributes.start_time ASC"],
         max_results=1000,
     )
-    return list(found)
+    return list(hits)
 
 
 def _sweep_pages(

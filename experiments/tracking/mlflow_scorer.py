@@ -60,9 +60,9 @@ class Scorer:
         with torch.inference_mode():
             row = torch.tensor(ids)
             hidden = self.model.hidden_states(row[None, :-1])[0]
-            found = target_log_probs(hidden, self.model.de_embedding_proj.weight, row[1:])
-        loss = -float(found.double().mean())
-        return {"ids": list(ids), "log_probabilities": found.tolist(), "loss": loss}
+            log_probs = target_log_probs(hidden, self.model.de_embedding_proj.weight, row[1:])
+        loss = -float(log_probs.double().mean())
+        return {"ids": list(ids), "log_probabilities": log_probs.tolist(), "loss": loss}
 
 
 def _load_pyfunc(path: str) -> Scorer:

@@ -110,54 +110,56 @@ def _check_place(experiment: Experiment, *, uri: str) -> None:
         )
 
 
-def log_model(found: Tracked, *, folder: Path, step: int) -> str:
+def log_model(tracked: Tracked, *, folder: Path, step: int) -> str:
     """The model's URI (`models:/<id>`); the same weights of the same run are logged once."""
     folder = folder.expanduser().resolve()
     with open(folder / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    same = f"source_run_id = '{found.run.info.run_id}' AND tags.sha256 = '{weights}'"
-    with _one_line(found.store.uri):
-        models = found.store.client.search_logged_models(
-            [found.run.info.experiment_id], filter_string=same
+    same = f"source_run_id = '{tracked.run.info.run_id}' AND tags.sha256 = '{weights}'"
+    with _one_line(tracked.store.uri):
+        models = tracked.store.client.search_logged_models(
+            [tracked.run.info.experiment_id], filter_string=same
         )
         ready = [model.model_uri for model in models if model.status == "READY"]
-        return ready[0] if ready else _log(found, folder=folder, step=step, weights=weights)
+        return ready[0] if ready else _log(tracked, folder=folder, step=step, weights=weights)
 
 
-def _log(found: Tracked, *, folder: Path, step: int, weights: str) -> str:
+def _log(tracked: Tracked, *, folder: Path, step: int, weights: str) -> str:
     """As `mlflow.pyfunc.log_model` does, but that would open the run again and move its end."""
     from mlflow.entities import LoggedModelOutput
 
-    info, tags = found.run.info, found.run.data.tags
-    kept = {key: tags[key] for key in ("run_id", "arm", "seed", "method") if key in tags}
-    model = found.store.client.create_logged_model(
+    info, tags = tracked.run.info, tracked.run.data.tags
+    labels = {key: tags[key] for key in ("run_id", "arm", "seed", "method") if key in tags}
+    model = tracked.store.client.create_logged_model(
         info.experiment_id,
         name=re.sub(r"[^\w-]", "_", f"{tags['run_id']}-step-{step}"),
         source_run_id=info.run_id,
-        params=dict(found.run.data.params),
-        tags={**kept, "step": str(step), "sha256": weights},
+        params=dict(tracked.run.data.params),
+        tags={**labels, "step": str(step), "sha256": weights},
     )
     try:
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch) / "model"
             _save(target, folder=folder, model_id=model.model_id, run=info.run_id)
-            if place := _own_folder(found, model):
+            if place := _own_folder(tracked, model):
                 shared.make_folder(place)
-            found.store.client.log_model_artifacts(model.model_id, str(target))
+            tracked.store.client.log_model_artifacts(model.model_id, str(target))
             if place:
                 shared.share_all(place)
-        found.store.client.log_outputs(info.run_id, [LoggedModelOutput(model.model_id, step=step)])
+        tracked.store.client.log_outputs(
+            info.run_id, [LoggedModelOutput(model.model_id, step=step)]
+        )
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            found.store.client.finalize_logged_model(model.model_id, "FAILED")
+            tracked.store.client.finalize_logged_model(model.model_id, "FAILED")
         raise
-    found.store.client.finalize_logged_model(model.model_id, "READY")
+    tracked.store.client.finalize_logged_model(model.model_id, "READY")
     return model.model_uri
 
 
-def _own_folder(found: Tracked, model: LoggedModel) -> Path | None:
+def _own_folder(tracked: Tracked, model: LoggedModel) -> Path | None:
     """Where MLflow writes the model itself, without a thought for the group."""
-    return local_folder(model.artifact_location) if sqlite_path(found.store.uri) else None
+    return local_folder(model.artifact_location) if sqlite_path(tracked.store.uri) else None
 
 
 def _save(target: Path, *, folder: Path, model_id: str, run: str) -> None:

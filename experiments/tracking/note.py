@@ -40,9 +40,9 @@ def sentence(view: SweepView) -> str:
 
 def progress(view: SweepView) -> str:
     """`4 of 6 runs finished, 1 running, 1 failed`."""
-    told = Counter(run.state.state for arm in view.arms for run in arm.runs)
-    rest = [f"{n} {state}" for state, n in told.items() if state is not State.FINISHED]
-    return ", ".join([f"{told[State.FINISHED]} of {told.total()} runs finished", *rest])
+    counts = Counter(run.state.state for arm in view.arms for run in arm.runs)
+    rest = [f"{n} {state}" for state, n in counts.items() if state is not State.FINISHED]
+    return ", ".join([f"{counts[State.FINISHED]} of {counts.total()} runs finished", *rest])
 
 
 def note(
@@ -68,8 +68,8 @@ def note(
         bottom.append(_plain("\n".join(f"- {line}" for line in view.collapsed)))
     bottom.append("Open: " + ", ".join(_links(view, experiment_id, arm_runs)) + ".")
     if commands := view.commands[-MAX_COMMANDS:]:
-        told = "\n".join(map(_wrapped, commands)).replace("```", "` ` `")
-        bottom.append(f"```\n{told}\n```")
+        block = "\n".join(map(_wrapped, commands)).replace("```", "` ` `")
+        bottom.append(f"```\n{block}\n```")
     folder = Path(output_dir).absolute()
     bottom.append(
         f"Records: `{folder}/runs`, plan: `{folder}/sweeps/{view.name}/plan.json`. All of this is "
@@ -86,8 +86,8 @@ def _plain(text: str) -> str:
 
 def _wrapped(command: str) -> str:
     """Over several lines: one long line pushes the rest of MLflow's page out of the window."""
-    whole = re.sub(r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0].replace(" ", "\0"), command)
-    lines = textwrap.wrap(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
+    unbroken = re.sub(r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0].replace(" ", "\0"), command)
+    lines = textwrap.wrap(unbroken, WIDTH, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")
 
 
@@ -109,10 +109,10 @@ def _troubles(view: SweepView) -> str:
 
 
 def _links(view: SweepView, experiment_id: str, arm_runs: Sequence[str]) -> list[str]:
-    found = links(experiment_id, sweep=view.name)
+    pages = links(experiment_id, sweep=view.name)
     if 1 < len(arm_runs) <= MAX_COMPARED:
-        found["compare the arms"] = compare_link(experiment_id, runs=arm_runs)
-    return [f"[{title}]({address})" for title, address in found.items()]
+        pages["compare the arms"] = compare_link(experiment_id, runs=arm_runs)
+    return [f"[{title}]({address})" for title, address in pages.items()]
 
 
 def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, room: int) -> str:
@@ -167,8 +167,10 @@ def _row(
 ) -> list[Any]:
     row: list[Any] = [arm.name, *(arm.axes.get(key) for key in axes), arm.finished, len(arm.runs)]
     for metric in metrics:
-        found = of_arm.get(metric)
-        parts = (found.mean, found.low, found.high, found.sd) if found else (None,) * 4
+        interval = of_arm.get(metric)
+        parts = (
+            (interval.mean, interval.low, interval.high, interval.sd) if interval else (None,) * 4
+        )
         row += [value if value is None else significant(value) for value in parts]
     return row
 

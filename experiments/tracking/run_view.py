@@ -127,10 +127,10 @@ def news(run: RunDir, position: Position) -> News:
     after = dataclasses.replace(
         position, last=dict(position.last), apart=dict(position.apart), sending=False
     )
-    found = News(points=[], tables={}, position=after)
+    new = News(points=[], tables={}, position=after)
     for after.offset, event in _events_after(run.events_path, position.offset):
         if event["kind"] == "start":
-            _start(event, found)
+            _start(event, new)
         if event.get("attempt", after.attempt) < after.attempt:
             continue
         after.time = max(after.time, event["time"])
@@ -140,22 +140,22 @@ def news(run: RunDir, position: Position) -> News:
                 continue
             after.last[key] = event["step"]
             if event["step"] not in after.apart.get(key, ()):
-                found.points.append(_point(key, value, event["time"], event["step"]))
+                new.points.append(_point(key, value, event["time"], event["step"]))
         if event["kind"] == "table":
-            found.tables[event["data"]["name"]] = event["data"]["rows"]
-    found.anew = after.attempt != position.attempt and bool(position.last or position.apart)
-    return found
+            new.tables[event["data"]["name"]] = event["data"]["rows"]
+    new.anew = after.attempt != position.attempt and bool(position.last or position.apart)
+    return new
 
 
-def _start(event: Mapping[str, Any], found: News) -> None:
+def _start(event: Mapping[str, Any], new: News) -> None:
     """An attempt that resumes nothing takes the place of all before it, as in RunDir.events()."""
-    after = found.position
+    after = new.position
     attempt = event.get("attempt", after.attempt)
     if attempt >= after.attempt:
         after.world = int(event["data"].get("world", 1))
     if event["data"].get("resumed") or attempt <= after.attempt:
         return
-    found.points, found.tables = [], {}
+    new.points, new.tables = [], {}
     after.attempt, after.began = attempt, event["time"]
     after.time, after.last, after.apart = 0.0, {}, {}
 
@@ -202,7 +202,7 @@ def evaluated(run: RunDir, position: Position) -> News:
     Those of a life that no longer counts are left out.
     """
     after = dataclasses.replace(position, apart=dict(position.apart))
-    found = News(points=[], tables={}, position=after)
+    new = News(points=[], tables={}, position=after)
     fresh: set[str] = set()
     for result in results(run):  # oldest step first: of a table the newest one counts
         if result["finished"] < position.began:
@@ -214,12 +214,12 @@ def evaluated(run: RunDir, position: Position) -> News:
         ]
         for point in points:
             after.apart[point.key] = [*after.apart.get(point.key, ()), point.step]
-        found.points += points
+        new.points += points
         tables = {f"{result['name']}/{name}": rows for name, rows in result["tables"].items()}
-        found.tables |= tables
+        new.tables |= tables
         fresh |= set(tables) if points else set()
-    found.tables = {path: rows for path, rows in found.tables.items() if path in fresh}
-    return found
+    new.tables = {path: rows for path, rows in new.tables.items() if path in fresh}
+    return new
 
 
 def tables(run: RunDir, position: Position) -> dict[str, list[dict[str, Any]]]:
@@ -273,7 +273,7 @@ def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[s
     newest = attempts[-1] if attempts else {}
     step = run.newest_step()
     dirty, commit = newest.get("dirty"), newest.get("commit")
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "kind": "run",
         "run_id": run.run_id,
         "arm": arm_id(config),
@@ -296,7 +296,7 @@ def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[s
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
     }
-    return {k: str(v)[:MAX_TAG] for k, v in found.items() if v is not None and v != ""}
+    return {k: str(v)[:MAX_TAG] for k, v in values.items() if v is not None and v != ""}
 
 
 def ended_ms(status: Status, position: Position) -> int:

@@ -131,5 +131,5 @@ class Server:
 
     def _last_word(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = lines[-1].strip() if lines else "without a word"
-        return f"MLflow's server ended: {said[:200]} (see {self.log})"
+        reason = lines[-1].strip() if lines else "without a word"
+        return f"MLflow's server ended: {reason[:200]} (see {self.log})"

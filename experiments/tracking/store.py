@@ -108,12 +108,12 @@ class DatabaseNotFound(TrackingUnreachable):
 class LoginRefused(TrackingUnreachable):
     """The store answers, and wants another user or password."""
 
-    def __init__(self, uri: str, *, said: str) -> None:
+    def __init__(self, uri: str, *, reason: str) -> None:
         web = uri.startswith(("http://", "https://"))
         where = f"{LOGIN}, or MLFLOW_TRACKING_TOKEN," if web else PASSWORD
         RuntimeError.__init__(
             self,
-            f"tracking: login refused by {redacted(uri)} ({said}); the environment's {where} hold"
+            f"tracking: login refused by {redacted(uri)} ({reason}); the environment's {where} hold"
             f"{'' if web else 's'} it; nothing is lost, run `python -m sweeps sync` then",
         )
 
@@ -123,7 +123,7 @@ def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
 
     Appends to `notes` what they decide, and why the store will show nothing, where that is known.
     """
-    tracking, said = config.tracking, []
+    tracking, lines = config.tracking, []
     if not tracking.enabled:
         return config
     for key, variable in VARIABLES.items():
@@ -136,11 +136,11 @@ def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
         except ConfigError as error:
             line = str(error).replace("tracking.uri", variable)
             raise ConfigError(f"{line}; or unset it, tracking.uri goes before it") from None
-        said.append(f"tracking.{key}={value} (the environment's {variable})")
+        lines.append(f"tracking.{key}={value} (the environment's {variable})")
     config = dataclasses.replace(config, tracking=tracking)
     if notes is not None:
-        said += [line for line in (schema(sqlite_path(store_uri(config))),) if line]
-        notes += [line for line in said if line not in notes]
+        lines += [line for line in (schema(sqlite_path(store_uri(config))),) if line]
+        notes += [line for line in lines if line not in notes]
     return config
 
 
@@ -151,17 +151,17 @@ def schema(database: Path | None) -> str | None:
     try:
         address = f"file:{quote(str(database))}?mode=ro"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as there:
-            (found,) = there.execute("select version_num from alembic_version").fetchone()
+            (revision,) = there.execute("select version_num from alembic_version").fetchone()
     except (sqlite3.Error, TypeError):  # not made yet, or damaged, which its first use says
         return None
-    known, newest = _revisions()
-    if not known or found == newest:
+    revisions, newest = _revisions()
+    if not revisions or revision == newest:
         return None
-    older, here = found in known, shlex.quote(sqlite_uri(database))
+    older, here = revision in revisions, shlex.quote(sqlite_uri(database))
     way = f"`mlflow db upgrade {here}` (keep a copy)" if older else "MLflow is upgraded"
     return (
         f"tracking: {database} was written by {'an older' if older else 'a newer'} MLflow (schema "
-        f"{found}, this one's is {newest}) and shows nothing new until {way}, or tracking.uri "
+        f"{revision}, this one's is {newest}) and shows nothing new until {way}, or tracking.uri "
         "names another; the runs' records lose nothing"
     )
 
@@ -205,13 +205,13 @@ def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> N
         return
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as db, db:
         try:
-            found = db.execute(
+            rows = db.execute(
                 "SELECT artifact_location FROM experiments UNION SELECT DISTINCT "
                 "substr(artifact_uri, 1, length(artifact_uri) - length(run_uuid) - 11) FROM runs"
             ).fetchall()
         except sqlite3.Error:  # damaged, or not MLflow's: it is said where it is opened
             return
-        for (old,) in found:
+        for (old,) in rows:
             place = Path(unquote(urlsplit(old or "").path))
             if (
                 not str(old).startswith("file:///")
@@ -377,8 +377,8 @@ def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir:
     """The id of the MLflow experiment `name`."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         server = uri.startswith(("http://", "https://"))
         artifacts = None if server else (output_dir.absolute() / "mlartifacts").as_uri()
         tags = {
@@ -388,12 +388,12 @@ def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir:
         try:
             return client.create_experiment(name, artifact_location=artifacts, tags=tags)
         except MlflowException as error:  # another host was faster
-            found = client.get_experiment_by_name(name)
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            experiment = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
                 raise
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
 
 
 def connect(uri: str) -> MlflowClient:
@@ -448,10 +448,10 @@ def reachable(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if found := DAMAGED.search(str(error)):
-            raise TrackingUnreachable(uri, damage=found[0]) from error
-        if said := _refusal(error):
-            raise LoginRefused(uri, said=said) from error
+        if match := DAMAGED.search(str(error)):
+            raise TrackingUnreachable(uri, damage=match[0]) from error
+        if reason := _refusal(error):
+            raise LoginRefused(uri, reason=reason) from error
         if not is_outage(error):
             raise
         database = sqlite_path(uri)
@@ -465,8 +465,8 @@ def _refusal(error: BaseException) -> str | None:
     codes = {"UNAUTHENTICATED": "401", "PERMISSION_DENIED": "403"}
     if code := codes.get(getattr(error, "error_code", "")):
         return code
-    found = REFUSED.search(str(error)) if is_outage(error) else None
-    return found and (found[1] or found[2])
+    match = REFUSED.search(str(error)) if is_outage(error) else None
+    return match and (match[1] or match[2])
 
 
 def is_outage(error: BaseException) -> bool:

@@ -68,5 +68,5 @@ def summary(arm: ArmView) -> dict[str, Interval]:
     """Metric -> mean over the finished runs, of metrics that all of them have as finite numbers."""
     done = [run.metrics for run in arm.runs if run.state.state is State.FINISHED]
     keys = [key for key in (done[0] if done else {}) if not key.startswith(NOT_AVERAGED)]
-    whole = [k for k in keys if all(math.isfinite(m.get(k, math.nan)) for m in done)]
-    return {key: mean_interval([metrics[key] for metrics in done]) for key in whole}
+    complete = [k for k in keys if all(math.isfinite(m.get(k, math.nan)) for m in done)]
+    return {key: mean_interval([metrics[key] for metrics in done]) for key in complete}

@@ -110,8 +110,8 @@ class Tracker:
         runs = {run.run_id: run.dir for group in groups for run in group.members}
         if states is None:
             states = self.survey(list(runs.values()))
-        known = {id_: states.get(id_) or state_of(run) for id_, run in runs.items()}
-        return [self._bring(group, known, final=final, progress=progress) for group in groups]
+        current = {id_: states.get(id_) or state_of(run) for id_, run in runs.items()}
+        return [self._bring(group, current, final=final, progress=progress) for group in groups]
 
     # where runs go ------------------------------------------------------------------------------
     def _groups(self, sweeps: Sequence[str] | None) -> list[Group]:
@@ -358,7 +358,7 @@ def _padded(texts: Iterable[str]) -> dict[str, str]:
         return {}
     width = max((len(text.partition(".")[0]) for text in plain.values()), default=0)
     return {
-        text: whole.zfill(width) + dot + rest
+        text: integer.zfill(width) + dot + rest
         for text, number in plain.items()
-        for whole, dot, rest in [number.partition(".")]
+        for integer, dot, rest in [number.partition(".")]
     }
