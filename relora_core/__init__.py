@@ -4,7 +4,7 @@ data/            Token streams and tokenizers, by kind of data
 methods/         How the model is parametrised and updated
 evals/           Perplexity and minimal pairs
 config.py        every knob: type, unit, default, bounds; rules across knobs
-model.py         the decoder, whole
+model.py         the complete decoder
 train.py         the training loop
 schedule.py      learning-rate factors and restart steps, as functions of the step
 redraws.py       when adapters are drawn anew, and which never learn

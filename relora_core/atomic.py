@@ -40,7 +40,7 @@ def create_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _beside(path: Path, text: str) -> Iterator[Path]:
-    """A temporary file that holds `text` on the disk itself; removed where something goes wrong."""
+    """A temporary file with `text`, flushed to disk; removed on an error."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
@@ -58,11 +58,11 @@ def _beside(path: Path, text: str) -> Iterator[Path]:
 
 
 def torn(folder: Path) -> list[Path]:
-    """Temporary files that no living process can still be at work on."""
+    """Temporary files too old for any process to be still writing them."""
     leftover = []
     for path in sorted(folder.glob(".*.tmp")):
         with contextlib.suppress(FileNotFoundError):
-            # A clock that was set back makes files of the future.
+            # If the clock was set back, files seem to come from the future.
             if abs(time.time() - path.stat().st_mtime) > TORN_AFTER_S:
                 leftover.append(path)
     return leftover

@@ -1,8 +1,8 @@
 """Atomic checkpoints: weights, moments, method state, data position, every RNG, step. And back.
 
-A checkpoint is a folder step-<n>/ that appears by one rename, so it is either whole or not there;
-checksums.json tells whether it still is. Weights that are not trained lie in a file of their own,
-which is written only when they have changed. Loading executes nothing: safetensors for weights,
+A checkpoint is a folder step-<n>/ that appears by one rename, so it is complete or absent;
+checksums.json shows later damage. Untrained weights are in a separate file, which is written only
+when they have changed. Loading executes nothing: safetensors for weights,
 `weights_only` for the rest.
 """
 
@@ -37,16 +37,16 @@ from relora_core import atomic, shared
 from relora_core.data.base import DataError
 
 MODEL, FROZEN = "model.safetensors", "frozen.safetensors"
-"""Weights that are trained, with buffers; and those that are not, where there are any."""
+"""Trained weights, with buffers; and untrained ones, if there are any."""
 CHECKSUMS = "checksums.json"
-"""sha256 of every other file. Checkpoints from before there was one are taken as they are."""
+"""sha256 of every other file. Older checkpoints without it are not checked."""
 NEEDED = (MODEL, "optimizer.pt", "rng.pt", "progress.json")
 """Files of every checkpoint."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """Where a run is: everything of a checkpoint that is small and JSON."""
+    """A run's position: all small values of a checkpoint, stored as JSON."""
 
     step: int = 0
     """Optimizer steps completed."""
@@ -170,7 +170,7 @@ class Kept:
     file: Path
     digest: str
     versions: dict[str, tuple[int, int]]
-    """What the weights were: where they lay, and how often they had been written to."""
+    """Identity of the weights: address and number of writes."""
 
 
 def save(
@@ -221,7 +221,7 @@ def _store(
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file in two folders, either of which may go; a copy where that cannot be."""
+    """Hard-link a file, so that either folder may be removed; copy it if links are impossible."""
     try:
         os.link(source, target)
     except OSError:
@@ -229,7 +229,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder so that a kill at any moment leaves it whole or under another name."""
+    """Remove a folder. A kill at any moment leaves it complete or under another name."""
     aside = path.with_name(f".tmp-{path.name}-old-{os.getpid()}")
     path.rename(aside)
     shutil.rmtree(aside)
@@ -238,7 +238,7 @@ def _discard(path: Path) -> None:
 class Writer:
     """Writes checkpoints in the background, one at a time: training waits for the copy alone.
 
-    A `with` block leaves none half-done, whatever ends it.
+    Leaving a `with` block waits for the checkpoint begun, also after an error.
     """
 
     def __init__(self, folder: Path, *, keep_last: int) -> None:
@@ -273,7 +273,7 @@ class Writer:
         rng: list[dict[str, Any]],
         reference: dict[str, Tensor] | None = None,
     ) -> None:
-        """Copy the state, begin to write it; `wait` comes before. See `Snapshot.of`."""
+        """Copy the state and begin to write it; call `wait` first. See `Snapshot.of`."""
         assert self._thread is None
         versions = {name: (p.data_ptr(), p._version) for name, p in _frozen(model)}
         same = self._same(versions)
@@ -286,17 +286,17 @@ class Writer:
             with_frozen=same is None,
             copied=_copied,
         )
-        # Not a daemon: an interpreter that ends waits for it.
+        # Not a daemon: the interpreter waits for it at exit.
         self._thread = threading.Thread(
             target=self._run, args=(snapshot, versions, same), name="checkpoint"
         )
         self._thread.start()
 
     def _same(self, versions: dict[str, tuple[int, int]]) -> Kept | None:
-        """A file of these very weights: that of the last but one checkpoint.
+        """A file with exactly these weights, from the last but one checkpoint.
 
-        The last one's would do for disk space, but then one damaged file would spoil both of the
-        checkpoints that a run can go on from.
+        The last checkpoint's file would save as much disk, but then one damaged file would spoil
+        both checkpoints that a run can resume from.
         """
         frozen = self._frozen_files[0] if len(self._frozen_files) == 2 else None
         return frozen if frozen and frozen.versions == versions and frozen.file.exists() else None
@@ -320,7 +320,7 @@ class Writer:
         self._frozen_files = [*self._frozen_files[-1:], frozen]
 
     def wait(self) -> tuple[int, float] | None:
-        """Until what was begun is on disk: its step, and when that was. Raises why it is not."""
+        """Wait until the checkpoint begun is on disk: (step, time). Raises the write's error."""
         if self._thread is None:
             return None
         self._thread.join()
@@ -343,7 +343,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """To the disk itself. Python writes, so that a full disk is an OSError that says so."""
+    """Write and flush to disk. Python writes, so that a full disk raises a clear OSError."""
     with shared.opened(file, "wb") as handle:
         handle.write(content)
         handle.flush()
@@ -356,19 +356,19 @@ def complete(folder: Path) -> list[Path]:
 
 
 def is_evaluated(folder: Path, *, step: int) -> bool:
-    """Whether the evals of this step are in the record; step 0 has no checkpoint to say so."""
+    """Whether the evals of this step are recorded; step 0 has no checkpoint to mark it."""
     return (folder / f"step-{step:08d}" / "evaluated").exists()
 
 
 def mark_evaluated(folder: Path, *, step: int, rank: int) -> None:
-    """The evals of this step's checkpoint are in the record: a resumed run need not repeat them."""
+    """Mark this step's evals as recorded: a resumed run need not repeat them."""
     target = folder / f"step-{step:08d}"
     if rank == 0 and target.exists():
         shared.touch(target / "evaluated")
 
 
 def damage(path: Path) -> str | None:
-    """The first file of a checkpoint that is not as it was written; None where all are."""
+    """The first file of a checkpoint that differs from what was written; None: all are intact."""
     try:
         digests = json.loads((path / CHECKSUMS).read_bytes())
     except FileNotFoundError:
@@ -394,7 +394,7 @@ def damage(path: Path) -> str | None:
 
 
 def _unreadable(error: OSError, name: str) -> str:
-    """The disk has lost the file; any other trouble may pass, and is no reason to compute again."""
+    """`name` if the disk has lost the file. Other errors may pass: no reason to train again."""
     if error.errno != errno.EIO:
         raise error
     return name
@@ -436,7 +436,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, rank: int = 0) -
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Whatever a damaged file makes torch raise is a DataError that names the checkpoint."""
+    """Turn any error of torch on a damaged file into a DataError that names the checkpoint."""
     try:
         yield
     except (OSError, DataError, torch.OutOfMemoryError):
@@ -447,7 +447,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run was; DataError where the file does not say."""
+    """The run's position; DataError if the file is wrong."""
     with _naming(path):
         progress = Progress(**json.loads((path / "progress.json").read_bytes()))
         for name, kind in (("step", int), ("threads", int), ("stream", dict), ("method", dict)):
@@ -465,7 +465,7 @@ def read_progress(path: Path) -> Progress:
 
 
 def load_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
-    """The model's state as it was saved, whichever files hold it."""
+    """The model's state as saved, from one file or several."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(path):
         try:
@@ -481,7 +481,7 @@ def _unpacked(file: Path, *, device: torch.device) -> Any:
         return torch.load(file, map_location=device, weights_only=True)
     except (OSError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever its parser trips over
+    except Exception as error:  # any error of its parser
         why = re.split(r"[.\n]\s", str(error))[0]
         raise DataError(f"{file} must hold tensors and plain values alone: {why}") from None
 
@@ -492,6 +492,6 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def load_reference(path: Path) -> dict[str, Tensor]:
-    """The reference weights saved with a checkpoint; none where nothing compares with them."""
+    """The reference weights saved with a checkpoint; empty if no measure needs them."""
     file = path / "reference.safetensors"
     return load_file(file) if file.exists() else {}

@@ -104,7 +104,7 @@ class ModelConfig:
 
 
 def adapter_scale(alpha: float, *, rank: int, rslora: bool) -> float:
-    """s of an adapter whose scale is not trained."""
+    """s of an adapter with an untrained scale."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 

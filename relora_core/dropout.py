@@ -16,8 +16,8 @@ KEEP_ALL = 1 << 16
 class Dropout:
     """A layer's dropout in one pass of a step, the same however the step's batch is divided.
 
-    Whether an entry is kept follows from `seed`, its sequence's place in the batch and its own in
-    the sequence: not from device, kernels, accumulation or processes.
+    Whether an entry is kept depends on `seed`, the sequence's place in the batch and the entry's
+    place in the sequence, not on device, kernels, accumulation or processes.
     """
 
     share: float
@@ -36,7 +36,7 @@ class Dropout:
 
     @property
     def gain(self) -> float:
-        """Of what is kept, so that its mean stays."""
+        """Factor of the kept entries, so that the mean stays."""
         return KEEP_ALL / self.cut
 
     def mask(self, x: Tensor) -> Tensor:

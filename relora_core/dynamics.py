@@ -123,7 +123,7 @@ def table(
 class GradientTap:
     """dL/dW_eff of linears, summed over the passes while it is open.
 
-    From x and dL/dy of y = W_eff x alone, hence the same for every method; dropout on an adapter's
+    From x and dL/dy of y = W_eff x alone, so the same for every method; dropout on an adapter's
     input is not part of W_eff. Training stays the same bit for bit.
     """
 
@@ -229,7 +229,7 @@ class Recorder:
     def measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics `dynamics/<what>/<kind>/<measure>` and the table's rows; draws no random number.
 
-        Gradients are those of the newest update, hence none at step 0. Kinds without such a matrix,
+        Gradients are those of the newest update, so none at step 0. Kinds without such a matrix,
         like the product BA of a full-rank method, are left out.
         """
         metrics: dict[str, float] = {}

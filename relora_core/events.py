@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 LOSS_STEPS = 10
-"""A run's final train/loss is the mean over its last updates, so many (or all, where it has fewer):
-what it comes to must not move with runtime.log_every_steps, whose default has the same value."""
+"""A run's final train/loss is the mean over this many last updates (all, if there are fewer). It
+must not depend on runtime.log_every_steps, though that has the same default."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -238,7 +238,7 @@ def _names(model: ModelConfig) -> dict[str, str]:
 
 
 def _heads(name: str, model: ModelConfig) -> int | None:
-    """Heads whose rows RoPE rotates; None for every other parameter."""
+    """Number of heads if RoPE rotates the rows of this parameter, else None."""
     if name.endswith("q_proj.weight"):
         return model.n_heads
     return model.n_kv_heads if name.endswith("k_proj.weight") else None

@@ -48,7 +48,7 @@ class _Exponentials:
         self.block = torch.empty(self.rows * min(columns, vocab), device=weight.device)
 
     def _place(self, index: int, rows: int) -> Tensor:
-        """(rows, columns) of block `index`; without gradients all share one place."""
+        """Buffer (rows, columns) of block `index`; without gradients all blocks share one."""
         width = len(self.weights[index])
         start = index * self.columns * rows if self.keep else 0
         return self.buffer[start : start + rows * width].view(rows, width)

@@ -1,4 +1,4 @@
-"""The pico-decoder, whole: a pre-norm Llama block with an untied head (Weiss et al. 2025, Table 6).
+"""The pico-decoder: a pre-norm Llama block with an untied head (Weiss et al. 2025, Table 6).
 
 Parameter names, shapes, initialisation and the order of drawing are pico-decoder's, so that its
 weights load here and give its logits. Not for: adapters (`methods/`) or the head's loss

@@ -31,21 +31,21 @@ from relora_core import native_check
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 LAST = ("-fno-fast-math", "-fno-math-errno")
-"""After the user's, against a compiler that is itself a script which adds its own."""
+"""Placed after the user's flags: the compiler may be a script that adds flags of its own."""
 TAKEN = re.compile(
     r"-(O[0123gsz]?|m(arch|tune|cpu)=[\w.+-]+|[ILB].+|(isystem|idirafter|isysroot).+|"
     r"stdlib=.+|-?gcc-toolchain=.+|-sysroot=.+)"
 )
 """Of CXXFLAGS and CXX: how fast, for which processor, and where compiler and libraries are."""
 IN_TWO = ("-I", "-L", "-B", "-isystem", "-idirafter", "-isysroot", "--sysroot")
-"""Flags whose value is the next one."""
+"""Flags that take the next argument as their value."""
 WITHOUT_EFFECT = re.compile(
     r"-(w|W(?!p,).*|g.*|pipe|D(NDEBUG|_FORTIFY_SOURCE.*)|[fF](PIC|pic|PIE|pie|plt|no-plt|openmp|"
     r"visibility.*|stack-.*|message-length=.*|(function|data)-sections|(no-)?omit-frame-pointer|"
     r"diagnostics-.*|\w+-prefix-map=.*|cf-protection.*|(no-)?math-errno|exceptions|"
     r"tree-vectorize|asynchronous-unwind-tables))"
 )
-"""Set aside without a line: no value depends on them."""
+"""Ignored without a message: they change no computed value."""
 COMPILER_READS = ("CCC_OVERRIDE_OPTIONS", "DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES")
 COMPILER_READS += ("GCC_COMPARE_DEBUG",)
 """Variables by which compilers take flags, or write files, past the command line."""
@@ -97,7 +97,7 @@ def available() -> bool:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Whatever is chosen inside, afterwards it is as before."""
+    """Restore the choice of kernels afterwards."""
     global _native
     before = _native
     try:
@@ -108,7 +108,7 @@ def kept() -> Iterator[None]:
 
 @cache
 def problem() -> str | None:
-    """Why native kernels cannot be had on this machine; None: they can."""
+    """Why native kernels are unavailable on this machine; None: they are available."""
     try:
         _library()
     except NativeError as error:
@@ -123,7 +123,7 @@ def call(name: str, *arguments: Tensor | float | None) -> int:
 
 
 def build() -> dict[str, Any]:
-    """What the kernels in use were built from, for the record; empty where they cannot be had.
+    """What the kernels in use were built from, for the record; empty if they are unavailable.
 
     `key` is of the source, the flags and the processor, and of what the compiler made of them.
     """
@@ -136,7 +136,7 @@ def build() -> dict[str, Any]:
 
 
 def set_aside() -> str | None:
-    """One line on what of the user's CXX and CXXFLAGS the build does not take; None: all of it."""
+    """One line on the parts of CXX and CXXFLAGS that the build ignores; None: it uses all."""
     left = _left()
     if not left:
         return None
@@ -154,13 +154,13 @@ def _library() -> tuple[Any, Path]:
     if folder := _cache():
         path = _found(folder, name) or _build(folder, name)
         return _load(path), path
-    with tempfile.TemporaryDirectory() as passing:  # a loaded library needs its file no more
+    with tempfile.TemporaryDirectory() as passing:  # once loaded, a library does not need its file
         path = _build(Path(passing), name)
         return _load(path), path
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """The library, once it has been found to compute here what it should."""
+    """The library, after a check that it computes correctly on this machine."""
     try:
         library = _opened(path)
         library.lacks.restype = library.compiler.restype = ctypes.c_char_p
@@ -171,7 +171,7 @@ def _load(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path} cannot be loaded ({error})") from error
 
-    def call(name: str, *arguments: Any) -> None:  # by one thread: a fork may be about to come
+    def call(name: str, *arguments: Any) -> None:  # by one thread: a fork may follow
         plain = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in arguments]
         getattr(library, name)(*plain, 1)
 
@@ -181,7 +181,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    """Loading must not change how this process computes: -Ofast links code in that does so."""
+    """Refuse a library that changes how this process computes, as one built with -Ofast does."""
     flushed = _flushes()
     library = ctypes.CDLL(str(path))
     if _flushes() and not flushed:
@@ -195,7 +195,7 @@ def _flushes() -> bool:
 
 
 def _found(folder: Path, name: str) -> Path | None:
-    """An earlier build whose content is what its name says: a torn one kills who loads it."""
+    """An earlier build, if its content matches its name: loading a torn file kills the process."""
     for path in sorted(folder.glob(f"{name}-*.so")):
         with contextlib.suppress(OSError):
             if path.stem == f"{name}-{_digest(path.read_bytes())}":
@@ -233,7 +233,7 @@ def _wishes() -> tuple[list[str], list[str], list[str]]:
 
 
 def _left() -> list[str]:
-    """What of CXX and CXXFLAGS has no effect on the build: flags, a compiler that is missing."""
+    """Parts of CXX and CXXFLAGS without effect on the build: flags, a missing compiler."""
     words, _, left = _wishes()
     absent = bool(words) and shutil.which(words[0]) is None
     return [f"{words[0]} [no such compiler]", *left] if absent else left
@@ -247,7 +247,7 @@ def _split(text: str) -> list[str]:
 
 
 def _processor() -> str:
-    """What the processor can do, as Linux says it."""
+    """The processor's abilities, as Linux reports them."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -257,7 +257,7 @@ def _processor() -> str:
 
 
 def _cache() -> Path | None:
-    """A folder for builds that is kept; None where there is none that we alone can write to."""
+    """A lasting folder for builds; None if there is none that only this user can write to."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(root) / "relora-sweeps"
@@ -265,12 +265,14 @@ def _cache() -> Path | None:
         status = folder.stat()
     except (OSError, RuntimeError):  # the latter: no home folder
         return None
-    ours = status.st_uid == os.getuid() and not status.st_mode & 0o022  # what is there will be run
+    ours = (
+        status.st_uid == os.getuid() and not status.st_mode & 0o022
+    )  # its content will be executed
     return folder if ours and os.access(folder, os.W_OK) else None
 
 
 def _build(folder: Path, name: str) -> Path:
-    """Compile into `folder`; the file is there whole or not at all: others may be at it, too."""
+    """Compile into `folder`. The file appears complete: other processes may build it as well."""
     words, flags, _ = _wishes()
     compiler = shutil.which((words or ["c++"])[0])
     if compiler is None:
@@ -294,7 +296,7 @@ def _build(folder: Path, name: str) -> Path:
                 first = next((line for line in output if "error" in line), output[-1])
                 raise NativeError(f"{compiler} failed ({first.strip()})")
             path = folder / f"{name}-{_digest(out.read_bytes())}.so"
-            if _found(folder, name) != path:  # else others may have it in memory: it stays
+            if _found(folder, name) != path:  # else keep it: others may have loaded it
                 os.replace(out, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{compiler} failed ({error})") from error

@@ -26,7 +26,7 @@ Result = tuple[str, np.ndarray, np.ndarray]
 
 
 def wrong(call: Call) -> str | None:
-    """The first function that computes something else than it should; None: all are right."""
+    """The first function with a wrong result, and how wrong; None: all are right."""
     with np.errstate(all="ignore"):
         for name, actual, right in _results(call):
             if (np.isnan(actual) != np.isnan(right)).any():

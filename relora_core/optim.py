@@ -60,7 +60,7 @@ def prune_state_(
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
-            continue  # no update yet, hence nothing to prune
+            continue  # no update yet, so nothing to prune
         draws, before = generator(name), zeroed
         keep = _kept(state["exp_avg"], policy=policy, ratio=ratio, generator=draws)
         for moment in ("exp_avg", "exp_avg_sq"):

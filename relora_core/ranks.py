@@ -23,28 +23,28 @@ from relora_core.config import ConfigError, RunConfig
 from relora_core.shell import Group
 from relora_core.sources import code_hash
 
-distributed: Any = torch.distributed  # whose stores its stubs leave out
+distributed: Any = torch.distributed  # its stubs leave out the stores
 Facts = dict[str, Any]
-"""What all ranks must agree in: key -> value."""
+"""What all ranks must agree on: key -> value."""
 LONGEST_S = 1800.0
-"""For all ranks to come: rank 0 may have text to tokenise first."""
+"""Wait for all ranks: rank 0 may have to tokenise text first."""
 SAY_AFTER_S = 20.0
 LOOK_EVERY_S = 0.1
 LEAVE_S = 5.0
-"""For the others to have read why they are refused, where this process serves them."""
+"""Time for the others to read why they are refused, if this process serves the store."""
 _meetings = itertools.count()
 _store: Any = None
 
 
 class RanksDisagree(RuntimeError):
-    """Processes of one run have different weights: none of them is the run's."""
+    """Processes of one run have different weights, and none can be trusted."""
 
 
 def facts(config: RunConfig, *, run: str) -> Facts:
     """What a rank is about to do: the run's name, every knob, the code."""
     own = {"run": run, "code of relora_core": code_hash(), "torch": torch.__version__}
     own |= dict(_flat(dataclasses.asdict(config)))
-    if config.data.fingerprint:  # which stands for the tokenizer, wherever a copy of it lies
+    if config.data.fingerprint:  # it identifies the tokenizer, wherever the file is
         del own["data.tokenizer"]
     return own
 
@@ -58,9 +58,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) -> bool:
-    """Wait for all ranks and begin their process group; False where `stop` says so meanwhile.
+    """Wait for all ranks and begin their process group; False if `stop` is true meanwhile.
 
-    Raises ConfigError, on every rank that has come, where two of them differ in their facts.
+    Raises ConfigError on every rank present if two of them differ in their facts.
     """
     global _store
     if place.world == 1:
@@ -87,14 +87,14 @@ def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) ->
 
 
 class _Waiting:
-    """For the others: until asked to end, or for too long."""
+    """Waits for the other ranks, until asked to stop or for too long."""
 
     def __init__(self, place: Group, *, stop: Callable[[], bool]) -> None:
         self.place, self.stop = place, stop
         self.start, self.announced = time.monotonic(), False
 
     def goes_on(self, missing: str) -> bool:
-        """After a moment; False where asked to end. ConfigError when it has taken too long."""
+        """Sleep a moment; False if asked to stop. ConfigError after too long a wait."""
         if self.stop():
             return False
         waited = time.monotonic() - self.start

@@ -54,9 +54,9 @@ class Draws:
 
 
 def idle_adapters(config: RunConfig) -> list[str]:
-    """Adapted linears whose adapter no update of the run can move.
+    """Adapted linears with an adapter that no update of the run can change.
 
-    Where A is 0 as B is, neither has a gradient until A is drawn; and an update may have rate 0.
+    If A and B are both 0, neither has a gradient until A is drawn; an update may also have rate 0.
     """
     adapted = adapted_shapes(config)
     if not adapted or not config.relora.r:
@@ -86,7 +86,7 @@ def _moves(first: int, *, config: RunConfig) -> bool:
 
 
 def _never(config: RunConfig) -> list[str]:
-    """What is asked for and lies beyond the run's end."""
+    """Notes on settings that do not fit the length of the run."""
     lines, steps, relora = [], config.train.steps, config.relora
     end, floor = config.schedule.total_steps or steps, config.schedule.min_ratio
     if end < steps - 1 and (config.schedule.name == "linear" or not floor):
@@ -130,7 +130,7 @@ def _first_multiple(config: RunConfig) -> int:
 
 
 def notices(config: RunConfig) -> list[str]:
-    """What a plan should say of a valid config that may not do what its author expects."""
+    """Notes of a plan on a valid config that may not do what its author expects."""
     lines = []
     relora = config.relora
     keeps_moments = relora.optimizer_state == "keep" or (

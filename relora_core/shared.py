@@ -1,4 +1,4 @@
-"""Files and folders that are their folder's group's, where the group may write there.
+"""Share new files and folders with their folder's group, if that group may write there.
 
 A lab's output folder is group-writable (`chmod g+ws`); the umask of whoever made a file would keep
 the others out of it. Elsewhere the umask decides. Not for: what is in a file (`atomic.py`).
@@ -24,7 +24,7 @@ LOOK = "`status`, `ui` and `report SWEEP --output DIR` look without writing"
 
 
 def make_folder(path: Path) -> Path:
-    """`path`, made where it is missing, with those above it."""
+    """`path`, created if it is missing, with its parents."""
     if path.is_dir():
         return path
     if path.parent != path:
@@ -35,14 +35,14 @@ def make_folder(path: Path) -> Path:
 
 
 def opened(path: Path, mode: str, **options: Any) -> IO[Any]:
-    """`open`, for files that are written."""
+    """`open`, for files to write."""
     file = open(path, mode, **options)  # noqa: SIM115 (the caller's to close)
     share(path, descriptor=file.fileno())
     return file
 
 
 def touch(path: Path) -> None:
-    """`path`, empty where it was missing."""
+    """`path`, created empty if it is missing."""
     opened(path, "ab").close()
 
 
@@ -65,7 +65,7 @@ def share(path: Path, *, descriptor: int | None = None) -> None:
             if os.path.samestat(os.fstat(descriptor), path.lstat()):
                 _share(descriptor, os.fstat(descriptor), folder)
             return
-        # To close a file that was opened any other way would end SQLite's locks on it.
+        # Closing a file that was opened in any other way would release SQLite's locks on it.
         handle = getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK)
         own = os.open(path, handle | os.O_NOFOLLOW)
         try:
@@ -134,7 +134,7 @@ def _closed(place: Path, status: os.stat_result) -> str | None:
 
 
 def _kept(path: Path) -> str | None:
-    """In a folder with the sticky bit a file is its owner's to replace, whatever its mode."""
+    """In a folder with the sticky bit only a file's owner may replace it, whatever its mode."""
     with contextlib.suppress(OSError):
         own, above = path.lstat(), path.parent.stat()
         if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, own.st_uid, above.st_uid):

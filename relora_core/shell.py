@@ -43,7 +43,7 @@ TASK_NAMES += ("MV2_COMM_WORLD_LOCAL_SIZE", "SLURM_LOCALID", "SLURM_STEP_TASKS_P
 START = "start one process, or several by torchrun"
 PRECISION, USE_CPU = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
 ASKED = (PRECISION, USE_CPU)
-"""What `accelerate launch` is asked for by an option: kept, to be compared with each config."""
+"""Options of `accelerate launch`: left in the environment, compared with each config."""
 _QUIET = ("", "no", "false", "default", "0")
 """Values that `accelerate launch` sets where nothing was asked for."""
 
@@ -55,7 +55,7 @@ class Group:
     rank: int = 0
     world: int = 1
     address: str = ""
-    """host:port at which rank 0 is found."""
+    """host:port of rank 0."""
     served: bool = False
     """By torchrun itself, not by rank 0."""
 
@@ -137,7 +137,7 @@ def _whole(name: str, text: str, *, variables: str) -> int:
 
 
 def _refuse_tasks(environment: Mapping[str, str]) -> None:
-    """Tasks of mpirun or srun would each be the whole run, in one folder."""
+    """Refuse tasks of mpirun or srun: each would train the full run, all in one folder."""
     for rank, size in TASKS.items():
         place, of = (environment.get(name, "").strip() for name in (rank, size))
         if any(text.isdigit() and int(text) > least for text, least in ((place, 0), (of, 1))):
@@ -150,8 +150,8 @@ def _refuse_tasks(environment: Mapping[str, str]) -> None:
 
 
 def settle(environment: MutableMapping[str, str] | None = None) -> Group:
-    """The group that this process is in. What else launchers say is removed from its environment,
-    so that nothing takes it up, and named once, in one line on stderr."""
+    """The group that this process is in. Other variables of launchers are removed from its
+    environment, so that nothing reads them, and named in one line on stderr."""
     environment = os.environ if environment is None else environment
     for what in SHARDED:
         name = f"ACCELERATE_USE_{what}"
@@ -178,7 +178,7 @@ def settle(environment: MutableMapping[str, str] | None = None) -> Group:
 
 
 def _worth_saying(aside: Mapping[str, str]) -> str:
-    """What could have decided something; a launcher of one process, or its defaults, could not."""
+    """The variables that could have an effect; those of one process, and defaults, could not."""
     place = "" if aside.get("WORLD_SIZE") == "1" else _list(aside, [n for n in PLACE if n in aside])
     settings = _list(aside, [n for n in aside if is_accelerate(n)])
     place += " (no group of processes: this one is alone)" if place else ""
@@ -221,7 +221,7 @@ def check_asked(config: RunConfig, *, gpu: bool) -> None:
 
 @contextlib.contextmanager
 def unasked() -> Iterator[None]:
-    """Inside, nothing that `accelerate launch` was asked for is in the environment."""
+    """Inside the block the options of `accelerate launch` are not in the environment."""
     asked = {name: os.environ.pop(name) for name in ASKED if name in os.environ}
     try:
         yield

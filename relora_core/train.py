@@ -45,8 +45,8 @@ def train(
 ) -> str:
     """Train, or go on from the newest complete checkpoint: `finished`, `diverged`, `interrupted`.
 
-    Everything the run has to say goes to `sink` on rank 0. The last means that a rank's `stop` said
-    so and that a checkpoint of this very step is on disk. Bad settings raise ConfigError before the
+    All events go to `sink` on rank 0. `interrupted` means that `stop` was true on some rank and
+    that a checkpoint of this step is on disk. Bad settings raise ConfigError before the
     first step, bad data DataError.
     """
     with checkpoint.Writer(checkpoints, keep_last=config.checkpoint.keep_last) as writer:
@@ -223,8 +223,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def backend(config: RunConfig) -> str:
-    """What processes speak with. Left to itself, accelerate starts no group where there is no GPU:
-    every rank would train alone, with the whole batch."""
+    """Backend of torch.distributed. By default accelerate starts no group without a GPU: every rank
+    would train alone, on the full batch."""
     device = config.runtime.device
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     return "gloo" if device == "cpu" or (device == "auto" and not has_gpu) else "nccl"
@@ -274,7 +274,7 @@ class Timer:
 def newest_intact(
     accelerator: Accelerator, checkpoints: Path
 ) -> tuple[Path | None, dict[str, list[str]]]:
-    """The checkpoint to go on from, as rank 0 sees it; `damaged` ones stand aside from now on."""
+    """(checkpoint to resume from, as rank 0 sees it; the damaged ones, which are moved aside)."""
     choice: list[Any] = [None, []]
     if accelerator.is_main_process:
         checkpoint.discard_torn(checkpoints)
@@ -349,10 +349,10 @@ def accumulate_gradients(
 
 
 def clip(model: nn.Module, *, limit: float | None, measured: bool) -> float | None:
-    """Global gradient norm before clipping, where it is limited or to be logged.
+    """Global gradient norm before clipping; None if it is neither limited nor logged.
 
-    Without a limit no gradient is written to. A norm whose squares are beyond float32 is taken of
-    smaller numbers: gradients that are finite stay so.
+    Without a limit no gradient is changed. If the squares overflow float32 the norm is computed
+    on scaled gradients, so that finite gradients stay finite.
     """
     if limit is None and not measured:
         return None
@@ -403,7 +403,7 @@ class RestartProbe:
         return logits, loss.item()
 
     def compare(self, before: tuple[Tensor, float]) -> dict[str, float]:
-        """What a restart has changed since `before`: 0 up to rounding where it merges rightly."""
+        """Changes by a restart since `before`: 0 up to rounding if the merge is right."""
         logits, loss = self.look()
         return {
             "restart/logit_change_max": (logits - before[0]).abs().max().item(),
@@ -448,8 +448,8 @@ def log_train(
 ) -> float:
     """Emit the train event since the last one and return its mean loss, nats per token.
 
-    The last one's mean is that of the last LOSS_STEPS updates: what a run comes to is not to depend
-    on how often it logs.
+    The last event's mean is over the last LOSS_STEPS updates: a run's result must not depend on
+    how often it logs.
     """
     mean, count = progress.loss_sum / progress.loss_count, progress.loss_count
     if progress.step == config.train.steps:
@@ -471,7 +471,7 @@ def log_train(
 
 
 class Interrupted(Exception):
-    """Asked to end in the midst of an eval."""
+    """The process was asked to end during an eval."""
 
 
 class Measures:
@@ -569,9 +569,9 @@ def save(
 
 
 def announce(writer: checkpoint.Writer, sink: Sink) -> None:
-    """Wait for the checkpoint that was begun and tell of it: never before it is on disk.
+    """Wait until the checkpoint begun is on disk, then emit its event.
 
-    Only here, so that a record's order does not depend on how fast the disk is.
+    Only here, so that the order of events does not depend on the speed of the disk.
     """
     if written := writer.wait():
         step, moment = written
@@ -579,6 +579,6 @@ def announce(writer: checkpoint.Writer, sink: Sink) -> None:
 
 
 def settle(accelerator: Accelerator, writer: checkpoint.Writer, sink: Sink) -> None:
-    """On every rank: what was begun is on disk and told, so that a process may end."""
+    """On every rank: wait until the checkpoint begun is on disk and its event sent."""
     announce(writer, sink)
     accelerator.wait_for_everyone()

@@ -44,7 +44,7 @@ __all__ = [
 
 
 def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = None) -> DataInfo:
-    """What planning needs to know of the data. All that is wrong with them raises ConfigError here.
+    """What planning needs to know of the data. Any fault of the data raises ConfigError here.
 
     `full=False` reads no contents: names, schema, vocabulary and row length are checked, the
     fingerprint stays None. With `cache_dir`, text that `prepare` has tokenised is not read again.
@@ -81,7 +81,7 @@ def inspect(data: DataConfig, *, full: bool = True, cache_dir: Path | None = Non
 def fingerprint(data: DataConfig, *, tokenizer: str | None = None) -> str:
     """What `inspect` would give as the fingerprint now; no row is looked at. Raises ConfigError.
 
-    `tokenizer` stands for data.tokenizer where a copy of it was kept.
+    `tokenizer` replaces data.tokenizer: a copy stored earlier.
     """
     if data.kind == "grammar":
         return _grammar_fingerprint()
@@ -104,7 +104,7 @@ def fingerprint(data: DataConfig, *, tokenizer: str | None = None) -> str:
 
 
 def local_files(data: DataConfig) -> list[Path]:
-    """The files that the data are, in order; none for the grammar and the hub's."""
+    """The files of the data, in order; empty for the grammar and for the hub."""
     if data.kind == "grammar":
         return []
     from relora_core.data import documents, parquet
@@ -134,7 +134,7 @@ def is_cached(data: DataConfig, *, cache_dir: Path) -> bool:
 
 
 def tokenizer_digest(data: DataConfig) -> str | None:
-    """Stands for what the ids mean: the file, and the EOS that its folder or the config names."""
+    """Digest of the ids' meaning: the file, and the EOS that its folder or the config names."""
     return _tokenizer_digest(_named_tokenizer(data))
 
 
@@ -143,7 +143,7 @@ def prepare(
 ) -> None:
     """Work done once before any worker starts: tokenise text into `cache_dir`. Raises ConfigError.
 
-    Nothing to do for other kinds, or where the cache is there. Several processes may call it at
+    Does nothing for other kinds of data, or if the cache exists. Several processes may call it at
     once.
     """
     if data.kind == "text":
@@ -251,7 +251,7 @@ def _tokenizer_digest(tokenizer: HFTokenizer | None) -> str | None:
 
 
 def _vocabulary(data: DataConfig, tokenizer: HFTokenizer | None) -> int:
-    """Ids that the model must know; ConfigError where it is not set, or the tokenizer has more."""
+    """Vocabulary size of the model; ConfigError if it is not set, or the tokenizer has more."""
     size = data.vocab_size if data.kind == "pretokenized" else None
     if tokenizer is None:
         if size is None:

@@ -64,4 +64,4 @@ class DataInfo:
     rows: int | None = None
     """Rows of seq_len + 1 in one pass; None: unbounded or unknown."""
     notes: list[str] = field(default_factory=list)
-    """Things the user should know, one line each; said at planning and by `describe`."""
+    """Things the user should know, one line each; shown at planning and by `describe`."""

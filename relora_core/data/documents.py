@@ -41,7 +41,7 @@ ENDINGS = (
     (".ndjson", ".parquet"),
     (".json",),  # often a note beside data; taken where it alone is named
 )
-"""Of one folder the files of the first of these that there are any of; the others are said."""
+"""Endings of data files, by preference. A folder's first match is read; a note names the rest."""
 OTHERS = (".arrow", ".bz2", ".csv", ".tsv", ".json", ".parquet", ".zip", ".tar", ".tgz", ".7z")
 """Endings that may well be data, in a folder where they are not read."""
 
@@ -64,7 +64,7 @@ UNREADABLE = (
 
 
 class Found(NamedTuple):
-    """The files of a path, and what was left out or comes twice, a line each."""
+    """The files of a path, and one line for each kind that was left out or comes twice."""
 
     files: list[tuple[str, Path]]
     notes: list[str]
@@ -77,7 +77,7 @@ def find_files(path: str) -> list[tuple[str, Path]]:
 
 
 def find(path: str) -> Found:
-    """`find_files` and what there is to say of them. Raises ConfigError."""
+    """`find_files` with notes on them. Raises ConfigError."""
     place = Path(path).expanduser()
     if place.is_file():
         if not _ends(place.name, itertools.chain(*ENDINGS)):
@@ -139,9 +139,9 @@ def _kind(name: str) -> str:
 
 
 def _matching(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
-    """What a glob matches, by name, and what was passed over. A file is taken by one way only.
+    """(name, file) of what a glob matches, and notes on what was skipped. A file is taken once.
 
-    glob itself would walk `**` round in circles of links, without an end.
+    glob itself would follow circles of links without an end at `**`.
     """
     parts, notes = pattern.parts, []
     root = Path(*map(_unescaped, itertools.takewhile(_literal, parts[:-1])))
@@ -164,7 +164,7 @@ def _matching(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
 
 
 def _match(names: list[str], pattern: tuple[str, ...]) -> bool:
-    """`**` stands for any number of folders, at the end for all below."""
+    """`**` matches any number of folders; at the end, everything below."""
     if not pattern or not names:
         return not pattern and not names
     if pattern[0] == "**":
@@ -175,7 +175,7 @@ def _match(names: list[str], pattern: tuple[str, ...]) -> bool:
 def without_doubles(
     files: list[tuple[str, Path]],
 ) -> tuple[list[tuple[str, Path]], list[str]]:
-    """The files less those that hold another one's text in another packing; and these names."""
+    """(files without those that repeat another's text in other packing, names of the repeats)."""
     packed: dict[str, list[tuple[str, Path]]] = {}
     for name, file in files:
         stem = re.sub(r"\.(gz|xz|zst)$", "", name, flags=re.IGNORECASE)
@@ -198,7 +198,7 @@ def _unpacked_content(look: places.Look) -> bytes:
 
 
 def _remarks(files: list[tuple[str, Path]]) -> list[str]:
-    """What is read, but may not be meant."""
+    """Notes on files that are read, but perhaps by mistake."""
     remarks, by_place = [], {}
     stems = Counter(re.sub(r"\.(gz|xz|zst)$", "", n, flags=re.IGNORECASE) for n, _ in files)
     if twice := [stem for stem, count in stems.items() if count > 1]:
@@ -219,7 +219,7 @@ def _remarks(files: list[tuple[str, Path]]) -> list[str]:
 
 
 def _check_splits(files: list[tuple[str, Path]], *, path: str) -> None:
-    """A hub data set has its splits side by side; a test set is not to be trained on."""
+    """A hub data set has its splits side by side; a test set must not be trained on."""
     tables = [name for name, file in files if file.suffix == ".parquet"]
     splits = sorted({split for name in tables if (split := places.split_of(name))})
     if len(splits) > 1:
@@ -235,8 +235,8 @@ def _check_splits(files: list[tuple[str, Path]], *, path: str) -> None:
 def fingerprint(files: list[tuple[str, Path]], *, text_field: str, tokenizer_digest: str) -> str:
     """sha256 over relative names, sizes and contents (as packed), text_field and tokenizer.
 
-    What earlier versions read in another way (a byte order mark, separators) goes in as well, so
-    that no run goes on with other documents.
+    Features that earlier versions read differently (a byte order mark, separators) count too, so
+    that no run continues with other documents.
     """
     digest = hashlib.sha256(f"text 1 {tokenizer_digest} {text_field}".encode())
     for name, file in files:
@@ -271,7 +271,7 @@ def _reading(look: places.Look) -> bytes:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Turn whatever reading `file` raises into one line that names it."""
+    """Turn any error while reading `file` into one line that names it."""
     try:
         yield
     except UNREADABLE as error:
@@ -283,7 +283,7 @@ def read(file: Path, *, text_field: str, skipped: Counter[str] | None = None) ->
     """The documents of one file, in order. Raises DataError, naming file and line.
 
     The pieces of a long document must be taken before the next one. `skipped` counts the records
-    whose text is null; a file may hold nothing else, and parquet, as a shard, no row at all.
+    with a null text. A file may hold only such records; a parquet file may have no rows.
     """
     if not file.stat().st_size:
         raise DataError(f"{file} is empty (0 bytes)")
@@ -352,7 +352,7 @@ def unpacked(file: Path) -> BinaryIO:
 class _Zstandard(io.RawIOBase):
     """Frames of any window (`zstd --long`), one after the other; EOFError where one is cut short.
 
-    Arrow's reader refuses long windows, zstandard's own takes a cut for the end.
+    Arrow's reader refuses long windows; zstandard's own mistakes a cut for the end.
     """
 
     def __init__(self, file: Path) -> None:
@@ -386,7 +386,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def _check_encoding(stream: BinaryIO, *, file: Path) -> None:
-    """UTF-16 has line breaks where UTF-8 has none: say so rather than what that leads to."""
+    """Refuse UTF-16 and UTF-32: read as UTF-8 they would only cause confusing errors later."""
     start = cast(io.BufferedReader, stream).peek(4)[:4]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise DataError(
@@ -399,7 +399,7 @@ def _check_encoding(stream: BinaryIO, *, file: Path) -> None:
 def _separated(stream: BinaryIO, *, file: Path) -> Iterator[tuple[str, bool]]:
     """(piece, whether it is the last of its document). Line breaks beside a separator are its own.
 
-    A file without separators is one document, as it lies.
+    A file without separators is one document, unchanged.
     """
     text, begun, several = "", False, False  # begun: a piece of this document is out
     for block in _decoded(stream, file=file):

@@ -97,7 +97,7 @@ def _below(path: Path, *, data: DataConfig) -> list[Path]:
 
 
 def left_out(data: DataConfig, files: list[Path]) -> list[str]:
-    """What a folder holds of the split, or of none by its name, and is not read: a line."""
+    """One line on the files of this split, or of no named split, that are not read."""
     path = Path(str(data.path)).expanduser()
     if not path.is_dir():
         return []

@@ -44,18 +44,18 @@ def some(names: Iterable[str]) -> str:
 
 
 def walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
-    """(name relative to `root`, file) of the files below it, by name; what was passed over, a line
-    for each kind.
+    """(name relative to `root`, file) of the files below it, by name; a line for each kind of
+    skipped files.
 
-    Links to folders are followed. A folder that two ways lead to is read once, under its own name
-    where that lies below `root`; so is a circle. Names that begin with a dot are hidden.
+    Links to folders are followed. A folder with two paths to it is read once, under its own name
+    if that is below `root`; so is a circle of links. Names that begin with a dot are hidden.
     """
     files: list[tuple[str, Path]] = []
     passed: dict[str, list[str]] = {}
     above = {_identity(parent) for parent in root.resolve().parents}
     visited: set[tuple[int, int]] = set()
     folders, links = [(root, "")], []
-    while folders or links:  # links last: what lies here goes by its own name
+    while folders or links:  # links last: a folder below `root` keeps its own name
         folder, prefix = folders.pop() if folders else links.pop(0)
         try:
             if (own := _identity(folder)) in visited | above:

@@ -60,7 +60,7 @@ def inspect(
 
 
 def check_place(data: DataConfig) -> None:
-    """ConfigError where `data.path` is neither here nor could be a name on the hub."""
+    """ConfigError if `data.path` does not exist here and is no possible name on the hub."""
     source = str(data.path)
     if parquet.find_files(data) is None and places.hub_name(source) is None:
         why = "it is no hub name (owner/name) either"
@@ -85,7 +85,7 @@ def _hub_fingerprint(data: DataConfig, commit: str, *, tokenizer_digest: str | N
 
 
 def hub_fingerprint(data: DataConfig, *, tokenizer_digest: str | None) -> str:
-    """Of the commit that the name stands for now."""
+    """Of the commit that the name refers to now."""
     return _hub_fingerprint(data, _hub_commit(data), tokenizer_digest=tokenizer_digest)
 
 
@@ -227,11 +227,11 @@ class _LocalReader:
 
 
 class _HubReader:
-    """A hub data set through `datasets`, whose own state is the position."""
+    """A hub data set through `datasets`; the library's state is the position."""
 
     def __init__(self, rows: Any, *, name: str) -> None:
         self._rows, self._name = rows, name
-        self._tables: list[Iterator[pa.Table]] = []  # the one at work
+        self._tables: list[Iterator[pa.Table]] = []  # the current one
         self.seek(copy.deepcopy(rows.state_dict()))
         weakref.finalize(self, _end, self._tables)
 
@@ -290,7 +290,7 @@ class PretokenizedStream:
             self._reader = _HubReader(rows, name=str(data.path))
             self.notes = [f"{data.path} is streamed at commit {commit[:12]}"]
         self._first = self._reader.position()
-        self._stored = 0  # ids per stored row, known from the first one on
+        self._stored = 0  # ids per stored row, set by the first one
         self.load_state_dict({"row": 0, "epoch": 0, "chunk_row": 0, "reader": self._first})
 
     @property

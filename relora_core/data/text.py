@@ -201,7 +201,7 @@ def build(
         with _turn(folder) as alone:
             if folder.exists():
                 return
-            if alone:  # what a killed process left; without the lock it may be a living one's
+            if alone:  # left by a killed process; without the lock a running one may own it
                 for left in folder.parent.glob(f".{folder.name}.*.tmp"):
                     shutil.rmtree(left, ignore_errors=True)
             temporary = Path(

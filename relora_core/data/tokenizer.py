@@ -57,8 +57,8 @@ class HFTokenizer:
     library does. Truncation and padding that the file asks for are switched off: they would cut
     documents in silence. `digest` is the file's sha256.
 
-    `unknown` is what becomes of characters that the vocabulary has not: an id stands for them
-    (`known`), the text cannot be encoded (`error`), or they are left out of it (`dropped`).
+    `unknown` says what happens to characters outside the vocabulary: they get an id (`known`),
+    the text cannot be encoded (`error`), or they are left out (`dropped`).
     """
 
     def __init__(self, source: str, *, eos_id: int | None = None) -> None:
@@ -132,7 +132,7 @@ class HFTokenizer:
 
 
 def _unknown(file: dict[str, Any], vocabulary: dict[str, int]) -> str:
-    """What becomes of characters that the vocabulary has not: see `HFTokenizer.unknown`."""
+    """What happens to characters outside the vocabulary: see `HFTokenizer.unknown`."""
     from tokenizers import pre_tokenizers
 
     model = file.get("model") or {}
@@ -143,7 +143,7 @@ def _unknown(file: dict[str, Any], vocabulary: dict[str, int]) -> str:
     if model.get("type", "BPE") != "BPE":
         return "known" if covered else "error"
     if _has_byte_level(file.get("pre_tokenizer")) or _has_byte_level(file.get("normalizer")):
-        unused = {*map(chr, (0xC0, 0xC1, *range(0xF5, 0x100)))}  # bytes that UTF-8 has not
+        unused = {*map(chr, (0xC0, 0xC1, *range(0xF5, 0x100)))}  # bytes that never occur in UTF-8
         covered = covered or vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()) - unused
     return "known" if covered else "error" if unk is not None else "dropped"
 
@@ -233,8 +233,8 @@ def _agree(ours: list[_Token], i: int, theirs: list[_Token], j: int, *, count: i
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> int:
-    """Write folder/tokenizer.json, a byte-level BPE with `<|endoftext|>`; its size, which is less
-    than `vocab_size` where the texts hold too few pairs. The same texts give the same file.
+    """Write folder/tokenizer.json, a byte-level BPE with `<|endoftext|>`. Gives its size: below
+    `vocab_size` if the texts hold too few pairs. The same texts give the same file.
 
     Normalised and split as by the paper's tokenizer (OLMo's GPT-NeoX).
     """

@@ -89,7 +89,7 @@ class EvalSpec:
     build: Callable[[RunConfig, Tokenizer], Callable[..., EvalResult]]
     """Load and tokenise; gives the function of (model, **Work)."""
     notes: Callable[[Any], list[str]] = _no_notes
-    """What the folder holds and the eval does not read, a line each."""
+    """One line for each kind of file in the folder that the eval does not read."""
 
 
 class Window(NamedTuple):

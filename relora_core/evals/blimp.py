@@ -113,7 +113,7 @@ def _digest(path: str, looks: tuple[Look, ...]) -> str:
 
 
 def notes(config: BlimpConfig) -> list[str]:
-    """What the folder holds besides."""
+    """Lines on files in the folder that are not read."""
     root = existing(str(config.path), key=KEY)
     if not root.is_dir():
         return []

@@ -138,7 +138,7 @@ def grammar_documents(count: int) -> list[Document]:
 
 
 def notes(config: PalomaConfig) -> list[str]:
-    """What the folder holds besides; macro averages are over the sources that are read."""
+    """Lines on files that are not read; macro averages are over the sources that are read."""
     root = existing(str(config.path), key=KEY)
     read = {file.relative_to(root) for file in _files(root, split=config.split)}
     sources = {name.parts[0] for name in read}
@@ -319,7 +319,7 @@ def evaluate(
     precision: str = "fp32",
     **work: Unpack[Work],
 ) -> EvalResult:
-    """Both perplexities of `documents`, whose tokens are `ids`. Metrics, under `eval/paloma/`:
+    """Both perplexities of `documents`, with tokens `ids`. Metrics, under `eval/paloma/`:
 
     perplexity, bits_per_byte: pooled over all tokens and bytes.
     <source>/perplexity, <source>/bits_per_byte: pooled over a source.

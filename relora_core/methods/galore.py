@@ -25,7 +25,7 @@ def projector(gradient: Tensor, *, r: int) -> Tensor:
     Left ones where rows <= columns (Algorithm 2 of the paper; its code takes the right ones of a
     square matrix). Every vector's largest entry is made positive: a sign that the SVD leaves open
     would turn into the sign of a kept moment. A non-finite gradient, which has no SVD, gives unit
-    vectors and thus a non-finite update: the run diverges and says so, as it would under AdamW.
+    vectors and so a non-finite update: the run reports divergence, as it would under AdamW.
     """
     rows, columns = gradient.shape
     if not gradient.isfinite().all():

@@ -34,9 +34,9 @@ class LoRA(Method):
         self._now = Pass(seed=config.seed)
 
     def adapt(self, model: nn.Module) -> None:
-        """Wrap target linears. Adapters are drawn after the whole base, which stays as it was."""
+        """Wrap target linears. Adapters are drawn after all base weights, which stay unchanged."""
         relora = self.config.relora
-        if self.config.method != "relora":  # knobs of restarts have no say without them
+        if self.config.method != "relora":  # without restarts their knobs have no effect
             relora = replace(relora, base_dtype="float32", after_merge="reinit", nested_rank=False)
         for name in adapted_shapes(self.config):
             parent, _, child = name.rpartition(".")
@@ -94,7 +94,7 @@ class LoRA(Method):
             return {}
         for name, adapter in self.adapters(model):
             if before:
-                optimizer.state.pop(adapter.weight, None)  # of no use while the base is frozen
+                optimizer.state.pop(adapter.weight, None)  # not needed while the base is frozen
                 adapter.round_base_()
                 adapter.draw_(named_generator(self.config.seed, step, name))
             else:
@@ -127,10 +127,10 @@ class ReLoRA(LoRA):
         return super().set_phase(step, model) or resized
 
     def _next_ranks(self, step: int, due: list[tuple[int, str, ReLoRALinear]]) -> list[int]:
-        """The schedule's rank at `step`, or as much less as holds the energy of what is merged.
+        """The schedule's rank at `step`, or a smaller one that keeps the energy of the product.
 
-        An adapter that has learnt nothing, or nothing finite, says nothing of ranks and keeps its
-        own; a rank that the schedule has raised since its last draw counts for every adapter.
+        An adapter that has learnt nothing, or nothing finite, gives no evidence and keeps its rank;
+        a rank that the schedule has raised since the last draw applies to every adapter.
         """
         most = scheduled_rank(step, config=self.config)
         share = self.config.relora.adaptive_rank_energy
@@ -221,8 +221,8 @@ def _needed_rank(adapter: ReLoRALinear, *, share: float) -> int | None:
 def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:
     """New parameters of another rank, in the old ones' places in module and optimizer.
 
-    Gives the number of entries of Adam's moments that went with the old ones. Autograd remembers a
-    parameter's shape for as long as DDP holds on to it, so its data alone cannot be exchanged.
+    Gives the number of entries of Adam's moments that were dropped with the old ones. Autograd
+    remembers a parameter's shape while DDP refers to it, so replacing its data is not enough.
     """
     shapes = {"lora_A": (rank, adapter.lora_A.shape[1]), "lora_B": (adapter.lora_B.shape[0], rank)}
     dropped = 0
