@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 KEEP_ALL = 1 << 16
-"""What an entry's 16 bits are always below."""
+"""Above every value of 16 bits."""
 
 
 # adapters ---------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ class Dropout:
     def mask(self, x: Tensor) -> Tensor:
         """Of x's shape (sequences, ..., columns) in uint8: 1 where an entry is kept, else 0.
 
-        16 bits an entry, of a generator that any part can be had from: native.cpp draws the same.
+        16 bits per entry, from a generator that can start anywhere: native.cpp draws the same.
         """
         each = x[0].numel()
         words = -(-each // 4)

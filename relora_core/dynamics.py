@@ -1,4 +1,4 @@
-"""Which matrices of a run are measured, relative to what, and the metrics that come of them.
+"""Which matrices of a run are measured, relative to what, and the metrics of them.
 
 Rounding noise. Rounding a matrix to a dtype changes it by at most its eps / 2 times the Frobenius
 norm of what was rounded. The noise floor is eps times that norm, which leaves a margin for
@@ -210,7 +210,7 @@ class Recorder:
         return self._tap.open() if wanted else contextlib.nullcontext()
 
     def after_restart(self) -> None:
-        """Measure `update_restart` relative to the weights of now."""
+        """From now on measure `update_restart` relative to the current weights."""
         if self._restarted:
             self._restarted = self._copy()
 

@@ -28,7 +28,7 @@ HEAD_BYTES = {"cpu": 104 << 20, "cuda": 2 << 30}
 """Exponentials kept at a time; fewer rows where the vocabulary is large."""
 
 LOG_PROB_BLOCK = {"cpu": (1024, 512), "cuda": (8192, 50304)}
-"""Rows and columns of logits alive at a time where no gradient is wanted."""
+"""Rows and columns of logits in memory at a time without gradients."""
 
 
 class _Exponentials:

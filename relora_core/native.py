@@ -72,7 +72,7 @@ _ARGUMENTS = {
 
 
 class NativeError(RuntimeError):
-    """The kernels cannot be built here; one line why."""
+    """The kernels cannot be built here; one line on why."""
 
 
 _native: bool | None = None
@@ -81,7 +81,7 @@ _native: bool | None = None
 def choose(kernels: str) -> str:
     """Use `native` or `torch` kernels from now on; `auto`: native where they can be built.
 
-    Gives what it came to: `torch` where native ones cannot be built, and `problem` says why.
+    Gives the kernels chosen: `torch` if native ones cannot be built (`problem` says why).
     """
     global _native
     _native = kernels != "torch" and problem() is None

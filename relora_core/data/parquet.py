@@ -1,4 +1,4 @@
-"""Parquet files of rows of ids: which there are, what their footers promise, if rows keep it.
+"""Parquet files of rows of ids: find them, read their footers, check rows against these.
 
 Not for: serving rows to a trainer (`pretokenized.py`).
 """
@@ -113,7 +113,7 @@ def left_out(data: DataConfig, files: list[Path]) -> list[str]:
 
 # rows -------------------------------------------------------------------------------------------
 class BadRow(ValueError):
-    """Row `row` of a block (counted from 0) is not what it must be."""
+    """Row `row` of a block (counted from 0) is wrong."""
 
     def __init__(self, row: int, what: str) -> None:
         super().__init__(what)

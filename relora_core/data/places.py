@@ -145,7 +145,7 @@ Look = tuple[str, int, int, int, int]
 
 
 def looks(files: Iterable[Path]) -> tuple[Look, ...]:
-    """How files look from outside: while that stays, their contents are taken to stay.
+    """Size, times and inode of files: while these stay, contents count as unchanged.
 
     What escapes is a change that keeps size, inode and both times. No command sets the second time
     (ctime): it takes a clock that was set back, or a file system that keeps no such time.

@@ -90,7 +90,7 @@ def hub_fingerprint(data: DataConfig, *, tokenizer_digest: str | None) -> str:
 
 
 def _check_same(data: DataConfig, fingerprint: str) -> None:
-    """The hub moves on; a run must go on with the commit that it was planned with."""
+    """The hub's data may change; a run must use the commit that it was planned with."""
     if data.fingerprint not in (None, fingerprint):
         raise ConfigError(
             f"data.path={data.path} has another commit (or tokenizer) than when the run was "
@@ -253,7 +253,7 @@ class _HubReader:
 
 
 def _end(tables: list[Iterator[pa.Table]]) -> None:
-    """Stop reading ahead; threads still at it when Python exits would abort the process."""
+    """Stop reading ahead: threads that still read when Python exits would abort the process."""
     tables.clear()
     time.sleep(0.5)  # there is nothing to wait on
 

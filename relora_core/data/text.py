@@ -162,9 +162,9 @@ def _write_digests(folder: Path, digests: dict[str, str]) -> None:
 
 
 def _check_digests(folder: Path) -> None:
-    """DataError where an array is not the one that was written; read only if its file looks new.
+    """DataError if an array has changed since it was written; read only if its file looks new.
 
-    Caches of earlier versions have no digests: of these the sizes alone are checked.
+    Caches of earlier versions have no digests: only their sizes are checked.
     """
     try:
         stored = json.loads((folder / "digests.json").read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-"""Tokens that end a document, tried in this order where nothing names one."""
+"""Tokens that end a document, tried in this order if nothing names one."""
 
 _EXPECTED = "a tokenizer.json, a folder that holds one, or a hub name"
 
@@ -31,11 +31,11 @@ _EXPECTED = "a tokenizer.json, a folder that holds one, or a hub name"
 WINDOW = 2**18
 """Characters of a long document that are encoded at a time; each takes about a hundred bytes."""
 LONG = 2**20
-"""Characters from which on a text is a long one."""
+"""Length in characters from which a text counts as long."""
 OVERLAP = 2**12
 """Characters that two windows share."""
 LONGEST = 2**22
-"""Characters that a window may grow to, where two do not agree anywhere in what they share."""
+"""Largest window in characters, if two never agree in the part that they share."""
 AGREEING = 8
 """Tokens on both sides of a joint between words that must be the same in both windows."""
 AGREEING_WITHIN = 256

@@ -74,7 +74,7 @@ def inspect(config: RunConfig) -> dict[str, str | None]:
 
 
 def notes(config: RunConfig) -> list[str]:
-    """What the evals' folders hold and no eval reads, a line each."""
+    """One line for each kind of file in the evals' folders that no eval reads."""
     sections = {name: getattr(config.eval, name) for name in active(config)}
     return [
         f"eval.{name}: {note}"
@@ -85,7 +85,7 @@ def notes(config: RunConfig) -> list[str]:
 
 
 def _check_tokens(config: RunConfig, name: str) -> None:
-    """ConfigError where the texts do not become tokens that the eval can score: not after hours of
+    """ConfigError if the eval cannot score the texts' tokens: raised here, not after hours of
     training. A tokenizer that knows every character needs no pass over all of them."""
     tokenizer = load_tokenizer(config.data)
     if tokenizer is None:

@@ -54,7 +54,7 @@ class Item(Protocol):
 
 
 class Check(Protocol):
-    """Raises DataError or ConfigError where items do not become tokens that can be scored.
+    """Raises DataError or ConfigError if items give no tokens that can be scored.
 
     `knows_all`: no text holds a character that the tokenizer does not know.
     """
@@ -163,7 +163,7 @@ def digest(items: Iterable[tuple[Any, ...]]) -> str:
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """int32 ids of each text. In portions: encoding takes a hundred times a text's memory."""
+    """int32 ids of each text, a portion at a time: encoding takes 100 times a text's memory."""
     return [
         np.array(ids, dtype=np.int32)
         for portion in _portions(texts)

@@ -126,7 +126,7 @@ def notes(config: BlimpConfig) -> list[str]:
 def check(
     config: BlimpConfig, *, tokenizer: Tokenizer, knows_all: bool, model: ModelConfig
 ) -> None:
-    """DataError where a sentence has no tokens that can be had, ConfigError where it is too long.
+    """DataError if a sentence cannot be tokenised, ConfigError if it is too long.
 
     With a tokenizer that knows every character only sentences that may be too long are encoded.
     """

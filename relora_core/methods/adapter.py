@@ -18,7 +18,7 @@ from relora_core.kernels import adapted_linear
 
 
 def named_seed(seed: int, step: int, name: str) -> int:
-    """63 bits that depend on nothing else: every rank and every resume draws alike."""
+    """63 bits that depend on the arguments alone: every rank and every resume draws the same."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -115,7 +115,7 @@ class ReLoRALinear(nn.Module):
         self.lora_B.data = self.lora_B.data.new_zeros(self.lora_B.shape[0], rank)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
-        """A checkpoint says of itself which ranks its adapters had."""
+        """The shapes in a checkpoint give the ranks of its adapters."""
         saved = state_dict.get(f"{prefix}lora_A")
         if saved is not None and saved.shape[0] != self.rank:
             self.resize_(saved.shape[0])
@@ -161,7 +161,7 @@ class ReLoRALinear(nn.Module):
 
     @torch.no_grad()
     def restore_masters_(self) -> None:
-        """Put what is remembered back; the gradients stay those of the new adapter."""
+        """Restore the remembered values; the gradients stay those of the new adapter."""
         for master, parameter in self._masters():
             parameter.copy_(master)
 

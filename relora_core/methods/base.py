@@ -34,7 +34,7 @@ class Method:
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer of the adapted model; all that it must remember is in its state_dict."""
+        """The optimizer of the adapted model; its state_dict holds all of its state."""
         return build_adamw(self.param_groups(model), train=self.config.train)
 
     def lr_multiplier(self, step: int) -> float:

@@ -88,7 +88,7 @@ class LoRA(Method):
         self._now.step, self._now.first, self._now.stride = step, first, stride
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """Between phases: fold the adapters into the base, or draw them anew on what it became."""
+        """Between phases: fold adapters into the base, or draw them anew on the trained base."""
         before = is_full_rank(step - 1, config=self.config)
         if before == is_full_rank(step, config=self.config):
             return {}
