@@ -26,7 +26,7 @@ DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """What SQLAlchemy imports for a dialect where the URI names no driver."""
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 PASSWORD = "RELORA_DB_PASSWORD"
-"""Environment variable with the password of a database, whose address is written down."""
+"""Environment variable with a database's password: the address itself is written to files."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -69,7 +69,7 @@ def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
 
 
 def check_home(key: str, uri: str) -> None:
-    """ConfigError where a database's address begins with `~`, which nobody expands there."""
+    """ConfigError where a database's address begins with `~`: SQLite does not expand it."""
     dialect, sign, name = uri.partition(":///")
     if sign and dialect.startswith("sqlite") and name.startswith("~"):
         path = quote(os.path.expanduser(unquote(name)), safe="/~")
@@ -138,7 +138,7 @@ RELATIVE = re.compile(
 
 
 def relative_database(uri: str | None) -> bool:
-    """Whether it depends on the working directory which database an address stands for."""
+    """Whether the database that an address names depends on the working directory."""
     return uri is not None and RELATIVE.fullmatch(uri) is not None
 
 
@@ -189,7 +189,7 @@ def check_secret(key: str, uri: str) -> None:
 
 
 def with_password(uri: str) -> str:
-    """A database's address for use: the environment's password for a user who has none in it."""
+    """Add $RELORA_DB_PASSWORD to a database's address that has a user but no password."""
     password = os.environ.get(PASSWORD)
     if not password or uri.startswith(("http://", "https://")):
         return uri
@@ -202,7 +202,7 @@ def default_uri(output_dir: Path | str) -> str:
 
 
 def misplaced(uri: str) -> str | None:
-    """One line where a version before put the database of this address into another folder."""
+    """One line where an earlier version put this address's database into another folder."""
     path = sqlite_path(uri)
     if path is None or path.exists() or "%" not in str(path):
         return None

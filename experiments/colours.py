@@ -17,7 +17,7 @@ OKABE_ITO = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
     *("#56b4e9", "#e69f00", "#000000", "#f0e442"),
 )
-"""Colours that colour-blind readers tell apart; those that white paper suits least come last."""
+"""Safe for colour-blind readers; those that are faint on white paper come last."""
 TOL_MUTED = ("#332288", "#882255", "#117733", "#999933", "#aa4499", "#44aa99", "#cc6677")
 STYLES = ("-", "--", ":", "-.")
 FAMILY = ("model.name", "experiment", "method", "relora.name", "data.kind")
@@ -81,7 +81,7 @@ def _base(number: int) -> str:
 
 
 def _shade(colour: str, *, place: int) -> str:
-    """Of the colour's hue; the colour itself in place 0."""
+    """A shade of the colour's hue; place 0 is the colour itself."""
     if place == 0:
         return colour
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

@@ -72,7 +72,7 @@ def frozen(root: Path = ROOT) -> dict[str, Any] | None:
 def git_state(root: Path = ROOT) -> dict[str, Any]:
     """{"commit", "dirty"}, and "tree_hash" of a frozen copy; empty where git does not say."""
     copy = frozen(root)
-    if copy is not None:  # git would tell of the checkout around the copy
+    if copy is not None:  # git would report the checkout around the copy
         facts = {key: copy[key] for key in ("commit", "dirty", "tree_hash")}
         return {key: value for key, value in facts.items() if value is not None}
     commit = git(root, "rev-parse", "HEAD")
@@ -104,7 +104,7 @@ def notes(root: Path = ROOT) -> tuple[str, ...]:
 
 
 def git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
-    """git's output at `root`, or None where it has none to give; not even its index is written."""
+    """git's output at `root`, None if it fails. Writes nothing, not even git's index."""
     try:
         done = _run(root, *arguments)
     except (OSError, subprocess.TimeoutExpired):

@@ -18,7 +18,7 @@ from relora_core.config import RunConfig, applies, get, runs_eval, walk
 SCHEMA_VERSION = 1
 """Part of every digest; raised when the meaning of an existing knob changes."""
 SAID_WHEN_OFF = ("eval.paloma.enabled", "eval.blimp.enabled")
-"""Part of every digest since the first run; an eval added later that is off is part of none."""
+"""Part of every digest since the first run; an eval added later only where it is on."""
 
 
 def scientific(config: RunConfig) -> dict[str, Any]:

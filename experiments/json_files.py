@@ -17,7 +17,7 @@ from relora_core.config import ConfigError
 
 
 class Damaged(ConfigError):
-    """A file that is not what was written: one line that names it."""
+    """A file whose content is not as it was written; one line that names it."""
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
@@ -74,13 +74,13 @@ def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def sound(record: dict[str, Any], kinds: dict[str, Any], *, whole: bool = True) -> bool:
-    """Whether these keys have their types; `whole`: those that are absent, too (as null)."""
+    """Whether these keys have their types; with `whole` an absent key counts as null."""
     names = [name for name in kinds if whole or name in record]
     return all(fits(kinds[name], record.get(name)) for name in names)
 
 
 def names_folder(name: Any) -> bool:
-    """Whether it can be the name of a folder, and of none elsewhere."""
+    """Whether it can name a folder, and cannot lead out of its parent."""
     if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or len(name) > 200:
         return False
     return Path(name).name == name

@@ -14,7 +14,7 @@ OPTIONS = {
 """Group of conf/ -> the key that names its option."""
 KEYS = {"arm": "sweep.arm", **OPTIONS}
 LABELS = {key: word for word, key in KEYS.items()}
-"""Key -> the word that names its choice on the command line."""
+"""Key -> its short name on the command line."""
 
 
 def spell(axes: Mapping[str, str]) -> str:

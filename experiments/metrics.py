@@ -24,7 +24,7 @@ def headline() -> tuple[Metric, ...]:
 
 @cache
 def columns() -> dict[str, str]:
-    """Heading -> key, of those that are shown where there is room for few."""
+    """Heading -> key, of the few that narrow tables show."""
     return {metric.column: metric.key for metric in headline() if metric.column}
 
 

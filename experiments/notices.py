@@ -36,7 +36,7 @@ def scales(configs: Iterable[RunConfig]) -> list[str]:
 
 
 def fixed_order(configs: Iterable[RunConfig], *, seeds: int = 1) -> list[str]:
-    """Seeds that do not change the order of the data say nothing of what that does."""
+    """Seeds that leave the order of the data as it is do not measure its effect."""
     seen: dict[str, set[int]] = {}
     for config in configs:
         data = config.data

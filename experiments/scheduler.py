@@ -2,7 +2,7 @@
 
 SLURM's variables are no proof: all that is started inside an allocation inherits them, a local
 sweep of the user's included. A job is ours only if we submitted it, and only a process that its
-batch script started takes part in it; any other is a process of its host, known by pid and birth.
+batch script started takes part in it; any other is a process of its host, with a pid and a start.
 Not for: what SLURM says of jobs (`sweeps/slurm/cluster.py`).
 """
 
@@ -20,7 +20,7 @@ _job: str | None = None
 def enter_job(*, name: str | None = None) -> str | None:
     """Take part in the job that has started this process: the job's id, None where there is none.
 
-    JOB must name the submission (`name`, where it is known) and the very job that SLURM names. It
+    JOB must name the submission (`name`, if given) and the very job that SLURM names. It
     leaves the environment: what this process starts is not the job.
     """
     global _job

@@ -67,7 +67,7 @@ def register() -> None:
 
 def store(**options: Any) -> None:
     """Put a node into Hydra's store, perhaps in place of another."""
-    # Hydra 1.4 warns where that is not said.
+    # without `replace` Hydra 1.4 warns
     replacing: dict[str, Any] = {"replace": True} if HYDRA_1_4 else {}
     ConfigStore.instance().store(**options, **replacing)
 

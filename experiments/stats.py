@@ -89,7 +89,7 @@ class SeedsNeeded:
     """Seeds of each arm with which a test at 5 % finds the gap four times in five."""
 
     n: int | None = None
-    """None above MAX_SEEDS and where it is not known; `text` says which."""
+    """None above MAX_SEEDS and where it cannot be computed; `text` says which."""
     text: str = "not known"
     assumes: str = "the gap and the spread seen are the true ones; few seeds know both only roughly"
 

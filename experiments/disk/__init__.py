@@ -8,7 +8,7 @@ states.py       the states of a run, and how one attempt ends
 state.py        what is true of a run, from its own files
 evaluations.py  stored results of evaluations
 plans.py        stored plans, and where each run is shown
-named.py        which runs a word names
+named.py        which runs an argument names
 frozen.py       paths and addresses of a frozen config, absolute
 inputs.py       what a run reads is what it was planned with
 """

@@ -30,7 +30,7 @@ def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
     for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
         with contextlib.suppress(
             json_files.Damaged
-        ):  # it is no result: the step is evaluated again
+        ):  # a damaged result: the step is evaluated again
             result = json_files.read(path)
             if json_files.sound(result, STORED):
                 yield result
@@ -45,7 +45,7 @@ def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
 
 
 def all_metrics(run_dir: RunDir) -> dict[str, float]:
-    """The result's metrics, and what was found apart from training at the newest step evaluated.
+    """The result's metrics, and those of separate evaluations at the newest step evaluated.
 
     Where both have a metric the result counts. Of a finished run only evaluations of its last step
     count: an earlier checkpoint's numbers are not the run's.

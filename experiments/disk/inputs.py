@@ -2,7 +2,7 @@
 
     OUTPUT_DIR/inputs/<fingerprint>/files.json      how the files looked when they were last read
                                     tokenizer.json  of the data, with the tokenizer_config.json
-    RUN_DIR/changes.json            what was taken on purpose though it has changed
+    RUN_DIR/changes.json            what the user accepted although it has changed
 
 Files that look as they did (`places.looks`) are not read again; others are, and that they were
 touched or moved changes nothing. Of data beyond `parquet.HASHED_WHOLE` bytes footers and blocks
@@ -32,7 +32,7 @@ SETTLED_NS = 2_000_000_000
 FILES = {"looks": list[list[Any]], "read": int, "sample": str | None}
 FILES |= {"tokenizer": dict[str, str] | None}
 TRAINING = ("retry", "search")
-"""Commands that take changes for training."""
+"""Commands that accept changes for training."""
 CHANGE = {"key": str, "planned": str, "now": str, "what": str, "by": str, "time": float}
 
 
@@ -43,7 +43,7 @@ class Change:
     key: str
     """`data` or `eval.blimp`: the section of the config."""
     planned: str
-    """Fingerprint; of a run that took a change on purpose, that of the newest."""
+    """The planned fingerprint, or that of the newest accepted change."""
     now: str
     what: str
     """One line: what lies where, and in which way it differs."""
@@ -64,12 +64,12 @@ def _short(now: str, planned: str) -> str:
 
 # what a run has taken since it was planned -------------------------------------------------------
 def accepted(run_dir: RunDir, *, by: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """Changes that were taken on purpose, oldest first; `by` commands of these names."""
+    """Accepted changes, oldest first; only those accepted `by` commands of these names."""
     return [c for c in accepted_in(run_dir.changes_path) if by is None or c["by"] in by]
 
 
 def accept(run_dir: RunDir, changes: Sequence[Change], *, by: str) -> None:
-    """Write down that `changes` were taken on purpose by this command."""
+    """Record that the user accepted `changes` with this command."""
     accept_in(run_dir.changes_path, changes, by=by)
 
 
@@ -90,18 +90,18 @@ def accept_in(path: Path, changes: Sequence[Change], *, by: str) -> None:
 
 
 def prints(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Key -> fingerprint of what was taken last."""
+    """Key -> fingerprint of what was accepted last."""
     return {c["key"]: c["now"] for c in changes}
 
 
 def said(run_dir: RunDir) -> str | None:
-    """One line on what training took on purpose though it had changed; None where nothing was."""
+    """One line on changes that were accepted for training; None if there are none."""
     keys = list(dict.fromkeys(c["key"] for c in accepted(run_dir, by=TRAINING)))
     return f"goes on with other {', '.join(keys)} than planned (--accept-changed)" if keys else None
 
 
 def as_accepted(run_dir: RunDir, config: RunConfig) -> RunConfig:
-    """`config` with the fingerprints of what training has taken since."""
+    """`config` with the fingerprints of the changes accepted for training."""
     return with_prints(config, prints(accepted(run_dir, by=TRAINING)))
 
 
@@ -133,7 +133,7 @@ class Opened:
     """A run's config as it is to be opened, and what is not as planned."""
 
     config: RunConfig
-    """data.tokenizer is the copy that was kept, where there is one."""
+    """data.tokenizer is the stored copy, where there is one."""
     changes: list[Change]
 
 
@@ -186,7 +186,7 @@ def to_export(run_dir: RunDir, *, tokenizer: str | None) -> tuple[Opened, list[s
 
 
 def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Opened, list[str]]:
-    """`tokenizer` in the place of the run's, held against what was kept or else the fingerprint."""
+    """`tokenizer` in place of the run's, compared with the stored copy, else the fingerprint."""
     from relora_core import data as data_package
     from relora_core.data import HFTokenizer
 
@@ -226,7 +226,7 @@ def output_dir_of(run_dir: RunDir) -> Path:
 
 
 def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Change]:
-    """The data's change, if any; where there is none its files' looks and tokenizer are kept."""
+    """The data's change, if any; if there is none, stores its files' looks and its tokenizer."""
     from experiments.disk.output_dir import cache_dir
     from relora_core import data as data_package
 
@@ -235,7 +235,7 @@ def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Cha
     fingerprint, _, planned_sample = planned.partition(".")
     stored = _read(output_dir, planned)
     if copy is not None and data_package.is_cached(data, cache_dir=cache_dir(output_dir)):
-        return []  # the tokens are what was planned; nobody opens the texts
+        return []  # the cached tokens are as planned, and the texts are not opened
     if data.kind == "grammar":
         now = data_package.fingerprint(data)
         what = "the grammar of this version of the code is another"
@@ -289,7 +289,7 @@ def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
 
 # the tokenizer ------------------------------------------------------------------------------------
 def kept_tokenizer(data: DataConfig, *, output_dir: Path) -> Path | None:
-    """The folder with the run's own tokenizer, whole; None where none was kept or it is damaged."""
+    """The folder with the run's own tokenizer; None if no copy was made or it is damaged."""
     stored = _read(output_dir, str(data.fingerprint)) if data.fingerprint else None
     digests = (stored or {}).get("tokenizer")
     if not digests or not data.tokenizer:
@@ -313,7 +313,7 @@ def _keep_tokenizer(data: DataConfig, *, output_dir: Path) -> dict[str, str] | N
         for name, source in sources.items():
             atomic.write_text(folder / name, source.read_bytes().decode())
         return {name: _sha256(folder / name) for name in sources}
-    except OSError:  # somebody else's output folder: the original is checked each time
+    except OSError:  # another user's output folder: the original is checked each time
         return None
 
 
@@ -329,7 +329,7 @@ def _folder(output_dir: Path, fingerprint: str) -> Path:
 
 
 def _read(output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What was written down of the files; None where there is nothing, or nothing readable."""
+    """The recorded looks of the files; None if there is no readable record."""
     try:
         stored = json_files.read(_folder(output_dir, fingerprint) / "files.json")
     except (OSError, json_files.Damaged):
@@ -347,7 +347,8 @@ def _write(
 ) -> None:
     folder = _folder(output_dir, fingerprint)
     content = {"looks": seen, "read": time.time_ns(), "sample": sample, "tokenizer": tokenizer}
-    with contextlib.suppress(OSError):  # a check less saved; nothing depends on it
+    # If this fails the next check reads the files again; nothing else depends on it.
+    with contextlib.suppress(OSError):
         shared.make_folder(folder)
         atomic.write_json(folder / "files.json", content)
         for torn in atomic.torn(folder):
@@ -362,7 +363,7 @@ def _looks_same(stored: dict[str, Any] | None, seen: Sequence[Look]) -> bool:
 
 
 def _difference(stored: dict[str, Any] | None, seen: Sequence[Look]) -> str:
-    """Which files look different; empty where nothing is known of them, or all lie elsewhere."""
+    """Which files look different; empty if none was recorded, or if all have moved."""
     before = {look[0]: look for look in (stored or {}).get("looks", [])}
     after = {look[0]: list(look) for look in seen}
     if not before.keys() & after.keys():

@@ -1,4 +1,4 @@
-"""Which runs a word names: what `python -m sweeps status` shows of them, or (part of) an id.
+"""Which runs an argument names: a name that `python -m sweeps status` shows, or (part of) an id.
 
 Not for: the state that a run is in (`state.py`).
 """
@@ -15,13 +15,14 @@ from experiments.disk.run_dir import RunDir
 from relora_core.config import ConfigError, nearest
 
 JOB_ID = re.compile(r"\d+(_\d+)?")
-"""Of a job, a task of an array, or all of an array."""
+"""The id of a job, of one task of an array, or of a whole array."""
 
 
 def find_run(output_dir: Path | str, *, word: str) -> RunDir:
-    """The only run that `word` names; ConfigError where it is none or several.
+    """The one run that `word` names; ConfigError if it names none or several.
 
-    The whole id; the name, arm, job or sweep that `status` shows; the start of an id, or a part.
+    Tried in turn: a full id; a name, arm, job or sweep that `status` shows; the start of an id;
+    any part of an id.
     """
     runs = {run.run_id: run for run in all_runs(output_dir)}
     if word in runs:
@@ -47,7 +48,7 @@ def several(word: str, ids: Sequence[str]) -> ConfigError:
 
 
 def named(output_dir: Path | str, word: str) -> list[str]:
-    """Ids of the runs that a word is the whole name of, or that are of that arm or job."""
+    """Ids of the runs with exactly this name, or of the arm or job with it."""
     planned = [run for sweep in read_sweeps(output_dir).values() for run in sweep.runs]
     hits = [run for run in planned if word == run.name]
     hits = hits or [run for run in planned if word in (run.arm, run.arm_id)]

@@ -31,7 +31,7 @@ def runs_folder(output_dir: Path | str) -> Path:
 
 
 def run_at(output_dir: Path | str, run_id: str) -> RunDir:
-    """The run of an id that a file names; ConfigError where its folder would lie elsewhere."""
+    """The run with an id read from a file; ConfigError if its folder would lie elsewhere."""
     if not json_files.names_folder(run_id):
         raise ConfigError(
             f"a run_id must be the name of a folder in {output_dir}/runs, got {run_id!r}"
@@ -53,7 +53,7 @@ def same_runs(
 ) -> list[RunDir | None]:
     """For each config the first run below `output_dir` that computes the same numbers, if any.
 
-    Most runs differ in a knob that simply counts, and cost no more than reading it.
+    Most runs differ in a plain knob, so reading their config is enough to rule them out.
     """
     seeds = {f"-s{config.seed}-" for config in configs}
     keys = {(c.method, c.data.kind): [k.split(".") for k in plain_keys(c)] for c in configs}
@@ -64,7 +64,7 @@ def same_runs(
             continue
         with contextlib.suppress(OSError, ValueError, TypeError):  # another version's, or damaged
             raw = json_files.read(run.config_path)
-            with contextlib.suppress(KeyError):  # an older run's, without a knob added since
+            with contextlib.suppress(KeyError):  # an older run lacks a knob added since
                 known_keys = keys.get((raw["method"], raw["data"]["kind"]))
                 if known_keys is None or _values(raw, known_keys) not in plain:
                     continue

@@ -26,7 +26,7 @@ from relora_core.config import ConfigError
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """plan.json as this version writes it; Damaged where it could mislead who looks for its runs.
+    """plan.json as this version writes it; Damaged if it could lead to the wrong runs.
 
     Cells of earlier versions are given the axes that they lack.
     """
@@ -71,7 +71,7 @@ def _check_cell(cell: Any) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class PlannedRun:
-    """A run as people speak of it: its folder, and what its plan, or its own config, says of it."""
+    """A run with its folder, and what its plan, or else its own config, says of it."""
 
     dir: RunDir
     name: str
@@ -83,7 +83,7 @@ class PlannedRun:
     seed: int | None
     steps: int
     experiment: str
-    """The setting's name, of which conf/ knows the question."""
+    """Name of the experiment in conf/, where its question stands."""
     config: dict[str, Any]
     """As in the file: building thousands takes seconds. Empty where this version cannot read it."""
     sweep: str | None = None
@@ -158,7 +158,7 @@ def sweep_names(output_dir: Path | str) -> list[str]:
 def read_sweeps(
     output_dir: Path | str, names: Sequence[str] | None = None
 ) -> dict[str, SweepRecord]:
-    """Name -> sweep, of every stored plan, or of those among `names` that have one."""
+    """Name -> sweep, for every stored plan, or for those of `names` that have one."""
     stored = sweep_names(output_dir)
     return {name: read_sweep(output_dir, name) for name in stored if names is None or name in names}
 
@@ -195,7 +195,7 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> 
 
 
 def single_run(run: RunDir) -> PlannedRun:
-    """A run without a plan; one whose config this version cannot read stands for itself."""
+    """A run without a plan; if this version cannot read its config, its id serves as its name."""
     name = run.run_id
     bare = PlannedRun(
         dir=run,
@@ -229,14 +229,14 @@ WORD = re.compile(r"(?:^| )([A-Za-z_][\w.]*)=")
 
 
 def axes_of_older(name: str) -> dict[str, str]:
-    """`model=tiny relora.r=8` -> pairs, of a plan that has names alone; a value may hold spaces."""
+    """`model=tiny relora.r=8` -> pairs, for plans that store only names; values may have spaces."""
     starts = list(WORD.finditer(name))
     ends = [*(match.start() for match in starts[1:]), len(name)]
     return {m.group(1): name[m.end() : end] for m, end in zip(starts, ends, strict=False)}
 
 
 def overrides_of(command: str) -> list[str]:
-    """Those in a command line, as typed; none where it is not a shell's."""
+    """The overrides in a command line, as typed; none if a shell could not parse it."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -262,7 +262,7 @@ def question(
 
 
 def _question(path: Path) -> str | None:
-    """The comment that begins with `Question:`, down to the next such word."""
+    """The comment that begins with `Question:`, down to the next heading of that kind."""
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -9,7 +9,7 @@ import psutil
 
 
 def born(pid: int) -> str | None:
-    """Boot and tick at which a process began, which setting the clock does not change.
+    """Boot and tick at which a process began: unlike a time, setting the clock does not change it.
 
     None where the system does not say.
     """
@@ -25,17 +25,17 @@ def _boot() -> str:
 
 
 def lives(pid: int, *, birth: str | None, started: float) -> bool:
-    """Whether a process of this host is still the one that was born, or started, then."""
+    """Whether the process with this pid is still the one with that birth, or start time."""
     try:
         process = psutil.Process(pid)
         same = born(pid) == birth if birth else abs(process.create_time() - started) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE  # dead, and not yet reaped
+        return same and process.status() != psutil.STATUS_ZOMBIE  # dead, not yet reaped
     except psutil.NoSuchProcess:
         return _hidden(pid, birth=birth)
 
 
 def _hidden(pid: int, *, birth: str | None) -> bool:
-    """Whether it is there all the same: a system may show nobody another user's (hidepid)."""
+    """Whether it exists although psutil cannot see it: systems may hide other users' (hidepid)."""
     try:
         os.kill(pid, 0)
     except PermissionError:

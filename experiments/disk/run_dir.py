@@ -9,9 +9,9 @@ result.json        final metrics, written when the run ended (finished or diverg
 error.txt          the newest attempt's traceback
 mlflow.json        position of the sync (experiments/tracking/run_view.py)
 lock               host, pid, process start and job of the attempt that is at work
-trial.json         of the search that asked for the run (sweeps/search/), where one did
+trial.json         for runs of a search: which search and trial (sweeps/search/)
 cancel             there if the user wants the run to end; a new launch removes it
-changes.json       what was taken on purpose though it had changed (experiments/disk/inputs.py)
+changes.json       what the user accepted although it had changed (experiments/disk/inputs.py)
 evals/<name>/      evaluations apart from training (experiments/run/evaluate.py)
 """
 
@@ -46,12 +46,12 @@ LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id"
 ATTEMPT = {"host": str, "pid": int, "python": str, "commit": str, "tree_hash": str}
 ATTEMPT |= {"code_hash": str, "cpu": str, "packages": dict[str, str], "gpus": list[Any]}
 RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
-"""What is read of these files must be of these types."""
+"""Types of the fields that are read from these files."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Status:
-    """status.json: what the run last said of itself."""
+    """status.json: the state that the run last recorded."""
 
     state: State = State.PLANNED
     attempts: int = 0
@@ -67,16 +67,16 @@ class Status:
     phase: str = ""
     """`start`, `train`, `eval ...`, `checkpoint`."""
     heartbeat: float = 0.0
-    """Seconds since the epoch of the newest word from the run."""
+    """When the run last wrote its status, in seconds since the epoch."""
     host: str = ""
     pid: int = 0
     job_id: str | None = None
-    """Of a SLURM job that we submitted; any other process is known by its host and pid."""
+    """Set in a SLURM job that we submitted; any other process is identified by host and pid."""
     error: str | None = None
     """One line; the traceback is in error.txt."""
 
     def __post_init__(self) -> None:
-        self.state = State(self.state)  # JSON has the word
+        self.state = State(self.state)  # JSON holds a plain string
 
 
 class RunDir:
@@ -157,8 +157,8 @@ class RunDir:
 
     # status -------------------------------------------------------------------------------------
     def status(self) -> Status:
-        """The run's newest word; a run without status.json is `planned`. A damaged one has failed:
-        the same command goes on with it, and the next word takes the place of the damaged."""
+        """The newest status; `planned` without status.json. A damaged file counts as failed: the
+        same command goes on with the run, and its next status replaces the damaged one."""
         try:
             raw = json_files.read(self.status_path)
             return Status(**json_files.known(Status, raw, where=""))
@@ -180,7 +180,7 @@ class RunDir:
 
     # attempts -----------------------------------------------------------------------------------
     def next_attempt(self) -> int:
-        """A number that no attempt has had, even where status.json was lost."""
+        """The next unused number of an attempt, even if status.json was lost."""
         had = [int(p.stem) for p in self.attempts.glob("*.json") if p.stem.isdigit()]
         return 1 + max(self.status().attempts, *had, 0)
 
@@ -191,7 +191,7 @@ class RunDir:
         atomic.write_json(self.attempts / f"{attempt:03d}.json", record)
 
     def attempt_records(self) -> list[dict[str, Any]]:
-        """What each attempt said of its host, process and code, oldest first."""
+        """Host, process and code of each attempt, oldest first."""
         records = [_read_json(path) for path in sorted(self.attempts.glob("*.json"))]
         return [
             record
@@ -203,10 +203,10 @@ class RunDir:
     def lock(
         self, *, gone: Callable[[dict[str, Any]], bool] = lambda holder: False
     ) -> Iterator[None]:
-        """Hold the run; RunLocked if another living process of this host, or another host, does.
+        """Lock the run; RunLocked if a living process of this host, or another host, has it locked.
 
-        `gone` says of a holder on another host whether it is dead for certain; an earlier life of
-        this very job is.
+        `gone` says whether a holder on another host is dead for certain. An earlier attempt of this
+        very job always counts as dead.
         """
         path = self.path / "lock"
         me = {
@@ -218,7 +218,7 @@ class RunDir:
         }
         taken = False
         while not taken:
-            with self._alone():  # or of two that find a stale lock one removes the other's new one
+            with self._alone():  # else the second to see a stale lock would remove the new one
                 holder = self.lock_holder()
                 if holder is not None and not _same_job(holder, me) and not gone(holder):
                     raise RunLocked(
@@ -231,14 +231,14 @@ class RunDir:
         try:
             yield
         finally:
-            # A lock that stays is that of a dead process; what ended the run matters more.
+            # A lock left behind counts as stale; an error here must not hide what ended the run.
             with contextlib.suppress(OSError):
                 if self.is_mine():
                     path.unlink()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process of this host at a time, where the file system can do that."""
+        """Let in one process of this host at a time, where the file system supports locks."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
@@ -248,7 +248,7 @@ class RunDir:
             os.close(folder)
 
     def is_mine(self) -> bool:
-        """Whether this process still holds the run: its scheduler may have given it to another."""
+        """Whether this process still has the lock: the scheduler may have moved the run."""
         holder = _read_json(self.path / "lock") or {}
         return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
 
@@ -257,7 +257,7 @@ class RunDir:
         path = self.path / "lock"
         holder = _read_json(path)
         if not holder or not json_files.sound(holder, LOCK) or not 0 < holder["pid"] < 2**31:
-            # Damaged, or somebody is filling it, or died while he did: atomic.create_text.
+            # Damaged, or being written, or its writer died meanwhile: atomic.create_text.
             try:
                 young = abs(time.time() - path.stat().st_mtime) < 10
             except FileNotFoundError:
@@ -269,7 +269,7 @@ class RunDir:
         return holder if at_work else None
 
     def torn(self) -> list[Path]:
-        """What kills have left beside the files: half-written ones, the lock of a dead process."""
+        """What killed processes left behind: half-written files, the lock of a dead process."""
         lock = self.path / "lock"
         dead = [lock] if lock.exists() and self.lock_holder() is None else []
         return [*atomic.torn(self.path), *atomic.torn(self.attempts), *dead]
@@ -282,8 +282,8 @@ class RunDir:
 
     # events -------------------------------------------------------------------------------------
     def raw_events(self) -> Iterator[dict[str, Any]]:
-        """Every event of events.jsonl; a torn last line (killed mid-write) and what is none are
-        left out."""
+        """Every event of events.jsonl; a torn last line (killed mid-write) and lines that are no
+        events are left out."""
         try:
             with open(self.events_path, "rb") as file:
                 for line in file:
@@ -295,7 +295,7 @@ class RunDir:
             return
 
     def events(self) -> list[dict[str, Any]]:
-        """The record as it counts: where attempts overlap, the newest from its first step on."""
+        """The events that count: where attempts overlap, those of the newest attempt."""
         events: list[dict[str, Any]] = []
         for event in self.raw_events():
             if event["kind"] == "start":
@@ -305,7 +305,7 @@ class RunDir:
         return events
 
     def notes(self) -> list[str]:
-        """What its attempts said of the data they read, one line each."""
+        """Notes of its attempts on the data they read, one line each."""
         begun = [event["data"] for event in self.raw_events() if event["kind"] == "start"]
         return list(dict.fromkeys(str(note) for data in begun for note in data.get("notes", [])))
 
@@ -313,7 +313,7 @@ class RunDir:
     def result(self) -> dict[str, Any] | None:
         """{"state", "metrics", "step", ...} once the run has ended.
 
-        A damaged one counts as none: the run makes it anew from its checkpoint and record.
+        A damaged one counts as missing: the run writes it again from its checkpoint and record.
         """
         result = _read_json(self.result_path)
         return result if result and json_files.sound(result, RESULT, whole=False) else None
@@ -336,6 +336,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:
-    """A requeued job runs once at a time: who holds the run in its name elsewhere has ended."""
+    """Whether a lock on another host is of this very job, requeued: its earlier start has ended."""
     other = holder["host"] != me["host"]
     return other and me["job_id"] is not None and holder.get("job_id") == me["job_id"]

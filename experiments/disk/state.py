@@ -1,6 +1,6 @@
 """What is true of a run: one look at its files, and a pure judgement of what was seen.
 
-A run says of itself what it does; who holds its lock says whether it still can. Silence is not
+Its status says what a run does; its lock says whether that process can still do it. Silence is not
 death: only a process of this host that has certainly ended makes a running run a failed one.
 """
 
@@ -28,7 +28,7 @@ SILENT_AFTER_S = 300.0
 
 @dataclass(kw_only=True, slots=True)
 class RunState(Status):
-    """One run as it is now: what it last said of itself, judged."""
+    """One run as it is now: its last recorded state, checked against its lock and result."""
 
     run_id: str
     reason: str | None = None

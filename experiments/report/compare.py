@@ -38,7 +38,7 @@ class Matched:
     pairs: list[Pair]
     """(arm of the second, arm of the first)."""
     by_name: list[str]
-    """Names of pairs whose settings differ."""
+    """Names of pairs with different settings."""
     alone: list[list[str]]
     """Names of arms that only the first, only the second has."""
     same_runs: list[str] = field(default_factory=list)

@@ -35,7 +35,7 @@ class Cost:
     gpu_hours: float = 0.0
     """Training alone, as its result counts: what was lost to kills is left out. CPUs count too."""
     all_hours: float = 0.0
-    """All attempts from first to last word, times processes: evals and lost work included."""
+    """All attempts from first to last event, times processes: evals and lost work included."""
     tokens: int = 0
     attempts: int = 0
 
@@ -77,11 +77,11 @@ class RunData:
     restarts: list[int] = field(default_factory=list)
     """Steps at which it restarted."""
     notes: list[str] = field(default_factory=list)
-    """What its attempts said of the data they read, each once."""
+    """Notes of its attempts on the data they read, each once."""
     cost: Cost = field(default_factory=Cost)
     attempts: list[Attempt] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    """Sections (`data`, `eval.blimp`) that it read on purpose though they had changed."""
+    """Sections (`data`, `eval.blimp`) that had changed, which the user accepted."""
 
     @property
     def finished(self) -> bool:
@@ -123,7 +123,7 @@ class Arm:
 
 @dataclass(kw_only=True, slots=True)
 class Sweep:
-    """A plan and everything that is known of its runs."""
+    """A plan and all recorded facts of its runs."""
 
     name: str
     question: str | None = None
@@ -131,7 +131,7 @@ class Sweep:
     collapsed: list[str] = field(default_factory=list)
     """Why there are fewer runs than points of the grid."""
     notes: list[str] = field(default_factory=list)
-    """What planning said of settings and data."""
+    """Notes of planning on settings and data."""
     arms: list[Arm]
     """In the plan's order."""
 
@@ -182,7 +182,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
 # floors -----------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Floor:
-    """What the data are known to allow, in nats per token."""
+    """Losses that the data allow, in nats per token."""
 
     entropy: float
     """No model's expected loss is below it."""
@@ -191,7 +191,7 @@ class Floor:
 
 
 def floor(sweep: Sweep) -> Floor | None:
-    """Of the grammar, whose entropy has a closed form; None where other data is in the sweep."""
+    """Floor of the grammar: its entropy has a closed form. None if the sweep has other data."""
     if not sweep.runs or any(run.config.data.kind != "grammar" for run in sweep.runs):
         return None
     from relora_core.data import grammar

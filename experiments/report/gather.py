@@ -43,7 +43,7 @@ def gather(
 ) -> Sweep:
     """The sweep as its plan and its runs' records have it; ConfigError where there is no such plan.
 
-    `states` is what a scheduler says of runs, where the caller asked it; else their word counts.
+    `states` is what a scheduler says of runs, if the caller asked it; else their own files count.
     """
     record, configs = _plan(output_dir, sweep)
     runs = [
@@ -217,7 +217,7 @@ def _read_record(run: RunData, run_dir: RunDir) -> None:
 
 
 def _add(curve: list[Point], point: Point) -> None:
-    """What a resumed run measured again takes the place of the first time."""
+    """Add a point; one that a resumed run measured again replaces the first."""
     if curve and curve[-1].step == point.step:
         curve.pop()
     curve.append(point)
@@ -268,7 +268,7 @@ def _kept(
 
 
 def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
-    """Of the newest line that is whole."""
+    """The rows of the newest complete line."""
     for _, line in reversed(lines):
         with contextlib.suppress(*ODD):
             return json.loads(line)["data"]["rows"]

@@ -1,4 +1,4 @@
-"""`python -m sweeps report`: what a sweep found, for a reader who did not run it.
+"""`python -m sweeps report`: the results of a sweep, for a reader who did not run it.
 
     output_dir/sweeps/<name>/report/  report.html, report.md, figures/, tables/*.csv, data.parquet
 
@@ -46,7 +46,7 @@ AXES = ("steps", "tokens", "gpu_hours")
 PREVIOUS = "previous"
 """Instead of a reference: each arm is compared with the one before it."""
 MOST_RUNS = 40
-"""Runs that did not finish which are told one by one."""
+"""At most so many unfinished runs are listed one by one."""
 WORDS = {
     State.FINISHED: "trained to their last step",
     State.DIVERGED: "their loss became infinite or NaN; they are in no mean",
@@ -95,7 +95,7 @@ def write(
 
 
 def keep(sweep: Sweep, patterns: Sequence[str]) -> None:
-    """Leave out the arms whose names match none of the patterns; colours stay those of the plan."""
+    """Keep the arms with a name that matches a pattern; colours stay those of the plan."""
     names = [arm.name for arm in sweep.arms]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -146,7 +146,7 @@ def _document(sweep: Sweep, pairs: Sequence[tuple[Arm, Arm]], pictures: list[Blo
 
 
 def _tried(blocks: Callable[[], list[Block]]) -> list[Block]:
-    """What is odd in one section must not cost the reader the others."""
+    """A section that cannot be made becomes a line: the reader still gets the others."""
     try:
         return blocks()
     except Exception as error:
@@ -341,7 +341,7 @@ def _files() -> list[Block]:
 
 # files ------------------------------------------------------------------------------------------
 def draw(folder: Path, figures: Callable[[Any], Sequence[Any]]) -> list[Block]:
-    """Figures as blocks; where they cannot be drawn the report says so and stands without."""
+    """Figures as blocks; where they cannot be drawn the report says so."""
     try:
         import experiments.report.figures.catalogue as module
 

@@ -1,7 +1,7 @@
 """Evaluate checkpoints, apart from training: `python -m experiments.run.evaluate REQUEST`.
 
     RUN_DIR/evals/<name>/request-<digest>.json      what is asked for; a job's only argument
-    RUN_DIR/evals/<name>/step-00000200-blimp.json   what one eval found at one checkpoint
+    RUN_DIR/evals/<name>/step-00000200-blimp.json   result of one eval at one checkpoint
 
 Reads a run's config and checkpoints and writes below evals/ alone, so the run may be training
 meanwhile. Not for: choosing runs and settings (`sweeps/commands/eval.py`). Imports torch only where
@@ -56,7 +56,7 @@ class Request:
     steps: str | list[int] = "last"
     """`last`: the newest checkpoint when the evaluation begins; `all`; or steps."""
     changes: list[dict[str, str]] = field(default_factory=list)
-    """What was taken on purpose though it has changed since the plan (`inputs.Change`)."""
+    """What the user accepted although it has changed since the plan (`inputs.Change`)."""
 
 
 # requests -----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _digests(eval: EvalConfig) -> dict[str, str]:
 
 
 def _digest(eval: EvalConfig, section: str) -> str:
-    """Of all that the eval's numbers depend on; the fingerprint stands for the path."""
+    """Digest of all that the eval's numbers depend on; the fingerprint stands for the path."""
     own = getattr(eval, section)
     values = {
         f.name: getattr(own, f.name)
@@ -188,7 +188,7 @@ def _digest(eval: EvalConfig, section: str) -> str:
 
 # the work -----------------------------------------------------------------------------------------
 def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = print) -> None:
-    """Evaluate what is missing of `request`, a file for each eval of each checkpoint.
+    """Run the evals of `request` that have no result yet, a file for each eval of each checkpoint.
 
     A checkpoint that a running trainer removes meanwhile is left out with a line to `say`.
     """
@@ -225,7 +225,7 @@ def look(run_dir: RunDir, *, eval: EvalConfig) -> inputs.Opened:
 
 
 def _opened(run_dir: RunDir, config: RunConfig, *, request: Request) -> RunConfig:
-    """`config` with the tokenizer that the run kept; ConfigError where something has changed."""
+    """`config` with the run's own copy of the tokenizer; ConfigError if something has changed."""
     opened = look(run_dir, eval=request.eval)
     accepted = {(change["key"], change["now"]) for change in request.changes}
     if new := [c for c in opened.changes if (c.key, c.now) not in accepted]:
@@ -234,7 +234,7 @@ def _opened(run_dir: RunDir, config: RunConfig, *, request: Request) -> RunConfi
 
 
 def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
-    """The model as training had it, adapters apart; None where the checkpoint is gone."""
+    """The model as training had it, adapters apart; None if the checkpoint was removed."""
     import torch
 
     from relora_core import native

@@ -42,8 +42,8 @@ def run_experiment(
 ) -> Outcome:
     """Run, or resume, one run in this process: begin an attempt, train, settle how it ended.
 
-    `stop` asks it to end early; then everything is on disk when this returns. `gone` judges who
-    holds the run's lock on another host. `extra_sinks` hear the events after the record has them.
+    `stop` asks it to end early; then everything is on disk when this returns. `gone` says
+    whether the lock's holder, on another host, is dead. `extra_sinks` get events after the record.
     Raises RunLocked while another process is at work on it. Any other failure is recorded in the
     run directory (status.json, error.txt) and raised.
     """
@@ -67,7 +67,7 @@ def run_experiment(
                 extra_sinks=extra_sinks,
                 world=place.world,
             )
-        except RunLocked:  # given to another process: the run's files are its from now on
+        except RunLocked:  # another process has the lock now, and alone may write the run's files
             raise
         except BaseException as error:
             _record_failure(run_dir, error)
@@ -154,8 +154,8 @@ def _train(
 
 
 def _settle(run_dir: RunDir, outcome: Outcome, *, reason: str) -> Outcome:
-    """Write down how the attempt ended, and give what an early end was for. Who started this
-    process may have an interrupted run go on, and says so then."""
+    """Record how the attempt ended, and return it. The caller may resume an interrupted run, and
+    then records that itself."""
     if outcome is not Outcome.INTERRUPTED:
         run_dir.update_status(state=outcome, phase="", eta_s=0.0)
         return outcome
@@ -174,7 +174,7 @@ def _settle(run_dir: RunDir, outcome: Outcome, *, reason: str) -> Outcome:
 
 
 def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
-    """Say, or refuse, that a run goes on with other code than its newest attempt had."""
+    """Note, or refuse, that a run goes on with other code than its newest attempt had."""
     records = run_dir.attempt_records()
     before = records[-1].get("code_hash") if records else None
     if before in (None, code_hash()) or not any(run_dir.checkpoints.glob("step-*")):
@@ -209,7 +209,7 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
 
 
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
-    """What the run came to, from its record: the newest value of every metric."""
+    """The result, from the run's record: the newest value of every metric."""
     metrics: dict[str, float] = {}
     step, loss_steps = 0, None
     for event in run_dir.events():

@@ -78,7 +78,7 @@ def run_here(config: RunConfig) -> int:
 
 
 def _rank(config: RunConfig, run_dir: RunDir) -> int:
-    """Rank 0 has the voice: what goes right is its to say."""
+    """Run a rank above 0: it prints failures alone. The exit code."""
     stop = StopFlag(says=False)
     try:
         with stop.installed(signal.SIGINT, *SIGNALS):

@@ -23,8 +23,8 @@ from experiments.errors import RunLocked
 LOOK_EVERY_S = 2.0
 """How often the disk is asked whether the user has cancelled the run."""
 DEAF_S = 60.0
-"""How long a process of a group may not come back from one call after it was asked to end: then it
-waits for one that is not there any more, or is not one of its own."""
+"""How long a process of a group may stay in one call after it was asked to end. After that it
+is taken to wait for a process that has ended."""
 TWICE_S = 1.0
 """A launcher passes on what the terminal has sent to its processes, too: that is one Ctrl-C."""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -38,7 +38,7 @@ class StopFlag:
         self.deadline, self._says = deadline, says
         """Seconds since the epoch by which everything must be on disk."""
         self.run_dir: RunDir | None = None
-        """The run that this process holds; None where another rank does."""
+        """The run that this process has locked; None on ranks above 0."""
         self.reason: str | None = None
         self._owner = os.getpid()
         self._signal: int | None = None
@@ -95,7 +95,7 @@ class StopFlag:
             yield self
             return
         before = {n: signal.signal(n, self.handle) for n in numbers or SIGNALS}
-        # Who started this process inside `shielded` speaks to it by these very signals.
+        # A parent that started us inside `shielded` had blocked these signals, which it will send.
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
         try:
             yield self
@@ -108,9 +108,9 @@ class StopFlag:
     def ending(self) -> Iterator[None]:
         """Inside, a signal ends a process that waits for others for good.
 
-        Python's handlers run between two calls of the main thread: in a collective without its
-        other half they never would, and only kill -9 would end the process. What is on disk is
-        whole at any time.
+        Python's handlers run between two calls of the main thread: in a collective that the
+        other ranks have left they would never run, and only kill -9 would end the process. The
+        files on disk are complete at any time.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -131,7 +131,7 @@ class StopFlag:
             os.close(reads)
 
     def _watch(self, reads: int) -> None:
-        """Ends the process DEAF_S after a signal to which the main thread has not come."""
+        """Ends the process DEAF_S after a signal that the main thread has not handled."""
         main, asked, came = threading.main_thread().ident, 0, 0.0
         assert main is not None
         while True:
@@ -149,7 +149,7 @@ class StopFlag:
                 print(f"{name}: ended while waiting for the others", file=sys.stderr, flush=True)
                 os._exit(128 + asked)
             if signal.getsignal(signal.SIGTERM) == self.handle:
-                signal.pthread_kill(main, signal.SIGTERM)  # heard wherever Python is at work
+                signal.pthread_kill(main, signal.SIGTERM)  # works wherever Python code runs
 
 
 @contextlib.contextmanager

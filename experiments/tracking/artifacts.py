@@ -1,4 +1,4 @@
-"""Files of MLflow's runs: to the place that MLflow has for them, or where none can get there, here.
+"""Files of MLflow's runs: written where MLflow expects them, else into the output folder.
 
 MLflow fixes each experiment's place when the experiment is made, for good. A server without
 `--artifacts-destination` names a folder of its own machine. Not for: metrics and status, which go
@@ -24,11 +24,11 @@ FOLDER = "mlartifacts"
 
 
 class Artifacts:
-    """Writes files of a store's runs; no failure of theirs raises."""
+    """Writes files of a store's runs; a failure to write one raises nothing."""
 
     def __init__(self, store: Store) -> None:
         self.problem: str | None = None
-        """One line on what keeps files from MLflow; after it no more is tried."""
+        """One line on why files do not reach MLflow; after that no more are sent."""
         self._store, self._client = store, store.client
         self._here = store.output_dir.absolute() / FOLDER
         self._place: str | None = None
@@ -85,7 +85,7 @@ class Artifacts:
         return False
 
     def _own_folder(self, run: str, place: str | None) -> Path | None:
-        """Where MLflow would write a run's files itself, without a thought for the group."""
+        """Where MLflow would write a run's files itself, not writable for the group."""
         if sqlite_path(self._store.uri) is None:
             return None
         return local_folder(place or self._client.get_run(run).info.artifact_uri or "")

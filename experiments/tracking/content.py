@@ -29,7 +29,7 @@ class Content:
     name: str | None
     """None leaves the one that it has."""
     status: str
-    """In MLflow's words."""
+    """As MLflow names it."""
     ended: int
     """In milliseconds since the epoch; counts where the status is one of TERMINAL."""
     tags: dict[str, str]

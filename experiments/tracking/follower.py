@@ -38,7 +38,7 @@ class Follower:
 
     The child ends after a last pass when the block ends or this process dies. Nothing that MLflow
     or its server does raises here: `warn` gets at most one line, and `python -m sweeps sync` can
-    repair all of it later. The child's own words are in <output_dir>/logs/mlflow-sync.log.
+    repair all of it later. The child's output is in <output_dir>/logs/mlflow-sync.log.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Follower:
         """The MLflow experiment's id once the store stands.
 
         None where the first try failed (later ones go on) or nothing came within `timeout` s. A
-        server is not waited for: its database is its own affair, and it may be slow.
+        server is not waited for: it makes its own database, and it may be slow.
         """
         if self._uri.startswith(("http://", "https://")):
             timeout = 0
@@ -135,7 +135,7 @@ class Follower:
             child.stdout.close()
 
     def _listen(self) -> None:
-        """Take the child's words: `ready ID` or `waiting`, and at its end `problem LINE`."""
+        """Read the child's messages: `ready ID` or `waiting`, and at its end `problem LINE`."""
         assert self._child is not None
         assert self._child.stdout is not None
         for line in self._child.stdout:
@@ -170,7 +170,7 @@ def main() -> int:
     """The Follower's child: a spec on stdin's first line, then passes until stdin is closed."""
     spec = json.loads(sys.stdin.readline())
     os.nice(10)
-    words, sys.stdout = sys.stdout, sys.stderr  # stdout speaks to the parent; libraries print too
+    words, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout too
     closed = threading.Event()
 
     def until_eof() -> None:

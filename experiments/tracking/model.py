@@ -150,7 +150,7 @@ def _log(tracked: Tracked, *, folder: Path, step: int, weights: str) -> str:
             info.run_id, [LoggedModelOutput(model.model_id, step=step)]
         )
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             tracked.store.client.finalize_logged_model(model.model_id, "FAILED")
         raise
     tracked.store.client.finalize_logged_model(model.model_id, "READY")
@@ -158,7 +158,7 @@ def _log(tracked: Tracked, *, folder: Path, step: int, weights: str) -> str:
 
 
 def _own_folder(tracked: Tracked, model: LoggedModel) -> Path | None:
-    """Where MLflow writes the model itself, without a thought for the group."""
+    """Where MLflow writes the model itself, without making it writable for the group."""
     return local_folder(model.artifact_location) if sqlite_path(tracked.store.uri) else None
 
 

@@ -1,4 +1,4 @@
-"""A sweep in words: the Markdown note on its MLflow run, and its table of arms as an artifact.
+"""A sweep as text: the Markdown note on its MLflow run, and its table of arms as an artifact.
 
 Not for: getting them into MLflow (`sweeps.py`). Imports no MLflow.
 """
@@ -80,7 +80,7 @@ def note(
 
 
 def _plain(text: str) -> str:
-    """What comes from runs is no HTML, whoever shows the note."""
+    """Escape HTML: text from runs must stay text wherever the note is shown."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 

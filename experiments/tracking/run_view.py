@@ -1,7 +1,7 @@
 """What MLflow is to show of a run, out of the run's folder. Pure: no store and no MLflow here.
 
 Points come with their step, and how far the record was read is a Position, so that nothing is
-counted twice. Not for: asking or telling a store (`runs.py`).
+counted twice. Not for: reading or writing a store (`runs.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from relora_core import atomic
 from relora_core.config import EVALS, RunConfig, applies, get, walk
 
 CHOICES = ("method", "model.name", "relora.name", "data.kind")
-"""Settings that stand for many others, which are then no news as params."""
+"""Settings that decide many others, which then need no params of their own."""
 MAIN = (
     *CHOICES,
     *("seed", "train.steps", "train.batch_size", "train.lr", "data.seq_len"),
@@ -79,14 +79,14 @@ class Position:
 
 @dataclass(kw_only=True, slots=True)
 class News:
-    """What the record says that a position does not cover."""
+    """The part of the record that is behind a position."""
 
     points: list[Point]
     tables: dict[str, list[dict[str, Any]]]
     position: Position
-    """Behind the news."""
+    """The position after them."""
     anew: bool = False
-    """The run began anew since: what MLflow shows is of a life that no longer counts."""
+    """The run has restarted from step 0: MLflow shows an attempt that no longer counts."""
 
 
 def positions(run: RunDir) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def save(run: RunDir, key: str, position: Position) -> None:
 
 
 def mark(run: RunDir) -> tuple[int, ...]:
-    """Changes when the run's folder has news."""
+    """Changes when the run's folder has something new."""
     stamps: list[int] = []
     for path in (run.events_path, run.status_path, *sorted(run.evals.glob("*"))):
         try:
@@ -197,9 +197,9 @@ def metric_key(name: str) -> str:
 
 # evaluations apart from training ------------------------------------------------------------------
 def evaluated(run: RunDir, position: Position) -> News:
-    """What evaluations apart from training found that `position` does not have.
+    """Results of separate evaluations that `position` does not have.
 
-    Those of a life that no longer counts are left out.
+    Those of attempts that no longer count are left out.
     """
     after = dataclasses.replace(position, apart=dict(position.apart))
     new = News(points=[], tables={}, position=after)
@@ -223,14 +223,14 @@ def evaluated(run: RunDir, position: Position) -> News:
 
 
 def tables(run: RunDir, position: Position) -> dict[str, list[dict[str, Any]]]:
-    """The newest rows of every table of the life that counts."""
+    """The newest rows of every table, from the attempts that count."""
     trained = news(run, Position(run=position.run))
     return trained.tables | evaluated(run, trained.position).tables
 
 
 # what the run is ----------------------------------------------------------------------------------
 def varying(configs: Sequence[RunConfig]) -> list[str]:
-    """Scientific keys that differ between runs whose CHOICES are equal: the axes of a sweep."""
+    """Scientific keys that differ between runs with equal CHOICES: the axes of a sweep."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for config in configs:
         groups.setdefault(_choices(config), []).append(scientific(config))
@@ -300,7 +300,7 @@ def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[s
 
 
 def ended_ms(status: Status, position: Position) -> int:
-    """When a run that is over ended: its last event, or the word that it failed after it."""
+    """When a run that is over ended: at its last event, or at a later status."""
     seconds = position.time
     if not status.state.done or not seconds:
         seconds = max(seconds, status.heartbeat) or time.time()
@@ -315,7 +315,7 @@ class DatasetInput:
     digest: str
     source_type: str
     source: str
-    """JSON, in the words of the source type."""
+    """JSON, in the format of the source type."""
     context: str
     """`training` or `eval`."""
 

@@ -88,7 +88,7 @@ class _Pass:
 
 
 class Syncer:
-    """Remembers between passes what MLflow shows, so that no news costs no request."""
+    """Remembers between passes what MLflow shows, so that unchanged runs cost no request."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._client = store, store.client
@@ -114,12 +114,12 @@ class Syncer:
         `states` overrides what the runs say themselves. While another process syncs into the same
         store nothing is done (`busy`), unless `final`: then it is awaited. A run that cannot be
         synced is in `errors`; a store that does not answer raises TrackingUnreachable. `progress`
-        hears how many of the runs with news are done, and of how many.
+        hears how many of the changed runs are done, and of how many.
         """
         from filelock import Timeout
 
         sweep, states, report = sweep or InSweep(), states or {}, SyncReport()
-        if final:  # a run that failed is tried again only with news, or now
+        if final:  # a run that failed is tried again only once it has changed, or now
             for name in self._failed:
                 self._seen.pop(name, None)
         marks = {run.run_id: _mark(run, states.get(run.run_id), sweep) for run in runs}
@@ -144,7 +144,7 @@ class Syncer:
         for run in runs:
             try:
                 configs.append(self._config(run))
-            except (OSError, ValueError, TypeError):  # said when its turn comes
+            except (OSError, ValueError, TypeError):  # reported when its turn comes
                 continue
         if len(configs) != self._varies[0]:  # a thousand runs take a while to compare
             self._varies = (len(configs), record.varying(configs))
@@ -294,7 +294,7 @@ class Syncer:
 
 
 def _mark(run: RunDir, state: RunState | None, sweep: InSweep) -> tuple[Any, ...]:
-    """Changes when the run has news."""
+    """Changes when the run has something new to show."""
     judged = (state.state, state.reason) if state else ()
     colours = tuple(sweep.colours.items())
     return (*record.mark(run), *judged, sweep.names.get(run.run_id), sweep.parent, colours)
@@ -308,7 +308,7 @@ def _with_waiting(run: RunDir, news: News) -> dict[str, list[dict[str, Any]]]:
 
 
 def _listed(there: Shown, tables: Iterable[str]) -> dict[str, str]:
-    """The tag by which MLflow's pages know the run's tables, these among them."""
+    """The tag that lists the run's tables for MLflow's pages, with these added."""
     if not tables:
         return {}
     listed = json.loads(there.tags.get(LISTED, "[]"))
@@ -322,7 +322,7 @@ def _path(table: str) -> str:
 
 
 class _There:
-    """The runs that a store shows, by run_id: asked once, and again when told to forget."""
+    """The runs that a store shows, by run_id: asked once, and again after `forget`."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._client = store, store.client
@@ -340,7 +340,7 @@ class _There:
         listed = self._all().get(run.run_id)
         if position is None or (listed and listed.run == position.run):
             return listed
-        try:  # made by another process since we looked, or of a store that is no more
+        try:  # made by another process since we looked, or the store was deleted
             named = self._client.get_run(position.run)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -377,7 +377,7 @@ class _There:
                 self._client.delete_run(other)
 
     def remove(self, run: RunDir, there: Shown) -> None:
-        """Take away what is shown of a run that has begun anew: MLflow cannot forget points.
+        """Delete the MLflow run of a run that restarted from step 0: MLflow cannot remove points.
 
         It stays in MLflow's trash; a kill after this leaves nothing that shows the run, so that the
         next pass makes it.

@@ -1,7 +1,7 @@
 """How a sweep looks in MLflow's UI: saved views, and the links that open them.
 
-A saved view is an experiment tag whose format is internal to MLflow (3.16 and later); a test pins
-it. Without one a fresh browser shows one folded row, or ten of twelve curves. Imports no MLflow.
+A saved view is an experiment tag in a format internal to MLflow (3.16 and later); a test pins it.
+ Without one a fresh browser shows one folded row, or ten of twelve curves. Imports no MLflow.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def slug(sweep: str, view: str) -> str:
 
 # views ------------------------------------------------------------------------------------------
 def saved_views(view: SweepView, *, parent: str) -> dict[str, str]:
-    """Experiment tag -> value of every saved view of a sweep whose MLflow run is `parent`."""
+    """Experiment tag -> value of every saved view of the sweep with the MLflow run `parent`."""
     states = {
         "arms": _arms(view, parent),
         "curves": _curves(view, parent),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     pass
 
 STOP_S = 3.0
-"""For requests at work; the server would wait for an open browser forever."""
+"""Time for pending requests; the server itself would wait for an open browser forever."""
 
 
 # server -----------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def free_port(host: str, *, wanted: int, tries: int = 20) -> int:
 class Server:
     """`mlflow server` with one worker, in a session of its own, for the body of a `with` block.
 
-    By default it would be 15 processes; this is 2, which serve a whole lab's eyes.
+    By default it would be 15 processes; this is 2, enough for a lab.
     """
 
     def __init__(self, uri: str, *, host: str, port: int, log: Path) -> None:

@@ -55,12 +55,12 @@ DAMAGED = re.compile(
     r"file is not a database|disk image is malformed|no such (table|column): [\w.]+|"
     r"has no column named \w+|Can't locate revision identified by '\w+'"
 )
-"""What is said of a database that is damaged, or that a newer MLflow wrote."""
+"""Messages on a database that is damaged, or that a newer MLflow wrote."""
 REFUSED = re.compile(
     r"error code (40[13])|(password authentication failed|no password supplied|Access denied for "
     r"user|Login failed for user)"
 )
-"""What servers and databases say of a login."""
+"""Messages of servers and databases that refuse a login."""
 VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
 """MLflow's own variables, where the config's `tracking` says nothing."""
 
@@ -83,7 +83,7 @@ class TrackingUnreachable(RuntimeError):
 
 
 class ReadOnlyStore(TrackingUnreachable):
-    """A database that is another user's; what it shows can be looked at."""
+    """A database of another user: it can be read, but not written to."""
 
     def __init__(self, line: str) -> None:
         RuntimeError.__init__(
@@ -121,7 +121,7 @@ class LoginRefused(TrackingUnreachable):
 def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
     """The config with what MLflow's variables say where its `tracking` says nothing.
 
-    Appends to `notes` what they decide, and why the store will show nothing, where that is known.
+    Appends to `notes` what they decide, and why the store will show nothing, if we can tell.
     """
     tracking, lines = config.tracking, []
     if not tracking.enabled:
@@ -152,7 +152,7 @@ def schema(database: Path | None) -> str | None:
         address = f"file:{quote(str(database))}?mode=ro"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as there:
             (revision,) = there.execute("select version_num from alembic_version").fetchone()
-    except (sqlite3.Error, TypeError):  # not made yet, or damaged, which its first use says
+    except (sqlite3.Error, TypeError):  # not made yet, or damaged: its first use reports that
         return None
     revisions, newest = _revisions()
     if not revisions or revision == newest:
@@ -209,7 +209,7 @@ def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> N
                 "SELECT artifact_location FROM experiments UNION SELECT DISTINCT "
                 "substr(artifact_uri, 1, length(artifact_uri) - length(run_uuid) - 11) FROM runs"
             ).fetchall()
-        except sqlite3.Error:  # damaged, or not MLflow's: it is said where it is opened
+        except sqlite3.Error:  # damaged, or not MLflow's: opening it reports that
             return
         for (old,) in rows:
             place = Path(unquote(urlsplit(old or "").path))
@@ -236,7 +236,7 @@ _OURS = "{run} IN (SELECT run_uuid FROM tags JOIN ours USING (key, value))"
 
 
 def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
-    """A table of the tags by which runs, and what sums up sweeps, are known to be the folder's."""
+    """A table of the tags by which runs, and sweeps' summaries, are recognised as the folder's."""
     db.execute("CREATE TEMP TABLE IF NOT EXISTS ours (key, value, PRIMARY KEY (key, value))")
     for key, place in (("run_id", "runs"), ("sweep", "sweeps")):
         names = [(key, path.name) for path in (folder / place).glob("*")]
@@ -298,7 +298,7 @@ class Store:
 
     @property
     def key(self) -> str:
-        """By which a run's folder keeps how much of it is there (`mlflow.json`)."""
+        """The key in a run's `mlflow.json` under which its Position in this store is."""
         database = sqlite_path(self.uri)
         address = sqlite_uri(database) if database else redacted(self.uri)
         return f"{address}#{self.experiment_id}"
@@ -364,7 +364,7 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
 
 
 def _prepare(database: Path | None) -> None:
-    """SQLite's own file would be its maker's alone, and so would those that it puts beside it."""
+    """Create the file writable for the group: SQLite gives the files beside it the same mode."""
     if database is None or not database.parent.is_dir():
         return
     if database.exists():
@@ -424,7 +424,7 @@ def lock(uri: str, output_dir: Path) -> BaseFileLock:
     path = Path(f"{database}.lock") if database else output_dir / "mlflow.lock"
     if database and (line := read_only(database)):
         raise ReadOnlyStore(line)
-    if not path.exists():  # filelock's own would be for us alone
+    if not path.exists():  # a file that filelock makes is for us alone
         with contextlib.suppress(OSError):
             shared.touch(path)
     return FileLock(path)
@@ -444,7 +444,7 @@ def problem(uri: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def reachable(uri: str) -> Iterator[None]:
-    """Turns a store that does not answer into TrackingUnreachable; its password goes nowhere."""
+    """Turns a store that does not answer into TrackingUnreachable; its password is not shown."""
     try:
         yield
     except Exception as error:
@@ -461,7 +461,7 @@ def reachable(uri: str) -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """In a word why a login was refused; None where it was not."""
+    """Why a login was refused, briefly; None if it was not."""
     codes = {"UNAUTHENTICATED": "401", "PERMISSION_DENIED": "403"}
     if code := codes.get(getattr(error, "error_code", "")):
         return code

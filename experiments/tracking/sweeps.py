@@ -1,6 +1,6 @@
 """A sweep in MLflow: its parent run, a summary run for each arm, its note and its saved views.
 
-All of it is derived: found by tags, refreshed or made anew, and never read back. Not for: the runs
+It is all derived: looked up by tags, refreshed or made anew, never read back. Not for: the runs
 themselves (`runs.py`), nor for reading plans (`tracker.py`).
 """
 
@@ -89,7 +89,7 @@ def attach(store: Store, parent: str, folder: Path, *, wait_s: float) -> str | N
 
 
 def mlflow_status(states: Sequence[RunState]) -> str:
-    """MLflow's word for several runs: of those still to come first, then the worst."""
+    """MLflow's status for several runs: that of unfinished ones first, then the worst."""
     present = {state.state for state in states}
     if State.RUNNING in present:
         return "RUNNING"
@@ -231,7 +231,7 @@ def _content(
         status=mlflow_status(states),
         ended=max(newest, run.started),  # a summary may be made after its runs
         tags=tags,
-        passing=tuple(saved_views.MAIN),  # the text of a mean that is no more
+        passing=tuple(saved_views.MAIN),  # the text of a mean that no longer exists
         params=params or {},
         points=differences(run, metrics, step=step),
     )

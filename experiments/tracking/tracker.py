@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from experiments.tracking.sweep_view import ArmView, SweepView
 
 Survey = Callable[[list[RunDir]], Mapping[str, RunState]]
-"""What is true of runs, by run_id: whoever knows a scheduler asks it."""
+"""Finds the states of runs, by run_id; a caller with a scheduler asks that, too."""
 Progress = Callable[[str, int, int], None]
 BUSY_S = 5.0
 """Longest wait of a pass that is not final for another process at the same store."""

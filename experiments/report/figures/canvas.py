@@ -1,6 +1,6 @@
 """What figures have in common: style, legends, captions, reproducible files.
 
-Not for: curves and their bands (`curves.py`), what a figure shows (`figures*.py`).
+Not for: curves and their bands (`curves.py`), what a figure shows (`arms.py`, `paper.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from relora_core import shared
 
 DPI = 150
 MOST_CURVES = 24
-"""More arms cannot be told apart: the caption counts the others."""
+"""Nobody could distinguish more arms: the caption counts the others."""
 GREY, DARK = "#8a8f94", "#3b4046"
 STYLE: dict[str, Any] = {
     "font.size": 9.5,

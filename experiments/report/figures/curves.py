@@ -199,7 +199,7 @@ class Panel:
         return back(low - margin), back(high + margin)
 
     def _plain_ticks(self) -> None:
-        """Label ticks between the powers of ten where a log axis spans three decades or less."""
+        """Label ticks between the powers of ten where a log axis spans at most three decades."""
         low, high = self._limits() if self.lines else (1.0, 10.0)
         decades = math.log10(high / low)
         subs = (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)

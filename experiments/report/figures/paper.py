@@ -234,7 +234,7 @@ def schedules(sweep: Sweep) -> Drawing:
 
 
 def _schedule_key(config: RunConfig) -> Any:
-    """Equal for arms whose every update has the same rate."""
+    """Equal for arms that have the same rate at every update."""
     jagged = redraws(config) and config.relora.restart_warmup_steps
     relora = config.relora
     restarts = (*redraws(config), relora.reset_frequency, relora.restart_warmup_steps)
