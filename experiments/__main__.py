@@ -32,7 +32,7 @@ EPILOG = """examples:
 
 
 def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
-    """Everything that can be said of a run before it is trained."""
+    """All facts about a run that need no training."""
     validate(config)
     notes: list[str] = []
     identity: dict[str, str | None] = {"run_id": None, "arm_id": None}
@@ -86,7 +86,7 @@ def export(
     """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder.
 
     With `mlflow` it is also logged as a model of the run that MLflow shows. The tokenizer is the
-    one that the run kept; `tokenizer` names that of a run which kept none.
+    run's own copy; `tokenizer` names the one of a run without a copy.
     """
     from relora_core import checkpoint
     from relora_core.export import check_target, export_run

@@ -123,7 +123,7 @@ def sqlite_uri(path: Path, *, dialect: str = "sqlite", options: str = "") -> str
     """The address of a database file.
 
     SQLAlchemy ends the path at `?` and reads `%20` as a space; MLflow, unless a driver is named,
-    makes the folder that stands in the address as it is.
+    makes a folder named as the address spells it, escapes included.
     """
     plain = str(path.absolute())
     quoted = plain.replace("%", "%25").replace("?", "%3F")
@@ -143,9 +143,9 @@ def relative_database(uri: str | None) -> bool:
 
 
 def located(uri: str, bases: Sequence[Path], *, new: bool = False) -> str:
-    """The address with its database in the first of `bases` that has it; as it is where none has.
+    """The address with its database in the first of `bases` that has it; unchanged if none has.
 
-    `new`: in the first of them, whether it is there or not.
+    `new`: in the first of them, even if it is not there.
     """
     if (match := RELATIVE.fullmatch(uri)) is None:
         return uri
@@ -156,13 +156,13 @@ def located(uri: str, bases: Sequence[Path], *, new: bool = False) -> str:
 
 
 def given(uri: str) -> str:
-    """An address that a command line names for this once, checked, for use from any folder."""
+    """An address given to one command: checked, and made absolute."""
     check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
     return located(uri, [Path.cwd()], new=True)
 
 
 def local_folder(place: str) -> Path | None:
-    """The folder of an artifact location; None where it is no folder of a machine."""
+    """The local folder that an artifact location names; None if it names something else."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))

@@ -31,7 +31,7 @@ class Look(NamedTuple):
     """How an arm is drawn."""
 
     colour: str
-    """`#rrggbb`, which no other arm of the sweep has."""
+    """`#rrggbb`, unique within the sweep."""
     style: str
     """Line style in a report: arms of one hue differ by it, too."""
 
@@ -39,7 +39,7 @@ class Look(NamedTuple):
 def looks(runs: Iterable[PlannedRun]) -> dict[str, Look]:
     """arm_id -> look, of the runs of a plan, in its order.
 
-    An arm's look depends on the arms before it alone: a plan that grows changes none.
+    An arm's look depends only on the arms before it: arms added to a plan change no other.
     """
     families: dict[tuple[str, ...], list[str]] = {}
     arms: dict[str, Look] = {}
@@ -58,7 +58,7 @@ def looks(runs: Iterable[PlannedRun]) -> dict[str, Look]:
 
 
 def least_used(colours: Iterable[str]) -> str:
-    """For an arm of no sweep, beside others that have these colours."""
+    """The colour for an arm outside sweeps, next to arms with these colours."""
     used = Counter(colour.lower() for colour in colours)
     return min((*OKABE_ITO[:6], *TOL_MUTED), key=lambda colour: used[colour])
 

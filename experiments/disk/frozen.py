@@ -1,9 +1,9 @@
-"""Paths and addresses of a config: frozen they are absolute, so that they lead there from anywhere.
+"""Paths and addresses of a frozen config: absolute, so that they are valid from any folder.
 
 A frozen config is config.json of a run, a cell of plan.json, a base of study.json. `output_dir` is
-always where the file lies, so a folder may be moved. Versions before froze the rest as it was
-typed: that is looked for where the command was given, as far as `output_dir` says where that was,
-then here, and stays as it is where nothing lies at either. Not for: opening what lies there.
+always where the file lies, so a folder may be moved. Earlier versions stored the rest
+as typed: such a path is looked for in the folder of the command (if `output_dir` shows which that
+was), then the current one, and stays as it is if neither has it. Not for: opening files.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from relora_core.data.places import hub_name
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """`config` to be frozen: nothing in it depends on the folder that the command was given in."""
+    """`config` to be frozen: nothing in it depends on the current folder."""
     here = [Path.cwd()]
     config = replace(config, output_dir=str(rooted(Path(config.output_dir))))
     return _changed(config, path=absolute_path, uri=lambda uri: located(uri, here, new=True))
 
 
 def read(config: RunConfig, *, output_dir: Path | None) -> RunConfig:
-    """A frozen config of something in `output_dir`; None: the folder that it names itself."""
+    """A frozen config stored in `output_dir`; None stands for the folder that the config names."""
     typed, folder = config.output_dir, output_dir or Path(config.output_dir)
     bases = typed_in(typed, folder)
     config = replace(config, output_dir=str(rooted(folder)))
@@ -37,13 +37,13 @@ def read(config: RunConfig, *, output_dir: Path | None) -> RunConfig:
 
 
 def from_here(config: RunConfig) -> RunConfig:
-    """A frozen config with what lies in this folder called from here, as one would type it."""
+    """A frozen config with paths below the current folder made relative, as one would type them."""
     here = Path.cwd()
     return _changed(config, path=lambda path: path.removeprefix(f"{here}/"), uri=str)
 
 
 def typed_in(typed: str, folder: Path) -> list[Path]:
-    """Where relative names of a file in `folder` may lead from: it was called `typed` then."""
+    """Where relative paths of a file in `folder` may start: when written, that was `typed`."""
     folder, parts, bases = rooted(folder), Path(typed).parts, [Path.cwd()]
     if not Path(typed).is_absolute() and folder.parts[len(folder.parts) - len(parts) :] == parts:
         bases.insert(0, Path(*folder.parts[: len(folder.parts) - len(parts)]))
@@ -76,7 +76,7 @@ def _there(path: str, bases: Sequence[Path]) -> str:
 
 
 def _under(base: Path, place: Path) -> str:
-    """A glob's own signs stay signs, those of the folder are none."""
+    """Join the two; glob characters count in `place`, and are escaped in `base`."""
     pattern = glob.has_magic(str(place))
     return str(Path(glob.escape(str(base))) / place if pattern else rooted(base / place))
 

@@ -1,12 +1,12 @@
-"""What a run reads is what it was planned with: checked where it is opened; its tokenizer is kept.
+"""Checks that a run reads what it was planned with, and stores a copy of its tokenizer.
 
     OUTPUT_DIR/inputs/<fingerprint>/files.json      how the files looked when they were last read
                                     tokenizer.json  of the data, with the tokenizer_config.json
     RUN_DIR/changes.json            what the user accepted although it has changed
 
-Files that look as they did (`places.looks`) are not read again; others are, and that they were
-touched or moved changes nothing. Of data beyond `parquet.HASHED_WHOLE` bytes footers and blocks
-are read, so what `parquet.sample` says escapes. A data set on the hub stands for its commit. Not
+Files that look as they did (`places.looks`) are not read again. Others are, and count as unchanged
+if they were only touched or moved. Of data beyond `parquet.HASHED_WHOLE` bytes only footers and
+blocks are read: `parquet.sample` says what escapes that. A hub data set is checked by commit. Not
 for: computing fingerprints (`relora_core/data`, `relora_core/evals`).
 """
 
@@ -46,7 +46,7 @@ class Change:
     """The planned fingerprint, or that of the newest accepted change."""
     now: str
     what: str
-    """One line: what lies where, and in which way it differs."""
+    """One line: what differs, where it lies, and how."""
 
 
 def refusal(changes: Sequence[Change], *, remedy: str) -> ConfigError:
@@ -106,7 +106,7 @@ def as_accepted(run_dir: RunDir, config: RunConfig) -> RunConfig:
 
 
 def before(config: RunConfig, newest_first: Iterable[Mapping[str, Any]]) -> RunConfig:
-    """`config` with the fingerprints from before these changes, where it has those after them."""
+    """`config` with these changes undone: planned fingerprints in place of the accepted ones."""
     for change in newest_first:
         name = change["key"].removeprefix("eval.")
         section = config.data if name == "data" else getattr(config.eval, name)
@@ -130,7 +130,7 @@ def with_prints(config: RunConfig, prints: dict[str, str]) -> RunConfig:
 # checks -------------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Opened:
-    """A run's config as it is to be opened, and what is not as planned."""
+    """A run's config with the tokenizer to use, and what is not as planned."""
 
     config: RunConfig
     """data.tokenizer is the stored copy, where there is one."""
@@ -138,7 +138,7 @@ class Opened:
 
 
 def look(config: RunConfig, *, output_dir: Path, only: Iterable[str] = ("data", *EVALS)) -> Opened:
-    """Whether what the run reads is what its fingerprints stand for, and its kept tokenizer.
+    """Compare what the run reads with its fingerprints; use the stored copy of its tokenizer.
 
     ConfigError where something cannot be read at all. A config without fingerprints was never
     planned, and is opened as it is. `only` names what is opened: `tokenizer`, `data`, evals.
@@ -161,7 +161,7 @@ def look(config: RunConfig, *, output_dir: Path, only: Iterable[str] = ("data", 
 def opened(run_dir: RunDir, config: RunConfig) -> RunConfig:
     """`config` as training is to open it; ConfigError, one line, where something has changed.
 
-    The tokenizer is kept from here on.
+    Stores a copy of the tokenizer.
     """
     checked = look(as_accepted(run_dir, config), output_dir=output_dir_of(run_dir))
     if checked.changes:

@@ -1,7 +1,7 @@
-"""What is true of a run: one look at its files, and a pure judgement of what was seen.
+"""The true state of a run: its files are read once, then judged by a pure function.
 
 Its status says what a run does; its lock says whether that process can still do it. Silence is not
-death: only a process of this host that has certainly ended makes a running run a failed one.
+death: a running run counts as failed only if its process was on this host and has certainly ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments.disk.states import State
 from relora_core.config import ConfigError
 
 SILENT_AFTER_S = 300.0
-"""A running run that has written nothing for so long gets a note."""
+"""A running run that has written nothing for this long gets a note."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,28 +42,28 @@ class Seen:
     path: Path
     status: Status
     holder: dict[str, Any] | None
-    """Who works on the run, as its lock says; a dead process of this host does not count."""
+    """The process named in its lock; a dead process of this host does not count."""
     ended: State | None
     """FINISHED or DIVERGED where it has a result."""
     damaged: bool = False
-    """It says that it is done, and its result.json cannot be read."""
+    """Its status is a finished one, but its result.json cannot be read."""
     cancelled: bool = False
     """The user has asked it to end."""
     orphaned: bool = False
     """A process of this host queued it and has ended; no scheduler knows of it."""
     changed: str | None = None
-    """One line on inputs that were taken though they had changed."""
+    """One line on changed inputs that the user accepted."""
     host: str = ""
     """This host."""
 
     @property
     def here(self) -> bool:
-        """Its status is of a process of this host, if of any."""
+        """Its status was written on this host, or names no host."""
         return self.status.host in ("", self.host)
 
     @property
     def held_here(self) -> bool:
-        """A living process of this host holds it, or somebody is writing the lock."""
+        """A living process of this host has the lock, or some process is writing it."""
         return self.holder is not None and self.holder["host"] in ("?", self.host)
 
 
@@ -74,15 +74,15 @@ def state_of(run_dir: RunDir) -> RunState:
 
 # looking ----------------------------------------------------------------------------------------
 def look(run_dir: RunDir) -> Seen:
-    """What its files say; read again where neither a lock nor a result confirms what it says of
-    itself: it may have begun or ended between two of the reads."""
+    """What its files say. Read again if neither a lock nor a result confirms the status: the run
+    may have begun or ended between two of the reads."""
     seen = _read(run_dir)
     confirmed = seen.holder or seen.ended or judge(seen, now=0.0).state is seen.status.state
     return seen if confirmed else _read(run_dir)
 
 
 def _read(run_dir: RunDir) -> Seen:
-    """The status first: a run that ends now writes its result and then lets go of its lock."""
+    """The status first: a run that ends now writes its result and then removes its lock."""
     status, host = run_dir.status(), socket.gethostname()
     holder, ended = run_dir.lock_holder(), run_dir.ended()
     changed = None

@@ -1,4 +1,4 @@
-"""The states of a run, and how one attempt at it ends: as words in files, MLflow and tables.
+"""The states of a run and the outcomes of an attempt, as files, MLflow and tables name them.
 
 Not for: finding out which state a run is in (`state.py`, `sweeps/slurm/survey.py`).
 """
@@ -18,10 +18,10 @@ class State(StrEnum):
     FAILED = "failed"
     DIVERGED = "diverged"
     PRUNED = "pruned"
-    """A search has ended it early; a grid that meets it goes on from its checkpoint."""
+    """A search has ended it early; a grid that includes it resumes it from its checkpoint."""
     CANCELLED = "cancelled"
     LOST = "lost"
-    """Judged, never written: the run has long been silent and SLURM does not know its job."""
+    """Never written to a file: the run has long been silent and SLURM does not list its job."""
 
     @property
     def done(self) -> bool:
@@ -30,21 +30,21 @@ class State(StrEnum):
 
     @property
     def in_flight(self) -> bool:
-        """Somebody is to run it, or does: it must not be launched again."""
+        """A process runs it, or will: it must not be launched again."""
         return self in (State.QUEUED, State.RUNNING)
 
     @property
     def bad(self) -> bool:
-        """It has ended, and not as planned; a pruned run has ended as its search wanted."""
+        """It has not ended as planned. A pruned run has: its search ended it."""
         return self in (State.FAILED, State.DIVERGED, State.CANCELLED, State.LOST)
 
 
 class Outcome(StrEnum):
-    """How an attempt ended that did not fail; each but INTERRUPTED is the run's state then."""
+    """How an attempt without an error ended; all but INTERRUPTED become the run's state."""
 
     FINISHED = "finished"
     DIVERGED = "diverged"
     PRUNED = "pruned"
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
-    """All is on disk, and the run is to go on later."""
+    """All is on disk, and the run can be resumed."""

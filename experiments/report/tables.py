@@ -103,9 +103,9 @@ def results(sweep: Sweep) -> list[Block]:
 
 
 def other_losses(runs: Iterable[RunData]) -> list[Block]:
-    """Which finished runs' losses are means over another number of updates than LOSS_STEPS.
+    """Name the finished runs with a loss that is not a mean over LOSS_STEPS updates.
 
-    Earlier versions took those since the last log.
+    Earlier versions took the mean of the updates since the last log.
     """
     odd: dict[int, list[str]] = {}
     for run in runs:

@@ -51,12 +51,12 @@ class StopFlag:
         return self.reason is not None
 
     def prune(self) -> None:
-        """End the run that is at work; a reason to end all of this process comes first."""
+        """End the current run; a reason to end the whole process comes first."""
         if not self():
             self.reason = Outcome.PRUNED
 
     def next_run(self) -> None:
-        """What ended one run early does not end the next."""
+        """Prepare for the next run: a reason that concerned one run is cleared."""
         if self.reason in (Outcome.PRUNED, Outcome.CANCELLED):
             self.reason = None
         self.run_dir = None
@@ -75,7 +75,7 @@ class StopFlag:
         return None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. A forked child inherits it: there it does as if there were none."""
+        """The signal handler. A forked child inherits it: there the default action applies."""
         if os.getpid() != self._owner:
             if number != signal.SIGUSR2:
                 signal.signal(number, signal.SIG_DFL)
@@ -106,7 +106,7 @@ class StopFlag:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Inside, a signal ends a process that waits for others for good.
+        """Inside, a signal also ends a process that waits for others forever.
 
         Python's handlers run between two calls of the main thread: in a collective that the
         other ranks have left they would never run, and only kill -9 would end the process. The

@@ -40,10 +40,10 @@ MLFLOW_STATUS = {
 }
 
 SUPERSEDED = "superseded"
-"""State of what showed a run before it began anew."""
+"""State of an MLflow run that a newer one has replaced, after a restart from step 0."""
 LISTED = "mlflow.loggedArtifacts"
 PASSING = ("reason", "job_id", "checkpoint", "error")
-"""Tags that go when there is no more to say."""
+"""Tags that are removed once they no longer apply."""
 WAIT_S = 600.0
 """Longest wait of a last pass for another process that writes into the same store."""
 
@@ -77,7 +77,7 @@ class SyncReport:
 
 @dataclass(kw_only=True, slots=True)
 class _Pass:
-    """What is the same for every run of a pass, and what came of it."""
+    """What all runs of one pass share, and its report."""
 
     sweep: InSweep
     states: Mapping[str, RunState]
@@ -95,10 +95,10 @@ class Syncer:
         self._there = _There(store)
         self._configs: dict[str, RunConfig] = {}
         self._varies: tuple[int, list[str]] = (0, [])
-        """Of so many runs."""
+        """Number of runs that were compared, and the keys that differ."""
         self._seen: dict[str, tuple[Any, ...]] = {}
         self._failed: set[str] = set()
-        """Runs that are not shown as they should be."""
+        """Runs that could not be synced."""
 
     def sync(
         self,
@@ -111,7 +111,7 @@ class Syncer:
     ) -> SyncReport:
         """Bring `runs` in MLflow up to date with their folders; repeating it changes nothing.
 
-        `states` overrides what the runs say themselves. While another process syncs into the same
+        `states` overrides the runs' own files. While another process syncs into the same
         store nothing is done (`busy`), unless `final`: then it is awaited. A run that cannot be
         synced is in `errors`; a store that does not answer raises TrackingUnreachable. `progress`
         hears how many of the changed runs are done, and of how many.

@@ -62,7 +62,7 @@ REFUSED = re.compile(
 )
 """Messages of servers and databases that refuse a login."""
 VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
-"""MLflow's own variables, where the config's `tracking` says nothing."""
+"""MLflow's own variables, used for what the config's `tracking` leaves open."""
 
 
 MAX_NAME = 500
@@ -94,7 +94,7 @@ class ReadOnlyStore(TrackingUnreachable):
 
 
 class DatabaseNotFound(TrackingUnreachable):
-    """An earlier version wrote an address down as it was typed, and its database is not there."""
+    """An earlier version stored an address as typed, and its database is not there."""
 
     def __init__(self, uri: str) -> None:
         RuntimeError.__init__(
@@ -119,9 +119,9 @@ class LoginRefused(TrackingUnreachable):
 
 
 def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
-    """The config with what MLflow's variables say where its `tracking` says nothing.
+    """The config, with gaps in its `tracking` filled from MLflow's environment variables.
 
-    Appends to `notes` what they decide, and why the store will show nothing, if we can tell.
+    Appends to `notes` what they set, and why the store will show nothing, if we can tell.
     """
     tracking, lines = config.tracking, []
     if not tracking.enabled:
@@ -194,9 +194,9 @@ def check(config: RunConfig) -> None:
 
 
 def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> None:
-    """Where an output folder was moved or copied: let its own database say where its files are now.
+    """After an output folder was moved or copied: correct the paths in its own database.
 
-    MLflow writes each run's folder down from the root, and has no call to change that. `database`:
+    MLflow stores the absolute path of each run's folder and has no call to change it. `database`:
     a copy of the folder's own.
     """
     folder = rooted(Path(output_dir))
@@ -232,7 +232,7 @@ def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> N
 
 
 _OURS = "{run} IN (SELECT run_uuid FROM tags JOIN ours USING (key, value))"
-"""Of a database that was copied with its folder; another folder's runs may be in it, too."""
+"""Selects the folder's own runs: a copied database may hold another folder's, too."""
 
 
 def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
@@ -244,7 +244,7 @@ def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether both lead to one folder, or would once it is made."""
+    """Whether both are one path, which need not exist yet: their parents are compared."""
     with contextlib.suppress(OSError):
         return one.parent.samefile(other.parent)
     return False
@@ -252,9 +252,9 @@ def _same(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def readable(uri: str, *, output_dir: Path | str) -> Iterator[str]:
-    """The store's address, or where we may only read that of a copy of its database as it is now.
+    """The store's address; if we may only read it, that of a copy made now.
 
-    MLflow opens none that it cannot write to.
+    MLflow opens no database that it cannot write to.
     """
     database = sqlite_path(uri)
     line = read_only(database) if database else None
@@ -272,7 +272,7 @@ def readable(uri: str, *, output_dir: Path | str) -> Iterator[str]:
 
 
 def _copy(database: Path, copy: Path) -> None:
-    """A database as it is now; from a folder where SQLite can make no file, too."""
+    """Copy a database as it is now, even from a folder where SQLite can make no file."""
     for how in ("mode=ro", "immutable=1"):
         address = f"file:{quote(str(database))}?{how}"
         try:
@@ -305,7 +305,7 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, *, wait_s: float) -> Iterator[None]:
-        """Alone among the writers of this host, see `lock`.
+        """Excludes the other writers of this host, see `lock`.
 
         Raises filelock's Timeout where another one writes for longer than `wait_s`, and
         TrackingUnreachable where the store does not answer.

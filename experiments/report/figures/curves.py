@@ -80,7 +80,7 @@ class Curve:
 
 
 def curve(runs: Sequence[RunData], metric: str, *, axis: Progress, scale: Scale) -> Curve | None:
-    """None where no run has the metric; on the log scale mean and interval are geometric.
+    """The runs' mean and interval, geometric on the log scale; None if no run has the metric.
 
     A step where a run's value is not finite is left out, so that n is the same all along.
     """

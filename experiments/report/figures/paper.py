@@ -162,7 +162,7 @@ def largest_per(config: RunConfig, *, what: str, kind: str, steps: Sequence[int]
     """The mean over layers of rank / min(shape) that the config allows an update, by step.
 
     Over the layers that were measured: for a product BA those with an adapter. 1 where any rank is
-    possible; empty where the matrix is no low-rank update, or there is no such layer.
+    possible; empty if the matrix is not a low-rank update, or there is no such layer.
     """
     if config.method not in ADAPTERS or what not in ("update_proxy", "update_restart"):
         return []
