@@ -12,7 +12,7 @@ launchers.py  what a launcher is, and the one a sweep was launched with
 job.py        `python -m sweeps.job`: the body of a SLURM job
 worker.py     `python -m sweeps.worker RUN_DIR`: the body of one run
 attempt.py    around an attempt: its log, MLflow meanwhile, its end
-tracking.py   MLflow kept up to date while runs are at work
+tracking.py   keeps MLflow up to date while runs are at work
 display.py    tables and lines of the terminal
 retention.py  which checkpoints may go
 snapshot.py   the code, frozen

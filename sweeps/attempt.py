@@ -18,10 +18,10 @@ from relora_core import shared
 
 @contextlib.contextmanager
 def followed(run_dir: RunDir) -> Iterator[None]:
-    """MLflow kept up to date where a server can be asked; a database file is no node's to write to.
+    """Keep MLflow up to date meanwhile, if it is a server: a node must not write a database file.
 
-    By a child process, as the run is in this one: a thread would take turns with its training, wait
-    with it for a slow server, and die with it before the last points are sent.
+    A child process does it. A thread would slow down training, training would wait for a slow
+    server, and the thread would die with the run before the last points are sent.
     """
     config = run_dir.config()
     if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
@@ -36,7 +36,7 @@ def followed(run_dir: RunDir) -> Iterator[None]:
 
 
 def stalled(run_dir: RunDir, *, limit: int) -> bool:
-    """Whether the newest `limit` attempts were all of this job and none has left a checkpoint."""
+    """Whether the newest `limit` attempts all belong to this job and none wrote a checkpoint."""
     newest = run_dir.attempt_records()[-limit:]
     here = (current_job(), run_dir.newest_step())
     return len(newest) == limit and all(
@@ -46,7 +46,7 @@ def stalled(run_dir: RunDir, *, limit: int) -> bool:
 
 # the end ----------------------------------------------------------------------------------------
 def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
-    """Write down the end of a run whose worker could not: killed, or gone before its first word."""
+    """Write down how a run ended if its worker could not: it was killed, or died while starting."""
     status = run_dir.status()
     if run_dir.ended() or run_dir.lock_holder() is not None:
         return
@@ -63,7 +63,7 @@ def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
 
 @contextlib.contextmanager
 def spoken(run_dir: RunDir) -> Iterator[None]:
-    """What this process prints, natively too, goes to the log of the run's attempt to come."""
+    """Send all output, also that of native code, to the log of the run's next attempt."""
     saved = [os.dup(stream) for stream in (1, 2)]
     _flush()
     with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:

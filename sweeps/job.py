@@ -43,10 +43,10 @@ from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 SIGNALLED = 128
 """Exit codes above are those of processes that a signal has ended."""
 PORTS = range(20000, 32768)
-"""For MASTER_PORT: below those that systems hand out to whoever asks for any."""
+"""For MASTER_PORT: below the range from which systems hand out ports."""
 WAIT_S = 120.0
-"""For an earlier life of this job to end, for SLURM to end this one after a requeue, and for a
-controller that is away."""
+"""Longest wait: for an earlier start of this job to end, for SLURM to end this one after a requeue,
+and for a controller that does not answer."""
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 
@@ -225,12 +225,12 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
 
 
 def _dying_with(parent: int) -> Callable[[], None]:
-    """For a new process: where this one is killed, nobody else would end it."""
+    """A function for a new process that ties it to `parent`: it dies when the parent is killed."""
     prctl = ctypes.CDLL(None).prctl
 
     def tie() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was quicker
+        if os.getppid() != parent:  # the parent died before prctl
             os.kill(os.getpid(), signal.SIGKILL)
 
     return tie
@@ -261,19 +261,19 @@ def _failed_here(run_dir: RunDir) -> bool:
 
 
 def _go_on_later(work: Work, *, why: str) -> int:
-    """Requeue this job, everything being on disk; INTERRUPTED where it is not to be."""
+    """Requeue this job, as everything is on disk; INTERRUPTED if it must not be requeued."""
     job_id, left = current_job(), _unfinished(work)
     if job_id is None or not (left or work.study):
         return INTERRUPTED if left or work.study else CANCELLED
-    for run_dir in left:  # SLURM ends this process at once: its last word comes first
+    for run_dir in left:  # before the requeue: SLURM ends this process at once
         run_dir.update_status(state=State.QUEUED, phase=f"stopped: {why}", error=None)
     until = time.monotonic() + max(WAIT_S, work.signal_delay_s)
     try:
         while True:
             try:
-                with shielded():  # SLURM's signals to the job would end the question, too
+                with shielded():  # SLURM's signals to the job would end squeue, too
                     if not cluster.may_requeue(job_id):
-                        return INTERRUPTED  # cancelled, or SLURM requeues it: its word counts now
+                        return INTERRUPTED  # cancelled, or SLURM requeues it by itself
                     cluster.requeue(job_id)
                 break
             except SlurmError as error:  # away for a while, as where it is restarted
@@ -293,9 +293,11 @@ def _go_on_later(work: Work, *, why: str) -> int:
 def after(work: Work, *, code: int) -> int:
     """What the batch script does once srun has ended: the exit code of the job.
 
-    A task that was killed without a word (out of memory, kill -9) goes on from its checkpoint.
+    A task that was killed without warning (out of memory, kill -9) resumes from its checkpoint.
     """
-    if work.requests or code == INTERRUPTED:  # whoever ended early has seen to the rest
+    if (
+        work.requests or code == INTERRUPTED
+    ):  # a process that ended early has already requeued the job
         return code
     if work.study is not None:
         return _after_search(work, work.study, code=code)

@@ -1,4 +1,4 @@
-"""What a launcher is, and the one that a sweep was launched with."""
+"""The launcher interface, and reading which launcher a sweep was launched with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Launcher(Protocol):
         ...
 
     def check_search(self, plan: Plan) -> None:
-        """ConfigError where it could not run a search whose runs are like those of the plan."""
+        """ConfigError if this launcher cannot run a search with runs like those of the plan."""
         ...
 
 

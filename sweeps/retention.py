@@ -29,7 +29,7 @@ IN_USE = (State.QUEUED, State.RUNNING, State.LOST)
 """States in which a process may be using the run's files."""
 LOADABLE = ("model.safetensors", "progress.json")
 WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
-"""Files of a checkpoint. One that has LOADABLE alone (weights that a user kept) is left alone."""
+"""Files of a checkpoint. If it has only LOADABLE (a user kept the weights), it is not removed."""
 SNAPSHOT_AGE_S = 3600.0
 """A younger snapshot may belong to a launch that has not written its submission yet."""
 
@@ -54,7 +54,7 @@ class Verdict:
     keep: list[int] = field(default_factory=list)
     """Steps."""
     remove: list[Path] = field(default_factory=list)
-    """Whole checkpoints, oldest first."""
+    """Folders of complete checkpoints, oldest first."""
     torn: list[Path] = field(default_factory=list)
     """Files and folders left by kills during a write or a removal."""
     bytes: int = 0

@@ -50,7 +50,7 @@ class CodeState:
     commit: str | None
     """None without git, without a checkout and in one of another owner."""
     dirty: bool | None
-    """Whether anything differs from the commit, or is new and not ignored; None: not known."""
+    """Whether anything differs from the commit, or is new and not ignored; None: unknown."""
     code_hash: str
     """Digest of relora_core, as attempts record it."""
     untracked: list[str]

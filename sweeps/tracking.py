@@ -68,7 +68,7 @@ def problems(passes: Sequence[Pass]) -> list[str]:
 
 
 def complaints(passes: Sequence[Pass]) -> Iterator[str]:
-    """What is wrong, in lines of which each is said once in a process."""
+    """Lines on what is wrong; each line once per process."""
     for one in passes:
         for line in (one.problem, one.files):
             if line and line not in _SAID:

@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all were asked to end, 1 when SLURM did not take our word for some."""
+    """0 when all were asked to end, 1 when scancel failed for some."""
     named = [word for word in args.words if not selection.has_jobs_alone(args.output_dir, word)]
     chosen = selection.resolve(args.output_dir, named)
     problem = None
@@ -131,13 +131,13 @@ def _jobs(
 
 
 def _without_runs(words: Sequence[str], *, output_dir: str) -> list[str]:
-    """Jobs of a whole sweep that hold no run of their own: searches and evaluations."""
+    """A sweep's jobs that do not own runs: searches and evaluations."""
     submissions = [one for word in words for one in recover(output_dir, word)]  # none of a run's id
     return alive(one for one in submissions if one.kind != "train")
 
 
 def _alive(jobs: Sequence[str]) -> set[str]:
-    """Those that SLURM has not ended though it was asked to; in doubt all."""
+    """The jobs that are still alive after scancel; all of them if SLURM does not answer."""
     try:
         by_id = cluster.jobs(jobs)
     except SlurmError:
@@ -146,13 +146,13 @@ def _alive(jobs: Sequence[str]) -> set[str]:
 
 
 def _written(jobs: Mapping[str, str], output_dir: str) -> bool:
-    """Whether the runs themselves know their job: then it is no lost one."""
+    """Whether the job id has reached the runs' status files."""
     runs = [run_at(output_dir, run_id) for run_id in jobs]
     return any(run.status().job_id is not None for run in runs)
 
 
 def _wholly_ours(jobs: Mapping[str, str], *, output_dir: str) -> list[str]:
-    """The jobs that hold no living run but those of `jobs`; a packed one with others goes on."""
+    """The jobs in which only runs of `jobs` are active; a packed job with other runs goes on."""
     if not jobs:
         return []
     ours = set(jobs.values())
@@ -191,13 +191,13 @@ def terminate(run_dir: RunDir) -> bool:
         return False
     try:
         psutil.Process(holder["pid"]).terminate()
-    except psutil.Error:  # gone meanwhile, or another user's
+    except psutil.Error:  # it has ended meanwhile, or is another user's
         return False
     return True
 
 
 def _settle(runs: Sequence[Run], before: Mapping[str, RunState]) -> None:
-    """Look at the runs end, for a while; write the word of those that have nobody to say it."""
+    """Wait a while for the runs to end; mark as cancelled those that no process will mark."""
     deadline = time.monotonic() + GRACE_S
     waiting = list(runs)
     while waiting:

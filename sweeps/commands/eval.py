@@ -174,7 +174,7 @@ def _requests(
     waiting: Sequence[str],
     accept: bool,
 ) -> list[tuple[Run, Request]]:
-    """A request per run, all of them checked; runs without such a checkpoint are told."""
+    """A checked request per run; runs without such a checkpoint are named to the user."""
     from experiments.run import evaluate
 
     completed: dict[str, tuple[EvalConfig, list[dict[str, str]]]] = {}
@@ -228,7 +228,7 @@ def _wanted(run: Run, request: Request) -> bool:
 
 # doing it -----------------------------------------------------------------------------------------
 def _here(todo: Sequence[tuple[Run, Request]]) -> int:
-    """One after another; what fails is told and the others go on."""
+    """Evaluate one after another; print failures and go on."""
     from experiments.errors import one_line
     from experiments.run import evaluate
     from relora_core.data.base import DataError

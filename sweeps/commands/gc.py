@@ -145,7 +145,7 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def _remove(verdicts: Sequence[tuple[RunDir, Verdict]], snapshots: Sequence[Path]) -> int:
-    """What cannot be removed is said, and the rest goes."""
+    """Remove what can be removed; print what cannot."""
     from experiments.errors import one_line
 
     failed = 0

@@ -84,7 +84,7 @@ class _Log:
         return abs(number - (self.attempt or 0))
 
     def going(self) -> bool:
-        """Whether the run may still say something; its own last word is checked with SLURM."""
+        """Whether the run may still write to its log; SLURM is asked before the answer is no."""
         run_id = self.run.run_id
         if self._observer.look([self.run])[run_id].state.in_flight:
             return True
@@ -94,7 +94,7 @@ class _Log:
         """Everything from the newest log on; a requeued run goes on with its next attempt's."""
         path, read = self.newest(), 0
         while True:
-            going = self.going()  # before the read: miss no word
+            going = self.going()  # before the read, so that no line is missed
             newer = self.newest()
             if path is not None:
                 text, read = _read_from(path, read)

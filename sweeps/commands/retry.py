@@ -118,9 +118,9 @@ def _tell(chosen: Sequence[Run], again: Sequence[Run], states: Mapping[str, RunS
 
 
 def begin_anew(run_dir: RunDir) -> None:
-    """Set a diverged run's result and checkpoints aside, under the next free number.
+    """Rename a diverged run's result and checkpoints, with the next free number.
 
-    From its checkpoints it would only diverge again; its record begins anew by itself.
+    Restarted from its checkpoints it would diverge again. Its record starts over by itself.
     """
     with run_dir.lock():
         result, checkpoints = run_dir.result_path, run_dir.checkpoints

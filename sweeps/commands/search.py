@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   python -m sweeps search lr_and_rank --accept-changed       go on with data that have changed
 """
 TELL = 10
-"""Failures that are told in words; trials.csv has all."""
+"""Most failures that are printed; trials.csv has all."""
 COLOURS = {"complete": "green", "running": "cyan", "fail": "red", "pruned": "yellow"}
 
 
@@ -208,7 +208,7 @@ def trial_table(summary: Results, *, top: int) -> Table:
 
 
 def _heads(keys: list[str]) -> list[str]:
-    """Column heads: the last word of a key where that is enough."""
+    """Column heads: the last part of a key where that is unique."""
     short = [key.rpartition(".")[2] for key in keys]
     return [s if short.count(s) == 1 else key for s, key in zip(short, keys, strict=True)]
 

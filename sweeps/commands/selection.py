@@ -28,7 +28,7 @@ Run = PlannedRun
 
 # which runs -------------------------------------------------------------------------------------
 def runs_of(output_dir: Path | str, *, sweep: str | None = None) -> list[Run]:
-    """The runs of one sweep, or of all and those of none; each is told once. Builds few configs."""
+    """The runs of `sweep`; without it all runs, each once. Builds few configs."""
     sweeps = read_sweeps(output_dir)
     if sweep is not None:
         check_sweep(sweep, list(sweeps), output_dir=output_dir)
@@ -65,7 +65,7 @@ def _owners(output_dir: Path | str, run_ids: Sequence[str]) -> list[str]:
 
 
 def whole_sweep(output_dir: Path | str, word: str) -> str:
-    """The sweep of that name, or the only one that has the run, arm or job of that name."""
+    """The sweep called `word`, or the only sweep with a run, arm or job of that name."""
     sweeps = read_sweeps(output_dir)
     if word in sweeps:
         return word
@@ -78,7 +78,7 @@ def whole_sweep(output_dir: Path | str, word: str) -> str:
 
 
 def has_jobs_alone(output_dir: Path | str, word: str) -> bool:
-    """Whether it is the name of a search whose jobs have taken no trial yet: it has no plan."""
+    """Whether `word` names a search that has jobs but no trials yet, and so no plan."""
     folders = Path(output_dir).glob("sweeps/*/jobs")
     return word not in sweep_names(output_dir) and word in {
         folder.parent.name for folder in folders
@@ -113,7 +113,7 @@ def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
 
 
 def named_runs(output_dir: Path | str, word: str | None) -> list[Run]:
-    """What `status` and `watch` show: all, or what one word names."""
+    """The runs that `status` and `watch` show: all, or those that `word` names."""
     sweeps = sweep_names(output_dir)
     if word is None or word in sweeps:
         return runs_of(output_dir, sweep=word)
@@ -125,7 +125,7 @@ def named_runs(output_dir: Path | str, word: str | None) -> list[Run]:
 
 
 def one_run(output_dir: Path | str, word: str) -> Run:
-    """The only run that a word names."""
+    """The run that `word` names; ConfigError if it names several."""
     chosen = resolve(output_dir, [word])
     if len(chosen) != 1:
         raise several(word, [run.run_id for run in chosen])
@@ -133,7 +133,7 @@ def one_run(output_dir: Path | str, word: str) -> Run:
 
 
 def is_named(output_dir: Path | str, word: str) -> bool:
-    """Whether it is the name of a run or an arm, as `status` shows them."""
+    """Whether `word` is the name of a run or an arm, as `status` shows them."""
     return bool(named(output_dir, word))
 
 
@@ -151,7 +151,8 @@ def _with_steps(state: RunState, run: Run) -> RunState:
 class Observer:
     """Looks at runs again and again; the scheduler is asked at most every ASK_S seconds.
 
-    In between a run's own word counts, or what the scheduler made of the same word before.
+    In between, a run's state comes from its files; if those say the same as when the scheduler was
+    last asked, its judgement of them is reused.
     """
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ EXAMPLES = """examples:
 FEW = 20
 """Up to so many runs each has its own line."""
 TELL = 10
-"""Failures that are told in words; --json has all."""
+"""Most failures that are printed; --json has all."""
 States = Mapping[str, RunState]
 
 

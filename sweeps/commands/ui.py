@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 """
 PORT = 5000
 SHOWN = 8
-"""Sweeps whose links are printed where none is named."""
+"""How many sweeps' links are printed if none is named."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -112,7 +112,7 @@ def _all(runs: Sequence[Run], view: View, *, height: int | None = None) -> Group
 
 
 class Table:
-    """A terminal: the whole view, again and again in the same place."""
+    """For a terminal: redraws the view in place."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -130,7 +130,7 @@ class Table:
 
 
 class Lines:
-    """Elsewhere: a line for each run whose state has changed, and the sums when anything moved."""
+    """For files and pipes: a line per run with a new state, and the totals after any change."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

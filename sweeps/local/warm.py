@@ -113,7 +113,7 @@ class Warm:
 
     @property
     def importing(self) -> bool:
-        """Whether it is alive and not ready yet."""
+        """Whether it is still importing."""
         return self.listen() and not self._ready
 
     def fork(self, run_dir: Path, *, log: Path, environment: Mapping[str, str]) -> Forked:
@@ -217,7 +217,7 @@ class Starter:
     def start(
         self, path: Path, *, log: Path, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes] | Forked:
-        """A worker over `path` whose output goes to the end of `log`."""
+        """Start a worker on `path`; its output is appended to `log`."""
         with shared.opened(log, "ab") as file:
             if self.warm is not None:
                 try:

@@ -46,7 +46,7 @@ class Rate:
     flops_per_s: float
     """Training FLOPs of each process in a second of training."""
     overhead_s: float | None
-    """Process-seconds of each look (start, eval, dynamics); None where it is not known."""
+    """Process-seconds of each look (start, eval, dynamics); None: unknown."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,7 +209,7 @@ def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[f
 
 
 def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
-    """The sum of the known ones; None where none is known.
+    """The sum of those that are not None; None if all are.
 
     Ends are added: estimates from the same measurements err together.
     """

@@ -180,7 +180,7 @@ def cell_axes(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
 
 
 def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
-    """What should be said of runs that are to be compared with each other, one line each."""
+    """Notes on runs that are to be compared with each other, one line each."""
     rows = [_settings(config) for config in configs]
     hidden = unsaid.lines(configs, rows, named=_telling(rows), word=_word)
     return [*notices.across(configs), *hidden]
@@ -231,7 +231,7 @@ def _word(key: str, value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as text, of which a long one keeps its ends; a digest tells it from others."""
+    """A value as text; a long one is cut in the middle, with a digest that keeps it unique."""
     text = _text(value)
     if len(text) <= LONGEST_VALUE:
         return text
@@ -361,7 +361,7 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
 
 
 def _joined(old: Plan, new: Plan) -> list[str]:
-    """Notes of both; what is said of runs side by side is said of all of them together."""
+    """Notes of both plans; those that compare runs are made again, over all runs together."""
     runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
     configs_by_id = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
     parts = {note for configs in runs for note in side_by_side(configs)}

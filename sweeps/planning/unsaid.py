@@ -2,7 +2,7 @@
 
 Names are made of the fewest keys that tell runs apart (`plan.cell_names`): a learning rate that
 differs along with the model would be read as the model's doing. What an option of conf/ gives by
-itself, such as a model's width, needs no word. Not for: how runs are named.
+itself, such as a model's width, is not mentioned. Not for: how runs are named.
 """
 
 from __future__ import annotations

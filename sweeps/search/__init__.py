@@ -13,7 +13,7 @@ trial.py      one point of the space and its runs
 draws.py      new points: which, and which not to run
 objective.py  what a trial's runs are worth
 processes.py  its processes, started here or on SLURM
-process.py    what each process does: take a trial, run its seeds, tell
+process.py    what each process does: take a trial, run its seeds, report
 reads.py      what a search's trials read, and what of it has changed
 results.py    the best, the front, tables
 recipe.py     a config as a command line or experiment file

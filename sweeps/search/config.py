@@ -106,7 +106,7 @@ class SearchConfig:
 MOST_SEEDS = 10_000
 CHANGEABLE = ("n_trials", "sampler", "pruner", "prune_metric", "enqueue", "max_failures")
 CHANGEABLE += ("trials_per_job", "seed")
-"""What a later command of the same study may give anew."""
+"""Keys that a later command of the same study may change."""
 
 
 def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> SearchConfig:

@@ -1,7 +1,7 @@
 """Drawing points of the space until one is worth a run. The caller holds the study's lock.
 
 A point that is no valid run, breaks a constraint on a cost that follows from the config, or was
-tried before is told to the study at once (`refused` in its user attributes) and another is drawn.
+tried before is reported to the study at once (`refused` in its user attributes); another is drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sweeps.search.study import Study
 
 DRAWS = 20
-"""Points drawn at most for one trial; if the last is no good either, that counts as a trial."""
+"""Points drawn at most for one trial; if the last is refused, too, it counts as a trial."""
 
 
 def draw(study: Study, worker: Worker) -> Trial | None:
@@ -58,7 +58,7 @@ def _is_grid(study: Study) -> bool:
 
 
 def _point(study: Study) -> Trial:
-    """Draw a point of the space, or go on with one whose process died in drawing it."""
+    """Draw a point of the space, or finish drawing one that a process began before it died."""
     reader, spec = study.optuna, study.spec
     begun = [t for t in reader.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     half = [t for t in begun if t.state == TrialState.RUNNING and not is_begun(t)]
@@ -66,13 +66,13 @@ def _point(study: Study) -> Trial:
     try:
         asked = optuna.trial.Trial(reader, half[0]._trial_id) if half else reader.ask()
         params = filled(spec, lambda key, _: samplers.suggest(asked, key, spec.space[key]))
-    finally:  # a grid sampler cannot be told of results outside Optuna's own loop
+    finally:  # a grid sampler fails on results reported outside Optuna's own loop
         reader.sampler = optuna.samplers.RandomSampler()
     return Trial(study=study, number=asked.number, params=params)
 
 
 def _refused(trial: Trial, *, counted: bool) -> bool:
-    """Tell the study at once of a point that is not to be run, as far as one can foresee."""
+    """Refuse the point in the study if its config shows that it must not run; whether it was."""
     try:
         config = trial.config(trial.seeds[0])
         validate(config)
@@ -84,14 +84,14 @@ def _refused(trial: Trial, *, counted: bool) -> bool:
         _refuse(trial, TrialState.PRUNED, reason=broken, counted=counted, excess=excess)
         return True
     twin = _twin(trial)
-    if twin is None or counted:  # where there is nothing but twins, its runs are there already
+    if twin is None or counted:  # if every draw has a twin, its finished runs are reused
         return False
     _refuse(trial, TrialState.FAIL, reason=f"as trial {twin}", counted=False)
     return True
 
 
 def _excess(trial: Trial, config: RunConfig) -> tuple[dict[str, float], str | None]:
-    """By how much each foreseeable constraint is broken, and one that is, in words."""
+    """The excess over each constraint that the config decides, and text on the first broken one."""
     excess, broken = {}, None
     for constraint in constraints_of(trial.study.config):
         if constraint.metric in FORESEEN:

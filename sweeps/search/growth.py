@@ -42,7 +42,7 @@ _CMAES = ("cma:", "sepcma:", "cmawm:", "x_for_tell")
 
 # what may join ----------------------------------------------------------------------------------
 def widened(before: Dimension, now: Dimension) -> Dimension | None:
-    """`now` where it holds all of `before`, else None; known choices stay first and as written."""
+    """`now` if it contains all of `before`, else None; old choices stay first and as written."""
     if isinstance(before, Choice) and isinstance(now, Choice):
         if not all(map(now.contains, before.values)):
             return None

@@ -79,7 +79,7 @@ def _is_entry(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def unchanged(journal: Path) -> Iterator[None]:
-    """Nobody adds to the file meanwhile."""
+    """Keep other processes from appending to the file meanwhile."""
     with only_one(Path(f"{journal}.lock")):
         yield
 
@@ -92,9 +92,9 @@ def set_aside(journal: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Processes of all machines take turns; a dead one's turn is over.
+    """Processes of all machines take turns; a process that dies releases the lock.
 
-    Who may not write there looks without a turn: a journal grows by whole lines.
+    Without write access no lock is taken: reading is safe, as a journal grows by complete lines.
     """
     if shared.closed(path):
         yield

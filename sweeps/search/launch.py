@@ -98,7 +98,7 @@ def run_search(
 
 @dataclass(kw_only=True)
 class SearchOutlook(Outlook):
-    """A search, of whose runs only the costs are known. The plan holds what it starts from."""
+    """Of a search only the runs' costs are known. The plan holds the configs it starts from."""
 
     spec: Spec
     left: int

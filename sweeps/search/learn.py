@@ -58,7 +58,7 @@ class Match:
 def learn(spec: Spec, *, output_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Records of what is learnt, and a line for each sweep: how many runs, and why not the others.
 
-    ConfigError where a sweep is none, or no run of any tells this search anything.
+    ConfigError if a name is no sweep, or if no run can be learnt from.
     """
     matches = [
         one
@@ -165,7 +165,7 @@ def _name_differences(matches: Sequence[Match]) -> None:
             one.reason = f"lie outside the space of {key}"
 
 
-# what they tell ---------------------------------------------------------------------------------
+# what is learnt ---------------------------------------------------------------------------------
 def _records(spec: Spec, matches: Sequence[Match]) -> list[dict[str, Any]]:
     """One for each point that has all seeds of the search; `reason` is set for the other runs."""
     points: dict[str, dict[int, Match]] = {}

@@ -19,7 +19,7 @@ from relora_core.config import RunConfig, nearest
 from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of
 
 REPORTS = 50
-"""Points of a curve that the study is told at most: each is a word in the journal."""
+"""Most points of a curve that are reported to the study: each is an entry in the journal."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +62,7 @@ def run_value(objective: Objective, run_dir: RunDir) -> float | None:
 
 
 def foreseen(metric: str, config: RunConfig) -> float:
-    """A cost that follows from the config: parameters, or FLOPs of the whole training."""
+    """A cost that follows from the config: parameters, or FLOPs of all training steps."""
     if metric == "cost/flops":
         tokens = config.train.steps * config.train.batch_size * config.data.seq_len
         return float(costs.flops_per_token(config).train * tokens)

@@ -160,7 +160,7 @@ def _try(plot: Plot, study: optuna.Study, *, folder: Path, written: list[Path]) 
             written += _still(plot, study, folder=folder)
             if visualization.is_available():
                 written.append(_live(plot, study, folder=folder))
-    except Exception as error:  # a picture less must not cost the results
+    except Exception as error:  # a picture that fails must not cost the results
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 

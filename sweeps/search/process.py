@@ -1,4 +1,4 @@
-"""What each process of a search does: take a trial, run it at its seeds, tell; until none is left.
+"""What each process of a search does: take trials and run them at their seeds, until none is left.
 
     python -P -m sweeps.search.process STUDY
 
@@ -107,7 +107,7 @@ def changed(study: Study) -> bool:
     return False
 
 
-# whose trial ------------------------------------------------------------------------------------
+# owners ------------------------------------------------------------------------------------
 def this_process() -> Worker:
     return Worker(
         host=socket.gethostname(),
@@ -120,7 +120,7 @@ def this_process() -> Worker:
 
 @dataclass(slots=True)
 class Gone:
-    """Whether the worker of a trial will certainly not go on with it; in doubt: no.
+    """Whether a trial's worker has certainly ended and will not resume it; in doubt: no.
 
     SLURM is asked once, for the jobs of all trials that are running.
     """
@@ -141,7 +141,7 @@ class Gone:
         return job_id in self.ours
 
     def _job_gone(self, job_id: str) -> bool:
-        """A job that waits was requeued: the trial is still its own."""
+        """Whether the job is over; one that waits was requeued and keeps its trial."""
         if self.jobs is None:
             self.jobs = {}
             if cluster.available():
@@ -155,7 +155,7 @@ class Gone:
         return job.over
 
     def _silent(self, job_id: str) -> bool:
-        """Nobody knows the job: the runs' own word counts."""
+        """Whether the runs of a job that SLURM does not know have stopped writing."""
         words = [
             max(run.status().heartbeat, run.path.stat().st_mtime)
             for trial in running(self.study)
@@ -184,7 +184,7 @@ def _job_ids(study: Study) -> list[str]:
 
 # one trial --------------------------------------------------------------------------------------
 def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
-    """Run the trial at each of its seeds and tell the study; whether it ended before its last step.
+    """Run the trial at each seed, report to the study; whether it ended before its last step.
 
     None where the process is to end: the trial goes on later, in this job or another.
     """
@@ -226,7 +226,9 @@ def prepare(trial: Trial) -> list[RunDir]:
     runs = trial.runs
     for run_dir, config in zip(runs, configs, strict=True):
         run_dir.create(config)
-        if run_dir.trial_tags().get("trial") != trial.number:  # an earlier wish, not for this trial
+        if (
+            run_dir.trial_tags().get("trial") != trial.number
+        ):  # an earlier request, not for this trial
             run_dir.cancel_path.unlink(missing_ok=True)
     trial.write_records()
     reads.hand_on(trial.study.folder, runs)
@@ -271,7 +273,7 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> O
 
 
 class SearchSink:
-    """Tells the study what pruners look at, and ends the run where they have seen enough.
+    """Reports to the study what pruners need, and ends the run when the pruner decides so.
 
     Curves are compared where there is one for each trial: at the first seed. Wilcoxon's test
     compares trials seed by seed, so there each seed counts once, at its end.
@@ -298,7 +300,7 @@ class SearchSink:
                 self.stop.prune()
 
     def hear_again(self, run_dir: RunDir) -> None:
-        """What the run has said before now: it may be an earlier attempt's, or a grid's."""
+        """Report the run's stored events, of an earlier attempt or a grid, without pruning."""
         self.pruning, before = False, self.pruning
         for event in run_dir.events():
             self.emit(Event(kind=event["kind"], step=event["step"], metrics=event["metrics"]))

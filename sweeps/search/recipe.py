@@ -24,7 +24,7 @@ NAMES = ("experiment", "model.name", "relora.name")
 FILLED_IN = ("data.fingerprint", *(f"eval.{name}.fingerprint" for name in EVALS))
 """Written by planning, from what the paths lead to."""
 MEASURED = ("eval", "dynamics")
-"""Groups whose option leaves no label in a config: the one that explains most is taken."""
+"""Groups that leave no label in a config: the option that explains most values is taken."""
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _WORDS = ("true", "false", "null", "inf", "nan", "yes", "no", "on", "off", "y", "n")
 
@@ -101,7 +101,7 @@ def _is_the_datas_own(config: RunConfig, base: RunConfig) -> bool:
 
 # as a command line ------------------------------------------------------------------------------
 def overrides(config: RunConfig) -> list[str]:
-    """The words after `python run.py`, in Hydra's grammar; the seed is always said, last."""
+    """The arguments of `python run.py`, in Hydra's grammar; the seed is always given, last."""
     made = recipe(config)
     values = {key: value for key, value in made.values.items() if key != "seed"}
     values["seed"] = config.seed

@@ -92,7 +92,7 @@ class Best:
     params: dict[str, Any]
     seeds: list[int]
     command: str | None
-    """None where its run directories are gone."""
+    """None if its run directories were removed."""
     learnt_from: str | None = None
     """The earlier sweep that ran it, where the search has not."""
 
@@ -152,7 +152,7 @@ def _place(folder: Path) -> tuple[Path, str]:
 def collect(
     study: optuna.Study, config: SearchConfig, *, name: str, output_dir: Path | str
 ) -> Results:
-    """Everything that is to be told of a study. Reads only."""
+    """Collect all results of a study. Reads only."""
     goals: list[Objective] = config.objectives
     drawn = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     rows = [_row(trial, config, output_dir=output_dir) for trial in drawn]
@@ -217,7 +217,7 @@ def _seed_row(run: RunDir, values: Mapping[str, list[float]]) -> SeedRow:
 
 
 def _config(run: RunDir) -> RunConfig | None:
-    """None for a run that is gone, or that another version wrote."""
+    """None for a run that was removed, or that another version wrote."""
     try:
         return run.config()
     except (OSError, ValueError, TypeError):
@@ -348,7 +348,7 @@ def trials_csv(results: Results) -> str:
 def experiment_text(
     results: Results, *, number: int, name: str | None, output_dir: Path | str
 ) -> str | None:
-    """A trial as an experiment file; None where its run directories are gone."""
+    """A trial as an experiment file; None if its run directories were removed."""
     row = results.trial(number)
     config = config_of(row, output_dir=output_dir)
     if config is None:

@@ -191,7 +191,7 @@ def check_space(
     when: Mapping[str, str],
     config: RunConfig,
 ) -> None:
-    """ConfigError at the first key that is no knob, or whose values are not of its type."""
+    """ConfigError at the first key that is no knob, or has values of another type."""
     if not space:
         raise ConfigError("search.space must have at least one key, got nothing")
     for key, dimension in space.items():

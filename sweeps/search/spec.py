@@ -41,7 +41,7 @@ class Spec:
     command: str = ""
     """Of the newest launch."""
     id: str = ""
-    """Tells studies of one name apart; given when the study is created."""
+    """Distinguishes studies of one name; made when the study is created."""
     notes: list[str] = field(default_factory=list)
     """What planning learnt of data and settings, one line each."""
     added: list[str] = field(default_factory=list)

@@ -2,12 +2,12 @@
 
     output_dir/sweeps/<name>/study/study.json    Spec: search, space, base configs, command
                                   /journal.log   Optuna's journal, unless search.storage names a DB
-                                  /.lock         held by whoever takes a trial
+                                  /.lock         of the process that takes a trial
 
-Each process that works for the study asks it for a trial when it has none, reports, and tells.
-study.json is what counts: a process that holds the lock reads it anew where it has changed, and
-brings the journal up to it where another has not come to that. So a space that grows does so at
-once for all who draw from it, and what was killed meanwhile is made good.
+Each worker asks the study for a trial, reports its curve, and ends it with its result.
+study.json decides: a process that has taken the lock reads it again if it has changed, and updates
+the journal if no other process has. So a space that grows does so for all workers at once, and an
+update that was killed is repeated.
 
 Trials that n_trials does not count: points drawn and at once refused (`refused` in their user
 attributes), such as one that was tried before or that breaks a constraint on its cost, for which
@@ -36,7 +36,7 @@ from sweeps.search.spec import Spec
 from sweeps.search.trial import Trial, Worker, from_record, is_begun, read_records
 
 MAX_ADOPTIONS = 10
-"""A trial whose worker vanished so often has itself to blame."""
+"""A trial that lost its worker this often is itself the cause, and fails."""
 
 Result = TypeVar("Result")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -93,7 +93,7 @@ class Study:
         return self._study
 
     def _replaced(self) -> bool:
-        """Whether another process has rebuilt the journal, or it is gone."""
+        """Whether the journal was rebuilt by another process, or removed."""
         if self.config.storage:
             return False
         try:
@@ -291,9 +291,9 @@ class Study:
     def take(
         self, worker: Worker, *, gone: Callable[[Worker], bool] = lambda worker: False
     ) -> Trial | None:
-        """The trial that this worker is to run: its own, an orphan's, or a new one; None: enough.
+        """The trial for this worker: its own, an orphan, or a new one; None: no trial is left.
 
-        `gone` says of another worker that it has ended for certain; it is asked outside the lock.
+        `gone` returns whether another worker has certainly ended; it is called outside the lock.
         """
         return self._mending(lambda: self._take(worker, self._orphans(gone)))
 
@@ -312,7 +312,7 @@ class Study:
             return None
 
     def _orphans(self, gone: Callable[[Worker], bool]) -> dict[int, Any]:
-        """Number -> worker of the running trials whose worker has ended."""
+        """Number -> worker, of running trials with a worker that has ended."""
         holders = {frozen.number: frozen.user_attrs["worker"] for frozen in self._running()}
         return {n: holder for n, holder in holders.items() if gone(Worker(**holder))}
 
@@ -402,7 +402,7 @@ class Study:
         return [t for t in self.trials() if t.state == TrialState.RUNNING]
 
     def running(self) -> list[Trial]:
-        """Trials that are given to a worker, which may have ended without a word."""
+        """Trials that are assigned to a worker, which may have died."""
         return [self._trial(frozen) for frozen in self._running()]
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
@@ -424,7 +424,7 @@ class Study:
         return self.left() == 0 and not self._running()
 
     def reap(self, gone: Callable[[Worker], bool]) -> list[int]:
-        """Fail, uncounted, the running trials whose worker is gone."""
+        """Fail, uncounted, the running trials with a worker that has ended."""
         orphans = self._orphans(gone)
         with self._alone():
             reaped = [
@@ -450,7 +450,7 @@ class Study:
 
 
 def rebuild(folder: Path | str) -> Study:
-    """A new journal from RUN_DIR/trial.json files; the old one is kept aside."""
+    """A new journal from RUN_DIR/trial.json files; the old one is renamed."""
     study = Study(folder, Spec.read(Path(folder) / "study.json"))
     if study.config.storage:
         raise ConfigError(

@@ -39,9 +39,9 @@ class Worker:
     host: str
     pid: int
     started: float = 0.0
-    """psutil's create_time: tells processes of one pid apart."""
+    """psutil's create_time: distinguishes processes of one pid."""
     birth: str | None = None
-    """The same, whatever is done to the clock meanwhile (`run_dir.born`)."""
+    """The same, but not affected by changes of the clock (`process.born`)."""
     job_id: str | None = None
     """Of the scheduler; a requeued job keeps it."""
 
@@ -88,7 +88,7 @@ class Trial:
         return Worker(**self.study.frozen(self.number).user_attrs["worker"])
 
     def mine(self, worker: Worker) -> bool:
-        """Whether it is still this worker's to run and to tell of."""
+        """Whether the trial still belongs to this worker."""
         return self.worker.is_same(worker)
 
     # words to the study -------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Trial:
         return self.study.should_prune(self.number)
 
     def finish(self) -> Verdict:
-        """Judge the trial by its runs and tell the study: COMPLETE, or FAIL with the reason."""
+        """Judge the trial by its runs; end it in the study: COMPLETE, or FAIL with the reason."""
         verdict = judge(self.study.config, self.runs)
         if verdict.values is None:
             self.fail(verdict.reason or "there are no values")
@@ -120,12 +120,12 @@ class Trial:
         return verdict
 
     def prune(self) -> None:
-        """Tell the study that the pruner ended it."""
+        """End it in the study as pruned."""
         self.study.tell(self.number, state=TrialState.PRUNED)
         self.write_records()
 
     def fail(self, reason: str, *, counted: bool = True) -> None:
-        """Tell the study that it failed; not counted, n_trials has room for another."""
+        """End it in the study as failed; uncounted, so that another trial replaces it."""
         self.study.tell(self.number, state=TrialState.FAIL, reason=reason, counted=counted)
         self.write_records()
 
@@ -175,7 +175,7 @@ def filled(spec: Spec, take: Callable[[str, RunConfig], Any]) -> dict[str, Any]:
 def to_record(
     frozen: FrozenTrial, *, study: Study, params: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    """All that is known of a trial, as JSON."""
+    """All data of a trial, as JSON."""
     return {
         "study": study.name,
         "study_id": study.spec.id,

@@ -57,7 +57,7 @@ def batches(
         tasks = [members[i : i + k] for i in range(0, len(members), k)]
         short = tasks.pop() if len(tasks) > 1 and len(tasks[-1]) < k else None
         made += [Batch(shape=shape, tasks=tasks[i : i + most]) for i in range(0, len(tasks), most)]
-        if short is not None:  # asks for less
+        if short is not None:  # with fewer runs than the others
             shorts.append((Batch(shape=shape, tasks=[short]), made[-1]))
     _share_cap(made, jobs=cap)
     for short, main in shorts:  # under a cap after its array: a share would be taken from that

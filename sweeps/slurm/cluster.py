@@ -1,7 +1,7 @@
 """Questions to SLURM and its answers, through its own command-line tools. Not for: what they mean.
 
 Only `-o` formats are read (JSON output differs between releases). A tool that does not answer is an
-error of its own, SlurmError: silence is never read as news about a job.
+error of its own, SlurmError: no answer never counts as an answer about a job.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from relora_core.config import ConfigError, nearest
 ANSWER_S = 60.0
 """How long a tool may take; a busy controller needs tens of seconds."""
 PATIENCE_S = 5.0
-"""After so long a tool that does not answer is named, so that nobody thinks that we hang."""
+"""After so many seconds we print which tool we wait for, so that we do not seem to hang."""
 PAUSE_S = 2.0
 """Between two tries at a controller that is busy or being restarted."""
 SACCT_DAYS = 30
@@ -35,7 +35,7 @@ SCONTROL_MAX = 8
 """How many jobs that neither squeue nor sacct knows are asked for one by one."""
 
 UNLISTED = "UNLISTED"
-"""Our word for a task that SLURM does not list though it lists others of the array: it is over."""
+"""Our state for a task that SLURM does not list though it lists others of the array: it is over."""
 OVER = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL")).union(
     ("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT", UNLISTED)
 )
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def alive(self) -> bool:
-        """It runs or may run yet; a word of a later release counts as alive."""
+        """It runs or may run yet; a state that we do not know counts as alive."""
         return not self.over
 
     @property
@@ -114,7 +114,7 @@ def available() -> bool:
 
 # asking -----------------------------------------------------------------------------------------
 def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
-    """What SLURM knows of these jobs, one question for all; jobs nobody knows are left out.
+    """What SLURM knows of these jobs, in one query; jobs that it does not know are left out.
 
     SlurmError only where squeue does not answer: sacct is not everywhere, and its answer is older.
     """
@@ -445,7 +445,7 @@ def _beyond(nodes: Sequence[_Nodes], *, asked: dict[str, str]) -> list[str]:
 
 
 def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes]) -> list[str]:
-    """The site's word that is nearest to one that SLURM does not know."""
+    """The site's names nearest to those that SLURM does not know."""
     features = sorted({word for one in nodes for word in one.features})
     # SLURM's words for a feature of other nodes only are those for any node that it does not have.
     single = re.fullmatch(r"[\w.-]+", asked.get("constraint", ""))
@@ -511,7 +511,7 @@ def _shown_of(what: str, key: str) -> dict[str, str]:
 
 # acting -----------------------------------------------------------------------------------------
 def may_requeue(job_id: str) -> bool:
-    """Whether a job that has been told to end should requeue itself.
+    """Whether a job that was signalled to end should requeue itself.
 
     Yes while it runs (a warning, the grace of a preemption) and where its time is up. Otherwise
     SLURM requeues it, or its user has cancelled it; and SLURM would requeue that one as well.

@@ -1,7 +1,7 @@
 """Plan -> SLURM job arrays, and back to the prompt: nothing stays behind that could be killed.
 
 One array per resource shape, split where SLURM's arrays end. What a job is to do is written before
-sbatch is called, so a crash at any point leaves either no job or one that is found again by name.
+sbatch is called, so a crash at any point leaves no job, or one that can be identified by name.
 Not for: what happens on the node (`job.py`), nor for what SLURM says (`cluster.py`).
 """
 
@@ -237,7 +237,7 @@ def _each(do: Callable[[T], object], things: Iterable[T]) -> None:
 
 
 def _plan_again(run: RunDir) -> None:
-    """Its earlier lives, and a wish to cancel it, no longer count."""
+    """Reset the run to planned: drop its earlier state and a request to cancel it."""
     run.cancel_path.unlink(missing_ok=True)
     now = run.status()
     if (now.state, now.phase, now.job_id, now.error) != (State.PLANNED, "", None, None):
@@ -286,7 +286,7 @@ _BESIDE: list[subprocess.Popen[bytes]] = []
 
 
 def in_background(output_dir: Path | str, sweep: str) -> Path:
-    """Show the sweep from a process that outlives this one; the file that has what it said."""
+    """Update the sweep in MLflow from a process that outlives this one; returns its log."""
     output_dir = Path(output_dir).absolute()
     log = output_dir / "logs" / "mlflow-sync.log"
     root = str(Path(__file__).resolve().parents[2])

@@ -32,7 +32,7 @@ TRIES = 4
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 """What SLURM sets for a job beside its own variables."""
 SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re.M)
-"""What sbatch says where nobody stands between. Of any other answer we are not sure."""
+"""The answer of an unwrapped sbatch. After any other answer we are not sure (`Unsure`)."""
 
 
 class Unsure(SlurmError):
@@ -223,7 +223,7 @@ class Sbatch:
 
 # lines of its script ----------------------------------------------------------------------------
 def clearing(shape: Shape, *, array: bool) -> list[str]:
-    """Shell lines that take away what is not this job's own, whoever has submitted its script."""
+    """Shell lines that unset variables of other jobs, wherever the script was submitted from."""
     prefixes = (*shell.ELASTIC_PREFIXES, *shell.ACCELERATE_PREFIXES)
     prefixes += ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SLURM_STEP")
     words = [*shell.PLACE, *shell.ELASTIC, *(f"${{!{prefix}@}}" for prefix in prefixes)]
@@ -245,7 +245,7 @@ ENVIRONMENT = (
     "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
     "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
     "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
-    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # since SLURM 22.05 srun asks anew
+    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # srun ignores sbatch's since 22.05
     "ulimit -c 0",
 )
 """Shell lines that give the job's Python its own cores; `setup` may change them."""

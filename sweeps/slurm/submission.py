@@ -106,7 +106,7 @@ def read_submissions(folder: Path) -> list[Submission]:
     for path in folder.glob("*/submission.json"):
         try:
             submissions.append(read_submission(path))
-        except (ValueError, TypeError) as error:  # whose jobs it names nobody can say
+        except (ValueError, TypeError) as error:  # unreadable: we cannot tell its jobs
             raise ConfigError(
                 f"{path} must be a submission as this version writes it ({error}); `squeue --me` "
                 "lists its jobs: when none is left, move it away"
@@ -126,7 +126,7 @@ def submitted_jobs(output_dir: Path | str) -> set[str]:
 
 
 def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
-    """All sweeps' submissions and their folders; of a damaged one nobody can say what it names."""
+    """All sweeps' submissions and their folders; damaged ones are skipped."""
     for path in Path(output_dir).glob("sweeps/*/jobs/*/submission.json"):
         with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
             yield path.parent, read_submission(path)
@@ -139,7 +139,7 @@ def alive(submissions: Iterable[Submission]) -> list[str]:
 
 
 def record_job(file: Path, job_id: str) -> None:
-    """A job's own word on its id, where the command that submitted it has left none."""
+    """Write down this job's own id, if the command that submitted it has not."""
     one = read_submission(file)
     if one.job_id is None:
         one.job_id, one.state, one.error = job_id.partition("_")[0], "submitted", None
@@ -147,10 +147,10 @@ def record_job(file: Path, job_id: str) -> None:
 
 
 def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[Submission]:
-    """Every submission of a sweep; job ids lost between sbatch and disk are found by job name.
+    """Every submission of a sweep; job ids lost between sbatch and disk are looked up by job name.
 
-    What is found is written down only with `write` (the launcher's). SlurmError where an id is
-    missing and SLURM does not answer: nobody knows then whether the job exists.
+    With `write` (for the launcher) they are stored. SlurmError if an id is missing and SLURM does
+    not answer: the job may or may not exist.
     """
     folder = jobs_folder(output_dir, name=name)
     submissions = read_submissions(folder)
@@ -166,7 +166,7 @@ def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[S
 
 
 def unanswered(output_dir: Path | str, name: str) -> set[str]:
-    """Runs of a fresh submission without a job so far: its sbatch may be heard yet."""
+    """Runs of a recent submission without a job id: its sbatch may still be at work."""
     return {
         run_id
         for one in read_submissions(jobs_folder(output_dir, name=name))
@@ -178,10 +178,10 @@ def unanswered(output_dir: Path | str, name: str) -> set[str]:
 
 
 def adopt(output_dir: Path | str, name: str) -> None:
-    """Tell runs that do not know it of their job: its sbatch outlived the command around it."""
+    """Write missing job ids into runs: sbatch succeeded, but the command died before it did so."""
     newest: dict[str, Submission] = {}
     for one in recover(output_dir, name, write=True):
-        if one.kind == "train":  # a run that was asked for anew has no older job, refused or not
+        if one.kind == "train":  # the newest submission counts, even if it was refused
             newest |= dict.fromkeys((run_id for task in one.tasks for run_id in task), one)
     runs = {run_id: run_at(output_dir, run_id) for run_id, one in newest.items() if one.job_id}
     lost = {run_id: run for run_id, run in runs.items() if run.path.exists() and _unaware(run)}

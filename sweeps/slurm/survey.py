@@ -1,7 +1,7 @@
 """What is true of each run of a sweep: its own files first, then SLURM's answer. Reads only.
 
-Absence from squeue is not death: a run is given up (`lost`) only when nobody in SLURM knows its
-job and the run itself has been silent for long; and even that is judged anew each time.
+A job that squeue does not list need not be dead: a run is `lost` only when no SLURM tool knows its
+job and the run has not written for long. This is judged again at each look.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def judge_job(
 
 
 def _is_held(seen: Seen, *, jobs: Mapping[str, Job]) -> bool:
-    """Whether who holds the run's lock is at work, as far as SLURM can tell."""
+    """Whether the process that has the run's lock is at work, as far as SLURM can tell."""
     if seen.holder is None:
         return False
     job_id = seen.holder.get("job_id")
