@@ -61,7 +61,7 @@ def count(number: float) -> str:
 
 
 def tokens(config: RunConfig) -> int:
-    """Training tokens of the whole run."""
+    """Training tokens from first to last step."""
     return config.train.steps * config.train.batch_size * config.data.seq_len
 
 
@@ -138,7 +138,7 @@ def _planned_dir(cell: Cell, output_dir: Path | str | None) -> RunDir:
 
 
 def _hours(cell: Cell, estimates: Mapping[str, Estimate | None]) -> str:
-    """`-` for a run that takes no more, `?` where nothing was measured."""
+    """`-` for a run that needs no more, `?` if nothing was measured."""
     if cell.run_id not in estimates:
         return "-"
     one = estimates[cell.run_id]

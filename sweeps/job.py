@@ -57,7 +57,7 @@ class Work:
 
     runs: list[RunDir]
     requests: list[Path]
-    """Of evaluations, where it is one of those."""
+    """Only for a job of evaluations."""
     packed: int = 1
     """Runs for which the job has cores: a pack may have fewer."""
     study: Path | None = None
@@ -315,7 +315,7 @@ def after(work: Work, *, code: int) -> int:
 
 
 def _after_search(work: Work, study: Path, *, code: int) -> int:
-    """A job that was killed in the midst of a trial goes on with it; any other end is one."""
+    """A job that was killed during a trial requeues itself to resume it; otherwise it is over."""
     from sweeps.search import process
 
     held = process.held(study) if code > SIGNALLED else None

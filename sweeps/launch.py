@@ -125,14 +125,14 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
 
 
 def _frozen(output_dir: Path, cell: Cell) -> Cell:
-    """The cell with its run's own config, which knows where the data lie now."""
+    """The cell with the config stored in its run, which has the current paths of the data."""
     run_dir = run_at(output_dir, cell.run_id)
     there = run_dir.config_path.exists()
     return dataclasses.replace(cell, config=run_dir.config()) if there else cell
 
 
 def same_elsewhere(plan: Plan, output_dir: Path) -> list[str]:
-    """A line for each new run that computes what one of another id, begun before, computes."""
+    """A line for each new run that computes the same as an older run with another id."""
     new = [cell for cell in plan.cells if not run_at(output_dir, cell.run_id).path.exists()]
     others = same_runs([cell.config for cell in new], output_dir=output_dir)
     pairs = zip(new, others, strict=True)

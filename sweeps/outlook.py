@@ -59,7 +59,7 @@ class Outlook(ABC):
         """Print what is to be run and what it may cost."""
 
     def check(self) -> None:
-        """ConfigError where it could not be run, or would cost too much."""
+        """ConfigError if the sweep cannot run or would cost too much."""
         self.launcher.check(self.plan, estimates=self.costs)
         budget.check_budget(self.costs, max_gpu_hours=self.limit, unit=self.launcher.unit)
 
@@ -118,7 +118,7 @@ def one_output_dir(plan: Plan) -> Path:
 
 
 def check_tracking(plan: Plan) -> None:
-    """ConfigError where a run is to be tracked in a way that MLflow does not take."""
+    """ConfigError if a run is to be tracked in a way that MLflow does not take."""
     from experiments.tracking import store as mlflow_store
 
     for config in tracked(plan).values():

@@ -29,7 +29,7 @@ IN_USE = (State.QUEUED, State.RUNNING, State.LOST)
 """States in which a process may be using the run's files."""
 LOADABLE = ("model.safetensors", "progress.json")
 WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
-"""Files of a checkpoint. If it has only LOADABLE (a user kept the weights), it is not removed."""
+"""Files of a checkpoint. One with only LOADABLE (a user kept the weights) is not removed."""
 SNAPSHOT_AGE_S = 3600.0
 """A younger snapshot may belong to a launch that has not written its submission yet."""
 
@@ -41,7 +41,7 @@ class Policy:
     keep_latest: int = 1
     keep_best: int = 0
     metric: str | None = None
-    """Ranks checkpoints; None: perplexity where the run has it, else the training loss."""
+    """Ranks checkpoints; None: perplexity if the run has it, else the training loss."""
     maximize: bool | None = None
     """None: accuracies up, all else down."""
 

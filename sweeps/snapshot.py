@@ -119,7 +119,7 @@ def _readable(text: str) -> str:
 
 
 def _list(root: Path, command: str, *arguments: str) -> list[str] | None:
-    """The names that a git command prints, files with passwords left out; None where it fails."""
+    """The names that a git command prints, without files with passwords; None if it fails."""
     text = git(root, command, "-z", *arguments)
     if text is None:
         return None
@@ -132,7 +132,7 @@ def is_secret(name: str) -> bool:
 
 
 def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> list[str]:
-    """The names outside `output_dir`, also where links lead to it."""
+    """The names that are not below `output_dir`, by its own path or through links."""
     if output_dir is None:
         return names
     bases = {os.path.abspath(root), os.path.realpath(root)}
@@ -264,7 +264,7 @@ def _put(path: Path, entry: Entry) -> None:
 
 
 def _check_apart(root: Path, *, output_dir: Path | str) -> None:
-    """ConfigError where results would lie among the code that is copied."""
+    """ConfigError if results would lie among the code that is copied."""
     within = os.path.relpath(os.path.realpath(output_dir), os.path.realpath(root))
     if within.split(os.sep)[0] in (".", *PARTS):
         raise ConfigError(

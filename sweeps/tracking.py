@@ -36,7 +36,7 @@ def bring_up_to_date(
 def tracker(
     output_dir: Path | str, *, tracking_uri: str | None = None, servers: bool = True
 ) -> Tracker:
-    """One that asks SLURM, where runs are its."""
+    """One that asks SLURM if runs were submitted to it."""
     return Tracker(output_dir, survey=survey, tracking_uri=tracking_uri, servers=servers)
 
 
@@ -47,7 +47,7 @@ def pass_over(
     states: Mapping[str, RunState] | None = None,
     final: bool = True,
 ) -> list[Pass]:
-    """What came of a pass; where not even the plans can be read, that is its one problem."""
+    """The results of a pass; if the plans cannot be read, that is its only problem."""
     try:
         return shower.bring_up_to_date(sweeps, states=states, final=final)
     except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed

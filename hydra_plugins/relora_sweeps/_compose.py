@@ -79,7 +79,7 @@ class Composer:
         return override.type == OverrideType.CHANGE and override.package is None
 
     def compose(self, texts: Sequence[str]) -> DictConfig:
-        """The config that Hydra composes; ConfigError where it refuses the overrides."""
+        """The config that Hydra composes; ConfigError if it refuses the overrides."""
         with schema.explaining(texts):
             config = self._load(list(texts))
         with open_dict(config):

@@ -135,7 +135,7 @@ def _if_needed(create: Callable[..., DictConfig]) -> Callable[..., DictConfig | 
 def _composed_mode(
     self: Any, config_name: str | None, overrides: list[str], parsed: Any = None
 ) -> Any:
-    """`hydra.mode` of the composed config, as in Hydra 1.3; None where it does not compose."""
+    """`hydra.mode` of the composed config, as in Hydra 1.3; None if it does not compose."""
     return super(ConfigLoaderImpl, self).get_mode(config_name, overrides)  # type: ignore[misc]
 
 

@@ -185,7 +185,7 @@ def _agreed(
 
 # how --------------------------------------------------------------------------------------------
 def terminate(run_dir: RunDir) -> bool:
-    """SIGTERM to the process of this host that holds the run; False where there is none."""
+    """SIGTERM to the process of this host that holds the run; False if there is none."""
     holder = run_dir.lock_holder()
     if holder is None or holder["host"] != socket.gethostname():
         return False

@@ -89,7 +89,7 @@ def compare(one: RunDir, two: RunDir) -> dict[str, Section]:
 def _pairs(
     left: Facts, right: Facts, *, keys: Iterable[str] | None = None, absent: str | None = None
 ) -> Pairs:
-    """Both values of each key, by default of all; `absent` where a side has none."""
+    """Both values of each key, by default of all keys; `absent` for a missing one."""
     keys = (left | right) if keys is None else keys
     return {key: (left.get(key, absent), right.get(key, absent)) for key in keys}
 
@@ -146,7 +146,7 @@ def _results(one: RunDir, two: RunDir) -> Pairs:
 
 # code -------------------------------------------------------------------------------------------
 def changed_files(one: RunDir, two: RunDir, *, output_dir: Path | str) -> list[str] | None:
-    """Names of the files that differ between the newest attempts' code; None: not known."""
+    """Names of the files that differ between the newest attempts' code; None: unknown."""
     facts = [_newest_attempt(run) for run in (one, two)]
     a, b = (_frozen_copy(fact, output_dir=output_dir) for fact in facts)
     if a and b:
@@ -176,7 +176,7 @@ def _frozen_copy(facts: Facts, *, output_dir: Path | str) -> Path | None:
 def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, str] | None:
     """File -> what an attempt's code changed in its commit, as stored with a plan of the run.
 
-    Empty where nothing was changed; None where no plan was made from the same code.
+    Empty where nothing was changed; None if no plan was made from the same code.
     """
     if facts.get("dirty") is False:
         return {}

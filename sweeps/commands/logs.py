@@ -65,7 +65,7 @@ class _Log:
         self._observer = Observer()
 
     def newest(self) -> Path | None:
-        """The attempt that was asked for, or the newest; SLURM's file where there is none yet."""
+        """The requested or newest attempt; SLURM's file if there is none yet."""
         numbers = self._attempts()
         if self.attempt is not None and self.attempt not in numbers:
             raise ConfigError(

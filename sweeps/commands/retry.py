@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The launcher's exit code; 0 where there is nothing to do."""
+    """The launcher's exit code; 0 if there is nothing to do."""
     shell.alone("retry")
     where = args.output_dir
     chosen = selection.resolve(where, args.words) if args.words else selection.runs_of(where)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
-    """ConfigError where a run would go on with other data than it was planned with.
+    """ConfigError if a run would go on with other data than it was planned with.
 
     With `accept` that is written down in the runs that it is true of.
     """

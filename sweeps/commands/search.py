@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show and write; 1 where every trial failed."""
+    """Show and write; 1 if every trial failed."""
     folder = find(args.output_dir, name=args.name)
     if args.accept_changed:
         return accept(folder)
@@ -123,7 +123,7 @@ def check_trial(number: int, summary: Results) -> None:
 
 
 def write_experiment(word: str, summary: Results, *, trial: int | None, place: Path | str) -> None:
-    """The best or the given trial as an experiment file; ConfigError where it is not one trial."""
+    """The best or the given trial as an experiment file; ConfigError if it is not one trial."""
     from sweeps.search import recipe, results
 
     numbers = [best.number for best in summary.best] if trial is None else [trial]

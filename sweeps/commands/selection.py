@@ -139,7 +139,7 @@ def is_named(output_dir: Path | str, word: str) -> bool:
 
 # looking ----------------------------------------------------------------------------------------
 def survey(runs: Sequence[Run]) -> dict[str, RunState]:
-    """run_id -> state, with what the scheduler says; steps come from the plan where need be."""
+    """run_id -> state, as the scheduler sees it; a run without steps has the plan's."""
     states = scheduler.survey([run.dir for run in runs])
     return {run.run_id: _with_steps(states[run.run_id], run) for run in runs}
 

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Repeating it changes nothing; 1 where a store does not answer or a run was not synced."""
+    """Repeating it changes nothing; 1 if a store does not answer or a run was not synced."""
 
     uri = None if args.tracking_uri is None else addresses.given(args.tracking_uri)
     args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 on Ctrl-C; 1 where the store does not answer or the server ends by itself."""
+    """0 on Ctrl-C; 1 if the store does not answer or the server ends by itself."""
     from experiments.tracking import server as mlflow_ui
     from experiments.tracking.store import TrackingUnreachable, readable
 

@@ -146,5 +146,5 @@ def launch_local(
 
 
 def cost(config: RunConfig) -> float:
-    """Training FLOPs of the whole run."""
+    """Training FLOPs from first to last step."""
     return float(costs.flops_per_token(config).train) * display.tokens(config)

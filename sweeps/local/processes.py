@@ -92,7 +92,7 @@ class Processes(Generic[T]):
 def open_processes(
     workers: Workers, *, slots: Slots, runs: int, say: Callable[[str], None]
 ) -> Iterator[Processes[Any]]:
-    """None so far; their warm parent, where one is safe and saves time, has begun to import."""
+    """Processes, none started yet; a warm parent begins to import if it is safe and saves time."""
     with contextlib.ExitStack() as stack:
         forks = None
         if workers.parent is not None and runs > 1 and warm.available():

@@ -94,7 +94,7 @@ def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
 
 @cache  # asked for every run of a plan
 def _installed_gpus() -> list[str] | None:
-    """Indices, and UUIDs of GPUs and their slices; None where there are GPUs but no nvidia-smi."""
+    """Indices, and UUIDs of GPUs and their slices; None if there are GPUs but no nvidia-smi."""
     asked = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "-L"]

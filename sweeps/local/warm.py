@@ -59,7 +59,7 @@ class Forked:
 
     parent: Warm
     process: psutil.Process | None
-    """None where it ended before it could be looked up."""
+    """None if it ended before it could be looked up."""
     pid: int
     returncode: int | None = None
 
@@ -117,7 +117,7 @@ class Warm:
         return self.listen() and not self._ready
 
     def fork(self, run_dir: Path, *, log: Path, environment: Mapping[str, str]) -> Forked:
-        """A worker at `run_dir`, its output going to `log`; CannotFork where the parent cannot."""
+        """Fork a worker on `run_dir`, its output appended to `log`; CannotFork if that fails."""
         changes = {k: v for k, v in environment.items() if self.environment.get(k) != v}
         request = {"run_dir": str(run_dir.absolute()), "log": str(log.absolute()), "env": changes}
         assert self.process.stdin is not None

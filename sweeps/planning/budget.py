@@ -68,7 +68,7 @@ class Place:
 
     processes: int = 1
     gpus: float = 0
-    """A share of one where runs are packed."""
+    """A fraction of one if runs are packed."""
     time_limit_h: float | None = None
     """Of one attempt."""
 
@@ -112,7 +112,7 @@ def _rate(run_dir: RunDir) -> Rate | None:
 
 
 def _device(record: Mapping[str, Any], config: RunConfig) -> str:
-    """Of an attempt; KeyError where it is not recorded."""
+    """Of an attempt; KeyError if it is not recorded."""
     gpus = record["gpus"]
     return CPU if config.runtime.device == "cpu" or not gpus else str(gpus[0])
 
@@ -239,7 +239,7 @@ def estimates(
     rates: Sequence[Rate],
     place: Callable[[RunConfig], Place] = lambda config: ONE_PROCESS,
 ) -> dict[str, Estimate | None]:
-    """run_id -> what the rest of each run that the command would queue takes; None: not known."""
+    """run_id -> cost of the rest of each run that the command would queue; None: unknown."""
     hours: dict[str, Estimate | None] = {}
     for cell in cells:
         if to_run(states.get(cell.run_id)):
@@ -252,7 +252,7 @@ def estimates(
 def check_budget(
     estimates: Mapping[str, Estimate | None], *, max_gpu_hours: float | None, unit: str = "GPU"
 ) -> None:
-    """ConfigError where the runs to queue are expected to take more than the budget.
+    """ConfigError if the runs to queue are expected to take more than the budget.
 
     The middle of the estimate decides. A run without an estimate is refused: a budget that let it
     pass would be none.

@@ -48,12 +48,12 @@ def safe_name(text: str) -> str:
 
 
 def sweep_name(points: Sequence[Point], *, experiment: str) -> str:
-    """Made of what varies (`model-relora.r`); of the experiment where nothing does."""
+    """Made of the keys that vary (`model-relora.r`); the experiment's name if none does."""
     return safe_name("-".join(axes(points)) or experiment)
 
 
 def check_name(name: str) -> str:
-    """The user's own sweep name, or ConfigError where it could not be a folder's name."""
+    """The user's own sweep name, or ConfigError if it could not be a folder's name."""
     if name and safe_name(name) == name:
         return name
     raise ConfigError(

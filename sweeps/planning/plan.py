@@ -57,7 +57,7 @@ class Cell:
     """Made of its axes: `model=tiny relora.r=8`; the experiment's where nothing varies."""
     config: RunConfig
     axes: dict[str, str] = field(default_factory=dict)
-    """What tells it from the plan's other runs: `{"model": "tiny", "relora.r": "8"}`."""
+    """What distinguishes it from the plan's other runs: `{"model": "tiny", "relora.r": "8"}`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,7 +169,7 @@ def _names(configs: Sequence[RunConfig], rows: Sequence[dict[str, str]]) -> list
 
 
 def cell_axes(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
-    """For each config the fewest keys that tell all of them apart, with their values as text.
+    """For each config the fewest keys that make all of them distinct, with their values as text.
 
     Keys are tried in a readable order (arm, experiment, method, model, data, then as declared), and
     one that says nothing new, such as a width that follows from the model's name, is left out.
@@ -187,7 +187,7 @@ def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
 
 
 def _telling(rows: list[dict[str, Any]]) -> list[str]:
-    """The fewest keys that tell all of them apart."""
+    """The fewest keys that make all rows distinct."""
     prefixes: list[tuple[Any, ...]] = [() for _ in rows]
     chosen = []
     for key in _in_order(rows):
@@ -222,7 +222,7 @@ def _in_order(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _hashable(row: dict[str, Any], key: str) -> str | None:
-    """The value as text; None where the key does not apply."""
+    """The value as text; None if the key does not apply."""
     return repr(row[key]) if key in row else None
 
 
@@ -430,7 +430,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def load(path: Path) -> Plan:
-    """A stored plan; ConfigError where the file is not one."""
+    """A stored plan; ConfigError if the file is not one."""
     try:
         raw = read_plan(path)
         check_name(raw["name"])

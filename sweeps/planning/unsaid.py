@@ -88,7 +88,7 @@ def _default(key: str, *, config: RunConfig) -> Any:
 
 @functools.cache
 def _option(group: str, name: str) -> dict[str, Any]:
-    """Dotted key -> value of an option of conf/; nothing where it is the user's own."""
+    """Dotted key -> value in an option of conf/; empty if the option is the user's own."""
     path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         return {}

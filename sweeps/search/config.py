@@ -57,7 +57,7 @@ class Constraint:
     bound: float
 
     def excess(self, value: float) -> float:
-        """How far `value` is beyond the bound; <= 0 where it is met."""
+        """How far `value` is beyond the bound; <= 0 if it is met."""
         return value - self.bound if self.at_most else self.bound - value
 
     def text(self) -> str:
@@ -94,13 +94,13 @@ class SearchConfig:
     enqueue: Any = field(default_factory=list)
     """list of {key: value}: settings to try first; what one leaves out is sampled."""
     learn_from: Any = field(default_factory=list)
-    """list[str]: earlier sweeps, finished runs of which a new study knows from the start."""
+    """list[str]: earlier sweeps; a new study starts with what their finished runs showed."""
     storage: str | None = None
     """URL of an Optuna database; null: a journal in the study's folder."""
     max_failures: int = 10
     """So many failed trials in a row end the search."""
     trials_per_job: int = 1
-    """Trials that one scheduler job may take in turn, where the earlier ones ended early."""
+    """Most trials of one scheduler job: it takes another if the one before ended early."""
 
 
 MOST_SEEDS = 10_000
@@ -151,7 +151,7 @@ def constraints_of(config: SearchConfig) -> list[Constraint]:
 
 
 def parse_constraint(text: str) -> Constraint:
-    """`cost/trainable <= 2e6`; ConfigError where it is none."""
+    """`cost/trainable <= 2e6`; ConfigError if it is none."""
     match = re.fullmatch(r"\s*([\w./-]+)\s*(<=|>=)\s*(\S+)\s*", str(text))
     try:
         if match is None:

@@ -26,7 +26,7 @@ DRAWS = 20
 
 
 def draw(study: Study, worker: Worker) -> Trial | None:
-    """A new trial; None where the point that was drawn last is not to be run."""
+    """A new trial; None if the point that was drawn last is refused."""
     grid = _is_grid(study)
     draws = samplers.grid_size(study.spec.space) if grid else DRAWS
     for index in range(draws):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sweeps.search.spec import Spec
 
 _CMAES = ("cma:", "sepcma:", "cmawm:", "x_for_tell")
-"""What begins the names under which CMA-ES keeps its state, which has the space's bounds."""
+"""Prefixes of the attributes in which CMA-ES stores its state, which has the space's bounds."""
 
 
 # what may join ----------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def _first(option: Any, dimension: Dimension) -> list[Any]:
 
 # trials before ----------------------------------------------------------------------------------
 def mark(spec: Spec) -> str:
-    """Of a journal, the trials of which are as the spec's space has them."""
+    """Mark of a journal with all trials fitted to the spec's space."""
     space = {key: to_json(dimension) for key, dimension in spec.space.items()}
     grid = spec.config.seed if spec.config.sampler["name"] == "grid" else None
     text = json.dumps([space, spec.added, grid], sort_keys=True)

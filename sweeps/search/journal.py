@@ -54,7 +54,7 @@ def _cut_torn_line(journal: Path) -> None:
 
 
 def journal_storage(journal: Path) -> JournalStorage:
-    """The storage; raises what Optuna raises where the file does not make sense."""
+    """The storage; lets through what Optuna raises on a damaged file."""
     return JournalStorage(JournalFileBackend(str(journal), lock_obj=_Flock(journal)))
 
 

@@ -155,7 +155,7 @@ class SearchOutlook(Outlook):
 
 
 def begun_notes(spec: Spec, before: Spec) -> list[str]:
-    """What it had learnt, and where the space of a study that has begun grows."""
+    """Lines on what it has learnt, and on keys at which the space of an existing study grows."""
     notes = []
     if spec.learnt:
         sweeps = ", ".join(dict.fromkeys(one["sweep"] for one in spec.learnt))
@@ -167,13 +167,13 @@ def begun_notes(spec: Spec, before: Spec) -> list[str]:
 
 
 def to_do(study: Study, n_trials: int) -> int:
-    """Trials that have not ended of the `n_trials` that there are to be."""
+    """How many of the `n_trials` trials have not ended."""
     ended = sum(n for state, n in study.counts().items() if state != "RUNNING")
     return max(0, n_trials - ended)
 
 
 def close(study: Study, console: Console) -> int:
-    """What the search came to, on disk and on screen; 1 where no trial has a value."""
+    """Write and print the search's results; 1 if no trial has a value."""
     from sweeps.search.results import write_results
 
     name, output_dir = study.name, study.folder.resolve().parents[2]
@@ -198,7 +198,7 @@ def close(study: Study, console: Console) -> int:
 
 # checks -----------------------------------------------------------------------------------------
 def check_corners(spec: Spec) -> list[RunConfig]:
-    """The runs at the ends of the space; ConfigError where one is not valid."""
+    """The runs at the ends of the space; ConfigError if one is not valid."""
     configs = []
     for choices in combinations(spec):
         base = spec.bases[spaces.base_key(choices)]
@@ -235,7 +235,7 @@ def applying(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list
 
 
 def corners(space: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
-    """Points where every dimension is at one of its ends; a choice has as many as it has values."""
+    """Points with every dimension at one of its ends; all values of a choice are ends."""
     ends = {key: _ends(dimension) for key, dimension in space.items()}
     count = 1
     for values in ends.values():

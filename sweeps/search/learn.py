@@ -1,4 +1,4 @@
-"""search.learn_from: what finished runs of earlier sweeps tell a new study, before its first draw.
+"""search.learn_from: what a new study learns from finished runs of earlier sweeps.
 
 A point of the space is learnt where each of the search's seeds has a run that differs from what
 the search would run in nothing that changes the numbers (`identity.essential`). It becomes one of
@@ -44,15 +44,15 @@ class Match:
     source: str
     run: RunDir
     config: RunConfig | None = None
-    """None where the run has not ended."""
+    """None if the run has not ended."""
     params: dict[str, Any] | None = None
-    """Its point, where it is a run of the search's."""
+    """Its point, if the search could have run it."""
     differing: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Key -> value in the run, value in the search: of the keys that are not searched."""
     outside: list[str] = field(default_factory=list)
-    """Searched keys at which the run has no value of the space, where nothing differs."""
+    """Searched keys with values outside the space; only if `differing` is empty."""
     reason: str = ""
-    """Why it is not taken, as it follows a number of runs: `differ in train.steps`."""
+    """Why it is not learnt, worded to follow a number of runs: `differ in train.steps`."""
 
 
 def learn(spec: Spec, *, output_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -283,7 +283,7 @@ def _of_one(reason: str) -> str:
 
 
 def _nothing(spec: Spec, matches: Sequence[Match]) -> str:
-    """The error where nothing is learnt, by the key that is in the way most often."""
+    """The error if nothing is learnt; it names the key that differs most often."""
     often = Counter(key for one in matches for key in one.differing)
     hint = ""
     if often:

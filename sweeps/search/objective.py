@@ -27,7 +27,7 @@ class Verdict:
     """What a trial came to."""
 
     values: list[float] | None = None
-    """One per objective, the mean over seeds; None where a seed lacks one."""
+    """One per objective, the mean over seeds; None if a seed lacks one."""
     constraints: dict[str, float] = field(default_factory=dict)
     """Text of each constraint -> by how much it is broken (<= 0: met)."""
     by_seed: dict[str, list[float]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Verdict:
 
 
 def value(objective: Objective, events: Sequence[dict[str, Any]]) -> float | None:
-    """The objective's number from a run's events; None where it was never logged.
+    """The objective's number from a run's events; None if it was never logged.
 
     NaN counts as the worst.
     """
@@ -51,7 +51,7 @@ def value(objective: Objective, events: Sequence[dict[str, Any]]) -> float | Non
 
 
 def run_value(objective: Objective, run_dir: RunDir) -> float | None:
-    """Of a run that ended; its worst where it diverged."""
+    """Of a run that has ended; the worst value if it diverged."""
     if objective.metric == "cost/gpu_hours":
         return _device_hours(run_dir)
     if objective.metric.startswith("cost/"):
@@ -110,7 +110,7 @@ def judge(search: SearchConfig, runs: Sequence[RunDir]) -> Verdict:
 
 
 def as_objective(constraint: Constraint) -> Objective:
-    """Its metric's last value; where a run diverged, one that breaks the constraint."""
+    """Its metric's last value; if a run diverged, a value that breaks the constraint."""
     direction = "minimize" if constraint.at_most else "maximize"
     return Objective(metric=constraint.metric, direction=direction)
 

@@ -2,8 +2,8 @@
 
     python -P -m sweeps.search.process STUDY
 
-There is no driver: processes meet only in the study. A trial whose process has ended early stays
-this process's own (a requeued job takes it up again) until another sees that the process is gone.
+There is no driver: processes meet only in the study. If a process ends early, its trial
+stays its own (a requeued job resumes it) until another sees that the process will not come back.
 Not for: starting processes (`processes.py`), nor signals (`sweeps/job.py`).
 """
 
@@ -85,7 +85,7 @@ def told(params: Mapping[str, object]) -> str:
 
 
 def gave_up(study: Study) -> bool:
-    """Say so where too many trials in a row have failed."""
+    """Whether too many trials in a row have failed; then print so."""
     reasons = study.failures()
     if len(reasons) < study.config.max_failures:
         return False
@@ -98,7 +98,7 @@ def gave_up(study: Study) -> bool:
 
 
 def changed(study: Study) -> bool:
-    """Say so where what the trials read is not what the search was planned with."""
+    """Whether the trials would read other data than the search was planned with; then print so."""
     try:
         reads.check(study.spec, study.folder)
     except ConfigError as error:
@@ -107,7 +107,7 @@ def changed(study: Study) -> bool:
     return False
 
 
-# owners ------------------------------------------------------------------------------------
+# owners -----------------------------------------------------------------------------------------
 def this_process() -> Worker:
     return Worker(
         host=socket.gethostname(),
@@ -186,7 +186,7 @@ def _job_ids(study: Study) -> list[str]:
 def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
     """Run the trial at each seed, report to the study; whether it ended before its last step.
 
-    None where the process is to end: the trial goes on later, in this job or another.
+    None if the process is to end: the trial goes on later, in this job or another.
     """
     try:
         runs = prepare(trial)
@@ -241,7 +241,7 @@ def prepare(trial: Trial) -> list[RunDir]:
 
 
 def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> Outcome | None:
-    """How the run ended; None where the trial has been given to another process meanwhile."""
+    """How the run ended; None if another process has taken the trial meanwhile."""
     config = run_dir.config()
     listener = SearchSink(trial, stop=stop, index=index)
     listener.hear_again(run_dir)
@@ -307,7 +307,7 @@ class SearchSink:
         self.pruning = before
 
     def judged(self, outcome: Outcome, run_dir: RunDir) -> Outcome:
-        """How the run ended; PRUNED where the trial is to end with this seed."""
+        """How the run ended; PRUNED if the trial should end with this seed."""
         if self.pruner != "wilcoxon" or outcome not in (Outcome.FINISHED, Outcome.DIVERGED):
             return outcome
         values = [
@@ -326,7 +326,7 @@ def trials_per_job(folder: Path | str) -> int:
 
 # the process ------------------------------------------------------------------------------------
 def held(folder: Path | str) -> list[RunDir] | None:
-    """The runs begun of the trial that this job has not ended; None where it has no trial."""
+    """The begun runs of this job's unfinished trial; None if it has no trial."""
     job_id = current_job()
     for trial in running(Study.open(folder)):
         if job_id is not None and _job(trial) == job_id:

@@ -142,7 +142,7 @@ def _short(value: object) -> str:
 
 
 def tracked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """MLflow brought up to date every while, where tracking is on."""
+    """Keep MLflow up to date at intervals, if tracking is on."""
     config = next(iter(Study.open(folder).spec.bases.values()))
     if not config.tracking.enabled:
         return contextlib.nullcontext()

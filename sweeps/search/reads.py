@@ -38,7 +38,7 @@ def changes(spec: Spec, folder: Path) -> list[Change]:
 
 
 def check(spec: Spec, folder: Path) -> None:
-    """ConfigError, one line, where something has changed."""
+    """ConfigError, one line, if something has changed."""
     if changed := changes(spec, folder):
         output_dir, name = folder.resolve().parents[2], folder.resolve().parent.name
         way = command("search", name, "--accept-changed", output_dir=output_dir)
@@ -55,13 +55,13 @@ def accept(folder: Path) -> list[Change]:
 
 
 def as_planned(configs: Iterable[RunConfig], folder: Path) -> list[RunConfig]:
-    """The configs with planned fingerprints where they have those that were taken since."""
+    """The configs with the planned fingerprints in place of those that were accepted since."""
     newest_first = taken(folder)[::-1]
     return [inputs.before(config, newest_first) for config in configs]
 
 
 def hand_on(folder: Path, runs: Sequence[RunDir]) -> None:
-    """Write down in runs that have not ended what the search has taken and they have not."""
+    """Write changes that the search accepted into its unfinished runs that lack them."""
     newest = {change["key"]: change for change in taken(folder)}
     for run_dir in runs if newest else ():
         accepted = inputs.prints(inputs.accepted(run_dir, by=inputs.TRAINING))

@@ -99,7 +99,7 @@ class Best:
 
 @dataclass(kw_only=True, slots=True)
 class Results:
-    """A whole study."""
+    """All results of a study."""
 
     name: str
     goals: list[Objective]
@@ -110,7 +110,7 @@ class Results:
     trials: list[TrialRow]
     """All that were drawn."""
     best: list[Best]
-    """One, or the Pareto front by its first objective; none where no trial is good."""
+    """One, or the Pareto front by its first objective; none if no trial is good."""
     importances: dict[str, dict[str, float]]
     """Metric -> parameter -> share."""
     pruned_steps: int

@@ -65,11 +65,11 @@ class GridSampler(optuna.samplers.GridSampler):
         super().before_trial(study, trial)
 
     def ids(self, trial: FrozenTrial) -> list[int]:
-        """Points that have the trial's parameters; several where it lacks some."""
+        """Grid points with the trial's parameters; several if it lacks some."""
         return [id_ for id_ in range(self._n_min_trials) if self._is_at(id_, trial)]
 
     def knows(self, trial: FrozenTrial) -> bool:
-        """Whether the point that the trial is noted to be at is of this grid, and its own."""
+        """Whether the grid point stored with the trial is of this grid and has its parameters."""
         noted = trial.system_attrs
         same = self._same_search_space(noted["search_space"])
         return same and self._is_at(noted["grid_id"], trial)
@@ -207,7 +207,7 @@ def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
 
 
 def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> None:
-    """ConfigError where the sampler or pruner cannot be made, or cannot do this search."""
+    """ConfigError if the sampler or pruner cannot be made, or cannot do this search."""
     name = config.sampler["name"]
     _check_options("search.sampler", config.sampler, _SAMPLERS[name], given=("seed",))
     _check_options("search.pruner", config.pruner, _PRUNERS[config.pruner["name"]])

@@ -275,7 +275,7 @@ def _types(key: str) -> frozenset[type]:
 
 # conditions -------------------------------------------------------------------------------------
 def condition(key: str, text: str) -> tuple[str, list[str]]:
-    """`method=relora,lora` -> what must have one of which values."""
+    """`method=relora,lora` -> the key, and the values of which it must have one."""
     needed, sign, values = str(text).partition("=")
     words = [word.strip() for word in values.split(",")]
     if not sign or not needed.strip() or not all(words):

@@ -66,7 +66,7 @@ class Spec:
 
     @classmethod
     def read(cls, path: Path) -> Spec:
-        """ConfigError where the file is missing or is none."""
+        """ConfigError if the file is missing or is none."""
         output_dir = path.absolute().parents[3]
         try:
             raw = json_files.parse(path.read_bytes())
@@ -173,7 +173,7 @@ class Spec:
         return dataclasses.replace(new, config=config, id=self.id, learnt=self.learnt)
 
     def _dimension(self, key: str, new: Spec) -> Dimension:
-        """What the key is drawn from now; ConfigError where that lacks some of what it was."""
+        """What the key is drawn from now; ConfigError if earlier values are missing from it."""
         before, now = self.space.get(key), new.space.get(key)
         wider = growth.widened(before, now) if before and now else now
         if wider is None or (self.config.storage and wider != before):
@@ -199,7 +199,7 @@ class Spec:
 def _located(
     config: SearchConfig, bases: Mapping[str, RunConfig], *, output_dir: Path
 ) -> SearchConfig:
-    """`config` with its storage where an earlier version, which wrote it as typed, has it."""
+    """`config` with the path of its storage made absolute: earlier versions wrote it as typed."""
     typed = next((base.output_dir for base in bases.values()), str(output_dir))
     places = frozen.typed_in(typed, output_dir)
     storage = config.storage and located(config.storage, places)

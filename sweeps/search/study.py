@@ -54,7 +54,7 @@ class Study:
 
     @classmethod
     def open(cls, folder: Path | str, *, create: Spec | None = None) -> Study:
-        """The study in `folder`; with `create`, made or continued (then ConfigError where it asks
+        """The study in `folder`; with `create`, made or continued (then ConfigError if it asks
         for something else than before). A lost or damaged journal is rebuilt."""
         path = Path(folder) / "study.json"
         if create is None:
@@ -265,7 +265,7 @@ class Study:
             self._locked = False
 
     def _renew(self) -> None:
-        """Read study.json where a command has written it since: its space may have grown."""
+        """Read study.json if a command has written it since: its space may have grown."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -280,7 +280,7 @@ class Study:
         self._seen = seen
 
     def _mending(self, action: Callable[[], Result]) -> Result:
-        """Once more where the journal turned out to be damaged under way."""
+        """Call `action`; if it fails as on a damaged journal, load the study and call it again."""
         try:
             return action()
         except (ValueError, KeyError, AssertionError):

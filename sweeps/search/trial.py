@@ -227,7 +227,7 @@ def read_records(output_dir: Path, *, study_id: str) -> dict[int, dict[str, Any]
 
 
 def _held(path: Path) -> Iterator[dict[str, Any]]:
-    """The records in a trial.json, none where it is missing or damaged."""
+    """The records in a trial.json, none if it is missing or damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         earlier = record.pop("earlier", [])

@@ -22,7 +22,7 @@ class Batch(Generic[T]):
     tasks: list[list[T]]
     """The runs, or other work, of each task of the array."""
     lane: int = 0
-    """Arrays of one lane run one after another, where `max_parallel` leaves no other way."""
+    """Arrays of one lane run one after another, if `max_parallel` allows nothing else."""
     at_once: int | None = None
     """Tasks at a time."""
 
@@ -45,7 +45,7 @@ class Batch(Generic[T]):
 def batches(
     cells: Sequence[Cell], *, options: SlurmOptions, max_array_size: int | None
 ) -> list[Batch[Cell]]:
-    """One array per shape, split where arrays end; the cap is shared between them."""
+    """One array per shape, split at an array's largest size; the cap is shared between them."""
     by_shape: dict[Shape, list[Cell]] = {}
     for cell in cells:
         by_shape.setdefault(shape_of(cell.config, options), []).append(cell)
@@ -67,7 +67,7 @@ def batches(
 
 
 def arrays(tasks: list[list[T]], *, shape: Shape, cap: int | None) -> list[Batch[T]]:
-    """Tasks of one shape, split where arrays end; at most `cap` run at a time."""
+    """Tasks of one shape, split at the largest size of an array; at most `cap` run at a time."""
     size = cluster.max_array_size()
     parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     made = [Batch(shape=shape, tasks=part) for part in parts]

@@ -85,7 +85,7 @@ class Job:
     name: str = ""
     node: str = ""
     source: str = "squeue"
-    """Which tool said so: squeue, sacct or scontrol."""
+    """The tool that reported it: squeue, sacct or scontrol."""
 
     @property
     def over(self) -> bool:
@@ -189,7 +189,7 @@ def _sacct_recent() -> list[Job]:
 
 
 def _accounted(which: Sequence[str]) -> list[Job]:
-    """Of the accounting, newest record of each job; nothing where there is no accounting."""
+    """The accounting's newest record of each job; empty if there is no accounting."""
     query = ["sacct", "-X", "-n", "-P", *which, "-o", "JobID,State,NodeList,JobName"]
     try:
         answer = _ask(query, tries=1)
@@ -280,14 +280,14 @@ def end_time(job_id: str) -> float | None:
 
 # the site ---------------------------------------------------------------------------------------
 def max_array_size() -> int:
-    """How many tasks an array may have; 1 where the site has no arrays (MaxArraySize=0)."""
+    """How many tasks an array may have; 1 if the site has no arrays (MaxArraySize=0)."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.M)
     return max(1, int(match[1])) if match else ARRAY
 
 
 def time_limit(partition: str) -> tuple[int, str] | None:
     """Minutes that a job may take in the most generous of these partitions (`a,b`; empty: the
-    default one), and SLURM's way to write them; None where there is no limit, or no answer."""
+    default one), and SLURM's way to write them; None if there is no limit, or no answer."""
     try:
         rows = [row.split("|") for row in _ask(_sinfo(partition, "%P|%l")).splitlines()]
     except SlurmError:
@@ -489,7 +489,7 @@ def _licenses(asked: str) -> list[str]:
 
 
 def _associations() -> tuple[list[str], list[str]]:
-    """Accounts and QOS that the accounting grants this user; none where it is not asked."""
+    """Accounts and QOS that this user may use; none if sacctmgr does not answer."""
     who = [f"user={getpass.getuser()}", "format=account,qos"]
     try:
         rows = _ask(["sacctmgr", "-nP", "show", "assoc", "where", *who], tries=1).splitlines()
@@ -501,7 +501,7 @@ def _associations() -> tuple[list[str], list[str]]:
 
 
 def _shown_of(what: str, key: str) -> dict[str, str]:
-    """Name -> the line of `scontrol show`; nothing where it does not answer."""
+    """Name -> the line of `scontrol show`; nothing if it does not answer."""
     try:
         answer = _ask(["scontrol", "-o", "show", what], tries=1)
     except SlurmError:
@@ -539,7 +539,7 @@ def requeue(job_id: str) -> None:
 
 
 def _ask(command: Sequence[str], *, tries: int = 2, forgive: re.Pattern[str] | None = None) -> str:
-    """What the tool prints; tried again where the controller was busy."""
+    """What the tool prints; tried again if the controller was busy."""
     for left in reversed(range(tries)):
         try:
             return _once(command, forgive=forgive)
@@ -582,7 +582,7 @@ def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
 
 
 def _heard(process: subprocess.Popen[str], *, tool: str) -> tuple[str, str]:
-    """What the tool prints; a line on stderr where that takes long, and SlurmError too long."""
+    """What the tool prints; if that takes long, a line on stderr; if too long, SlurmError."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=min(PATIENCE_S, ANSWER_S))

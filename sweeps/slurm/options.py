@@ -162,7 +162,7 @@ def _check_time(text: str, *, key: str, delay_s: int) -> None:
 
 
 def check_cell(config: RunConfig, options: SlurmOptions) -> None:
-    """ConfigError where the run does not suit its processes or its time."""
+    """ConfigError if the run does not suit its processes or its time."""
     shape = shape_of(config, options)
     if config.resources.time is not None:
         _check_time(config.resources.time, key="resources.time", delay_s=options.signal_delay_s)

@@ -20,7 +20,7 @@ from sweeps.slurm.sbatch import submit
 from sweeps.slurm.submission import Submission, recover
 
 SHARING = {"train": ("train", "search"), "search": ("train", "search"), "eval": ("eval",)}
-"""Kind of a submission -> the kinds whose jobs count to its cap."""
+"""Kind of a submission -> the kinds that share its cap."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Queue:
     cap: int | None = None
     """Runs that may run at a time beside those in flight; None: as many as SLURM lets."""
     behind: list[str] = field(default_factory=list)
-    """Jobs to wait for, where the cap leaves no run beside them."""
+    """Jobs to wait for, if the cap allows no run beside them."""
     lanes: dict[int, str] = field(default_factory=dict)
     """Lane -> its newest job."""
 

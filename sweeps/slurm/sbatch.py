@@ -36,7 +36,7 @@ SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re
 
 
 class Unsure(SlurmError):
-    """SLURM may have taken the job and does not say; the next command looks for it."""
+    """SLURM may or may not have accepted the job; the next command looks for it."""
 
 
 # the user's environment -------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def by_site(options: SlurmOptions) -> dict[str, str]:
 
 
 def print_environment(options: SlurmOptions) -> None:
-    """One line on stderr where variables of the user's shell count, or do not."""
+    """Print a line on variables of the user's shell that take effect, or that do not."""
     taken = by_site(options)
     left = [name for name in set_aside() if name.removeprefix("SBATCH_").lower() not in taken]
     own = [n for n in left if os.environ[n] and (n.startswith("SBATCH_") or is_of_a_group(n))]
@@ -283,7 +283,7 @@ def _frozen(code: Path) -> list[str]:
 
 
 def _seen(file: Path, code: Path, *, python: str | None) -> list[str]:
-    """Shell lines that end the job in one line where its node does not see what it needs."""
+    """Shell lines that end the job with one line if its node cannot see a file that it needs."""
     must = dict.fromkeys((str(file), str(code)), "output_dir must be")
     if python is not None:
         must[python] = "this Python, or the one that hydra.launcher.python names, must be"

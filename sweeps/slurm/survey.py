@@ -1,4 +1,4 @@
-"""What is true of each run of a sweep: its own files first, then SLURM's answer. Reads only.
+"""The state of each run of a sweep, from its own files, then SLURM's answer. Reads only.
 
 A job that squeue does not list need not be dead: a run is `lost` only when no SLURM tool knows its
 job and the run has not written for long. This is judged again at each look.
@@ -77,7 +77,7 @@ class _Looking:
         return dataclasses.replace(seen, status=dataclasses.replace(seen.status, job_id=None))
 
     def _folder(self, seen: Seen) -> Path | None:
-        """Of the submission that the run's job is of; None where it is none of ours."""
+        """Folder of the submission that the run's job belongs to; None if the job is not ours."""
         output_dir = seen.path.parents[1]
         if output_dir not in self._folders:
             self._folders[output_dir] = {
@@ -86,7 +86,7 @@ class _Looking:
         return self._folders[output_dir].get(seen.status.job_id or "")
 
     def trace(self, seen: Seen, *, jobs: Mapping[str, Job]) -> Trace:
-        """Of a job that failed or is not listed: of others SLURM's answer says enough."""
+        """Read only for a job that failed or is not listed: for others SLURM's answer is enough."""
         job = jobs.get(seen.status.job_id or "")
         if job is None or job.state not in ("FAILED", cluster.UNLISTED):
             return Trace()
@@ -241,7 +241,7 @@ def _before_the_run(seen: Seen, *, job: Job, trace: Trace) -> str:
 
 
 def _why_it_waits(seen: Seen, *, job: Job) -> str:
-    """Why the job has no node; where it would wait for ever, what to do."""
+    """Why the job has no node, and what to do if it would wait for ever."""
     status = seen.status
     why = job.reason if job.reason not in ("", "None") else job.state
     if "admin" in why.lower():
