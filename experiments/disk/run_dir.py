@@ -320,8 +320,8 @@ class RunDir:
 
     def ended(self) -> State | None:
         """FINISHED or DIVERGED where the run has its result, whatever its status says."""
-        word = (self.result() or {}).get("state")
-        return next((state for state in State if state.done and state == word), None)
+        recorded = (self.result() or {}).get("state")
+        return next((state for state in State if state.done and state == recorded), None)
 
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_json(self.result_path, result)

@@ -137,14 +137,14 @@ def _train(
         if config.tracking.system_metrics:
             sinks.append(stack.enter_context(contextlib.closing(SystemSink(log))))
         with stop.ending() if world > 1 else contextlib.nullcontext():
-            word = train(
+            ending = train(
                 config,
                 checkpoints=run_dir.checkpoints,
                 cache_dir=cache_dir(config.output_dir),
                 sink=Fanout([*sinks, *extra_sinks]),
                 stop=stop,
             )
-        outcome = Outcome(word)
+        outcome = Outcome(ending)
         if outcome is not Outcome.INTERRUPTED:
             seconds = time.time() - started
             result = make_result(run_dir, state=outcome, attempt=attempt, seconds=seconds)
@@ -202,10 +202,10 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
     config = inputs.opened(run_dir, config)
     folder = cache_dir(config.output_dir)
     with stop.ending():
-        word = train(
+        ending = train(
             config, checkpoints=run_dir.checkpoints, cache_dir=folder, sink=NullSink(), stop=stop
         )
-    return Outcome(word)
+    return Outcome(ending)
 
 
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:

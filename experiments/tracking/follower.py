@@ -139,10 +139,10 @@ class Follower:
         assert self._child is not None
         assert self._child.stdout is not None
         for line in self._child.stdout:
-            word, _, rest = line.rstrip("\n").partition(" ")
-            if word == "ready":
+            kind, _, rest = line.rstrip("\n").partition(" ")
+            if kind == "ready":
                 self._experiment_id = rest
-            elif word == "problem":
+            elif kind == "problem":
                 self._problem = rest
             self._settled.set()
         self._settled.set()

@@ -75,8 +75,8 @@ def note(
         f"Records: `{folder}/runs`, plan: `{folder}/sweeps/{view.name}/plan.json`. All of this is "
         "rebuilt from them by `python -m sweeps sync`."
     )
-    room = MAX_NOTE - sum(len(part) + 2 for part in (*top, *bottom))
-    return "\n\n".join([*top, _table(view, summaries, room=room), *bottom])[:MAX_NOTE]
+    space = MAX_NOTE - sum(len(part) + 2 for part in (*top, *bottom))
+    return "\n\n".join([*top, _table(view, summaries, space=space), *bottom])[:MAX_NOTE]
 
 
 def _plain(text: str) -> str:
@@ -115,7 +115,7 @@ def _links(view: SweepView, experiment_id: str, arm_runs: Sequence[str]) -> list
     return [f"[{title}]({address})" for title, address in pages.items()]
 
 
-def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, room: int) -> str:
+def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, space: int) -> str:
     shown = {
         title: metric
         for title, metric in MAIN.items()
@@ -126,7 +126,7 @@ def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, 
         "|---" * (2 + len(shown)) + "|",
     ]
     end = "\n\nMean over the finished seeds [95 % interval of the mean, Student's t]."
-    left = room - len(end) - 80 - sum(len(line) + 1 for line in lines)
+    left = space - len(end) - 80 - sum(len(line) + 1 for line in lines)
     for number, arm in enumerate(view.arms):
         of_arm = summaries.get(arm.arm_id, {})
         cells = [cell(of_arm.get(metric)) for metric in shown.values()]

@@ -123,17 +123,17 @@ class Syncer:
             for name in self._failed:
                 self._seen.pop(name, None)
         marks = {run.run_id: _mark(run, states.get(run.run_id), sweep) for run in runs}
-        news = [run for run in runs if marks[run.run_id] != self._seen.get(run.run_id)]
-        if not news:
+        changed = [run for run in runs if marks[run.run_id] != self._seen.get(run.run_id)]
+        if not changed:
             return report
         files, varying = Artifacts(self._store), self._varying(runs)
         this = _Pass(sweep=sweep, states=states, varying=varying, files=files, report=report)
         try:
             with self._store.writing(wait_s=WAIT_S if final else 0):
-                for done, run in enumerate(news, start=1):
+                for done, run in enumerate(changed, start=1):
                     self._try_run(run, this)
                     self._seen[run.run_id] = marks[run.run_id]
-                    progress(done, len(news))
+                    progress(done, len(changed))
         except Timeout:
             report.busy = True
         report.files = files.problem
@@ -176,19 +176,19 @@ class Syncer:
         config, files, key = self._config(run), this.files, self._store.key
         status = this.states.get(run.run_id) or run.status()  # before the events that it is of
         there, position = self._open(run, config, this)
-        news = record.news(run, position)
-        if news.anew:
+        new = record.news(run, position)
+        if new.anew:
             self._there.remove(run, there)
             there, position = self._open(run, config, this)
-            news = record.news(run, position)
-        self._add_evaluated(run, there, news, before=position)
-        tables = _with_waiting(run, news)
-        if news.points:
-            attempt = {"attempt": news.position.attempt, "began": news.position.began}
+            new = record.news(run, position)
+        self._add_evaluated(run, there, new, before=position)
+        tables = _with_waiting(run, new)
+        if new.points:
+            attempt = {"attempt": new.position.attempt, "began": new.position.began}
             record.save(run, key, dataclasses.replace(position, sending=True, **attempt))
         elif record.position(run, key) is None:
             record.save(run, key, position)
-        wanted = self._wanted(run, config, status, there, news, this)
+        wanted = self._wanted(run, config, status, there, new, this)
         if not files.problem:
             wanted.tags |= _listed(there, tables)
         apply(self._client, there, wanted)
@@ -196,13 +196,13 @@ class Syncer:
             self._log_inputs(there, config)
             text = config_to_json(config)
             described = files.text(there.run, text, "config.json", place=there.place)
-            news.position.described = described
-        news.position.waiting = self._log_tables(there, tables, files)
-        if news.position != position:
-            record.save(run, key, news.position)
-            there.last |= news.position.last
-        this.report.points += len(news.points)
-        this.report.tables += len(tables) - len(news.position.waiting)
+            new.position.described = described
+        new.position.waiting = self._log_tables(there, tables, files)
+        if new.position != position:
+            record.save(run, key, new.position)
+            there.last |= new.position.last
+        this.report.points += len(new.points)
+        this.report.tables += len(tables) - len(new.position.waiting)
 
     def _open(self, run: RunDir, config: RunConfig, this: _Pass) -> tuple[Shown, Position]:
         """The run in MLflow, made where there is none, and how much of the record it has."""
@@ -229,13 +229,13 @@ class Syncer:
         config: RunConfig,
         status: Status | RunState,
         there: Shown,
-        news: News,
+        new: News,
         this: _Pass,
     ) -> Content:
         given = this.sweep.names.get(run.run_id)
         name = given or there.name or record.default_name(config)
         tags = record.tags(run, config, status, name=name)
-        tags["first_attempt"] = str(news.position.attempt)
+        tags["first_attempt"] = str(new.position.attempt)
         arm = tags["arm"]
         tags["mlflow.runColor"] = this.sweep.colours.get(arm) or self._there.colour(arm)
         if this.sweep.parent:
@@ -243,22 +243,22 @@ class Syncer:
         return Content(
             name=given,
             status=MLFLOW_STATUS[status.state],
-            ended=record.ended_ms(status, news.position),
+            ended=record.ended_ms(status, new.position),
             tags=tags,
             passing=PASSING,
             params=record.params(config, varying=this.varying),
-            points=news.points,
+            points=new.points,
         )
 
-    def _add_evaluated(self, run: RunDir, there: Shown, news: News, *, before: Position) -> None:
+    def _add_evaluated(self, run: RunDir, there: Shown, new: News, *, before: Position) -> None:
         """Add evaluations apart from training, without the points that training has shown."""
-        apart = record.evaluated(run, news.position)
-        sent = {(point.key, point.step) for point in news.points}
+        apart = record.evaluated(run, new.position)
+        sent = {(point.key, point.step) for point in new.points}
         for key in {point.key for point in apart.points} & set(before.last):
             sent |= {(key, m.step) for m in self._client.get_metric_history(there.run, key)}
-        news.points += [p for p in apart.points if (p.key, p.step) not in sent]
-        news.tables |= apart.tables
-        news.position = apart.position
+        new.points += [p for p in apart.points if (p.key, p.step) not in sent]
+        new.tables |= apart.tables
+        new.position = apart.position
 
     def _log_inputs(self, there: Shown, config: RunConfig) -> None:
         """What the run reads, as MLflow's datasets."""
@@ -300,11 +300,11 @@ def _mark(run: RunDir, state: RunState | None, sweep: InSweep) -> tuple[Any, ...
     return (*record.mark(run), *judged, sweep.names.get(run.run_id), sweep.parent, colours)
 
 
-def _with_waiting(run: RunDir, news: News) -> dict[str, list[dict[str, Any]]]:
+def _with_waiting(run: RunDir, new: News) -> dict[str, list[dict[str, Any]]]:
     """The new tables, and older ones that MLflow does not have yet."""
-    waiting = [name for name in news.position.waiting if name not in news.tables]
-    older = record.tables(run, news.position) if waiting else {}
-    return {name: older[name] for name in waiting if name in older} | news.tables
+    waiting = [name for name in new.position.waiting if name not in new.tables]
+    older = record.tables(run, new.position) if waiting else {}
+    return {name: older[name] for name in waiting if name in older} | new.tables
 
 
 def _listed(there: Shown, tables: Iterable[str]) -> dict[str, str]:

@@ -329,7 +329,7 @@ def _arm(run: PlannedRun, axes: Mapping[str, str], *, colour: str) -> ArmView:
     return ArmView(
         arm_id=run.arm_id,
         name=spell(_seedless(axes)) or run.experiment,
-        axes={KEYS.get(word, word): value for word, value in _seedless(run.axes).items()},
+        axes={KEYS.get(label, label): value for label, value in _seedless(run.axes).items()},
         colour=colour,
         runs=[],
     )
