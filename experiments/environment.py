@@ -70,7 +70,7 @@ def frozen(root: Path = ROOT) -> dict[str, Any] | None:
 
 @cache
 def git_state(root: Path = ROOT) -> dict[str, Any]:
-    """{"commit", "dirty"}, and "tree_hash" of a frozen copy; empty where git does not say."""
+    """{"commit", "dirty"}, and "tree_hash" of a frozen copy; empty if git gives none."""
     copy = frozen(root)
     if copy is not None:  # git would report the checkout around the copy
         facts = {key: copy[key] for key in ("commit", "dirty", "tree_hash")}
@@ -85,7 +85,7 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
 
 @cache
 def notes(root: Path = ROOT) -> tuple[str, ...]:
-    """A line where the code lies in a checkout and git does not say which commit it is.
+    """A line if the code is in a checkout and git does not say at which commit.
 
     Git may be missing; it refuses a checkout of another owner that is not a safe.directory.
     """

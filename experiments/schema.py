@@ -111,7 +111,7 @@ def to_run_config(cfg: DictConfig, *, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def _check_sections(cfg: DictConfig) -> None:
-    """ConfigError where an interpolation puts something else in place of a section."""
+    """ConfigError if an interpolation puts something that is no section in place of one."""
     # Without types: OmegaConf 2.4 checks them while it resolves, and then does not name the key.
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
 

@@ -94,7 +94,7 @@ def option_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """ConfigError for an argument that Hydra would take for something else than was meant."""
+    """ConfigError for an argument that Hydra would misread."""
     _check_flags(arguments)
     folders = option_folders(arguments)
     for text in overrides_among(arguments):

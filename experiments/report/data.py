@@ -15,7 +15,7 @@ from experiments.identity import scientific
 from relora_core.config import RunConfig, get
 
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
-"""Settings outside the identity, or in it, that a reader wants first."""
+"""Settings that are listed first, whether part of the identity or not."""
 
 
 class Point(NamedTuple):
@@ -42,7 +42,7 @@ class Cost:
 
 @dataclass(kw_only=True, slots=True)
 class Attempt:
-    """Where and with what code an attempt ran, as far as it was written down."""
+    """Where and with what code an attempt ran, as far as it was recorded."""
 
     host: str = ""
     python: str = ""
@@ -71,7 +71,7 @@ class RunData:
     loss_steps: int = 0
     """Updates that the final train/loss is a mean over."""
     curves: dict[str, list[Point]] = field(default_factory=dict)
-    """Metric -> points by step, attempts that were taken back left out."""
+    """Metric -> points by step, without those that a later attempt replaced."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Table -> its newest rows."""
     restarts: list[int] = field(default_factory=list)

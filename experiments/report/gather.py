@@ -156,7 +156,7 @@ def _run(planned: PlannedRun, config: RunConfig, *, states: Mapping[str, RunStat
 
 
 def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
-    """The result's metrics, and evaluations apart from training of the very step it ended at."""
+    """The result's metrics, with those of separate evaluations of the step it ended at."""
     apart = {
         name: points[-1].value
         for name, points in run.curves.items()
@@ -166,7 +166,7 @@ def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _since_log(run: RunData) -> int:
-    """What the final loss of earlier versions was a mean over: the updates since the last log."""
+    """Updates that earlier versions averaged for the final loss: those since the last log."""
     steps = [0, 0, *(point.step for point in run.curves.get(LOSS.key, []))]
     return steps[-1] - steps[-2]
 
@@ -187,7 +187,7 @@ def _attempt(record: Mapping[str, Any]) -> Attempt:
 
 
 def _read_record(run: RunData, run_dir: RunDir) -> None:
-    """Curves, tables, restarts and cost out of events.jsonl, which is read once."""
+    """Fill in curves, tables, restarts and cost from one reading of events.jsonl."""
     events, tables, spans = _kept(run_dir.events_path)
     hours, seconds, world = 0.0, 0.0, 1
     steps, clock = [0], [0.0]
@@ -285,7 +285,7 @@ def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
 
 
 def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
-    """Evaluations apart from training, as further points and tables."""
+    """Add separate evaluations as further points and tables."""
     evaluations = list(results(run_dir))
     if not evaluations:
         return

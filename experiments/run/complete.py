@@ -82,7 +82,7 @@ def _passes(config: RunConfig, rows: int | None) -> list[str]:
 
 
 def prepared_notes(config: RunConfig) -> list[str]:
-    """What is known of a large text only when it is tokenised."""
+    """Notes on a large text that need its tokens."""
     from relora_core import data
 
     rows = data.prepared_rows(config.data, cache_dir=cache_dir(config.output_dir))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from relora_core.model import Decoder
 
 PLAIN = "eval"
-"""The name under which metrics are called as those of training: eval/paloma/perplexity."""
+"""The name for metrics with the same keys as in training: eval/paloma/perplexity."""
 RESERVED = ("dynamics", "perf", "phase", "restart", "train")
 """Groups of metrics that training writes."""
 SAY_EVERY_S = 30.0
@@ -81,7 +81,7 @@ def complete_eval(config: RunConfig, *, eval: EvalConfig) -> EvalConfig:
         f.name: replace(
             getattr(eval, f.name),
             enabled=f.name in digests,
-            every_steps=None,  # a cadence of training, without meaning here
+            every_steps=None,  # only training uses it
             fingerprint=digests.get(f.name),
         )
         for f in dataclasses.fields(eval)
@@ -90,7 +90,7 @@ def complete_eval(config: RunConfig, *, eval: EvalConfig) -> EvalConfig:
 
 
 def check(run_dir: RunDir, *, request: Request) -> None:
-    """ConfigError where a metric's name would stand for two measures of the same run."""
+    """ConfigError if one name would stand for two different metrics of the run."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", request.name) or request.name in RESERVED:
         raise ConfigError(
             "--as must be a name of letters, digits, '.', '_' and '-' other than "

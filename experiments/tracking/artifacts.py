@@ -91,7 +91,7 @@ class Artifacts:
         return local_folder(place or self._client.get_run(run).info.artifact_uri or "")
 
     def _reachable(self) -> bool:
-        """Whether nothing speaks against it; a server's folder on another machine is not made
+        """Whether files may be sent. A folder of a server on another machine must not be made
         here."""
         if self.problem is None and self._place is None:
             self._place = self._client.get_experiment(self._store.experiment_id).artifact_location

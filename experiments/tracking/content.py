@@ -31,10 +31,10 @@ class Content:
     status: str
     """As MLflow names it."""
     ended: int
-    """In milliseconds since the epoch; counts where the status is one of TERMINAL."""
+    """In milliseconds since the epoch; used only if the status is one of TERMINAL."""
     tags: dict[str, str]
     passing: Collection[str]
-    """Tags that go where `tags` has none of them; others stay."""
+    """Tags to remove if `tags` does not have them; all others stay."""
     params: dict[str, str]
     points: Sequence[Point]
     """To be added to its metrics."""
@@ -47,7 +47,7 @@ class Shown:
     run: str
     """MLflow's id of it."""
     place: str | None
-    """Of its files."""
+    """Where its files are."""
     name: str | None
     status: str
     started: int
@@ -60,7 +60,7 @@ class Shown:
 
 
 def shown(run: Run) -> Shown:
-    latest = run.data.to_proto().metrics  # of each key the point with the largest step
+    latest = run.data.to_proto().metrics  # for each key the point with the largest step
     return Shown(
         run=run.info.run_id,
         place=run.info.artifact_uri,
@@ -76,11 +76,11 @@ def shown(run: Run) -> Shown:
 
 
 def differences(shown: Shown, metrics: dict[str, float], *, step: int) -> list[Point]:
-    """Points that make `metrics` what it shows; one that is no longer there becomes NaN, as none
-    can go.
+    """Points to add so that it shows `metrics`. A metric that is not among them becomes NaN, since
+    MLflow cannot remove it.
 
-    Each value has a step of its own, `step` or a later one: of a step with two values MLflow's
-    charts show both.
+    Each value gets an unused step, `step` or a later one: MLflow's charts would show both values
+    of a step.
     """
     removed = {key: math.nan for key in shown.metrics if key not in metrics}
     now = int(time.time() * 1000)
@@ -96,9 +96,9 @@ def _same(shown: float | None, value: float) -> bool:
 
 
 def apply(client: MlflowClient, shown: Shown, wanted: Content) -> None:
-    """Write what differs, in as few calls as MLflow takes: the first points bring the labels.
+    """Write what differs in as few calls as possible: params and tags go with the first points.
 
-    `shown` then says so, but for its metrics.
+    Updates `shown`, except for its metrics.
     """
     from mlflow.entities import Metric, Param, RunTag
 

@@ -98,7 +98,7 @@ class Syncer:
         """Number of runs that were compared, and the keys that differ."""
         self._seen: dict[str, tuple[Any, ...]] = {}
         self._failed: set[str] = set()
-        """Runs that could not be synced."""
+        """Runs to sync again: they failed, or files of theirs did not arrive."""
 
     def sync(
         self,

@@ -69,7 +69,7 @@ BY_ARM = {
 
 
 def _state(**changes: Any) -> dict[str, Any]:
-    """The UI's state, neutral, with `changes`. Any order but that by creation unfolds the runs."""
+    """The UI's default state with `changes`. Any order except by creation unfolds the runs."""
     return {
         "searchFilter": "",
         "orderByKey": "tags.`mlflow.runName`",

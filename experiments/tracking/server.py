@@ -113,7 +113,7 @@ class Server:
 
     def wait_ready(self, *, timeout: float = 120.0) -> None:
         """Returns once pages can be opened; raises ServerFailed."""
-        # A proxy that the environment names is for other hosts.
+        # A proxy in the environment is for other hosts.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         until = time.monotonic() + timeout
         while time.monotonic() < until:
@@ -125,7 +125,7 @@ class Server:
         raise ServerFailed(f"MLflow's server did not answer within {timeout:.0f} s, see {self.log}")
 
     def wait(self) -> None:
-        """Returns never, or raises ServerFailed when the server ends by itself."""
+        """Wait forever; raises ServerFailed when the server ends by itself."""
         self._process.wait()
         raise ServerFailed(self._last_word())
 

@@ -269,7 +269,7 @@ class _Before:
     parent: str | None = None
     """MLflow's id of the sweep's parent run."""
     fingerprint: str = ""
-    """Of the sweep as it was shown; empty where not all of it was."""
+    """Fingerprint of the sweep that is shown; empty if it is shown only in part."""
 
 
 def _fingerprint(view: SweepView) -> str:

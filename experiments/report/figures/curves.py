@@ -113,7 +113,7 @@ class Panel:
     axis: Progress
     scale: Scale = "linear"
     start: float = 0.0
-    """Nothing before it is drawn."""
+    """Points before it are not drawn."""
     lines: list[float] = field(default_factory=list)
     bands: list[float] = field(default_factory=list)
     end: float = 0.0

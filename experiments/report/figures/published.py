@@ -103,7 +103,7 @@ class Published:
                     list(self._dynamics(group, what, kind, measure))
 
     def lay(self, panel: Panel, metric: str) -> list[Series]:
-        """Draw the curves with points within the panel's extent; those that were drawn."""
+        """Draw the curves with points within the panel's extent, and return them."""
         return self._draw(panel, self._series(metric))
 
     def lay_dynamics(
