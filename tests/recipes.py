@@ -48,6 +48,15 @@ def carry_out(recipe: str, *, into: Path) -> list[Path]:
     return list(dict.fromkeys(touched))
 
 
+def lint(touched: list[Path], root: Path) -> None:
+    """Assert that ruff has nothing to say of the code that a recipe gives."""
+    files = [str(path) for path in touched if path.suffix == ".py"]
+    for check in (["check"], ["format", "--check"]):
+        words = [sys.executable, "-m", "ruff", *check, *files]
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
 def start(root: Path, *words: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *map(str, words)],

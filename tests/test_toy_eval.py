@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from experiments.tracking.store import connect
 from relora_core.data.grammar import REGISTERS, documents
-from tests.recipes import NANO, call, carry_out, killed_at, numbers
+from tests.recipes import NANO, call, carry_out, killed_at, lint, numbers
 
 pytestmark = pytest.mark.slow
 METRIC = "eval/lines/nats_per_token"
@@ -50,11 +48,7 @@ def test_the_recipe_touches_four_files(touched, root):
         "relora_core/evals/__init__.py",
         "relora_core/evals/lines.py",
     ]
-    files = [str(path) for path in touched if path.suffix == ".py"]
-    for check in (["check"], ["format", "--check"]):
-        words = [sys.executable, "-m", "ruff", *check, *files]
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+    lint(touched, root)
 
 
 def test_no_run_without_it_is_renamed(root):

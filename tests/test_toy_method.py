@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from experiments.tracking.store import connect
-from tests.recipes import NANO, call, carry_out, killed_at, numbers
+from tests.recipes import NANO, call, carry_out, killed_at, lint, numbers
 
 pytestmark = pytest.mark.slow
 ARMS = ["method=momentum,full_rank", "momentum.decay=0.5,0.75", "eval=none"]
@@ -42,11 +40,7 @@ def test_the_recipe_touches_four_files(touched, root):
         "relora_core/methods/__init__.py",
         "relora_core/methods/momentum.py",
     ]
-    files = [str(path) for path in touched if path.suffix == ".py"]
-    for check in (["check"], ["format", "--check"]):
-        words = [sys.executable, "-m", "ruff", *check, *files]
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+    lint(touched, root)
 
 
 def test_no_run_of_another_method_is_renamed(root):

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 
-def born(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Boot and tick at which a process began: unlike a time, setting the clock does not change it.
 
     None where the system does not say.
@@ -24,11 +24,11 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def lives(pid: int, *, birth: str | None, started: float) -> bool:
+def is_alive(pid: int, *, birth: str | None, started: float) -> bool:
     """Whether the process with this pid is still the one with that birth, or start time."""
     try:
         process = psutil.Process(pid)
-        same = born(pid) == birth if birth else abs(process.create_time() - started) < 1.0
+        same = process_start(pid) == birth if birth else abs(process.create_time() - started) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE  # dead, not yet reaped
     except psutil.NoSuchProcess:
         return _hidden(pid, birth=birth)

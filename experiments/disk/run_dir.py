@@ -34,7 +34,7 @@ import psutil
 from experiments import json_files
 from experiments.disk import frozen
 from experiments.disk.event_log import parse_event
-from experiments.disk.process import born, lives
+from experiments.disk.process import is_alive, process_start
 from experiments.disk.states import State
 from experiments.errors import RunLocked
 from experiments.identity import config_from_json, config_to_json
@@ -213,7 +213,7 @@ class RunDir:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
-            "birth": born(os.getpid()),
+            "birth": process_start(os.getpid()),
             "job_id": current_job(),
         }
         taken = False
@@ -265,7 +265,7 @@ class RunDir:
             return {"host": "?", "pid": 0} if young else None
         if holder["host"] != socket.gethostname():
             return holder
-        at_work = lives(holder["pid"], birth=holder.get("birth"), started=holder["started"])
+        at_work = is_alive(holder["pid"], birth=holder.get("birth"), started=holder["started"])
         return holder if at_work else None
 
     def torn(self) -> list[Path]:

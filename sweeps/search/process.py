@@ -23,7 +23,7 @@ import psutil
 from experiments import notices
 from experiments.disk import inputs
 from experiments.disk.output_dir import cache_dir
-from experiments.disk.process import born, lives
+from experiments.disk.process import is_alive, process_start
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import SILENT_AFTER_S
 from experiments.disk.states import Outcome
@@ -113,7 +113,7 @@ def this_process() -> Worker:
         host=socket.gethostname(),
         pid=os.getpid(),
         started=psutil.Process().create_time(),
-        birth=born(os.getpid()),
+        birth=process_start(os.getpid()),
         job_id=current_job(),
     )
 
@@ -133,7 +133,7 @@ class Gone:
         here = worker.host == socket.gethostname()
         if worker.job_id is not None and (not here or self._is_ours(worker.job_id)):
             return self._job_gone(worker.job_id)
-        return here and not lives(worker.pid, birth=worker.birth, started=worker.started)
+        return here and not is_alive(worker.pid, birth=worker.birth, started=worker.started)
 
     def _is_ours(self, job_id: str) -> bool:
         if self.ours is None:

@@ -41,7 +41,7 @@ class Worker:
     started: float = 0.0
     """psutil's create_time: distinguishes processes of one pid."""
     birth: str | None = None
-    """The same, but not affected by changes of the clock (`process.born`)."""
+    """The same, but not affected by changes of the clock (`process.process_start`)."""
     job_id: str | None = None
     """Of the scheduler; a requeued job keeps it."""
 
