@@ -1,4 +1,4 @@
-"""AdamW over a method's parameter groups, and pruning of its state. Not for: schedules."""
+"""AdamW over all or some of a method's groups, and pruning of its state. Not for: schedules."""
 
 from __future__ import annotations
 
@@ -24,6 +24,33 @@ def build_adamw(
         weight_decay=train.weight_decay,
         fused=True,
     )
+
+
+class SplitAdamW(AdamW):
+    """AdamW; parameters of groups that hold the key `own` are moved by `_update_` instead."""
+
+    own: str
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; a closure is not supported."""
+        assert closure is None
+        targets = [
+            (parameter, parameter.grad, group)
+            for group in self.param_groups
+            if self.own in group
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        for parameter, _, _ in targets:
+            parameter.grad = None  # AdamW passes over what has no gradient
+        super().step()
+        for parameter, gradient, group in targets:
+            parameter.grad = gradient
+            self._update_(parameter, gradient, group)
+
+    def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
 
 
 def set_lr_(optimizer: Optimizer, lr: float) -> None:

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from relora_core.config import projected_shapes
 from relora_core.methods.base import Method
-from relora_core.optim import build_adamw
+from relora_core.optim import SplitAdamW, build_adamw
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def project_back(low: Tensor, *, basis: Tensor, like: Tensor) -> Tensor:
     return basis @ low if rows <= columns else low @ basis.T
 
 
-class GaLoreAdamW(AdamW):
+class GaLoreAdamW(SplitAdamW):
     """AdamW; in groups that hold `galore_r`, its moments are those of the projected gradient.
 
     Such groups hold `galore_update_gap`, `galore_scale` and `galore_moments` too. A target's state
@@ -61,23 +61,7 @@ class GaLoreAdamW(AdamW):
     becomes coordinate i of the new one.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; a closure is not supported."""
-        assert closure is None
-        targets = [
-            (parameter, parameter.grad, group)
-            for group in self.param_groups
-            if "galore_r" in group
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        for parameter, _, _ in targets:
-            parameter.grad = None  # AdamW passes over what has no gradient
-        super().step()
-        for parameter, gradient, group in targets:
-            parameter.grad = gradient
-            self._update_(parameter, gradient, group)
+    own = "galore_r"
 
     def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[weight], group["betas"]
