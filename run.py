@@ -1,4 +1,4 @@
-"""Run one experiment, or with -m a sweep: compose -> RunConfig -> run it here, or launch them all.
+"""Run one experiment in this process, or with -m launch a sweep of them.
 
 python run.py                                        the demo: minutes on a laptop
 python run.py model=small relora.r=32 seed=1         one run

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments import schema
+from experiments.addresses import redacted
 from experiments.disk import inputs
 from experiments.disk.evaluations import all_metrics
 from experiments.disk.named import find_run
@@ -18,8 +20,11 @@ from experiments.disk.state import state_of
 from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
 from experiments.run.complete import complete
+from experiments.tracking.model import find_tracked, log_model
 from relora_core import costs, schedule
 from relora_core.config import ConfigError, RunConfig, validate
+from relora_core.data import DataError, documents
+from relora_core.data.tokenizer import train_tokenizer
 
 EPILOG = """examples:
   python -m experiments describe model=small relora.r=32
@@ -86,9 +91,9 @@ def export(
     """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder.
 
     With `mlflow` it is also logged as a model of the run that MLflow shows. The tokenizer is the
-    run's own copy; `tokenizer` names the one of a run without a copy.
+    run's own copy; `tokenizer` names another, for a run without a copy.
     """
-    from relora_core import checkpoint
+    from relora_core import checkpoint  # torch
     from relora_core.export import check_target, export_run
 
     check_target(folder)
@@ -111,32 +116,20 @@ def export(
         remedy = "--accept-changed exports with what is there now (--tokenizer PATH with another)"
         raise inputs.refusal(opened.changes, remedy=remedy)
     notes += [f"taken as it is now: {change.what}" for change in opened.changes]
-    if not mlflow:
-        notes += export_run(opened.config, checkpoint=steps[step], folder=folder)
-        _write_down(run_dir, opened)
-        return exported | {"notes": notes}
-    from experiments.addresses import redacted
-    from experiments.tracking.model import log_model, tracked
-
-    shown = tracked(run_dir)  # before anything is written
+    tracked = find_tracked(run_dir) if mlflow else None  # raises before anything is written
     notes += export_run(opened.config, checkpoint=steps[step], folder=folder)
-    _write_down(run_dir, opened)
-    model = log_model(shown, folder=folder, step=step)
-    return exported | {
-        "notes": notes,
-        "mlflow_model": model,
-        "tracking_uri": redacted(shown.store.uri),
-    }
-
-
-def _write_down(run_dir: RunDir, opened: inputs.Opened) -> None:
     if opened.changes:
         inputs.accept(run_dir, opened.changes, by="export")
+    exported["notes"] = notes
+    if tracked is not None:
+        exported["mlflow_model"] = log_model(tracked, folder=folder, step=step)
+        exported["tracking_uri"] = redacted(tracked.store.uri)
+    return exported
 
 
 def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[str, Any]:
     """Write a pico-decoder or relora-pico checkpoint as a merged LlamaForCausalLM folder."""
-    from relora_core.export import import_model
+    from relora_core.export import import_model  # torch
 
     notes = import_model(source, folder=folder, tokenizer=tokenizer)
     return {"source": str(source), "path": str(folder), "notes": notes}
@@ -146,9 +139,6 @@ def make_tokenizer(
     source: str, *, folder: Path, vocab_size: int, text_field: str
 ) -> dict[str, Any]:
     """Train a byte-level BPE on txt or jsonl files and write it as `data.tokenizer` takes it."""
-    from relora_core.data import DataError, documents
-    from relora_core.data.tokenizer import train_tokenizer
-
     if (folder / "tokenizer.json").exists() or folder.is_file():
         raise ConfigError(f"DIR must hold no tokenizer yet, got {str(folder)!r}")
     try:
@@ -237,49 +227,50 @@ def build_parser() -> argparse.ArgumentParser:
     help_describe = (
         "the resolved config, run_id, parameters, FLOPs, memory and schedule; no training"
     )
-    one = commands.add_parser("describe", help=help_describe, description=help_describe)
-    one.add_argument(
+    command = commands.add_parser("describe", help=help_describe, description=help_describe)
+    command.add_argument(
         "overrides", nargs="*", help="as for run.py, for example model=small relora.r=32"
     )
-    one.add_argument("--at-steps", type=_steps, default=[], help="0-based updates, comma-separated")
-    one.add_argument(
+    help_at_steps = "0-based updates, comma-separated"
+    command.add_argument("--at-steps", type=_steps, default=[], help=help_at_steps)
+    command.add_argument(
         "--config-dir", "-cd", metavar="DIR", help="options of your own, as for run.py"
     )
-    two = commands.add_parser("show", help="state, attempts and final metrics of a run")
+    command = commands.add_parser("show", help="state, attempts and final metrics of a run")
     help_run = "name, arm or job as `python -m sweeps status` shows it, or part of a run_id"
-    two.add_argument("run", metavar="RUN", help=help_run)
+    command.add_argument("run", metavar="RUN", help=help_run)
     help_export = "write a run's model, adapters merged, as a LlamaForCausalLM folder"
-    three = commands.add_parser("export", help=help_export, description=help_export)
-    three.add_argument("run", metavar="RUN", help=help_run)
-    three.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
-    three.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    command = commands.add_parser("export", help=help_export, description=help_export)
+    command.add_argument("run", metavar="RUN", help=help_run)
+    command.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
+    command.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     help_mlflow = "log it into the run's MLflow run too, for mlflow.pyfunc.load_model"
-    three.add_argument("--mlflow", action="store_true", help=help_mlflow)
-    help_own = "as data.tokenizer (default: the one that the run kept)"
-    three.add_argument("--tokenizer", metavar="PATH", help=help_own)
+    command.add_argument("--mlflow", action="store_true", help=help_mlflow)
+    help_own = "as data.tokenizer (default: the run's own copy)"
+    command.add_argument("--tokenizer", metavar="PATH", help=help_own)
     help_changed = "export with a tokenizer that has changed since, and write that down"
-    three.add_argument("--accept-changed", action="store_true", help=help_changed)
+    command.add_argument("--accept-changed", action="store_true", help=help_changed)
     help_import = "write a pico-decoder or relora-pico checkpoint as a LlamaForCausalLM folder"
-    four = commands.add_parser("import-pico", help=help_import, description=help_import)
-    four.add_argument("source", metavar="SOURCE", type=Path, help="config.json and *.safetensors")
-    four.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
-    four.add_argument("--tokenizer", help="as data.tokenizer (default: SOURCE's own, if any)")
+    command = commands.add_parser("import-pico", help=help_import, description=help_import)
+    command.add_argument("source", metavar="SOURCE", type=Path, help="config.json, *.safetensors")
+    command.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
+    command.add_argument("--tokenizer", help="as data.tokenizer (default: SOURCE's own, if any)")
     help_tokenizer = "train a byte-level BPE on txt or jsonl files, for data.tokenizer=DIR"
-    five = commands.add_parser("tokenizer", help=help_tokenizer, description=help_tokenizer)
-    five.add_argument("source", metavar="DATA", help="as data.path of data=text")
-    five.add_argument("folder", metavar="DIR", type=Path, help="gets tokenizer.json")
-    five.add_argument("--vocab", type=int, default=4096, help="entries (default: %(default)s)")
-    five.add_argument("--text-field", default="text", help="as data.text_field (default: text)")
+    command = commands.add_parser("tokenizer", help=help_tokenizer, description=help_tokenizer)
+    command.add_argument("source", metavar="DATA", help="as data.path of data=text")
+    command.add_argument("folder", metavar="DIR", type=Path, help="gets tokenizer.json")
+    command.add_argument("--vocab", type=int, default=4096, help="entries (default: %(default)s)")
+    command.add_argument("--text-field", default="text", help="as data.text_field (default: text)")
     where = "where everything is (default: outputs)"
     parser.add_argument("--output-dir", help=where)
-    for command in (one, two, three, four, five):  # before or after the command
+    for command in commands.choices.values():  # before or after the command
         command.add_argument("--json", action="store_true", help="for scripts")
         command.add_argument("--output-dir", default=argparse.SUPPRESS, help=where)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 all well, 2 the user's mistake, 1 anything else."""
+    """Run a command line. The exit code: 0, 2 for the user's mistake, 1 for anything else."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "describe" and not any(word.startswith("-") for word in rest):
@@ -288,8 +279,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with reporting():
         if arguments.command == "describe":
-            from experiments import schema
-
             extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
             result = describe(config, at_steps=arguments.at_steps)

@@ -11,15 +11,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 from relora_core import shared
 from relora_core.config import ConfigError, RunConfig, TrackingConfig, nearest
-
-if TYPE_CHECKING:
-    pass
-
 
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
@@ -31,10 +26,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
-    """Raise ConfigError where `tracking.uri` cannot be a store.
+    """ConfigError if `tracking.uri` cannot be a store. Contacts none.
 
-    Contacts none, loads no MLflow. `recorded`: it will stand in the records of runs, where no
-    password may.
+    `recorded`: it will be written into the records of runs, so it may hold no password.
     """
     uri = tracking.uri
     if not tracking.enabled or uri is None:
@@ -69,7 +63,7 @@ def check_uri(tracking: TrackingConfig, *, recorded: bool = True) -> None:
 
 
 def check_home(key: str, uri: str) -> None:
-    """ConfigError where a database's address begins with `~`: SQLite does not expand it."""
+    """ConfigError if a database's address begins with `~`, which SQLite does not expand."""
     dialect, sign, name = uri.partition(":///")
     if sign and dialect.startswith("sqlite") and name.startswith("~"):
         path = quote(os.path.expanduser(unquote(name)), safe="/~")
@@ -101,12 +95,12 @@ def _check_sqlite(uri: str) -> None:
 
 
 def read_only(database: Path) -> str | None:
-    """Why nothing can be written into a database, in a line: SQLite makes files beside it, too."""
+    """A line if we cannot write to a database, or make files beside it as SQLite does."""
     return shared.closed(database) or shared.closed(database.parent)
 
 
 def rooted(path: Path) -> Path:
-    """The path from the root. Links stay links, but where `..` goes up from one."""
+    """The absolute path. Symbolic links are kept, unless the path has a `..`."""
     path = path.absolute()
     return path.resolve() if ".." in path.parts else path
 
@@ -133,36 +127,36 @@ def sqlite_uri(path: Path, *, dialect: str = "sqlite", options: str = "") -> str
 
 
 RELATIVE = re.compile(
-    r"(?P<dialect>sqlite(\+\w+)?):///(?P<name>(?!/|file:|:memory:)[^?]+)(?P<o>.*)"
+    r"(?P<dialect>sqlite(\+\w+)?):///(?P<name>(?!/|file:|:memory:)[^?]+)(?P<options>.*)"
 )
 
 
 def relative_database(uri: str | None) -> bool:
-    """Whether the database that an address names depends on the working directory."""
+    """Whether the address names a database by a path from the working directory."""
     return uri is not None and RELATIVE.fullmatch(uri) is not None
 
 
 def located(uri: str, bases: Sequence[Path], *, new: bool = False) -> str:
-    """The address with its database in the first of `bases` that has it; unchanged if none has.
+    """A relative address made absolute, from the first of `bases` that has the database.
 
-    `new`: in the first of them, even if it is not there.
+    Unchanged if none has it; with `new` the first counts, even so.
     """
     if (match := RELATIVE.fullmatch(uri)) is None:
         return uri
     for path in (rooted(base / unquote(match["name"])) for base in bases):
         if new or path.exists():
-            return sqlite_uri(path, dialect=match["dialect"], options=match["o"])
+            return sqlite_uri(path, dialect=match["dialect"], options=match["options"])
     return uri
 
 
-def given(uri: str) -> str:
-    """An address given to one command: checked, and made absolute."""
+def check_given(uri: str) -> str:
+    """The absolute form of an address that was given to one command; ConfigError if it is bad."""
     check_uri(TrackingConfig(enabled=True, uri=uri), recorded=False)
     return located(uri, [Path.cwd()], new=True)
 
 
 def local_folder(place: str) -> Path | None:
-    """The local folder that an artifact location names; None if it names something else."""
+    """The local folder that an artifact location names, or None."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
@@ -170,8 +164,7 @@ def local_folder(place: str) -> Path | None:
 
 
 def redacted(text: str) -> str:
-    """`text` without the passwords of addresses in it, which may hold any character but white space
-    and quotes."""
+    """`text` without the passwords of addresses in it, of any characters but spaces and quotes."""
     text = re.sub(r"(://[^/@:\s]*):(?!\d+/)[^\s'\"]*@", r"\1:***@", text)
     return re.sub(r"(?i)([?&](?:password|passwd|pwd|\w*token)=)[^\s'\"&]+", r"\1***", text)
 
@@ -201,8 +194,8 @@ def default_uri(output_dir: Path | str) -> str:
     return sqlite_uri(Path(output_dir) / "mlflow.db")
 
 
-def misplaced(uri: str) -> str | None:
-    """One line where an earlier version put this address's database into another folder."""
+def misplaced_note(uri: str) -> str | None:
+    """A line if an earlier version put this address's database into another folder."""
     path = sqlite_path(uri)
     if path is None or path.exists() or "%" not in str(path):
         return None
@@ -216,12 +209,12 @@ def misplaced(uri: str) -> str | None:
 
 
 def store_uri(config: RunConfig) -> str:
-    """The store that a run is tracked in."""
+    """The address of the run's store."""
     return config.tracking.uri or default_uri(config.output_dir)
 
 
 def experiment_name(config: RunConfig) -> str:
-    """The MLflow experiment that holds the run."""
+    """The name of the run's MLflow experiment."""
     return config.tracking.experiment or config.sweep.name or config.experiment
 
 

@@ -37,9 +37,9 @@ class Look(NamedTuple):
 
 
 def looks(runs: Iterable[PlannedRun]) -> dict[str, Look]:
-    """arm_id -> look, of the runs of a plan, in its order.
+    """arm_id -> look, for the runs of a plan in the plan's order.
 
-    An arm's look depends only on the arms before it: arms added to a plan change no other.
+    It depends only on the arms before it, so adding arms to a plan changes no other arm's look.
     """
     families: dict[tuple[str, ...], list[str]] = {}
     arms: dict[str, Look] = {}
@@ -58,7 +58,7 @@ def looks(runs: Iterable[PlannedRun]) -> dict[str, Look]:
 
 
 def least_used(colours: Iterable[str]) -> str:
-    """The colour for an arm outside sweeps, next to arms with these colours."""
+    """A colour for an arm of no sweep: the one that is rarest among `colours`."""
     used = Counter(colour.lower() for colour in colours)
     return min((*OKABE_ITO[:6], *TOL_MUTED), key=lambda colour: used[colour])
 

@@ -1,6 +1,6 @@
-"""What an attempt runs with: code, packages, machine, the scheduler's job. Changes nothing.
+"""What an attempt runs with: code, packages, machine, the scheduler's job.
 
-Not for: copying the code (`sweeps/snapshot.py`). Imports no torch.
+Not for: copying the code (`sweeps/snapshot.py`).
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
 
 @cache
 def notes(root: Path = ROOT) -> tuple[str, ...]:
-    """A line if the code is in a checkout and git does not say at which commit.
+    """A line if the code is in a git checkout, but its commit cannot be read.
 
-    Git may be missing; it refuses a checkout of another owner that is not a safe.directory.
+    Git may be missing, or the checkout may be another user's and no `safe.directory`.
     """
     if frozen(root) or not any((folder / ".git").exists() for folder in (root, *root.parents)):
         return ()
@@ -104,7 +104,7 @@ def notes(root: Path = ROOT) -> tuple[str, ...]:
 
 
 def git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
-    """git's output at `root`, None if it fails. Writes nothing, not even git's index."""
+    """git's output at `root`, None if it fails. Git takes no locks and leaves its index alone."""
     try:
         done = _run(root, *arguments)
     except (OSError, subprocess.TimeoutExpired):
@@ -163,7 +163,7 @@ def gpus() -> list[str]:
 
 
 def gpu_asked(config: RunConfig) -> str | None:
-    """What asks for a GPU for a run of this config; None where nothing does, or a CPU is wanted."""
+    """The setting that asks for a GPU for this run; None if none does, or a CPU is wanted."""
     if config.runtime.device == "cpu":
         return None
     if config.runtime.device == "cuda":
@@ -175,17 +175,18 @@ def gpu_asked(config: RunConfig) -> str | None:
 
 
 def check_gpu(config: RunConfig) -> None:
-    """ConfigError where a GPU is asked for and this process finds none. May import torch."""
+    """ConfigError if a GPU is asked for and this process finds none."""
     asked = gpu_asked(config)
     if asked is None:
         return
-    import torch
+    import torch  # a second, which a run on a CPU need not wait for here
 
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise no_gpu(config, asked)
 
 
 def no_gpu(config: RunConfig, asked: str) -> ConfigError:
+    """The error if there is no GPU, and `asked` (as of `gpu_asked`) asks for one."""
     device = config.runtime.device
     return ConfigError(
         f"runtime.device must be cpu here (no GPU found), got {device!r} with {asked}"

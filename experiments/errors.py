@@ -43,12 +43,12 @@ def fail(line: str, *, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """What goes wrong inside ends the process with one line: no traceback for a user's mistake."""
+    """Context in which an error ends the process with one line, without a traceback."""
     try:
         yield
     except ConfigError as error:
         fail(str(error), code=2)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has read its lines and ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (DataError, RunLocked, OSError) as error:

@@ -1,7 +1,7 @@
-"""run_id and arm_id: digest of everything that changes what a run computes, and a readable label.
+"""run_id and arm_id: a readable label, and a digest of everything that changes the numbers.
 
-A digest covers the *full* scientific config, not its difference to the defaults: a changed default
-must not make an old and a new experiment share a name. Not for: anything that touches disk.
+The digest covers the *full* scientific config, not its difference to the defaults: otherwise a
+changed default would make an old and a new experiment share a name.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from relora_core.config import RunConfig, applies, get, runs_eval, walk
 
 SCHEMA_VERSION = 1
 """Part of every digest; raised when the meaning of an existing knob changes."""
-SAID_WHEN_OFF = ("eval.paloma.enabled", "eval.blimp.enabled")
-"""Part of every digest since the first run; an eval added later only where it is on."""
+DIGESTED_WHEN_OFF = ("eval.paloma.enabled", "eval.blimp.enabled")
+"""Part of every digest; evals added later are part of it only if they are on."""
 
 
 def scientific(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value of every knob that changes what the run computes.
+    """Dotted key -> value of every knob that a run's identity depends on.
 
     Left out: knobs marked `scientific=False`, knobs of methods and data kinds that are not
     selected, evals that are off, and later-added knobs at the value that means "as before".
@@ -34,7 +34,7 @@ def scientific(config: RunConfig) -> dict[str, Any]:
             continue
         if "as_before" in meta and value == meta["as_before"]:
             continue
-        if key.startswith("eval.") and key not in SAID_WHEN_OFF:
+        if key.startswith("eval.") and key not in DIGESTED_WHEN_OFF:
             section = key.rsplit(".", 1)[0]
             if not get(config, f"{section}.enabled"):
                 continue
@@ -43,10 +43,10 @@ def scientific(config: RunConfig) -> dict[str, Any]:
 
 
 def essential(config: RunConfig) -> dict[str, Any]:
-    """Like `scientific`, but alike for all configs that compute the same numbers.
+    """Like `scientific`, but equal for any two configs that compute the same numbers.
 
-    Knobs that another one rules out are left out, and values that mean the same are one (`moot` and
-    `same_as` in their metadata). Not part of an id: that would rename runs that exist.
+    Leaves out knobs that another one rules out (`moot` in their metadata), and replaces values by
+    what they mean (`same_as`). Not used for ids: that would rename existing runs.
     """
     essentials = {}
     for key, f, value in walk(config):
@@ -65,7 +65,7 @@ def essential(config: RunConfig) -> dict[str, Any]:
 
 
 def plain_keys(config: RunConfig) -> list[str]:
-    """Keys of `essential` at which configs of this method and kind of data must simply agree."""
+    """Keys of `essential` that equal configs of this method and kind of data have in common."""
     return [
         key
         for key, f, _ in walk(config)
@@ -82,7 +82,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def label(config: RunConfig) -> str:
-    """Readable part of the ids: model and method with what tells its runs apart at a glance."""
+    """Readable part of the ids: model, method, the knobs marked `label`, and kind of data."""
     parts = [config.model.name, config.method.replace("_", "")]
     for _, f, value in walk(config):
         if (letter := f.metadata.get("label")) and applies(f.metadata, config):
@@ -94,12 +94,12 @@ def label(config: RunConfig) -> str:
 
 
 def arm_id(config: RunConfig) -> str:
-    """The setting regardless of seed."""
+    """Id of the setting regardless of seed."""
     return ids(config)[1]
 
 
 def run_id(config: RunConfig) -> str:
-    """The setting at its seed; the name of the run's directory."""
+    """Id of the setting at its seed; also the name of the run's folder."""
     return ids(config)[0]
 
 
@@ -111,12 +111,12 @@ def ids(config: RunConfig) -> tuple[str, str]:
 
 
 def config_to_json(config: RunConfig) -> str:
-    """The whole config, also what is outside the identity, as it is frozen in a run directory."""
+    """The config as it is frozen in a run's folder, with what is not part of the identity."""
     return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
 def config_from_json(text: str) -> RunConfig:
-    """Inverse of `config_to_json`. Knobs added since take defaults; removed ones are refused."""
+    """Inverse of `config_to_json`; ValueError if it does not fit. Newer knobs take defaults."""
     return _build(RunConfig, json_files.parse(text), "")
 
 

@@ -1,4 +1,4 @@
-"""JSON of runs and sweeps, read with distrust: disks, editors and other versions write to it too.
+"""JSON files of runs and sweeps, checked as they are read: disks fail, and people edit files.
 
 Not for: what the files mean (`run_dir.py`, `sweeps/planning/plan.py`).
 """
@@ -17,7 +17,7 @@ from relora_core.config import ConfigError
 
 
 class Damaged(ConfigError):
-    """A file whose content is not as it was written; one line that names it."""
+    """A file's content is not as it was written; the message is one line and names the file."""
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def parse(text: str | bytes) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError where there is none, Damaged where it is bad."""
+    """The JSON object in a file. Raises FileNotFoundError, or Damaged."""
     try:
         return parse(path.read_bytes())
     except ValueError as error:
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def fits(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON can stand for a field of this type; an integer for a float too."""
+    """Whether a JSON value is of this type; an integer also fits a float."""
     if kind is Any:
         return True
     if kind is float:
@@ -59,12 +59,15 @@ def fits(kind: Any, value: Any) -> bool:
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
-    """Resolving them takes most of the time of reading a config, and a sweep has thousands."""
+    """Field -> type. Cached: a sweep reads thousands of configs, mostly waiting for this."""
     return get_type_hints(cls)
 
 
-def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
-    """The fields of `cls` in `raw`; ValueError where one does not fit. Others are ignored."""
+def read_fields(cls: type, raw: dict[str, Any], *, where: str = "") -> dict[str, Any]:
+    """The entries of `raw` that are fields of the dataclass; ValueError if one does not fit.
+
+    `where` is put before the field's name in the message.
+    """
     names = {f.name for f in dataclasses.fields(cls)}
     fields = {key: value for key, value in raw.items() if key in names}
     for key, value in fields.items():
@@ -73,18 +76,19 @@ def known(cls: type, raw: dict[str, Any], *, where: str) -> dict[str, Any]:
     return fields
 
 
-def sound(record: dict[str, Any], kinds: dict[str, Any], *, whole: bool = True) -> bool:
-    """Whether these keys have their types; with `whole` an absent key counts as null."""
-    names = [name for name in kinds if whole or name in record]
+def has_types(record: dict[str, Any], kinds: dict[str, Any], *, partial: bool = False) -> bool:
+    """Whether the keys of `kinds` have these types. An absent key counts as null, or, if
+    `partial`, as well typed."""
+    names = [name for name in kinds if name in record or not partial]
     return all(fits(kinds[name], record.get(name)) for name in names)
 
 
 def names_folder(name: Any) -> bool:
-    """Whether it can name a folder, and cannot lead out of its parent."""
+    """Whether it is the name of a folder, not a path that leads elsewhere."""
     if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or len(name) > 200:
         return False
     return Path(name).name == name
 
 
-ODD = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file of a run may raise."""

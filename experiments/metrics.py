@@ -1,6 +1,6 @@
-"""The metrics that tables, figures and MLflow's pages show: the loss, and what evals name.
+"""The metrics that tables, figures and MLflow's pages show: the loss, and the evals' headlines.
 
-Not for: values of metrics, nor how a page looks.
+The evals load numpy, which `--help` and a single run do without at their start.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ LOSS = Metric(
 @cache
 def headline() -> tuple[Metric, ...]:
     """All of them, the loss first."""
-    from relora_core.evals import REGISTRY  # numpy, for which `--help` need not wait
+    from relora_core.evals import REGISTRY  # numpy
 
     return (LOSS, *(metric for spec in REGISTRY.values() for metric in spec.headline))
 
 
 @cache
 def columns() -> dict[str, str]:
-    """Heading -> key, of the few that narrow tables show."""
+    """Heading -> key of those that narrow tables show."""
     return {metric.column: metric.key for metric in headline() if metric.column}
 
 
@@ -34,8 +34,8 @@ def charted() -> list[Metric]:
 
 
 def goes_up(key: str) -> bool:
-    """Whether more is better, as far as the metric's name says it."""
-    from relora_core.evals import REGISTRY
+    """Whether more is better, judged by the metric's name."""
+    from relora_core.evals import REGISTRY  # numpy
 
     spec = REGISTRY.get(key.split("/")[1]) if "/" in key else None
     return spec.headline[0].better == "higher" if spec else "accuracy" in key

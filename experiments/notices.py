@@ -1,6 +1,6 @@
-"""What a plan should say of runs that are to be compared with each other. Reads configs alone.
+"""Notices on configs that will be compared with each other. Reads nothing else.
 
-Not for: what one config may not do as expected (`relora_core/schedule.py`).
+Not for: notices on a single config (`relora_core/redraws.py`).
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from relora_core.config import ADAPTERS, RunConfig
 
 
 def across(configs: Iterable[RunConfig], *, seeds: int = 1) -> list[str]:
-    """One line each; `seeds` is how many each of the configs is run with."""
+    """All notices, one line each; `seeds`: the number of seeds that each config is run with."""
     configs = list(configs)
     return [*scales(configs), *fixed_order(configs, seeds=seeds)]
 
 
 def scales(configs: Iterable[RunConfig]) -> list[str]:
-    """Ranks that are compared at one alpha differ in their scale, too."""
+    """A notice for each alpha at which several ranks are compared: their scales differ, too."""
     ranks: dict[float, set[int]] = {}
     for config in configs:
         relora = config.relora
         if config.method in ADAPTERS and relora.r and relora.scaling == "standard":
             ranks.setdefault(relora.alpha, set()).add(relora.r)
     lines = []
-    for alpha, of in ranks.items():
-        if len(of) > 1:
-            some = ", ".join(f"{alpha / r:.3g} at r={r}" for r in sorted(of)[:4])
-            more = ", ..." if len(of) > 4 else ""
+    for alpha, compared in ranks.items():
+        if len(compared) > 1:
+            some = ", ".join(f"{alpha / r:.3g} at r={r}" for r in sorted(compared)[:4])
+            more = ", ..." if len(compared) > 4 else ""
             lines.append(
                 f"relora.r varies at relora.alpha={alpha:g}, and with it the scale alpha / r "
-                f"({some}{more}): relora.scale={alpha / min(of):g} keeps it the same"
+                f"({some}{more}): relora.scale={alpha / min(compared):g} keeps it the same"
             )
     return lines
 
 
 def fixed_order(configs: Iterable[RunConfig], *, seeds: int = 1) -> list[str]:
-    """Seeds that leave the order of the data as it is do not measure its effect."""
-    seen: dict[str, set[int]] = {}
+    """A notice for each kind of data whose order does not depend on the seed."""
+    seeds_of: dict[str, set[int]] = {}
     for config in configs:
         data = config.data
         if data.kind == "pretokenized" or (data.kind == "text" and not data.shuffle_rows):
-            seen.setdefault(data.kind, set()).add(config.seed)
+            seeds_of.setdefault(data.kind, set()).add(config.seed)
     return [
         f"seeds do not change the order of the data (data={kind}"
         + (", data.shuffle_rows=false" if kind == "text" else "")
         + "): intervals over them speak of weights, dropout and restarts alone"
-        for kind, of in seen.items()
-        if max(len(of), seeds) > 1
+        for kind, different in seeds_of.items()
+        if max(len(different), seeds) > 1
     ]

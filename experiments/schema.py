@@ -1,4 +1,4 @@
-"""Overrides -> a typed RunConfig: where Hydra and OmegaConf meet dataclasses; what is refused.
+"""Overrides -> RunConfig: composes with Hydra, converts to dataclasses, refuses what is not safe.
 
 Not for: what a typo should have been (`typos.py`).
 """
@@ -34,7 +34,7 @@ from relora_core.config import ALPHA, ConfigError, RunConfig, get, scaled, walk
 
 HYDRA_1_4 = tuple(map(int, hydra_version.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
-"""For `hydra.main` and `initialized`. Without it Hydra 1.3 behaves like 1.1; with it 1.4 warns."""
+"""Without it Hydra 1.3 behaves like 1.1; with it Hydra 1.4 warns."""
 INSTANTIATING = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()")
 """Keys that name code for Hydra, or Python's logging, to call."""
 LOGGING = ("logging.StreamHandler", "logging.NullHandler", "logging.Formatter")
@@ -48,7 +48,7 @@ FIXED: dict[str, Any] = {
     "job.env_set": {},
     "job.env_copy": [],
 }
-"""Keys of `hydra` that conf/config.yaml fixes, as nothing here acts on them."""
+"""Keys of `hydra` that only conf/config.yaml may set: nothing here acts on them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +66,7 @@ def register() -> None:
 
 
 def store(**options: Any) -> None:
-    """Put a node into Hydra's store, perhaps in place of another."""
+    """Put a node into Hydra's store; an existing one is replaced."""
     # without `replace` Hydra 1.4 warns
     replacing: dict[str, Any] = {"replace": True} if HYDRA_1_4 else {}
     ConfigStore.instance().store(**options, **replacing)
@@ -81,7 +81,7 @@ def initialized() -> contextlib.AbstractContextManager[None]:
 def to_run_config(cfg: DictConfig, *, overrides: Sequence[str] = ()) -> RunConfig:
     """A composed config as dataclasses; ConfigError if a value is missing or of the wrong type.
 
-    `overrides` are those that it was composed of: they decide between an alpha and a scale.
+    `overrides` are those it was composed with: a scale among them replaces a file's alpha.
     """
     try:
         if "hydra" in cfg:
@@ -111,7 +111,7 @@ def to_run_config(cfg: DictConfig, *, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def _check_sections(cfg: DictConfig) -> None:
-    """ConfigError if an interpolation puts something that is no section in place of one."""
+    """ConfigError if an interpolation gives a section a value that is no section."""
     # Without types: OmegaConf 2.4 checks them while it resolves, and then does not name the key.
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
 
@@ -150,7 +150,7 @@ def _put(config: RunConfig, key: str, value: Any) -> None:
 
 
 def refuse_search(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """ConfigError where a search is configured, but the sweeper does not search."""
+    """ConfigError if a search is configured, but the sweeper does not search."""
     configured = any(text.lstrip("+~").startswith("search.") for text in overrides)
     if configured or (OmegaConf.is_dict(cfg.search) and cfg.search.get("space")):
         raise ConfigError(
@@ -159,7 +159,7 @@ def refuse_search(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 
 def refuse_sweep(hydra: Any) -> None:
-    """ConfigError where a single run would ignore a choice that is made for many."""
+    """ConfigError if a launcher, sweeper or axes are chosen, which one run would ignore."""
     choices, sweeper = hydra.runtime.choices, hydra.sweeper
     if "LocalLauncher" not in hydra.launcher._target_:
         raise ConfigError(
@@ -175,9 +175,9 @@ def refuse_sweep(hydra: Any) -> None:
 
 
 def refuse_code(cfg: DictConfig) -> None:
-    """ConfigError where a config names code for Hydra to call, other than a launcher or a sweeper.
+    """ConfigError if a config names code for Hydra to call, other than our launchers and sweepers.
 
-    Hydra itself refuses some names (`os.system`), but does not know all that would do harm.
+    Hydra itself refuses a few names, such as `os.system`; others could do harm as well.
     """
     plugins = Plugins.instance().class_name_to_class
     for section in ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging"):
@@ -197,7 +197,7 @@ def refuse_code(cfg: DictConfig) -> None:
 
 
 def refuse_places(cfg: DictConfig) -> None:
-    """ConfigError where a file sets what Hydra would do around a run: nothing here does it."""
+    """ConfigError if a file sets a key of FIXED."""
     plain: Any = OmegaConf.to_container(cfg.hydra, resolve=False) if "hydra" in cfg else None
     for key, fixed in FIXED.items() if isinstance(plain, dict) else ():
         section, _, name = key.rpartition(".")
@@ -210,7 +210,7 @@ def refuse_places(cfg: DictConfig) -> None:
 
 
 def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is nested in dicts and lists."""
+    """(dotted key, value) of every entry of nested dicts and lists."""
     inside = value.items() if isinstance(value, dict) else enumerate(value or ())
     for key, item in inside:
         yield f"{prefix}.{key}", item
@@ -219,7 +219,7 @@ def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def compose(overrides: list[str], *, config_dir: str | None = None) -> RunConfig:
-    """The config that `python run.py OVERRIDES` would run; ConfigError where it would refuse.
+    """The config that `python run.py OVERRIDES` would run; ConfigError if it would refuse.
 
     `config_dir` is a folder of further options, like --config-dir of run.py.
     """
@@ -251,9 +251,9 @@ def _with_folder(config_dir: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explaining(arguments: Sequence[str]) -> Iterator[None]:
-    """A context in which errors of Hydra become a ConfigError of one line.
+    """A context that turns Hydra's errors into a ConfigError of one line.
 
-    Arguments that Hydra would misread are refused at once.
+    Arguments that Hydra would misread are refused on entry.
     """
     try:
         typos.check_arguments(arguments)
@@ -273,7 +273,7 @@ def explaining(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _keys(values: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of nested dicts, of leaves and sections."""
+    """Dotted keys of nested dicts, sections included."""
     for key, value in values.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -287,11 +287,11 @@ def _set(cfg: DictConfig, key: str, value: Any) -> None:
         raise ConfigError(typos.explain_value(error)) from None
 
 
-class Base:
-    """A composed config, of which copies are made that differ in some values.
+class Template:
+    """A composed config from which the configs of a grid are made: copies with other values.
 
-    OmegaConf takes 10 ms to copy and convert a config, and a grid has thousands. So it checks and
-    converts each new value once, and only dataclasses are copied.
+    OmegaConf takes 10 ms to copy and convert a config. Here it checks and converts each value once,
+    and only dataclasses are copied.
     """
 
     def __init__(self, cfg: DictConfig, *, overrides: Sequence[str] = ()) -> None:
@@ -303,7 +303,7 @@ class Base:
         self._leaves = {key for key, _, _ in walk(self._config)} if self._config else set()
 
     def changed(self, values: dict[str, Any]) -> RunConfig:
-        """The config with typed values set at dotted keys; ConfigError where one does not fit."""
+        """The config with values set at dotted keys; ConfigError if one is of the wrong type."""
         overrides = [*self._overrides, *values]
         if self._config is None or not all(map(self._is_plain, values, values.values())):
             cfg = self.cfg.copy()
@@ -318,11 +318,11 @@ class Base:
         return _scaled(made, overrides)
 
     def _is_plain(self, key: str, value: Any) -> bool:
-        """Whether the value is independent of all others."""
+        """Whether the value neither refers to others nor is missing."""
         return key in self._leaves and value != "???" and "${" not in str(value)
 
     def _checked(self, key: str, value: Any) -> Any:
-        """The value in the type of its key; ConfigError where it does not fit."""
+        """The value converted to its key's type; ConfigError if it does not fit."""
         entry = key, repr(value)
         if entry not in self._typed:
             _set(self._scratch, key, value)

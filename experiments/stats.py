@@ -1,7 +1,7 @@
 """Estimates and comparisons over seeds: pure functions of numbers.
 
-Values that are not finite are left out of means, and results count them. Not for: choosing which
-runs to average, nor tests of BLiMP's paradigms (`blimp_tests.py`).
+Means leave out values that are not finite; results count them. Not for: choosing the runs to
+average, nor tests of BLiMP's paradigms (`blimp_tests.py`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class SeedsNeeded:
     """Seeds of each arm with which a test at 5 % finds the gap four times in five."""
 
     n: int | None = None
-    """None above MAX_SEEDS and where it cannot be computed; `text` says which."""
+    """None if it is above MAX_SEEDS or cannot be computed; `text` says which."""
     text: str = "not known"
     assumes: str = "the gap and the spread seen are the true ones; few seeds know both only roughly"
 
@@ -150,20 +150,20 @@ def compare(
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment: holds the chance of any false positive in the family.
+    """Holm's (1979) step-down adjustment, which controls the family-wise error rate.
 
-    None, a comparison that could not be tested, stays None and does not count in the family.
+    None, a comparison that could not be tested, stays None and is not part of the family.
     """
     tested = sorted(p for p in p_values if p is not None)
-    adjusted, reached = dict[float, float](), 0.0
+    adjusted, largest = dict[float, float](), 0.0
     for rank, p in enumerate(tested):
-        reached = max(reached, min(1.0, (len(tested) - rank) * p))
-        adjusted.setdefault(p, reached)
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        adjusted.setdefault(p, largest)
     return [None if p is None else adjusted[p] for p in p_values]
 
 
 def seeds_needed(differences: Sequence[float]) -> SeedsNeeded:
-    """Common seeds with which a paired t-test would resolve the mean of `differences`."""
+    """Number of common seeds at which a paired t-test would detect the mean of `differences`."""
     usable = [value for value in differences if finite(value)]
     sd = statistics.stdev(usable) if len(usable) > 1 else 0.0
     if sd <= ROUNDING * max(map(abs, usable), default=0.0):
@@ -187,7 +187,7 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def finite(value: float) -> bool:
-    """Neither nan nor infinite, nor so large that it must be an overflow."""
+    """Whether it is neither nan nor infinite, nor so large that it must be an overflow."""
     return abs(value) < LARGEST
 
 
@@ -256,7 +256,7 @@ def _needed(effect: float, *, arms: int) -> SeedsNeeded:
     from scipy.special import nctdtr, stdtrit
 
     def power(n: int) -> float:
-        """Of finding the gap with its own sign; significance with the other sign does not count."""
+        """The chance of a significant gap of the right sign."""
         df = arms * (n - 1)
         # Beyond 40 power is 1 at any n, and scipy's noncentral t gives nan.
         shift = min(abs(effect) * math.sqrt(n / arms), 40.0)
@@ -284,8 +284,8 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _usable(values: Mapping[int, float], *, scale: Scale) -> dict[int, float]:
-    taken = {s: _log(v) if scale == "log" else float(v) for s, v in values.items()}
-    return {seed: value for seed, value in taken.items() if finite(value)}
+    scaled = {s: _log(v) if scale == "log" else float(v) for s, v in values.items()}
+    return {seed: value for seed, value in scaled.items() if finite(value)}
 
 
 def _size(values: Sequence[float], *, scale: Scale) -> float:

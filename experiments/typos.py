@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -36,18 +37,18 @@ from relora_core.config import ConfigError, RunConfig, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
-"""Sections of `hydra` that have an effect here; output_dir alone decides where things go."""
+"""Sections of `hydra` that have an effect here."""
 WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 WITH_VALUE += ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 """Hydra's flags that take the argument after them."""
 PLUGINS = ("hydra/launcher", "hydra/sweeper")
-"""Groups of options without a folder in conf/ that holds them all."""
+"""Groups with options that plugins register, beside the files in conf/."""
 OTHERS = {
     **dict.fromkeys(("optuna", "ax", "nevergrad"), "search"),
     **dict.fromkeys(("joblib", "submitit_local"), "local"),
     "submitit_slurm": "slurm",
 }
-"""Launchers and sweepers that others made for Hydra -> ours that does the same."""
+"""Other projects' launchers and sweepers for Hydra -> ours that does the same."""
 SWEEPERS = {
     "n_jobs": "hydra.launcher.max_parallel",
     "max_batch_size": "hydra.launcher.max_parallel",
@@ -61,9 +62,9 @@ SWEEPERS = {
 }
 """Keys of `hydra.sweeper` in those sweepers -> ours. Keys of `search` have the same name there."""
 QUOTES = dict.fromkeys(range(0x2018, 0x2020))
-"""Curly quotes: editors and chats put them in place of plain ones. `translate` deletes them."""
+"""Curly quotes, which editors and chats put in place of plain ones; for `str.translate`."""
 LONGEST_GROUP = 100
-"""No folder of options has a longer name; a file system may raise an error for one."""
+"""A longer name is no folder of options, and a file system may raise an error for it."""
 
 
 def overrides_among(arguments: Sequence[str]) -> list[str]:
@@ -76,7 +77,7 @@ def overrides_among(arguments: Sequence[str]) -> list[str]:
 
 
 def option_folders(arguments: Sequence[str]) -> list[Path]:
-    """Folders of options: conf/, those that Hydra was started with, those in the arguments."""
+    """Folders of options: conf/, and those that Hydra's search path or the arguments name."""
     texts = [text.partition("=")[2] for text in arguments if text.startswith("--config-dir=")]
     texts += [text for flag, text in pairwise(arguments) if flag in ("--config-dir", "-cd")]
     for text in overrides_among(arguments):
@@ -145,7 +146,7 @@ def _check_hydra(key: str, text: str) -> None:
 
 
 def _values(override: Override) -> list[Any]:
-    """The value of an override, or all choices in it; none for glob(), which needs a loader."""
+    """The value of an override, or all of its choices; none for glob(), which needs a loader."""
     if not override.is_sweep_override():
         return [] if override.is_delete() else [override.value()]
     choices = isinstance(override.value(), ChoiceSweep)
@@ -173,7 +174,7 @@ def _check_value(key: str, value: Any, text: str, folders: Sequence[Path]) -> No
 def diagnose(arguments: Sequence[str], error: Exception) -> str:
     """One line for what Hydra refused: key, value, expectation, nearest choice."""
     missing = isinstance(error, MissingConfigException)
-    # Hydra looks for all options first: another error means that it has them.
+    # Hydra looks for all options first: any other error means that they exist.
     have_options = isinstance(error, ConfigCompositionException) and not missing
     folders = option_folders(arguments)
     for text in overrides_among(arguments):
@@ -186,7 +187,7 @@ def diagnose(arguments: Sequence[str], error: Exception) -> str:
 
 
 def _diagnose_file(error: Exception, folders: Sequence[Path]) -> str | None:
-    """One line for an error that Hydra found in a config file."""
+    """One line for an error in a config file."""
     text = " ".join(str(error).split())
     no_key = re.search(r"In '(.*?)': ConfigKeyError .*full_key: (\S+)", text)
     if no_key and (line := _other_launcher(no_key[2], file=no_key[1])):
@@ -210,7 +211,7 @@ def _diagnose_file(error: Exception, folders: Sequence[Path]) -> str | None:
 
 
 def _diagnose_cause(error: BaseException, overrides: Sequence[str]) -> str | None:
-    """One line from the error of OmegaConf that made Hydra raise this one."""
+    """One line for the error of OmegaConf that caused this one of Hydra's."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (InterpolationResolutionError, GrammarParseError)):
@@ -228,7 +229,7 @@ def _diagnose_cause(error: BaseException, overrides: Sequence[str]) -> str | Non
 def _diagnose_override(
     text: str, *, folders: Sequence[Path], have_options: bool = False
 ) -> str | None:
-    """One line for a mistake in an override; None where it has none."""
+    """One line for a mistake in an override, if it has one."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -253,7 +254,7 @@ def _diagnose_override(
 
 
 def _not_evaluated(text: str, message: str) -> str | None:
-    """One line where a function of Hydra's grammar refused its arguments, or there is none."""
+    """One line if a function of Hydra's grammar does not exist, or refused its arguments."""
     called = re.search(r"while evaluating '.*?': (.*)", message, re.S)
     if not called:
         return None
@@ -265,7 +266,7 @@ def _not_evaluated(text: str, message: str) -> str | None:
 
 
 def _no_cast(text: str) -> str:
-    """The reason where a function gives none: Hydra's casts fail so for null."""
+    """The reason if a function gives none: so do Hydra's casts when they fail for null."""
     key, _, value = text.partition("=")
     cast = re.fullmatch(r"(int|float|str|bool)\((.*)\)", value, re.S)
     near = f"; nearest valid: {key}={cast[2]}" if cast else ""
@@ -273,7 +274,7 @@ def _no_cast(text: str) -> str:
 
 
 def _unreadable(text: str, folders: Sequence[Path]) -> str:
-    """One line for a text that Hydra's grammar cannot read: which part of it is wrong."""
+    """One line that says which part of a text Hydra's grammar cannot read."""
     line = f"{text!r} is not an override: expected KEY=VALUE"
     name, equals, value = text.partition("=")
     key, value = name.lstrip("+~"), value.strip()
@@ -311,14 +312,14 @@ def _no_option(key: str, value: str, folders: Sequence[Path]) -> str:
 
 
 def _options(group: str, folders: Sequence[Path]) -> list[str]:
-    """Names of the options of a group: files, and what our plugins have registered."""
+    """Names of a group's options: files, and those that our plugins have registered."""
     ours = [name for name, one in _stored(group).items() if one.provider == "relora_sweeps"]
     names = {*options(group, folders), *(name.removesuffix(".yaml") for name in ours)}
     return sorted(names - {"basic"})
 
 
 def _elsewhere(key: str, text: str = "") -> str | None:
-    """One line for a key of another project's sweeper that has another place here."""
+    """One line for a key of another project's sweeper: what it is called here."""
     section, _, name = key.removeprefix("hydra.").partition(".")
     if section != "sweeper":
         return None
@@ -387,7 +388,7 @@ def explain_value(error: OmegaConfBaseException) -> str:
 
 
 def _no_key(key: str, where: str = "") -> str | None:
-    """One line for a key that does not exist; None for one that does, or is not of RunConfig."""
+    """One line for a key that RunConfig does not have; None for keys of `hydra` and `search`."""
     keys = schema_keys()
     if key in keys or key.startswith(("hydra", "search")):
         return None
@@ -446,8 +447,9 @@ def no_section(key: str, got: str) -> str:
     return f"{key} must hold keys such as {below[0] if below else f'{key}.KEY'}, got {got}"
 
 
+@cache
 def schema_keys() -> list[str]:
-    """Every dotted key of RunConfig, leaves and sections."""
+    """Every dotted key of RunConfig, sections included."""
     keys: list[str] = []
 
     def visit(cls: type, prefix: str) -> None:
@@ -461,7 +463,7 @@ def schema_keys() -> list[str]:
 
 
 def _expected(key: str) -> str:
-    """The type of a knob, as a person would name it."""
+    """The type of a knob in words."""
     kind: Any = RunConfig
     parts = key.split(".")
     if parts[0] == "hydra":
@@ -510,7 +512,7 @@ def _stored(group: str) -> dict[str, Any]:
 
 
 def _nearest_key(key: str, keys: list[str]) -> str:
-    """A hint with the nearest key or group, first of the same section; else what that has."""
+    """A hint: the nearest key of the same section, else of all, else the keys of that section."""
     section = key.rpartition(".")[0]
     same = [k for k in keys if section and k.startswith(f"{section}.")]
     if hint := nearest(key, same):

@@ -66,7 +66,7 @@ def load_launcher(folder: Path) -> Launcher:
         raw = json_files.read(path)
         options = raw["options"]
         if raw["kind"] == "slurm":
-            if json_files.known(SlurmOptions, options, where="options.") != options:
+            if json_files.read_fields(SlurmOptions, options, where="options.") != options:
                 raise ValueError("an option is not known")
             return SlurmLauncher(options=SlurmOptions(**options))
         if raw["kind"] != "local" or not json_files.fits(int | None, options.get("max_parallel")):

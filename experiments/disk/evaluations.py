@@ -32,7 +32,7 @@ def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
             json_files.Damaged
         ):  # a damaged result: the step is evaluated again
             result = json_files.read(path)
-            if json_files.sound(result, STORED):
+            if json_files.has_types(result, STORED):
                 yield result
 
 

@@ -20,7 +20,7 @@ EVENT = {"kind": str, "step": int, "metrics": dict[str, float], "data": dict[str
 def parse_event(line: bytes) -> dict[str, Any]:
     """An event of events.jsonl; ValueError if the line is not an event."""
     event = {"metrics": {}, "data": {}, **json_files.parse(line)}
-    if not json_files.sound(event, EVENT):
+    if not json_files.has_types(event, EVENT):
         raise ValueError("no event")
     return event
 

@@ -77,7 +77,7 @@ def accepted_in(path: Path) -> list[dict[str, Any]]:
     """The changes that this file lists."""
     try:
         changes = json_files.read(path)["changes"]
-        return [c for c in changes if json_files.sound(c, CHANGE)]
+        return [c for c in changes if json_files.has_types(c, CHANGE)]
     except FileNotFoundError:
         return []
     except (json_files.Damaged, KeyError, TypeError) as error:
@@ -334,7 +334,7 @@ def _read(output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
         stored = json_files.read(_folder(output_dir, fingerprint) / "files.json")
     except (OSError, json_files.Damaged):
         return None
-    return stored if json_files.sound(stored, FILES) else None
+    return stored if json_files.has_types(stored, FILES) else None
 
 
 def _write(

@@ -161,7 +161,7 @@ class RunDir:
         same command goes on with the run, and its next status replaces the damaged one."""
         try:
             raw = json_files.read(self.status_path)
-            return Status(**json_files.known(Status, raw, where=""))
+            return Status(**json_files.read_fields(Status, raw))
         except FileNotFoundError:
             return Status()
         except ValueError as error:
@@ -196,7 +196,7 @@ class RunDir:
         return [
             record
             for record in records
-            if record and json_files.sound(record, ATTEMPT, whole=False)
+            if record and json_files.has_types(record, ATTEMPT, partial=True)
         ]
 
     @contextlib.contextmanager
@@ -256,7 +256,7 @@ class RunDir:
         """Who works on the run, or None. A lock of a dead process of this host does not count."""
         path = self.path / "lock"
         holder = _read_json(path)
-        if not holder or not json_files.sound(holder, LOCK) or not 0 < holder["pid"] < 2**31:
+        if not holder or not json_files.has_types(holder, LOCK) or not 0 < holder["pid"] < 2**31:
             # Damaged, or being written, or its writer died meanwhile: atomic.create_text.
             try:
                 young = abs(time.time() - path.stat().st_mtime) < 10
@@ -316,7 +316,7 @@ class RunDir:
         A damaged one counts as missing: the run writes it again from its checkpoint and record.
         """
         result = _read_json(self.result_path)
-        return result if result and json_files.sound(result, RESULT, whole=False) else None
+        return result if result and json_files.has_types(result, RESULT, partial=True) else None
 
     def ended(self) -> State | None:
         """FINISHED or DIVERGED where the run has its result, whatever its status says."""

@@ -26,7 +26,7 @@ from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweep
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.identity import config_from_json
-from experiments.json_files import ODD
+from experiments.json_files import READ_ERRORS
 from experiments.metrics import LOSS
 from experiments.report.data import Arm, Attempt, Point, RunData, Sweep, settings
 from relora_core.config import EVALS, ConfigError, RunConfig, nearest
@@ -80,7 +80,7 @@ def _plan(output_dir: Path | str, sweep: str) -> tuple[SweepRecord, list[RunConf
         configs = [config_from_json(json.dumps(run.config)) for run in record.runs]
         folder = Path(output_dir).absolute()
         return record, [frozen.read(config, output_dir=folder) for config in configs]
-    except ODD as error:
+    except READ_ERRORS as error:
         path = plan_folder(output_dir, name=sweep) / "plan.json"
         raise ConfigError(
             f"{path} must be a plan as this version writes it ({error}); plan the sweep anew"
@@ -147,7 +147,7 @@ def _run(planned: PlannedRun, config: RunConfig, *, states: Mapping[str, RunStat
             run.metrics = _final(run, result)
             run.step = result.get("step", run.step)
             run.loss_steps = result.get("loss_steps") or _since_log(run)
-    except ODD as error:
+    except READ_ERRORS as error:
         what = " ".join(str(error).split())[:200]
         run.state, run.metrics = "unreadable", {}
         run.reason = f"its files are damaged ({type(error).__name__}: {what})"
@@ -251,7 +251,7 @@ def _kept(
                 kind, step, metrics, data = (event[k] for k in ("kind", "step", "metrics", "data"))
                 if not isinstance(metrics, dict) or not isinstance(data, dict):
                     continue
-            except ODD:  # a line that a kill tore, ended by the next attempt
+            except READ_ERRORS:  # a line that a kill tore, ended by the next attempt
                 continue
             if kind == "table":
                 tables.setdefault(data.get("name", ""), []).append((step, line))
@@ -270,7 +270,7 @@ def _kept(
 def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
     """The rows of the newest complete line."""
     for _, line in reversed(lines):
-        with contextlib.suppress(*ODD):
+        with contextlib.suppress(*READ_ERRORS):
             return json.loads(line)["data"]["rows"]
     return []
 

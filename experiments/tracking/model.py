@@ -58,7 +58,7 @@ class Tracked:
     run: Run
 
 
-def tracked(run_dir: RunDir) -> Tracked:
+def find_tracked(run_dir: RunDir) -> Tracked:
     """The run in its own store; ConfigError where it is not there or could hold no model.
 
     A store that is not there is not made. ConnectionError where it does not answer.

@@ -100,7 +100,7 @@ def positions(run: RunDir) -> dict[str, Any]:
 def position(run: RunDir, key: str) -> Position | None:
     raw = positions(run).get(key)
     try:
-        return Position(**json_files.known(Position, raw, where="")) if raw else None
+        return Position(**json_files.read_fields(Position, raw)) if raw else None
     except (ValueError, TypeError, AttributeError):
         return None
 

@@ -29,7 +29,7 @@ from experiments.addresses import (
     check_uri,
     default_uri,
     experiment_name,
-    misplaced,
+    misplaced_note,
     read_only,
     redacted,
     relative_database,
@@ -339,11 +339,11 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
     """
     from mlflow.exceptions import MlflowException
 
-    if relative_database(uri):  # what is given now is absolute: frozen.py, given()
+    if relative_database(uri):  # from an earlier version; today's configs hold absolute addresses
         raise DatabaseNotFound(uri)
     output_dir = Path(output_dir)
     shared.make_folder(output_dir)
-    if line := misplaced(uri):
+    if line := misplaced_note(uri):
         print(f"note: {line}", file=sys.stderr)
     with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
         if uri == default_uri(output_dir):

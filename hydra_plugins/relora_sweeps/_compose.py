@@ -99,21 +99,16 @@ class Composer:
         config = self.compose(texts)
         schema.refuse_search(config)
         config.search = None
-        return schema.Base(config, overrides=texts)
+        return schema.Template(config, overrides=texts)
 
     def _change(self, base: Any, texts: Sequence[str]) -> RunConfig:
         for text in texts:
             if self.parse(text).key_or_group.startswith("search."):
                 raise ConfigError(f"{text!r} needs hydra/sweeper=search: a grid has no search")
-            if self.parse(text).key_or_group not in _run_keys():
+            if self.parse(text).key_or_group not in typos.schema_keys():
                 raise ConfigError(typos.diagnose([text], KeyError(text)))
         values = {o.key_or_group: o.value() for o in map(self.parse, texts)}
         return base.changed(values)
-
-
-@cache
-def _run_keys() -> frozenset[str]:
-    return frozenset(typos.schema_keys())
 
 
 def _difference(prefix: str, one: Any, two: Any) -> tuple[str, Any, Any]:

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Repeating it changes nothing; 1 if a store does not answer or a run was not synced."""
 
-    uri = None if args.tracking_uri is None else addresses.given(args.tracking_uri)
+    uri = None if args.tracking_uri is None else addresses.check_given(args.tracking_uri)
     args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)
     if args.sweep is not None:
         names = sweep_names(args.output_dir)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _store(args: argparse.Namespace) -> str:
     """The store to show: the one asked for, the sweep's own, or the one of output_dir."""
-    from experiments.addresses import default_uri, given, read_only, redacted, sqlite_path
+    from experiments.addresses import check_given, default_uri, read_only, redacted, sqlite_path
     from experiments.tracking.store import move_artifacts
 
     default = default_uri(args.output_dir)
@@ -76,7 +76,7 @@ def _store(args: argparse.Namespace) -> str:
     own = {sweep: run_dir.config().tracking.uri or default for sweep, run_dir in first.items()}
     stores = list(dict.fromkeys(own.values()))
     if args.uri is not None:
-        uri = given(args.uri)
+        uri = check_given(args.uri)
     else:
         uri = default if default in stores or not stores else stores[0]
         for other in stores:

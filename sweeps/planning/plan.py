@@ -438,7 +438,7 @@ def load(path: Path) -> Plan:
             Cell(**{**cell, "config": _config(cell, output_dir=path.absolute().parents[2])})
             for cell in raw["cells"]
         ]
-        return Plan(**{**json_files.known(Plan, raw | {"cells": []}, where=""), "cells": cells})
+        return Plan(**{**json_files.read_fields(Plan, raw | {"cells": []}), "cells": cells})
     except json_files.Damaged:
         raise
     except (ValueError, KeyError, TypeError) as error:

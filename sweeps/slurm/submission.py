@@ -115,7 +115,7 @@ def read_submissions(folder: Path) -> list[Submission]:
 
 
 def read_submission(path: Path) -> Submission:
-    raw = json_files.known(Submission, json_files.read(path), where="")
+    raw = json_files.read_fields(Submission, json_files.read(path))
     raw["submission"] = path.parent.name  # whatever the file says
     return Submission(**raw)
 

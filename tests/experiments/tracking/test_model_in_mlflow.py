@@ -181,7 +181,7 @@ def test_it_goes_and_comes_through_a_server(
         run_dir = RunDir(tmp_path / "runs" / RUN)
         track(tmp_path, run_dir, uri=uri)
         assert export(tmp_path, tmp_path / "llama") == 0
-        found = mlflow_model.tracked(run_dir)
+        found = mlflow_model.find_tracked(run_dir)
         (logged,) = found.store.client.search_logged_models([found.run.info.experiment_id])
         row = random_ids(VOCAB_SIZE)[0].tolist()
         answer = elsewhere(uri, logged.model_uri, [row])

@@ -212,7 +212,7 @@ def test_a_database_that_an_earlier_version_misplaced_is_said_and_left(
     assert not (out / "mlflow.db").exists()
     before = (tmp_path / "a b" / "mlflow.db").read_bytes()
     uri = default_uri(out)
-    assert (addresses.misplaced(uri) or "").startswith(f"an earlier version kept {out}")
+    assert (addresses.misplaced_note(uri) or "").startswith(f"an earlier version kept {out}")
     shutil.copy(migrated, out / "mlflow.db")
     there = open_store(uri, **shown)
     Syncer(there).sync([run])
