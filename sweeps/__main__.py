@@ -24,7 +24,7 @@ EPILOG = """examples:
   python -m sweeps watch                               the same, live, until all have ended
   python -m sweeps logs r16-t60-grammar-s0 -f          what a run prints (any part of its run_id)
   python -m sweeps cancel model-relora.r               end what is queued or running; asks first
-  python -m sweeps search lr_and_rank                  what a search has found
+  python -m sweeps search lr_and_rank                  results of a search
   python -m sweeps retry                               launch again what failed or was lost
   python -m sweeps ui                                  MLflow's pages, and links that open right
   python -m sweeps COMMAND --help                      more, with examples
@@ -34,7 +34,6 @@ exit codes: 0 all well, 2 your mistake (one line says which), 1 anything else
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sweeps",
         description="Look after many runs. Sweeps are started by `python run.py -m ...`.",
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and isinstance(getattr(args, "words", None), list) and not any(map(_is_flag, rest)):
-        args.words += rest  # argparse takes those before the first option only
+        args.words += rest  # argparse takes only those before the first option
     elif rest:
         unknown = [word for word in rest if _is_flag(word)] or rest
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -1,6 +1,4 @@
-"""Around one attempt of a run: its log, MLflow meanwhile, and its end where the process could not
-record it.
-"""
+"""Around one attempt of a run: its log, MLflow, and its end if it could not record that itself."""
 
 from __future__ import annotations
 
@@ -13,12 +11,13 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 from experiments.run.stopping import shielded
 from experiments.scheduler import current_job
+from experiments.tracking import follower
 from relora_core import shared
 
 
 @contextlib.contextmanager
-def followed(run_dir: RunDir) -> Iterator[None]:
-    """Keep MLflow up to date meanwhile, if it is a server: a node must not write a database file.
+def follow(run_dir: RunDir) -> Iterator[None]:
+    """Keep MLflow up to date with the run if it is a server: a node must not write a database file.
 
     A child process does it. A thread would slow down training, training would wait for a slow
     server, and the thread would die with the run before the last points are sent.
@@ -27,15 +26,13 @@ def followed(run_dir: RunDir) -> Iterator[None]:
     if not config.tracking.enabled or not (config.tracking.uri or "").startswith("http"):
         yield
         return
-    from experiments.tracking import follower
-
     with contextlib.ExitStack() as stack:
         with shielded():
             stack.enter_context(follower.follow(run_dir, config=config))
         yield
 
 
-def stalled(run_dir: RunDir, *, limit: int) -> bool:
+def is_stalled(run_dir: RunDir, *, limit: int) -> bool:
     """Whether the newest `limit` attempts all belong to this job and none wrote a checkpoint."""
     newest = run_dir.attempt_records()[-limit:]
     here = (current_job(), run_dir.newest_step())
@@ -46,7 +43,7 @@ def stalled(run_dir: RunDir, *, limit: int) -> bool:
 
 # the end ----------------------------------------------------------------------------------------
 def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
-    """Write down how a run ended if its worker could not: it was killed, or died while starting."""
+    """Record how a run ended if its worker could not: it was killed, or died while starting."""
     status = run_dir.status()
     if run_dir.ended() or run_dir.lock_holder() is not None:
         return
@@ -62,8 +59,8 @@ def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def spoken(run_dir: RunDir) -> Iterator[None]:
-    """Send all output, also that of native code, to the log of the run's next attempt."""
+def redirect_output(run_dir: RunDir) -> Iterator[None]:
+    """Send all output of this process, native code's too, to the log of the run's next attempt."""
     saved = [os.dup(stream) for stream in (1, 2)]
     _flush()
     with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:

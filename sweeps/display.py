@@ -1,6 +1,6 @@
 """What a terminal shows of many runs: the plan, the progress and the closing table.
 
-Reads run directories alone. Not for: output that scripts read (`--json`).
+Not for: output that scripts read (`--json`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.disk.output_dir import runs_folder
+from experiments.disk.output_dir import run_at, runs_folder
 from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState
 from experiments.disk.states import State
@@ -27,7 +27,7 @@ from experiments.run.sinks import clock
 from relora_core import costs
 from relora_core.config import RunConfig
 from sweeps.planning import budget
-from sweeps.planning.budget import Estimate
+from sweeps.planning.budget import Estimate, tokens
 from sweeps.planning.plan import Cell, Plan
 
 PLAIN_EVERY_S = 10.0
@@ -42,27 +42,22 @@ COLOURS: dict[str, str] = {
     State.PRUNED: "yellow",
 }
 A100_FLOPS, A100_SHARE = 312e12, 0.1
-"""Peak FLOP/s in bf16 (NVIDIA's data sheet), and the share assumed where nothing was measured:
-small models do not fill it."""
+"""Peak FLOP/s in bf16 (NVIDIA's data sheet), and the share that we assume if nothing was measured:
+small models do not use all of it."""
 
 
 def make_console() -> Console:
-    """As wide as the terminal; wide enough for the tables in a log file."""
+    """As wide as the terminal; in a file, wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 
 
-def count(number: float) -> str:
+def abbreviate(number: float) -> str:
     """1234567 -> `1.23M`."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
-
-
-def tokens(config: RunConfig) -> int:
-    """Training tokens from first to last step."""
-    return config.train.steps * config.train.batch_size * config.data.seq_len
 
 
 def error_line(run_dir: RunDir, *, attempts: int, reason: str | None) -> str:
@@ -78,7 +73,7 @@ def _state(state: str) -> Text:
 
 
 # plan -------------------------------------------------------------------------------------------
-def plan_words(state: RunState | None, *, after: int = 0) -> str:
+def describe_action(state: RunState | None, *, after: int = 0) -> str:
     """What the command will do with a planned run; `after`: step of its newest checkpoint."""
     if state is None or (state.state is State.PLANNED and not after):
         return "new"
@@ -89,8 +84,8 @@ def plan_words(state: RunState | None, *, after: int = 0) -> str:
     return f"{state.state} -> " + (f"resumes after step {after}" if after else "runs again")
 
 
-def disk(config: RunConfig) -> int:
-    """Bytes of the checkpoints that a run keeps at most."""
+def disk_bytes(config: RunConfig) -> int:
+    """Of the checkpoints that a run keeps at most."""
     return costs.checkpoint_bytes(config) * config.checkpoint.keep_last
 
 
@@ -103,11 +98,11 @@ def plan_table(
     output_dir: Path | str | None = None,
     most: int | None = None,
 ) -> Table:
-    """A row for each run: its size, what it takes and what the command will do with it.
+    """A row for each run: its size, its cost and what the command will do with it.
 
     `estimates` are those of the runs that the command would queue (`budget.estimates`); without
     them there is no column of hours. `output_dir` is where the runs are now, if they were moved.
-    Only the first `most` rows are shown.
+    At most `most` rows.
     """
     title = f"sweep {plan.name}: {len(plan.cells)} runs"
     cells = plan.cells if most is None else plan.cells[:most]
@@ -119,30 +114,27 @@ def plan_table(
     table.add_column("state")
     for cell in cells:
         sizes, state = costs.parameters(cell.config), states.get(cell.run_id)
-        after = _planned_dir(cell, output_dir).newest_step() if budget.to_run(state) else 0
+        run_dir = run_at(output_dir or cell.config.output_dir, cell.run_id)
+        after = run_dir.newest_step() if budget.to_run(state) else 0
         table.add_row(
             Text(cell.name),
-            count(sizes.total),
-            count(sizes.trainable),
+            abbreviate(sizes.total),
+            abbreviate(sizes.trainable),
             str(cell.config.train.steps),
-            count(tokens(cell.config)),
+            abbreviate(tokens(cell.config)),
             *([] if estimates is None else [_hours(cell, estimates)]),
-            f"{count(disk(cell.config))}B",
-            plan_words(state, after=after),
+            f"{abbreviate(disk_bytes(cell.config))}B",
+            describe_action(state, after=after),
         )
     return table
-
-
-def _planned_dir(cell: Cell, output_dir: Path | str | None) -> RunDir:
-    return RunDir(runs_folder(output_dir or cell.config.output_dir) / cell.run_id)
 
 
 def _hours(cell: Cell, estimates: Mapping[str, Estimate | None]) -> str:
     """`-` for a run that needs no more, `?` if nothing was measured."""
     if cell.run_id not in estimates:
         return "-"
-    one = estimates[cell.run_id]
-    return "?" if one is None else budget.interval(one)
+    estimate = estimates[cell.run_id]
+    return "?" if estimate is None else budget.interval(estimate)
 
 
 def totals_line(
@@ -157,18 +149,20 @@ def totals_line(
     cells = [cell for cell in plan.cells if budget.to_run(states.get(cell.run_id))]
     parts = [f"to run: {len(cells)} of {len(plan.cells)} runs"]
     if cells:
-        parts.append(f"{count(sum(tokens(cell.config) for cell in cells))} tokens")
+        parts.append(f"{abbreviate(sum(tokens(cell.config) for cell in cells))} tokens")
         if estimates is not None:
             hours = _total_hours([estimates.get(cell.run_id) for cell in cells], unit=unit)
             parts.append(hours or f"{unit}-hours unknown ({_unmeasured(cells)})")
-        parts.append(f"{count(sum(disk(cell.config) for cell in cells))}B of checkpoints")
+        parts.append(
+            f"{abbreviate(sum(disk_bytes(cell.config) for cell in cells))}B of checkpoints"
+        )
     if max_hours is not None:
         parts.append(f"budget {max_hours:g} {unit}-hours")
     return ", ".join(parts)
 
 
 def _total_hours(estimates: Sequence[Estimate | None], *, unit: str) -> str:
-    """Empty where nothing was measured."""
+    """Empty if nothing was measured."""
     hours, unknown = budget.total(estimates), estimates.count(None)
     if hours is None:
         return ""
@@ -178,7 +172,7 @@ def _total_hours(estimates: Sequence[Estimate | None], *, unit: str) -> str:
 
 def _unmeasured(cells: Sequence[Cell]) -> str:
     """The cost before any run has finished on such a device: FLOPs, and hours of an A100."""
-    flops = sum(costs.flops_per_token(cell.config).train * tokens(cell.config) for cell in cells)
+    flops = sum(budget.training_flops(cell.config) for cell in cells)
     text = f"no finished run on such a device; {flops:.2g} training FLOPs"
     hours = flops / (A100_FLOPS * A100_SHARE) / 3600
     if hours < 1:
@@ -197,10 +191,10 @@ def show_plan(
     output_dir: Path | str | None = None,
     stored: bool = True,
 ) -> None:
-    """Print the plan, its totals and the points that became one run.
+    """Print the plan, its totals and why there are fewer runs than points.
 
-    Of more than 40 runs a terminal shows 20. A stored plan is cut in a log file, too: a command
-    shows it all.
+    Of more than 40 runs a terminal shows 20. So does a file if the plan is stored: a command shows
+    all of it.
     """
     most = 20 if len(plan.cells) > 40 and (stored or console.is_terminal) else None
     costs = {"states": states, "estimates": estimates, "unit": unit}
@@ -221,62 +215,70 @@ def say(console: Console, text: str) -> None:
 
 
 def show_notes(notes: Sequence[str], *, console: Console) -> None:
-    """Print the notes of a plan, one line each."""
     for note in notes:
         say(console, f"note: {note}")
 
 
-def take_away(live: Live | None) -> None:
-    """End what a terminal shows live, and leave nothing of it."""
-    if live:
-        live.update(Text(""), refresh=True)
-        live.stop()
+class LiveView:
+    """What a terminal shows live and removes at the end; elsewhere there are plain lines, fewer."""
 
-
-class Counter:
-    """How far a long task is with many runs: a live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self, doing: str, *, console: Console) -> None:
-        self.doing, self.console = doing, console
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown = time.monotonic()
-        self._of: str | None = None
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> Self:
         if self.live:
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        take_away(self.live)
+        if self.live:
+            self.live.update(Text(""), refresh=True)
+            self.live.stop()
+
+    def is_due(self) -> bool:
+        """Whether the last time is long enough ago; then the next wait begins."""
+        now = time.monotonic()
+        if now - self._shown < (REFRESH_S if self.live else PLAIN_EVERY_S):
+            return False
+        self._shown = now
+        return True
+
+
+class Counter(LiveView):
+    """How far a long task is with many runs."""
+
+    def __init__(self, doing: str, *, console: Console) -> None:
+        super().__init__(console)
+        self.doing = doing
+        self._of: str | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Say so, not more often than is readable."""
-        now = time.monotonic()
         if what != self._of:
-            self._of, self._began, self._first = what, now, done
-        if now - self._shown < (REFRESH_S if self.live else PLAIN_EVERY_S):
+            self._of, self._began, self._first = what, time.monotonic(), done
+        if not self.is_due():
             return
-        self._shown, seconds = now, now - self._began
+        seconds = time.monotonic() - self._began
         line = f"{self.doing} {what}: {done} of {total} runs, {clock(seconds)}"
         if left := total - done:
             line += f", about {clock(seconds * left / max(done - self._first, 1))} left"
         if self.live:
             self.live.update(Text(line), refresh=True)
         else:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, line)
 
 
 # closing ----------------------------------------------------------------------------------------
 def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_dir: Path) -> Table:
-    """A row for each run: how it ended and its final metrics; `states` is run_id -> state."""
+    """A row for each run: how it ended and its final metrics; `states` by run_id."""
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("state")
     for name in ("steps", *columns(), "tokens/s", "time"):
         table.add_column(name, justify="right")
     for cell in cells:
-        run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
+        run_dir = run_at(output_dir, cell.run_id)
         result, status = run_dir.result() or {}, run_dir.status()
         rate = result.get("metrics", {}).get("perf/tokens_per_s", status.tokens_per_s)
         table.add_row(
@@ -284,7 +286,7 @@ def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_di
             _state(states[cell.run_id]),
             f"{status.step}/{cell.config.train.steps}",
             *_metric_cells(result, status),
-            "-" if rate is None else count(rate),
+            "-" if rate is None else abbreviate(rate),
             clock(result.get("attempt_seconds")),
         )
     return table
@@ -307,7 +309,7 @@ def show_closing(
     for cell in plan.cells:
         state = states[cell.run_id]
         if state.state in (State.FAILED, State.DIVERGED):
-            run_dir = RunDir(runs_folder(output_dir) / cell.run_id)
+            run_dir = run_at(output_dir, cell.run_id)
             why = error_line(run_dir, attempts=state.attempts, reason=state.reason)
             what = why if state.state is State.FAILED else run_dir.path
             line(f"{state.state} {cell.name}: {what}")

@@ -1,28 +1,23 @@
-"""One SLURM job: which runs are its own, their processes, and what happens when it must end.
+"""One SLURM job: its runs, their processes, and what happens when it must end.
 
-    python -m sweeps.job SUBMISSION            srun's task: trains, evaluates or searches
+    python -m sweeps.job SUBMISSION                srun's task: trains, evaluates or searches
     python -m sweeps.job --after CODE SUBMISSION   the batch script, once srun has ended
 
-SUBMISSION is the submission.json written before sbatch was called; the task's number in the array
-says which of its entries this job is.
-
-Not for: submitting (`slurm/sbatch.py`), training (`worker.py`).
+SUBMISSION is a submission.json; the job's number in the array says which of its tasks is meant.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
@@ -31,21 +26,21 @@ from experiments.run.stopping import StopFlag, shielded
 from experiments.scheduler import JOB, current_job, enter_job, job_environment
 from relora_core import shared
 from relora_core.config import ConfigError
-from sweeps import attempt, worker
-from sweeps.attempt import followed, settle, stalled
+from sweeps import worker
+from sweeps.attempt import follow, is_stalled, redirect_output, settle
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.sbatch import is_of_a_group
-from sweeps.slurm.submission import record_job
+from sweeps.slurm.submission import read_submission, record_job
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 
 SIGNALLED = 128
 """Exit codes above are those of processes that a signal has ended."""
 PORTS = range(20000, 32768)
-"""For MASTER_PORT: below the range from which systems hand out ports."""
+"""For MASTER_PORT: below the ports that systems assign by themselves."""
 WAIT_S = 120.0
-"""Longest wait: for an earlier start of this job to end, for SLURM to end this one after a requeue,
+"""Longest wait for an earlier start of this job to end, for SLURM to end this one after a requeue,
 and for a controller that does not answer."""
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
@@ -53,42 +48,36 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(kw_only=True, slots=True)
 class Work:
-    """What this job is to do, read from its submission."""
+    """What this job is to do."""
 
-    runs: list[RunDir]
-    requests: list[Path]
-    """Only for a job of evaluations."""
-    packed: int = 1
-    """Runs for which the job has cores: a pack may have fewer."""
+    runs: list[RunDir] = field(default_factory=list)
+    requests: list[Path] = field(default_factory=list)
+    """Evaluations."""
     study: Path | None = None
-    """Where the job is to ask a search for what it runs; `runs` are those that it has asked for."""
+    """The search that says what the job runs; `runs` are then those of its newest trial."""
+    packed: int = 1
+    """Runs for which the job has cores: the last job of an array may have fewer."""
     max_stalled: int
     signal_delay_s: float
 
 
 def read(file: Path, *, index: int) -> Work:
-    """The entry of the submission that is this job's."""
-    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    """Task `index` of the submission."""
+    one = read_submission(file)
     output_dir = file.resolve().parents[4]  # output_dir/sweeps/NAME/jobs/ID/submission.json
-    names = raw["tasks"][index]
-    if raw["kind"] == "eval":
-        requests = [_inside(output_dir, name) for name in names]
-        return Work(runs=[], requests=requests, max_stalled=0, signal_delay_s=0.0)
-    if raw["kind"] == "search":
-        return Work(
-            runs=[],
-            requests=[],
-            study=_inside(output_dir, names[0]),
-            max_stalled=raw["max_stalled"],
-            signal_delay_s=raw["signal_delay_s"],
-        )
-    return Work(
-        runs=[run_at(output_dir, name) for name in names],
-        requests=[],
-        packed=max(len(task) for task in raw["tasks"]),
-        max_stalled=raw["max_stalled"],
-        signal_delay_s=raw["signal_delay_s"],
+    names = one.tasks[index]
+    work = Work(
+        packed=max(len(task) for task in one.tasks),
+        max_stalled=one.max_stalled,
+        signal_delay_s=one.signal_delay_s,
     )
+    if one.kind == "eval":
+        work.requests = [_inside(output_dir, name) for name in names]
+    elif one.kind == "search":
+        work.study = _inside(output_dir, names[0])
+    else:
+        work.runs = [run_at(output_dir, name) for name in names]
+    return work
 
 
 def _inside(output_dir: Path, name: str) -> Path:
@@ -121,20 +110,20 @@ def run(work: Work) -> int:
         else:
             codes = [_alone(work.runs[0], stop, max_stalled=work.max_stalled)]
         if INTERRUPTED in codes and rank() == 0:
-            return _go_on_later(work, why=stop.reason or "stopped")
+            return _requeue(work, why=stop.reason or "stopped")
     # A rank that leaves with an error would have srun kill rank 0, which is still at work.
     return max(codes) if rank() == 0 or INTERRUPTED not in codes else FINISHED
 
 
 def join_group(*, processes: int) -> None:
-    """Torch's variables of the processes of this job, and none but those."""
+    """Set torch's variables for the processes of this job; remove those of any other group."""
     for name in [name for name in os.environ if is_of_a_group(name)]:
         del os.environ[name]
     if processes == 1:
         return
     from submitit.helpers import TorchDistributedEnvironment
 
-    # Jobs of one time have ids of one neighbourhood; a drawn port may be a neighbour's.
+    # Jobs that run together have neighbouring ids, so neighbouring ports; random ones may collide.
     os.environ["MASTER_PORT"] = str(PORTS[int(os.environ["SLURM_JOB_ID"]) % len(PORTS)])
     TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
 
@@ -152,8 +141,8 @@ def _evaluate(request: Path) -> int:
 
 
 def _search(work: Work, study: Path, stop: StopFlag) -> int:
-    """Trials of a search, one after another; what is left of the newest one becomes the work."""
-    from sweeps.search import process
+    """Run trials, one after another; the runs of an interrupted one become the work."""
+    from sweeps.search import process  # Optuna, which no other job needs
 
     code = process.work(study, stop=stop, most=process.trials_per_job(study))
     if code == INTERRUPTED:
@@ -163,24 +152,24 @@ def _search(work: Work, study: Path, stop: StopFlag) -> int:
 
 # one run ----------------------------------------------------------------------------------------
 def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
-    """The job's only run, in this process; rank 0 speaks for it."""
+    """The job's only run, in this process. Rank 0 alone writes its log and decides."""
     if rank():
         return worker.work(run_dir.path, stop=stop)
     if _give_up(run_dir, max_stalled=max_stalled):
         return FAILED
     waited = time.monotonic()
-    with attempt.spoken(run_dir), followed(run_dir):
+    with redirect_output(run_dir), follow(run_dir):
         while (code := worker.work(run_dir.path, stop=stop)) == LOCKED:
             holder = run_dir.lock_holder() or {}
             late = time.monotonic() - waited > WAIT_S
             if holder.get("job_id") != current_job() or late or stop():
                 break
-            time.sleep(1.0)  # our own earlier life, which SLURM is still ending
+            time.sleep(1.0)  # an earlier start of this job, which SLURM is still ending
     return code
 
 
 def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
-    if run_dir.ended() or not stalled(run_dir, limit=max_stalled):
+    if run_dir.ended() or not is_stalled(run_dir, limit=max_stalled):
         return False
     again = command("retry", run_dir.run_id, output_dir=run_dir.path.parents[1])
     line = (
@@ -193,7 +182,7 @@ def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
 
 # several runs -----------------------------------------------------------------------------------
 def _packed(work: Work, stop: StopFlag) -> list[int]:
-    """Small runs that share the job, each in a process of its own with its share of the devices."""
+    """Small runs that share the job, each in its own process with a share of the devices."""
     runs = [r for r in _unfinished(work) if not _give_up(r, max_stalled=work.max_stalled)]
     children = []
     for slot, run_dir in enumerate(runs):
@@ -205,7 +194,7 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=share(slot, of=work.packed),
-                    preexec_fn=_dying_with(os.getpid()),
+                    preexec_fn=_die_with(os.getpid()),
                 )
             )
     terminated = False
@@ -217,14 +206,14 @@ def _packed(work: Work, stop: StopFlag) -> list[int]:
         time.sleep(0.2)
     codes = [child.returncode for child in children]
     for run_dir, code in zip(runs, codes, strict=True):
-        if code >= 0:  # one that was killed goes on later
+        if code >= 0:  # one that was killed is resumed later
             settle(run_dir, code=code)
     codes = [INTERRUPTED if code < 0 else code for code in codes]
     failed = any(run_dir.status().state is State.FAILED for run_dir in work.runs)
     return [*codes, FAILED if failed else FINISHED]
 
 
-def _dying_with(parent: int) -> Callable[[], None]:
+def _die_with(parent: int) -> Callable[[], None]:
     """A function for a new process that ties it to `parent`: it dies when the parent is killed."""
     prctl = ctypes.CDLL(None).prctl
 
@@ -249,8 +238,10 @@ def share(slot: int, *, of: int) -> dict[str, str]:
 
 
 def _unfinished(work: Work) -> list[RunDir]:
-    """Runs that this job still has to bring to an end. In a pack, one failure is not tried again
-    each time that the others are interrupted."""
+    """Runs that this job still has to bring to an end.
+
+    In a pack a failed run is left out: it would start again whenever the others are interrupted.
+    """
     left = [r for r in work.runs if not r.ended() and not r.cancel_path.exists()]
     return [r for r in left if len(work.runs) == 1 or not _failed_here(r)]
 
@@ -260,11 +251,13 @@ def _failed_here(run_dir: RunDir) -> bool:
     return status.state is State.FAILED and status.job_id == current_job()
 
 
-def _go_on_later(work: Work, *, why: str) -> int:
-    """Requeue this job, as everything is on disk; INTERRUPTED if it must not be requeued."""
+def _requeue(work: Work, *, why: str) -> int:
+    """Requeue this job, if it may be; all that it needs is on disk."""
     job_id, left = current_job(), _unfinished(work)
-    if job_id is None or not (left or work.study):
-        return INTERRUPTED if left or work.study else CANCELLED
+    if not (left or work.study):
+        return CANCELLED
+    if job_id is None:
+        return INTERRUPTED
     for run_dir in left:  # before the requeue: SLURM ends this process at once
         run_dir.update_status(state=State.QUEUED, phase=f"stopped: {why}", error=None)
     until = time.monotonic() + max(WAIT_S, work.signal_delay_s)
@@ -276,7 +269,7 @@ def _go_on_later(work: Work, *, why: str) -> int:
                         return INTERRUPTED  # cancelled, or SLURM requeues it by itself
                     cluster.requeue(job_id)
                 break
-            except SlurmError as error:  # away for a while, as where it is restarted
+            except SlurmError as error:
                 if not error.passing or time.monotonic() > until:
                     raise
                 print(f"requeue: {error}; trying again", file=sys.stderr, flush=True)
@@ -295,9 +288,7 @@ def after(work: Work, *, code: int) -> int:
 
     A task that was killed without warning (out of memory, kill -9) resumes from its checkpoint.
     """
-    if (
-        work.requests or code == INTERRUPTED
-    ):  # a process that ended early has already requeued the job
+    if work.requests or code == INTERRUPTED:  # INTERRUPTED: it has requeued the job already
         return code
     if work.study is not None:
         return _after_search(work, work.study, code=code)
@@ -307,16 +298,16 @@ def after(work: Work, *, code: int) -> int:
     if not (left := _unfinished(work)):
         return code
     killed = code - SIGNALLED if code > SIGNALLED else 0
-    if not killed or all(stalled(run_dir, limit=work.max_stalled) for run_dir in left):
+    if not killed or all(is_stalled(run_dir, limit=work.max_stalled) for run_dir in left):
         for run_dir in left:
             settle(run_dir, code=-killed if killed else code)
         return code
-    return _go_on_later(work, why=f"killed by signal {killed}")
+    return _requeue(work, why=f"killed by signal {killed}")
 
 
 def _after_search(work: Work, study: Path, *, code: int) -> int:
-    """A job that was killed during a trial requeues itself to resume it; otherwise it is over."""
-    from sweeps.search import process
+    """Requeue a job that was killed during a trial, to resume it; any other is over."""
+    from sweeps.search import process  # Optuna, which no other job needs
 
     held = process.held(study) if code > SIGNALLED else None
     if held is None:
@@ -324,7 +315,7 @@ def _after_search(work: Work, study: Path, *, code: int) -> int:
     work.runs = held
     for run_dir in _unfinished(work):
         settle(run_dir, code=SIGNALLED - code)
-    return _go_on_later(work, why=f"killed by signal {code - SIGNALLED}")
+    return _requeue(work, why=f"killed by signal {code - SIGNALLED}")
 
 
 def main(argv: list[str]) -> int:
@@ -335,7 +326,7 @@ def main(argv: list[str]) -> int:
         return 2
     file = Path(argv[-1])
     token = os.environ.get(JOB, "")
-    job_id = enter_job(name=json.loads(file.read_text(encoding="utf-8"))["name"])
+    job_id = enter_job(name=read_submission(file).name)
     if job_id is None:
         print(
             f"{JOB} must name {file} and the SLURM job around this process, as its batch script "

@@ -1,4 +1,4 @@
-"""`run.py -m`: a grid is planned, checked, written (`outlook.py`) and handed to a launcher."""
+"""`run.py -m`: plans a grid and hands it to a launcher. Not for: in which order (`outlook.py`)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from experiments.disk.output_dir import (
     same_runs,
 )
 from experiments.disk.state import RunState
+from experiments.errors import one_line
 from experiments.run.complete import prepared_notes
 from relora_core import shell
 from relora_core.config import RunConfig
 from sweeps import display, tracking
 from sweeps.launchers import Launcher, load_launcher
-from sweeps.outlook import Outlook, check_tracking, completed, one_output_dir, prepare_data
+from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir, prepare_data
 from sweeps.planning import budget
 from sweeps.planning.grid import Point
 from sweeps.planning.plan import Cell, Plan, command, make_plan, other_settings, side_by_side, store
@@ -40,15 +41,15 @@ def run_sweep(
 ) -> int:
     """Plan the points and hand them to the launcher; with `plan_only` show what would be done.
 
-    Raises ConfigError, or DataError, before anything is queued where the user made a mistake.
+    Raises ConfigError or DataError for a user's mistake, before anything is queued.
     """
-    configs, notes = completed([config for _, config in points], launcher)
+    configs, notes = complete_configs([config for _, config in points], launcher)
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
     folder = runs_folder(configs[0].output_dir)
-    plan = make_plan(  # complete_all has seen to it that they are valid
+    plan = make_plan(  # valid: complete_all has checked them
         points, command=command, valid=True, begun=lambda run_id: (folder / run_id).exists()
     )
-    output_dir = one_output_dir(plan)
+    output_dir = find_output_dir(plan)
     plan.notes = [*notes, *side_by_side([cell.config for cell in plan.cells])]
     if any(c.runtime.device == "cpu" and launcher.place(c).gpus for c in configs):
         plan.notes.append(
@@ -77,7 +78,7 @@ class SweepOutlook(Outlook):
     """A grid of runs."""
 
     states: Mapping[str, RunState]
-    """run_id -> how it is before the command."""
+    """Before the command, by run_id."""
 
     @property
     def todo(self) -> list[Cell]:
@@ -104,15 +105,16 @@ class SweepOutlook(Outlook):
         plan, output_dir = self.plan, self.output_dir
         with refuse_unwritable(output_dir):
             code = self.launcher.launch(plan, output_dir=output_dir, console=console)
-        # SLURM's jobs are still to come; who pressed Ctrl-C, or ran nothing, waits for no page.
+        # Of SLURM there are no results yet; after Ctrl-C, or if nothing was run, none is wanted.
         if self.launcher.kind == "local" and len(plan.cells) > 1 and self.todo and code != 130:
             _report(plan, output_dir=output_dir, console=console)
-        _show_ui(plan, output_dir=output_dir, console=console)
+        if plan.is_tracked:
+            display.say(console, f"compare: {addresses.ui_command(output_dir, sweep=plan.name)}")
         return code
 
 
 def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) -> int:
-    """Launch some runs of a stored plan again, as they were launched last; the exit code."""
+    """Launch runs of a stored plan again, with the launcher of the last time; the exit code."""
     shell.alone("a sweep")
     output_dir, console = Path(output_dir), display.make_console()
     launcher = load_launcher(plan_folder(output_dir, name=plan.name))
@@ -125,10 +127,10 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
 
 
 def _frozen(output_dir: Path, cell: Cell) -> Cell:
-    """The cell with the config stored in its run, which has the current paths of the data."""
+    """The cell with the config that is stored in its run: that one has the data's current paths."""
     run_dir = run_at(output_dir, cell.run_id)
-    there = run_dir.config_path.exists()
-    return dataclasses.replace(cell, config=run_dir.config()) if there else cell
+    stored = run_dir.config_path.exists()
+    return dataclasses.replace(cell, config=run_dir.config()) if stored else cell
 
 
 def same_elsewhere(plan: Plan, output_dir: Path) -> list[str]:
@@ -140,20 +142,14 @@ def same_elsewhere(plan: Plan, output_dir: Path) -> list[str]:
 
 
 def _report(plan: Plan, *, output_dir: Path, console: Console) -> None:
-    """The sweep's page, and all of it on its MLflow parent. What fails here costs no run."""
-    from experiments.errors import one_line
-    from experiments.report import page
+    """Write the sweep's page and show it in MLflow. A failure here is printed and ends nothing."""
+    from experiments.report import page  # NumPy: 0.15 s that --plan and SLURM would pay for nothing
 
     try:
         display.say(console, f"report: {page.write(output_dir, plan.name)}")
-    except Exception as error:  # whatever it is: the runs have their results
+    except Exception as error:  # of any kind: the runs have their results
         again = command("report", plan.name, output_dir=output_dir)
         display.say(console, f"no report: {one_line(error)}; `{again}` tries again")
-    if any(cell.config.tracking.enabled for cell in plan.cells):
-        for text in tracking.complaints(tracking.show(output_dir, plan.name)):
+    if plan.is_tracked:
+        for text in tracking.new_problems(tracking.show(output_dir, plan.name)):
             display.say(console, text)
-
-
-def _show_ui(plan: Plan, *, output_dir: Path, console: Console) -> None:
-    if any(cell.config.tracking.enabled for cell in plan.cells):
-        display.say(console, f"compare: {addresses.ui_command(output_dir, sweep=plan.name)}")

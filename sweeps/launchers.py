@@ -1,4 +1,4 @@
-"""The launcher interface, and reading which launcher a sweep was launched with."""
+"""What a launcher does, and the file that says which one a sweep was launched with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sweeps.slurm.options import SlurmOptions
 
 
 class Launcher(Protocol):
-    """Where runs are run; `kind` and `options` say how to make it again."""
+    """Where runs are run; `kind` and `options` are all that is needed to make it again."""
 
     kind: str
 
@@ -30,15 +30,15 @@ class Launcher(Protocol):
 
     @property
     def unit(self) -> str:
-        """GPU or CPU: what its hours are hours of."""
+        """Of which it counts the hours: GPU or CPU."""
         ...
 
     def place(self, config: RunConfig) -> Place:
-        """What a run is given."""
+        """The processes, devices and time that a run gets."""
         ...
 
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
-        """ConfigError, before anything is written, where it could not run the plan."""
+        """ConfigError if it could not run the plan; writes nothing."""
         ...
 
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
@@ -46,21 +46,21 @@ class Launcher(Protocol):
         ...
 
     def check_search(self, plan: Plan) -> None:
-        """ConfigError if this launcher cannot run a search with runs like those of the plan."""
+        """ConfigError if it could not run a search with runs like those of the plan."""
         ...
 
 
 def store_launcher(launcher: Launcher, folder: Path) -> None:
     options = launcher.options
     values = dataclasses.asdict(options) if isinstance(options, SlurmOptions) else options
-    word = values.get("python") or ""
-    if "/" in word and Path(word).is_file():  # else a command with arguments, or one of PATH
-        values |= {"python": shlex.quote(str(Path(word).absolute()))}
+    python = values.get("python") or ""
+    if "/" in python and Path(python).is_file():  # else a command with arguments, or one of PATH
+        values |= {"python": shlex.quote(str(Path(python).absolute()))}
     atomic.write_json(folder / "launcher.json", {"kind": launcher.kind, "options": values})
 
 
 def load_launcher(folder: Path) -> Launcher:
-    """The launcher that the sweep in `folder` was launched with last; local where nothing says."""
+    """The launcher that the sweep in `folder` was launched with last; local if none is stored."""
     path = folder / "launcher.json"
     try:
         raw = json_files.read(path)

@@ -1,8 +1,7 @@
-"""What a command is about to do, in one order: look ahead, check, write, show, start.
+"""What a command is about to run: checked, written, shown, started, in this order.
 
-The order matters: everything that can be refused is refused before anything is written, and
-everything is on disk before anything is queued. Not for: how a sweep (`launch.py`) or a search
-(`search/launch.py`) is planned.
+Whatever can be refused is refused before anything is written, and all is on disk before anything
+is queued. Not for: planning a sweep (`launch.py`) or a search (`search/launch.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from experiments.disk.output_dir import (
 )
 from experiments.disk.state import state_of
 from experiments.run.complete import complete_all
+from experiments.tracking import store as mlflow_store
 from relora_core import data, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot
@@ -37,12 +37,13 @@ from sweeps.planning.plan import Cell, Plan
 
 @dataclass(kw_only=True)
 class Outlook(ABC):
-    """What is to be run, where, and what that may cost."""
+    """What is to be run, where, and at what cost."""
 
     plan: Plan
     output_dir: Path
     launcher: Launcher
     costs: Mapping[str, Estimate | None]
+    """By run_id; None: unknown."""
 
     @property
     def limit(self) -> float | None:
@@ -51,12 +52,12 @@ class Outlook(ABC):
 
     @property
     def todo(self) -> list[Cell]:
-        """What needs its data."""
+        """The runs that are not done."""
         return self.plan.cells
 
     @abstractmethod
     def show(self, console: Console, *, stored: bool) -> None:
-        """Print what is to be run and what it may cost."""
+        """Print what is to be run and its cost; `stored`: whether the plan is on disk."""
 
     def check(self) -> None:
         """ConfigError if the sweep cannot run or would cost too much."""
@@ -69,10 +70,10 @@ class Outlook(ABC):
 
     @abstractmethod
     def start(self, console: Console) -> int:
-        """Run it, or queue it; the exit code."""
+        """Run or queue it; the exit code."""
 
     def carry_out(self, console: Console, *, plan_only: bool) -> int:
-        """All of it; with `plan_only` show what would be done, and whether it can be."""
+        """Do all of it; with `plan_only` only show it, and check it. The exit code."""
         if plan_only:
             self.show(console, stored=False)
             display.show_notes(self.plan.notes, console=console)
@@ -93,10 +94,10 @@ class Outlook(ABC):
 
 
 # before the runs --------------------------------------------------------------------------------
-def completed(
+def complete_configs(
     configs: Sequence[RunConfig], launcher: Launcher
 ) -> tuple[list[RunConfig], list[str]]:
-    """The configs with what their data and evals say of themselves, and notes on those."""
+    """The configs with what is read from their data and eval texts, and notes on those."""
     notes: list[str] = []
     configs = complete_all(configs, notes=notes)
     for config in configs:
@@ -104,13 +105,9 @@ def completed(
     return configs, notes
 
 
-def one_output_dir(plan: Plan) -> Path:
-    folders = {cell.config.output_dir for cell in plan.cells}
-    if len(folders) > 1:
-        raise ConfigError(
-            f"output_dir must be one folder per command, got {', '.join(sorted(folders))}"
-        )
-    output_dir = Path(folders.pop())
+def find_output_dir(plan: Plan) -> Path:
+    """Where its runs go; ConfigError if that cannot become a folder."""
+    output_dir = Path(plan.cells[0].config.output_dir)
     nearest = next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise ConfigError(f"output_dir must be a folder, got {output_dir} and {nearest} is a file")
@@ -118,21 +115,15 @@ def one_output_dir(plan: Plan) -> Path:
 
 
 def check_tracking(plan: Plan) -> None:
-    """ConfigError if a run is to be tracked in a way that MLflow does not take."""
-    from experiments.tracking import store as mlflow_store
-
-    for config in tracked(plan).values():
+    """ConfigError if MLflow does not take a run's settings of tracking."""
+    configs = [cell.config for cell in plan.cells if cell.config.tracking.enabled]
+    by_place = {(store_uri(config), experiment_name(config)): config for config in configs}
+    for config in by_place.values():
         mlflow_store.check(config)
 
 
-def tracked(plan: Plan) -> dict[tuple[str, str], RunConfig]:
-    """Store and MLflow experiment -> one of the runs that go there."""
-    configs = [cell.config for cell in plan.cells if cell.config.tracking.enabled]
-    return {(store_uri(config), experiment_name(config)): config for config in configs}
-
-
 def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
-    """Check, and tokenise once, each data set that a run still needs, before any worker."""
+    """Check, and tokenise once, each data set that a run still needs."""
     seen = set()
     for cell in plan.cells:
         run_dir = run_at(output_dir, cell.run_id)

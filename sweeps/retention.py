@@ -1,7 +1,7 @@
 """Which checkpoints and code snapshots may be removed, and their removal, which is atomic.
 
-A run that is queued, running or lost is left alone. The newest checkpoint of a run that has not
-finished stays, and so does the only one of any run. Not for: the command (`commands/gc.py`).
+Nothing of a run is removed while it is queued, running or lost. The newest checkpoint of a run that
+has not finished stays, and so does any run's only one. Not for: the command (`commands/gc.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.disk.evaluations import evaluations
 from experiments.disk.output_dir import jobs_folder, plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
@@ -28,7 +29,7 @@ from sweeps.slurm.submission import alive, recover
 IN_USE = (State.QUEUED, State.RUNNING, State.LOST)
 """States in which a process may be using the run's files."""
 LOADABLE = ("model.safetensors", "progress.json")
-WHOLE = (*LOADABLE, "optimizer.pt", "rng.pt")
+COMPLETE = (*LOADABLE, "optimizer.pt", "rng.pt")
 """Files of a checkpoint. One with only LOADABLE (a user kept the weights) is not removed."""
 SNAPSHOT_AGE_S = 3600.0
 """A younger snapshot may belong to a launch that has not written its submission yet."""
@@ -58,16 +59,16 @@ class Verdict:
     torn: list[Path] = field(default_factory=list)
     """Files and folders left by kills during a write or a removal."""
     bytes: int = 0
-    """Freed by all of this."""
+    """Freed by removing all of these."""
     note: str = ""
-    """Why the run is left alone, or how its checkpoints were ranked."""
+    """Why nothing of the run is removed, or how its checkpoints were ranked."""
 
 
 # checkpoints --------------------------------------------------------------------------------------
 def judge(run: RunDir, *, state: State, policy: Policy) -> Verdict:
-    """Apply `policy` to a run in `state`; only reads."""
+    """What `policy` says of a run in `state`; removes nothing."""
     checkpoints = {step_of(p): p for p in run.checkpoints.glob("step-*") if p.name[5:].isdigit()}
-    complete = {step: path for step, path in sorted(checkpoints.items()) if _has(path, WHOLE)}
+    complete = {step: path for step, path in sorted(checkpoints.items()) if _has(path, COMPLETE)}
     if state in IN_USE:
         return Verdict(run_id=run.run_id, keep=sorted(checkpoints), note=f"{state}: left alone")
     if linked := [p for p in (run.path, run.checkpoints, *checkpoints.values()) if p.is_symlink()]:
@@ -83,7 +84,7 @@ def judge(run: RunDir, *, state: State, policy: Policy) -> Verdict:
         torn=torn,
         note=note,
     )
-    verdict.bytes = freed([*verdict.remove, *verdict.torn])
+    verdict.bytes = count_bytes([*verdict.remove, *verdict.torn])
     return verdict
 
 
@@ -96,7 +97,7 @@ def _has(path: Path, names: Sequence[str]) -> bool:
 
 
 def _choose(run: RunDir, steps: list[int], *, state: State, policy: Policy) -> tuple[set[int], str]:
-    """(steps that stay, how they were ranked)."""
+    """The steps that stay, and how they were ranked."""
     keep = set(steps[len(steps) - policy.keep_latest :] if policy.keep_latest else [])
     if state != State.FINISHED or len(steps) == 1:
         keep |= set(steps[-1:])  # the run resumes from it
@@ -109,20 +110,15 @@ def _choose(run: RunDir, steps: list[int], *, state: State, policy: Policy) -> t
     ranked = values.get(metric, {})
     if not ranked:
         return set(steps), f"no {metric} at any checkpoint: all stay"
-    sign = -1.0 if _goes_up(metric, policy) else 1.0
+    up = goes_up(metric) if policy.maximize is None else policy.maximize
+    sign = -1.0 if up else 1.0
     best = sorted(ranked, key=lambda step: (sign * ranked[step], -step))[: policy.keep_best]
     listed = ", ".join(f"{ranked[step]:.5g} at {step}" for step in best)
     return keep | set(best), f"best {metric}: {listed}"
 
 
-def _goes_up(metric: str, policy: Policy) -> bool:
-    return goes_up(metric) if policy.maximize is None else policy.maximize
-
-
 def at_steps(run: RunDir, steps: Sequence[int] | None) -> dict[str, dict[int, float]]:
     """Metric -> step -> finite value at these steps (None: at all), of training and evaluations."""
-    from experiments.disk.evaluations import evaluations  # imports much that no other command needs
-
     logged = [(event["step"], event["metrics"]) for event in run.events()]
     values: dict[str, dict[int, float]] = {}
     for step, metrics in [*evaluations(run).items(), *logged]:
@@ -133,7 +129,7 @@ def at_steps(run: RunDir, steps: Sequence[int] | None) -> dict[str, dict[int, fl
 
 
 def check(policy: Policy, *, runs: Sequence[RunDir]) -> None:
-    """ConfigError for a policy that keeps nothing or ranks by what no run has measured."""
+    """ConfigError for a policy that keeps nothing or ranks by a metric that no run has."""
     for key, value in (("keep-latest", policy.keep_latest), ("keep-best", policy.keep_best)):
         if value < 0:
             raise ConfigError(f"--{key} must be >= 0, got {value}; nearest valid: 0")
@@ -155,7 +151,7 @@ def check(policy: Policy, *, runs: Sequence[RunDir]) -> None:
 
 # removal ------------------------------------------------------------------------------------------
 def remove(verdict: Verdict, *, run: RunDir) -> None:
-    """Remove what the verdict lists; BlockingIOError if the run is in use by now."""
+    """Remove what the verdict lists; BlockingIOError if the run is in use now."""
     if verdict.torn or verdict.remove:
         now = state_of(run).state
         if now in IN_USE:
@@ -170,14 +166,14 @@ def remove(verdict: Verdict, *, run: RunDir) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder; a kill leaves it complete or under a temporary name."""
+    """Remove a folder; after a kill it is complete, or has a temporary name."""
     aside = path.with_name(f".tmp-{path.name}-gc-{os.getpid()}")
     path.rename(aside)
     shutil.rmtree(aside, onerror=_make_writable)
 
 
 def _make_writable(function: Callable[..., object], path: str, error: object) -> None:
-    """Try again with write permission, as snapshots may be read-only; ignore removed files."""
+    """Try again with write permission: snapshots may be read-only. A file removed since is fine."""
     with contextlib.suppress(FileNotFoundError):
         os.chmod(os.path.dirname(path), stat.S_IRWXU)
         if not os.path.islink(path):  # chmod would reach what it points to
@@ -185,7 +181,7 @@ def _make_writable(function: Callable[..., object], path: str, error: object) ->
         function(path)
 
 
-def freed(paths: Sequence[Path]) -> int:
+def count_bytes(paths: Sequence[Path]) -> int:
     """Bytes that removing all of `paths`, files or folders, frees.
 
     A file with several hard links counts only if all of them are removed.
@@ -204,10 +200,10 @@ def freed(paths: Sequence[Path]) -> int:
 
 # snapshots ----------------------------------------------------------------------------------------
 def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, State]) -> list[Path]:
-    """Code snapshots of a sweep that no job can still read, and leftovers of removed ones.
+    """Code snapshots of a sweep that no job can still read, and what is left of removed ones.
 
-    `states` is run_id -> state of the sweep's runs. None while any of them is in use or a job of
-    the sweep may still run. SlurmError where SLURM must be asked and does not answer.
+    `states` are those of the sweep's runs, by run_id. Empty while any of them is in use or a job of
+    the sweep may still run. SlurmError if SLURM must be asked and does not answer.
     """
     folder = plan_folder(output_dir, name=sweep) / "code"
     if folder.is_symlink() or folder.parent.is_symlink():
@@ -224,7 +220,7 @@ def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, St
 
 
 def _jobs_alive(output_dir: Path | str, *, sweep: str) -> bool:
-    """Whether a job of the sweep may still run, evaluations included (no run state shows them)."""
+    """Whether a job of the sweep may still run: no run's state shows those of evaluations."""
     if not jobs_folder(output_dir, name=sweep).exists():
         return False
     submissions = recover(output_dir, sweep)

@@ -1,7 +1,6 @@
-"""The code as it is now: recorded with a plan, and frozen as a copy that queued jobs run.
+"""The code as it is now: recorded with a plan, and copied, so that later edits reach no queued job.
 
-Without git the project's own files are copied. Not for: what an attempt ran with
-(`experiments/environment.py`).
+Not for: what an attempt ran with (`experiments/environment.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PARTS = (
     "sweeps",
     "hydra_plugins",
 )
-"""The project's files and folders, for a copy without git."""
+"""What is copied of the project if there is no git to say it."""
 SECRETS = (
     *(".env", ".env.*", ".envrc", ".netrc", ".pgpass", ".my.cnf", ".pypirc", ".npmrc"),
     *(".git-credentials", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa", "id_dsa", "id_ecdsa"),
@@ -48,7 +47,7 @@ class CodeState:
     """Which code it is."""
 
     commit: str | None
-    """None without git, without a checkout and in one of another owner."""
+    """None without git or a checkout, and in one of another owner."""
     dirty: bool | None
     """Whether anything differs from the commit, or is new and not ignored; None: unknown."""
     code_hash: str
@@ -68,7 +67,7 @@ class Entry:
 
 # what the code is -------------------------------------------------------------------------------
 def code_state(root: Path = ROOT, *, output_dir: Path | str | None = None) -> CodeState:
-    """The code at `root` without `output_dir`; changes nothing, not even git's index."""
+    """The code at `root` without `output_dir`; git's index is not refreshed."""
     if copy := frozen(root):
         return CodeState(**{f.name: copy[f.name] for f in dataclasses.fields(CodeState)})
     commit = git(root, "rev-parse", "HEAD")
@@ -89,19 +88,19 @@ def code_state(root: Path = ROOT, *, output_dir: Path | str | None = None) -> Co
 
 def code_diff(root: Path = ROOT, *, untracked: list[str]) -> str:
     """The patch from the commit to the code at `root`, `untracked` files as added ones."""
-    form = ("-c", "core.quotePath=false", "diff", "--binary", "--no-ext-diff", "--no-color")
-    form = (*form, "--src-prefix=a/", "--dst-prefix=b/")  # whatever the user's git prefers
+    diff = ("-c", "core.quotePath=false", "diff", "--binary", "--no-ext-diff", "--no-color")
+    diff = (*diff, "--src-prefix=a/", "--dst-prefix=b/")  # whatever the user's git prefers
     added = [
-        git(root, *form, "--no-index", "--", "/dev/null", name, ok=(0, 1)) or ""
+        git(root, *diff, "--no-index", "--", "/dev/null", name, ok=(0, 1)) or ""
         for name in untracked
     ]
-    out = [f":(exclude,glob)**/{one}{end}" for one in SECRETS for end in ("", "/**")]
-    changed = git(root, *form, "--no-renames", "--relative", "HEAD", "--", ".", *out)
+    secrets = [f":(exclude,glob)**/{one}{end}" for one in SECRETS for end in ("", "/**")]
+    changed = git(root, *diff, "--no-renames", "--relative", "HEAD", "--", ".", *secrets)
     return (changed or "") + "".join(added)
 
 
 def record(folder: Path, *, root: Path = ROOT, output_dir: Path | str | None = None) -> CodeState:
-    """Write code.json and code.diff, which restores the code from the commit, into `folder`."""
+    """Write code.json and code.diff (from the commit to the code) into `folder`."""
     code = code_state(root, output_dir=output_dir)
     diff = "" if frozen(root) or code.commit is None else code_diff(root, untracked=code.untracked)
     atomic.write_json(folder / "code.json", _facts(code))
@@ -119,7 +118,7 @@ def _readable(text: str) -> str:
 
 
 def _list(root: Path, command: str, *arguments: str) -> list[str] | None:
-    """The names that a git command prints, without files with passwords; None if it fails."""
+    """The names that a git command prints, without secrets; None if it fails."""
     text = git(root, command, "-z", *arguments)
     if text is None:
         return None
@@ -127,12 +126,12 @@ def _list(root: Path, command: str, *arguments: str) -> list[str] | None:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a part of this path is a name of files or folders that hold passwords."""
+    """Whether a part of this path is in SECRETS."""
     return any(fnmatch(part, one) for part in name.split("/") for one in SECRETS)
 
 
 def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> list[str]:
-    """The names that are not below `output_dir`, by its own path or through links."""
+    """The names that are not below `output_dir`, directly or through links."""
     if output_dir is None:
         return names
     bases = {os.path.abspath(root), os.path.realpath(root)}
@@ -147,10 +146,10 @@ def freeze(
 ) -> Path:
     """Copy the code at `root` to folder/<tree_hash>, unless it is there already; the copy's path.
 
-    Copies tracked files and new files that git does not ignore, as they are now. A link to a file
-    or folder of the copy stays a link; one to another file becomes that file; one to another folder
-    becomes absolute. Submodules and other checkouts are left out. ConfigError where the files
-    exceed `limit_mb`.
+    Copies tracked files and new files that git does not ignore, as they are now; without git the
+    project's own (PARTS). A link to a file or folder of the copy stays a link; one to another file
+    becomes that file; one to another folder becomes absolute. Submodules and other checkouts are
+    left out. ConfigError if the files exceed `limit_mb`.
     """
     _check_apart(root, output_dir=output_dir)
     names = _outside(_names(root), root=root, output_dir=output_dir)
@@ -175,13 +174,13 @@ def tree_hash(entries: list[Entry]) -> str:
 
 
 def changed_files(one: Path, other: Path) -> list[str]:
-    """Names of files that differ between two frozen copies."""
+    """Names of files that differ between two copies."""
     left, right = ({e.name: e for e in _entries(c, list(_walk(c, ["."])))} for c in (one, other))
     return sorted(n for n in left.keys() | right.keys() if left.get(n) != right.get(n))
 
 
 def _names(root: Path) -> list[str]:
-    """The names of the code at `root`; git also lists deleted files and submodules."""
+    """The names of the code at `root`; of git's, some are deleted files and submodules."""
     if frozen(root):
         return list(_walk(root, ["."]))
     names = _list(root, "ls-files", "--cached", "--others", "--exclude-standard")
@@ -194,8 +193,8 @@ def _walk(root: Path, parts: tuple[str, ...] | list[str]) -> Iterator[str]:
         top = root / part
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
             name = str(path.relative_to(root))
-            added = name == SNAPSHOT or "__pycache__" in name.split(os.sep)
-            if (path.is_symlink() or path.is_file()) and not (added or is_secret(name)):
+            generated = name == SNAPSHOT or "__pycache__" in name.split(os.sep)
+            if (path.is_symlink() or path.is_file()) and not (generated or is_secret(name)):
                 yield name
 
 
@@ -204,7 +203,7 @@ def _entries(root: Path, names: list[str]) -> list[Entry]:
 
 
 def _read(root: Path, name: str, *, names: list[str]) -> Entry | None:
-    """The file as it is now; None for a deleted one, a submodule and a checkout of its own."""
+    """The file as it is now; None for a deleted one, a submodule and another checkout."""
     path = root / name
     if (target := _link(root, name, names=names)) is not None:
         return Entry(name=name, mode="120000", content=os.fsencode(target))
@@ -229,24 +228,24 @@ def _link(root: Path, name: str, *, names: list[str]) -> str | None:
 
 
 def _write(entries: list[Entry], target: Path, *, facts: dict[str, Any]) -> None:
-    """Write under a temporary name, then rename; a failure leaves nothing."""
+    """Write the copy under a temporary name, then rename it; a failure leaves nothing."""
     shared.make_folder(target.parent)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
-        shared.open_up(made)
+        shared.open_up(copy)
         for entry in entries:
-            _put(made / entry.name, entry)
-        atomic.write_json(made / SNAPSHOT, facts)
+            _put(copy / entry.name, entry)
+        atomic.write_json(copy / SNAPSHOT, facts)
         try:
-            made.rename(target)
+            copy.rename(target)
         except OSError:
             if not (target / SNAPSHOT).exists():
                 raise  # else another process has made the same copy
         atomic.sync_folder(target.parent)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(copy, ignore_errors=True)
         with contextlib.suppress(OSError):
-            target.parent.rmdir()  # only if it is empty
+            target.parent.rmdir()  # it fails unless the folder is empty
 
 
 def _put(path: Path, entry: Entry) -> None:

@@ -1,7 +1,6 @@
-"""Keeps MLflow up to date with an output folder while its runs are at work.
+"""Keeps MLflow up to date with an output folder, also while its runs are at work.
 
-Not for: how it looks in MLflow (`experiments/tracking/`), nor for a run in this very process, which
-a child process follows (`attempt.followed`).
+Not for: what MLflow shows (`experiments/tracking/`), nor a run of this process (`attempt.follow`).
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ def bring_up_to_date(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Pass]:
     """Show sweeps (None: all, and runs of none) as they are now; see Tracker."""
-    shower = tracker(output_dir, tracking_uri=tracking_uri)
-    return shower.bring_up_to_date(sweeps, states=states, final=final, progress=progress)
+    tracker = make_tracker(output_dir, tracking_uri=tracking_uri)
+    return tracker.bring_up_to_date(sweeps, states=states, final=final, progress=progress)
 
 
-def tracker(
+def make_tracker(
     output_dir: Path | str, *, tracking_uri: str | None = None, servers: bool = True
 ) -> Tracker:
-    """One that asks SLURM if runs were submitted to it."""
+    """A Tracker that asks SLURM about runs that were submitted to it."""
     return Tracker(output_dir, survey=survey, tracking_uri=tracking_uri, servers=servers)
 
 
-def pass_over(
-    shower: Tracker,
+def try_to_update(
+    tracker: Tracker,
     sweeps: Sequence[str] | None,
     *,
     states: Mapping[str, RunState] | None = None,
     final: bool = True,
 ) -> list[Pass]:
-    """The results of a pass; if the plans cannot be read, that is its only problem."""
+    """What came of showing the sweeps; an exception becomes the `problem` of a single Pass."""
     try:
-        return shower.bring_up_to_date(sweeps, states=states, final=final)
-    except Exception as error:  # whatever it is: the runs go on, and a later sync can succeed
+        return tracker.bring_up_to_date(sweeps, states=states, final=final)
+    except Exception as error:  # of any kind: the runs go on, and a later sync can succeed
         line = next(iter(str(error).splitlines()), type(error).__name__)
         line = line if line.startswith("tracking") else f"tracking: {line}"
         problem = f"{line}; `python -m sweeps sync` tries again"
@@ -59,28 +58,28 @@ def pass_over(
 
 
 def show(output_dir: Path | str, sweep: str) -> list[Pass]:
-    """What came of showing the sweep as it is now."""
-    return pass_over(tracker(output_dir), [sweep])
+    """Show the sweep as it is now; what came of it."""
+    return try_to_update(make_tracker(output_dir), [sweep])
 
 
 def problems(passes: Sequence[Pass]) -> list[str]:
     return [one.problem for one in passes if one.problem]
 
 
-def complaints(passes: Sequence[Pass]) -> Iterator[str]:
+def new_problems(passes: Sequence[Pass]) -> Iterator[str]:
     """Lines on what is wrong; each line once per process."""
     for one in passes:
         for line in (one.problem, one.files):
-            if line and line not in _SAID:
-                _SAID.add(line)
+            if line and line not in _REPORTED:
+                _REPORTED.add(line)
                 yield line
 
 
-_SAID: set[str] = set()
+_REPORTED: set[str] = set()
 
 
-def complain(passes: Sequence[Pass]) -> None:
-    for line in complaints(passes):
+def print_problems(passes: Sequence[Pass]) -> None:
+    for line in new_problems(passes):
         print(line, file=sys.stderr)
 
 
@@ -90,30 +89,29 @@ def keep_up_to_date(
     sweeps: Sequence[str] | None,
     *,
     every_s: float,
-    hear: Callable[[Sequence[Pass]], None],
-    meanwhile: bool = True,
+    report: Callable[[Sequence[Pass]], None],
+    report_all: bool = True,
     states: Callable[[], Mapping[str, RunState] | None] = lambda: None,
     servers: bool = True,
     last_s: float | None = None,
 ) -> Iterator[None]:
     """Keep MLflow up to date while the body runs, and bring it up to date once more at its end.
 
-    In a thread: a store may take a second for each run, or not answer at all. Passes take at most a
-    fifth of the time, and after one with a problem the next one waits longer. `hear` gets what came
-    of each pass, of the last one alone unless `meanwhile`. `states`, as the caller has them, spare
-    asking the scheduler. The end is awaited for `last_s` seconds; after Ctrl-C there is no last
-    pass.
+    In a thread: a store may take a second for each run, or not answer at all. The thread works at
+    most a fifth of the time, and pauses longer after a problem. `report` gets what came of each
+    update; without `report_all`, of the last one only. `states` returns the caller's, which saves
+    asking the scheduler. The last update may take `last_s` seconds; after Ctrl-C there is none.
     """
-    shower = tracker(output_dir, servers=servers)
+    tracker = make_tracker(output_dir, servers=servers)
     over, cut = threading.Event(), threading.Event()
 
     def repeat() -> None:
         pause = every_s
         while not cut.is_set():
             final, began = over.is_set(), time.monotonic()
-            passes = pass_over(shower, sweeps, states=states(), final=final)
-            if final or meanwhile:
-                hear(passes)
+            passes = try_to_update(tracker, sweeps, states=states(), final=final)
+            if final or report_all:
+                report(passes)
             if final:
                 return
             pause = min(2 * pause, LONGEST_S) if problems(passes) else every_s
@@ -135,22 +133,27 @@ def keep_up_to_date(
 
 
 LONGEST_S = 60.0
-"""Longest pause after a pass with a problem."""
+"""Longest pause after an update with a problem."""
 CUT_S = 10.0
-"""Longest wait for the pass at work after Ctrl-C."""
+"""Longest wait for an update at work after Ctrl-C."""
 LOCAL_S = 5.0
-"""Pause between two passes while runs of this machine are at work."""
+"""Pause between two updates while runs of this machine are at work."""
 STORE_S = 120.0
 """Longest wait for MLflow's store when all runs have ended."""
 
 
 @contextlib.contextmanager
 def follow(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """Keep the sweep's runs in MLflow up to date; its means when all have ended."""
-    if not any(cell.config.tracking.enabled for cell in plan.cells):
+    """Keep the sweep's runs up to date while the body runs; means over seeds come at its end."""
+    if not plan.is_tracked:
         yield
         return
     with keep_up_to_date(
-        output_dir, [plan.name], every_s=LOCAL_S, hear=complain, meanwhile=False, last_s=STORE_S
+        output_dir,
+        [plan.name],
+        every_s=LOCAL_S,
+        report=print_problems,
+        report_all=False,
+        last_s=STORE_S,
     ):
         yield

@@ -1,8 +1,7 @@
-"""The body of every job: `python -m sweeps.worker RUN_DIR` runs or resumes one run, frozen there.
+"""`python -m sweeps.worker RUN_DIR`: runs or resumes the run there; knows no sweep and no Hydra.
 
 Exit codes: 0 finished, 3 diverged, 1 failed (recorded in the run), 4 at work elsewhere, 5 stopped
-and to be resumed, 6 cancelled. It knows nothing of sweeps, launchers or Hydra. A kill at any time
-is safe: the run resumes from its newest complete checkpoint.
+and to be resumed, 6 cancelled. A kill at any time is safe.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ from pathlib import Path
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import Outcome
 from experiments.errors import RunLocked
+from experiments.run.runner import run_experiment
 from experiments.run.stopping import StopFlag
 from experiments.scheduler import enter_job
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
-from sweeps.slurm.survey import gone
+from sweeps.slurm.survey import is_dead
 
 PRELOAD = (
     "torch",
-    "torch._dynamo",  # torch's optimizers ask for it, accelerate for the next, at the first step
+    "torch._dynamo",  # torch's optimizers import it, accelerate the next one, at the first step
     "torch.distributed.tensor",
     "accelerate",
     "safetensors.torch",
-    "experiments.run.runner",
     "relora_core.train",
     "relora_core.data.grammar",
 )
-"""What any run imports: a warm parent has it already (`warm.py`)."""
+"""What every run imports; a warm parent (`warm.py`) imports it once for all."""
 FINISHED, FAILED, DIVERGED, LOCKED, INTERRUPTED, CANCELLED = 0, 1, 3, 4, 5, 6
 CODES = {
     Outcome.FINISHED: FINISHED,
@@ -42,13 +41,11 @@ CODES = {
 
 
 def work(path: Path | str, *, stop: StopFlag) -> int:
-    """Run the run at `path` in this process until it ends or `stop` says so; how it ended."""
+    """Run the run at `path` until it ends or `stop` is set; the exit code."""
     run_dir = RunDir(path)
     if not run_dir.config_path.exists():
         print(f"RUN_DIR must hold config.json, got {path}", file=sys.stderr)
         return FAILED
-    from experiments.run.runner import run_experiment  # torch: only where a run is to be trained
-
     heartbeat = run_dir.status().heartbeat
     try:
         outcome = run_experiment(
@@ -56,7 +53,7 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
             run_dir,
             console=True,
             stop=stop,
-            gone=lambda holder: gone(holder, heartbeat=heartbeat),
+            gone=lambda holder: is_dead(holder, heartbeat=heartbeat),
         )
     except RunLocked as error:
         print(error, file=sys.stderr)
@@ -75,7 +72,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("usage: python -m sweeps.worker RUN_DIR", file=sys.stderr)
         return 2
-    enter_job()  # where it shares one with others, `job.py` has started it
+    enter_job()  # of a packed job, whose `job.py` has started this process
     stop = StopFlag()
     with stop.installed():
         return work(argv[0], stop=stop)

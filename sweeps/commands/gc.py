@@ -14,7 +14,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 from sweeps import retention
 from sweeps.commands import selection
-from sweeps.display import count, make_console
+from sweeps.display import abbreviate, make_console
 from sweeps.retention import Policy, Verdict
 from sweeps.slurm.cluster import SlurmError
 
@@ -124,7 +124,7 @@ def _show(
             _steps(verdict.keep),
             _steps([retention.step_of(path) for path in verdict.remove]),
             str(len(verdict.torn) or "-"),
-            count(verdict.bytes) if verdict.bytes else "-",
+            abbreviate(verdict.bytes) if verdict.bytes else "-",
             Text(verdict.note),
         )
     if table.row_count:
@@ -133,7 +133,7 @@ def _show(
     torn = sum(len(verdict.torn) for _, verdict in verdicts)
     print(
         f"{going} checkpoints, {torn} torn ones and {len(snapshots)} code snapshots may go: "
-        f"{count(retention.freed([*gone, *snapshots]))} bytes"
+        f"{abbreviate(retention.count_bytes([*gone, *snapshots]))} bytes"
     )
 
 

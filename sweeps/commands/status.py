@@ -199,7 +199,7 @@ def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
             str(state.attempts),
             f"{state.step}/{state.steps}",
             "" if state.loss is None else f"{state.loss:.3f}",
-            display.count(rate) if rate else "",
+            display.abbreviate(rate) if rate else "",
             _left([state]),
             state.reason or "",
         ]

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     view, console = View(), display.make_console()
     if args.once:
         view.states = selection.survey(runs)
-        tracker = tracking.tracker(args.output_dir, servers=False)
-        view.hear(tracking.pass_over(tracker, sweeps, states=view.states))
+        tracker = tracking.make_tracker(args.output_dir, servers=False)
+        view.report(tracking.try_to_update(tracker, sweeps, states=view.states))
         console.print(_all(runs, view))
         return int(any(state.state.bad for state in view.states.values()))
     try:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             args.output_dir,
             sweeps,
             every_s=SYNC_S,
-            hear=view.hear,
+            report=view.report,
             states=lambda: view.states or None,
             servers=False,
         ):
@@ -80,7 +80,7 @@ class View:
     problem: str | None = None
     """What is wrong with MLflow, in one line."""
 
-    def hear(self, passes: Sequence[Pass]) -> None:
+    def report(self, passes: Sequence[Pass]) -> None:
         self.problem = next(iter(tracking.problems(passes)), None)
 
 

@@ -20,7 +20,6 @@ from rich.console import Console
 from experiments import environment
 from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at
 from experiments.disk.state import RunState, state_of
-from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot
 from sweeps.local import warm
@@ -28,6 +27,7 @@ from sweeps.local.pool import Pool
 from sweeps.local.processes import Workers, open_processes, stop_requested
 from sweeps.local.progress import Progress
 from sweeps.local.slots import Slots, visible_gpus
+from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, Place
 from sweeps.planning.plan import Plan
 from sweeps.tracking import follow
@@ -127,7 +127,7 @@ def launch_local(
         console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
         return Summary(states=states)
     # The longest first, so that no long run is alone at the end.
-    todo.sort(key=lambda cell: cost(cell.config), reverse=True)
+    todo.sort(key=lambda cell: budget.training_flops(cell.config), reverse=True)
     for cell in todo:
         run_at(output_dir, cell.run_id).cancel_path.unlink(missing_ok=True)
     device = plan.cells[0].config.runtime.device
@@ -143,8 +143,3 @@ def launch_local(
         pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
     states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
     return Summary(states=states, interrupted=stop.is_set())
-
-
-def cost(config: RunConfig) -> float:
-    """Training FLOPs from first to last step."""
-    return float(costs.flops_per_token(config).train) * display.tokens(config)

@@ -1,4 +1,4 @@
-"""The live table of a local sweep."""
+"""What a local sweep shows while it runs: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,35 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from experiments.disk.output_dir import runs_folder
-from experiments.disk.run_dir import RunDir, Status
+from experiments.disk.output_dir import run_at
+from experiments.disk.run_dir import Status
 from experiments.run.sinks import clock
-from sweeps.display import PLAIN_EVERY_S, REFRESH_S, count, say, take_away
+from sweeps.display import LiveView, abbreviate, say
 from sweeps.planning.plan import Cell
 
 
-class Progress:
-    """Shows runs while they run: a live table on a terminal, plain lines elsewhere."""
+class Progress(LiveView):
+    """Shows the runs that are at work."""
 
     def __init__(self, cells: Sequence[Cell], *, output_dir: Path, console: Console) -> None:
-        self.cells, self.console = cells, console
-        self.runs = runs_folder(output_dir)
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self._shown = time.monotonic()
+        super().__init__(console)
+        self.cells, self.output_dir = cells, output_dir
         self._began = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        take_away(self.live)
 
     def started(self, cell: Cell, *, attempt: int) -> None:
         self.say(f"start    {cell.name}" + (f" (attempt {attempt})" if attempt > 1 else ""))
@@ -44,11 +33,10 @@ class Progress:
         self.say(f"{state:<8} {cell.name}" + (f": {reason}" if reason else ""))
 
     def tick(self, active: Sequence[Cell], *, counts: Mapping[str, int]) -> None:
-        """Show the running runs, unless the last time was a moment ago."""
-        if time.monotonic() - self._shown < (REFRESH_S if self.live else PLAIN_EVERY_S):
+        """Show them, unless the last time was a moment ago."""
+        if not self.is_due():
             return
-        self._shown = time.monotonic()
-        statuses = [(cell, RunDir(self.runs / cell.run_id).status()) for cell in active]
+        statuses = [(cell, run_at(self.output_dir, cell.run_id).status()) for cell in active]
         if self.live:
             self.live.update(self._table(statuses, counts), refresh=True)
             return
@@ -75,7 +63,7 @@ class Progress:
                 ProgressBar(total=max(status.steps, 1), completed=status.step, width=16),
                 f"{status.step}/{status.steps}",
                 "-" if status.loss is None else f"{status.loss:.3f}",
-                "-" if status.tokens_per_s is None else count(status.tokens_per_s),
+                "-" if status.tokens_per_s is None else abbreviate(status.tokens_per_s),
                 status.phase if status.phase not in ("", "train") else clock(status.eta_s),
             )
         return table
@@ -87,7 +75,7 @@ def progress_line(name: str, status: Status) -> str:
     if status.loss is not None:
         parts.append(f"loss {status.loss:.3f}")
     if status.tokens_per_s is not None:
-        parts.append(f"{count(status.tokens_per_s)} tokens/s")
+        parts.append(f"{abbreviate(status.tokens_per_s)} tokens/s")
     if status.phase not in ("", "train"):
         parts.append(status.phase)
     elif status.eta_s is not None:

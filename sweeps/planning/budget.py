@@ -76,6 +76,16 @@ class Place:
 ONE_PROCESS = Place()
 
 
+def tokens(config: RunConfig) -> int:
+    """Training tokens from first to last step."""
+    return config.train.steps * config.train.batch_size * config.data.seq_len
+
+
+def training_flops(config: RunConfig) -> float:
+    """From first to last step."""
+    return float(costs.flops_per_token(config).train * tokens(config))
+
+
 # what was measured ------------------------------------------------------------------------------
 def measured(output_dir: Path | str) -> list[Rate]:
     """The rates of runs below `output_dir` that have ended and recorded what they ran on."""
@@ -89,7 +99,7 @@ def _rate(run_dir: RunDir) -> Rate | None:
     try:
         config, records = run_dir.config(), run_dir.attempt_records()
         places = {(_device(record, config), int(record["world"])) for record in records}
-        tokens = result["metrics"]["train/tokens"]
+        trained = result["metrics"]["train/tokens"]
         seconds = result["metrics"]["perf/train_seconds"]
     except (KeyError, TypeError, ValueError):  # an earlier version did not record it
         return None
@@ -106,7 +116,7 @@ def _rate(run_dir: RunDir) -> Rate | None:
         device=device,
         shape=shape(config, processes=world),
         forward_flops=flops.forward,
-        flops_per_s=flops.train * tokens / seconds / world,
+        flops_per_s=flops.train * trained / seconds / world,
         overhead_s=overhead,
     )
 

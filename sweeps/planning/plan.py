@@ -79,6 +79,11 @@ class Plan:
     created: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
+    @property
+    def is_tracked(self) -> bool:
+        """Whether MLflow is to show any of its runs."""
+        return any(cell.config.tracking.enabled for cell in self.cells)
+
 
 def make_plan(
     points: Sequence[tuple[Point, RunConfig]],

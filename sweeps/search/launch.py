@@ -20,7 +20,7 @@ from experiments.notices import across
 from relora_core.config import ConfigError, RunConfig, validate
 from sweeps import display, tracking
 from sweeps.launchers import Launcher
-from sweeps.outlook import Outlook, check_tracking, completed, one_output_dir
+from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import check_name
@@ -54,7 +54,7 @@ def run_search(
     `bases` holds each combination of searched groups with what it composes to. Raises ConfigError
     before anything is written where the user made a mistake.
     """
-    configs, notes = completed([config for _, config in bases], launcher)
+    configs, notes = complete_configs([config for _, config in bases], launcher)
     name = check_name(configs[0].sweep.name or name)
     configs = [
         dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
@@ -74,7 +74,7 @@ def run_search(
         notes=list(notes),
     )
     plan = make_plan(points)
-    output_dir = one_output_dir(plan)
+    output_dir = find_output_dir(plan)
     left = search.n_trials
     begun = Study.open(folder) if (folder / "study.json").exists() else None
     if begun:
@@ -190,7 +190,7 @@ def close(study: Study, console: Console) -> int:
     write_results(study.folder)
     if any(base.tracking.enabled for base in study.spec.bases.values()):
         # plots go to the parent run
-        for line in tracking.complaints(tracking.show(output_dir, name)):
+        for line in tracking.new_problems(tracking.show(output_dir, name)):
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     display.say(console, f"results: {command('search', name, output_dir=output_dir)}")
     return 0

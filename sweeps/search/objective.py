@@ -16,6 +16,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 from relora_core import costs
 from relora_core.config import RunConfig, nearest
+from sweeps.planning import budget
 from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of
 
 REPORTS = 50
@@ -64,8 +65,7 @@ def run_value(objective: Objective, run_dir: RunDir) -> float | None:
 def foreseen(metric: str, config: RunConfig) -> float:
     """A cost that follows from the config: parameters, or FLOPs of all training steps."""
     if metric == "cost/flops":
-        tokens = config.train.steps * config.train.batch_size * config.data.seq_len
-        return float(costs.flops_per_token(config).train * tokens)
+        return budget.training_flops(config)
     counted = costs.parameters(config)
     return float(counted.trainable if metric == "cost/trainable" else counted.total)
 

@@ -35,8 +35,8 @@ from relora_core import data
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
 from relora_core.events import Event
-from sweeps import attempt, worker
-from sweeps.attempt import followed, stalled
+from sweeps import worker
+from sweeps.attempt import follow, is_stalled, redirect_output
 from sweeps.planning.plan import make_plan, store
 from sweeps.search import reads
 from sweeps.search.objective import REPORTS
@@ -45,7 +45,7 @@ from sweeps.search.trial import Trial, Worker
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.submission import submitted_jobs
-from sweeps.slurm.survey import gone as holder_gone
+from sweeps.slurm.survey import is_dead
 from sweeps.worker import FAILED, FINISHED, INTERRUPTED
 
 PRELOAD = worker.PRELOAD
@@ -246,20 +246,20 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> O
     listener = SearchSink(trial, stop=stop, index=index)
     listener.hear_again(run_dir)
     while True:
-        if not run_dir.ended() and stalled(run_dir, limit=MAX_STALLED):
+        if not run_dir.ended() and is_stalled(run_dir, limit=MAX_STALLED):
             raise DataError(
                 f"{MAX_STALLED} attempts at {run_dir.run_id} ended at step "
                 f"{run_dir.newest_step()} without a new checkpoint"
             )
         heartbeat = run_dir.status().heartbeat
         try:
-            with attempt.spoken(run_dir), followed(run_dir):
+            with redirect_output(run_dir), follow(run_dir):
                 outcome = run_experiment(
                     config,
                     run_dir,
                     console=True,
                     stop=stop,
-                    gone=lambda holder, at=heartbeat: holder_gone(holder, heartbeat=at),
+                    gone=lambda holder, at=heartbeat: is_dead(holder, heartbeat=at),
                     extra_sinks=[listener],
                 )
             return listener.judged(outcome, run_dir)

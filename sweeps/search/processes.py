@@ -150,5 +150,5 @@ def tracked(folder: Path) -> contextlib.AbstractContextManager[None]:
         folder.resolve().parents[2],
         [folder.parent.name],
         every_s=TRACK_EVERY_S,
-        hear=tracking.complain,
+        report=tracking.print_problems,
     )

@@ -249,7 +249,7 @@ def _show(plan: Plan, output_dir: Path, *, console: Console) -> None:
 
     Whatever becomes of that process, the records can be synced at any time.
     """
-    if any(cell.config.tracking.enabled for cell in plan.cells):
+    if plan.is_tracked:
         log = in_background(output_dir, plan.name)
         line = f"MLflow shows them in a minute (log: {log}); `python -m sweeps sync` does it again"
         console.print(line, highlight=False, soft_wrap=True)

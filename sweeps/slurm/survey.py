@@ -97,7 +97,7 @@ class _Looking:
         return Trace(began=log.exists(), error=error)
 
 
-def gone(holder: dict[str, Any], *, heartbeat: float) -> bool:
+def is_dead(holder: dict[str, Any], *, heartbeat: float) -> bool:
     """Is the holder of a run's lock, on another host, certainly dead? In doubt: no.
 
     `heartbeat` is when the run last wrote its status, seconds since the epoch.

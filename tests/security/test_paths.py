@@ -144,7 +144,7 @@ def test_a_submission_that_names_work_elsewhere_is_refused(
     name = name.replace("OUTSIDE", str(place.outside))
     file = jobs_folder(place.out, name="s") / "0" / "submission.json"
     file.parent.mkdir(parents=True)
-    raw = {"kind": kind, "tasks": [[f"../{name}"]], "max_stalled": 5, "signal_delay_s": 1.0}
+    raw = {"name": "s.0", "kind": kind, "tasks": [[f"../{name}"]], "signal_delay_s": 1.0}
     file.write_text(json.dumps(raw))
     with pytest.raises(ConfigError):
         job.read(file, index=0)

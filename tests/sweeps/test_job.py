@@ -461,7 +461,7 @@ def test_attempts_without_progress(make, tmp_path, slurm, records, newest, limit
         if record != (JOB, newest):
             break
         streak += 1
-    assert attempt.stalled(run, limit=limit) == (streak >= limit)
+    assert attempt.is_stalled(run, limit=limit) == (streak >= limit)
 
 
 def exhausted(work):

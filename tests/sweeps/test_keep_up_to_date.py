@@ -45,7 +45,9 @@ def test_the_last_pass_is_final_and_may_be_the_only_one_heard_of(
     passes: Passes, tmp_path: Path
 ) -> None:
     heard: list[Sequence[Pass]] = []
-    with tracking.keep_up_to_date(tmp_path, None, every_s=0.0, hear=heard.append, meanwhile=False):
+    with tracking.keep_up_to_date(
+        tmp_path, None, every_s=0.0, report=heard.append, report_all=False
+    ):
         for _ in range(3):
             passes.await_begin()
             passes.let_go_on()
@@ -57,7 +59,7 @@ def test_the_last_pass_is_final_and_may_be_the_only_one_heard_of(
 
 def test_each_pass_is_heard_of_meanwhile(passes: Passes, tmp_path: Path) -> None:
     heard: list[Sequence[Pass]] = []
-    with tracking.keep_up_to_date(tmp_path, None, every_s=0.0, hear=heard.append):
+    with tracking.keep_up_to_date(tmp_path, None, every_s=0.0, report=heard.append):
         for _ in range(2):
             passes.await_begin()
             passes.let_go_on()
@@ -73,7 +75,7 @@ def test_after_ctrl_c_there_is_no_last_pass(
     before = set(threading.enumerate())
 
     def interrupted() -> None:
-        with tracking.keep_up_to_date(tmp_path, None, every_s=0.0, hear=lambda _: None):
+        with tracking.keep_up_to_date(tmp_path, None, every_s=0.0, report=lambda _: None):
             passes.await_begin()
             raise KeyboardInterrupt
 
@@ -103,6 +105,6 @@ def test_a_store_with_a_problem_is_asked_less_and_less_often(
 
     monkeypatch.setattr(tracking.threading, "Event", Clock)
     passes.let_go_on(100)
-    with tracking.keep_up_to_date(tmp_path, None, every_s=5.0, hear=lambda _: None):
+    with tracking.keep_up_to_date(tmp_path, None, every_s=5.0, report=lambda _: None):
         assert asked.wait(60)
     assert pauses == [10.0, 20.0, 40.0, 60.0, 60.0, 60.0]

@@ -136,7 +136,7 @@ def test_repeating_it_changes_nothing(out: Path, plan: Any) -> None:
     bring_up_to_date(out)
     before = everything(out)
     bring_up_to_date(out)
-    tracker = tracking.tracker(out)
+    tracker = tracking.make_tracker(out)
     for _ in range(2):
         tracker.bring_up_to_date()
     assert everything(out) == before
@@ -144,7 +144,7 @@ def test_repeating_it_changes_nothing(out: Path, plan: Any) -> None:
 
 def test_a_tracker_that_stays_shows_what_ended_meanwhile(out: Path, plan: Any) -> None:
     made = plan(ranks=(8,), seeds=2)
-    tracker = tracking.tracker(out)
+    tracker = tracking.make_tracker(out)
     tracker.bring_up_to_date()
     for cell, loss in zip(made.cells, (1.0, 2.0), strict=True):
         finish(out, cell.run_id, loss=loss)
@@ -226,7 +226,7 @@ def test_a_dead_server_is_one_line_and_the_other_stores_are_served(out: Path, pl
 
 def test_watching_leaves_servers_alone(out: Path, plan: Any) -> None:
     plan(uri="http://127.0.0.1:9")
-    assert tracking.tracker(out, servers=False).bring_up_to_date() == []
+    assert tracking.make_tracker(out, servers=False).bring_up_to_date() == []
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_reading_a_plan_costs_the_same_for_each_run_of_a_larger_one(
     tmp_path: Path, make: Callable[..., RunConfig], calls: Callable[..., int]
 ) -> None:
     def look(size: int) -> None:
-        (group,) = tracking.tracker(tmp_path / str(size))._groups(None)
+        (group,) = tracking.make_tracker(tmp_path / str(size))._groups(None)
         states = {run.run_id: RunState(run_id=run.run_id) for run in group.members}
         view = track.sweep_view(group, states)
         assert sum(len(arm.runs) for arm in view.arms) == size
@@ -368,7 +368,7 @@ def test_files_that_cannot_be_written_cost_a_finished_sweep_one_hint(
 ) -> None:
     from sweeps.__main__ import main
 
-    monkeypatch.setattr(tracking, "_SAID", set())
+    monkeypatch.setattr(tracking, "_REPORTED", set())
     made = plan(ranks=(8,), seeds=2)
     client(out).create_experiment("ranks", artifact_location=f"file://{out}/mlflow.db/x")
     for cell in made.cells:
@@ -397,7 +397,7 @@ def test_any_error_of_a_store_is_one_line_at_a_sweeps_end(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("Could not determine home directory.\nand more")
 
-    monkeypatch.setattr(tracking, "_SAID", set())
+    monkeypatch.setattr(tracking, "_REPORTED", set())
     monkeypatch.setattr(mlflow_store, "open_store", fails)
     made = plan(ranks=(8,), seeds=2)
     for cell in made.cells:

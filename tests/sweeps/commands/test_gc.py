@@ -16,12 +16,12 @@ from relora_core.config import ConfigError
 from sweeps import retention
 from sweeps.commands import gc
 from sweeps.planning.plan import make_plan, store
-from sweeps.retention import WHOLE, Policy, discard, judge
+from sweeps.retention import COMPLETE, Policy, discard, judge
 from sweeps.slurm import cluster
 from sweeps.slurm.submission import Submission
 
 
-def checkpoint(run, step, *, files=WHOLE):
+def checkpoint(run, step, *, files=COMPLETE):
     folder = run.checkpoints / f"step-{step:08d}"
     folder.mkdir(parents=True)
     for name in files:
@@ -88,7 +88,7 @@ def test_a_file_counts_once_and_only_where_its_last_link_goes(make, tmp_path):
     verdict = judge(run, state="finished", policy=Policy())
     assert [retention.step_of(path) for path in verdict.remove] == [1, 2]
     before = _used(run.checkpoints)
-    assert verdict.bytes == 2 * 100 * len(WHOLE) + 1000
+    assert verdict.bytes == 2 * 100 * len(COMPLETE) + 1000
     retention.remove(verdict, run=run)
     assert before - _used(run.checkpoints) == verdict.bytes
 
@@ -191,7 +191,7 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(sweep, call, monkeypatc
             call("--yes")
     for run in sweep:
         for folder in run.checkpoints.glob("step-*"):
-            assert {p.name for p in folder.iterdir()} == set(WHOLE)
+            assert {p.name for p in folder.iterdir()} == set(COMPLETE)
     assert call("--yes") == 0
     assert [p.name for p in sweep[0].checkpoints.iterdir()] == ["step-00000004"]
 
@@ -254,7 +254,7 @@ def test_one_checkpoint_always_stays_and_the_newest_where_it_is_needed(
         assert max(has) in verdict.keep or not latest
     if state == "running":
         assert not gone
-    assert verdict.bytes == 100 * len(WHOLE) * len(gone)
+    assert verdict.bytes == 100 * len(COMPLETE) * len(gone)
 
 
 # snapshots ----------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_tracking_servers_are_left_to_sync(make, tmp_path):
     store(make_plan([({}, config)], name="s"), output_dir=tmp_path / "out")
     shown = watch.View()
     with tracking.keep_up_to_date(
-        tmp_path / "out", None, every_s=3600, hear=shown.hear, servers=False
+        tmp_path / "out", None, every_s=3600, report=shown.report, servers=False
     ):
         pass
     assert shown.problem is None

@@ -26,9 +26,10 @@ from sweeps import display
 from sweeps.launch import run_sweep
 from sweeps.local import launcher
 from sweeps.local import slots as slots_module
-from sweeps.local.launcher import LocalLauncher, cost, launch_local
+from sweeps.local.launcher import LocalLauncher, launch_local
 from sweeps.local.processes import Workers
 from sweeps.local.slots import ROOT, Slots, visible_gpus
+from sweeps.planning.budget import training_flops
 from sweeps.planning.plan import make_plan, store
 from tests.sweeps.conftest import planned
 
@@ -136,7 +137,7 @@ def test_longest_runs_start_first(make, launch, tmp_path):
 
 
 def test_cost_is_proportional_to_the_tokens(make):
-    assert cost(make(steps=40)) == 10 * cost(make(steps=4))
+    assert training_flops(make(steps=40)) == 10 * training_flops(make(steps=4))
 
 
 def test_each_worker_has_its_share_of_threads_and_its_gpu(make, launch, tmp_path, monkeypatch):

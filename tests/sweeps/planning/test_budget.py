@@ -378,7 +378,7 @@ def test_the_plan_shows_hours_disk_and_totals_of_all_runs_though_rows_are_cut(ma
     assert f"{budget.interval(total)} CPU-hours by 1 finished run of nano on cpu" in text
     assert total.hours == pytest.approx(40 * asked[plan.cells[20].run_id].hours)
     disk = 2 * costs.checkpoint_bytes(plan.cells[0].config)
-    assert f"{display.count(40 * disk)}B of checkpoints, budget 500 CPU-hours" in text
+    assert f"{display.abbreviate(40 * disk)}B of checkpoints, budget 500 CPU-hours" in text
 
 
 def test_what_is_not_known_is_said_to_be_unknown(make):

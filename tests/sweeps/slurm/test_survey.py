@@ -23,7 +23,7 @@ from sweeps.slurm import cluster
 from sweeps.slurm import survey as module
 from sweeps.slurm.cluster import Job, SlurmError
 from sweeps.slurm.submission import Submission, read_submissions, recover
-from sweeps.slurm.survey import gone, judge_job, survey
+from sweeps.slurm.survey import is_dead, judge_job, survey
 
 ELSEWHERE = "a-node-elsewhere"
 
@@ -468,20 +468,20 @@ def test_whatever_is_said_a_judgement_is_safe_and_changes_nothing(
 )
 def test_a_holder_is_dead_where_slurm_says_that_its_job_is_over_or_waits(slurm, run, state, dead):
     slurm.add("12_3", state=state)
-    assert gone(lock(run), heartbeat=time.time()) == dead
+    assert is_dead(lock(run), heartbeat=time.time()) == dead
 
 
 def test_a_holder_of_an_unknown_job_is_dead_only_after_long_silence(slurm, run):
-    assert not gone(lock(run), heartbeat=time.time() - 60)
-    assert gone(lock(run), heartbeat=time.time() - 2 * SILENT_AFTER_S)
+    assert not is_dead(lock(run), heartbeat=time.time() - 60)
+    assert is_dead(lock(run), heartbeat=time.time() - 2 * SILENT_AFTER_S)
 
 
 def test_in_doubt_a_holder_lives(slurm, run):
     slurm.add("12_3", state="FAILED")
-    assert not gone(lock(run, job_id=None), heartbeat=0.0)
-    assert not gone(lock(run, host=socket.gethostname()), heartbeat=0.0)
+    assert not is_dead(lock(run, job_id=None), heartbeat=0.0)
+    assert not is_dead(lock(run, host=socket.gethostname()), heartbeat=0.0)
     slurm.fail("squeue", "Unable to contact slurm controller")
-    assert not gone(lock(run), heartbeat=0.0)
+    assert not is_dead(lock(run), heartbeat=0.0)
 
 
 # submissions ------------------------------------------------------------------------------------
