@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from experiments import json_files
@@ -32,7 +33,7 @@ def scientific(config: RunConfig) -> dict[str, Any]:
         meta = f.metadata
         if not meta.get("scientific", True) or not applies(meta, config):
             continue
-        if "as_before" in meta and value == meta["as_before"]:
+        if _as_before(meta, value):
             continue
         if key.startswith("eval.") and key not in DIGESTED_WHEN_OFF:
             section = key.rsplit(".", 1)[0]
@@ -40,6 +41,11 @@ def scientific(config: RunConfig) -> dict[str, Any]:
                 continue
         chosen[key] = value
     return chosen
+
+
+def _as_before(metadata: Mapping[str, Any], value: Any) -> bool:
+    """Whether a knob that was added later has the value that means "as before"."""
+    return "as_before" in metadata and value == metadata["as_before"]
 
 
 def essential(config: RunConfig) -> dict[str, Any]:
@@ -85,8 +91,9 @@ def label(config: RunConfig) -> str:
     """Readable part of the ids: model, method, the knobs marked `label`, and kind of data."""
     parts = [config.model.name, config.method.replace("_", "")]
     for _, f, value in walk(config):
-        if (letter := f.metadata.get("label")) and applies(f.metadata, config):
-            parts.append(f"{letter}{value}")
+        meta = f.metadata
+        if "label" in meta and applies(meta, config) and not _as_before(meta, value):
+            parts.append(f"{meta['label']}{value}")
     parts.append(config.data.kind)
     safe = "-".join(parts)
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in safe)

@@ -9,6 +9,7 @@ Each field may carry metadata that `knob` writes:
   methods          methods that the knob applies to, if not all of its section (`of_methods`);
                    elsewhere it is left out of the identity
   kinds            kinds of data that the knob applies to; likewise
+  optimizers       values of train.optimizer that the knob applies to; likewise
   label            letter before its value in run names, where it applies
   main             True: among the params that MLflow shows of every run it applies to
   scientific       False: where or how it runs, not what it computes; outside the identity
@@ -39,6 +40,13 @@ METHODS = ["full_rank"]
 """Every method; `of_methods` adds those that have knobs of their own."""
 ADAPTERS = ("lora", "relora")
 DATA_KINDS = ("grammar", "pretokenized", "text")
+OPTIMIZERS = ("adamw", "muon")
+SCOPES = (
+    ("methods", "method", "method"),
+    ("kinds", "data.kind", "data"),
+    ("optimizers", "train.optimizer", "train.optimizer"),
+)
+"""(entry of a knob's metadata, the key that decides, its short name)."""
 EVAL_PRECISIONS = ("fp32", "bf16")
 DYNAMICS = ("weight", "base", "gradient", "update_proxy", "update_restart", "update_total")
 LARGEST_INT = 2**31 - 1
@@ -165,6 +173,11 @@ def _is_zero_or_keep(c: RunConfig) -> bool:
     return c.relora.optimizer_state in ("zero", "keep")
 
 
+def _has_no_step(c: RunConfig) -> bool:
+    """Muon has one moment and no bias correction; a trained s, which is no matrix, is AdamW's."""
+    return c.train.optimizer == "muon" and c.relora.scaling != "trainable"
+
+
 _FROZEN = {"relora.r": lambda c: c.relora.r == 0}
 _NO_REDRAW = {"relora.reset_frequency": _never_redraws}
 _NO_RESTART = {"relora.reset_frequency": lambda c: _never_redraws(c) and _never_rewarms(c)}
@@ -202,22 +215,29 @@ class MethodConfig:
         return {}
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """Of the optimizer's state: AdamW has two float32 moments per trained parameter."""
-        return 8 * trainable
+        """Of the optimizer's state in float32: AdamW has two moments per trained parameter, Muon
+        one."""
+        frozen = {f"{name}.weight" for name in self.frozen(config)}
+        one = [shape for name, shape in muon_shapes(config).items() if name not in frozen]
+        return 8 * trainable - 4 * sum(map(math.prod, one))
 
 
 _METHODS_OF: dict[type, tuple[str, ...]] = {}
+WITH_MUON = ["full_rank"]
+"""Methods that leave the choice of `train.optimizer`."""
 Section = TypeVar("Section", bound=MethodConfig)
 
 
-def of_methods(*names: str) -> Callable[[type[Section]], type[Section]]:
+def of_methods(*names: str, muon: bool = False) -> Callable[[type[Section]], type[Section]]:
     """Declare a section's methods: they can be chosen, and its knobs apply to them alone.
 
-    A knob that names some of them itself applies to those.
+    A knob that names some of them itself applies to those. `muon`: they take `train.optimizer=muon`
+    as they take AdamW; the others are refused with it.
     """
 
     def declare(section: type[Section]) -> type[Section]:
         METHODS.extend(names)
+        WITH_MUON.extend(names if muon else ())
         for f in fields(section):  # type: ignore[arg-type]
             f.metadata = MappingProxyType({"methods": names, **f.metadata})
         _METHODS_OF[section] = names
@@ -226,7 +246,7 @@ def of_methods(*names: str) -> Callable[[type[Section]], type[Section]]:
     return declare
 
 
-@of_methods(*ADAPTERS)
+@of_methods(*ADAPTERS, muon=True)
 @dataclass(kw_only=True, slots=True)
 class ReLoRAConfig(MethodConfig):
     """Adapters and restarts (Lialin et al. 2023); `lora` has the adapter knobs alone.
@@ -370,6 +390,7 @@ class ReLoRAConfig(MethodConfig):
             **_NO_REDRAW,
             "relora.optimizer_state": _is_zero_or_keep,
             "relora.prune_ratio": lambda c: _pruning(c.relora) in ("zero", "keep"),
+            "train.optimizer": _has_no_step,
         },
     )
     """One mask for both moments; false: each its own, as published."""
@@ -380,6 +401,7 @@ class ReLoRAConfig(MethodConfig):
             **_NO_REDRAW,
             "relora.optimizer_state": lambda c: c.relora.optimizer_state == "keep",
             "relora.prune_ratio": lambda c: _pruning(c.relora) == "keep",
+            "train.optimizer": _has_no_step,
         },
     )
     """Whether bias correction starts anew for a tensor with pruned moments; false as published."""
@@ -480,7 +502,7 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Optimisation: AdamW over all trainable parameters (Weiss et al. 2025, Table 6)."""
+    """Optimisation of all trainable parameters (Weiss et al. 2025, Table 6)."""
 
     steps: int = knob(ge=1)
     """Optimizer steps."""
@@ -488,10 +510,12 @@ class TrainConfig:
     """Sequences per optimizer step, over all processes and accumulation."""
     micro_batch_size: int | None = knob(None, ge=1, scientific=False)
     """Sequences per process and forward pass; None: batch_size / processes (no accumulation)."""
+    optimizer: str = knob("adamw", choices=OPTIMIZERS, as_before="adamw", label="")
+    """`muon`: Muon for the matrices of the blocks and of adapters, AdamW for all else."""
     lr: float = knob(3e-4, gt=0)
     """Peak learning rate."""
     weight_decay: float = knob(0.01, ge=0)
-    """AdamW's decoupled decay, on every trainable parameter (as published)."""
+    """Decoupled decay, on every trainable parameter (as published)."""
     beta1: float = knob(0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
     beta2: float = knob(0.999, ge=0, lt=1)
@@ -502,6 +526,34 @@ class TrainConfig:
     """Largest global gradient norm; None: no clipping (as published)."""
     precision: str = knob("fp32", choices=("fp32", "bf16"))
     """`bf16`: matmuls under autocast; weights, moments, softmax and loss stay float32."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MuonConfig:
+    """Orthogonalised momentum for hidden matrices (Jordan et al. 2024), as torch.optim.Muon has it.
+
+    The schedule, the weight decay and, for all other parameters, AdamW's knobs are those of train.
+    """
+
+    lr_ratio: float = knob(1.0, gt=0, main=True, optimizers=("muon",))
+    """Learning rate of Muon over train.lr, AdamW's."""
+    adjust_lr: str = knob(
+        "match_rms_adamw",
+        choices=("match_rms_adamw", "original"),
+        main=True,
+        optimizers=("muon",),
+    )
+    """Factor of an update of shape (m, n): 0.2 sqrt(max(m, n)), entries about as large as AdamW's,
+    so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982); or
+    sqrt(max(1, m / n)), as first published, with learning rates near 0.02."""
+    momentum: float = knob(0.95, ge=0, lt=1, optimizers=("muon",))
+    """Share of the moment that the next one keeps."""
+    nesterov: bool = knob(
+        True, optimizers=("muon",), moot={"muon.momentum": lambda c: c.muon.momentum == 0}
+    )
+    """Orthogonalise the gradient mixed with the moment; false: the moment alone."""
+    ns_steps: int = knob(5, ge=1, le=99, optimizers=("muon",))
+    """Newton-Schulz iterations, in bfloat16."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -738,6 +790,7 @@ class RunConfig:
     galore: GaLoreConfig = field(default_factory=GaLoreConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
+    muon: MuonConfig = field(default_factory=MuonConfig)
     data: DataConfig
     eval: EvalConfig = field(default_factory=EvalConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
@@ -759,9 +812,15 @@ def method_config(config: RunConfig) -> MethodConfig:
 
 def applies(metadata: Any, config: RunConfig) -> bool:
     """Whether a knob with this metadata has any effect in `config`."""
-    return config.method in metadata.get("methods", METHODS) and config.data.kind in metadata.get(
-        "kinds", DATA_KINDS
-    )
+    return ruled_out_by(metadata, config) is None
+
+
+def ruled_out_by(metadata: Any, config: RunConfig) -> str | None:
+    """The choice that leaves a knob with this metadata without effect, such as `method=lora`."""
+    for scope, key, word in SCOPES:
+        if scope in metadata and (value := get(config, key)) not in metadata[scope]:
+            return f"{word}={value}"
+    return None
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -863,6 +922,18 @@ def projected_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
         for name, shape in linear_shapes(config.model).items()
         if any(names_part(key, name, n_layers=layers) for key in targets)
     }
+
+
+def muon_shapes(config: RunConfig) -> dict[str, Shape]:
+    """The parameters that Muon updates: every matrix of the blocks that is trained in some phase,
+    adapters' included."""
+    if config.train.optimizer != "muon":
+        return {}
+    method = method_config(config)
+    frozen = {} if method.phases(config) else method.frozen(config)
+    linears = linear_shapes(config.model).items()
+    own = {f"{name}.weight": shape for name, shape in linears if name not in frozen}
+    return own | {name: s for name, s in method.added(config).items() if len(s) == 2}
 
 
 def validate(config: RunConfig) -> None:
@@ -1107,6 +1178,7 @@ def _check_train(config: RunConfig) -> None:
             f"schedule.warmup_steps must be <= the schedule's {total} steps, got "
             f"{config.schedule.warmup_steps}; nearest valid: {total}"
         )
+    _check_optimizer(config)
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
         small = (n for n in range(1, math.isqrt(train.batch_size) + 1) if train.batch_size % n == 0)
@@ -1114,6 +1186,21 @@ def _check_train(config: RunConfig) -> None:
         raise ConfigError(
             f"train.micro_batch_size must divide train.batch_size={train.batch_size}, got {micro}; "
             f"nearest valid: {good}"
+        )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    if config.train.optimizer != "muon":
+        return
+    if config.method not in WITH_MUON:
+        raise ConfigError(
+            f"train.optimizer must be adamw with method={config.method} (it has an update rule of "
+            f"its own for the matrices that Muon would update), got 'muon'"
+        )
+    if not muon_shapes(config):
+        raise ConfigError(
+            "train.optimizer must be adamw with relora.r=0 and every linear frozen (no matrix is "
+            "left to Muon), got 'muon'"
         )
 
 

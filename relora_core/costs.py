@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from relora_core.config import RunConfig, Shape, linear_shapes, method_config
+from relora_core.config import RunConfig, Shape, linear_shapes, method_config, muon_shapes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +92,8 @@ TENSOR_BYTES = 95
 """What a tensor of a checkpoint takes beside its values: name, shape and place (safetensors)."""
 STATE_BYTES = 815
 """Likewise of a parameter's state in optimizer.pt: two moments and a step count in a zip file."""
+MUON_SAVES = 435
+"""What of that Muon does without, which has one moment and no count."""
 GENERATORS_BYTES = 14_200
 """rng.pt of one process."""
 
@@ -101,11 +103,14 @@ def checkpoint_bytes(config: RunConfig) -> int:
     counted, method = parameters(config), method_config(config)
     added, buffers, frozen = method.added(config), method.kept(config), method.frozen(config)
     plain = 3 + 9 * config.model.n_layers
+    muon = muon_shapes(config)
     states = method.moment_bytes(config, trainable=counted.trainable)
     states += STATE_BYTES * (plain - len(frozen) + len(added))
+    states -= MUON_SAVES * len(muon.keys() - {f"{name}.weight" for name in frozen})
     if method.phases(config):
-        alone = counted.total - _entries(added.values())
-        states = max(states, 8 * alone + STATE_BYTES * plain)
+        alone = 8 * (counted.total - _entries(added.values())) + STATE_BYTES * plain
+        alone -= sum(4 * math.prod(muon[name]) + MUON_SAVES for name in muon.keys() - added.keys())
+        states = max(states, alone)
     weights = counted.total + _entries(buffers.values()) + sum(_reference_sizes(config))
     tensors = plain + len(added) + len(buffers)
     return 4 * weights + TENSOR_BYTES * tensors + states + GENERATORS_BYTES

@@ -1,4 +1,7 @@
-"""AdamW over all or some of a method's groups, and pruning of its state. Not for: schedules."""
+"""AdamW over all or some of a method's groups, Muon beside it, and pruning of their state.
+
+Not for: schedules.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
-from relora_core.config import TrainConfig
+from relora_core.config import RunConfig, TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""Entries of a parameter's state that are shaped as it is: AdamW's two, Muon's one."""
 
 
 def build_adamw(
@@ -53,6 +59,68 @@ class SplitAdamW(AdamW):
         raise NotImplementedError
 
 
+class MuonAdamW(Optimizer):
+    """torch's Muon for some groups and AdamW for the others, seen as one optimizer.
+
+    Both work on this one's groups and state, which therefore hold all that a checkpoint needs.
+    """
+
+    def __init__(self, adamw: AdamW, muon: Muon) -> None:
+        self.parts: tuple[Optimizer, Optimizer] = (adamw, muon)
+        self._first = len(adamw.param_groups)
+        super().__init__([*adamw.param_groups, *muon.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Part of `load_state_dict`, which puts new groups and a new state in place."""
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        adamw, muon = self.parts
+        adamw.param_groups = self.param_groups[: self._first]
+        muon.param_groups = self.param_groups[self._first :]
+        adamw.state = muon.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; a closure is not supported."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+
+def build_muon(
+    groups: list[dict[str, Any]], *, matrices: list[nn.Parameter], config: RunConfig
+) -> MuonAdamW:
+    """Muon for `matrices`, AdamW for the groups' other parameters; groups keep their options.
+
+    A step orthogonalises each m x n matrix (m <= n) with ns_steps m^2 (m + 2n) multiply-adds,
+    however small the batch is, on every process: all hold the same gradients.
+    """
+    own = {id(matrix) for matrix in matrices}
+
+    def part(group: dict[str, Any], *, hidden: bool) -> dict[str, Any]:
+        return {**group, "params": [p for p in group["params"] if (id(p) in own) is hidden]}
+
+    others = [part(group, hidden=False) for group in groups]
+    hidden = [part(group, hidden=True) for group in groups]
+    muon = config.muon
+    for group in hidden:
+        group["lr_ratio"] = muon.lr_ratio * group.get("lr_ratio", 1.0)
+    return MuonAdamW(
+        build_adamw([group for group in others if group["params"]], train=config.train),
+        Muon(
+            [group for group in hidden if group["params"]],
+            lr=config.train.lr,
+            weight_decay=config.train.weight_decay,
+            momentum=muon.momentum,
+            nesterov=muon.nesterov,
+            ns_steps=muon.ns_steps,
+            adjust_lr_fn=muon.adjust_lr,
+        ),
+    )
+
+
 def set_lr_(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr` times its own `lr_ratio`, if it has one."""
     for group in optimizer.param_groups:
@@ -71,7 +139,7 @@ def prune_state_(
     dropped: int = 0,
     generator: Callable[[str], torch.Generator],
 ) -> float:
-    """Prune both Adam moments of `parameters` in place; the share of entries that were zeroed.
+    """Prune the moments of `parameters` in place; the share of entries that were zeroed.
 
     policy: `zero` all, `keep` all, zero a `random` share `ratio`, or the share smallest in
     `magnitude` (of each tensor; entries kept are counted, so ties lose nothing). With `joint_mask`
@@ -82,6 +150,8 @@ def prune_state_(
     rates. (A tensor has one counter: an entry kept beside pruned ones begins with a third of one.)
     Where nothing is pruned the counter stays, whatever `reset_step` says. No other parameter's
     state is touched. `dropped` entries, of tensors that were replaced, count as zeroed.
+
+    Of Muon's state, one moment without a counter, `policy` and `ratio` alone decide.
     """
     zeroed, total = dropped, dropped
     for name, parameter in parameters.items():
@@ -89,14 +159,15 @@ def prune_state_(
         if not state:
             continue  # no update yet, so nothing to prune
         draws, before = generator(name), zeroed
-        keep = _kept(state["exp_avg"], policy=policy, ratio=ratio, generator=draws)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment == "exp_avg_sq" and not joint_mask:
-                keep = _kept(state[moment], policy=policy, ratio=ratio, generator=draws)
-            state[moment].mul_(keep)
+        moments = [state[moment] for moment in MOMENTS if moment in state]
+        keep = _kept(moments[0], policy=policy, ratio=ratio, generator=draws)
+        for number, moment in enumerate(moments):
+            if number and not joint_mask:
+                keep = _kept(moment, policy=policy, ratio=ratio, generator=draws)
+            moment.mul_(keep)
             zeroed += int((~keep).sum())
             total += keep.numel()
-        if reset_step and zeroed > before:
+        if reset_step and zeroed > before and "step" in state:
             state["step"].zero_()
     return zeroed / total if total else 0.0
 

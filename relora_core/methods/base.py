@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.config import RunConfig, linear_shapes
-from relora_core.optim import build_adamw
+from relora_core.config import RunConfig, linear_shapes, muon_shapes
+from relora_core.optim import build_adamw, build_muon
 from relora_core.schedule import lr_factor
 
 
@@ -35,7 +35,11 @@ class Method:
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         """The optimizer of the adapted model; its state_dict holds all of its state."""
-        return build_adamw(self.param_groups(model), train=self.config.train)
+        groups = self.param_groups(model)
+        if self.config.train.optimizer == "adamw":
+            return build_adamw(groups, train=self.config.train)
+        matrices = [model.get_parameter(name) for name in muon_shapes(self.config)]
+        return build_muon(groups, matrices=matrices, config=self.config)
 
     def lr_multiplier(self, step: int) -> float:
         """Factor of the peak learning rate for update `step` (0-based)."""

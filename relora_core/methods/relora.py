@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from relora_core.config import RunConfig, adapted_shapes
 from relora_core.methods.adapter import Pass, ReLoRALinear, named_generator
 from relora_core.methods.base import Method
-from relora_core.optim import prune_state_
+from relora_core.optim import MOMENTS, prune_state_
 from relora_core.redraws import Draws
 from relora_core.schedule import is_full_rank, scheduled_rank
 from relora_core.spectra import product_singular_values
@@ -221,7 +221,7 @@ def _needed_rank(adapter: ReLoRALinear, *, share: float) -> int | None:
 def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:
     """New parameters of another rank, in the old ones' places in module and optimizer.
 
-    Gives the number of entries of Adam's moments that were dropped with the old ones. Autograd
+    Gives the number of entries of moments that were dropped with the old ones. Autograd
     remembers a parameter's shape while DDP refers to it, so replacing its data is not enough.
     """
     shapes = {"lora_A": (rank, adapter.lora_A.shape[1]), "lora_B": (adapter.lora_B.shape[0], rank)}
@@ -229,7 +229,8 @@ def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:
     for name, shape in shapes.items():
         old = getattr(adapter, name)
         new = nn.Parameter(old.detach().new_zeros(shape))
-        dropped += 2 * old.numel() if optimizer.state.pop(old, None) else 0
+        state = optimizer.state.pop(old, {})
+        dropped += sum(state[moment].numel() for moment in MOMENTS if moment in state)
         for group in optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         setattr(adapter, name, new)

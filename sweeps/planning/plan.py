@@ -31,8 +31,8 @@ from relora_core.config import (
     EVALS,
     ConfigError,
     RunConfig,
-    applies,
     get,
+    ruled_out_by,
     runs_eval,
     validate,
     walk,
@@ -295,9 +295,8 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
         section = key.rsplit(".", 1)[0]
         if not meta.get("scientific", True):
             yield key, "not what is computed"
-        elif not applies(meta, first):
-            on = f"method={first.method}" if "methods" in meta else f"data={first.data.kind}"
-            yield key, f"to {on}"
+        elif choice := ruled_out_by(meta, first):
+            yield key, f"to {choice}"
         elif by := [k for k, rules_out in meta.get("moot", {}).items() if rules_out(first)]:
             yield key, f"with {by[0]}={_short(get(first, by[0]))}"
         elif key.startswith("eval.") and not runs_eval(first, key.split(".")[1]):

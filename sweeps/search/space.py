@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from relora_core.config import (
+    SCOPES,
     ConfigError,
     RunConfig,
     applies,
@@ -290,9 +291,9 @@ def ordered(
 ) -> list[str]:
     """Keys in the order to draw them: groups first, each after what its condition asks for.
 
-    What the knobs themselves depend on (method, kind of data) comes right after the groups.
+    What the knobs themselves depend on comes right after the groups.
     """
-    early = ("method", "data.kind")
+    early = [key for _, key, _ in SCOPES]
     left = sorted(space, key=lambda key: (key not in groups, key not in early))
     done: list[str] = []
     while left:

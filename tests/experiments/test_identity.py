@@ -58,6 +58,10 @@ IDS = [
         "nano-relora-r4-t4-grammar-s0-b3986054ee84132b",
     ),
     (
+        {"method": "full_rank", "train": {"optimizer": "muon"}},
+        "nano-fullrank-muon-grammar-s0-d2d70dcf2c9e40d9",
+    ),
+    (
         {"schedule": {"name": "linear", "min_ratio": 0.1}},
         "nano-relora-r4-t4-grammar-s0-a2131634827ade61",
     ),
@@ -151,6 +155,14 @@ def test_knobs_of_unselected_methods_are_outside(nano):
     assert run_id(nano(method="full_rank")) == run_id(nano(method="full_rank", relora={"r": 9}))
     assert run_id(nano(method="lora")) == run_id(nano(method="lora", relora={"reset_frequency": 9}))
     assert run_id(nano(method="lora")) != run_id(nano(method="lora", relora={"r": 9}))
+
+
+def test_knobs_of_an_optimizer_that_is_not_chosen_are_outside(nano):
+    changes = [{"momentum": 0.5}, {"nesterov": False}, {"ns_steps": 3}, {"lr_ratio": 9.0}]
+    for change in [*changes, {"adjust_lr": "original"}]:
+        assert run_id(nano()) == run_id(nano(muon=change))
+        muon = {"optimizer": "muon"}
+        assert run_id(nano(train=muon)) != run_id(nano(train=muon, muon=change))
 
 
 def test_knobs_of_evals_that_are_off_are_outside(nano):

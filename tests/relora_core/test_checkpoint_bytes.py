@@ -31,6 +31,9 @@ def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, laye
         {"relora": {"full_rank_modules": ["attention"], "r": 8}},
         {"method": "lora", "relora": {"warm_start_steps": 2}},
         {"method": "lora", "relora": {"r": 0}},
+        {"method": "full_rank", "train": {"optimizer": "muon"}},
+        {"train": {"optimizer": "muon"}},
+        {"train": {"optimizer": "muon"}, "relora": {"warm_start_steps": 2, "r": 1}},
         {"dynamics": {"every_steps": 2, "what": ["update_restart"]}},
         {"dynamics": {"every_steps": 2, "what": ["update_restart"], "kinds": ["w_2", "q_proj"]}},
         {"dynamics": {"every_steps": 2, "what": ["update_total", "weight"]}},
@@ -40,5 +43,6 @@ def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, laye
 def test_what_a_procedure_keeps_beside_weights_is_counted(nano, tmp_path, changes):
     model = {"vocab_size": VOCAB_SIZE}
     kept = {"every_steps": 1, "keep_last": 3}
-    config = nano(model=model, train={"steps": 3}, checkpoint=kept, **changes)
+    train = {"steps": 3, **changes.get("train", {})}
+    config = nano(**{**changes, "model": model, "train": train, "checkpoint": kept})
     assert costs.checkpoint_bytes(config) == pytest.approx(written(config, tmp_path), rel=0.02)

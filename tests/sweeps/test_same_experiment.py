@@ -63,6 +63,22 @@ SAME = {
         {"relora": {"full_rank_modules": ["swiglu"]}},
         "mean the same",
     ),
+    "pruning of one moment": (
+        {
+            "train": {"optimizer": "muon"},
+            "relora": {"optimizer_state": "magnitude", "prune_ratio": 0.5},
+        },
+        {
+            "train": {"optimizer": "muon"},
+            "relora": {
+                "optimizer_state": "magnitude",
+                "prune_ratio": 0.5,
+                "joint_mask": False,
+                "reset_adam_step": False,
+            },
+        },
+        "relora.joint_mask, relora.reset_adam_step do not apply with train.optimizer=muon",
+    ),
     "frozen body": (
         {"method": "lora", "relora": {"r": 0}},
         {"method": "lora", "relora": {"r": 0, "alpha": 3.0, "dropout": 0.1, "lr_ratio_b": 4.0}},

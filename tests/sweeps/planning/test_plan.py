@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import read_sweep
 from experiments.labels import spell
-from relora_core.config import ConfigError, ModelConfig, ReLoRAConfig, SweepConfig
+from relora_core.config import ConfigError, ModelConfig, MuonConfig, ReLoRAConfig, SweepConfig
 from sweeps.planning.grid import axes, check_name, compose_all, points_from, safe_name, sweep_name
 from sweeps.planning.plan import cell_names, load, make_plan, store, varying
 
@@ -28,6 +28,16 @@ def grid(make, **axes_):
             dict(zip(axes_, values, strict=True)) for values in itertools.product(*axes_.values())
         )
     ]
+
+
+def test_a_knob_of_an_optimizer_collapses_where_another_one_is_chosen(make):
+    points = [
+        ({"muon.momentum": str(momentum)}, make(muon=MuonConfig(momentum=momentum)))
+        for momentum in (0.9, 0.95)
+    ]
+    plan = make_plan(points)
+    line = "2 points -> 1 runs: muon.momentum does not apply to train.optimizer=adamw"
+    assert plan.collapsed == [line]
 
 
 def test_axes_that_do_not_apply_collapse_and_the_plan_says_so(make):

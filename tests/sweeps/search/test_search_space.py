@@ -130,6 +130,14 @@ def test_groups_are_drawn_first_and_conditions_before_what_they_decide():
     assert order == ["method", "model", "relora.alpha", "relora.r"]
 
 
+def test_what_knobs_depend_on_is_drawn_before_them():
+    space = {
+        "muon.momentum": Float(low=0.9, high=0.99),
+        "train.optimizer": Choice(values=["adamw", "muon"]),
+    }
+    assert ordered(space, groups=[], when={}) == ["train.optimizer", "muon.momentum"]
+
+
 def test_a_knob_of_a_method_is_drawn_for_that_method_only(make):
     space = {"relora.r": Int(low=4, high=8), "train.lr": Float(low=0.1, high=1)}
 
