@@ -335,14 +335,6 @@ def test_packed_runs_are_told_to_end_and_go_on_later(packed, slurm):
     assert requeued(slurm) == [JOB]
 
 
-def test_a_pack_that_is_done_runs_nothing(packed, slurm):
-    work = packed(0, 1)
-    job.run(work)
-    before = [run.status().heartbeat for run in work.runs]
-    assert job.after(work, code=FINISHED) == FINISHED
-    assert [run.status().heartbeat for run in work.runs] == before
-
-
 # a run of its own -------------------------------------------------------------------------------
 @pytest.fixture
 def alone(work, slurm, monkeypatch):
@@ -530,14 +522,6 @@ def test_a_killed_pack_goes_on_but_for_what_has_failed_in_it(work, slurm):
     assert requeued(slurm) == [JOB]
     assert states(made) == ["queued", "failed", "queued"]
     assert made.runs[1].status().error == "boom"
-
-
-def test_a_failure_is_kept(work, slurm):
-    made = at_work(work(0))
-    made.runs[0].update_status(state="failed", error="RuntimeError: boom")
-    assert job.after(made, code=FAILED) == FAILED
-    assert requeued(slurm) == []
-    assert made.runs[0].status().error == "RuntimeError: boom"
 
 
 def test_a_worker_that_ended_before_its_first_word_is_told(work, slurm):

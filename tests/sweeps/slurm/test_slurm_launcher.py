@@ -41,12 +41,11 @@ from sweeps.launch import relaunch, run_sweep
 from sweeps.launchers import load_launcher, store_launcher
 from sweeps.planning.budget import Estimate
 from sweeps.planning.plan import load, make_plan
-from sweeps.slurm import cluster, evals, queue
+from sweeps.slurm import cluster, evals
 from sweeps.slurm import sbatch as submit_module
 from sweeps.slurm.batches import batches
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions, check_cell, check_options, minutes, shape_of
-from sweeps.slurm.sbatch import Sbatch
 from sweeps.slurm.searches import submit_search
 from sweeps.slurm.submission import read_submissions
 from sweeps.slurm.survey import survey
@@ -80,21 +79,21 @@ def code(tmp_path, monkeypatch):
 
 @pytest.fixture
 def submit(make, code):
-    """run_sweep over seeds, or (seed, resources), as sweep `s`; (exit code, what was said)."""
+    """run_sweep over seeds, or (seed, resources), as sweep `s`; (exit code, printed text)."""
 
-    def go(runs, *, plan_only=False, changes=None, **options):
+    def sweep(runs, *, plan_only=False, changes=None, **options):
         points = []
         for run in runs:
             seed, resources = run if isinstance(run, tuple) else (run, ResourcesConfig())
             config = make(seed=seed, resources=resources, **(changes or {}))
             config.model.vocab_size, config.sweep.name = None, "s"
             points.append(({"seed": str(seed)}, config))
-        go.console = console = Console(file=io.StringIO(), width=400)
+        sweep.console = console = Console(file=io.StringIO(), width=400)
         launcher = SlurmLauncher(options=SlurmOptions(**{**CPU, **options}))
         done = run_sweep(points, launcher=launcher, plan_only=plan_only, console=console)
         return done, console.file.getvalue()  # type: ignore[attr-defined]
 
-    return go
+    return sweep
 
 
 @pytest.fixture
@@ -110,10 +109,6 @@ def arrays(slurm) -> Counter[str]:
 def job_ids(out) -> dict[int, str | None]:
     """Seed -> job."""
     return {run.config().seed: run.status().job_id for run in all_runs(out)}
-
-
-def planned(make, count, **changes):
-    return make_plan([({}, make(seed=s, **changes)) for s in range(count)], name="s").cells
 
 
 def tree(folder):
@@ -134,13 +129,6 @@ def test_runs_of_one_shape_share_an_array_and_others_have_their_own(submit, slur
     assert set(job_ids(out).values()) == set(slurm.jobs())
     assert {run.status().state for run in all_runs(out)} == {"queued"}
     assert all(base in text for base in arrays(slurm))
-
-
-def test_arrays_end_where_slurms_do(submit, slurm, out):
-    slurm.config(max_array_size=3)
-    submit(range(7))
-    assert sorted(arrays(slurm).values()) == [1, 3, 3]
-    assert sorted(job_ids(out).values()) == sorted(slurm.jobs())
 
 
 def test_each_task_finds_its_own_run(submit, slurm, out):
@@ -221,8 +209,8 @@ def test_time_limits_in_all_of_slurms_notations(days, hours, mins, secs):
     assert minutes(f"{hours}:{mins}:{secs}") == up(3600 * hours + 60 * mins + secs)
     assert minutes(f"{days}-{hours}") == 60 * (24 * days + hours)
     assert minutes(f"{days}-{hours}:{mins:02}") == 60 * (24 * days + hours) + mins
-    whole = 86400 * days + 3600 * hours + 60 * mins + secs
-    assert minutes(f"{days}-{hours}:{mins}:{secs}") == up(whole)
+    seconds = 86400 * days + 3600 * hours + 60 * mins + secs
+    assert minutes(f"{days}-{hours}:{mins}:{secs}") == up(seconds)
 
 
 @pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "1-2:3:4:5", "-5", "1.5", "1:", "1--2", "x"])
@@ -245,25 +233,22 @@ def test_small_runs_share_jobs(submit, slurm, out):
     assert (given_["ntasks-per-node"], given_["cpus-per-task"]) == ("1", "3")
 
 
-def test_a_short_pack_asks_for_the_gpus_of_its_runs(submit, slurm):
-    submit(range(6), runs_per_job=4, gpus_per_node=4, tasks_per_node=1, partition="gpu")
-    asked = [slurm.options(base) for base in sorted(arrays(slurm))]
-    assert [(a["gpus-per-node"], a["cpus-per-task"]) for a in asked] == [("4", "16"), ("2", "8")]
-
-
-def test_a_short_pack_under_a_cap_asks_for_its_own_and_follows_its_array(submit, slurm):
-    submit(range(5), runs_per_job=2, cpus_per_task=3, max_parallel=4)
-    first, short = sorted(arrays(slurm), key=int)
-    asked = [slurm.options(base) for base in (first, short)]
-    assert [one["cpus-per-task"] for one in asked] == ["6", "3"]
-    assert (asked[0]["array"], asked[1]["dependency"]) == ("0-1%2", f"afterany:{first}")
-
-
-def test_a_pack_alone_asks_for_its_own(submit, slurm):
-    """As where one run of a pack is tried again."""
-    submit([0], runs_per_job=4, cpus_per_task=3, max_parallel=4)
-    (job_id,) = slurm.jobs()
-    assert slurm.options(job_id)["cpus-per-task"] == "3"
+@pytest.mark.parametrize(
+    ("runs", "options", "option", "asked", "waits_for_first"),
+    [
+        (6, {"runs_per_job": 4, "gpus_per_node": 4, "tasks_per_node": 1, "partition": "gpu"},
+         "gpus-per-node", ["4", "2"], False),
+        (5, {"runs_per_job": 2, "max_parallel": 4}, "cpus-per-task", ["8", "4"], True),
+        (1, {"runs_per_job": 4, "max_parallel": 4}, "cpus-per-task", ["4"], False),  # a retry
+    ],
+)  # fmt: skip
+def test_a_short_pack_asks_for_no_more_than_its_runs(
+    submit, slurm, runs, options, option, asked, waits_for_first
+):
+    submit(range(runs), **options)
+    first, *rest = [slurm.options(base) for base in sorted(arrays(slurm), key=int)]
+    assert [one[option] for one in (first, *rest)] == asked
+    assert ["dependency" in one for one in rest] == [waits_for_first] * len(rest)
 
 
 def test_the_script_holds_every_option(submit, slurm):
@@ -367,9 +352,10 @@ def test_odd_paths_survive_the_shell_on_the_node(submit, slurm, python, tmp_path
     assert len(list(file.parent.glob("*log.out"))) == runs
 
 
-def test_the_jobs_exit_code_is_that_of_the_run(submit, slurm, python):
+@pytest.mark.parametrize("setup", [[], ["set -eu"]])
+def test_the_jobs_exit_code_is_that_of_the_run(submit, slurm, python, setup):
     path, words = python
-    submit([0], python=shlex.quote(str(path)), teardown=["true"])
+    submit([0], python=shlex.quote(str(path)), setup=setup, teardown=["true"])
     (job_id,) = slurm.jobs()
     slurm.run(job_id, CODE="137")
     assert words()[1][4:6] == ["--after", "137"]
@@ -418,11 +404,7 @@ def test_a_job_name_in_the_profile_costs_no_job(submit, slurm, out, monkeypatch)
     """The launcher was killed before it wrote the id down: the job is found by its name."""
     shell(monkeypatch, SBATCH_JOB_NAME="mine")
     submit([0, 1])
-    for file in out.glob("sweeps/s/jobs/*/submission.json"):
-        lost = {**json.loads(file.read_text()), "state": "submitting", "job_id": None}
-        file.write_text(json.dumps(lost))
-    for run in all_runs(out):
-        run.update_status(state="planned", job_id=None)
+    forget_job_ids(out)
     assert "nothing to submit" in submit([0, 1])[1]
     assert list(arrays(slurm).values()) == [2]
 
@@ -589,6 +571,7 @@ def slurm_log(out) -> str:
         (["set -e", "false"], 1),
         (["[[ -n $NOT_THERE ]] && echo it is", "fine() { false; true; }", "fine",
           "if false; then", "true", "fi", "false || true", "set -eu"], 0),
+        ([". <(echo false; echo true)"], 0),  # a profile may hold commands that fail
     ],
 )  # fmt: skip
 def test_a_line_of_setup_that_fails_fails_the_job(submit, slurm, out, python, lines, code):
@@ -602,23 +585,6 @@ def test_a_line_of_setup_that_fails_fails_the_job(submit, slurm, out, python, li
         assert f"hydra.launcher.setup failed with exit code {code}: " in slurm_log(out)
     (state,) = survey(all_runs(out)).values()
     assert state.state == "failed"
-
-
-def test_setup_may_source_what_holds_failing_commands(submit, slurm, out, python, tmp_path):
-    path, _ = python
-    (tmp_path / "profile").write_text("false\ntrue\n")
-    submit([0], python=shlex.quote(str(path)), setup=[f". {tmp_path / 'profile'}"])
-    (job_id,) = slurm.jobs()
-    slurm.run(job_id)
-    assert slurm.jobs()[job_id]["state"] == "COMPLETED"
-
-
-def test_a_run_that_fails_has_its_last_lines_whatever_setup_has_set(submit, slurm, out, python):
-    path, words = python
-    submit([0], python=shlex.quote(str(path)), setup=["set -eu"], teardown=["true"])
-    (job_id,) = slurm.jobs()
-    slurm.run(job_id, CODE="137")
-    assert words()[1][4:6] == ["--after", "137"]
 
 
 @pytest.mark.parametrize(
@@ -774,14 +740,6 @@ def test_submitting_twice_submits_nothing(submit, slurm, out):
     assert real == []
 
 
-def test_a_widened_grid_submits_what_is_new(submit, slurm, out):
-    submit([0, 1])
-    before = job_ids(out)
-    submit([0, 1, 2])
-    assert sorted(arrays(slurm).values()) == [1, 2]
-    assert before.items() <= job_ids(out).items()
-
-
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
 def test_failed_and_cancelled_runs_are_submitted_again(submit, slurm, out, end):
     submit([0, 1, 2])
@@ -868,27 +826,39 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """Ctrl-C inside sbatch of the array of this number, which SLURM takes all the same."""
+def interrupt(monkeypatch):
+    """sbatch of the `number`-th array raises `error`, after SLURM took the job, or before."""
 
-    def go(number: int) -> None:
+    @contextlib.contextmanager
+    def interrupting(error=KeyboardInterrupt, *, number=1, taken=True):
         real, left = SlurmExecutor._submit_command, [number]
 
-        def interrupted(self, command):
-            job = real(self, command)
+        def submit_command(self, command):
             left[0] -= 1
+            job = None if left[0] == 0 and not taken else real(self, command)
             if left[0]:
                 return job
-            raise KeyboardInterrupt
+            raise error
 
-        monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
+        with monkeypatch.context() as patch:
+            patch.setattr(SlurmExecutor, "_submit_command", submit_command)
+            with pytest.raises(error):
+                yield
 
-    return go
+    return interrupting
 
 
-def test_ctrl_c_says_what_was_submitted_and_cancel_ends_it(submit, slurm, out, taken, capsys):
-    taken(2)
-    with pytest.raises(KeyboardInterrupt):
+def forget_job_ids(out) -> None:
+    """As if the command had been killed before it wrote down what SLURM said."""
+    for file in out.glob("sweeps/s/jobs/*/submission.json"):
+        lost = {**json.loads(file.read_text()), "state": "submitting", "job_id": None}
+        file.write_text(json.dumps(lost))
+    for run in all_runs(out):
+        run.update_status(state="planned", job_id=None)
+
+
+def test_ctrl_c_says_what_was_submitted_and_cancel_ends_it(submit, slurm, out, interrupt, capsys):
+    with interrupt(number=2):
         submit([0, (1, BIG), (2, HUGE)])
     text = submit.console.file.getvalue()
     cancel = f"python -m sweeps cancel s --output-dir {out}"
@@ -900,12 +870,11 @@ def test_ctrl_c_says_what_was_submitted_and_cancel_ends_it(submit, slurm, out, t
     assert "now: 2 cancelled" in capsys.readouterr().out
 
 
-def test_ctrl_c_inside_the_sbatch_of_a_search(submit, slurm, out, make, taken, capsys):
+def test_ctrl_c_inside_the_sbatch_of_a_search(submit, slurm, out, make, interrupt, capsys):
     submit([0])
-    taken(1)
     launcher = SlurmLauncher(options=SlurmOptions(**CPU))
     study = plan_folder(out, name="s") / "study"
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt():
         submit_search(launcher, study, left=2, config=make(), console=Console(file=io.StringIO()))
     job_id = max(arrays(slurm), key=int)
     line = f"Ctrl-C: job {job_id} is submitted and goes on; to end it: python -m sweeps cancel s"
@@ -923,18 +892,10 @@ def test_a_search_without_a_trial_is_cancelled_by_its_name(submit, slurm, out, m
     assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
 
 
-def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, monkeypatch, capsys):
+def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, interrupt, capsys):
     """Nothing was written down: no run knows that it is queued."""
-
-    def killed(*args, **kwargs):
-        raise Killed
-
-    monkeypatch.setattr(queue, "submit", lambda *a, **k: (submit_module.submit(*a, **k), killed()))
-    with pytest.raises(Killed):
+    with interrupt(Killed):
         submit([0, 1])
-    for file in out.glob("sweeps/s/jobs/*/submission.json"):
-        lost = {**json.loads(file.read_text()), "state": "submitting", "job_id": None}
-        file.write_text(json.dumps(lost))
     assert {run.status().state for run in all_runs(out)} == {"planned"}
     assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
     assert {job["state"] for job in slurm.jobs().values()} == {"CANCELLED"}
@@ -942,14 +903,10 @@ def test_cancel_after_a_kill_inside_sbatch_finds_the_jobs(submit, slurm, out, mo
 
 
 def test_cancel_while_sbatch_may_still_be_heard_asks_its_jobs_to_end(
-    submit, slurm, out, monkeypatch, capsys
+    submit, slurm, out, interrupt, monkeypatch, capsys
 ):
-    def interrupted(self, command):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
     monkeypatch.setattr(cluster, "PAUSE_S", 0.01)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt(taken=False):
         submit([0, 1])
     assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
     assert "2 runs: the command that submitted them was interrupted" in capsys.readouterr().out
@@ -961,11 +918,7 @@ def test_cancel_while_sbatch_may_still_be_heard_asks_its_jobs_to_end(
 
 def test_cancel_without_an_answer_does_not_say_that_there_is_nothing(submit, slurm, out, capsys):
     submit([0])
-    for file in out.glob("sweeps/s/jobs/*/submission.json"):
-        lost = {**json.loads(file.read_text()), "state": "submitting", "job_id": None}
-        file.write_text(json.dumps(lost))
-    for run in all_runs(out):
-        run.update_status(state="planned", job_id=None)
+    forget_job_ids(out)
     slurm.fail("squeue", "Unable to contact slurm controller")
     assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 1
     assert "there may be jobs of theirs" in capsys.readouterr().err
@@ -984,20 +937,12 @@ def test_an_old_job_is_not_taken_for_that_of_a_refused_submission(submit, slurm,
 
 
 @pytest.mark.parametrize("accounting", [True, False])
-def test_a_kill_before_the_job_id_is_written_down(submit, slurm, out, monkeypatch, accounting):
+def test_a_kill_before_the_job_id_is_written_down(submit, slurm, out, interrupt, accounting):
     slurm.config(accounting=accounting)
-    real = SlurmExecutor._submit_command
-
-    def interrupted(self, command):
-        real(self, command)
-        raise Killed
-
-    monkeypatch.setattr(SlurmExecutor, "_submit_command", interrupted)
-    with pytest.raises(Killed):
+    with interrupt(Killed):
         submit([0, 1])
     assert len(slurm.jobs()) == 2
     assert set(job_ids(out).values()) == {None}
-    monkeypatch.setattr(SlurmExecutor, "_submit_command", real)
     done, text = submit([0, 1, 2])
     assert done == 0
     assert sorted(arrays(slurm).values()) == [1, 2]
@@ -1005,30 +950,17 @@ def test_a_kill_before_the_job_id_is_written_down(submit, slurm, out, monkeypatc
     assert "2 runs are done or in flight: 1 to submit" in text
 
 
-def test_ctrl_c_before_sbatch_leaves_nothing_behind_that_blocks(submit, slurm, out, monkeypatch):
-    def interrupted(self, command):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SlurmExecutor, "_submit_command", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            submit([0, 1])
+def test_ctrl_c_before_sbatch_leaves_nothing_behind_that_blocks(submit, slurm, interrupt):
+    with interrupt(taken=False):
+        submit([0, 1])
     assert submit([0, 1])[0] == 0
     assert list(arrays(slurm).values()) == [2]
 
 
-def test_no_answer_to_whether_runs_are_in_flight_submits_nothing(submit, slurm, out, monkeypatch):
+def test_no_answer_to_whether_runs_are_in_flight_submits_nothing(submit, slurm, interrupt):
     """A lost job id and a silent squeue: the job may exist."""
-    real = SlurmExecutor._submit_command
-
-    def interrupted(self, command):
-        real(self, command)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SlurmExecutor, "_submit_command", interrupted)
-        with pytest.raises(Killed):
-            submit([0])
+    with interrupt(Killed):
+        submit([0])
     slurm.fail("squeue", "Unable to contact slurm controller (connect failure)")
     with pytest.raises(ConfigError, match=r"nothing was submitted: .*Unable to contact"):
         submit([0])
@@ -1234,16 +1166,6 @@ def test_a_batch_that_divides_is_offered(nano, batch, nodes, tasks):
         assert batch % (nodes * tasks) == 0
 
 
-def test_the_script_of_an_array_that_was_not_submitted(make, tmp_path, slurm):
-    """What --test-only asks about is what would be submitted, but for the paths."""
-    options = SlurmOptions(**CPU)
-    asked = Sbatch(
-        name="x", tasks=3, options=options, shape=shape_of(make(), options),
-        file=tmp_path / "submission.json",
-    )  # fmt: skip
-    assert "#SBATCH --array=0-2" in asked.script()
-
-
 # evaluations ------------------------------------------------------------------------------------
 @pytest.fixture
 def requests(submit, slurm, out):
@@ -1260,15 +1182,16 @@ def requests(submit, slurm, out):
     return paths
 
 
-def eval_job(slurm, out):
-    (one,) = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
-    return one, slurm.options(str(one.job_id))
+def evaluations(out):
+    """Submissions of evaluations, oldest first."""
+    return [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
 
 
 def test_evaluations_are_an_array_on_one_process_each(requests, slurm, out):
     before = job_ids(out)
     submit_evals(requests, sweep="s", output_dir=out, after=False)
-    one, asked = eval_job(slurm, out)
+    (one,) = evaluations(out)
+    asked = slurm.options(str(one.job_id))
     assert arrays(slurm)[str(one.job_id)] == 3
     assert [out / name for (name,) in one.tasks] == requests
     assert (asked["nodes"], asked["ntasks-per-node"]) == ("1", "1")
@@ -1279,8 +1202,8 @@ def test_evaluations_are_an_array_on_one_process_each(requests, slurm, out):
 def test_evaluations_wait_for_the_runs_that_are_in_flight(requests, slurm, out):
     before = job_ids(out)
     submit_evals(requests, sweep="s", output_dir=out, after=True)
-    _, asked = eval_job(slurm, out)
-    kind, *waits = asked["dependency"].split(":")
+    (one,) = evaluations(out)
+    kind, *waits = slurm.options(str(one.job_id))["dependency"].split(":")
     assert kind == "afterany"
     assert sorted(waits) == sorted([str(before[1]), str(before[2])])
 
@@ -1289,22 +1212,21 @@ def test_evaluations_wait_for_the_runs_that_are_in_flight(requests, slurm, out):
 def test_the_same_evaluations_are_queued_once(requests, slurm, out, capsys, after):
     submit_evals(requests, sweep="s", output_dir=out, after=after)
     submit_evals(requests, sweep="s", output_dir=out, after=after)
-    one, _ = eval_job(slurm, out)
+    (one,) = evaluations(out)
     assert "3 of 3 evaluations are queued already" in capsys.readouterr().out
     slurm.set_state(f"{one.job_id}_1", "FAILED")  # it may be asked for again
     submit_evals(requests, sweep="s", output_dir=out, after=after)
-    again = read_submissions(plan_folder(out, name="s") / "jobs")[-1]
-    assert again.tasks == [one.tasks[1]]
+    assert evaluations(out)[-1].tasks == [one.tasks[1]]
 
 
 def test_evaluations_that_would_come_too_early_do_not_count(requests, slurm, out):
     submit_evals(requests, sweep="s", output_dir=out, after=False)
     submit_evals(requests, sweep="s", output_dir=out, after=True)
-    later = read_submissions(plan_folder(out, name="s") / "jobs")[-1]
+    later = evaluations(out)[-1]
     assert len(later.tasks) == 2  # of the runs in flight: the first may begin before they end
     slurm.set_state(str(later.job_id), "RUNNING")
     submit_evals(requests, sweep="s", output_dir=out, after=True)
-    assert len(read_submissions(plan_folder(out, name="s") / "jobs")[-1].tasks) == 2
+    assert len(evaluations(out)[-1].tasks) == 2
 
 
 def test_the_cap_holds_for_evaluations_and_trainings_apart(requests, slurm, out):
@@ -1312,15 +1234,15 @@ def test_the_cap_holds_for_evaluations_and_trainings_apart(requests, slurm, out)
     store_launcher(launcher, plan_folder(out, name="s"))
     submit_evals(requests[:1], sweep="s", output_dir=out, after=False)
     submit_evals(requests[1:], sweep="s", output_dir=out, after=False)
-    evals = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
-    assert [one.waits_for for one in evals] == [[], [evals[0].job_id]]
+    first, second = evaluations(out)
+    assert [one.waits_for for one in (first, second)] == [[], [first.job_id]]
 
 
 def test_a_refused_evaluation_is_written_down_as_refused(requests, slurm, out):
     slurm.fail("sbatch", "Batch job submission failed: Invalid qos specification")
     with pytest.raises(cluster.SlurmError, match="Invalid qos"):
         submit_evals(requests, sweep="s", output_dir=out, after=False)
-    (one,) = [s for s in read_submissions(plan_folder(out, name="s") / "jobs") if s.kind == "eval"]
+    (one,) = evaluations(out)
     assert (one.state, one.job_id) == ("refused", None)
     assert "Invalid qos" in (one.error or "")
 
