@@ -1,4 +1,5 @@
 import pytest
+from training import Undisturbed
 
 from relora_core import native
 
@@ -19,3 +20,9 @@ def compiler():
         if native.choose("native") != "native":
             pytest.skip(f"no native kernels here: {native.problem()}")
         yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Config -> (record, folder) of a run that nobody ended."""
+    return Undisturbed(lambda: tmp_path_factory.mktemp("undisturbed"))

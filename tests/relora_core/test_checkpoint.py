@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import signal
 import threading
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
+from training import Record, run
 
-from experiments.identity import config_to_json
 from relora_core import checkpoint
 from relora_core.checkpoint import FROZEN, MODEL
 from relora_core.data.grammar import VOCAB_SIZE
-from relora_core.events import Event
 from relora_core.train import train
-from tests import warm
 
 EVERY = 2
 STEPS = 12
 
 
-class Record:
-    """Keeps events and calls `seen` with each."""
-
-    def __init__(self, seen=lambda event: None) -> None:
-        self.events: list[Event] = []
-        self.seen = seen
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        self.seen(event)
-
-    def of(self, kind: str) -> list[int]:
-        return [event.step for event in self.events if event.kind == kind]
-
-    def metrics(self) -> dict[tuple[int, str], float]:
-        return {
-            (e.step, name): value
-            for e in self.events
-            for name, value in e.metrics.items()
-            if not name.startswith("perf/")
-        }
-
-
-def run(config, folder: Path, *, seen=lambda event: None) -> Record:
-    record = Record(seen)
-    train(config, checkpoints=folder / "checkpoints", cache_dir=folder / "cache", sink=record)
-    return record
-
-
-def found(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     return checkpoint.complete(folder / "checkpoints")
 
 
@@ -67,7 +33,7 @@ def digests(folder: Path) -> dict[str, dict[str, str]]:
             for name, digest in json.loads((path / "checksums.json").read_text()).items()
             if name != "progress.json"
         }
-        for path in found(folder)
+        for path in checkpoints(folder)
     }
 
 
@@ -105,7 +71,7 @@ def test_a_checkpoint_is_told_once_and_only_when_it_is_on_disk(config, tmp_path)
     def seen(event):
         if event.kind == "checkpoint":
             path = tmp_path / "checkpoints" / f"step-{event.step:08d}"
-            assert path in found(tmp_path)
+            assert path in checkpoints(tmp_path)
             assert checkpoint.damage(path) is None
 
     record = run(config(), tmp_path, seen=seen)
@@ -152,7 +118,7 @@ def test_what_else_ends_a_run_leaves_the_checkpoint_that_was_begun(config, tmp_p
     with pytest.raises(KeyboardInterrupt):
         run(config(), tmp_path, seen=seen)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{EVERY:08d}"]
-    assert checkpoint.damage(found(tmp_path)[0]) is None
+    assert checkpoint.damage(checkpoints(tmp_path)[0]) is None
 
 
 # frozen weights -----------------------------------------------------------------------------------
@@ -177,7 +143,7 @@ def test_not_writing_what_did_not_change_changes_no_checkpoint(
     monkeypatch.setattr(checkpoint.Writer, "_same", lambda self, versions: None)
     run(config(checkpoint=kept, **changes), tmp_path / "written")
     assert digests(tmp_path / "linked") == digests(tmp_path / "written")
-    assert not [p for p in found(tmp_path / "linked") if checkpoint.damage(p)]
+    assert not [p for p in checkpoints(tmp_path / "linked") if checkpoint.damage(p)]
 
 
 def test_frozen_weights_are_written_only_when_they_changed_and_never_for_two_neighbours(
@@ -185,7 +151,7 @@ def test_frozen_weights_are_written_only_when_they_changed_and_never_for_two_nei
 ):
     """Restarts at 4 and 8, each before its own step's checkpoint."""
     run(config(checkpoint={"every_steps": 1, "keep_last": 99}), tmp_path)
-    files = [(path / FROZEN).stat().st_ino for path in found(tmp_path)]
+    files = [(path / FROZEN).stat().st_ino for path in checkpoints(tmp_path)]
     assert files[0] == files[2]
     assert files[3] == files[5]
     assert files[4] == files[6]
@@ -199,12 +165,12 @@ def test_older_checkpoints_may_go(config, tmp_path):
     run(config(checkpoint={"every_steps": 1, "keep_last": 99}), tmp_path / "all")
     few, every = digests(tmp_path / "few"), digests(tmp_path / "all")
     assert few == {name: every[name] for name in sorted(every)[-2:]}
-    assert not [p for p in found(tmp_path / "few") if checkpoint.damage(p)]
+    assert not [p for p in checkpoints(tmp_path / "few") if checkpoint.damage(p)]
 
 
 def test_full_rank_has_one_file_of_weights(config, tmp_path):
     run(config(method="full_rank"), tmp_path)
-    assert not (found(tmp_path)[-1] / FROZEN).exists()
+    assert not (checkpoints(tmp_path)[-1] / FROZEN).exists()
 
 
 # damage -------------------------------------------------------------------------------------------
@@ -243,7 +209,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=lambda f: f.__name__)
 def test_damage_is_noticed(whole, tmp_path, name, damage):
     path = tmp_path / "step-00000002"
-    shutil.copytree(found(whole[1])[0], path)
+    shutil.copytree(checkpoints(whole[1])[0], path)
     assert checkpoint.damage(path) is None
     damage(path / name)
     if name != "checksums.json":
@@ -255,8 +221,8 @@ def test_damage_is_noticed(whole, tmp_path, name, damage):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys):
     setting, folder, metrics = whole
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    flip(found(tmp_path)[-1] / "optimizer.pt")
-    truncate(found(tmp_path)[-2] / FROZEN)
+    flip(checkpoints(tmp_path)[-1] / "optimizer.pt")
+    truncate(checkpoints(tmp_path)[-2] / FROZEN)
     record = run(setting, tmp_path)
     start = record.events[0]
     assert start.step == STEPS - 2 * EVERY
@@ -271,7 +237,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
 def test_where_all_are_damaged_the_run_begins_anew_and_says_so(whole, tmp_path, capsys):
     setting, folder, metrics = whole
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    for path in found(tmp_path):
+    for path in checkpoints(tmp_path):
         flip(path / MODEL)
     record = run(setting, tmp_path)
     assert not record.events[0].data["resumed"]
@@ -284,7 +250,7 @@ def test_where_all_are_damaged_the_run_begins_anew_and_says_so(whole, tmp_path, 
 def test_a_checkpoint_from_before_checksums_still_loads(whole, tmp_path):
     setting, folder, metrics = whole
     path = tmp_path / "checkpoints" / "step-00000006"
-    shutil.copytree(found(folder)[2], path)
+    shutil.copytree(checkpoints(folder)[2], path)
     weights = checkpoint.load_weights(path)
     for name in ("checksums.json", FROZEN):
         (path / name).unlink()
@@ -292,47 +258,3 @@ def test_a_checkpoint_from_before_checksums_still_loads(whole, tmp_path):
     record = run(setting, tmp_path)
     assert record.events[0].step == 6
     assert {k: v for k, v in metrics.items() if k[0] > 6} == record.metrics()
-
-
-# kill -9 ------------------------------------------------------------------------------------------
-KILLED = """
-import itertools, os, signal, sys
-from pathlib import Path
-from experiments.identity import config_from_json
-from relora_core import checkpoint
-from relora_core.events import NullSink
-from relora_core.train import train
-
-folder, at = Path(sys.argv[1]), int(sys.argv[2])
-calls, write = itertools.count(1), checkpoint._write
-
-def dying(file, content):
-    if next(calls) == at:
-        file.write_bytes(content[: len(content) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(file, content)
-
-checkpoint._write = dying
-config = config_from_json((folder / "config.json").read_text())
-train(config, checkpoints=folder / "checkpoints", cache_dir=folder / "cache", sink=NullSink())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 3, 6, 9, 14])
-def test_killed_in_mid_write_it_goes_on_from_the_one_before(config, tmp_path, at, whole):
-    """Six files a checkpoint, or five where the frozen weights are linked."""
-    setting, _, metrics = whole
-    (tmp_path / "config.json").write_text(config_to_json(setting))
-    one = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = warm.run(["-c", KILLED, tmp_path, str(at)], cwd=tmp_path, env=one)
-    assert killed.returncode == -signal.SIGKILL
-    left = found(tmp_path)
-    record = run(setting, tmp_path)
-    assert record.events[0].step == EVERY * len(left) == EVERY * ((at - 1) // 6)
-    later = {k: v for k, v in metrics.items() if k[0] > record.events[0].step}
-    assert {k: v for k, v in record.metrics().items() if k[0] > record.events[0].step} == later
-    newest = checkpoint.load_weights(found(tmp_path)[-1])
-    expected = checkpoint.load_weights(found(whole[1])[-1])
-    assert all(torch.equal(weight, newest[name]) for name, weight in expected.items())
-    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

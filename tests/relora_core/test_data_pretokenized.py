@@ -102,26 +102,6 @@ def test_every_border_of_chunk_file_and_epoch_can_be_resumed_at(folder, rows, po
     np.testing.assert_array_equal(
         second.next_rows(300), expected(rows, 32, start=position, count=300)
     )
-    assert second.state_dict() == resumed_again(data, second)
-
-
-def resumed_again(data: DataConfig, source) -> dict:
-    other = stream(data)
-    other.load_state_dict(source.state_dict())
-    other.next_rows(0)
-    return other.state_dict()
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_ranks_together_serve_the_one_rank_stream_and_agree_on_the_state(folder, world):
-    data = config(folder)
-    ranks = [stream(data, rank=r, world=world) for r in range(world)]
-    one = stream(data)
-    for n in (3, 100, 64, 1, 150):  # 4 * 318 rows: beyond the first epoch
-        parts = [r.next_rows(n) for r in ranks]
-        together = np.stack(parts, axis=1).reshape(n * world, -1)
-        np.testing.assert_array_equal(together, one.next_rows(n * world))
-        assert all(r.state_dict() == one.state_dict() for r in ranks)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(folder, rows):

@@ -1,22 +1,17 @@
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from training import Record, run, run_in_processes, weights
 
-from experiments.identity import config_to_json
-from relora_core import checkpoint, dynamics, spectra
+from relora_core import dynamics, spectra
 from relora_core.config import ConfigError, adapted_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dynamics import GradientTap, Recorder
-from relora_core.events import Event
 from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
 from relora_core.redraws import Draws
-from relora_core.train import train
-from tests import warm
 from tests.conftest import nano_config
 
 WHAT = ["weight", "base", "gradient", "update_proxy", "update_restart", "update_total"]
@@ -525,37 +520,10 @@ def test_the_proxy_is_formed_in_the_precision_of_training_as_published(nano, pre
 # In training
 
 
-class Log:
-    """Keeps what training says; optionally dies at one event, as a kill would."""
-
-    def __init__(self, die_at=None):
-        self.events: list[Event] = []
-        self.die_at = die_at
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if (event.kind, event.step) == self.die_at:
-            raise KeyboardInterrupt
-
-    def numbers(self):
-        """Of the newest event of each step and name, timings apart."""
-        found = {}
-        for event in self.events:
-            if event.kind == "table" and event.data["name"] == "dynamics":
-                found[event.step, "rows"] = event.data["rows"]
-            for name, value in event.metrics.items():
-                if not name.startswith("perf/"):
-                    found[event.step, name] = value
-        return found
-
-
-def run(config, folder: Path, *, die_at=None) -> Log:
-    log = Log(die_at)
-    try:
-        train(config, checkpoints=folder / "checkpoints", cache_dir=folder / "cache", sink=log)
-    except KeyboardInterrupt:
-        assert die_at is not None
-    return log
+def numbers(record: Record) -> dict:
+    """Metrics, and the rows of the tables of dynamics."""
+    tables = (e for e in record.events if e.kind == "table" and e.data["name"] == "dynamics")
+    return record.metrics() | {(e.step, "rows"): e.data["rows"] for e in tables}
 
 
 @pytest.fixture(scope="module")
@@ -579,14 +547,11 @@ ON = {"every_steps": 2, "what": WHAT}
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full_rank", "lora", "relora", "galore"])
 def test_measuring_changes_no_number_and_no_weight(setting, tmp_path, method):
-    plain = run(setting(method), tmp_path / "plain").numbers()
-    measured = run(setting(method, dynamics=ON), tmp_path / "measured").numbers()
+    plain = run(setting(method), tmp_path / "plain").metrics()
+    measured = numbers(run(setting(method, dynamics=ON), tmp_path / "measured"))
     assert {k: measured[k] for k in plain} == plain
     assert all("dynamics/" in name or name == "rows" for _, name in set(measured) - set(plain))
-    one, two = (
-        checkpoint.load_weights(checkpoint.complete(tmp_path / name / "checkpoints")[-1])
-        for name in ("plain", "measured")
-    )
+    one, two = (weights(tmp_path / name) for name in ("plain", "measured"))
     assert one.keys() == two.keys()
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     for what in ("weight", "base", "gradient", "update_restart", "update_total"):
@@ -595,7 +560,7 @@ def test_measuring_changes_no_number_and_no_weight(setting, tmp_path, method):
 
 @pytest.fixture(scope="module")
 def uninterrupted(setting, tmp_path_factory):
-    return run(setting("relora", dynamics=ON), tmp_path_factory.mktemp("run")).numbers()
+    return numbers(run(setting("relora", dynamics=ON), tmp_path_factory.mktemp("run")))
 
 
 @pytest.mark.slow
@@ -607,8 +572,8 @@ def test_a_resumed_run_measures_the_same(setting, uninterrupted, tmp_path, die_a
     second = run(config, tmp_path)
     start = second.events[0]
     assert start.data["resumed"]
-    before = {k: v for k, v in first.numbers().items() if k[0] <= start.step}
-    assert before | second.numbers() == uninterrupted
+    before = {k: v for k, v in numbers(first).items() if k[0] <= start.step}
+    assert before | numbers(second) == uninterrupted
 
 
 def test_a_restart_is_measured_before_it_happens(setting, tmp_path):
@@ -617,28 +582,11 @@ def test_a_restart_is_measured_before_it_happens(setting, tmp_path):
     log = run(config, tmp_path)
     kinds = [e.kind for e in log.events if e.step == 4 and e.kind in ("dynamics", "restart")]
     assert kinds == ["dynamics", "restart"]
-    numbers = log.numbers()
+    metrics = log.metrics()
     for step in (4, 8, 12):  # 4, 8 and 12, were they counted from the start
-        assert numbers[step, "dynamics/update_restart/w_2/numerical_rank"] == 4
-    assert numbers[4, "dynamics/base/w_2/per"] == numbers[0, "dynamics/base/w_2/per"]
-    assert numbers[8, "dynamics/base/w_2/per"] != numbers[0, "dynamics/base/w_2/per"]
-
-
-RANK = """
-import json, sys
-from pathlib import Path
-from experiments.identity import config_from_json
-from relora_core.train import train
-
-class Say:
-    def emit(self, event):
-        if event.kind == "dynamics":
-            print(json.dumps([event.step, event.metrics]))
-
-folder = Path(sys.argv[1])
-config = config_from_json((folder / "config.json").read_text())
-train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Say())
-"""
+        assert metrics[step, "dynamics/update_restart/w_2/numerical_rank"] == 4
+    assert metrics[4, "dynamics/base/w_2/per"] == metrics[0, "dynamics/base/w_2/per"]
+    assert metrics[8, "dynamics/base/w_2/per"] != metrics[0, "dynamics/base/w_2/per"]
 
 
 @pytest.mark.slow
@@ -646,12 +594,9 @@ def test_two_processes_measure_what_one_does(setting, tmp_path):
     """Gradients are those of the whole batch, and one rank speaks."""
     config = setting("relora", dynamics={"every_steps": 3, "what": WHAT, "kinds": ["w_2"]})
     config.relora.dropout, config.train.micro_batch_size = 0.0, 1
-    one = run(config, tmp_path / "one").numbers()
-    (tmp_path / "config.json").write_text(config_to_json(config))
-    done = warm.ranks(2, ["-c", RANK, tmp_path], cwd=tmp_path)
-    assert [rank.returncode for rank in done] == [0, 0], done
-    assert done[1].stdout == ""
-    steps = dict(map(json.loads, done[0].stdout.splitlines()))
+    one = run(config, tmp_path / "one").metrics()
+    events = run_in_processes(config, tmp_path / "two", processes=2)
+    steps = {step: metrics for kind, step, metrics in events if kind == "dynamics"}
     assert set(steps) == {0, 3, 6, 9, 12}
     for name in (f"dynamics/{what}/w_2/per" for what in WHAT):
         if "gradient" not in name:

@@ -5,17 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_train import RANK, moments, run, weights
 from torch.optim import AdamW
+from training import assert_same_state, run, run_in_processes, weights
 
-from experiments.identity import config_to_json, run_id
+from experiments.identity import run_id
 from relora_core import costs
 from relora_core.config import ConfigError, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.methods import build_method, galore
 from relora_core.methods.galore import GaLoreAdamW
 from relora_core.model import Decoder
-from tests import warm
 
 SHAPES = [(6, 10), (10, 6), (7, 7)]
 OPTIONS = {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-8}
@@ -270,12 +269,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(config, tmp_path, po
     assert start.data["resumed"]
     merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
     assert merged == whole.metrics()
-    for name, weight in weights(tmp_path / "whole").items():
-        assert torch.equal(weight, weights(tmp_path / "killed")[name]), name
-    resumed = moments(tmp_path / "killed")
-    for index, state in moments(tmp_path / "whole").items():
-        assert state.keys() == resumed[index].keys()
-        assert all(torch.equal(value, resumed[index][key]) for key, value in state.items())
+    assert_same_state(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path):
@@ -289,14 +283,10 @@ def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path):
 def test_two_processes_equal_one(config, tmp_path):
     setting = config(train={"micro_batch_size": 1, "steps": 7, "lr": 1e-3})
     one = run(setting, tmp_path / "one")
-    folder = tmp_path / "two"
-    folder.mkdir()
-    (folder / "config.json").write_text(config_to_json(setting))
-    done = warm.ranks(2, ["-c", RANK, folder], cwd=folder)
-    assert [rank.returncode for rank in done] == [0, 0], done
-    lines = [line.split() for line in done[0].stdout.splitlines()[:-1]]
-    assert [int(step) for step, _ in lines] == list(range(1, 8))
-    for step, loss in lines:
-        assert float(loss) == pytest.approx(one.metrics()[int(step), "train/loss"], rel=1e-4)
-    for name, weight in weights(folder).items():
+    events = run_in_processes(setting, tmp_path / "two", processes=2)
+    losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
+    assert set(losses) == set(range(1, 8))
+    for step, loss in losses.items():
+        assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
+    for name, weight in weights(tmp_path / "two").items():
         torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-4, rtol=0)

@@ -440,33 +440,30 @@ def test_a_rank_schedule_changes_shapes_at_restarts_and_not_the_function(trained
         assert optimizer.state[adapter.lora_B]["exp_avg"].shape == adapter.lora_B.shape
 
 
-@pytest.mark.parametrize(("share", "rank"), [(0.5, 1), (0.9, 2), (0.99, 3), (1.0, 4)])
-def test_adaptive_rank_keeps_the_energy(trained, share, rank):
-    """Singular values 4, 3, 1, 0.5 hold 16, 25, 26 and 26.25 of 26.25 in squares."""
-    settings = {"adaptive_rank_energy": share}
-    model, method, optimizer, _ = trained(1, relora=settings)
-    for _, adapter in method.adapters(model):
-        with torch.no_grad():
-            adapter.lora_A.copy_(torch.eye(4, adapter.lora_A.shape[1]))
-            diagonal = torch.tensor([4.0, 3.0, 1.0, 0.5])
-            adapter.lora_B.copy_(torch.eye(adapter.lora_B.shape[0], 4) * diagonal)
-    method.after_step(4, model, optimizer)
-    assert {m.rank for _, m in method.adapters(model)} == {rank}
-
-
-def energies(adapter, values):
+def set_singular_values_(adapter, values):
     with torch.no_grad():
         size = len(values)
         adapter.lora_A.copy_(torch.eye(size, adapter.lora_A.shape[1]))
         adapter.lora_B.copy_(torch.eye(adapter.lora_B.shape[0], size) * torch.tensor(values))
 
 
+@pytest.mark.parametrize(("share", "rank"), [(0.5, 1), (0.9, 2), (0.99, 3), (1.0, 4)])
+def test_adaptive_rank_keeps_the_energy(trained, share, rank):
+    """Singular values 4, 3, 1, 0.5 hold 16, 25, 26 and 26.25 of 26.25 in squares."""
+    settings = {"adaptive_rank_energy": share}
+    model, method, optimizer, _ = trained(1, relora=settings)
+    for _, adapter in method.adapters(model):
+        set_singular_values_(adapter, [4.0, 3.0, 1.0, 0.5])
+    method.after_step(4, model, optimizer)
+    assert {m.rank for _, m in method.adapters(model)} == {rank}
+
+
 def test_an_adapter_that_has_learnt_nothing_keeps_its_rank(trained):
     """BA = 0 holds any share of its energy in one rank, and would never rise again."""
     model, method, optimizer, _ = trained(0, relora={"adaptive_rank_energy": 0.9})
     (_, first), (_, second), *rest = method.adapters(model)
-    energies(first, [4.0, 3.0, 1.0, 0.5])
-    energies(second, [math.nan, 1.0, 1.0, 1.0])
+    set_singular_values_(first, [4.0, 3.0, 1.0, 0.5])
+    set_singular_values_(second, [math.nan, 1.0, 1.0, 1.0])
     metrics = method.after_step(4, model, optimizer)
     assert first.rank == 2
     assert {second.rank, *(m.rank for _, m in rest)} == {4}
@@ -479,7 +476,7 @@ def test_adaptive_ranks_begin_anew_where_the_schedule_rises(trained):
     found = []
     for step in (4, 8, 12, 16, 20):
         for _, adapter in method.adapters(model):
-            energies(adapter, [4.0, 3.0, 1.0, 0.5, 0.1, 0.1][: adapter.rank])
+            set_singular_values_(adapter, [4.0, 3.0, 1.0, 0.5, 0.1, 0.1][: adapter.rank])
         method.after_step(step, model, optimizer)
         found.append({m.rank for _, m in method.adapters(model)})
     assert found == [{2}, {6}, {2}, {2}, {2}]  # 16 of 26.27 is 0.61, 25 is 0.95
@@ -507,7 +504,7 @@ def test_adaptive_ranks_are_those_of_the_first_process(trained, monkeypatch):
     monkeypatch.setattr("torch.distributed.broadcast", from_another)
     model, method, optimizer, _ = trained(0, relora={"adaptive_rank_energy": 0.9})
     for _, adapter in method.adapters(model):
-        energies(adapter, [4.0, 3.0, 1.0, 0.5])
+        set_singular_values_(adapter, [4.0, 3.0, 1.0, 0.5])
     method.after_step(4, model, optimizer)
     assert sent == [([2] * 14, 0)]
     assert {m.rank for _, m in method.adapters(model)} == {3}

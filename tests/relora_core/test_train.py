@@ -1,73 +1,23 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from training import Record, assert_same_state, resumed, run, run_in_processes, weights
 
 import relora_core.train as train_module
 from experiments import schema
-from experiments.identity import config_to_json
 from relora_core import checkpoint, native
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dropout import Dropout
-from relora_core.events import Event
 from relora_core.model import SwiGLU
-from relora_core.train import clip, split_batch, train
-from tests import warm
+from relora_core.train import clip, split_batch
 
-TIMING = "perf/"
 EVERY_STEP = {"every_steps": 1, "keep_last": 12}
-
-
-class Recorder:
-    """Keeps events; optionally dies at one, as a kill would."""
-
-    def __init__(self, die_at: tuple[str, int] | None = None) -> None:
-        self.events: list[Event] = []
-        self.die_at = die_at
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if (event.kind, event.step) == self.die_at:
-            raise KeyboardInterrupt
-
-    def metrics(self, *, after: int = -1) -> dict[tuple[int, str], float]:
-        return {
-            (e.step, name): value
-            for e in self.events
-            for name, value in e.metrics.items()
-            if not name.startswith(TIMING) and e.step > after
-        }
-
-
-def run(config, folder: Path, *, die_at=None) -> Recorder:
-    recorder = Recorder(die_at)
-    try:
-        train(config, checkpoints=folder / "checkpoints", cache_dir=folder / "cache", sink=recorder)
-    except KeyboardInterrupt:
-        assert die_at is not None
-    return recorder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_weights(checkpoint.complete(folder / "checkpoints")[-1])
-
-
-def moments(folder: Path) -> dict:
-    path = checkpoint.complete(folder / "checkpoints")[-1] / "optimizer.pt"
-    return torch.load(path, weights_only=True)["state"]
-
-
-def assert_same_weights(folder: Path, other: Path) -> None:
-    one, two = weights(folder), weights(other)
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        assert torch.equal(weight, two[name]), name
 
 
 @pytest.fixture
@@ -79,28 +29,6 @@ def config(nano):
         return nano(**changes)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Setting -> (events, folder) of a run that nobody killed."""
-    made: dict[str, tuple[Recorder, Path]] = {}
-
-    def get(setting):
-        key = config_to_json(setting)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("whole")
-            made[key] = (run(setting, folder), folder)
-        return made[key]
-
-    return get
-
-
-def resumed(setting, folder: Path, *, whole: Path, at: int) -> Recorder:
-    """Go on from what a kill right after the checkpoint of step `at` leaves."""
-    name = f"checkpoints/step-{at:08d}"
-    shutil.copytree(whole / name, folder / name)
-    return run(setting, folder)
 
 
 @pytest.mark.parametrize("method", ["full_rank", "lora", "relora"])
@@ -117,11 +45,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
     assert start.data["resumed"] == (die_at[1] > 3 or die_at[0] == "checkpoint")
     merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
     assert merged == whole.metrics()
-    assert_same_weights(tmp_path, expected)
-    found = moments(tmp_path)
-    for index, state in moments(expected).items():
-        for key, value in state.items():
-            assert torch.equal(value, found[index][key])
+    assert_same_state(tmp_path, expected)
 
 
 @pytest.mark.parametrize("mode", ["corrected", "as_described", "as_coded", "as_executed"])
@@ -139,7 +63,7 @@ def test_resuming_around_a_restart_is_exact_in_every_mode(
     again = resumed(setting, tmp_path, whole=expected, at=second + offset)
     assert again.events[0].step == second + offset
     assert again.metrics() == whole.metrics(after=second + offset)
-    assert_same_weights(tmp_path, expected)
+    assert_same_state(tmp_path, expected)
 
 
 @pytest.mark.slow
@@ -163,7 +87,7 @@ def test_resuming_is_exact_with_the_extensions(config, undisturbed, tmp_path, kn
     for step in (5, 6, 8):
         again = resumed(setting, tmp_path / f"{step}", whole=expected, at=step)
         assert again.metrics() == whole.metrics(after=step)
-        assert_same_weights(tmp_path / f"{step}", expected)
+        assert_same_state(tmp_path / f"{step}", expected)
 
 
 def test_a_kill_inside_an_accumulation_window_costs_the_window_alone(config, tmp_path, monkeypatch):
@@ -236,7 +160,7 @@ def test_a_resumed_run_keeps_its_kernels(compiler, config, tmp_path):
     run(config(runtime={"kernels": "torch"}), tmp_path / "two", die_at=("train", 8))
     again = run(config(runtime={"kernels": "auto"}), tmp_path / "two")
     assert again.events[0].data["kernels"] == "torch"
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    assert_same_state(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -332,7 +256,7 @@ def test_restarts_happen_where_the_schedule_says(config, tmp_path):
     assert lr[6] > 0.0
 
 
-def final(recorder: Recorder) -> dict[str, float]:
+def final(recorder: Record) -> dict[str, float]:
     """The newest value of every metric, as a result holds it."""
     return {name: value for (_, name), value in sorted(recorder.metrics().items())}
 
@@ -384,11 +308,6 @@ def test_a_run_diverges_at_the_same_step_however_often_it_logs(config, tmp_path,
     )
     events = [e for e in run(setting, tmp_path).events if e.kind in ("train", "diverged")]
     assert [(e.kind, e.step) for e in events[-2:]] == [("train", 4), ("diverged", 4)]
-
-
-def test_a_diverged_run_says_so(config, tmp_path):
-    recorder = run(config(method="full_rank", train={"lr": 1e30, "steps": 8}), tmp_path)
-    assert recorder.events[-1].kind == "diverged"
 
 
 def test_bf16_trains_near_fp32(config, tmp_path):
@@ -446,7 +365,7 @@ def test_bf16_lasts_through_every_change_and_a_kill(config, tmp_path, monkeypatc
     assert found == [torch.bfloat16] * 12 * 2 * 2
     again = resumed(setting, tmp_path / "again", whole=tmp_path / "whole", at=6)
     assert again.metrics(after=6) == whole.metrics(after=6)
-    assert_same_weights(tmp_path / "again", tmp_path / "whole")
+    assert_same_state(tmp_path / "again", tmp_path / "whole")
     assert found[48:] == [torch.bfloat16] * 6 * 2 * 2
 
 
@@ -484,24 +403,6 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
     assert names == ["step-00000008", "step-00000010", "step-00000012"]
 
 
-def test_a_torn_checkpoint_is_not_there(config, tmp_path, monkeypatch):
-    """A failure in mid-write leaves the one before, and nothing half-written."""
-    written = []
-
-    def full_disk(file, content):
-        written.append(file)
-        if file.name == "optimizer.pt":
-            raise OSError(28, "No space left on device", str(file))
-        file.write_bytes(content)
-
-    run(config(), tmp_path, die_at=("checkpoint", 3))
-    monkeypatch.setattr(checkpoint, "_write", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        run(config(), tmp_path)
-    assert [file.name for file in written][-1] == "optimizer.pt"
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
-
-
 def test_the_batch_must_divide(nano):
     assert split_batch(nano(train={"batch_size": 8, "micro_batch_size": 2}), world=2) == 2
     with pytest.raises(ConfigError, match=r"divisible by the 3 processes, got 4; nearest valid: 3"):
@@ -525,35 +426,16 @@ def test_sharded_optimizers_are_refused(nano, monkeypatch, kind):
         train_module.make_accelerator(nano())
 
 
-RANK = """
-import sys
-from pathlib import Path
-from experiments.identity import config_from_json
-from relora_core.train import train
-
-class Say:
-    def emit(self, event):
-        if event.kind == "train":
-            print(event.step, event.metrics["train/loss"])
-        assert event.metrics.get("restart/rank_spread", 0.0) == 0.0
-
-folder = Path(sys.argv[1])
-config = config_from_json((folder / "config.json").read_text())
-print(train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Say()))
-"""
-
-
-TYPES = """
+CHECK_TYPES = """
 import relora_core.model as model
-forward, found = model.SwiGLU.forward, set()
+forward = model.SwiGLU.forward
 
-def heard(self, x):
+def checked(self, x):
     y = forward(self, x)
-    if self.training:
-        found.add(str(y.dtype))
+    assert not self.training or str(y.dtype) == "torch.bfloat16"
     return y
 
-model.SwiGLU.forward = heard
+model.SwiGLU.forward = checked
 """
 
 
@@ -561,10 +443,7 @@ model.SwiGLU.forward = heard
 def test_bf16_lasts_in_several_processes(config, tmp_path):
     setting = config(**changing("rank schedule"))
     setting.relora.warm_start_steps = 2
-    (tmp_path / "config.json").write_text(config_to_json(setting))
-    script = TYPES + RANK.replace("print(event.step", "0 and print(event.step") + "print(found)"
-    for rank in warm.ranks(2, ["-c", script, tmp_path], cwd=tmp_path):
-        assert (rank.returncode, rank.stdout) == (0, "finished\n{'torch.bfloat16'}\n"), rank
+    run_in_processes(setting, tmp_path, processes=2, prelude=CHECK_TYPES)
 
 
 @pytest.mark.slow
@@ -572,15 +451,13 @@ def test_four_processes_equal_one(config, tmp_path):
     """DDP over gloo, restarts included: the same global batches, equal adapters on all ranks."""
     knobs = {"dropout": 0.2, "nested_rank": True, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
     setting = config(relora=knobs, train={"micro_batch_size": 1})
-    one = run(setting, tmp_path / "one")
-    folder = tmp_path / "four"
-    folder.mkdir()
-    (folder / "config.json").write_text(config_to_json(setting))
-    done = warm.ranks(4, ["-c", RANK, folder], cwd=folder)
-    assert [rank.returncode for rank in done] == [0] * 4, done
-    assert done[1].stdout == "finished\n"  # one voice
-    losses = {int(s): float(v) for s, v in map(str.split, done[0].stdout.splitlines()[:-1])}
+    one = run(setting, tmp_path / "one").metrics()
+    events = run_in_processes(setting, tmp_path / "four", processes=4)
+    losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
+    assert set(losses) == set(range(1, 13))
     for step, loss in losses.items():
-        assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
-    for name, weight in weights(folder).items():
+        assert loss == pytest.approx(one[step, "train/loss"], rel=1e-4)
+    spreads = [m["restart/rank_spread"] for _, _, m in events if "restart/rank_spread" in m]
+    assert spreads == [0.0, 0.0]
+    for name, weight in weights(tmp_path / "four").items():
         torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-3, rtol=0)

@@ -1,0 +1,128 @@
+"""A run of seconds: what it said, and the state that it left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from experiments.identity import config_to_json
+from relora_core import checkpoint
+from relora_core.config import RunConfig
+from relora_core.events import Event
+from relora_core.train import train
+from tests import warm
+
+
+class Record:
+    """Keeps events; hands each to `seen`, and may end the run at one, as a kill would."""
+
+    def __init__(self, *, seen=lambda event: None, die_at: tuple[str, int] | None = None) -> None:
+        self.events: list[Event] = []
+        self.seen, self.die_at = seen, die_at
+        self.state = "killed"
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        self.seen(event)
+        if (event.kind, event.step) == self.die_at:
+            raise KeyboardInterrupt
+
+    def of(self, kind: str) -> list[int]:
+        return [event.step for event in self.events if event.kind == kind]
+
+    def metrics(self, *, after: int = -1) -> dict[tuple[int, str], float]:
+        """(step, name) -> value, timings apart."""
+        return {
+            (event.step, name): value
+            for event in self.events
+            for name, value in event.metrics.items()
+            if not name.startswith("perf/") and event.step > after
+        }
+
+
+def run(config, folder: Path, *, stop=lambda: False, seen=lambda event: None, die_at=None):
+    """Train; the record, whose `state` is what training returned, or `killed` at `die_at`."""
+    record = Record(seen=seen, die_at=die_at)
+    folders = {"checkpoints": folder / "checkpoints", "cache_dir": folder / "cache"}
+    try:
+        record.state = train(config, **folders, sink=record, stop=stop)
+    except KeyboardInterrupt:
+        if die_at is None:
+            raise
+    return record
+
+
+def resumed(config, folder: Path, *, whole: Path, at: int) -> Record:
+    """Go on from what a kill right after the checkpoint of step `at` leaves."""
+    name = f"checkpoints/step-{at:08d}"
+    shutil.copytree(whole / name, folder / name)
+    return run(config, folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of the newest checkpoint."""
+    return checkpoint.load_weights(checkpoint.complete(folder / "checkpoints")[-1])
+
+
+def assert_same_state(folder: Path, other: Path) -> None:
+    """Weights and the optimizer's state, bit for bit."""
+    one, two = _state(folder), _state(other)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def _state(folder: Path) -> dict[str, torch.Tensor]:
+    file = checkpoint.complete(folder / "checkpoints")[-1] / "optimizer.pt"
+    state = weights(folder)
+    for index, values in torch.load(file, weights_only=True)["state"].items():
+        state |= {f"{index}/{key}": torch.as_tensor(value) for key, value in values.items()}
+    return state
+
+
+class Undisturbed:
+    """Config -> (record, folder) of a run that nobody ended, made once."""
+
+    def __init__(self, new_folder: Callable[[], Path]) -> None:
+        self.new_folder = new_folder
+        self.runs: dict[str, tuple[Record, Path]] = {}
+
+    def __call__(self, config: RunConfig) -> tuple[Record, Path]:
+        key = config_to_json(config)
+        if key not in self.runs:
+            folder = self.new_folder()
+            self.runs[key] = (run(config, folder), folder)
+        return self.runs[key]
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+from experiments.identity import config_from_json
+from relora_core.train import train
+
+class Say:
+    def emit(self, event):
+        print(json.dumps([event.kind, event.step, event.metrics]))
+
+folder = Path(sys.argv[1])
+config = config_from_json((folder / "config.json").read_text())
+train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=Say())
+"""
+
+
+def run_in_processes(config, folder: Path, *, processes: int, prelude: str = "") -> list[list]:
+    """Train in a group of processes; [kind, step, metrics] of the events, which rank 0 alone has.
+
+    `prelude` is Python that each process runs first.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(config_to_json(config))
+    done = warm.ranks(processes, ["-c", prelude + RANK, folder], cwd=folder)
+    assert [rank.returncode for rank in done] == [0] * processes, done
+    assert all(rank.stdout == "" for rank in done[1:]), done
+    return [json.loads(line) for line in done[0].stdout.splitlines()]
