@@ -3,6 +3,7 @@
 base.py     the seam between the training loop and a method; full rank
 relora.py   LoRA, ReLoRA and its restart
 adapter.py  the linear with an adapter
+projected.py  what methods with moments of a projected gradient share
 galore.py   GaLore: moments that are kept in a projection of the gradient
 """
 

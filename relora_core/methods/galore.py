@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
-from relora_core.config import projected_shapes
-from relora_core.methods.base import Method
-from relora_core.optim import SplitAdamW, build_adamw
+from relora_core.methods.projected import (
+    Projected,
+    adam_direction_,
+    begin_moments_,
+    project,
+    project_back,
+    updates_done,
+)
+from relora_core.optim import SplitAdamW
 
 
 @torch.no_grad()
@@ -40,18 +45,6 @@ def projector(gradient: Tensor, *, r: int) -> Tensor:
     return vectors
 
 
-def project(matrix: Tensor, *, basis: Tensor) -> Tensor:
-    """P^T G (r, columns) for rows <= columns, else G P (rows, r)."""
-    rows, columns = matrix.shape
-    return basis.T @ matrix if rows <= columns else matrix @ basis
-
-
-def project_back(low: Tensor, *, basis: Tensor, like: Tensor) -> Tensor:
-    """P L or L P^T, the shape of `like`; inverse of `project` on the span of the basis."""
-    rows, columns = like.shape
-    return basis @ low if rows <= columns else low @ basis.T
-
-
 class GaLoreAdamW(SplitAdamW):
     """AdamW; in groups that hold `galore_r`, its moments are those of the projected gradient.
 
@@ -64,46 +57,39 @@ class GaLoreAdamW(SplitAdamW):
     own = "galore_r"
 
     def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[weight], group["betas"]
-        # The counter is kept on the CPU, where reading it waits for no kernel; a load may move it.
-        done = int(state["step"].cpu()) if state else 0
+        _, direction = self._advance_(weight, gradient, group)
+        self._move_(weight, direction, group)
+
+    def _advance_(
+        self, weight: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Projector and moments move on; the projected gradient and Adam's step on it."""
+        state = self.state[weight]
+        done = updates_done(state)
         if done % group["galore_update_gap"] == 0:
             state["projector"] = projector(gradient, r=group["galore_r"])
             if done == 0 or group["galore_moments"] == "reset":
-                done = 0
-                state["exp_avg"] = torch.zeros_like(project(gradient, basis=state["projector"]))
-                state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+                begin_moments_(state, like=project(gradient, basis=state["projector"]))
         low = project(gradient, basis=state["projector"])
-        state["step"] = torch.tensor(done + 1.0)
-        state["exp_avg"].lerp_(low, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        variance = state["exp_avg_sq"] / (1 - beta2 ** (done + 1))
-        update = state["exp_avg"] / (1 - beta1 ** (done + 1)) / variance.sqrt_().add_(group["eps"])
+        return low, adam_direction_(state, low, group)
+
+    def _move_(self, weight: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
+        """The weight's decay, then the step, projected back."""
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        back = project_back(update, basis=state["projector"], like=weight)
+        back = project_back(direction, basis=self.state[weight]["projector"], like=weight)
         weight.add_(back, alpha=-group["lr"] * group["galore_scale"])
 
 
-class GaLore(Method):
-    """Every weight is trained; the moments of target linears are low-rank."""
+class GaLore(Projected):
+    """The projected step is the update."""
 
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """What AdamW updates as it is, then the projected targets with their options."""
+    optimizer = GaLoreAdamW
+
+    def options(self) -> dict[str, Any]:
         galore = self.config.galore
-        names = [f"{name}.weight" for name in projected_shapes(self.config)]
-        targets = [model.get_parameter(name) for name in names]
-        chosen = {id(parameter) for parameter in targets}
-        return [
-            {"params": [p for p in model.parameters() if id(p) not in chosen]},
-            {
-                "params": targets,
-                "galore_r": galore.r,
-                "galore_update_gap": galore.update_gap,
-                "galore_scale": galore.scale,
-                "galore_moments": galore.moments,
-            },
-        ]
-
-    def build_optimizer(self, model: nn.Module) -> AdamW:
-        """AdamW over both groups. Gradients are clipped before, by their full-rank norm."""
-        return build_adamw(self.param_groups(model), train=self.config.train, kind=GaLoreAdamW)
+        return {
+            "galore_r": galore.r,
+            "galore_update_gap": galore.update_gap,
+            "galore_scale": galore.scale,
+            "galore_moments": galore.moments,
+        }
