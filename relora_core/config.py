@@ -221,6 +221,10 @@ class MethodConfig:
         one = [shape for name, shape in muon_shapes(config).items() if name not in frozen]
         return 8 * trainable - 4 * sum(map(math.prod, one))
 
+    def state_tensors(self, config: RunConfig) -> int:
+        """Tensors of the optimizer's state besides each parameter's moments and step count."""
+        return 0
+
 
 _METHODS_OF: dict[type, tuple[str, ...]] = {}
 WITH_MUON = ["full_rank"]
@@ -432,9 +436,33 @@ class ReLoRAConfig(MethodConfig):
         return self.added(config) if masters else {}
 
 
+class ProjectedConfig(MethodConfig):
+    """What methods with moments of a projected gradient have in common."""
+
+    __slots__ = ()
+    r: int
+    """Rank of a projected gradient."""
+    target_modules: list[str]
+    """Parts of names of the linears that are projected."""
+
+    def check(self, config: RunConfig) -> None:
+        _check_names(config, f"{config.method}.target_modules")
+        _check_rank(config, f"{config.method}.r", projected_shapes(config))
+
+    def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
+        """Moments of a target are r x longer side, and what projects it is r x shorter side."""
+        shapes = projected_shapes(config).values()
+        low = sum(8 * self.r * max(shape) + 4 * self.r * min(shape) for shape in shapes)
+        return 8 * (trainable - sum(math.prod(shape) for shape in shapes)) + low
+
+    def state_tensors(self, config: RunConfig) -> int:
+        """Projectors."""
+        return len(projected_shapes(config))
+
+
 @of_methods("galore")
 @dataclass(kw_only=True, slots=True)
-class GaLoreConfig(MethodConfig):
+class GaLoreConfig(ProjectedConfig):
     """Low-rank moments for full-rank weights (GaLore, Zhao et al. 2024, arXiv 2403.03507)."""
 
     r: int = knob(16, ge=1, label="r", main=True)
@@ -460,15 +488,47 @@ class GaLoreConfig(MethodConfig):
     )
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
-    def check(self, config: RunConfig) -> None:
-        _check_names(config, "galore.target_modules")
-        _check_rank(config, "galore.r", projected_shapes(config))
+
+@of_methods("fira")
+@dataclass(kw_only=True, slots=True)
+class FiraConfig(ProjectedConfig):
+    """GaLore, and what it discards of the gradient (Fira, Chen et al. 2024, arXiv 2410.01623)."""
+
+    r: int = knob(16, ge=1, label="r", main=True)
+    """Rank of the projected gradient; at most the smaller side of every target."""
+    update_gap: int = knob(
+        200, ge=1, main=True, same_as=lambda c: min(c.fira.update_gap, c.train.steps)
+    )
+    """Optimizer steps between projectors (the paper's T)."""
+    scale: float = knob(0.25, gt=0)
+    """Factor of the projected part of a target's update (the paper's alpha); neither the other part
+    nor the weight decay is scaled."""
+    residual: str = knob(
+        "paper",
+        choices=("paper", "code"),
+        moot={"fira.scale": lambda c: c.fira.scale == 1},
+    )
+    """What counts as discarded: G - P P^T G; or, as published code has it, G - scale P P^T G."""
+    norm_growth: float | None = knob(1.01, ge=1)
+    """The discarded part's norm over the last update's, at most (the paper's gamma); None: any."""
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        same_as=lambda c: list(projected_shapes(c)),
+    )
+    """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """Moments of a target are r x longer side, and a projector is r x shorter side."""
-        shapes = projected_shapes(config).values()
-        low = sum(8 * self.r * max(shape) + 4 * self.r * min(shape) for shape in shapes)
-        return 8 * (trainable - sum(math.prod(shape) for shape in shapes)) + low
+        """GaLore's, and the limiter's norm of each target."""
+        return ProjectedConfig.moment_bytes(self, config, trainable=trainable) + 4 * self._norms(
+            config
+        )
+
+    def state_tensors(self, config: RunConfig) -> int:
+        """Projectors and norms."""
+        return ProjectedConfig.state_tensors(self, config) + self._norms(config)
+
+    def _norms(self, config: RunConfig) -> int:
+        return 0 if self.norm_growth is None else len(projected_shapes(config))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -788,6 +848,7 @@ class RunConfig:
     model: ModelConfig
     relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
     galore: GaLoreConfig = field(default_factory=GaLoreConfig)
+    fira: FiraConfig = field(default_factory=FiraConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -913,10 +974,11 @@ def adapted_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
 
 
 def projected_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """The linears whose moments are projected; none for methods other than galore."""
-    if config.method != "galore":
+    """The linears whose moments are projected; none for methods that project nothing."""
+    section = method_config(config)
+    if not isinstance(section, ProjectedConfig):
         return {}
-    layers, targets = config.model.n_layers, config.galore.target_modules
+    layers, targets = config.model.n_layers, section.target_modules
     return {
         name: shape
         for name, shape in linear_shapes(config.model).items()

@@ -92,6 +92,8 @@ TENSOR_BYTES = 95
 """What a tensor of a checkpoint takes beside its values: name, shape and place (safetensors)."""
 STATE_BYTES = 815
 """Likewise of a parameter's state in optimizer.pt: two moments and a step count in a zip file."""
+STATE_TENSOR_BYTES = 270
+"""Likewise of any further tensor there."""
 MUON_SAVES = 435
 """What of that Muon does without, which has one moment and no count."""
 GENERATORS_BYTES = 14_200
@@ -106,6 +108,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     muon = muon_shapes(config)
     states = method.moment_bytes(config, trainable=counted.trainable)
     states += STATE_BYTES * (plain - len(frozen) + len(added))
+    states += STATE_TENSOR_BYTES * method.state_tensors(config)
     states -= MUON_SAVES * len(muon.keys() - {f"{name}.weight" for name in frozen})
     if method.phases(config):
         alone = 8 * (counted.total - _entries(added.values())) + STATE_BYTES * plain

@@ -5,10 +5,12 @@ relora.py   LoRA, ReLoRA and its restart
 adapter.py  the linear with an adapter
 projected.py  what methods with moments of a projected gradient share
 galore.py   GaLore: moments that are kept in a projection of the gradient
+fira.py     Fira: GaLore and the discarded part of the gradient
 """
 
 from relora_core.config import METHODS, RunConfig
 from relora_core.methods.base import FullRank, Method
+from relora_core.methods.fira import Fira
 from relora_core.methods.galore import GaLore
 from relora_core.methods.relora import LoRA, ReLoRA
 
@@ -17,6 +19,7 @@ REGISTRY: dict[str, type[Method]] = {
     "lora": LoRA,
     "relora": ReLoRA,
     "galore": GaLore,
+    "fira": Fira,
 }
 """By the names that sections of `config.RunConfig` declare with `of_methods`."""
 assert set(REGISTRY) == set(METHODS), f"methods {list(REGISTRY)}, declared in config {METHODS}"

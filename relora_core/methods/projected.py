@@ -53,6 +53,29 @@ def adam_direction_(state: dict[str, Any], gradient: Tensor, group: dict[str, An
     return state["exp_avg"] / (1 - beta1**done) / variance.sqrt_().add_(group["eps"])
 
 
+def norm_ratio(direction: Tensor, low: Tensor, *, dim: int | None) -> Tensor:
+    """||psi(R)|| / ||R|| along a dimension that is kept, or of all; 0 where R is 0.
+
+    What Adam made of a gradient, as a factor that another gradient can be multiplied by.
+    """
+    size = torch.linalg.vector_norm(low, dim=dim, keepdim=True)
+    ratio = torch.linalg.vector_norm(direction, dim=dim, keepdim=True) / size
+    return torch.where(size == 0, 0.0, ratio)
+
+
+def limit_growth(update: Tensor, state: dict[str, Any], *, most: float) -> Tensor:
+    """The norm-growth limiter (Chen et al. 2024): the update, shortened to `most` times the norm of
+    the last one that this gave; the first, or after one of norm 0, as it is.
+
+    That norm is the state's `last_norm`. A constant factor of all updates passes through it.
+    """
+    norm = torch.linalg.vector_norm(update)
+    last = state.get("last_norm", torch.zeros_like(norm))
+    factor = torch.where(last > 0, (most * last / norm).clamp(max=1.0), 1.0)
+    state["last_norm"] = norm * factor
+    return update * factor
+
+
 class Projected(Method):
     """Every weight is trained; the moments of target linears are those of a projected gradient."""
 

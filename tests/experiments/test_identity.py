@@ -22,6 +22,14 @@ IDS = [
         {"method": "galore", "galore": {"r": 4, "update_gap": 3}},
         "nano-galore-r4-grammar-s0-00df41cb212949d3",
     ),
+    (
+        {"method": "fira", "fira": {"r": 4, "update_gap": 3}},
+        "nano-fira-r4-grammar-s0-d9d07e6e2a134967",
+    ),
+    (
+        {"method": "fira", "fira": {"r": 4, "residual": "code", "norm_growth": None}},
+        "nano-fira-r4-grammar-s0-769bbb5d3ab3026e",
+    ),
     ({"relora": {"prune_ratio": 0.5}}, "nano-relora-r4-t4-grammar-s0-2fcd66f107f5eadb"),
     ({"relora": {"joint_mask": False}}, "nano-relora-r4-t4-grammar-s0-d44810a28eb86a8e"),
     (

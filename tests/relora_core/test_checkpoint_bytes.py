@@ -3,6 +3,7 @@
 import pytest
 
 from relora_core import checkpoint, costs
+from relora_core.config import METHODS
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import NullSink
 from relora_core.train import train
@@ -16,7 +17,7 @@ def written(config, folder) -> int:
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-@pytest.mark.parametrize("method", ["full_rank", "lora", "relora", "galore"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, layers):
     model = {"vocab_size": VOCAB_SIZE, "n_layers": layers}
     config = nano(method=method, model=model, train={"steps": 2})

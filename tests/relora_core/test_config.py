@@ -23,7 +23,7 @@ BAD = [
     ({"schedule": {"name": "cosin"}}, "Did you mean 'cosine'?"),
     (
         {"method": "rlora"},
-        "method must be one of full_rank, lora, relora, galore, got 'rlora'. Did you mean",
+        "method must be one of full_rank, lora, relora, galore, fira, got 'rlora'. Did you mean",
     ),
     ({"model": {"d_model": 30}}, "model.d_model must be a multiple of 2 * n_heads = 8"),
     ({"model": {"n_kv_heads": 3}}, "model.n_kv_heads must divide model.n_heads=4, got 3"),

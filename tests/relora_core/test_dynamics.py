@@ -5,7 +5,7 @@ import torch
 from training import Record, run, run_in_processes, weights
 
 from relora_core import dynamics, spectra
-from relora_core.config import ConfigError, adapted_shapes, validate
+from relora_core.config import METHODS, ConfigError, adapted_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dynamics import GradientTap, Recorder
 from relora_core.methods import build_method
@@ -324,7 +324,7 @@ def explicit_gradients(config, model, method, chunks):
     return {n: plain.get_submodule(n).weight.grad for n, _ in method.effective_weights(model)}
 
 
-@pytest.mark.parametrize("method_name", ["full_rank", "lora", "relora", "galore"])
+@pytest.mark.parametrize("method_name", METHODS)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_hooks_give_autograds_gradient_of_the_effective_weight(nano, method_name, micro_batches):
     config = nano(method=method_name, relora={"dropout": 0.0})
@@ -545,7 +545,7 @@ ON = {"every_steps": 2, "what": WHAT}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full_rank", "lora", "relora", "galore"])
+@pytest.mark.parametrize("method", METHODS)
 def test_measuring_changes_no_number_and_no_weight(setting, tmp_path, method):
     plain = run(setting(method), tmp_path / "plain").metrics()
     measured = numbers(run(setting(method, dynamics=ON), tmp_path / "measured"))
