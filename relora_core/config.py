@@ -444,20 +444,23 @@ class ProjectedConfig(MethodConfig):
     """Rank of a projected gradient."""
     target_modules: list[str]
     """Parts of names of the linears that are projected."""
+    norm_growth: float | None = None
+    """Of a norm-growth limiter; None: there is none."""
 
     def check(self, config: RunConfig) -> None:
         _check_names(config, f"{config.method}.target_modules")
         _check_rank(config, f"{config.method}.r", projected_shapes(config))
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """Moments of a target are r x longer side, and what projects it is r x shorter side."""
+        """Moments of a target are r x longer side, its projector is r x shorter side."""
         shapes = projected_shapes(config).values()
         low = sum(8 * self.r * max(shape) + 4 * self.r * min(shape) for shape in shapes)
-        return 8 * (trainable - sum(math.prod(shape) for shape in shapes)) + low
+        norms = 0 if self.norm_growth is None else 4 * len(shapes)
+        return 8 * (trainable - sum(math.prod(shape) for shape in shapes)) + low + norms
 
     def state_tensors(self, config: RunConfig) -> int:
-        """Projectors."""
-        return len(projected_shapes(config))
+        """A projector and, of a limiter, a norm for each target."""
+        return len(projected_shapes(config)) * (1 if self.norm_growth is None else 2)
 
 
 @of_methods("galore")
@@ -517,18 +520,30 @@ class FiraConfig(ProjectedConfig):
     )
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
-    def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """GaLore's, and the limiter's norm of each target."""
-        return ProjectedConfig.moment_bytes(self, config, trainable=trainable) + 4 * self._norms(
-            config
-        )
 
-    def state_tensors(self, config: RunConfig) -> int:
-        """Projectors and norms."""
-        return ProjectedConfig.state_tensors(self, config) + self._norms(config)
+@of_methods("apollo")
+@dataclass(kw_only=True, slots=True)
+class ApolloConfig(ProjectedConfig):
+    """Gradients scaled by what Adam does in a random projection (APOLLO, Zhu et al. 2024)."""
 
-    def _norms(self, config: RunConfig) -> int:
-        return 0 if self.norm_growth is None else len(projected_shapes(config))
+    r: int = knob(16, ge=1, label="r", main=True)
+    """Rank of the projected gradient; at most the smaller side of every target."""
+    update_gap: int = knob(
+        200, ge=1, main=True, same_as=lambda c: min(c.apollo.update_gap, c.train.steps)
+    )
+    """Optimizer steps between random projections (the paper's T)."""
+    scaling: str = knob("channel", choices=("channel", "tensor"), main=True)
+    """A factor for each column of the gradient (each row where rows > columns), or one for all."""
+    scale: float = knob(1.0, gt=0)
+    """An update is multiplied by its square root. Factors from r numbers instead of m are smaller
+    by about sqrt(r / m); published: 1 at r = d_model / 4, 128 at r = 1."""
+    norm_growth: float | None = knob(1.01, ge=1)
+    """An update's norm over the last one's, at most (the paper's gamma); None: any."""
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        same_as=lambda c: list(projected_shapes(c)),
+    )
+    """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -849,6 +864,7 @@ class RunConfig:
     relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
     galore: GaLoreConfig = field(default_factory=GaLoreConfig)
     fira: FiraConfig = field(default_factory=FiraConfig)
+    apollo: ApolloConfig = field(default_factory=ApolloConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
     muon: MuonConfig = field(default_factory=MuonConfig)

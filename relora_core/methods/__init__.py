@@ -6,9 +6,11 @@ adapter.py  the linear with an adapter
 projected.py  what methods with moments of a projected gradient share
 galore.py   GaLore: moments that are kept in a projection of the gradient
 fira.py     Fira: GaLore and the discarded part of the gradient
+apollo.py   APOLLO: gradients scaled by what Adam does in a random projection
 """
 
 from relora_core.config import METHODS, RunConfig
+from relora_core.methods.apollo import Apollo
 from relora_core.methods.base import FullRank, Method
 from relora_core.methods.fira import Fira
 from relora_core.methods.galore import GaLore
@@ -20,6 +22,7 @@ REGISTRY: dict[str, type[Method]] = {
     "relora": ReLoRA,
     "galore": GaLore,
     "fira": Fira,
+    "apollo": Apollo,
 }
 """By the names that sections of `config.RunConfig` declare with `of_methods`."""
 assert set(REGISTRY) == set(METHODS), f"methods {list(REGISTRY)}, declared in config {METHODS}"

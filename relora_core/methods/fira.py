@@ -28,7 +28,13 @@ from typing import Any
 from torch import Tensor
 
 from relora_core.methods.galore import GaLoreAdamW
-from relora_core.methods.projected import Projected, limit_growth, norm_ratio, project_back
+from relora_core.methods.projected import (
+    Projected,
+    limit_growth,
+    norm_ratio,
+    project_back,
+    projected_axis,
+)
 
 
 class FiraAdamW(GaLoreAdamW):
@@ -41,11 +47,11 @@ class FiraAdamW(GaLoreAdamW):
     def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         low, direction = self._advance_(weight, gradient, group)
         self._move_(weight, direction, group)
-        state, (rows, columns) = self.state[weight], gradient.shape
+        state = self.state[weight]
         share = group["galore_scale"] if group["fira_residual"] == "code" else 1.0
         back = project_back(low, basis=state["projector"], like=gradient)
         residual = gradient.sub(back, alpha=share)
-        residual *= norm_ratio(direction, low, dim=0 if rows <= columns else 1)
+        residual *= norm_ratio(direction, low, dim=projected_axis(gradient))
         if group["fira_norm_growth"] is not None:
             residual = limit_growth(residual, state, most=group["fira_norm_growth"])
         weight.add_(residual, alpha=-group["lr"])

@@ -30,6 +30,12 @@ def project_back(low: Tensor, *, basis: Tensor, like: Tensor) -> Tensor:
     return basis @ low if rows <= columns else low @ basis.T
 
 
+def projected_axis(matrix: Tensor) -> int:
+    """The axis along which R has r entries: 0 where rows <= columns, else 1."""
+    rows, columns = matrix.shape
+    return 0 if rows <= columns else 1
+
+
 def updates_done(state: dict[str, Any]) -> int:
     """Updates since the moments began. The counter is kept on the CPU, where reading it waits for
     no kernel; a load may move it."""

@@ -30,6 +30,14 @@ IDS = [
         {"method": "fira", "fira": {"r": 4, "residual": "code", "norm_growth": None}},
         "nano-fira-r4-grammar-s0-769bbb5d3ab3026e",
     ),
+    (
+        {"method": "apollo", "apollo": {"r": 4, "update_gap": 3}},
+        "nano-apollo-r4-grammar-s0-455284c57d4658ab",
+    ),
+    (
+        {"method": "apollo", "apollo": {"r": 1, "scaling": "tensor", "scale": 128.0}},
+        "nano-apollo-r1-grammar-s0-4ad817444d03b525",
+    ),
     ({"relora": {"prune_ratio": 0.5}}, "nano-relora-r4-t4-grammar-s0-2fcd66f107f5eadb"),
     ({"relora": {"joint_mask": False}}, "nano-relora-r4-t4-grammar-s0-d44810a28eb86a8e"),
     (

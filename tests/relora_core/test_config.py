@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from relora_core.config import ConfigError, RunConfig, nearest, validate, walk
+from relora_core.config import METHODS, ConfigError, RunConfig, nearest, validate, walk
 
 BAD = [
     ({"relora": {"r": -1}}, "relora.r must be >= 0, got -1; nearest valid: 0"),
@@ -23,7 +23,7 @@ BAD = [
     ({"schedule": {"name": "cosin"}}, "Did you mean 'cosine'?"),
     (
         {"method": "rlora"},
-        "method must be one of full_rank, lora, relora, galore, fira, got 'rlora'. Did you mean",
+        f"method must be one of {', '.join(METHODS)}, got 'rlora'. Did you mean",
     ),
     ({"model": {"d_model": 30}}, "model.d_model must be a multiple of 2 * n_heads = 8"),
     ({"model": {"n_kv_heads": 3}}, "model.n_kv_heads must divide model.n_heads=4, got 3"),

@@ -13,6 +13,12 @@ SETTINGS = {
     "fira": {"method": "fira", "fira": {"r": 4, "update_gap": 5}},
     "fira as coded": {"method": "fira", "fira": {"r": 4, "update_gap": 5, "residual": "code"}},
     "fira without limiter": {"method": "fira", "fira": {"r": 4, "norm_growth": None}},
+    "apollo": {"method": "apollo", "apollo": {"r": 4, "update_gap": 5}},
+    "apollo mini": {
+        "method": "apollo",
+        "apollo": {"r": 1, "update_gap": 5, "scaling": "tensor", "scale": 128.0},
+    },
+    "apollo without limiter": {"method": "apollo", "apollo": {"r": 4, "norm_growth": None}},
 }
 
 
@@ -81,7 +87,7 @@ def test_the_state_has_the_size_that_costs_says(nano, name):
     assert costs.flops_per_token(config) == costs.flops_per_token(full_rank)
 
 
-@pytest.mark.parametrize("method", ["fira"])
+@pytest.mark.parametrize("method", ["fira", "apollo"])
 def test_other_parameters_move_as_under_full_rank_bit_for_bit(nano, method):
     targets = {method: {"r": 2, "target_modules": ["swiglu"]}}
     start, low, full = (
@@ -133,14 +139,14 @@ def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("method", ["fira"])
-def test_several_processes_equal_one(config, tmp_path, method, processes):
-    setting = config(method, train={"micro_batch_size": 1, "steps": 7, "lr": 1e-3})
+@pytest.mark.parametrize("name", ["fira", "apollo", "apollo mini"])
+def test_several_processes_equal_one(config, tmp_path, name, processes):
+    setting = config(name, train={"micro_batch_size": 1, "steps": 7, "lr": 1e-3})
     one = run(setting, tmp_path / "one")
     events = run_in_processes(setting, tmp_path / "several", processes=processes)
     losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
     assert set(losses) == set(range(1, 8))
     for step, loss in losses.items():
         assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
-    for name, weight in weights(tmp_path / "several").items():
-        torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-4, rtol=0)
+    for key, weight in weights(tmp_path / "several").items():
+        torch.testing.assert_close(weight, weights(tmp_path / "one")[key], atol=2e-4, rtol=0)

@@ -328,6 +328,7 @@ CHANGES = {
     "full rank": {"method": "full_rank"},
     "galore": {"method": "galore", "galore": {"r": 4, "update_gap": 4}},
     "fira": {"method": "fira", "fira": {"r": 4, "update_gap": 4}},
+    "apollo": {"method": "apollo", "apollo": {"r": 4, "update_gap": 4}},
 }
 """All that may exchange what a step computes with; restarts at 4 and 8 in most."""
 
