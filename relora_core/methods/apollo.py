@@ -14,11 +14,11 @@ changes.
 With rows > columns, R = G P^T and each row has a factor. Whether `scale` comes before or after the
 limiter makes no difference, as a constant factor passes through it.
 
-Written from the paper alone: its code is licensed for non-commercial use. The paper keeps a seed
-and draws P again at every step. Here P is kept between draws, in memory and in checkpoints, and so
-costs what GaLore's projector does (r x shorter side; of APOLLO-Mini, a vector): no step waits for a
-draw, and what is resumed on another device has the same P. It is drawn on the CPU from seed,
-updates done and layer name, the same on every rank.
+Written from these equations, with nothing of the published code, which is licensed for
+non-commercial use. The paper keeps a seed and draws P again at every step. Here P is kept between
+draws, in memory and in checkpoints, and so costs what GaLore's projector does (r x shorter side; of
+APOLLO-Mini, a vector): no step waits for a draw, and what is resumed on another device has the same
+P. It is drawn on the CPU from seed, updates done and layer name, the same on every rank.
 
 Not for: the limiter and Adam's step (projected.py).
 """
