@@ -111,7 +111,7 @@ def export(
             f"valid: {close}"
         )
     exported: dict[str, Any] = {"run_id": run_dir.run_id, "step": step, "path": str(folder)}
-    opened, notes = inputs.to_export(run_dir, tokenizer=tokenizer)
+    opened, notes = inputs.open_for_export(run_dir, tokenizer=tokenizer)
     if opened.changes and not accept_changed:
         remedy = "--accept-changed exports with what is there now (--tokenizer PATH with another)"
         raise inputs.refusal(opened.changes, remedy=remedy)

@@ -129,9 +129,9 @@ def prepare_data(plan: Plan, output_dir: Path, *, console: Console) -> None:
         run_dir = run_at(output_dir, cell.run_id)
         if state_of(run_dir).state.done:
             continue
-        config = inputs.as_accepted(run_dir, cell.config)
+        config = inputs.with_accepted(run_dir, cell.config)
         if (key := repr((config.data, config.eval))) in seen:
             continue
         seen.add(key)
-        config = inputs.opened(run_dir, cell.config)
+        config = inputs.open_for_training(run_dir, cell.config)
         data.prepare(config.data, cache_dir=cache_dir(output_dir), progress=console.out)

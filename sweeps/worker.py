@@ -53,7 +53,7 @@ def work(path: Path | str, *, stop: StopFlag) -> int:
             run_dir,
             console=True,
             stop=stop,
-            gone=lambda holder: is_dead(holder, heartbeat=heartbeat),
+            is_dead=lambda holder: is_dead(holder, heartbeat=heartbeat),
         )
     except RunLocked as error:
         print(error, file=sys.stderr)

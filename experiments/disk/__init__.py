@@ -1,4 +1,4 @@
-"""What lies where in an output folder, and what it says.
+"""The files of an output folder: where they lie, and what they hold.
 
 output_dir.py   where runs, sweeps, studies and caches lie
 run_dir.py      a run's folder: its files, lock, status and record
@@ -8,7 +8,7 @@ states.py       the states of a run, and how one attempt ends
 state.py        what is true of a run, from its own files
 evaluations.py  stored results of evaluations
 plans.py        stored plans, and where each run is shown
-named.py        which runs an argument names
-frozen.py       paths and addresses of a frozen config, absolute
-inputs.py       what a run reads is what it was planned with
+named.py        the runs that an argument of a command names
+frozen.py       frozen configs: paths and addresses made absolute
+inputs.py       whether a run reads what it was planned with
 """

@@ -1,26 +1,15 @@
-"""What evaluations of checkpoints have stored beside a run, and all final metrics of it."""
+"""Stored results of evaluations apart from training, and all final metrics of a run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments import json_files
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 
-if TYPE_CHECKING:
-    pass
-
-
-def steps_of(run_dir: RunDir) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    names = [path.name[5:] for path in run_dir.checkpoints.glob("step-*")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-# results ------------------------------------------------------------------------------------------
 STORED = {"name": str, "section": str, "step": int, "digest": str}
 STORED |= {"metrics": dict[str, float], "tables": dict[str, list[dict[str, Any]]]}
 
@@ -28,16 +17,14 @@ STORED |= {"metrics": dict[str, float], "tables": dict[str, list[dict[str, Any]]
 def results(run_dir: RunDir, *, name: str = "*") -> Iterator[dict[str, Any]]:
     """Every stored result, oldest step first."""
     for path in sorted(run_dir.evals.glob(f"{name}/step-*.json"), key=lambda path: path.name):
-        with contextlib.suppress(
-            json_files.Damaged
-        ):  # a damaged result: the step is evaluated again
+        with contextlib.suppress(json_files.Damaged):  # the step will be evaluated again
             result = json_files.read(path)
             if json_files.has_types(result, STORED):
                 yield result
 
 
 def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
-    """Step -> metrics of all evaluations apart from training, oldest step first."""
+    """Step -> metrics of all stored results, oldest step first."""
     merged: dict[int, dict[str, float]] = {}
     for result in results(run_dir):
         merged.setdefault(result["step"], {}).update(result["metrics"])
@@ -45,9 +32,9 @@ def evaluations(run_dir: RunDir) -> dict[int, dict[str, float]]:
 
 
 def all_metrics(run_dir: RunDir) -> dict[str, float]:
-    """The result's metrics, and those of separate evaluations at the newest step evaluated.
+    """The result's metrics, and those of evaluations of the newest step that has any.
 
-    Where both have a metric the result counts. Of a finished run only evaluations of its last step
+    A metric that both have is the result's. Of a finished run only evaluations of its last step
     count: an earlier checkpoint's numbers are not the run's.
     """
     result = run_dir.result() or {}

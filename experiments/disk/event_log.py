@@ -18,7 +18,7 @@ EVENT = {"kind": str, "step": int, "metrics": dict[str, float], "data": dict[str
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
-    """An event of events.jsonl; ValueError if the line is not an event."""
+    """The event of a line of events.jsonl; ValueError if it is none."""
     event = {"metrics": {}, "data": {}, **json_files.parse(line)}
     if not json_files.has_types(event, EVENT):
         raise ValueError("no event")
@@ -34,7 +34,7 @@ class EventLog:
         self._end_torn_line()
 
     def _end_torn_line(self) -> None:
-        """A kill in mid-write leaves half a line; end it, so that it spoils no other."""
+        """End the half line that a kill while writing has left, so that it spoils no other."""
         size = self._file.seek(0, os.SEEK_END)
         if size:
             with open(self._file.name, "rb") as file:

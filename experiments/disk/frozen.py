@@ -1,9 +1,7 @@
-"""Paths and addresses of a frozen config: absolute, so that they are valid from any folder.
+"""Frozen configs (config.json, cells of plan.json, bases of study.json): absolute paths.
 
-A frozen config is config.json of a run, a cell of plan.json, a base of study.json. `output_dir` is
-always where the file lies, so a folder may be moved. Earlier versions stored the rest
-as typed: such a path is looked for in the folder of the command (if `output_dir` shows which that
-was), then the current one, and stays as it is if neither has it. Not for: opening files.
+`output_dir` is always the folder that the file is found in, so folders may be moved. Earlier
+versions stored other paths as they were typed: `read` looks for those. Not for: opening files.
 """
 
 from __future__ import annotations
@@ -20,14 +18,18 @@ from relora_core.data.places import hub_name
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """`config` to be frozen: nothing in it depends on the current folder."""
+    """`config` with paths and addresses that do not depend on the current folder."""
     here = [Path.cwd()]
     config = replace(config, output_dir=str(rooted(Path(config.output_dir))))
     return _changed(config, path=absolute_path, uri=lambda uri: located(uri, here, new=True))
 
 
 def read(config: RunConfig, *, output_dir: Path | None) -> RunConfig:
-    """A frozen config stored in `output_dir`; None stands for the folder that the config names."""
+    """A frozen config as stored in `output_dir`; None: in the folder that it names itself.
+
+    A relative path of an earlier version is looked for in the folder of its command, if that can be
+    told, then in the current folder. It stays as it is if neither has it.
+    """
     typed, folder = config.output_dir, output_dir or Path(config.output_dir)
     bases = typed_in(typed, folder)
     config = replace(config, output_dir=str(rooted(folder)))
@@ -37,13 +39,17 @@ def read(config: RunConfig, *, output_dir: Path | None) -> RunConfig:
 
 
 def from_here(config: RunConfig) -> RunConfig:
-    """A frozen config with paths below the current folder made relative, as one would type them."""
+    """A frozen config with relative paths where they are below the current folder."""
     here = Path.cwd()
     return _changed(config, path=lambda path: path.removeprefix(f"{here}/"), uri=str)
 
 
 def typed_in(typed: str, folder: Path) -> list[Path]:
-    """Where relative paths of a file in `folder` may start: when written, that was `typed`."""
+    """Folders that relative paths of a file in `folder` may start from.
+
+    `typed` is the output folder as the command had it: `folder` without it is the folder that the
+    command was typed in.
+    """
     folder, parts, bases = rooted(folder), Path(typed).parts, [Path.cwd()]
     if not Path(typed).is_absolute() and folder.parts[len(folder.parts) - len(parts) :] == parts:
         bases.insert(0, Path(*folder.parts[: len(folder.parts) - len(parts)]))
@@ -51,7 +57,7 @@ def typed_in(typed: str, folder: Path) -> list[Path]:
 
 
 def absolute_path(path: str) -> str:
-    """A local path, or glob, from the root; a name on the hub as it is."""
+    """A local path, or glob, made absolute; a name on the hub as it is."""
     place = Path(path).expanduser()
     if place.is_absolute():
         return str(place)
@@ -63,7 +69,7 @@ def absolute_path(path: str) -> str:
 
 
 def _there(path: str, bases: Sequence[Path]) -> str:
-    """`path` in the first of `bases` that has it; as it is where none has."""
+    """`path` below the first of `bases` that has it; unchanged if none has."""
     place = Path(path).expanduser()
     if place.is_absolute():
         return str(place)
@@ -76,13 +82,13 @@ def _there(path: str, bases: Sequence[Path]) -> str:
 
 
 def _under(base: Path, place: Path) -> str:
-    """Join the two; glob characters count in `place`, and are escaped in `base`."""
+    """Join the two; if `place` is a glob, characters of `base` are escaped."""
     pattern = glob.has_magic(str(place))
     return str(Path(glob.escape(str(base))) / place if pattern else rooted(base / place))
 
 
 def _changed(config: RunConfig, *, path: Any, uri: Any) -> RunConfig:
-    """Each path, tokenizer and address passed through `path` and `uri`; None stays None."""
+    """The config with `path` applied to each path and tokenizer, `uri` to a relative address."""
     sections = {name: _mapped(getattr(config.eval, name), path) for name in EVALS}
     if any(sections[name] is not getattr(config.eval, name) for name in EVALS):
         config = replace(config, eval=replace(config.eval, **sections))

@@ -4,10 +4,8 @@
                                     tokenizer.json  of the data, with the tokenizer_config.json
     RUN_DIR/changes.json            what the user accepted although it has changed
 
-Files that look as they did (`places.looks`) are not read again. Others are, and count as unchanged
-if they were only touched or moved. Of data beyond `parquet.HASHED_WHOLE` bytes only footers and
-blocks are read: `parquet.sample` says what escapes that. A hub data set is checked by commit. Not
-for: computing fingerprints (`relora_core/data`, `relora_core/evals`).
+Files are read again only if size, time or inode (`places.looks`) have changed. Not for: computing
+fingerprints (`relora_core/data`, `relora_core/evals`).
 """
 
 from __future__ import annotations
@@ -22,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments import json_files
+from experiments.disk.output_dir import cache_dir
 from experiments.disk.run_dir import RunDir
 from relora_core import atomic, shared
+from relora_core import data as data_package
 from relora_core.config import EVALS, ConfigError, DataConfig, RunConfig
+from relora_core.data import HFTokenizer
 from relora_core.data.places import Look, looks
+from relora_core.data.tokenizer import files as tokenizer_files
 
 SETTLED_NS = 2_000_000_000
-"""A file younger than this when it was read may change again within one tick of its clock."""
+"""A file that was younger when it was read may have changed since without a newer time."""
 FILES = {"looks": list[list[Any]], "read": int, "sample": str | None}
 FILES |= {"tokenizer": dict[str, str] | None}
 TRAINING = ("retry", "search")
@@ -38,7 +40,7 @@ CHANGE = {"key": str, "planned": str, "now": str, "what": str, "by": str, "time"
 
 @dataclass(kw_only=True, slots=True)
 class Change:
-    """Something that is not what the run was planned with."""
+    """Data or texts of an eval that are not those the run was planned with."""
 
     key: str
     """`data` or `eval.blimp`: the section of the config."""
@@ -50,7 +52,7 @@ class Change:
 
 
 def refusal(changes: Sequence[Change], *, remedy: str) -> ConfigError:
-    """One line for all of them."""
+    """An error of one line on all changes; `remedy` says what to do besides undoing them."""
     differences = "; ".join(
         f"{c.what} (fingerprint {c.planned[:12]} -> {_short(c.now, c.planned)})" for c in changes
     )
@@ -58,11 +60,11 @@ def refusal(changes: Sequence[Change], *, remedy: str) -> ConfigError:
 
 
 def _short(now: str, planned: str) -> str:
-    """The start of a fingerprint, enough to see that it is not the planned one."""
+    """The start of a fingerprint, up to where it differs from the planned one."""
     return now[:12] if now[:12] != planned[:12] else now.replace(planned[:64], planned[:12])[:26]
 
 
-# what a run has taken since it was planned -------------------------------------------------------
+# accepted changes -------------------------------------------------------------------------------
 def accepted(run_dir: RunDir, *, by: Collection[str] | None = None) -> list[dict[str, Any]]:
     """Accepted changes, oldest first; only those accepted `by` commands of these names."""
     return [c for c in accepted_in(run_dir.changes_path) if by is None or c["by"] in by]
@@ -85,38 +87,40 @@ def accepted_in(path: Path) -> list[dict[str, Any]]:
 
 
 def accept_in(path: Path, changes: Sequence[Change], *, by: str) -> None:
+    """Add `changes` to this file."""
     new = [dataclasses.asdict(c) | {"by": by, "time": time.time()} for c in changes]
     atomic.write_json(path, {"changes": [*accepted_in(path), *new]})
 
 
-def prints(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Key -> fingerprint of what was accepted last."""
+def fingerprints(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Key -> fingerprint of the newest of these changes."""
     return {c["key"]: c["now"] for c in changes}
 
 
-def said(run_dir: RunDir) -> str | None:
+def describe_accepted(run_dir: RunDir) -> str | None:
     """One line on changes that were accepted for training; None if there are none."""
     keys = list(dict.fromkeys(c["key"] for c in accepted(run_dir, by=TRAINING)))
     return f"goes on with other {', '.join(keys)} than planned (--accept-changed)" if keys else None
 
 
-def as_accepted(run_dir: RunDir, config: RunConfig) -> RunConfig:
+def with_accepted(run_dir: RunDir, config: RunConfig) -> RunConfig:
     """`config` with the fingerprints of the changes accepted for training."""
-    return with_prints(config, prints(accepted(run_dir, by=TRAINING)))
+    return with_fingerprints(config, fingerprints(accepted(run_dir, by=TRAINING)))
 
 
-def before(config: RunConfig, newest_first: Iterable[Mapping[str, Any]]) -> RunConfig:
-    """`config` with these changes undone: planned fingerprints in place of the accepted ones."""
+def undo(config: RunConfig, newest_first: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """`config` with the planned fingerprints in place of accepted ones, for these changes."""
     for change in newest_first:
         name = change["key"].removeprefix("eval.")
         section = config.data if name == "data" else getattr(config.eval, name)
         if section.fingerprint == change["now"].partition(".")[0]:  # without the sample
             planned = change["planned"].partition(".")[0]
-            config = with_prints(config, {change["key"]: planned})
+            config = with_fingerprints(config, {change["key"]: planned})
     return config
 
 
-def with_prints(config: RunConfig, prints: dict[str, str]) -> RunConfig:
+def with_fingerprints(config: RunConfig, prints: dict[str, str]) -> RunConfig:
+    """`config` with these fingerprints, by key."""
     data = replace(config.data, fingerprint=prints.get("data", config.data.fingerprint))
     sections = {}
     for name in EVALS:
@@ -129,41 +133,44 @@ def with_prints(config: RunConfig, prints: dict[str, str]) -> RunConfig:
 
 # checks -------------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
-class Opened:
+class Checked:
     """A run's config with the tokenizer to use, and what is not as planned."""
 
     config: RunConfig
-    """data.tokenizer is the stored copy, where there is one."""
+    """Its data.tokenizer is the stored copy, if there is one."""
     changes: list[Change]
 
 
-def look(config: RunConfig, *, output_dir: Path, only: Iterable[str] = ("data", *EVALS)) -> Opened:
+def check(
+    config: RunConfig, *, output_dir: Path, only: Iterable[str] = ("data", *EVALS)
+) -> Checked:
     """Compare what the run reads with its fingerprints; use the stored copy of its tokenizer.
 
-    ConfigError where something cannot be read at all. A config without fingerprints was never
-    planned, and is opened as it is. `only` names what is opened: `tokenizer`, `data`, evals.
+    `only` names what is compared: `tokenizer`, `data`, evals. A config without fingerprints was
+    never planned and has no changes. ConfigError if something cannot be read. Of large data only a
+    sample is read (`parquet.sample`); a data set of the hub is compared by commit.
     """
-    from relora_core import evals
+    from relora_core import evals  # numpy, which a command need not load to start
 
-    opened, changes = config, []
+    checked, changes = config, []
     if config.data.fingerprint:
-        copy = kept_tokenizer(config.data, output_dir=output_dir)
+        copy = stored_tokenizer(config.data, output_dir=output_dir)
         if copy is not None:
-            opened = replace(config, data=replace(config.data, tokenizer=str(copy)))
+            checked = replace(config, data=replace(config.data, tokenizer=str(copy)))
         if "data" in only or ("tokenizer" in only and copy is None and config.data.tokenizer):
             changes += _data(config, output_dir=output_dir, copy=copy)
     names = [name for name in evals.active(config) if name in only]
     for name in names:
         changes += _eval(config, name, output_dir=output_dir)
-    return Opened(config=opened, changes=changes)
+    return Checked(config=checked, changes=changes)
 
 
-def opened(run_dir: RunDir, config: RunConfig) -> RunConfig:
-    """`config` as training is to open it; ConfigError, one line, where something has changed.
+def open_for_training(run_dir: RunDir, config: RunConfig) -> RunConfig:
+    """`config` with the tokenizer to use; ConfigError if something has changed since the plan.
 
-    Stores a copy of the tokenizer.
+    Stores a copy of the tokenizer if there is none.
     """
-    checked = look(as_accepted(run_dir, config), output_dir=output_dir_of(run_dir))
+    checked = check(with_accepted(run_dir, config), output_dir=run_dir.output_dir)
     if checked.changes:
         raise refusal(
             checked.changes,
@@ -173,26 +180,23 @@ def opened(run_dir: RunDir, config: RunConfig) -> RunConfig:
     return checked.config
 
 
-def to_export(run_dir: RunDir, *, tokenizer: str | None) -> tuple[Opened, list[str]]:
-    """The run as export opens it, with its own tokenizer or with `tokenizer`, and notes."""
-    config, output_dir = as_accepted(run_dir, run_dir.config()), output_dir_of(run_dir)
+def open_for_export(run_dir: RunDir, *, tokenizer: str | None) -> tuple[Checked, list[str]]:
+    """The run with its own tokenizer, or with `tokenizer`, and notes."""
+    config, output_dir = with_accepted(run_dir, run_dir.config()), run_dir.output_dir
     if tokenizer is not None:
         return _named(config, tokenizer, output_dir=output_dir)
     try:
-        return look(config, output_dir=output_dir, only=("tokenizer",)), []
+        return check(config, output_dir=output_dir, only=("tokenizer",)), []
     except ConfigError as error:
-        line = f"{error}; the run kept no tokenizer: --tokenizer PATH names the one it had"
+        line = f"{error}; no copy of its tokenizer is stored: --tokenizer PATH names the one it had"
         raise ConfigError(line) from None
 
 
-def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Opened, list[str]]:
-    """`tokenizer` in place of the run's, compared with the stored copy, else the fingerprint."""
-    from relora_core import data as data_package
-    from relora_core.data import HFTokenizer
-
+def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Checked, list[str]]:
+    """`tokenizer` in place of the run's: compared with the stored copy, else by fingerprint."""
     if config.data.kind == "grammar":
         raise ConfigError(f"--tokenizer must be left out, since data=grammar, got {tokenizer!r}")
-    copy = kept_tokenizer(config.data, output_dir=output_dir)
+    copy = stored_tokenizer(config.data, output_dir=output_dir)
     new = replace(config, data=replace(config.data, tokenizer=tokenizer))
     size = HFTokenizer(tokenizer, eos_id=config.data.eos_id).vocab_size
     if size > (config.model.vocab_size or size):
@@ -202,7 +206,7 @@ def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Open
         )
     planned = str(config.data.fingerprint)
     if config.data.tokenizer is None:
-        return Opened(config=new, changes=[]), [
+        return Checked(config=new, changes=[]), [
             "the run named no tokenizer: nothing here says whether its ids mean these texts"
         ]
     if copy is not None:
@@ -215,27 +219,20 @@ def _named(config: RunConfig, tokenizer: str, *, output_dir: Path) -> tuple[Open
         try:
             planned, now = planned.partition(".")[0], data_package.fingerprint(new.data)
         except ConfigError as error:
-            return Opened(config=new, changes=[]), [f"--tokenizer could not be checked: {error}"]
+            return Checked(config=new, changes=[]), [f"--tokenizer could not be checked: {error}"]
     what = f"--tokenizer={tokenizer} is not the tokenizer that the run was planned with"
     change = Change(key="tokenizer", planned=planned, now=now, what=what)
-    return Opened(config=new, changes=[change] if now != planned else []), []
-
-
-def output_dir_of(run_dir: RunDir) -> Path:
-    return run_dir.path.absolute().parents[1]
+    return Checked(config=new, changes=[change] if now != planned else []), []
 
 
 def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Change]:
-    """The data's change, if any; if there is none, stores its files' looks and its tokenizer."""
-    from experiments.disk.output_dir import cache_dir
-    from relora_core import data as data_package
-
+    """The data's change, if any. If there is none, its files' looks and tokenizer are stored."""
     data = config.data
     planned = str(data.fingerprint)
     fingerprint, _, planned_sample = planned.partition(".")
     stored = _read(output_dir, planned)
     if copy is not None and data_package.is_cached(data, cache_dir=cache_dir(output_dir)):
-        return []  # the cached tokens are as planned, and the texts are not opened
+        return []  # the cached tokens are as planned, and no text is read
     if data.kind == "grammar":
         now = data_package.fingerprint(data)
         what = "the grammar of this version of the code is another"
@@ -248,10 +245,10 @@ def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Cha
     sample = data_package.sample(data)
     planned_sample = planned_sample or (stored or {}).get("sample")
     if now == fingerprint and (planned_sample is None or sample == planned_sample):
-        tokenizer = (stored or {}).get("tokenizer")
+        digests = (stored or {}).get("tokenizer")
         if data.tokenizer and copy is None:
-            tokenizer = _keep_tokenizer(data, output_dir=output_dir)
-        _write(output_dir, planned, seen=seen, sample=sample, tokenizer=tokenizer)
+            digests = _store_tokenizer(data, output_dir=output_dir)
+        _write(output_dir, planned, seen=seen, sample=sample, tokenizer=digests)
         return []
     if sample is not None:
         now = f"{now}.{sample}"
@@ -267,7 +264,7 @@ def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Cha
 
 
 def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
-    from relora_core import evals
+    from relora_core import evals  # numpy
 
     section = getattr(config.eval, name)
     planned = section.fingerprint
@@ -288,8 +285,8 @@ def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
 
 
 # the tokenizer ------------------------------------------------------------------------------------
-def kept_tokenizer(data: DataConfig, *, output_dir: Path) -> Path | None:
-    """The folder with the run's own tokenizer; None if no copy was made or it is damaged."""
+def stored_tokenizer(data: DataConfig, *, output_dir: Path) -> Path | None:
+    """The folder with the copy of the run's tokenizer; None if there is none, or it is damaged."""
     stored = _read(output_dir, str(data.fingerprint)) if data.fingerprint else None
     digests = (stored or {}).get("tokenizer")
     if not digests or not data.tokenizer:
@@ -301,19 +298,17 @@ def kept_tokenizer(data: DataConfig, *, output_dir: Path) -> Path | None:
     return None
 
 
-def _keep_tokenizer(data: DataConfig, *, output_dir: Path) -> dict[str, str] | None:
-    """Copy the tokenizer's files as they are; their digests. None where nothing can be written."""
-    from relora_core.data import tokenizer
-
+def _store_tokenizer(data: DataConfig, *, output_dir: Path) -> dict[str, str] | None:
+    """Copy the tokenizer's files; their digests. None if the output folder cannot be written to."""
     folder = _folder(output_dir, str(data.fingerprint))
     try:
         shared.make_folder(folder)
-        main, config = tokenizer.files(str(data.tokenizer))
+        main, config = tokenizer_files(str(data.tokenizer))
         sources = {"tokenizer.json": main} | ({"tokenizer_config.json": config} if config else {})
         for name, source in sources.items():
             atomic.write_text(folder / name, source.read_bytes().decode())
         return {name: _sha256(folder / name) for name in sources}
-    except OSError:  # another user's output folder: the original is checked each time
+    except OSError:  # another user's folder: the original is compared each time
         return None
 
 
@@ -363,7 +358,7 @@ def _looks_same(stored: dict[str, Any] | None, seen: Sequence[Look]) -> bool:
 
 
 def _difference(stored: dict[str, Any] | None, seen: Sequence[Look]) -> str:
-    """Which files look different; empty if none was recorded, or if all have moved."""
+    """The files that look different; empty if none was recorded, or if all have moved."""
     before = {look[0]: look for look in (stored or {}).get("looks", [])}
     after = {look[0]: list(look) for look in seen}
     if not before.keys() & after.keys():

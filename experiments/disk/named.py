@@ -1,7 +1,4 @@
-"""Which runs an argument names: a name that `python -m sweeps status` shows, or (part of) an id.
-
-Not for: the state that a run is in (`state.py`).
-"""
+"""The runs that an argument names: by a name that `status` shows, or by (part of) an id."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ JOB_ID = re.compile(r"\d+(_\d+)?")
 def find_run(output_dir: Path | str, *, word: str) -> RunDir:
     """The one run that `word` names; ConfigError if it names none or several.
 
-    Tried in turn: a full id; a name, arm, job or sweep that `status` shows; the start of an id;
-    any part of an id.
+    Tried in this order: a full id; a name, arm, job or sweep that `status` shows; the start of an
+    id; any part of an id.
     """
     runs = {run.run_id: run for run in all_runs(output_dir)}
     if word in runs:
@@ -42,13 +39,13 @@ def find_run(output_dir: Path | str, *, word: str) -> RunDir:
 
 
 def several(word: str, ids: Sequence[str]) -> ConfigError:
-    """One line with the runs to choose from."""
+    """The error if `word` names several runs."""
     some = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
     return ConfigError(f"RUN must name one run, got {word!r} that {len(ids)} match: {some}")
 
 
 def named(output_dir: Path | str, word: str) -> list[str]:
-    """Ids of the runs with exactly this name, or of the arm or job with it."""
+    """Ids of the runs with exactly this name, else of this arm, else of this job."""
     planned = [run for sweep in read_sweeps(output_dir).values() for run in sweep.runs]
     hits = [run for run in planned if word == run.name]
     hits = hits or [run for run in planned if word in (run.arm, run.arm_id)]

@@ -1,6 +1,6 @@
-"""Where things lie below `output_dir`: runs, sweeps, studies, caches.
+"""The layout of an output folder: runs, sweeps, studies, caches.
 
-Not for: what lies in one run's folder (`run_dir.py`).
+Not for: the layout of one run's folder (`run_dir.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ from typing import Any
 
 from experiments import json_files
 from experiments.disk.run_dir import RunDir
-from experiments.identity import (
-    essential,
-    plain_keys,
-)
+from experiments.identity import essential, plain_keys
 from relora_core import shared
-from relora_core.config import (
-    ConfigError,
-    RunConfig,
-)
+from relora_core.config import ConfigError, RunConfig
 
 
 def runs_folder(output_dir: Path | str) -> Path:
@@ -40,7 +34,7 @@ def run_at(output_dir: Path | str, run_id: str) -> RunDir:
 
 
 def all_runs(output_dir: Path | str) -> list[RunDir]:
-    """Every run below `output_dir`, by name."""
+    """Every run in `output_dir`, in the order of ids."""
     folder = runs_folder(output_dir)
     return [RunDir(p.parent) for p in sorted(folder.glob("*/config.json"))]
 
@@ -51,9 +45,9 @@ def same_runs(
     output_dir: Path | str,
     among: Callable[[RunDir], bool] = lambda run: True,
 ) -> list[RunDir | None]:
-    """For each config the first run below `output_dir` that computes the same numbers, if any.
+    """For each config the first run in `output_dir` that computes the same numbers, if any.
 
-    Most runs differ in a plain knob, so reading their config is enough to rule them out.
+    Most runs differ in a plain knob: their JSON rules them out, before a RunConfig is built.
     """
     seeds = {f"-s{config.seed}-" for config in configs}
     keys = {(c.method, c.data.kind): [k.split(".") for k in plain_keys(c)] for c in configs}
@@ -65,8 +59,8 @@ def same_runs(
         with contextlib.suppress(OSError, ValueError, TypeError):  # another version's, or damaged
             raw = json_files.read(run.config_path)
             with contextlib.suppress(KeyError):  # an older run lacks a knob added since
-                known_keys = keys.get((raw["method"], raw["data"]["kind"]))
-                if known_keys is None or _values(raw, known_keys) not in plain:
+                paths = keys.get((raw["method"], raw["data"]["kind"]))
+                if paths is None or _values(raw, paths) not in plain:
                     continue
             if among(run):
                 by_config.setdefault(repr(essential(run.config())), run)
@@ -78,7 +72,7 @@ def _values(raw: dict[str, Any], keys: list[list[str]]) -> tuple[Any, ...]:
 
 
 def cache_dir(output_dir: str | Path) -> Path:
-    """Where tokenised text is kept, shared by all runs."""
+    """The folder of tokenised text, which all runs share."""
     return Path(output_dir) / "cache"
 
 
@@ -106,7 +100,7 @@ def plan_folder(output_dir: Path | str, *, name: str) -> Path:
 
 
 def study_folder(output_dir: Path | str, *, name: str) -> Path:
-    return Path(output_dir) / "sweeps" / name / "study"
+    return plan_folder(output_dir, name=name) / "study"
 
 
 def jobs_folder(output_dir: Path | str, *, name: str) -> Path:
@@ -115,7 +109,7 @@ def jobs_folder(output_dir: Path | str, *, name: str) -> Path:
 
 @contextlib.contextmanager
 def refuse_unwritable(output_dir: Path) -> Iterator[None]:
-    """ConfigError where `output_dir` cannot be written to."""
+    """Make `output_dir`, and turn an OSError inside the context into a ConfigError."""
     try:
         shared.make_folder(output_dir)
         yield

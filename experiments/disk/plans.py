@@ -1,6 +1,4 @@
-"""Stored plans: what a sweep consists of, and where each of its runs is shown in MLflow.
-
-    read_sweep(output_dir, name) -> SweepRecord -> PlannedRun
+"""Stored plans, read: what a sweep consists of, and where MLflow shows each of its runs.
 
 The only reader of plan.json. Not for: planning, or a plan's configs (`sweeps/planning/plan.py`).
 """
@@ -26,7 +24,7 @@ from relora_core.config import ConfigError
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """plan.json as this version writes it; Damaged if it could lead to the wrong runs.
+    """The content of a plan.json as this version writes it; Damaged if it cannot be trusted.
 
     Cells of earlier versions are given the axes that they lack.
     """
@@ -71,21 +69,21 @@ def _check_cell(cell: Any) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class PlannedRun:
-    """A run with its folder, and what its plan, or else its own config, says of it."""
+    """A run as its plan, or if it has none its own config, describes it."""
 
     dir: RunDir
     name: str
     axes: dict[str, str]
-    """What tells it from the plan's other runs, as on a command line: `{"relora.r": "8"}`."""
+    """Its values of the axes of the plan, as on a command line: `{"relora.r": "8"}`."""
     arm: str
     """The name without the seed."""
     arm_id: str
     seed: int | None
     steps: int
     experiment: str
-    """Name of the experiment in conf/, where its question stands."""
+    """Name of the experiment in conf/."""
     config: dict[str, Any]
-    """As in the file: building thousands takes seconds. Empty where this version cannot read it."""
+    """As in the file: thousands of RunConfigs take seconds. Empty if it cannot be read."""
     sweep: str | None = None
     """The sweep it is listed under."""
     sweeps: list[str] = field(default_factory=list)
@@ -96,19 +94,19 @@ class PlannedRun:
         return self.dir.run_id
 
     def place(self) -> Place:
-        """Where MLflow shows it; ConfigError where the stored config does not say."""
+        """Where MLflow shows it; ConfigError if the stored config does not tell."""
+        output_dir = self.dir.output_dir
         try:
             tracking, uri = self.config["tracking"], self.config["tracking"]["uri"]
-            folder = self.dir.path.parents[1]
             return Place(
                 tracked=tracking["enabled"],
-                uri=uri and located(uri, frozen.typed_in(self.config["output_dir"], folder)),
+                uri=uri and located(uri, frozen.typed_in(self.config["output_dir"], output_dir)),
                 experiment=tracking["experiment"]
                 or self.config["sweep"]["name"]
                 or self.config["experiment"],
             )
         except (KeyError, TypeError):
-            path = plan_folder(self.dir.path.parents[1], name=self.sweep or "") / "plan.json"
+            path = plan_folder(output_dir, name=self.sweep or "") / "plan.json"
             raise ConfigError(f"{path} must be a plan as this version writes it") from None
 
 
@@ -136,7 +134,7 @@ class SweepRecord:
     collapsed: list[str] = field(default_factory=list)
     """Why there are fewer runs than points, one line each."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know of settings and data, one line each."""
+    """Notes on settings and data, one line each."""
     created: float = 0.0
     """Seconds since the epoch."""
 
@@ -150,7 +148,7 @@ class SweepRecord:
 
 
 def sweep_names(output_dir: Path | str) -> list[str]:
-    """Of every stored plan."""
+    """Names of the stored plans."""
     paths = plan_folder(output_dir, name="").glob("*/plan.json")
     return sorted(path.parent.name for path in paths)
 
@@ -195,7 +193,7 @@ def _planned(cell: Mapping[str, Any], *, output_dir: Path | str, sweep: str) -> 
 
 
 def single_run(run: RunDir) -> PlannedRun:
-    """A run without a plan; if this version cannot read its config, its id serves as its name."""
+    """A run without a plan; if its config cannot be read, its id stands for its arm."""
     name = run.run_id
     bare = PlannedRun(
         dir=run,
@@ -225,12 +223,12 @@ def single_run(run: RunDir) -> PlannedRun:
 
 
 # plans of earlier versions ----------------------------------------------------------------------
-WORD = re.compile(r"(?:^| )([A-Za-z_][\w.]*)=")
+AXIS = re.compile(r"(?:^| )([A-Za-z_][\w.]*)=")
 
 
 def axes_of_older(name: str) -> dict[str, str]:
     """`model=tiny relora.r=8` -> pairs, for plans that store only names; values may have spaces."""
-    starts = list(WORD.finditer(name))
+    starts = list(AXIS.finditer(name))
     ends = [*(match.start() for match in starts[1:]), len(name)]
     return {m.group(1): name[m.end() : end] for m, end in zip(starts, ends, strict=False)}
 
@@ -251,7 +249,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 def question(
     sweep: str, overrides: Iterable[Sequence[str]], experiments: Iterable[str]
 ) -> str | None:
-    """From the head of the sweep's file in conf/, else of the experiments' files."""
+    """The question at the head of the sweep's file in conf/, else of the experiments' files."""
     typed = [re.match(r"\+*sweep=([\w-]+)", word) for words in overrides for word in words]
     chosen = [match[1] for match in typed if match]
     for folder, names in (("sweep", [sweep, *chosen]), ("experiment", experiments)):
@@ -262,7 +260,7 @@ def question(
 
 
 def _question(path: Path) -> str | None:
-    """The comment that begins with `Question:`, down to the next heading of that kind."""
+    """The comment after `Question:`, up to the next heading such as `Command:`."""
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Whether a process of this host is still the one that a file names."""
+"""Whether a process of this host is still the one that a file names: pids are used again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import psutil
 
 
 def process_start(pid: int) -> str | None:
-    """Boot and tick at which a process began: unlike a time, setting the clock does not change it.
+    """Boot and clock tick at which a process began, or None if the system does not say.
 
-    None where the system does not say.
+    Unlike a time, it stays the same when the clock is set.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -25,7 +25,7 @@ def _boot() -> str:
 
 
 def is_alive(pid: int, *, birth: str | None, started: float) -> bool:
-    """Whether the process with this pid is still the one with that birth, or start time."""
+    """Whether the process with this pid began at `birth`, or if that is None at `started`."""
     try:
         process = psutil.Process(pid)
         same = process_start(pid) == birth if birth else abs(process.create_time() - started) < 1.0
@@ -35,7 +35,7 @@ def is_alive(pid: int, *, birth: str | None, started: float) -> bool:
 
 
 def _hidden(pid: int, *, birth: str | None) -> bool:
-    """Whether it exists although psutil cannot see it: systems may hide other users' (hidepid)."""
+    """Whether it exists though psutil does not see it, as with /proc mounted with hidepid."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""The only file that knows the layout of outputs/runs/<run_id>/. Not for: deciding a run's state.
+"""The layout of a run's folder, outputs/runs/<run_id>/. Not for: deciding a run's state.
 
 config.json        frozen RunConfig, written once
 status.json        state, step, heartbeat, attempts; replaced atomically
@@ -71,7 +71,7 @@ class Status:
     host: str = ""
     pid: int = 0
     job_id: str | None = None
-    """Set in a SLURM job that we submitted; any other process is identified by host and pid."""
+    """Of the SLURM job that we submitted; None for any other process."""
     error: str | None = None
     """One line; the traceback is in error.txt."""
 
@@ -89,6 +89,11 @@ class RunDir:
     def run_id(self) -> str:
         return self.path.name
 
+    @property
+    def output_dir(self) -> Path:
+        """The folder that has the run in its `runs`, wherever it has been moved to."""
+        return self.path.absolute().parents[1]
+
     config_path = property(lambda self: self.path / "config.json")
     status_path = property(lambda self: self.path / "status.json")
     events_path = property(lambda self: self.path / "events.jsonl")
@@ -105,7 +110,7 @@ class RunDir:
     def create(self, config: RunConfig) -> None:
         """Make the folder and freeze the config in it.
 
-        An existing run keeps its config, but for where the same data lie now.
+        An existing run keeps its config, except for paths of data that have been moved.
         """
         config = frozen.absolute(config)
         shared.make_folder(self.path)
@@ -119,7 +124,7 @@ class RunDir:
             self.write_status(Status(steps=config.train.steps))
 
     def _move_data(self, config: RunConfig) -> None:
-        """Freeze the paths of data that are the same (by fingerprint) and lie elsewhere now."""
+        """Update paths in config.json whose data are the same by fingerprint."""
         with contextlib.suppress(OSError, json_files.Damaged, KeyError, TypeError):
             raw = json_files.read(self.config_path)
             changed = False
@@ -136,29 +141,27 @@ class RunDir:
                 atomic.write_json(self.config_path, raw)
 
     def config(self) -> RunConfig:
-        """The frozen config; Damaged where this version cannot read it."""
+        """The frozen config; Damaged if this version cannot read it."""
+        in_output_dir = self.path.absolute().parent.name == "runs"
         try:
             config = config_from_json(self.config_path.read_text(encoding="utf-8"))
-            return frozen.read(config, output_dir=self._output_dir())
+            return frozen.read(config, output_dir=self.output_dir if in_output_dir else None)
         except (ValueError, TypeError) as error:
             raise json_files.Damaged(
                 f"{self.config_path} must be a config as this version writes it ({error})"
             ) from None
 
-    def _output_dir(self) -> Path | None:
-        """The folder that has the run in its `runs`, wherever it has been moved to."""
-        place = self.path.absolute()
-        return place.parents[1] if place.parent.name == "runs" else None
-
     def trial_tags(self) -> dict[str, Any]:
-        """Search and number of the trial that asked for this run; empty where none did."""
+        """Search and number of the trial that asked for this run; empty if none did."""
         raw = _read_json(self.trial_path)
         return {"study": raw.get("study"), "trial": raw.get("number")} if raw else {}
 
     # status -------------------------------------------------------------------------------------
     def status(self) -> Status:
-        """The newest status; `planned` without status.json. A damaged file counts as failed: the
-        same command goes on with the run, and its next status replaces the damaged one."""
+        """The newest status: `planned` if there is none, `failed` if the file is damaged.
+
+        The same command goes on with a failed run, and its next status replaces the damaged one.
+        """
         try:
             raw = json_files.read(self.status_path)
             return Status(**json_files.read_fields(Status, raw))
@@ -201,12 +204,12 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(
-        self, *, gone: Callable[[dict[str, Any]], bool] = lambda holder: False
+        self, *, is_dead: Callable[[dict[str, Any]], bool] = lambda holder: False
     ) -> Iterator[None]:
-        """Lock the run; RunLocked if a living process of this host, or another host, has it locked.
+        """Lock the run; RunLocked if another process has it locked that may be alive.
 
-        `gone` says whether a holder on another host is dead for certain. An earlier attempt of this
-        very job always counts as dead.
+        `is_dead` tells whether a holder on another host has certainly ended. An earlier start of
+        this very job always has.
         """
         path = self.path / "lock"
         me = {
@@ -218,9 +221,9 @@ class RunDir:
         }
         taken = False
         while not taken:
-            with self._alone():  # else the second to see a stale lock would remove the new one
+            with self._alone():  # two processes may see a stale lock: one would remove the new one
                 holder = self.lock_holder()
-                if holder is not None and not _same_job(holder, me) and not gone(holder):
+                if holder is not None and not _same_job(holder, me) and not is_dead(holder):
                     raise RunLocked(
                         f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
                     )
@@ -231,14 +234,14 @@ class RunDir:
         try:
             yield
         finally:
-            # A lock left behind counts as stale; an error here must not hide what ended the run.
+            # A lock that stays counts as stale; an error here must not hide what ended the run.
             with contextlib.suppress(OSError):
                 if self.is_mine():
                     path.unlink()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Let in one process of this host at a time, where the file system supports locks."""
+        """Let one process of this host at a time in, if the file system supports locks."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
@@ -248,16 +251,16 @@ class RunDir:
             os.close(folder)
 
     def is_mine(self) -> bool:
-        """Whether this process still has the lock: the scheduler may have moved the run."""
+        """Whether this process still has the lock: the scheduler may have started the run anew."""
         holder = _read_json(self.path / "lock") or {}
         return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
 
     def lock_holder(self) -> dict[str, Any] | None:
-        """Who works on the run, or None. A lock of a dead process of this host does not count."""
+        """The process that works on the run, or None. Dead processes of this host do not count."""
         path = self.path / "lock"
         holder = _read_json(path)
         if not holder or not json_files.has_types(holder, LOCK) or not 0 < holder["pid"] < 2**31:
-            # Damaged, or being written, or its writer died meanwhile: atomic.create_text.
+            # Damaged, or being written, or its writer died while writing (atomic.create_text).
             try:
                 young = abs(time.time() - path.stat().st_mtime) < 10
             except FileNotFoundError:
@@ -269,21 +272,24 @@ class RunDir:
         return holder if at_work else None
 
     def torn(self) -> list[Path]:
-        """What killed processes left behind: half-written files, the lock of a dead process."""
+        """Files that killed processes have left: half-written ones, and a dead process's lock."""
         lock = self.path / "lock"
         dead = [lock] if lock.exists() and self.lock_holder() is None else []
         return [*atomic.torn(self.path), *atomic.torn(self.attempts), *dead]
 
     # checkpoints --------------------------------------------------------------------------------
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        names = [path.name[5:] for path in self.checkpoints.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
     def newest_step(self) -> int:
-        """Optimizer steps that are safe on disk: those of the newest complete checkpoint."""
-        names = [p.name[5:] for p in self.checkpoints.glob("step-*")]
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        """Step of the newest complete checkpoint; 0 if there is none."""
+        return max(self.checkpoint_steps(), default=0)
 
     # events -------------------------------------------------------------------------------------
     def raw_events(self) -> Iterator[dict[str, Any]]:
-        """Every event of events.jsonl; a torn last line (killed mid-write) and lines that are no
-        events are left out."""
+        """Every event of events.jsonl, without damaged lines or a half-written last one."""
         try:
             with open(self.events_path, "rb") as file:
                 for line in file:
@@ -295,7 +301,7 @@ class RunDir:
             return
 
     def events(self) -> list[dict[str, Any]]:
-        """The events that count: where attempts overlap, those of the newest attempt."""
+        """The events that count: of steps that several attempts did, those of the newest."""
         events: list[dict[str, Any]] = []
         for event in self.raw_events():
             if event["kind"] == "start":
@@ -305,9 +311,9 @@ class RunDir:
         return events
 
     def notes(self) -> list[str]:
-        """Notes of its attempts on the data they read, one line each."""
-        begun = [event["data"] for event in self.raw_events() if event["kind"] == "start"]
-        return list(dict.fromkeys(str(note) for data in begun for note in data.get("notes", [])))
+        """Its attempts' notes on the data they read, one line each."""
+        starts = [event["data"] for event in self.raw_events() if event["kind"] == "start"]
+        return list(dict.fromkeys(str(note) for data in starts for note in data.get("notes", [])))
 
     # result -------------------------------------------------------------------------------------
     def result(self) -> dict[str, Any] | None:
@@ -319,7 +325,7 @@ class RunDir:
         return result if result and json_files.has_types(result, RESULT, partial=True) else None
 
     def ended(self) -> State | None:
-        """FINISHED or DIVERGED where the run has its result, whatever its status says."""
+        """FINISHED or DIVERGED if the run has its result, whatever its status says."""
         recorded = (self.result() or {}).get("state")
         return next((state for state in State if state.done and state == recorded), None)
 
@@ -328,7 +334,7 @@ class RunDir:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none that can be read."""
+    """The object in a file; None if there is none, or it is damaged."""
     try:
         return json_files.read(path)
     except (FileNotFoundError, json_files.Damaged):
@@ -336,6 +342,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _same_job(holder: dict[str, Any], me: dict[str, Any]) -> bool:
-    """Whether a lock on another host is of this very job, requeued: its earlier start has ended."""
+    """Whether a lock on another host is of this very job, which has since been requeued."""
     other = holder["host"] != me["host"]
     return other and me["job_id"] is not None and holder.get("job_id") == me["job_id"]

@@ -1,7 +1,7 @@
 """The true state of a run: its files are read once, then judged by a pure function.
 
-Its status says what a run does; its lock says whether that process can still do it. Silence is not
-death: a running run counts as failed only if its process was on this host and has certainly ended.
+A run that has long written nothing may still be running: it counts as failed only if its process
+was on this host and has certainly ended.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ class RunState(Status):
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Seen:
-    """A run's files, each read once, and what this host knows of the processes they name."""
+    """What a run's files say, and what this host knows of the processes that they name."""
 
     path: Path
     status: Status
     holder: dict[str, Any] | None
     """The process named in its lock; a dead process of this host does not count."""
     ended: State | None
-    """FINISHED or DIVERGED where it has a result."""
+    """FINISHED or DIVERGED if it has a result."""
     damaged: bool = False
-    """Its status is a finished one, but its result.json cannot be read."""
+    """Its status is done, but its result.json cannot be read."""
     cancelled: bool = False
     """The user has asked it to end."""
     orphaned: bool = False
-    """A process of this host queued it and has ended; no scheduler knows of it."""
+    """A process of this host queued it and has ended, so that nothing will start it."""
     changed: str | None = None
     """One line on changed inputs that the user accepted."""
     host: str = ""
@@ -62,7 +62,7 @@ class Seen:
         return self.status.host in ("", self.host)
 
     @property
-    def held_here(self) -> bool:
+    def locked_here(self) -> bool:
         """A living process of this host has the lock, or some process is writing it."""
         return self.holder is not None and self.holder["host"] in ("?", self.host)
 
@@ -74,20 +74,20 @@ def state_of(run_dir: RunDir) -> RunState:
 
 # looking ----------------------------------------------------------------------------------------
 def look(run_dir: RunDir) -> Seen:
-    """What its files say. Read again if neither a lock nor a result confirms the status: the run
-    may have begun or ended between two of the reads."""
+    """Read its files; twice if neither lock nor result confirms the status, since the run may have
+    begun or ended in between."""
     seen = _read(run_dir)
     confirmed = seen.holder or seen.ended or judge(seen, now=0.0).state is seen.status.state
     return seen if confirmed else _read(run_dir)
 
 
 def _read(run_dir: RunDir) -> Seen:
-    """The status first: a run that ends now writes its result and then removes its lock."""
+    # The status first: a run that ends now writes its result and then removes its lock.
     status, host = run_dir.status(), socket.gethostname()
     holder, ended = run_dir.lock_holder(), run_dir.ended()
     changed = None
     with contextlib.suppress(ConfigError):
-        changed = inputs.said(run_dir)
+        changed = inputs.describe_accepted(run_dir)
     return Seen(
         path=run_dir.path,
         status=status,
@@ -109,7 +109,7 @@ def _is_orphan(status: Status, *, host: str) -> bool:
 
 # judging ----------------------------------------------------------------------------------------
 def judge(seen: Seen, *, now: float) -> RunState:
-    """The run as its own files have it; the first case that fits counts."""
+    """The run's state by its own files alone; the first case that fits counts."""
     status = seen.status
     state, reason = status.state, status.error
     if seen.holder is not None:
@@ -125,7 +125,7 @@ def judge(seen: Seen, *, now: float) -> RunState:
     elif state is State.RUNNING:
         reason = _silence(status, now=now)
     elif seen.orphaned:
-        state, reason = State.PLANNED, "its launcher is gone; the same command runs it"
+        state, reason = State.PLANNED, "its launcher has ended; the same command runs it"
     fields: dict[str, Any] = dataclasses.asdict(status) | {"state": state}
     reason = seen.changed if reason is None else reason
     return RunState(**fields, run_id=seen.path.name, reason=reason)
@@ -135,7 +135,7 @@ def _silence(status: Status, *, now: float) -> str | None:
     if not status.heartbeat or now - status.heartbeat < SILENT_AFTER_S:
         return None
     where = f" from {status.host}" if status.host else ""
-    return f"no word{where} for {(now - status.heartbeat) / 60:.0f} min"
+    return f"no heartbeat{where} for {(now - status.heartbeat) / 60:.0f} min"
 
 
 def _ago(status: Status, *, now: float) -> str:

@@ -21,7 +21,7 @@ class State(StrEnum):
     """A search has ended it early; a grid that includes it resumes it from its checkpoint."""
     CANCELLED = "cancelled"
     LOST = "lost"
-    """Never written to a file: the run has long been silent and SLURM does not list its job."""
+    """Never written to a file: no heartbeat for long, and SLURM does not list its job."""
 
     @property
     def done(self) -> bool:
@@ -35,7 +35,7 @@ class State(StrEnum):
 
     @property
     def bad(self) -> bool:
-        """It has not ended as planned. A pruned run has: its search ended it."""
+        """It did not end as planned. A pruned run did: its search ended it."""
         return self in (State.FAILED, State.DIVERGED, State.CANCELLED, State.LOST)
 
 

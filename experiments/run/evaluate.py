@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from experiments import environment, json_files
 from experiments.disk import inputs
-from experiments.disk.evaluations import evaluations, results, steps_of
+from experiments.disk.evaluations import evaluations, results
 from experiments.disk.run_dir import RunDir
 from experiments.errors import one_line
 from experiments.identity import config_from_json
@@ -154,7 +154,7 @@ def read_request(path: Path) -> tuple[RunDir, Request]:
 
 def missing(run_dir: RunDir, *, request: Request) -> list[int]:
     """Steps with a checkpoint that the request wants and that some eval has not seen yet."""
-    there = steps_of(run_dir)
+    there = run_dir.checkpoint_steps()
     if isinstance(request.steps, list):
         there = [step for step in there if step in request.steps]
     elif request.steps == "last":
@@ -196,11 +196,11 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
     from relora_core.data import load_tokenizer
 
     check(run_dir, request=request)
-    if not steps_of(run_dir):
+    if not run_dir.checkpoint_steps():
         raise ConfigError(f"RUN must have a checkpoint, got {run_dir.run_id} without one")
     config = replace(run_dir.config(), eval=request.eval)
     wanted = request.steps if isinstance(request.steps, list) else []
-    for step in sorted(set(wanted) - set(steps_of(run_dir)) - set(evaluations(run_dir))):
+    for step in sorted(set(wanted) - set(run_dir.checkpoint_steps()) - set(evaluations(run_dir))):
         say(f"{run_dir.run_id} has no checkpoint of step {step}: left out")
     steps = missing(run_dir, request=request)
     if not steps:
@@ -218,19 +218,19 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
                 _evaluate(run_dir, request, step=step, evaluation=evaluation, model=model, say=say)
 
 
-def look(run_dir: RunDir, *, eval: EvalConfig) -> inputs.Opened:
+def check_inputs(run_dir: RunDir, *, eval: EvalConfig) -> inputs.Checked:
     """Whether an evaluation reads what the run, and `eval` where it has fingerprints, name."""
-    config = replace(inputs.as_accepted(run_dir, run_dir.config()), eval=eval)
-    return inputs.look(config, output_dir=inputs.output_dir_of(run_dir), only=("tokenizer", *EVALS))
+    config = replace(inputs.with_accepted(run_dir, run_dir.config()), eval=eval)
+    return inputs.check(config, output_dir=run_dir.output_dir, only=("tokenizer", *EVALS))
 
 
 def _opened(run_dir: RunDir, config: RunConfig, *, request: Request) -> RunConfig:
     """`config` with the run's own copy of the tokenizer; ConfigError if something has changed."""
-    opened = look(run_dir, eval=request.eval)
+    checked = check_inputs(run_dir, eval=request.eval)
     accepted = {(change["key"], change["now"]) for change in request.changes}
-    if new := [c for c in opened.changes if (c.key, c.now) not in accepted]:
+    if new := [c for c in checked.changes if (c.key, c.now) not in accepted]:
         raise inputs.refusal(new, remedy="ask for the evaluation again")
-    return replace(config, data=opened.config.data)
+    return replace(config, data=checked.config.data)
 
 
 def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:

@@ -37,7 +37,7 @@ def run_experiment(
     *,
     console: bool = False,
     stop: StopFlag | None = None,
-    gone: Callable[[dict[str, Any]], bool] = lambda holder: False,
+    is_dead: Callable[[dict[str, Any]], bool] = lambda holder: False,
     extra_sinks: Sequence[Sink] = (),
 ) -> Outcome:
     """Run, or resume, one run in this process: begin an attempt, train, settle how it ended.
@@ -51,7 +51,7 @@ def run_experiment(
     if place.rank:
         return _join(config, run_dir, stop)
     run_dir.create(config)
-    with run_dir.lock(gone=gone):
+    with run_dir.lock(is_dead=is_dead):
         if over := _is_over(run_dir):
             return over
         stop.run_dir = run_dir
@@ -59,7 +59,7 @@ def run_experiment(
         try:
             attempt = _begin(config, run_dir, world=place.world)
             outcome = _train(
-                inputs.opened(run_dir, config),
+                inputs.open_for_training(run_dir, config),
                 run_dir,
                 attempt=attempt,
                 console=console,
@@ -199,7 +199,7 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
         return Outcome(ended)
     from relora_core.train import train  # torch
 
-    config = inputs.opened(run_dir, config)
+    config = inputs.open_for_training(run_dir, config)
     folder = cache_dir(config.output_dir)
     with stop.ending():
         ending = train(

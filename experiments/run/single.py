@@ -50,7 +50,7 @@ def run_here(config: RunConfig) -> int:
             notes.append(f"it computes what run {other.run_id} did, which is finished")
     for note in notes:
         _say(f"note: {note}")
-    opened = inputs.opened(run_dir, config)
+    opened = inputs.open_for_training(run_dir, config)
     data.prepare(opened.data, cache_dir=cache_dir(config.output_dir), progress=_say)
     for note in prepared_notes(opened):
         if note not in notes:

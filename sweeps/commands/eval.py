@@ -180,18 +180,18 @@ def _requests(
     completed: dict[str, tuple[EvalConfig, list[dict[str, str]]]] = {}
     requests = []
     for run in runs:
-        there = evaluations.steps_of(run.dir)
+        there = run.dir.checkpoint_steps()
         some = there if isinstance(steps, str) else sorted(set(there) & set(steps))
         done = not isinstance(steps, str) and set(steps) & set(evaluations.evaluations(run.dir))
         if not some and not done and run.run_id not in waiting:
             has = f" (it has {', '.join(map(str, there))})" if there else ""
             print(f"{run.name}: no such checkpoint{has}: left out", file=sys.stderr)
             continue
-        config = inputs.as_accepted(run.dir, run.dir.config())
+        config = inputs.with_accepted(run.dir, run.dir.config())
         wanted = _absolute(settings(config))
         key = repr((wanted, config.data, config.model))
         if key not in completed:
-            seen = evaluate.look(run.dir, eval=wanted)
+            seen = evaluate.check_inputs(run.dir, eval=wanted)
             _check_changes(seen.changes, name=name, accept=accept)
             eval = evaluate.complete_eval(
                 dataclasses.replace(config, data=seen.config.data), eval=wanted

@@ -79,10 +79,10 @@ def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
     changes: dict[str, list[inputs.Change]] = {}
     keys = {}
     for run_dir in runs:
-        config = inputs.as_accepted(run_dir, run_dir.config())
+        config = inputs.with_accepted(run_dir, run_dir.config())
         keys[run_dir.run_id] = key = repr((config.data, config.eval))
         if key not in changes:
-            changes[key] = inputs.look(config, output_dir=inputs.output_dir_of(run_dir)).changes
+            changes[key] = inputs.check(config, output_dir=run_dir.output_dir).changes
     if (changed := [c for of_key in changes.values() for c in of_key]) and not accept:
         once = list({(c.key, c.now): c for c in changed}.values())
         raise inputs.refusal(once, remedy="--accept-changed goes on with what is there now")

@@ -235,7 +235,7 @@ def prepare(trial: Trial) -> list[RunDir]:
     plan = make_plan([({}, config) for config in configs], name=trial.study.name)
     plan.notes = [*trial.study.spec.notes, *notices.across(configs)]
     store(plan, output_dir=output_dir)
-    opened = inputs.opened(runs[0], configs[0])
+    opened = inputs.open_for_training(runs[0], configs[0])
     data.prepare(opened.data, cache_dir=cache_dir(output_dir), progress=print)
     return runs
 
@@ -259,7 +259,7 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> O
                     run_dir,
                     console=True,
                     stop=stop,
-                    gone=lambda holder, at=heartbeat: is_dead(holder, heartbeat=at),
+                    is_dead=lambda holder, at=heartbeat: is_dead(holder, heartbeat=at),
                     extra_sinks=[listener],
                 )
             return listener.judged(outcome, run_dir)

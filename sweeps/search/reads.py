@@ -28,11 +28,13 @@ def taken(folder: Path) -> list[dict[str, Any]]:
 
 def changes(spec: Spec, folder: Path) -> list[Change]:
     """What is neither as planned nor as it was taken."""
-    output_dir, prints = folder.resolve().parents[2], inputs.prints(taken(folder))
+    output_dir, prints = folder.resolve().parents[2], inputs.fingerprints(taken(folder))
     bases = {repr((b.data, b.eval)): b for b in spec.bases.values()}
     seen: dict[tuple[str, str, str], Change] = {}
     for base in bases.values():
-        for one in inputs.look(inputs.with_prints(base, prints), output_dir=output_dir).changes:
+        for one in inputs.check(
+            inputs.with_fingerprints(base, prints), output_dir=output_dir
+        ).changes:
             seen.setdefault((one.key, one.planned, one.now), one)
     return list(seen.values())
 
@@ -57,14 +59,14 @@ def accept(folder: Path) -> list[Change]:
 def as_planned(configs: Iterable[RunConfig], folder: Path) -> list[RunConfig]:
     """The configs with the planned fingerprints in place of those that were accepted since."""
     newest_first = taken(folder)[::-1]
-    return [inputs.before(config, newest_first) for config in configs]
+    return [inputs.undo(config, newest_first) for config in configs]
 
 
 def hand_on(folder: Path, runs: Sequence[RunDir]) -> None:
     """Write changes that the search accepted into its unfinished runs that lack them."""
     newest = {change["key"]: change for change in taken(folder)}
     for run_dir in runs if newest else ():
-        accepted = inputs.prints(inputs.accepted(run_dir, by=inputs.TRAINING))
+        accepted = inputs.fingerprints(inputs.accepted(run_dir, by=inputs.TRAINING))
         new = [c for key, c in newest.items() if accepted.get(key) != c["now"]]
         if new and not run_dir.ended():
             fields = ("key", "planned", "now", "what")

@@ -189,7 +189,7 @@ def _is_held(seen: Seen, *, jobs: Mapping[str, Job]) -> bool:
     if seen.holder is None:
         return False
     job_id = seen.holder.get("job_id")
-    if seen.held_here or job_id is None:
+    if seen.locked_here or job_id is None:
         return True
     job = jobs.get(job_id)
     return job is not None and job.alive and not job.waiting
@@ -205,7 +205,7 @@ def _unknown(seen: Seen, own: RunState, *, now: float) -> RunState:
     silent = now - status.heartbeat
     if silent <= SILENT_AFTER_S:
         return _noted(own, f"SLURM does not list job {status.job_id}")
-    since = f"no word for {silent / 60:.0f} min" if status.heartbeat else "no word ever"
+    since = f"no heartbeat for {silent / 60:.0f} min" if status.heartbeat else "no heartbeat ever"
     again = f"`{_command('retry', seen)}` runs it again"
     return _as(own, State.LOST, f"{since} and SLURM does not know job {status.job_id}; {again}")
 

@@ -73,7 +73,7 @@ def test_silence_of_another_host_is_a_note_and_not_a_death(run):
     run.write_status(status)
     state = state_of(run)
     assert state.state == "running"
-    assert state.reason == "no word from elsewhere for 6 min"
+    assert state.reason == "no heartbeat from elsewhere for 6 min"
 
 
 @pytest.mark.parametrize("end", ["finished", "diverged"])

@@ -157,7 +157,7 @@ def test_a_tracker_that_stays_shows_what_ended_meanwhile(out: Path, plan: Any) -
 def test_it_says_what_the_scheduler_says(out: Path, plan: Any) -> None:
     made = plan(ranks=(8,), seeds=2)
     lost = made.cells[0].run_id
-    reason = "no word for 20 min and SLURM does not know job 7"
+    reason = "no heartbeat for 20 min and SLURM does not know job 7"
     states = {lost: RunState(run_id=lost, state="lost", reason=reason, job_id="7")}
     bring_up_to_date(out, ["ranks"], states=states)
     (run,) = [r for r in shown(out, "ranks", "run") if r.data.tags["run_id"] == lost]

@@ -152,7 +152,7 @@ class World:
         return self.go_on(run_dir, stop=stop), run_dir
 
     def go_on(self, run_dir, *, stop=None):
-        config = inputs.opened(run_dir, run_dir.config())
+        config = inputs.open_for_training(run_dir, run_dir.config())
         data.prepare(config.data, cache_dir=cache_dir(self.out))
         return run_experiment(run_dir.config(), run_dir, stop=stop or StopFlag())
 
@@ -246,7 +246,7 @@ def test_a_damaged_copy_is_made_again_from_the_original_only(copied, tmp_path):
         command.export(run_dir, folder=tmp_path / "a", step=None)
     config = run_dir.config()
     config.data.tokenizer = str(world.folder / "original")
-    found = inputs.look(config, output_dir=world.out, only=("tokenizer",))
+    found = inputs.check(config, output_dir=world.out, only=("tokenizer",))
     assert found.changes == []
     assert kept.read_bytes() == whole
 
@@ -391,7 +391,7 @@ def test_touched_copied_and_moved_data_are_the_same(world, monkeypatch, limit):
     run_dir = world.half_way()
     for file in world.rows.iterdir():
         os.utime(file)
-    assert inputs.look(run_dir.config(), output_dir=world.out).changes == []
+    assert inputs.check(run_dir.config(), output_dir=world.out).changes == []
     world.rows.rename(world.folder / "moved")
     with pytest.raises(ConfigError, match="no such local path"):
         run_experiment(run_dir.config(), run_dir)
@@ -491,7 +491,7 @@ def test_retry_refuses_before_it_launches_and_writes_down_what_it_takes(world, c
     rewrite_again = random_rows(40, seed=11)
     write_rows(world.rows / "train-00001-of-00002.parquet", rewrite_again)
     with pytest.raises(ConfigError, match="has changed"):  # once is not for ever
-        inputs.opened(run_dir, run_dir.config())
+        inputs.open_for_training(run_dir, run_dir.config())
 
 
 # text ---------------------------------------------------------------------------------------------
@@ -560,7 +560,7 @@ def test_every_eval_is_fingerprinted_and_checked(tmp_path, name):
     unplanned = replace(section, path=elsewhere.path, fingerprint="0" * 64)
     config = replace(config, eval=replace(config.eval, **{name: unplanned}))
     validate(config)
-    (change,) = inputs.look(config, output_dir=world.out).changes
+    (change,) = inputs.check(config, output_dir=world.out).changes
     assert (change.key, change.now) == (f"eval.{name}", planned)
 
 
@@ -579,7 +579,7 @@ def test_a_replaced_archive_is_evaluated_on_purpose_only(tmp_path, capsys):
     write_archive(write_pairs(tmp_path / "pairs"), archive)
     world.eval.blimp = BlimpConfig(enabled=True, path=str(archive))
     _, run_dir = world.train()
-    found = inputs.look(run_dir.config(), output_dir=world.out)
+    found = inputs.check(run_dir.config(), output_dir=world.out)
     queued = Request(name="q", eval=complete_eval(found.config, eval=run_dir.config().eval))
 
     write_archive(write_pairs(tmp_path / "pairs", bad=TEXT), archive)
@@ -606,17 +606,17 @@ def test_the_files_are_read_once_while_they_look_the_same(world, monkeypatch):
         known = json.loads(file.read_text())
         file.write_text(json.dumps(known | {"read": known["read"] + 10**10}))
     monkeypatch.setattr(data, "fingerprint", None)
-    assert inputs.look(config, output_dir=world.out).changes == []
+    assert inputs.check(config, output_dir=world.out).changes == []
 
 
 def test_another_grammar_is_refused(tmp_path, monkeypatch):
     from relora_core.data import grammar
 
     config = complete(nano_config(model={"vocab_size": None}, output_dir=str(tmp_path)))
-    assert inputs.look(config, output_dir=tmp_path).changes == []
+    assert inputs.check(config, output_dir=tmp_path).changes == []
     rows = grammar.GrammarStream.next_rows
     monkeypatch.setattr(grammar.GrammarStream, "next_rows", lambda self, n: rows(self, n)[::-1])
-    (change,) = inputs.look(config, output_dir=tmp_path).changes
+    (change,) = inputs.check(config, output_dir=tmp_path).changes
     assert "grammar" in change.what
 
 
@@ -628,11 +628,11 @@ def test_a_hub_data_set_is_its_commit(world, monkeypatch):
         data={"kind": "pretokenized", "path": "owner/rows", "tokenizer": str(world.tokenizer)}
     )
     config.data.fingerprint = data.fingerprint(config.data)
-    assert inputs.look(config, output_dir=world.out).changes == []
+    assert inputs.check(config, output_dir=world.out).changes == []
     permute(world.tokenizer)
-    assert inputs.look(config, output_dir=world.out).changes == []
+    assert inputs.check(config, output_dir=world.out).changes == []
     commits.append("b" * 40)
-    (change,) = inputs.look(config, output_dir=world.out).changes
+    (change,) = inputs.check(config, output_dir=world.out).changes
     assert "owner/name@commit names the planned one" in change.what
 
 
@@ -670,7 +670,7 @@ def test_a_search_reads_something_else_only_where_that_was_taken(world, capsys):
     assert run_dir.config().data.fingerprint == config.data.fingerprint
     (change,) = inputs.accepted(run_dir)
     assert (change["by"], change["now"]) == ("search", now.data.fingerprint)
-    assert inputs.opened(run_dir, run_dir.config())
+    assert inputs.open_for_training(run_dir, run_dir.config())
     assert state_of(run_dir).reason == "goes on with other data than planned (--accept-changed)"
 
     assert sweeps(["status", "--json", "--output-dir", str(world.out)]) == 0

@@ -28,14 +28,18 @@ FINISHED, DIVERGED = State.FINISHED, State.DIVERGED
 KILLED = "killed (no process; last heartbeat 1 s ago)"
 LEFT_NONE = "says finished but left no result; the same command goes on with it"
 DAMAGED = "says diverged but its result.json is damaged; the same command goes on with it"
-NO_LAUNCHER = "its launcher is gone; the same command runs it"
+NO_LAUNCHER = "its launcher has ended; the same command runs it"
 CHANGED = "goes on with other data than planned"
 TABLE = [
     # who holds the lock is at work, whatever the other files say
     (seen("planned", holder=HELD), "running", None),
     (seen("failed", holder=HELD, error="boom"), "running", None),
     (seen("finished", holder=HELD, ended=FINISHED), "running", None),
-    (seen("running", holder=HELD, heartbeat=SILENT), "running", "no word from here for 10 min"),
+    (
+        seen("running", holder=HELD, heartbeat=SILENT),
+        "running",
+        "no heartbeat from here for 10 min",
+    ),
     # a result counts, whatever the status says
     (seen("running", ended=FINISHED), "finished", None),
     (seen("queued", ended=DIVERGED), "diverged", None),
@@ -51,7 +55,7 @@ TABLE = [
     (
         seen("running", host=ELSEWHERE, heartbeat=SILENT),
         "running",
-        "no word from elsewhere for 10 min",
+        "no heartbeat from elsewhere for 10 min",
     ),
     # else the run's own status stands
     (seen("queued"), "queued", None),

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from experiments.disk.evaluations import all_metrics, evaluations, steps_of
+from experiments.disk.evaluations import all_metrics, evaluations
 from experiments.disk.run_dir import RunDir
 from experiments.environment import ROOT
 from experiments.run import evaluate as module
@@ -247,7 +247,7 @@ def test_a_bad_request_is_one_line_and_exit_code_1(run, tmp_path, capsys):
         assert error.startswith("error: REQUEST must be")
         assert error.count("\n") == 1
     shutil.rmtree(run_dir.checkpoints)
-    assert steps_of(run_dir) == []
+    assert run_dir.checkpoint_steps() == []
     assert main([str(write_request(run_dir, request=request_of(run_dir, steps="all")))]) == 1
     assert "must have a checkpoint" in capsys.readouterr().err
 

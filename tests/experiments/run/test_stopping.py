@@ -132,7 +132,7 @@ def test_who_may_take_a_lock_over(run, monkeypatch, mine, theirs, gone, taken):
     holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "job_id": theirs}
     (run.path / "lock").write_text(json.dumps(holder))
     refused = pytest.raises(RunLocked, match="process 1 on elsewhere")
-    with contextlib.nullcontext() if taken else refused, run.lock(gone=lambda holder: gone):
+    with contextlib.nullcontext() if taken else refused, run.lock(is_dead=lambda holder: gone):
         assert run.is_mine()
     assert run.lock_holder() == (None if taken else holder)
 

@@ -123,7 +123,7 @@ def test_absence_is_not_death_until_the_run_has_long_been_silent(slurm, run, wor
     says(run, word, silent=12 * 60)
     assert now(run) == (
         "lost",
-        "no word for 12 min and SLURM does not know job 12_3; "
+        "no heartbeat for 12 min and SLURM does not know job 12_3; "
         f"`python -m sweeps retry {run.run_id} --output-dir {run.path.parents[1]}` runs it again",
     )
 
@@ -294,7 +294,12 @@ TABLE = [
     (seen("queued"), Job(job_id="12_3", state="RUNNING", node="n7"), "queued", "starting on n7"),
     (seen("planned"), "COMPLETING", "queued", "ending"),
     (seen("running"), "RUNNING", "running", None),
-    (seen("running", silent=LONG), "RUNNING", "running", f"no word from {ELSEWHERE} for 10 min"),
+    (
+        seen("running", silent=LONG),
+        "RUNNING",
+        "running",
+        f"no heartbeat from {ELSEWHERE} for 10 min",
+    ),
     (seen("failed", error="boom"), "RUNNING", "failed", "boom"),
     (seen("cancelled"), "RUNNING", "cancelled", None),
     # it is over
