@@ -4,6 +4,6 @@ single.py    `python run.py`: one run in this process
 complete.py  a config filled in from data and evals, with notes
 runner.py    one attempt of a run: lock, sinks, training, result
 sinks.py     heartbeat, system metrics and console
-stopping.py  when a run is to end early: signals, limits, cancel
+stopping.py  whether a run is to end early: signals, time limit, cancel
 evaluate.py  evaluations of checkpoints, apart from training
 """

@@ -1,7 +1,4 @@
-"""A config completed by what the data and evals say: vocabulary, fingerprints, notes.
-
-Reads only; trains and writes nothing.
-"""
+"""Configs completed with what data and evals say: vocabulary and fingerprints; and notes."""
 
 from __future__ import annotations
 
@@ -11,17 +8,18 @@ from dataclasses import replace
 
 from experiments import environment
 from experiments.disk.output_dir import cache_dir
-from relora_core import shell
+from experiments.tracking import store
+from relora_core import data, shell
 from relora_core.config import EVALS, ConfigError, RunConfig, validate
 from relora_core.data.base import DataInfo
 from relora_core.redraws import notices
 
 
 def complete(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
-    """The config with the data's vocabulary and fingerprints filled in, and validated.
+    """The config with vocabulary and fingerprints filled in, and validated.
 
-    Reads what planning may read (footers, tokenizers, eval files), trains nothing, writes nothing.
-    What the user should know of data and settings is appended to `notes`, once each.
+    Reads footers of data, tokenizers and files of evals; writes nothing. Notes on data and settings
+    are appended to `notes`, once each.
     """
     return complete_all([config], notes=notes)[0]
 
@@ -30,11 +28,10 @@ def complete_all(
     configs: Sequence[RunConfig], *, notes: list[str] | None = None
 ) -> list[RunConfig]:
     """`complete` of each; data and evals that several share are inspected once."""
-    from experiments.tracking import store
-    from relora_core import data, evals
+    from relora_core import evals  # numpy, which `--help` and `status` do without
 
     for config in configs:
-        if config.output_dir.startswith("~"):  # a folder of that name would be made here
+        if config.output_dir.startswith("~"):  # no shell expanded it: it would be a folder here
             raise ConfigError(
                 f"output_dir must be a path from the root, or from here, got "
                 f"{config.output_dir!r}; nearest valid: {os.path.expanduser(config.output_dir)}"
@@ -51,8 +48,8 @@ def complete_all(
         if key not in inspected:
             inspected[key] = data.inspect(config.data, cache_dir=cache_dir(config.output_dir))
         if notes is not None:
-            of_this = [*_data_notes(config, inspected[key]), *notices(config)]
-            notes += [n for n in of_this if n not in notes]
+            new = [*_data_notes(config, inspected[key]), *notices(config)]
+            notes += [n for n in new if n not in notes]
         config = _with_data(config, inspected[key])
         key = repr((config.data, config.eval, config.model.vocab_size, config.model.max_seq_len))
         if key not in prints:
@@ -68,7 +65,7 @@ def complete_all(
 
 
 def _data_notes(config: RunConfig, info: DataInfo) -> list[str]:
-    """One line each; of several data sets each names its own."""
+    """Notes that name the data set, one line each: there may be several."""
     notes = [note if str(config.data.path) in note else f"data: {note}" for note in info.notes]
     return notes + _passes(config, info.rows)
 
@@ -82,9 +79,7 @@ def _passes(config: RunConfig, rows: int | None) -> list[str]:
 
 
 def prepared_notes(config: RunConfig) -> list[str]:
-    """Notes on a large text that need its tokens."""
-    from relora_core import data
-
+    """Notes on a large text, which need its tokens."""
     rows = data.prepared_rows(config.data, cache_dir=cache_dir(config.output_dir))
     return _passes(config, rows)
 

@@ -3,9 +3,8 @@
     RUN_DIR/evals/<name>/request-<digest>.json      what is asked for; a job's only argument
     RUN_DIR/evals/<name>/step-00000200-blimp.json   result of one eval at one checkpoint
 
-Reads a run's config and checkpoints and writes below evals/ alone, so the run may be training
-meanwhile. Not for: choosing runs and settings (`sweeps/commands/eval.py`). Imports torch only where
-a checkpoint is evaluated.
+Writes below evals/ alone: the run may be training meanwhile. Not for: choosing runs and settings
+(`sweeps/commands/eval.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ from experiments.disk.evaluations import evaluations, results
 from experiments.disk.run_dir import RunDir
 from experiments.errors import one_line
 from experiments.identity import config_from_json
-from experiments.run.runner import code_hash
 from experiments.scheduler import enter_job
 from relora_core import atomic, shared
 from relora_core.config import EVALS, ConfigError, EvalConfig, RunConfig, runs_eval, validate
+from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError
+from relora_core.sources import code_hash
 
 if TYPE_CHECKING:
     from relora_core.evals import Eval
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 PLAIN = "eval"
 """The name for metrics with the same keys as in training: eval/paloma/perplexity."""
 RESERVED = ("dynamics", "perf", "phase", "restart", "train")
-"""Groups of metrics that training writes."""
+"""Names that would clash with metrics of training."""
 SAY_EVERY_S = 30.0
 
 
@@ -56,17 +56,16 @@ class Request:
     steps: str | list[int] = "last"
     """`last`: the newest checkpoint when the evaluation begins; `all`; or steps."""
     changes: list[dict[str, str]] = field(default_factory=list)
-    """What the user accepted although it has changed since the plan (`inputs.Change`)."""
+    """Changed inputs that the user accepted (`inputs.Change`)."""
 
 
 # requests -----------------------------------------------------------------------------------------
 def complete_eval(config: RunConfig, *, eval: EvalConfig) -> EvalConfig:
-    """`eval` for a run of `config`, with fingerprints; ConfigError where data or tokenizer are bad.
+    """`eval` for a run of `config`, with fingerprints; ConfigError if data or tokenizer are bad.
 
-    Every record of the evals' files is read; nothing is written.
+    Every record of the evals' files is read.
     """
-    from relora_core import evals
-    from relora_core.data import load_tokenizer
+    from relora_core import evals  # numpy
 
     config = replace(config, eval=eval)
     validate(config)
@@ -90,7 +89,7 @@ def complete_eval(config: RunConfig, *, eval: EvalConfig) -> EvalConfig:
 
 
 def check(run_dir: RunDir, *, request: Request) -> None:
-    """ConfigError if one name would stand for two different metrics of the run."""
+    """ConfigError if the request's name would give a metric of the run a second meaning."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", request.name) or request.name in RESERVED:
         raise ConfigError(
             "--as must be a name of letters, digits, '.', '_' and '-' other than "
@@ -118,7 +117,7 @@ def check(run_dir: RunDir, *, request: Request) -> None:
 
 
 def write_request(run_dir: RunDir, *, request: Request) -> Path:
-    """The request as a file; an equal one is the same file."""
+    """Write the request; equal requests are one file."""
     content = dataclasses.asdict(request)
     if not request.changes:
         del content["changes"]  # as earlier versions wrote it: the same file
@@ -131,7 +130,7 @@ def write_request(run_dir: RunDir, *, request: Request) -> Path:
 
 
 def read_request(path: Path) -> tuple[RunDir, Request]:
-    """Inverse of `write_request`; ConfigError where the file is not a request of a run."""
+    """The run and its request in a file; ConfigError if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         run_dir = RunDir(path.resolve().parents[2])
@@ -153,28 +152,28 @@ def read_request(path: Path) -> tuple[RunDir, Request]:
 
 
 def missing(run_dir: RunDir, *, request: Request) -> list[int]:
-    """Steps with a checkpoint that the request wants and that some eval has not seen yet."""
-    there = run_dir.checkpoint_steps()
+    """Steps of the checkpoints that the request wants and some eval has no result of yet."""
+    steps = run_dir.checkpoint_steps()
     if isinstance(request.steps, list):
-        there = [step for step in there if step in request.steps]
+        steps = [step for step in steps if step in request.steps]
     elif request.steps == "last":
-        there = there[-1:]
-    return [step for step in there if _sections_left(run_dir, request=request, step=step)]
+        steps = steps[-1:]
+    return [step for step in steps if _sections_left(run_dir, request=request, step=step)]
 
 
 def _sections_left(run_dir: RunDir, *, request: Request, step: int) -> list[str]:
-    stored = {(f["section"], f["step"], f["digest"]) for f in results(run_dir, name=request.name)}
+    stored = {(r["section"], r["step"], r["digest"]) for r in results(run_dir, name=request.name)}
     return [s for s, d in _digests(request.eval).items() if (s, step, d) not in stored]
 
 
 def _digests(eval: EvalConfig) -> dict[str, str]:
-    """Section -> digest of its settings, of those that are on."""
+    """Section -> digest of its settings, of the evals that are on."""
     names = [f.name for f in dataclasses.fields(eval) if getattr(eval, f.name).enabled]
     return {name: _digest(eval, name) for name in names}
 
 
 def _digest(eval: EvalConfig, section: str) -> str:
-    """Digest of all that the eval's numbers depend on; the fingerprint stands for the path."""
+    """Digest of the settings that the eval's numbers depend on; a fingerprint stands for a path."""
     own = getattr(eval, section)
     values = {
         f.name: getattr(own, f.name)
@@ -190,10 +189,9 @@ def _digest(eval: EvalConfig, section: str) -> str:
 def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = print) -> None:
     """Run the evals of `request` that have no result yet, a file for each eval of each checkpoint.
 
-    A checkpoint that a running trainer removes meanwhile is left out with a line to `say`.
+    `say` gets lines for the user, such as when a running trainer removes a checkpoint meanwhile.
     """
-    from relora_core import evals, native
-    from relora_core.data import load_tokenizer
+    from relora_core import evals, native  # torch
 
     check(run_dir, request=request)
     if not run_dir.checkpoint_steps():
@@ -207,11 +205,11 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
         return
     config = _opened(run_dir, config, request=request)
     prepared = evals.prepare(config, load_tokenizer(config.data))
-    with _kept_threads(), native.kept():
+    with _restoring_threads(), native.kept():
         for step in steps:
             model = _load(config, run_dir.checkpoints / f"step-{step:08d}")
             if model is None:
-                say(f"{run_dir.run_id} step {step}: the checkpoint is gone: left out")
+                say(f"{run_dir.run_id} step {step}: the checkpoint was removed: left out")
                 continue
             left = _sections_left(run_dir, request=request, step=step)
             for evaluation in [e for e in prepared if e.name in left]:
@@ -219,13 +217,13 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
 
 
 def check_inputs(run_dir: RunDir, *, eval: EvalConfig) -> inputs.Checked:
-    """Whether an evaluation reads what the run, and `eval` where it has fingerprints, name."""
+    """Whether an evaluation reads what the run and `eval` have fingerprints of."""
     config = replace(inputs.with_accepted(run_dir, run_dir.config()), eval=eval)
     return inputs.check(config, output_dir=run_dir.output_dir, only=("tokenizer", *EVALS))
 
 
 def _opened(run_dir: RunDir, config: RunConfig, *, request: Request) -> RunConfig:
-    """`config` with the run's own copy of the tokenizer; ConfigError if something has changed."""
+    """`config` with the stored copy of the tokenizer; ConfigError if something has changed."""
     checked = check_inputs(run_dir, eval=request.eval)
     accepted = {(change["key"], change["now"]) for change in request.changes}
     if new := [c for c in checked.changes if (c.key, c.now) not in accepted]:
@@ -237,7 +235,7 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
     """The model as training had it, adapters apart; None if the checkpoint was removed."""
     import torch
 
-    from relora_core import native
+    from relora_core import native  # these need torch
     from relora_core.checkpoint import load_weights, read_progress
     from relora_core.methods import build_method
     from relora_core.model import Decoder
@@ -271,7 +269,7 @@ def _load(config: RunConfig, checkpoint: Path) -> Decoder | None:
 
 
 @contextlib.contextmanager
-def _kept_threads() -> Iterator[None]:
+def _restoring_threads() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
@@ -324,7 +322,7 @@ def _evaluate(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 all that could be evaluated is, 1 anything else, with one line."""
+    """Evaluate a request. Exit codes: 0 if all that could be evaluated is, else 1 with a line."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if len(words) != 1 or words[0].startswith("-"):
         print("usage: python -m experiments.run.evaluate REQUEST", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""RunConfig + RunDir -> sinks -> train() -> result.json. And what planning must know first.
+"""One attempt of a run: RunConfig + RunDir -> sinks -> train() -> result.json.
 
-Not for: many runs (`sweeps/`). Imports torch only when a run starts.
+Imports torch only when a run starts. Not for: many runs (`sweeps/`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import cache_dir
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import Outcome, State
-from experiments.environment import attempt_record, code_hash
+from experiments.environment import attempt_record
 from experiments.errors import RunLocked, one_line
 from experiments.run.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.run.stopping import StopFlag
@@ -28,7 +28,7 @@ from experiments.scheduler import current_job
 from relora_core import atomic, shell
 from relora_core.config import ConfigError, RunConfig
 from relora_core.events import Event, NullSink, Sink
-from relora_core.sources import comparable
+from relora_core.sources import code_hash, comparable
 
 
 def run_experiment(
@@ -40,20 +40,20 @@ def run_experiment(
     is_dead: Callable[[dict[str, Any]], bool] = lambda holder: False,
     extra_sinks: Sequence[Sink] = (),
 ) -> Outcome:
-    """Run, or resume, one run in this process: begin an attempt, train, settle how it ended.
+    """Run, or resume, one run in this process: begin an attempt, train, record how it ended.
 
-    `stop` asks it to end early; then everything is on disk when this returns. `gone` says
-    whether the lock's holder, on another host, is dead. `extra_sinks` get events after the record.
-    Raises RunLocked while another process is at work on it. Any other failure is recorded in the
-    run directory (status.json, error.txt) and raised.
+    `stop` asks it to end early; then everything is on disk when this returns. `is_dead` is that of
+    `RunDir.lock`. `extra_sinks` get events after the record. Raises RunLocked while another process
+    is at work on the run. Any other failure is recorded in its folder (status.json, error.txt) and
+    raised.
     """
     stop, place = stop or StopFlag(), shell.settle()
     if place.rank:
         return _join(config, run_dir, stop)
     run_dir.create(config)
     with run_dir.lock(is_dead=is_dead):
-        if over := _is_over(run_dir):
-            return over
+        if ended := _ended_before(run_dir):
+            return ended
         stop.run_dir = run_dir
         _check_code(run_dir, refuse=config.checkpoint.on_code_change == "refuse")
         try:
@@ -75,8 +75,8 @@ def run_experiment(
         return _settle(run_dir, outcome, reason=stop.reason or "asked to end")
 
 
-def _is_over(run_dir: RunDir) -> Outcome | None:
-    """How the run has ended already, or is to end before it begins; None where it is to go on."""
+def _ended_before(run_dir: RunDir) -> Outcome | None:
+    """How the run has ended already, or CANCELLED if it is not to begin; None if it is to go on."""
     if ended := run_dir.ended():
         if run_dir.status().state is not ended:  # killed between its result and its last status
             run_dir.update_status(state=ended, phase="", eta_s=0.0)
@@ -88,7 +88,7 @@ def _is_over(run_dir: RunDir) -> Outcome | None:
 
 
 def _begin(config: RunConfig, run_dir: RunDir, *, world: int) -> int:
-    """Say that the run is at work, and on what: the number of the attempt."""
+    """Record that an attempt has begun, and with what; its number."""
     attempt = run_dir.next_attempt()
     for path in run_dir.torn():
         path.unlink(missing_ok=True)
@@ -102,13 +102,13 @@ def _begin(config: RunConfig, run_dir: RunDir, *, world: int) -> int:
         job_id=current_job(),
         error=None,
     )
-    # Takes seconds: after the status. It imports torch, which alone knows the GPUs to record.
+    # torch, which the record's GPUs need. It takes seconds, so the status is written first.
     from relora_core import native
 
     start_step = run_dir.newest_step()
     record = attempt_record(start_step=start_step, world=world, kernels_key=native.key())
-    if taken := inputs.accepted(run_dir, by=inputs.TRAINING):
-        record["changes"] = taken
+    if accepted := inputs.accepted(run_dir, by=inputs.TRAINING):
+        record["changes"] = accepted
     run_dir.write_attempt(attempt, record)
     environment.check_gpu(config)
     return attempt
@@ -124,7 +124,7 @@ def _train(
     extra_sinks: Sequence[Sink],
     world: int,
 ) -> Outcome:
-    """Train to the last step or an earlier end; a run that did not end early has its result."""
+    """Train to the last step or an earlier end; write the result unless it was interrupted."""
     from relora_core.train import train  # torch
 
     started, steps = time.time(), config.train.steps
@@ -154,8 +154,8 @@ def _train(
 
 
 def _settle(run_dir: RunDir, outcome: Outcome, *, reason: str) -> Outcome:
-    """Record how the attempt ended, and return it. The caller may resume an interrupted run, and
-    then records that itself."""
+    """Record how the attempt ended, and return that: an interrupted one may have been cancelled or
+    pruned."""
     if outcome is not Outcome.INTERRUPTED:
         run_dir.update_status(state=outcome, phase="", eta_s=0.0)
         return outcome
@@ -174,7 +174,7 @@ def _settle(run_dir: RunDir, outcome: Outcome, *, reason: str) -> Outcome:
 
 
 def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
-    """Note, or refuse, that a run goes on with other code than its newest attempt had."""
+    """Warn, or raise ConfigError, if a run goes on with other code than its newest attempt had."""
     records = run_dir.attempt_records()
     before = records[-1].get("code_hash") if records else None
     if before in (None, code_hash()) or not any(run_dir.checkpoints.glob("step-*")):
@@ -194,7 +194,7 @@ def _check_code(run_dir: RunDir, *, refuse: bool) -> None:
 
 
 def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
-    """Ranks above 0 compute; the lock, the record and the status are rank 0's."""
+    """Train as a rank above 0: lock, record and status are rank 0's."""
     if ended := run_dir.ended():
         return Outcome(ended)
     from relora_core.train import train  # torch
@@ -209,7 +209,7 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
 
 
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
-    """The result, from the run's record: the newest value of every metric."""
+    """The result of a run: the newest value of every metric in its record."""
     metrics: dict[str, float] = {}
     step, loss_steps = 0, None
     for event in run_dir.events():

@@ -16,17 +16,15 @@ from experiments.identity import run_id
 from experiments.run.complete import complete, prepared_notes
 from experiments.run.runner import run_experiment
 from experiments.run.stopping import SIGNALS, StopFlag
-from relora_core import shell
+from experiments.tracking import follower as mlflow_follower
+from experiments.tracking import store
+from relora_core import data, shell
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data.base import DataError
 
 
 def run_here(config: RunConfig) -> int:
-    """`python run.py`: one run in this process, tracked, with a progress bar; the exit code."""
-    from experiments.tracking import follower as mlflow_follow
-    from experiments.tracking import store
-    from relora_core import data
-
+    """Run, or resume, the run of this config; the exit code."""
     place = shell.settle()
     notes: list[str] = []
     config = complete(config, notes=notes)
@@ -58,7 +56,7 @@ def run_here(config: RunConfig) -> int:
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:
-            follower = stack.enter_context(mlflow_follow.follow(run_dir, config=config))
+            follower = stack.enter_context(mlflow_follower.follow(run_dir, config=config))
             follower.wait_ready(60)
         stop = StopFlag()
         stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
@@ -78,7 +76,7 @@ def run_here(config: RunConfig) -> int:
 
 
 def _rank(config: RunConfig, run_dir: RunDir) -> int:
-    """Run a rank above 0: it prints failures alone. The exit code."""
+    """Run a rank above 0, which prints only failures; the exit code."""
     stop = StopFlag(says=False)
     try:
         with stop.installed(signal.SIGINT, *SIGNALS):
@@ -95,7 +93,7 @@ def _say(line: str) -> None:
 
 
 def print_result(run_dir: RunDir) -> None:
-    """The final metrics of a run as a small table, and where the rest is."""
+    """Print the final metrics of a run and its folder."""
     result = run_dir.result()
     if result is None:
         return

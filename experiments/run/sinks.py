@@ -1,6 +1,6 @@
-"""Where a run's events go while it runs: heartbeat in status.json, console, load of the machine.
+"""What a run does with its events besides recording them: heartbeat, console, load of the machine.
 
-The record itself is `event_log.EventLog`; MLflow follows that file (`follower.py`).
+Not for: the record (`disk/event_log.py`), nor MLflow, which follows it (`tracking/follower.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from experiments.metrics import LOSS
 from relora_core.events import Event, Sink
 
 HEARTBEAT_S = 0.5
-"""Shortest time between two writes of status.json; a tiny model logs far more often."""
+"""Shortest time between two writes of status.json: a tiny model logs far more often."""
 
 
 class Fanout:
-    """One sink for several."""
+    """A sink that hands events to several."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self.sinks = sinks
@@ -91,8 +91,8 @@ class SystemSink:
 
     def _measure(self) -> None:
         process = psutil.Process()
-        process.cpu_percent()  # the next one counts from here
-        wait = min(1.0, self._every_s)  # a short run is to have a value, too
+        process.cpu_percent()  # the next call measures from here
+        wait = min(1.0, self._every_s)  # so that a short run has a value, too
         while not self._closed.wait(wait):
             wait = self._every_s
             own = {
@@ -103,7 +103,7 @@ class SystemSink:
 
 
 def gpu_load() -> dict[str, float]:
-    """Use, memory and power of the visible GPUs, as nvidia-smi has them; empty without it."""
+    """Use, memory and power of the visible GPUs, from nvidia-smi; empty if there is none."""
     if shutil.which("nvidia-smi") is None:
         return {}
     names = {"utilization.gpu": "percent", "memory.used": "memory_gb", "power.draw": "power_w"}
@@ -118,7 +118,7 @@ def gpu_load() -> dict[str, float]:
 
 
 def _gpu_metrics(listed: str, *, names: list[str]) -> dict[str, float]:
-    """Lines of numbers, one for each GPU, as metrics; what a GPU does not support is left out."""
+    """A line of numbers for each GPU, as metrics; what a GPU does not measure is left out."""
     metrics = {}
     for gpu, line in enumerate(listed.splitlines()):
         for name, cell in zip(names, line.split(","), strict=False):

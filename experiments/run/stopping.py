@@ -1,7 +1,7 @@
-"""When a run is to end early: signals, its job's time limit, the user's cancel, a lost lock.
+"""Whether a run is to end early: signals, its job's time limit, the user's cancel, a lost lock.
 
-A handler sets a flag and does nothing else; the training loop reads it between steps, saves, and
-leaves. Not for: what happens then (`runner.py`, `sweeps/worker.py`).
+A signal's handler only sets a flag, which the training loop reads between steps. Not for: what
+happens then (`runner.py`, `sweeps/worker.py`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from experiments.disk.states import Outcome
 from experiments.errors import RunLocked
 
 LOOK_EVERY_S = 2.0
-"""How often the disk is asked whether the user has cancelled the run."""
+"""How often the disk is read to see whether the user has cancelled the run."""
 DEAF_S = 60.0
-"""How long a process of a group may stay in one call after it was asked to end. After that it
-is taken to wait for a process that has ended."""
+"""A rank that stays in one call for so long after it was asked to end waits for a dead one."""
 TWICE_S = 1.0
-"""A launcher passes on what the terminal has sent to its processes, too: that is one Ctrl-C."""
+"""Two SIGINTs closer than this are one Ctrl-C: the terminal and the launcher each send it."""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""What schedulers send. submitit's choice; USR1 is NCCL's."""
+"""What schedulers send; USR2, since NCCL uses USR1."""
 
 
 class StopFlag:
     """Whether this process should end at the next step, and why. Callable: `train(stop=flag)`."""
 
     def __init__(self, *, deadline: float | None = None, says: bool = True) -> None:
-        self.deadline, self._says = deadline, says
+        self.deadline = deadline
         """Seconds since the epoch by which everything must be on disk."""
+        self._says = says
         self.run_dir: RunDir | None = None
         """The run that this process has locked; None on ranks above 0."""
         self.reason: str | None = None
@@ -51,12 +51,12 @@ class StopFlag:
         return self.reason is not None
 
     def prune(self) -> None:
-        """End the current run; a reason to end the whole process comes first."""
+        """End the current run, unless there is a reason to end the process."""
         if not self():
             self.reason = Outcome.PRUNED
 
     def next_run(self) -> None:
-        """Prepare for the next run: a reason that concerned one run is cleared."""
+        """Prepare for the next run: clear a reason that concerned only the last one."""
         if self.reason in (Outcome.PRUNED, Outcome.CANCELLED):
             self.reason = None
         self.run_dir = None
@@ -75,7 +75,7 @@ class StopFlag:
         return None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. A forked child inherits it: there the default action applies."""
+        """Handle a signal. In a forked child, which inherits the handler, the default applies."""
         if os.getpid() != self._owner:
             if number != signal.SIGUSR2:
                 signal.signal(number, signal.SIG_DFL)
@@ -90,12 +90,12 @@ class StopFlag:
 
     @contextlib.contextmanager
     def installed(self, *numbers: int) -> Iterator[StopFlag]:
-        """Let the signals set the flag, and put the handlers back at the end."""
+        """Let these signals set the flag inside the context."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {n: signal.signal(n, self.handle) for n in numbers or SIGNALS}
-        # A parent that started us inside `shielded` had blocked these signals, which it will send.
+        # A parent that started us inside `shielded` has blocked the signals that it may send.
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
         try:
             yield self
@@ -108,9 +108,8 @@ class StopFlag:
     def ending(self) -> Iterator[None]:
         """Inside, a signal also ends a process that waits for others forever.
 
-        Python's handlers run between two calls of the main thread: in a collective that the
-        other ranks have left they would never run, and only kill -9 would end the process. The
-        files on disk are complete at any time.
+        Python runs handlers in the main thread, between two calls: never, if that thread waits in a
+        collective for ranks that have ended. The files on disk are complete at any time.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -131,7 +130,7 @@ class StopFlag:
             os.close(reads)
 
     def _watch(self, reads: int) -> None:
-        """Ends the process DEAF_S after a signal that the main thread has not handled."""
+        """End the process DEAF_S after a signal if the main thread has not handled it."""
         main, asked, came = threading.main_thread().ident, 0, 0.0
         assert main is not None
         while True:
@@ -154,7 +153,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started inside never get the scheduler's signals, which go to a whole job."""
+    """Block the scheduler's signals, which go to a whole job, for processes started inside."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

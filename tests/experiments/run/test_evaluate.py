@@ -154,7 +154,7 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_left_out_with_a_line(run, monke
     monkeypatch.setattr(module, "_load", rotating)
     evaluate(run_dir, request=request_of(run_dir, steps="all"), say=said.append)
     assert list(evaluations(run_dir)) == [8, 12]
-    assert "a step 4: the checkpoint is gone: left out" in said
+    assert "a step 4: the checkpoint was removed: left out" in said
 
 
 def test_steps_without_a_checkpoint_are_said(run):
