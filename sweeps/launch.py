@@ -27,7 +27,15 @@ from sweeps.launchers import Launcher, load_launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir, prepare_data
 from sweeps.planning import budget
 from sweeps.planning.grid import Point
-from sweeps.planning.plan import Cell, Plan, command, make_plan, other_settings, side_by_side, store
+from sweeps.planning.plan import (
+    Cell,
+    Plan,
+    command,
+    comparison_notes,
+    make_plan,
+    other_settings,
+    store,
+)
 from sweeps.slurm.survey import survey
 
 
@@ -50,7 +58,7 @@ def run_sweep(
         points, command=command, valid=True, begun=lambda run_id: (folder / run_id).exists()
     )
     output_dir = find_output_dir(plan)
-    plan.notes = [*notes, *side_by_side([cell.config for cell in plan.cells])]
+    plan.notes = [*notes, *comparison_notes([cell.config for cell in plan.cells])]
     if any(c.runtime.device == "cpu" and launcher.place(c).gpus for c in configs):
         plan.notes.append(
             "jobs hold GPUs that runtime.device=cpu leaves idle: hydra.launcher.gpus_per_node=0"
@@ -64,7 +72,7 @@ def run_sweep(
         plan.cells,
         states=states,
         output_dir=output_dir,
-        rates=budget.measured(output_dir),
+        rates=budget.read_rates(output_dir),
         place=launcher.place,
     )
     outlook = SweepOutlook(

@@ -1,7 +1,7 @@
 """What a sweep consists of and costs, before anything is run.
 
-grid.py    points of a grid and the sweep's name
-plan.py    runs without duplicates, as a file
-budget.py  what a plan costs, from what was measured
-unsaid.py  what differs between runs and stands in no name
+grid.py     points of a grid, and the sweep's name
+plan.py     runs without duplicates, as a file
+budget.py   what a plan costs, from what was measured
+unnamed.py  settings that differ between runs though their names do not say so
 """

@@ -1,7 +1,7 @@
 """What a plan will cost in device-hours, by the speed of finished runs; and the check of a budget.
 
-A run takes its training FLOPs over the FLOP/s of finished runs, and as long for start-up, evals and
-dynamics as they did. Not for: memory and disk (`relora_core/costs.py`).
+A run takes its training FLOPs over the FLOP/s of finished runs, and what they took for start-up,
+evals and dynamics. Not for: memory and disk (`relora_core/costs.py`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sweeps.planning.plan import Cell
 CPU = "cpu"
 SPREAD = 0.3
 """Margin of one measured run: equal runs on one machine were 0.75 to 1.3 times as fast as their
-median, depending on its other load. It falls with the root of their number."""
+median, depending on its load. Of n runs it is this over the root of n."""
 SCALED = 3.0
-"""Factor of doubt, up and down, for a run of another shape: a model of 11 M parameters reached half
-the FLOP/s of one of 65 M, and one of 40 k a fifth."""
+"""Margin, as a factor up and down, for a run of another shape: a model of 11 M parameters reached
+half the FLOP/s of one of 65 M, and one of 40 k a fifth."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class Rate:
     flops_per_s: float
     """Training FLOPs of each process in a second of training."""
     overhead_s: float | None
-    """Process-seconds of each look (start, eval, dynamics); None: unknown."""
+    """Process-seconds of each pause (start, eval, dynamics); None: unknown."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,14 +57,14 @@ class Estimate:
     low: float
     high: float
     basis: str
-    """What it is estimated from, for the user."""
+    """What it is estimated from, as text for the user."""
     bound: bool = False
     """Nothing was measured: `hours` is the time limit of one attempt."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Place:
-    """What one run gets, over all its nodes."""
+    """What one run gets, on all its nodes together."""
 
     processes: int = 1
     gpus: float = 0
@@ -87,8 +87,8 @@ def training_flops(config: RunConfig) -> float:
 
 
 # what was measured ------------------------------------------------------------------------------
-def measured(output_dir: Path | str) -> list[Rate]:
-    """The rates of runs below `output_dir` that have ended and recorded what they ran on."""
+def read_rates(output_dir: Path | str) -> list[Rate]:
+    """Of runs below `output_dir` that have ended and recorded what they ran on."""
     return [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
 
 
@@ -103,13 +103,13 @@ def _rate(run_dir: RunDir) -> Rate | None:
         seconds = result["metrics"]["perf/train_seconds"]
     except (KeyError, TypeError, ValueError):  # an earlier version did not record it
         return None
-    if len(places) != 1 or not seconds > 0:  # no speed of attempts on different machines
+    if len(places) != 1 or not seconds > 0:  # attempts on different machines have no one speed
         return None
     device, world = places.pop()
     flops = costs.flops_per_token(config)
     overhead = None
     if result["attempts"] == 1 and result["state"] == State.FINISHED:
-        overhead = max(result["attempt_seconds"] - seconds, 0.0) * world / looks(config)
+        overhead = max(result["attempt_seconds"] - seconds, 0.0) * world / count_pauses(config)
     return Rate(
         run_id=run_dir.run_id,
         label=config.model.name,
@@ -122,13 +122,13 @@ def _rate(run_dir: RunDir) -> Rate | None:
 
 
 def _device(record: Mapping[str, Any], config: RunConfig) -> str:
-    """Of an attempt; KeyError if it is not recorded."""
+    """The device of an attempt; KeyError if it is not recorded."""
     gpus = record["gpus"]
     return CPU if config.runtime.device == "cpu" or not gpus else str(gpus[0])
 
 
 def shape(config: RunConfig, *, processes: int) -> str:
-    """Equal for runs of the same speed in FLOP/s: model, method, lengths, evals, dynamics."""
+    """Model, method, lengths, evals and dynamics: where equal, so is the speed in FLOP/s."""
     model = dataclasses.replace(config.model, name="")
     evals = [getattr(config.eval, name) for name in EVALS]
     evals = [dataclasses.replace(section, every_steps=None, path=None) for section in evals]
@@ -139,8 +139,8 @@ def shape(config: RunConfig, *, processes: int) -> str:
     return repr((model, train, *evals, kinds))
 
 
-def looks(config: RunConfig, *, done: int = 0) -> int:
-    """How often a run does not train after step `done`: its start, evals, measures of dynamics."""
+def count_pauses(config: RunConfig, *, done: int = 0) -> int:
+    """How often a run stops training after step `done`: its start, evals, measures of dynamics."""
     steps, count = config.train.steps, 1
 
     def times(every: int) -> int:
@@ -159,18 +159,18 @@ def looks(config: RunConfig, *, done: int = 0) -> int:
 def estimate(
     config: RunConfig, *, rates: Sequence[Rate], place: Place = ONE_PROCESS, done: int = 0
 ) -> Estimate | None:
-    """Device-hours of a run from step `done` on: GPU-hours where it holds GPUs, else process-hours.
+    """Device-hours of a run from step `done` on: GPU-hours if it has GPUs, else process-hours.
 
     Without a measured run on such a device it is what the time limit allows; None without a limit.
     """
     devices = place.gpus or place.processes
-    alike, basis, factor = _alike(config, rates=rates, place=place)
-    if not alike:
+    similar, basis, factor = _similar_rates(config, rates=rates, place=place)
+    if not similar:
         if place.time_limit_h is None:
             return None
         hours = place.time_limit_h * devices
         return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
-    seconds = _predicted(config, alike, done=done)
+    seconds = _predict_seconds(config, similar, done=done)
     middle = statistics.median(seconds)
     margin = SPREAD / math.sqrt(len(seconds))
     tenths = statistics.quantiles([*seconds, *seconds], n=10, method="inclusive")
@@ -180,19 +180,19 @@ def estimate(
     return Estimate(hours=middle * hours, low=low * hours, high=high * hours, basis=basis)
 
 
-def _alike(
+def _similar_rates(
     config: RunConfig, *, rates: Sequence[Rate], place: Place
 ) -> tuple[list[Rate], str, float]:
-    """Rates of the most similar runs, which these are, and the factor of doubt."""
-    there = [rate for rate in rates if (rate.device != CPU) == (place.gpus > 0)]
-    if not there:
+    """Rates of the most similar runs, their description, and the margin as a factor."""
+    candidates = [rate for rate in rates if (rate.device != CPU) == (place.gpus > 0)]
+    if not candidates:
         return [], "", 1.0
     own = shape(config, processes=place.processes)
-    if same := [rate for rate in there if rate.shape == own]:
+    if same := [rate for rate in candidates if rate.shape == own]:
         return same, _describe(same), 1.0
     flops = costs.flops_per_token(config).forward
-    nearest = min(there, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
-    group = [rate for rate in there if rate.shape == nearest.shape]
+    nearest = min(candidates, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
+    group = [rate for rate in candidates if rate.shape == nearest.shape]
     return group, f"{_describe(group)}, scaled by FLOPs", SCALED
 
 
@@ -203,7 +203,7 @@ def _describe(rates: Sequence[Rate]) -> str:
     return f"{runs} of {rates[0].label} on {devices}"
 
 
-def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[float]:
+def _predict_seconds(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[float]:
     """Process-seconds of the run from step `done` on, by each of the rates."""
     flops = costs.flops_per_token(config)
     steps = max(config.train.steps - done, 0)
@@ -211,7 +211,7 @@ def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[f
     overheads = [r.overhead_s and r.overhead_s / r.forward_flops for r in rates]
     measured = [overhead for overhead in overheads if overhead is not None]
     typical = statistics.median(measured) if measured else 0.0
-    rest = flops.forward * looks(config, done=done)
+    rest = flops.forward * count_pauses(config, done=done)
     return [
         work / rate.flops_per_s + rest * (typical if overhead is None else overhead)
         for rate, overhead in zip(rates, overheads, strict=True)
@@ -221,7 +221,7 @@ def _predicted(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[f
 def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
     """The sum of those that are not None; None if all are.
 
-    Ends are added: estimates from the same measurements err together.
+    Low and high are added, too: estimates from the same measurements err together.
     """
     parts = [part for part in estimates if part is not None]
     if not parts:
@@ -264,8 +264,8 @@ def check_budget(
 ) -> None:
     """ConfigError if the runs to queue are expected to take more than the budget.
 
-    The middle of the estimate decides. A run without an estimate is refused: a budget that let it
-    pass would be none.
+    The middle of the estimate decides. A run without an estimate is refused, as it may exceed any
+    budget.
     """
     if max_gpu_hours is None or not estimates:
         return
@@ -277,7 +277,7 @@ def check_budget(
             f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
         )
     asked = total(estimates.values())
-    # A sum of floats may exceed its own figure in the last digit.
+    # Rounding may take a sum that equals the budget above it.
     if asked is None or asked.hours <= max_gpu_hours * (1 + 1e-9):
         return
     fits = _count_fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
@@ -289,7 +289,7 @@ def check_budget(
 
 
 def _how_to_measure(unit: str) -> str:
-    """What gives a plan an estimate."""
+    """Advice: how to get an estimate."""
     return f"finish one run on a {unit} first (fewer train.steps will do)"
 
 
@@ -303,13 +303,13 @@ def _count_fitting(hours: Iterable[float], *, limit: float) -> int:
 
 
 def _round_up(value: float) -> str:
-    """To three digits, so that what is advised suffices."""
+    """To three digits, upwards: the advised value must suffice."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return f"{math.ceil(value / unit - 1e-9) * unit:.12g}"
 
 
 def interval(one: Estimate) -> str:
-    """`1.2 (0.9-1.6)`, or `<= 48` where it is a bound; two digits of the middle."""
+    """`1.2 (0.9-1.6)`, or `<= 48` if it is a bound; the middle has two digits."""
     if one.high < 0.001:
         return "< 0.001"
     places = min(max(1 - math.floor(math.log10(one.hours)), 0), 4)

@@ -1,6 +1,6 @@
 """A grid's points as the user wrote them: which axes vary, and what the sweep is called.
 
-Not for: composing configs (that is Hydra's, see `hydra_plugins/`) or naming runs (`plan.py`).
+Not for: naming runs (`plan.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def axes(points: Sequence[Point]) -> list[str]:
 
 
 def safe_name(text: str) -> str:
-    """A folder name of at most 60 letters, digits and `._=-`; a digest keeps cut names apart."""
+    """A folder name of at most 60 letters, digits and `._=-`; a digest makes a cut name unique."""
     name = _UNSAFE.sub("-", text).strip("-.")
     if name and len(text) <= NAME_LIMIT:
         return name
@@ -48,12 +48,12 @@ def safe_name(text: str) -> str:
 
 
 def sweep_name(points: Sequence[Point], *, experiment: str) -> str:
-    """Made of the keys that vary (`model-relora.r`); the experiment's name if none does."""
+    """The keys that vary (`model-relora.r`); the experiment's name if none does."""
     return safe_name("-".join(axes(points)) or experiment)
 
 
 def check_name(name: str) -> str:
-    """The user's own sweep name, or ConfigError if it could not be a folder's name."""
+    """The user's own name of a sweep; ConfigError if it cannot be a folder's name."""
     if name and safe_name(name) == name:
         return name
     raise ConfigError(
@@ -68,9 +68,9 @@ def compose_all(
     base: Callable[[Hashable], Base],
     change: Callable[[Base, Sequence[str]], Made],
 ) -> list[Made]:
-    """`change(base(choices), values)` for each pair, with one `base` per distinct choices.
+    """`change(base(choices), values)` for each pair; `base` is called once per distinct choices.
 
-    `base` is the dear half (reading and merging files); `change` leaves its argument as it is.
+    `base` is the slow part (reads and merges files). `change` must not change its argument.
     """
     bases: dict[Hashable, Base] = {}
     made = []

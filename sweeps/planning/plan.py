@@ -1,9 +1,7 @@
-"""RunConfigs -> a deduplicated Plan: what a sweep will run, as a file to review before and after.
+"""RunConfigs -> a Plan: the runs of a sweep, named and without duplicates.
 
-    output_dir/sweeps/<name>/plan.json    every cell that a command of this name has planned
-    output_dir/sweeps/<name>/code.diff    the code at the newest planning (snapshot.py)
-
-Not for: deciding what still has to run (`slurm/survey.py`, `launch.py`), nor composing (`grid.py`).
+Stored as output_dir/sweeps/<name>/plan.json, with every cell that a command of this name planned.
+Not for: what still has to run (`slurm/survey.py`, `launch.py`).
 """
 
 from __future__ import annotations
@@ -37,14 +35,14 @@ from relora_core.config import (
     validate,
     walk,
 )
-from sweeps.planning import unsaid
+from sweeps.planning import unnamed
 from sweeps.planning.grid import Point, axes, check_name, sweep_name
 
 FIRST = ("sweep.arm", "experiment", "method", "model.name", "relora.name", "data.kind", "data.path")
+LAST = ("seed", "model.vocab_size")
+"""Keys that `cell_axes` tries first and last; those of LAST often follow from others."""
 LONGEST_VALUE = 80
 """Of a name, in characters: a list of a hundred entries would fill the screen."""
-LAST = ("seed", "model.vocab_size")
-"""Order in which `cell_names` tries keys; those of LAST often follow from others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,7 +52,7 @@ class Cell:
     run_id: str
     arm_id: str
     name: str
-    """Made of its axes: `model=tiny relora.r=8`; the experiment's where nothing varies."""
+    """Made of its axes: `model=tiny relora.r=8`; without axes the experiment's name."""
     config: RunConfig
     axes: dict[str, str] = field(default_factory=dict)
     """What distinguishes it from the plan's other runs: `{"model": "tiny", "relora.r": "8"}`."""
@@ -67,7 +65,7 @@ class Plan:
     name: str
     cells: list[Cell]
     points: int
-    """Points of the grid before duplicates fell together."""
+    """Points of the grid, duplicates included."""
     collapsed: list[str] = field(default_factory=list)
     """Why there are fewer runs than points, one line each."""
     notes: list[str] = field(default_factory=list)
@@ -93,12 +91,11 @@ def make_plan(
     valid: bool = False,
     begun: Callable[[str], bool] = lambda run_id: False,
 ) -> Plan:
-    """Validate every point, unless the caller has, give the sweep and its runs names, and let equal
-    runs fall together.
+    """Validate every point (unless they are `valid`), remove duplicates, name the sweep and runs.
 
-    Configs of several ids may compute the same (`identity.essential`): then one is planned, that
-    which has `begun`, else the first by arm_id, in whatever order the grid has them. An arm is one
-    in the plan, even where its seeds have begun under several ids.
+    Configs of several ids may compute the same (`identity.essential`). One of them is planned: the
+    one whose run has `begun`, else the first by arm_id, whatever the order of the grid. Runs that
+    differ in their seed alone have one arm_id, even if they have begun under several.
 
     Raises ConfigError at the first bad point; touches no disk.
     """
@@ -107,16 +104,16 @@ def make_plan(
     for _, config in [] if valid else points:
         validate(config)
     name = _plan_name(points, name)
-    spelled: dict[tuple[str, str], list[RunConfig]] = {}
+    by_ids: dict[tuple[str, str], list[RunConfig]] = {}
     for _, config in points:
         named = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
-        spelled.setdefault(ids(named), []).append(named)
+        by_ids.setdefault(ids(named), []).append(named)
     same: dict[str, dict[tuple[str, str], list[RunConfig]]] = {}
-    for ids_of, configs in spelled.items():
-        same.setdefault(repr(essential(configs[0])), {})[ids_of] = configs
+    for pair, configs in by_ids.items():
+        same.setdefault(repr(essential(configs[0])), {})[pair] = configs
     cells = []
     for one in same.values():
-        run_id, arm_id = min(one, key=lambda ids_of: (not begun(ids_of[0]), ids_of[1]))
+        run_id, arm_id = min(one, key=lambda pair: (not begun(pair[0]), pair[1]))
         cells.append(Cell(run_id=run_id, arm_id=arm_id, name="", config=one[run_id, arm_id][0]))
     _join_arms(cells)
     _rename(cells)
@@ -124,7 +121,7 @@ def make_plan(
         name=name,
         cells=cells,
         points=len(points),
-        collapsed=_collapsed(
+        collapsed=_explain_collapse(
             [[c for configs in one.values() for c in configs] for one in same.values()],
             points=len(points),
         ),
@@ -134,7 +131,7 @@ def make_plan(
 
 
 def _join_arms(cells: Sequence[Cell]) -> None:
-    """One arm_id for all runs that differ in their seed alone: the first one's."""
+    """Give runs that differ in their seed alone one arm_id, the first one's."""
     arms: dict[str, str] = {}
     for cell in cells:
         setting = {key: value for key, value in essential(cell.config).items() if key != "seed"}
@@ -143,7 +140,7 @@ def _join_arms(cells: Sequence[Cell]) -> None:
 
 def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
     folders = sorted({config.output_dir for _, config in points})
-    if len(folders) > 1:  # equal runs in two folders would fall together
+    if len(folders) > 1:  # equal runs in two folders would be one cell
         raise ConfigError(f"output_dir must be one folder per command, got {', '.join(folders)}")
     given = {config.sweep.name for _, config in points}
     if name is None and len(given) > 1:
@@ -157,41 +154,25 @@ def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> s
 
 
 # names ------------------------------------------------------------------------------------------
-def varying(configs: Sequence[RunConfig]) -> list[str]:
-    """Scientific keys that differ, or that apply to some of the configs only."""
-    rows = [scientific(config) for config in configs]
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in keys if len({_hashable(row, key) for row in rows}) > 1]
-
-
-def cell_names(configs: Sequence[RunConfig]) -> list[str]:
-    """A name for each config: its axes, or the experiment's where it has none."""
-    return _names(configs, cell_axes(configs))
-
-
-def _names(configs: Sequence[RunConfig], rows: Sequence[dict[str, str]]) -> list[str]:
-    return [spell(axes) or c.experiment for c, axes in zip(configs, rows, strict=True)]
-
-
 def cell_axes(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     """For each config the fewest keys that make all of them distinct, with their values as text.
 
-    Keys are tried in a readable order (arm, experiment, method, model, data, then as declared), and
-    one that says nothing new, such as a width that follows from the model's name, is left out.
+    Keys are tried in a readable order (arm, experiment, method, model, data, then as declared). One
+    that tells no more of them apart, such as a width beside the model's name, is left out.
     """
     rows = [_settings(config) for config in configs]
-    keys = _telling(rows)
+    keys = _distinguishing_keys(rows)
     return [{LABELS.get(k, k): _short(row[k]) for k in keys if k in row} for row in rows]
 
 
-def side_by_side(configs: Sequence[RunConfig]) -> list[str]:
+def comparison_notes(configs: Sequence[RunConfig]) -> list[str]:
     """Notes on runs that are to be compared with each other, one line each."""
     rows = [_settings(config) for config in configs]
-    hidden = unsaid.lines(configs, rows, named=_telling(rows), word=_word)
+    hidden = unnamed.notes(configs, rows, named=_distinguishing_keys(rows), spell=_spell)
     return [*notices.across(configs), *hidden]
 
 
-def _telling(rows: list[dict[str, Any]]) -> list[str]:
+def _distinguishing_keys(rows: list[dict[str, Any]]) -> list[str]:
     """The fewest keys that make all rows distinct."""
     prefixes: list[tuple[Any, ...]] = [() for _ in rows]
     chosen = []
@@ -204,7 +185,7 @@ def _telling(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """The scientific settings and the labels that stand for many of them."""
+    """The scientific settings, and the labels that stand for many of them."""
     labels = {key: get(config, key) for key in ("experiment", "model.name")}
     if config.sweep.arm:
         labels["sweep.arm"] = config.sweep.arm
@@ -231,12 +212,12 @@ def _hashable(row: dict[str, Any], key: str) -> str | None:
     return repr(row[key]) if key in row else None
 
 
-def _word(key: str, value: Any) -> str:
+def _spell(key: str, value: Any) -> str:
     return f"{LABELS.get(key, key)}={_short(value)}"
 
 
 def _short(value: Any) -> str:
-    """A value as text; a long one is cut in the middle, with a digest that keeps it unique."""
+    """A value as text; a long one is cut in the middle, and a digest makes it unique."""
     text = _text(value)
     if len(text) <= LONGEST_VALUE:
         return text
@@ -255,21 +236,21 @@ def _text(value: Any) -> str:
 
 def _rename(cells: list[Cell], configs: Sequence[RunConfig] | None = None) -> None:
     configs = configs or [cell.config for cell in cells]
-    rows = cell_axes(configs)
-    for cell, name, row in zip(cells, _names(configs, rows), rows, strict=True):
-        cell.name, cell.axes = name, row
+    for cell, row in zip(cells, cell_axes(configs), strict=True):
+        cell.name, cell.axes = spell(row) or cell.config.experiment, row
 
 
-def _as_typed(cells: list[Cell], *, new: Sequence[Cell]) -> list[RunConfig]:
-    """The cells' configs, with the paths of earlier commands' in the manner of the `new` cells."""
+def _with_typed_paths(cells: list[Cell], *, new: Sequence[Cell]) -> list[RunConfig]:
+    """The cells' configs; if `new` ones have relative paths, so have those of earlier commands."""
     if all(cell.config.data == frozen.absolute(cell.config).data for cell in new):
         return [cell.config for cell in cells]
-    mine = {cell.run_id for cell in new}
-    return [c.config if c.run_id in mine else frozen.from_here(c.config) for c in cells]
+    new_ids = {cell.run_id for cell in new}
+    return [c.config if c.run_id in new_ids else frozen.from_here(c.config) for c in cells]
 
 
 # collapse ---------------------------------------------------------------------------------------
-def _collapsed(groups: list[list[RunConfig]], *, points: int) -> list[str]:
+def _explain_collapse(groups: list[list[RunConfig]], *, points: int) -> list[str]:
+    """Lines on why there are fewer runs than points; each group became one run."""
     reasons: dict[str, list[str]] = {}
     for configs in groups:
         for key, reason in _why_equal(configs):
@@ -322,17 +303,16 @@ def _sentence(keys: list[str], reason: str) -> str:
 
 # disk -------------------------------------------------------------------------------------------
 def command(name: str, *words: str, output_dir: Path | str) -> str:
-    """The shell command that does this below `output_dir`; it works as it is printed."""
-    there = Path(output_dir).absolute()
-    where = [] if there == Path("outputs").absolute() else ["--output-dir", str(there)]
-    return shlex.join(["python", "-m", "sweeps", name, *words, *where])
+    """The shell command that does this below `output_dir`, quoted, to be printed."""
+    folder = Path(output_dir).absolute()
+    option = [] if folder == Path("outputs").absolute() else ["--output-dir", str(folder)]
+    return shlex.join(["python", "-m", "sweeps", name, *words, *option])
 
 
 def store(plan: Plan, *, output_dir: Path | str) -> Plan:
-    """Extend the stored plan of this name by `plan`; give `plan` as it is there, by name and path.
+    """Extend the stored plan of this name by `plan`; return `plan` with the names stored there.
 
-    Cells that earlier commands planned stay in the file and out of the plan that is returned: a
-    command runs its own points only.
+    Cells of earlier commands stay in the file and are not returned: a command runs its own points.
     """
     folder = plan_folder(output_dir, name=plan.name)
     shared.make_folder(folder)
@@ -350,33 +330,33 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             merged = dataclasses.replace(
                 plan,
                 cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
-                notes=_joined(old, plan),
+                notes=_join_notes(old, plan),
                 commands=list(typed),
                 overrides=list(typed.values()),
                 created=old.created,
             )
         _join_arms(merged.cells)
         if [cell.run_id for cell in merged.cells] != list(cells):  # else make_plan has named them
-            _rename(merged.cells, _as_typed(merged.cells, new=plan.cells))
+            _rename(merged.cells, _with_typed_paths(merged.cells, new=plan.cells))
         for cell in plan.cells:
             cell.config = frozen.absolute(cell.config)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(merged))
     return dataclasses.replace(plan, cells=list(cells.values()))
 
 
-def _joined(old: Plan, new: Plan) -> list[str]:
-    """Notes of both plans; those that compare runs are made again, over all runs together."""
+def _join_notes(old: Plan, new: Plan) -> list[str]:
+    """Notes of both plans; those that compare runs are made anew, of all runs together."""
     runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
     configs_by_id = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
-    parts = {note for configs in runs for note in side_by_side(configs)}
-    alone = [note for note in old.notes + new.notes if note not in parts]
-    return list(dict.fromkeys(alone + side_by_side(list(configs_by_id.values()))))
+    outdated = {note for configs in runs for note in comparison_notes(configs)}
+    others = [note for note in old.notes + new.notes if note not in outdated]
+    return list(dict.fromkeys(others + comparison_notes(list(configs_by_id.values()))))
 
 
 def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | str) -> list[str]:
-    """A line where a stored plan of the same automatic name holds runs with other fixed settings.
+    """A line if a stored plan of the same automatic name has runs with other fixed settings.
 
-    More values of the axes, and more seeds, are what a wider grid is made of.
+    More values of the axes and more seeds are not meant: these make a wider grid.
     """
     path = plan_folder(output_dir, name=plan.name) / "plan.json"
     if not path.exists():
@@ -385,27 +365,28 @@ def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | st
     old, new = (_values([cell.config for cell in cells]) for cells in (before, now))
     varied = axes(points)
     named = {key for point in points for key in point}
-    apart = []
+    differing = []
     for key, values in new.items():
         if not old.get(key) or values & old[key] or _follows(key, varied, named=named):
             continue
         data = key.endswith(".fingerprint")
         key = key.replace("fingerprint", "path") if data else key
         one, two = (_short(get(cells[0].config, key)) for cells in (before, now))
-        if one == two and not data:  # what it means follows from an axis, as a scale from r
+        if one == two and not data:  # its meaning follows from an axis, as that of a scale from r
             continue
-        apart.append(f"{key}={one} (now {two})" if one != two else f"other data at {key}={one}")
-    if not apart:
+        differing.append(f"{key}={one} (now {two})" if one != two else f"other data at {key}={one}")
+    if not differing:
         return []
-    more = f" and {len(apart) - 3} more" if len(apart) > 3 else ""
+    some = ", ".join(differing[:3])
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
     return [
-        f"sweep {plan.name} has runs of earlier commands with {', '.join(apart[:3])}{more}, and "
-        "these join them: sweep.name=NAME keeps them apart"
+        f"sweep {plan.name} has runs of earlier commands with {some}{more}, and these join them: "
+        "sweep.name=NAME keeps them apart"
     ]
 
 
 def _values(configs: Sequence[RunConfig]) -> dict[str, set[str]]:
-    """Key -> its values, of what changes the numbers; the seed and what the data imply left out."""
+    """Key -> its values, of keys that change the numbers, without the seed and the vocabulary."""
     values_of: dict[str, set[str]] = {}
     for config in configs:
         for key, value in essential(config).items():
@@ -418,7 +399,7 @@ def _values(configs: Sequence[RunConfig]) -> dict[str, set[str]]:
 
 
 def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool:
-    """Whether an axis may have brought this key's values."""
+    """Whether the key's values may come from an axis."""
     if {"experiment", "sweep.arm"} & {*varied} and key not in named:
         return True
     by_scale = key == "relora.alpha" and "relora.scale" in named
@@ -427,7 +408,7 @@ def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool
 
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Two commands that extend one plan at the same time take turns."""
+    """Wait for other commands that extend the plan in this folder."""
     with shared.opened(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -262,7 +262,7 @@ def estimates(
     plan: Plan, *, launcher: Launcher, output_dir: Path, runs: int
 ) -> dict[str, Estimate | None]:
     """What each run still to come may cost: the combinations of groups in turn."""
-    rates = budget.measured(output_dir)
+    rates = budget.read_rates(output_dir)
     per_cell = budget.estimates(
         plan.cells, states={}, output_dir=output_dir, rates=rates, place=launcher.place
     )

@@ -33,10 +33,10 @@ from sweeps.planning.budget import (
     Estimate,
     Place,
     check_budget,
+    count_pauses,
     estimate,
     estimates,
-    looks,
-    measured,
+    read_rates,
 )
 from tests.sweeps.conftest import planned
 
@@ -98,7 +98,9 @@ def rate_of(config=None, *, processes=1, **changes):
 @pytest.mark.parametrize(("gpus", "world"), [((), 1), ((GPU, GPU), 2)])
 def test_a_run_that_is_measured_is_estimated_to_take_what_it_took(make, finish, out, gpus, world):
     took = finish(make(), speed=3e5, beside=7.0, gpus=gpus, world=world)
-    one = estimate(make(seed=1), rates=measured(out), place=Place(processes=world, gpus=len(gpus)))
+    one = estimate(
+        make(seed=1), rates=read_rates(out), place=Place(processes=world, gpus=len(gpus))
+    )
     assert one.hours == pytest.approx(took * world / 3600)
     assert one.low < one.hours < one.high
 
@@ -132,7 +134,7 @@ def test_more_runs_of_one_speed_are_trusted_more_and_never_wholly():
 def test_another_shape_is_scaled_by_flops_with_more_doubt_and_says_so(make, finish, out):
     finish(make(), speed=1e6)
     wide = make(model=ModelConfig(name="wide", d_model=48, d_ff=96, vocab_size=64))
-    same, other = (estimate(c, rates=measured(out)) for c in (make(seed=1), wide))
+    same, other = (estimate(c, rates=read_rates(out)) for c in (make(seed=1), wide))
     flops = [costs.flops_per_token(c).train for c in (make(), wide)]
     assert other.hours / same.hours == pytest.approx(flops[1] / flops[0])
     assert other.high / other.hours > 2 > same.high / same.hours
@@ -171,8 +173,8 @@ def test_seed_steps_rate_and_rank_are_not():
 
 def test_a_gpu_says_nothing_of_a_cpu_nor_the_reverse(make, finish, out):
     finish(make(), gpus=[GPU])
-    assert estimate(make(seed=1), rates=measured(out)) is None
-    assert GPU in estimate(make(seed=1), rates=measured(out), place=Place(gpus=1)).basis
+    assert estimate(make(seed=1), rates=read_rates(out)) is None
+    assert GPU in estimate(make(seed=1), rates=read_rates(out), place=Place(gpus=1)).basis
 
 
 def test_packed_runs_are_charged_their_share_of_the_gpu():
@@ -190,12 +192,12 @@ def test_a_resumed_run_costs_what_is_left():
 def test_evals_are_charged_as_often_as_they_happen():
     config = nano(steps=10)
     config.eval = EvalConfig(paloma=PalomaConfig(enabled=True))
-    assert looks(config) == 2  # the start, and the eval at the end
+    assert count_pauses(config) == 2  # the start, and the eval at the end
     config.eval.paloma.every_steps = 4
-    assert looks(config) == 1 + 4  # at 0, 4, 8 and 10
-    assert looks(config, done=4) == 1 + 2
+    assert count_pauses(config) == 1 + 4  # at 0, 4, 8 and 10
+    assert count_pauses(config, done=4) == 1 + 2
     config.eval.paloma.every_steps, config.dynamics.every_steps = 5, 5
-    assert looks(config) == 1 + 3 + 3  # the end is a multiple
+    assert count_pauses(config) == 1 + 3 + 3  # the end is a multiple
     rates = [rate_of(config, overhead_s=3.0, flops_per_s=1e15)]
     assert estimate(config, rates=rates).hours == pytest.approx(7 * 3.0 / 3600)
 
@@ -208,7 +210,7 @@ def test_runs_that_do_not_say_where_they_ran_or_ran_in_two_places_measure_nothin
     dirs = [RunDir(runs_folder(out) / run_id(make(seed=s))) for s in (0, 1)]
     dirs[0].write_attempt(1, {"host": "old"})
     dirs[1].write_attempt(2, {"gpus": [GPU], "world": 1})
-    assert [rate.run_id for rate in measured(out)] == [run_id(make(seed=2))]
+    assert [rate.run_id for rate in read_rates(out)] == [run_id(make(seed=2))]
 
 
 def test_without_anything_measured_the_time_limit_bounds_the_cost():
@@ -220,7 +222,7 @@ def test_without_anything_measured_the_time_limit_bounds_the_cost():
 
 @pytest.mark.slow
 def test_a_real_run_is_measured_and_foretells_its_twin(nano_run, tmp_path):
-    rates = measured(tmp_path / "out")
+    rates = read_rates(tmp_path / "out")
     assert [rate.device for rate in rates] == ["cpu"]
     one = estimate(nano_run.config(), rates=rates)
     assert one.hours == pytest.approx(nano_run.result()["attempt_seconds"] / 3600, rel=0.01)

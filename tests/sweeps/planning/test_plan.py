@@ -17,7 +17,7 @@ from experiments.disk.plans import read_sweep
 from experiments.labels import spell
 from relora_core.config import ConfigError, ModelConfig, MuonConfig, ReLoRAConfig, SweepConfig
 from sweeps.planning.grid import axes, check_name, compose_all, points_from, safe_name, sweep_name
-from sweeps.planning.plan import cell_names, load, make_plan, store, varying
+from sweeps.planning.plan import load, make_plan, store
 
 
 def grid(make, **axes_):
@@ -66,14 +66,16 @@ def test_a_bad_cell_stops_the_whole_grid(make):
     assert "\n" not in str(caught.value)
 
 
+def names(*configs):
+    return [cell.name for cell in make_plan([({}, config) for config in configs]).cells]
+
+
 def test_names_follow_the_fewest_telling_keys(make):
     wide = ModelConfig(name="wide", d_model=48, d_ff=96, vocab_size=64)
-    configs = [make(), make(model=wide)]
-    assert varying(configs) == ["model.d_model", "model.d_ff"]
-    assert cell_names(configs) == ["model=nano", "model=wide"]
-    unnamed = [make(), make(model=dataclasses.replace(wide, name="nano"))]
-    assert cell_names(unnamed) == ["model.d_model=24", "model.d_model=48"]
-    assert cell_names([make()]) == ["test"]
+    assert names(make(), make(model=wide)) == ["model=nano", "model=wide"]
+    unnamed = make(model=dataclasses.replace(wide, name="nano"))
+    assert names(make(), unnamed) == ["model.d_model=24", "model.d_model=48"]
+    assert names(make()) == ["test"]
 
 
 def test_names_tell_numbers_apart_that_differ_in_the_last_digit(make):

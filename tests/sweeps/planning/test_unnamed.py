@@ -10,7 +10,7 @@ import pytest
 from experiments import schema
 from experiments.disk.output_dir import plan_folder
 from relora_core.config import RunConfig
-from sweeps.planning.plan import load, make_plan, side_by_side, store
+from sweeps.planning.plan import comparison_notes, load, make_plan, store
 
 VOCABULARY = 300
 LR = "names say model alone, yet model=tiny has train.lr=0.001; model=small has train.lr=0.0003"
@@ -43,7 +43,7 @@ def composed(*commands: str) -> list[RunConfig]:
     ],
 )
 def test_a_label_hides_nothing(commands: tuple[str, ...], lines: list[str]) -> None:
-    said = [line for line in side_by_side(composed(*commands)) if line.startswith("names say")]
+    said = [line for line in comparison_notes(composed(*commands)) if line.startswith("names say")]
     assert len(said) == len(lines)
     for line, one in zip(lines, said, strict=True):
         assert line in one

@@ -1,8 +1,8 @@
-"""What differs between runs though their names do not say it. Reads configs, and conf/ for options.
+"""Notes on settings that differ between runs though their names do not say so.
 
-Names are made of the fewest keys that tell runs apart (`plan.cell_names`): a learning rate that
-differs along with the model would be read as the model's doing. What an option of conf/ gives by
-itself, such as a model's width, is not mentioned. Not for: how runs are named.
+Names are made of the fewest keys that distinguish runs (`plan.cell_axes`): if a learning rate
+differs along with the model, its effect looks like the model's. What follows from an option of
+conf/, such as a model's width, is not mentioned.
 """
 
 from __future__ import annotations
@@ -21,57 +21,58 @@ from relora_core.config import RunConfig, get, walk
 
 CONF = ROOT / "conf"
 GROUPS = {group: key for group, key in OPTIONS.items() if group != "experiment"}
-"""An experiment's settings are its own, and no option's."""
+"""Not an experiment: what its file sets is to be mentioned."""
 IMPLIED = ("model.vocab_size", "data.vocab_size", "data.tokenizer", "data.eos_id", "seed")
-"""What the data imply, and what never stands for something else."""
+"""Keys that are never mentioned: those that follow from the data, and the seed."""
 DEFAULTS: dict[str, Any] = {}
-"""Key -> the schema's, from the first config that asks."""
+"""Key -> the schema's default; filled when first needed."""
 MOST = 3
-"""Keys of a line, and values of its label."""
+"""Keys of a note, and values of its label."""
 
 
-def lines(
+def notes(
     configs: Sequence[RunConfig],
     rows: Sequence[Mapping[str, Any]],
     *,
     named: Sequence[str],
-    word: Callable[[str, Any], str],
+    spell: Callable[[str, Any], str],
 ) -> Iterator[str]:
-    """One for each key of the names with which others go.
+    """A line for each key of the names along with which others differ.
 
-    `rows` holds what names are made of, `named` the keys that they have, `word` spells a setting.
+    `rows` are the settings that names are made of, `named` the keys that they have; `spell` gives
+    a key and its value as text.
     """
     every = dict.fromkeys(key for row in rows for key in row)
-    apart = [k for k in every if k not in named and len({repr(row.get(k)) for row in rows}) > 1]
-    if not apart:
+    hidden = [k for k in every if k not in named and len({repr(row.get(k)) for row in rows}) > 1]
+    if not hidden:
         return
-    of_label: dict[str | None, list[str]] = {}
-    settings = [{k: get(c, k) for k in essential(c) if k in apart} for c in configs]
-    for key in apart:
+    by_label: dict[str | None, list[str]] = {}
+    settings = [{k: get(c, k) for k in essential(c) if k in hidden} for c in configs]
+    for key in hidden:
         if _differs(key, settings) and not _follows(key, configs, settings):
             label = next((one for one in named if _decides(one, key, rows, settings)), None)
-            of_label.setdefault(label, []).append(key)
-    for label, keys in of_label.items():
-        yield _line(label, keys, rows, settings, named=named, word=word)
+            by_label.setdefault(label, []).append(key)
+    for label, keys in by_label.items():
+        yield _line(label, keys, rows, settings, named=named, spell=spell)
 
 
 def _differs(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether runs to which the key applies have several values of it."""
+    """Whether the key has several values, among the runs that it applies to."""
     if key in IMPLIED or key.endswith(".fingerprint"):
         return False
     return len({repr(row[key]) for row in settings if key in row}) > 1
 
 
 def _follows(key: str, configs: Sequence[RunConfig], settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether each run's value is what its options give by themselves, or a scale's alpha."""
-    mine = [(c, row[key]) for c, row in zip(configs, settings, strict=True) if key in row]
-    if key == "relora.alpha" and len({c.relora.alpha / max(c.relora.r, 1) for c, _ in mine}) == 1:
+    """Whether each run's value comes from its options, or is the alpha of one fixed scale."""
+    values = [(c, row[key]) for c, row in zip(configs, settings, strict=True) if key in row]
+    if key == "relora.alpha" and len({c.relora.alpha / max(c.relora.r, 1) for c, _ in values}) == 1:
         return True
-    return all(_given(config, key) == value for config, value in mine)
+    return all(_value_of_options(config, key) == value for config, value in values)
 
 
-def _given(config: RunConfig, key: str) -> Any:
-    """What the config's options, or else the schema, say of a key."""
+def _value_of_options(config: RunConfig, key: str) -> Any:
+    """The key's value by the config's options, or else the schema."""
     for group, label in GROUPS.items():
         option = _option(group, str(get(config, label)))
         if key in option:
@@ -88,7 +89,7 @@ def _default(key: str, *, config: RunConfig) -> Any:
 
 @functools.cache
 def _option(group: str, name: str) -> dict[str, Any]:
-    """Dotted key -> value in an option of conf/; empty if the option is the user's own."""
+    """Dotted key -> value in an option of conf/; empty for a user's own option, not in conf/."""
     path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         return {}
@@ -111,7 +112,7 @@ def _decides(
     rows: Sequence[Mapping[str, Any]],
     settings: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Whether the label's value alone says the key's, in these runs."""
+    """Whether the label's value determines the key's, in these runs."""
     pairs = {
         (repr(row.get(label)), repr(own.get(key))) for row, own in zip(rows, settings, strict=True)
     }
@@ -125,19 +126,19 @@ def _line(
     settings: Sequence[Mapping[str, Any]],
     *,
     named: Sequence[str],
-    word: Callable[[str, Any], str],
+    spell: Callable[[str, Any], str],
 ) -> str:
     """Like `names say model alone, yet model=tiny has train.lr=0.001; model=small has ...`."""
     of_name: dict[str, str] = {}
     for row, own in zip(rows, settings, strict=True):
         named_keys = [label] if label else named
-        name = " ".join(word(key, row[key]) for key in named_keys if key in row)
-        has = ", ".join(word(key, own[key]) for key in keys[:MOST] if key in own)
+        name = " ".join(spell(key, row[key]) for key in named_keys if key in row)
+        has = ", ".join(spell(key, own[key]) for key in keys[:MOST] if key in own)
         if has:
             of_name.setdefault(name, f"{name} has {has}")
     some = "; ".join(list(of_name.values())[:MOST]) + ("; ..." if len(of_name) > MOST else "")
     more = len(keys) - MOST
     others = f" (and {more} more {'key differs' if more == 1 else 'keys differ'})"
-    label_text = word(label, "").rstrip("=") if label else ""
+    label_text = spell(label, "").rstrip("=") if label else ""
     what = f"names say {label_text} alone" if label else "names say less than differs"
     return f"{what}, yet {some}{others if more > 0 else ''}"
