@@ -40,6 +40,11 @@ PACKAGES = (
 _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a git hook sets them for its own tree
 
 
+def python_path(code: Path = ROOT) -> str:
+    """PYTHONPATH of a process that is to import the project from `code`."""
+    return os.pathsep.join(filter(None, (str(code.absolute()), os.environ.get("PYTHONPATH"))))
+
+
 def attempt_record(**extra: Any) -> dict[str, Any]:
     """Host, process, code and packages of an attempt, for comparing and debugging."""
     return {

@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.addresses import experiment_name, redacted, store_uri
 from experiments.disk.run_dir import RunDir
+from experiments.environment import python_path
 from experiments.tracking import store
 from experiments.tracking.runs import Syncer, SyncReport
 from experiments.tracking.store import TrackingUnreachable, open_store
@@ -160,10 +161,7 @@ def follow(run: RunDir, *, config: RunConfig) -> Follower:
 
 def _child_environment() -> dict[str, str]:
     """Ours, with this checkout first on the path, so that the child runs the same code anywhere."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = shell.outside(os.environ)
-    return {**environment, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {**shell.outside(os.environ), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 def main() -> int:

@@ -1,9 +1,7 @@
-"""Runs a plan in worker processes on this machine; survives failures and Ctrl-C. Not for: SLURM.
+"""Runs a plan in worker processes of this machine.
 
-A worker is a process over a RUN_DIR (`worker.py`) and gets nothing from this one but environment
-variables. Where forking is safe, workers are forks of a process that has imported torch
-(`warm.py`); else, and where that fails, each imports it again. Two launchers may run one plan: a
-run's lock decides which of them gets it.
+A worker (`worker.py`) gets a RUN_DIR and environment variables, nothing else. Two launchers may run
+one plan: a run's lock decides which of them gets it.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from sweeps.planning.budget import Estimate, Place
 from sweeps.planning.plan import Plan
 from sweeps.tracking import follow
 
-# -P: the current folder must not shadow our packages (an output folder holds a `sweeps`, too).
+# -P: the current folder must not shadow our packages; an output folder holds a `sweeps`, too.
 WORKERS = Workers(command=(sys.executable, "-P", "-m", "sweeps.worker"), parent=warm.COMMAND)
 
 
@@ -80,7 +78,7 @@ class LocalLauncher:
                 raise environment.no_gpu(cell.config, asked)
 
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
-        """Run everything that is not done, show how it ended; the exit code."""
+        """Run what is not done, print how it ended; the exit code."""
         folder = plan_folder(output_dir, name=plan.name) / "code"
         code = snapshot.freeze(folder, output_dir=output_dir)
         summary = launch_local(
@@ -114,7 +112,7 @@ def launch_local(
 ) -> Summary:
     """Run what is neither done nor running elsewhere, at most `max_parallel` runs at a time.
 
-    The data must be prepared.
+    A run that fails does not end the others. The data must be prepared.
     """
     check_parallel(max_parallel)
     output_dir, console = Path(output_dir), console or display.make_console()

@@ -1,4 +1,4 @@
-"""The runs of one sweep on this machine: which starts next, and how those of dead workers end."""
+"""The runs of one sweep on this machine: which starts next, and what is recorded when it ends."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from sweeps.worker import LOCKED
 
 @dataclass(kw_only=True, slots=True)
 class Pool:
-    """Starts workers while there are runs and free slots, and settles the runs of dead ones."""
+    """Starts workers while there are runs and free slots, and records how their runs ended."""
 
     output_dir: Path
     processes: Processes[Cell]
     progress: Progress
     pending: list[Cell] = field(default_factory=list)
     elsewhere: list[Cell] = field(default_factory=list)
-    """Runs of another process on this host: awaited, not touched."""
+    """Runs that another process of this host works on: we wait for them, no more."""
     before: dict[str, Status] = field(default_factory=dict)
     """run_id -> status before it was queued."""
     ends: list[str] = field(default_factory=list)
+    """States of the runs that have ended."""
 
     def run(self, cells: Sequence[Cell], *, done: int, stop: threading.Event) -> None:
         """Run `cells` in this order until all have ended or `stop` is set."""
@@ -43,9 +44,9 @@ class Pool:
             self._queue(cell)
         try:
             while (self.pending or self._active) and not stop.is_set():
-                self._start_some()
+                self._start_next()
                 self._reap()
-                self._look_elsewhere()
+                self._check_elsewhere()
                 self.progress.tick(self._active, counts=self._counts())
                 stop.wait(POLL_S)
         finally:
@@ -69,7 +70,7 @@ class Pool:
             here = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": None}
             run_dir.update_status(state=State.QUEUED, error=None, **here)
 
-    def _start_some(self) -> None:
+    def _start_next(self) -> None:
         while self.pending and self.processes.ready:
             cell = self.pending.pop(0)
             run_dir = self._dir(cell)
@@ -77,15 +78,15 @@ class Pool:
             if run_dir.lock_holder() is not None:
                 self.elsewhere.append(cell)
             elif now.state.done or self._failed_meanwhile(cell, now):
-                self._ended(cell, now)
+                self._record_end(cell, now)
             elif run_dir.cancel_path.exists():
                 run_dir.update_status(state=State.CANCELLED, error=None)
-                self._ended(cell, state_of(run_dir))
+                self._record_end(cell, state_of(run_dir))
             else:
                 self._start(cell)
 
     def _failed_meanwhile(self, cell: Cell, now: RunState) -> bool:
-        """Whether another launcher has tried it since it was queued: then it has failed."""
+        """Whether it has failed in another launcher since it was queued."""
         return now.state is State.FAILED and now.attempts > self.before[cell.run_id].attempts
 
     def _start(self, cell: Cell) -> None:
@@ -100,10 +101,10 @@ class Pool:
                 self.elsewhere.append(cell)
             else:
                 settle(self._dir(cell), code=code)
-                self._ended(cell, state_of(self._dir(cell)))
+                self._record_end(cell, state_of(self._dir(cell)))
 
-    def _look_elsewhere(self) -> None:
-        """Await runs of this host; leave those of other hosts alone."""
+    def _check_elsewhere(self) -> None:
+        """Go on waiting for runs of this host; those of other hosts count as they are now."""
         for cell in list(self.elsewhere):
             run_dir = self._dir(cell)
             holder = run_dir.lock_holder()
@@ -112,11 +113,11 @@ class Pool:
             self.elsewhere.remove(cell)
             now = state_of(run_dir)
             if holder is not None or now.state.done or now.state in (State.FAILED, State.CANCELLED):
-                self._ended(cell, now)
+                self._record_end(cell, now)
             else:
                 self.pending.append(cell)
 
-    def _ended(self, cell: Cell, now: RunState) -> None:
+    def _record_end(self, cell: Cell, now: RunState) -> None:
         self.ends.append(now.state)
         reason = now.reason
         if now.state is State.FAILED:
@@ -124,7 +125,7 @@ class Pool:
         self.progress.ended(cell, state=now.state, reason=reason)
 
     def _stop_all(self) -> None:
-        """End our own workers; the same command resumes their runs."""
+        """End our own workers. The same command resumes their runs."""
         for cell, code in self.processes.stop():
             settle(self._dir(cell), code=code, reason="stopped; the same command resumes it")
         for cell in self.pending:

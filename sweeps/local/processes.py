@@ -1,6 +1,6 @@
 """Worker processes of this machine: started in slots, watched, stopped; and Ctrl-C.
 
-Not for: what they are at (`pool.py`, and `processes.py` of the search).
+Not for: what they work on (`pool.py`, and `processes.py` of the search).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from experiments.environment import ROOT
 from sweeps.local import warm
-from sweeps.local.slots import ROOT, Slots
+from sweeps.local.slots import Slots
 from sweeps.local.warm import Forked, Starter
 
 T = TypeVar("T")
 POLL_S = 0.2
 GRACE_S = 60.0
-"""When the sweep is stopped: from terminate, on which a worker saves, to kill."""
+"""When the sweep is stopped: from SIGTERM, on which a worker saves, to SIGKILL."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -35,12 +36,12 @@ class Workers:
     parent: Sequence[str] | None = None
     """The command of a warm parent of such workers."""
     code: Path = ROOT
-    """What they import the project from: a frozen copy, which later edits do not reach."""
+    """What they import the project from: a frozen copy, so that later edits do not reach them."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Processes(Generic[T]):
-    """Worker processes, each at work on one thing in a slot of its own."""
+    """Worker processes, each working on one thing in a slot of its own."""
 
     starter: Starter
     slots: Slots
@@ -49,23 +50,23 @@ class Processes(Generic[T]):
 
     @property
     def work(self) -> list[T]:
-        """What is worked on."""
+        """The things that are worked on."""
         return [thing for thing, _ in self.running.values()]
 
     @property
     def ready(self) -> bool:
-        """Whether the next one should start: there is a slot, and the warm parent has imported."""
+        """Whether the next one can start: a slot is free, and the warm parent has imported."""
         return len(self.running) < self.slots.parallel and not self.starter.importing
 
     def start(self, thing: T, path: Path, *, log: Path) -> None:
-        """A process over `path` in the first free slot; its output goes to the end of `log`."""
+        """Start a process on `path` in the first free slot; its output is appended to `log`."""
         slot = min(set(range(self.slots.parallel)) - self.running.keys())
         environment = self.slots.environment(slot)
         process = self.starter.start(path, log=log, environment=environment)
         self.running[slot] = (thing, process)
 
     def reap(self) -> list[tuple[T, int]]:
-        """What is no longer worked on, and its process's exit code."""
+        """The things whose processes have ended, and the exit codes."""
         ended = []
         for slot, (thing, process) in list(self.running.items()):
             if (code := process.poll()) is not None:
@@ -74,7 +75,7 @@ class Processes(Generic[T]):
         return ended
 
     def stop(self) -> list[tuple[T, int]]:
-        """Ask all to save and end, kill those that do not; what they were at, and exit codes."""
+        """Ask all to save and end, kill those that do not; their things, and the exit codes."""
         for _, process in self.running.values():
             process.terminate()
         deadline = time.monotonic() + GRACE_S
@@ -92,7 +93,7 @@ class Processes(Generic[T]):
 def open_processes(
     workers: Workers, *, slots: Slots, runs: int, say: Callable[[str], None]
 ) -> Iterator[Processes[Any]]:
-    """Processes, none started yet; a warm parent begins to import if it is safe and saves time."""
+    """Processes, none started yet; a warm parent begins to import if that is safe and worth it."""
     with contextlib.ExitStack() as stack:
         forks = None
         if workers.parent is not None and runs > 1 and warm.available():
@@ -104,7 +105,7 @@ def open_processes(
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; the handlers do nothing else."""
+    """An event that Ctrl-C and SIGTERM set, and no more; outside the main thread nothing does."""
     stop = threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:

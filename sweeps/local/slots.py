@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from experiments.environment import ROOT, python_path
 from experiments.scheduler import JOB
 from relora_core import shell
 
-ROOT = Path(__file__).resolve().parents[2]
 GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
-"""In /dev where there is a GPU: NVIDIA's, AMD's, Windows' under WSL."""
+"""Of GPUs in /dev: NVIDIA's, AMD's, Windows' under WSL."""
 
 
-# places to run ----------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Slots:
     """How many workers run at once, and what each may use."""
@@ -43,18 +42,16 @@ class Slots:
         return cls(parallel=parallel, threads=threads, gpus=gpus, code=code)
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Environment of the worker in this slot: ours without its process group's variables, and
-        the worker's share of the machine."""
+        """Of the worker in this slot: ours, without the variables of a process group around us, and
+        with the worker's share of the machine."""
         if not self.gpus:
             return self.shared()
         return self.shared() | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
 
     def shared(self) -> dict[str, str]:
-        """What the workers of all slots have in common."""
-        path = os.pathsep.join(
-            filter(None, (str(self.code.absolute()), os.environ.get("PYTHONPATH")))
-        )
-        share = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "5000"}
+        """Environment that the workers of all slots have in common."""
+        share = {"PYTHONPATH": python_path(self.code), "PYTHONUNBUFFERED": "1"}
+        share["GOMP_SPINCOUNT"] = "5000"  # else threads that wait would spin on shared cores
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _parse_count(os.environ.get(name), self.threads)))
         inherited = {name: value for name, value in os.environ.items() if name != JOB}
@@ -66,7 +63,7 @@ def _parse_count(text: str | None, default: int) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, without loading torch.
+    """Ids of the GPUs that this process may use, found without torch.
 
     As CUDA reads CUDA_VISIBLE_DEVICES: the list ends before the first invalid id (SLURM's
     `NoDevFiles`, -1, an index beyond the last), and an id given twice hides all.
@@ -95,10 +92,8 @@ def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
 @cache  # asked for every run of a plan
 def _installed_gpus() -> list[str] | None:
     """Indices, and UUIDs of GPUs and their slices; None if there are GPUs but no nvidia-smi."""
-    asked = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "-L"]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    if asked is not None:
-        return re.findall(r"(?<=^GPU )\d+(?=:)|(?<=UUID: )[^)]+", asked.stdout, re.MULTILINE)
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return re.findall(r"(?<=^GPU )\d+(?=:)|(?<=UUID: )[^)]+", listed.stdout, re.MULTILINE)
     return None if any(Path("/dev").glob(pattern) for pattern in GPU_FILES) else []

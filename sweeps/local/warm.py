@@ -1,12 +1,8 @@
-"""Workers that need not import torch: forks of a parent that has.
+"""Workers that need not import torch: forks of a parent process that has, each with its own log.
 
-    python -P -m sweeps.local.warm sweeps.worker
-
-The parent imports what a run needs and computes nothing. Each run is a fork, a process in a session
-of its own: it has the parent's modules, and its own log and environment. Requests are lines of JSON
-on stdin (run_dir, log, env), answers lines on stdout (ready, pid, code, error). At the end of its
-stdin the parent ends; its children go on. Not for: what a worker does (`worker.py`,
-`search/process.py`), nor which run is next (`pool.py`).
+`python -P -m sweeps.local.warm sweeps.worker` is a parent: it computes nothing. Requests are lines
+of JSON on stdin (run_dir, log, env), answers lines on stdout (ready, pid, code, error). It ends
+with its stdin; its children go on.
 """
 
 from __future__ import annotations
@@ -31,12 +27,12 @@ import psutil
 from relora_core import shared
 
 PARENT = (sys.executable, "-P", "-m", "sweeps.local.warm")
-"""The command that the module of its workers is appended to."""
+"""The command of a parent, to which the module of its workers is appended."""
 COMMAND = (*PARENT, "sweeps.worker")
 QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Environment in which imports start no threads but OpenBLAS's; see `_end_threads`."""
 UNKNOWN = 255
-"""Exit code of a worker that outlived its parent."""
+"""Exit code of a worker that outlived its parent: nobody could read the real one."""
 GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 FORK_S = 30.0
 """Longest wait for a fork."""
@@ -44,7 +40,7 @@ REAP_S = 0.05
 
 
 class CannotFork(Exception):
-    """The parent cannot fork; the text says why, in one line."""
+    """The parent cannot fork; one line says why."""
 
 
 def available() -> bool:
@@ -55,7 +51,7 @@ def available() -> bool:
 # the launcher's side ----------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Forked:
-    """A worker that the parent has forked; has the methods of Popen that launchers use."""
+    """A worker that the parent has forked, with the methods of Popen that launchers use."""
 
     parent: Warm
     process: psutil.Process | None
@@ -138,7 +134,7 @@ class Warm:
         return Forked(parent=self, pid=answer["pid"], process=None)
 
     def listen(self, *, timeout_s: float = 0.0) -> bool:
-        """Read the parent's answers; whether it may send more."""
+        """Read the parent's answers; whether it can send more."""
         assert self.process.stdout is not None
         out = self.process.stdout.fileno()
         while self._open and select.select([out], [], [], timeout_s)[0]:
@@ -167,7 +163,7 @@ class Warm:
     def close(self) -> None:
         """End the parent; its children go on."""
         assert self.process.stdin is not None
-        if self.importing:  # it has no children, and does not read before its imports are done
+        if self.importing:  # it has no children, and reads its stdin only after its imports
             self.process.kill()
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -201,10 +197,10 @@ def open_parent(command: Sequence[str], *, environment: Mapping[str, str]) -> It
 
 @dataclass(kw_only=True, slots=True)
 class Starter:
-    """Starts workers: forks of the warm parent while it can, else processes of `command`."""
+    """Starts workers: forks of the warm parent if it can fork, else processes of `command`."""
 
     command: Sequence[str]
-    """PATH is appended."""
+    """The path that the worker is for is appended."""
     warm: Warm | None = None
     say: Callable[[str], None]
     """Prints a line."""
@@ -251,8 +247,8 @@ def serve(requests: int, answers: int) -> dict[str, Any] | None:
             return None
         *lines, unfinished = (unfinished + chunk).split(b"\n")
         for line in lines:
-            if odd := _unsafe():
-                _answer(answers, error=odd)
+            if reason := _unsafe():
+                _answer(answers, error=reason)
                 continue
             try:
                 pid = os.fork()
@@ -268,7 +264,7 @@ def serve(requests: int, answers: int) -> dict[str, Any] | None:
 
 
 def _answer(answers: int, **answer: Any) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the launcher is dead: requests end, too
+    with contextlib.suppress(BrokenPipeError):  # the launcher is dead, so requests end, too
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
@@ -281,9 +277,9 @@ def _reap(children: set[int], answers: int) -> None:
 
 
 def _end_threads() -> None:
-    """End OpenBLAS's threads, which it started when it was loaded.
+    """End the threads that OpenBLAS started when it was loaded, by a fork.
 
-    Its handler of forks ends them; each process starts them again with its first product.
+    OpenBLAS ends them before any fork, and starts them again at a process's first matrix product.
     """
     pid = os.fork()
     if pid == 0:
@@ -292,7 +288,7 @@ def _end_threads() -> None:
 
 
 def _unsafe() -> str | None:
-    """What makes forking unsafe, None if nothing does: other threads, or an open GPU."""
+    """What makes forking unsafe (other threads, an open GPU); None if nothing does."""
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         return f"it has {threads} threads after its imports"
     for number in os.listdir("/proc/self/fd"):

@@ -8,10 +8,10 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from experiments import schema, typos
+from experiments.environment import ROOT
 from experiments.identity import run_id
 from hydra_plugins.relora_sweeps._axes import dimension, parse
 from relora_core.config import ConfigError
-from sweeps.local.slots import ROOT
 from sweeps.search import samplers
 from sweeps.search.space import Choice, Float, Int, check_space, with_values
 from tests import warm

@@ -21,6 +21,7 @@ from rich.console import Console
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
+from experiments.environment import ROOT
 from relora_core.config import ConfigError, EvalConfig, PalomaConfig, TrackingConfig
 from sweeps import display
 from sweeps.launch import run_sweep
@@ -28,7 +29,7 @@ from sweeps.local import launcher
 from sweeps.local import slots as slots_module
 from sweeps.local.launcher import LocalLauncher, launch_local
 from sweeps.local.processes import Workers
-from sweeps.local.slots import ROOT, Slots, visible_gpus
+from sweeps.local.slots import Slots, visible_gpus
 from sweeps.planning.budget import training_flops
 from sweeps.planning.plan import make_plan, store
 from tests.sweeps.conftest import planned

@@ -20,12 +20,13 @@ from rich.console import Console
 from experiments.disk.output_dir import plan_folder, runs_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
+from experiments.environment import ROOT
 from experiments.run.complete import complete
 from relora_core.config import BlimpConfig, PalomaConfig
 from sweeps.local import warm
 from sweeps.local.launcher import WORKERS, launch_local
 from sweeps.local.processes import Workers
-from sweeps.local.slots import ROOT, Slots
+from sweeps.local.slots import Slots
 from sweeps.planning.plan import store
 from tests.conftest import nano_config
 from tests.sweeps.conftest import planned
