@@ -36,7 +36,7 @@ def complete_all(
                 f"output_dir must be a path from the root, or from here, got "
                 f"{config.output_dir!r}; nearest valid: {os.path.expanduser(config.output_dir)}"
             )
-    configs = [store.settle(config, notes=notes) for config in configs]
+    configs = [store.fill_from_environment(config, notes=notes) for config in configs]
     for config in configs:
         validate(config)
         shell.check_asked(config, gpu=False)

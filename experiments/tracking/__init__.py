@@ -1,9 +1,9 @@
 """MLflow as a view of the records: nothing here is the only copy of anything.
 
-tracker.py        one pass over all sweeps and runs of a folder
+tracker.py        brings all sweeps and runs of a folder up to date
 store.py          opening, migrating and locking a store
-run_view.py       what MLflow shows of a run, as data
-content.py        what an MLflow run is to show and shows, and the difference written
+run_view.py       what MLflow is to show of a run, from the run's folder
+content.py        what an MLflow run shows and is to show; writes the difference
 runs.py           runs brought up to date in MLflow
 sweep_view.py     what MLflow shows of a sweep, as data
 sweeps.py         sweeps and arms brought up to date in MLflow

@@ -1,8 +1,7 @@
 """Files of MLflow's runs: written where MLflow expects them, else into the output folder.
 
-MLflow fixes each experiment's place when the experiment is made, for good. A server without
-`--artifacts-destination` names a folder of its own machine. Not for: metrics and status, which go
-without their files (`content.py`).
+That place is fixed when the experiment is made; a server without `--artifacts-destination` names a
+folder of its own machine. Not for: metrics and status (`content.py`), which need no files.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Artifacts:
 
     def __init__(self, store: Store) -> None:
         self.problem: str | None = None
-        """One line on why files do not reach MLflow; after that no more are sent."""
+        """A line on why files do not reach MLflow; once it is set, none are sent."""
         self._store, self._client = store, store.client
         self._here = store.output_dir.absolute() / FOLDER
         self._place: str | None = None
@@ -41,43 +40,43 @@ class Artifacts:
         return self._put(
             run,
             path,
-            there=lambda: self._client.log_text(run, text, path),
-            here=lambda file: shared.write_text(file, text),
+            upload=lambda: self._client.log_text(run, text, path),
+            write=lambda file: shared.write_text(file, text),
             place=place,
         )
 
     def file(self, run: str, file: Path, folder: str) -> bool:
         """Copy a file into a run's `folder`; whether MLflow shows it."""
 
-        def here(copy: Path) -> None:
+        def upload() -> None:
+            self._client.log_artifact(run, str(file), folder)
+
+        def write(copy: Path) -> None:
             shared.touch(copy)
             shutil.copyfile(file, copy)
 
-        def there() -> None:
-            self._client.log_artifact(run, str(file), folder)
-
-        return self._put(run, f"{folder}/{file.name}", there=there, here=here)
+        return self._put(run, f"{folder}/{file.name}", upload=upload, write=write)
 
     def _put(
         self,
         run: str,
         path: str,
         *,
-        there: Callable[[], None],
-        here: Callable[[Path], None],
+        upload: Callable[[], None],
+        write: Callable[[Path], None],
         place: str | None = None,
     ) -> bool:
         if self._reachable():
             try:
                 if own := self._own_folder(run, place):
-                    here(_prepared(own / path))
+                    write(_with_folder(own / path))
                 else:
-                    there()
+                    upload()
                 return True
             except Exception as error:  # whatever it is: metrics and status do not depend on it
-                self._fails(error)
+                self._set_problem(error)
         try:
-            here(_prepared(self._here / run / "artifacts" / path))
+            write(_with_folder(self._here / run / "artifacts" / path))
         except OSError as error:
             nor = f"nor to {self._here} ({error.strerror}), the runs' records have them"
             assert self.problem is not None
@@ -85,23 +84,24 @@ class Artifacts:
         return False
 
     def _own_folder(self, run: str, place: str | None) -> Path | None:
-        """Where MLflow would write a run's files itself, not writable for the group."""
+        """The local folder of the run's files, if we can write it: MLflow ignores the group."""
         if sqlite_path(self._store.uri) is None:
             return None
         return local_folder(place or self._client.get_run(run).info.artifact_uri or "")
 
     def _reachable(self) -> bool:
-        """Whether files may be sent. A folder of a server on another machine must not be made
-        here."""
+        """Whether files may be sent: not to a folder of another machine, made here by mistake."""
         if self.problem is None and self._place is None:
             self._place = self._client.get_experiment(self._store.experiment_id).artifact_location
             folder, server = local_folder(self._place), urlsplit(self._store.uri)
             far = server.scheme in ("http", "https") and server.hostname not in LOOPBACK
             if folder and far and not (folder.exists() or folder.parent.exists()):
-                self._fails(FileNotFoundError(2, "no such folder on this machine", str(folder)))
+                self._set_problem(
+                    FileNotFoundError(2, "no such folder on this machine", str(folder))
+                )
         return self.problem is None
 
-    def _fails(self, error: Exception) -> None:
+    def _set_problem(self, error: Exception) -> None:
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, OSError):
             line = shared.explained(error) or line
@@ -114,6 +114,6 @@ class Artifacts:
         )
 
 
-def _prepared(file: Path) -> Path:
+def _with_folder(file: Path) -> Path:
     shared.make_folder(file.parent)
     return file

@@ -1,7 +1,7 @@
-"""What an MLflow run is to show, what it shows, and the one place that writes the difference.
+"""What an MLflow run shows and is to show, and the one place that writes the difference.
 
-For runs, arms and sweeps alike. Not for: deciding what they are to show (`runs.py`, `sweeps.py`),
-nor for files (`artifacts.py`).
+Not for: deciding what runs, arms and sweeps are to show (`runs.py`, `sweeps.py`), nor for files
+(`artifacts.py`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Content:
     """What an MLflow run is to show."""
 
     name: str | None
-    """None leaves the one that it has."""
+    """None: as it is."""
     status: str
     """As MLflow names it."""
     ended: int
     """In milliseconds since the epoch; used only if the status is one of TERMINAL."""
     tags: dict[str, str]
-    passing: Collection[str]
-    """Tags to remove if `tags` does not have them; all others stay."""
+    removable: Collection[str]
+    """Tags that are removed if they are not in `tags`; all others stay."""
     params: dict[str, str]
     points: Sequence[Point]
     """To be added to its metrics."""
@@ -42,12 +42,12 @@ class Content:
 
 @dataclass(kw_only=True, slots=True)
 class Shown:
-    """What an MLflow run shows, as far as we know."""
+    """What an MLflow run showed when it was last read or written."""
 
     run: str
     """MLflow's id of it."""
     place: str | None
-    """Where its files are."""
+    """Location of its files."""
     name: str | None
     status: str
     started: int
@@ -58,29 +58,27 @@ class Shown:
     last: dict[str, int] = field(default_factory=dict)
     """Metric -> step of its newest point."""
 
-
-def shown(run: Run) -> Shown:
-    latest = run.data.to_proto().metrics  # for each key the point with the largest step
-    return Shown(
-        run=run.info.run_id,
-        place=run.info.artifact_uri,
-        name=run.info.run_name,
-        status=run.info.status,
-        started=run.info.start_time,
-        ended=run.info.end_time,
-        tags=dict(run.data.tags),
-        params=set(run.data.params),
-        metrics=dict(run.data.metrics),
-        last={metric.key: metric.step for metric in latest},
-    )
+    @classmethod
+    def of(cls, run: Run) -> Shown:
+        latest = run.data.to_proto().metrics  # of each metric the point with the largest step
+        return cls(
+            run=run.info.run_id,
+            place=run.info.artifact_uri,
+            name=run.info.run_name,
+            status=run.info.status,
+            started=run.info.start_time,
+            ended=run.info.end_time,
+            tags=dict(run.data.tags),
+            params=set(run.data.params),
+            metrics=dict(run.data.metrics),
+            last={metric.key: metric.step for metric in latest},
+        )
 
 
 def differences(shown: Shown, metrics: dict[str, float], *, step: int) -> list[Point]:
-    """Points to add so that it shows `metrics`. A metric that is not among them becomes NaN, since
-    MLflow cannot remove it.
+    """Points to add so that the run shows `metrics`; others become NaN, as MLflow removes none.
 
-    Each value gets an unused step, `step` or a later one: MLflow's charts would show both values
-    of a step.
+    Each value gets an unused step, `step` or a later one: MLflow would show both values of a step.
     """
     removed = {key: math.nan for key in shown.metrics if key not in metrics}
     now = int(time.time() * 1000)
@@ -96,10 +94,7 @@ def _same(shown: float | None, value: float) -> bool:
 
 
 def apply(client: MlflowClient, shown: Shown, wanted: Content) -> None:
-    """Write what differs in as few calls as possible: params and tags go with the first points.
-
-    Updates `shown`, except for its metrics.
-    """
+    """Write what differs, in as few calls as possible; updates `shown` except for its metrics."""
     from mlflow.entities import Metric, Param, RunTag
 
     labels = {
@@ -111,7 +106,7 @@ def apply(client: MlflowClient, shown: Shown, wanted: Content) -> None:
         client.log_batch(shown.run, metrics=metrics[:MAX_METRICS], **labels)
     for start in range(MAX_METRICS, len(metrics), MAX_METRICS):
         client.log_batch(shown.run, metrics=metrics[start : start + MAX_METRICS])
-    for key in wanted.passing:
+    for key in wanted.removable:
         if key in shown.tags and key not in wanted.tags:
             client.delete_tag(shown.run, key)
             del shown.tags[key]

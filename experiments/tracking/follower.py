@@ -1,9 +1,7 @@
-"""A child process that keeps MLflow up to date while a run trains; never slows or harms it.
+"""A child process that keeps MLflow up to date while this process trains a run.
 
-For a run in this very process, which writes events.jsonl and waits for nothing: importing MLflow
-and asking a store in a thread would take turns with the training, and end with it when it is
-killed. Processes that only look after others use a thread: `sweeps/tracking.py`. Not for: what is
-shown of a run (`runs.py`).
+A thread would take turns with the training, and end with it if it is killed. Processes that only
+look after others use one (`sweeps/tracking.py`). Not for: what is shown of a run (`runs.py`).
 """
 
 from __future__ import annotations
@@ -37,9 +35,9 @@ def _to_stderr(line: str) -> None:
 class Follower:
     """Keeps MLflow up to date from a child process while the body of its `with` block runs.
 
-    The child ends after a last pass when the block ends or this process dies. Nothing that MLflow
-    or its server does raises here: `warn` gets at most one line, and `python -m sweeps sync` can
-    repair all of it later. The child's output is in <output_dir>/logs/mlflow-sync.log.
+    The child makes a last pass when the block ends or this process dies. Failures of MLflow raise
+    nothing here: `warn` gets one line at most, and `python -m sweeps sync` repairs all of it later.
+    The child's output is in <output_dir>/logs/mlflow-sync.log.
     """
 
     def __init__(
@@ -96,10 +94,10 @@ class Follower:
         return self
 
     def wait_ready(self, timeout: float) -> str | None:
-        """The MLflow experiment's id once the store stands.
+        """Wait until the store is ready; the MLflow experiment's id.
 
-        None where the first try failed (later ones go on) or nothing came within `timeout` s. A
-        server is not waited for: it makes its own database, and it may be slow.
+        None if the child's first try failed, or took longer than `timeout` seconds; it tries on. A
+        server is not waited for: it makes its own database, and may be slow.
         """
         if self._uri.startswith(("http://", "https://")):
             timeout = 0
@@ -160,7 +158,7 @@ def follow(run: RunDir, *, config: RunConfig) -> Follower:
 
 
 def _child_environment() -> dict[str, str]:
-    """Ours, with this checkout first on the path, so that the child runs the same code anywhere."""
+    """Our environment, with this checkout first on the path, so that the child runs our code."""
     return {**shell.outside(os.environ), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
@@ -168,7 +166,7 @@ def main() -> int:
     """The Follower's child: a spec on stdin's first line, then passes until stdin is closed."""
     spec = json.loads(sys.stdin.readline())
     os.nice(10)
-    words, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout too
+    messages, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout too
     closed = threading.Event()
 
     def until_eof() -> None:
@@ -177,7 +175,7 @@ def main() -> int:
 
     def say(line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # the parent is dead; the last pass still counts
-            print(line, file=words, flush=True)
+            print(line, file=messages, flush=True)
 
     threading.Thread(target=until_eof, daemon=True).start()
     problem = _follow(spec, closed=closed, say=say)
@@ -189,7 +187,7 @@ def main() -> int:
 def _follow(
     spec: dict[str, Any], *, closed: threading.Event, say: Callable[[str], None]
 ) -> str | None:
-    """Pass after pass until `closed`, then a last one, tried twice; what is wrong after that."""
+    """Pass after pass until `closed`, then a last one, tried twice; the problem that is left."""
     runs = [RunDir(path) for path in spec["runs"]]
     syncer: Syncer | None = None
     pause, tries = spec["every_s"], 0

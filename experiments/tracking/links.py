@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from experiments.addresses import (
-    redacted,
-)
+from experiments.addresses import redacted
 from experiments.tracking.saved_views import CHARTS, TAG, TITLES, slug
 from experiments.tracking.server import ServerFailed
 from experiments.tracking.store import connect, reachable
@@ -19,41 +17,37 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
+MAX_COMPARED = 20
+"""Columns of a compare page: more are hard to read, and the arms table says the same."""
+ML_WORKFLOW = "workflowType=machine_learning"
+"""Without it a fresh browser takes every experiment for one of traces."""
+
 
 def ui_link(base: str, experiment_id: str) -> str:
-    """The experiment's runs as a table.
-
-    Without these parameters a fresh browser lands on a traces page, and the order by creation folds
-    all runs of a parent into one row.
-    """
+    """The experiment's runs as a table, ordered by name: otherwise a parent's runs are folded."""
     order = quote("tags.`mlflow.runName`")
     return (
         f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?searchFilter=&orderByKey={order}"
-        "&orderByAsc=true&workflowType=machine_learning"
+        f"&orderByAsc=true&{ML_WORKFLOW}"
     )
 
 
 def links(experiment_id: str, *, sweep: str) -> dict[str, str]:
-    """Title -> address of each saved view, relative to the UI's root; right in a fresh browser."""
+    """Title -> address of each saved view, relative to the UI's root."""
     addresses = {}
     for view, title in TITLES.items():
         mode = "&compareRunsMode=CHART" if view in CHARTS else ""
         key = quote(slug(sweep, view))
         addresses[title] = (
-            f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}"
-            "&workflowType=machine_learning"
+            f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}&{ML_WORKFLOW}"
         )
     return addresses
 
 
 def compare_link(experiment_id: str, *, runs: Sequence[str]) -> str:
-    """The page that sets MLflow runs side by side, in this order."""
-    listed, of = quote(json.dumps(list(runs))), quote(json.dumps([experiment_id]))
-    return f"#/compare-runs?runs={listed}&experiments={of}"
-
-
-MAX_COMPARED = 20
-"""Columns of a compare page; above that nobody reads it, and the arms table says the same."""
+    """The page that shows these MLflow runs side by side."""
+    ids, experiments = quote(json.dumps(list(runs))), quote(json.dumps([experiment_id]))
+    return f"#/compare-runs?runs={ids}&experiments={experiments}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,19 +60,18 @@ class Page:
 
 @dataclass(kw_only=True, slots=True)
 class Section:
-    """The pages of one sweep, or of an MLflow experiment's runs that are in none."""
+    """The pages of a sweep, or of an MLflow experiment without sweeps."""
 
     name: str
     sweep: bool
     pages: list[Page]
 
 
-# links ------------------------------------------------------------------------------------------
 def sections(uri: str, *, base: str) -> list[Section]:
-    """What `uri` has to show, newest sweep first, as links below `base`.
+    """All pages of the store at `uri`, newest sweep first, as links below `base`.
 
-    Raises TrackingUnreachable where the store does not answer, ServerFailed where it is of another
-    MLflow version.
+    Raises TrackingUnreachable if the store does not answer, ServerFailed if another version of
+    MLflow made it.
     """
     from mlflow.exceptions import MlflowException
 
@@ -129,17 +122,13 @@ def _sweep_pages(
         for view, (title, address) in zip(TITLES, links(id_, sweep=sweep).items(), strict=True)
         if TAG + slug(sweep, view) in experiment.tags
     }
-    if "curves" in addresses:  # its columns are those of a table of runs, too
+    if "curves" in addresses:  # without charts it is a table of the runs
         addresses["runs"] = addresses["curves"].replace("&compareRunsMode=CHART", "")
     if 1 < len(arms) <= MAX_COMPARED:
         named = sorted(arms, key=lambda arm: arm.info.run_name or "")
         addresses["arms side by side"] = compare_link(id_, runs=[a.info.run_id for a in named])
     addresses["note"] = f"#/experiments/{id_}/runs/{parent.info.run_id}?{ML_WORKFLOW}"
     return [Page(title=title, url=f"{base}/{address}") for title, address in addresses.items()]
-
-
-ML_WORKFLOW = "workflowType=machine_learning"
-"""Without it a fresh browser takes every experiment for one of traces."""
 
 
 def without_user(uri: str) -> str:

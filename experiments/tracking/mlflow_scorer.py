@@ -1,7 +1,7 @@
 """What MLflow loads of a logged model: token log-probabilities from an exported folder.
 
-A copy lies in every logged model with one of relora_core, so that it loads where this project is
-not installed; hence it imports nothing else of it, and no MLflow.
+A copy of it and of relora_core is in every logged model, which thus loads where this project is not
+installed. So it imports nothing else of the project.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Scorer:
     def _score(self, ids: Sequence[int]) -> dict[str, Any]:
         import torch
 
-        from relora_core.loss import target_log_probs
+        from relora_core.loss import target_log_probs  # torch
 
         with torch.inference_mode():
             row = torch.tensor(ids)
@@ -66,8 +66,8 @@ class Scorer:
 
 
 def _load_pyfunc(path: str) -> Scorer:
-    """The entry that MLflow calls with the folder of the export."""
-    from relora_core.export import read_model
+    """What MLflow calls, with the folder of the export."""
+    from relora_core.export import read_model  # torch: our own commands import this module, too
     from relora_core.model import Decoder
 
     config, state = read_model(Path(path))

@@ -1,9 +1,8 @@
-"""An exported folder as an MLflow model of the run that it came from.
+"""Logs an exported folder as an MLflow model of its run; its `data/` is the export itself.
 
     mlflow.pyfunc.load_model("models:/<id>").predict(["a text"])
 
-Its `data/` is the export itself, so transformers loads that too. Not for: writing the export
-(`relora_core/export.py`), nor for what the loaded model does (`mlflow_scorer.py`).
+Not for: exporting (`relora_core/export.py`), nor for what a loaded model does (`mlflow_scorer.py`).
 """
 
 from __future__ import annotations
@@ -59,12 +58,13 @@ class Tracked:
 
 
 def find_tracked(run_dir: RunDir) -> Tracked:
-    """The run in its own store; ConfigError where it is not there or could hold no model.
+    """The run in its own store, which is not made if it does not exist.
 
-    A store that is not there is not made. ConnectionError where it does not answer.
+    ConfigError if the run is not there, or could hold no model; ConnectionError if the store does
+    not answer.
     """
-    config = run_dir.config()
-    uri = config.tracking.uri or default_uri(run_dir.path.parents[1])
+    config, output_dir = run_dir.config(), run_dir.output_dir
+    uri = config.tracking.uri or default_uri(output_dir)
     database = sqlite_path(uri)
     missing = ConfigError(
         f"--mlflow needs a run that MLflow shows, got {run_dir.run_id}, which {redacted(uri)} does "
@@ -73,13 +73,13 @@ def find_tracked(run_dir: RunDir) -> Tracked:
     if database is not None and not database.exists():
         raise missing
     with _one_line(uri):
-        if uri == default_uri(run_dir.path.parents[1]) and database and not read_only(database):
-            move_artifacts(run_dir.path.parents[1])
+        if uri == default_uri(output_dir) and database and not read_only(database):
+            move_artifacts(output_dir)
         client = connect(uri)
         experiment = client.get_experiment_by_name(experiment_name(config))
         if experiment is None or experiment.lifecycle_stage != "active":
             raise missing
-        place = {"experiment_id": experiment.experiment_id, "output_dir": run_dir.path.parents[1]}
+        place = {"experiment_id": experiment.experiment_id, "output_dir": output_dir}
         store = Store(uri=uri, client=client, **place)
         runs = store.search(f"tags.kind = 'run' and tags.run_id = '{run_dir.run_id}'")
     if not runs:
@@ -89,10 +89,9 @@ def find_tracked(run_dir: RunDir) -> Tracked:
 
 
 def _remedy(run_dir: RunDir) -> str:
-    output_dir = run_dir.path.parents[1]
     if not run_dir.config().tracking.enabled:
         return "it was run with tracking.enabled=false"
-    return f"`python -m sweeps sync --output-dir {shlex.quote(str(output_dir))}` first"
+    return f"`python -m sweeps sync --output-dir {shlex.quote(str(run_dir.output_dir))}` first"
 
 
 def _check_place(experiment: Experiment, *, uri: str) -> None:
@@ -125,7 +124,7 @@ def log_model(tracked: Tracked, *, folder: Path, step: int) -> str:
 
 
 def _log(tracked: Tracked, *, folder: Path, step: int, weights: str) -> str:
-    """As `mlflow.pyfunc.log_model` does, but that would open the run again and move its end."""
+    """What `mlflow.pyfunc.log_model` does, without opening the run again, which moves its end."""
     from mlflow.entities import LoggedModelOutput
 
     info, tags = tracked.run.info, tracked.run.data.tags
@@ -158,12 +157,12 @@ def _log(tracked: Tracked, *, folder: Path, step: int, weights: str) -> str:
 
 
 def _own_folder(tracked: Tracked, model: LoggedModel) -> Path | None:
-    """Where MLflow writes the model itself, without making it writable for the group."""
+    """The model's folder if MLflow writes it on this machine: not writable for the group."""
     return local_folder(model.artifact_location) if sqlite_path(tracked.store.uri) else None
 
 
 def _save(target: Path, *, folder: Path, model_id: str, run: str) -> None:
-    """An MLflow model folder that needs neither this project nor transformers to load."""
+    """Write an MLflow model that loads without this project and without transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow complains of its own type hints
         import mlflow.pyfunc
@@ -176,14 +175,14 @@ def _save(target: Path, *, folder: Path, model_id: str, run: str) -> None:
         data_path=str(folder),
         code_paths=[str(ROOT / "relora_core"), mlflow_scorer.__file__],
         mlflow_model=Model(run_id=run, model_id=model_id),
-        # A local part such as +cpu is no version that an index has.
+        # Without a local part such as +cpu, which no package index knows.
         pip_requirements=[f"{name}=={v.partition('+')[0]}" for name, v in versions.items()],
     )
 
 
 @contextlib.contextmanager
 def _one_line(uri: str) -> Iterator[None]:
-    """What a store refuses as ConfigError, silence as ConnectionError: the user's to mend."""
+    """Turn a store's refusal into a ConfigError, and silence into a ConnectionError."""
     from mlflow.exceptions import MlflowException
 
     try:

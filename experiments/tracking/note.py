@@ -1,13 +1,12 @@
-"""A sweep as text: the Markdown note on its MLflow run, and its table of arms as an artifact.
+"""A sweep as text: the Markdown note on its MLflow run, and its table of arms.
 
-Not for: getting them into MLflow (`sweeps.py`). Imports no MLflow.
+Not for: getting them into MLflow (`sweeps.py`).
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import textwrap
 from collections import Counter
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
 MAX_NOTE = 7500
 """Characters; MLflow's limit of a tag is 8000."""
 GAP = " &nbsp; | "
-"""Between cells: the UI's tables have neither borders nor padding."""
+"""Between cells, as the UI's tables have neither borders nor padding."""
 WIDTH = 76
 """Characters of a line of code."""
 MAX_COMMANDS, MAX_TROUBLES, MAX_COMPARED = 5, 5, 12
 
 
 def sentence(view: SweepView) -> str:
-    """The sweep in one line: the UI shows no more of an experiment's note."""
+    """The sweep in one line, which is all that the UI shows of an experiment's note."""
     question = f" {_plain(view.question)}" if view.question else ""
     return f"Sweep {view.name}:{question} {progress(view)}."
 
@@ -53,11 +52,10 @@ def note(
     summaries: Mapping[str, Mapping[str, Interval]],
     arm_runs: Sequence[str] = (),
 ) -> str:
-    """Question, how the runs stand, arms with intervals, links, commands; at most MAX_NOTE long.
+    """Question, states of the runs, arms with intervals, links, commands; at most MAX_NOTE long.
 
-    What matters is first: the UI folds all but the first lines.
-
-    `summaries` is arm_id -> metric -> interval; `arm_runs` are the arms' MLflow runs.
+    What matters comes first, as the UI folds all but the first lines. `summaries` is arm_id ->
+    metric -> interval; `arm_runs` are ids of the arms' MLflow runs.
     """
     top = [_plain(view.question)] if view.question else []
     top.append(f"**{progress(view)}**, {_plural(len(view.arms), 'arm')}.")
@@ -85,7 +83,7 @@ def _plain(text: str) -> str:
 
 
 def _wrapped(command: str) -> str:
-    """Over several lines: one long line pushes the rest of MLflow's page out of the window."""
+    """The command on several lines: MLflow's page would be as wide as a long one."""
     unbroken = re.sub(r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0].replace(" ", "\0"), command)
     lines = textwrap.wrap(unbroken, WIDTH, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")
@@ -96,7 +94,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _troubles(view: SweepView) -> str:
-    """A line for each run that did not end well, the first few."""
+    """A line for each of the first runs that did not end well."""
     bad = [run for arm in view.arms for run in arm.runs if run.state.state.bad]
     lines = [
         f"- {run.state.state}: `{run.name or run.run_id}`"
@@ -141,7 +139,7 @@ def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, 
 
 
 def cell(interval: Interval | None) -> str:
-    """`13.57 [13.12, 14.02]`; without the interval where there is one value."""
+    """`13.57 [13.12, 14.02]`; without the interval if there is only one value."""
     if interval is None:
         return ""
     if interval.low is None or interval.high is None:
@@ -150,29 +148,24 @@ def cell(interval: Interval | None) -> str:
 
 
 # the table as a file ----------------------------------------------------------------------------
-def table(
-    view: SweepView, summaries: Mapping[str, Mapping[str, Interval]]
-) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows, an arm each. No dot in a column's name: MLflow shows such ones blank."""
+def table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, Any]]:
+    """A row for each arm, all with the same columns."""
     axes = axis_keys(view.arms)
     metrics = [m for m in MAIN.values() if any(m in of_arm for of_arm in summaries.values())]
-    columns = ["arm", *(key.replace(".", "_") for key in axes), "finished", "planned"]
-    columns += [f"{m}_{part}" for m in metrics for part in ("mean", "ci_low", "ci_high", "sd")]
-    rows = [_row(arm, axes, metrics, summaries.get(arm.arm_id, {})) for arm in view.arms]
-    return [column.replace(".", "_") for column in columns], rows
+    return [_row(arm, axes, metrics, summaries.get(arm.arm_id, {})) for arm in view.arms]
 
 
 def _row(
     arm: ArmView, axes: Sequence[str], metrics: Sequence[str], of_arm: Mapping[str, Interval]
-) -> list[Any]:
-    row: list[Any] = [arm.name, *(arm.axes.get(key) for key in axes), arm.finished, len(arm.runs)]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": arm.name, **{key: arm.axes.get(key) for key in axes}}
+    row |= {"finished": arm.finished, "planned": len(arm.runs)}
     for metric in metrics:
         interval = of_arm.get(metric)
-        parts = (
-            (interval.mean, interval.low, interval.high, interval.sd) if interval else (None,) * 4
-        )
-        row += [value if value is None else significant(value) for value in parts]
-    return row
+        for name, part in {"mean": "mean", "low": "ci_low", "high": "ci_high", "sd": "sd"}.items():
+            value = getattr(interval, name, None)
+            row[f"{metric}_{part}"] = value if value is None else significant(value)
+    return {column.replace(".", "_"): value for column, value in row.items()}
 
 
 def significant(value: float) -> float:
@@ -180,12 +173,9 @@ def significant(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def table_json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """As MLflow's `log_table` writes it."""
-    return json.dumps({"columns": list(columns), "data": [list(row) for row in rows]})
-
-
-def table_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

@@ -1,7 +1,7 @@
-"""What MLflow is to show of a run, out of the run's folder. Pure: no store and no MLflow here.
+"""What MLflow is to show of a run, read from the run's folder.
 
-Points come with their step, and how far the record was read is a Position, so that nothing is
-counted twice. Not for: reading or writing a store (`runs.py`).
+How far the record was read is a Position, so that nothing is sent twice. Not for: reading or
+writing a store (`runs.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from relora_core import atomic
 from relora_core.config import EVALS, RunConfig, applies, get, walk
 
 CHOICES = ("method", "model.name", "relora.name", "data.kind")
-"""Settings that decide many others, which then need no params of their own."""
+"""Settings that decide many others."""
 MAIN = (
     *CHOICES,
     *("seed", "train.steps", "train.batch_size", "train.lr", "data.seq_len"),
 )
-"""Params of every run, beside the `main` knobs of its method; what varies comes on top."""
-
+"""Params of every run, besides the `main` knobs of its method and those that vary."""
 MAX_PARAM = 6000
 MAX_TAG = 5000
 MAX_DIGEST = 36
@@ -50,67 +49,67 @@ class Point:
 
 @dataclass(kw_only=True, slots=True)
 class Position:
-    """How much of a run one MLflow run has; a value in RUN_DIR/mlflow.json."""
+    """How much of a run an MLflow run has; stored in RUN_DIR/mlflow.json."""
 
     run: str
     """MLflow's id of the run."""
     attempt: int = 0
-    """The attempt that it begins with: the newest that began at step 0 with nothing to resume."""
+    """The first attempt that it shows: the newest that began at step 0."""
     began: float = 0.0
-    """When that was, in seconds since the epoch."""
+    """When that attempt began, in seconds since the epoch."""
     offset: int = 0
-    """Bytes of events.jsonl that were acknowledged."""
+    """Bytes of events.jsonl that MLflow has acknowledged."""
     time: float = 0.0
     """Of the newest event before `offset`."""
     world: int = 1
-    """Processes, and so devices, of the attempt that it was read up to."""
+    """Processes of the newest attempt before `offset`."""
     last: dict[str, int] = field(default_factory=dict)
-    """Metric key -> newest step logged. Steps of a key only grow within an attempt, and a resumed
-    attempt repeats its predecessor's values, so a point at or before it is there already."""
+    """Metric key -> newest step sent. A point of that step or an earlier one was sent already: a
+    resumed attempt repeats the values of the one before it."""
     apart: dict[str, list[int]] = field(default_factory=dict)
-    """Metric key -> steps that are there from evaluations apart from training, in any order."""
+    """Metric key -> steps sent from evaluations apart from training, in any order."""
     described: bool = False
-    """Whether the config and the data sets are there."""
+    """Whether config and data sets were sent."""
     waiting: list[str] = field(default_factory=list)
-    """Tables that are not there yet."""
+    """Tables that are still to be sent."""
     sending: bool = False
-    """A batch was on its way when this was written: ask MLflow what arrived."""
+    """A batch was on its way when this was written: only MLflow knows whether it arrived."""
 
 
 @dataclass(kw_only=True, slots=True)
-class News:
-    """The part of the record that is behind a position."""
+class Unsent:
+    """The part of the record after a position."""
 
     points: list[Point]
     tables: dict[str, list[dict[str, Any]]]
     position: Position
     """The position after them."""
-    anew: bool = False
-    """The run has restarted from step 0: MLflow shows an attempt that no longer counts."""
+    restarted: bool = False
+    """The run began anew at step 0: MLflow shows an attempt that no longer counts."""
 
 
-def positions(run: RunDir) -> dict[str, Any]:
+def read_positions(run: RunDir) -> dict[str, Any]:
     """Store and MLflow experiment -> Position, as JSON."""
     try:
         return json_files.read(run.mlflow_path)
-    except (FileNotFoundError, json_files.Damaged):  # damaged counts as missing: MLflow is asked
+    except (FileNotFoundError, json_files.Damaged):  # `runs.py` then asks MLflow
         return {}
 
 
-def position(run: RunDir, key: str) -> Position | None:
-    raw = positions(run).get(key)
+def read_position(run: RunDir, key: str) -> Position | None:
+    raw = read_positions(run).get(key)
     try:
         return Position(**json_files.read_fields(Position, raw)) if raw else None
     except (ValueError, TypeError, AttributeError):
         return None
 
 
-def save(run: RunDir, key: str, position: Position) -> None:
-    atomic.write_json(run.mlflow_path, {**positions(run), key: dataclasses.asdict(position)})
+def save_position(run: RunDir, key: str, position: Position) -> None:
+    atomic.write_json(run.mlflow_path, {**read_positions(run), key: dataclasses.asdict(position)})
 
 
 def mark(run: RunDir) -> tuple[int, ...]:
-    """Changes when the run's folder has something new."""
+    """Sizes and times of its files: they change when there is something new to show."""
     stamps: list[int] = []
     for path in (run.events_path, run.status_path, *sorted(run.evals.glob("*"))):
         try:
@@ -122,12 +121,12 @@ def mark(run: RunDir) -> tuple[int, ...]:
 
 
 # training -----------------------------------------------------------------------------------------
-def news(run: RunDir, position: Position) -> News:
-    """What training has written since `position`."""
+def read_unsent(run: RunDir, position: Position) -> Unsent:
+    """What training has recorded after `position`."""
     after = dataclasses.replace(
         position, last=dict(position.last), apart=dict(position.apart), sending=False
     )
-    new = News(points=[], tables={}, position=after)
+    new = Unsent(points=[], tables={}, position=after)
     for after.offset, event in _events_after(run.events_path, position.offset):
         if event["kind"] == "start":
             _start(event, new)
@@ -143,12 +142,12 @@ def news(run: RunDir, position: Position) -> News:
                 new.points.append(_point(key, value, event["time"], event["step"]))
         if event["kind"] == "table":
             new.tables[event["data"]["name"]] = event["data"]["rows"]
-    new.anew = after.attempt != position.attempt and bool(position.last or position.apart)
+    new.restarted = after.attempt != position.attempt and bool(position.last or position.apart)
     return new
 
 
-def _start(event: Mapping[str, Any], new: News) -> None:
-    """An attempt that resumes nothing takes the place of all before it, as in RunDir.events()."""
+def _start(event: Mapping[str, Any], new: Unsent) -> None:
+    """Drop all before an attempt that resumes nothing, as RunDir.events() does."""
     after = new.position
     attempt = event.get("attempt", after.attempt)
     if attempt >= after.attempt:
@@ -161,7 +160,7 @@ def _start(event: Mapping[str, Any], new: News) -> None:
 
 
 def _metrics(event: Mapping[str, Any], *, world: int) -> dict[str, float]:
-    """The event's metrics, with the device time so far, so that curves can be drawn against it."""
+    """The event's metrics, and the device-hours of training so far, an axis of MLflow's charts."""
     metrics = event["metrics"]
     if event["kind"] == "train" and "perf/train_seconds" in metrics:
         return {**metrics, "train/gpu_hours": metrics["perf/train_seconds"] * world / 3600}
@@ -173,7 +172,7 @@ def _point(key: str, value: Any, seconds: float, step: int) -> Point:
 
 
 def _events_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset behind it, event) of each complete line; a damaged line is passed over."""
+    """(offset after it, event) of each complete line that is an event."""
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -190,21 +189,18 @@ def _events_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]
 
 
 def metric_key(name: str) -> str:
-    """`name` with what MLflow refuses in a key replaced: one odd key would block its whole run."""
+    """`name` without what MLflow refuses in a key: it would refuse the whole batch."""
     key = re.sub(r"[^\w/.\- :]", "_", name)
     return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))[:250]
 
 
 # evaluations apart from training ------------------------------------------------------------------
-def evaluated(run: RunDir, position: Position) -> News:
-    """Results of separate evaluations that `position` does not have.
-
-    Those of attempts that no longer count are left out.
-    """
+def read_unsent_evaluations(run: RunDir, position: Position) -> Unsent:
+    """Results of separate evaluations that were not sent, of the attempts that count."""
     after = dataclasses.replace(position, apart=dict(position.apart))
-    new = News(points=[], tables={}, position=after)
+    new = Unsent(points=[], tables={}, position=after)
     fresh: set[str] = set()
-    for result in results(run):  # oldest step first: of a table the newest one counts
+    for result in results(run):  # oldest step first, so that the newest of a table stays
         if result["finished"] < position.began:
             continue
         points = [
@@ -223,14 +219,14 @@ def evaluated(run: RunDir, position: Position) -> News:
 
 
 def tables(run: RunDir, position: Position) -> dict[str, list[dict[str, Any]]]:
-    """The newest rows of every table, from the attempts that count."""
-    trained = news(run, Position(run=position.run))
-    return trained.tables | evaluated(run, trained.position).tables
+    """The newest rows of every table, of the attempts that count."""
+    trained = read_unsent(run, Position(run=position.run))
+    return trained.tables | read_unsent_evaluations(run, trained.position).tables
 
 
 # what the run is ----------------------------------------------------------------------------------
 def varying(configs: Sequence[RunConfig]) -> list[str]:
-    """Scientific keys that differ between runs with equal CHOICES: the axes of a sweep."""
+    """Scientific keys that differ between runs with equal CHOICES."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for config in configs:
         groups.setdefault(_choices(config), []).append(scientific(config))
@@ -247,7 +243,7 @@ def _choices(config: RunConfig) -> tuple[Any, ...]:
 
 
 def params(config: RunConfig, *, varying: Sequence[str]) -> dict[str, str]:
-    """Few and flat: MAIN and what varies, where they apply; the whole config is an artifact."""
+    """MAIN and `varying`, where they apply; the whole config is an artifact."""
     wanted, chosen = {*MAIN, *varying}, {}
     for key, f, value in walk(config):
         shown = key in wanted or f.metadata.get("main")
@@ -258,13 +254,13 @@ def params(config: RunConfig, *, varying: Sequence[str]) -> dict[str, str]:
 
 
 def arm_name(name: str, config: RunConfig) -> str:
-    """The run's name without its seed; the experiment's where only seeds vary."""
+    """The run's name without its seed; the experiment's name if only seeds vary."""
     words = [word for word in name.split() if not word.startswith("seed=")]
     return " ".join(words).removesuffix(f"-s{config.seed}") or config.experiment
 
 
 def default_name(config: RunConfig) -> str:
-    """Of a run that no sweep names."""
+    """The name of a run that no sweep names."""
     return f"{label(config)}-s{config.seed}"
 
 
@@ -300,7 +296,7 @@ def tags(run: RunDir, config: RunConfig, status: Status, *, name: str) -> dict[s
 
 
 def ended_ms(status: Status, position: Position) -> int:
-    """When a run that is over ended: at its last event, or at a later status."""
+    """When a run ended: at its last event, or if it has no result at a later status."""
     seconds = position.time
     if not status.state.done or not seconds:
         seconds = max(seconds, status.heartbeat) or time.time()
@@ -309,7 +305,7 @@ def ended_ms(status: Status, position: Position) -> int:
 
 @dataclass(kw_only=True, slots=True)
 class DatasetInput:
-    """Something that the run reads, by name and digest; its files are not opened."""
+    """Data that the run reads, by name and digest."""
 
     name: str
     digest: str
@@ -321,7 +317,7 @@ class DatasetInput:
 
 
 def datasets(config: RunConfig) -> list[DatasetInput]:
-    """Of the data and of the evals that are on and have a fingerprint."""
+    """The data, and the evals that are on, if they have a fingerprint."""
     data = config.data
     wanted = [(data.kind, data.path, data.fingerprint, "training")]
     for name in EVALS:
@@ -345,7 +341,7 @@ def _dataset(kind: str, path: str | None, digest: str, context: str) -> DatasetI
 
 
 def _source(path: str | None) -> tuple[str, dict[str, Any]]:
-    """(source type, source) as MLflow's UI reads them; without a path it is our own generator."""
+    """(source type, source) as MLflow's UI reads them; no path: our own generator."""
     if path is None:
         return "code", {"tags": {"mlflow.source.name": "relora_core/data/grammar.py"}}
     if Path(path).exists():
@@ -355,12 +351,12 @@ def _source(path: str | None) -> tuple[str, dict[str, Any]]:
 
 # tables -------------------------------------------------------------------------------------------
 def table_json(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as the UI's table view reads them; it leaves columns with a dotted name blank."""
+    """The rows as the UI's table view reads them; it would leave dotted columns blank."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     finite = [[_json_cell(row.get(column)) for column in columns] for row in rows]
     return json.dumps({"columns": [c.replace(".", "_") for c in columns], "data": finite})
 
 
 def _json_cell(value: Any) -> Any:
-    """A browser refuses the NaN that Python writes."""
+    # A browser refuses the NaN that Python writes.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,7 @@
-"""MLflow as a view of events.jsonl that can be thrown away and rebuilt at any time.
+"""Runs brought up to date in MLflow: `Syncer(store).sync(runs)`.
 
-    Syncer(store).sync(runs)    brings runs up to date with their folders, each point once
-
-MLflow's params are immutable and it does not know that two attempts overlap, so RUN_DIR/mlflow.json
-keeps, per store and MLflow experiment, how far the record was acknowledged. Not for: deciding a
-run's state, or what is shown of a whole sweep (`sweeps.py`).
+Each point is sent once: RUN_DIR/mlflow.json has, for each store and MLflow experiment, how much of
+the record MLflow has. Not for: deciding a run's state, or what is shown of a sweep (`sweeps.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +17,10 @@ from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.identity import config_to_json
-from experiments.tracking import run_view as record
+from experiments.tracking import run_view
 from experiments.tracking.artifacts import Artifacts
-from experiments.tracking.content import Content, Shown, apply, shown
-from experiments.tracking.run_view import News, Position
+from experiments.tracking.content import Content, Shown, apply
+from experiments.tracking.run_view import Position, Unsent
 from experiments.tracking.store import Store, is_outage
 from relora_core.config import RunConfig
 
@@ -40,9 +37,9 @@ MLFLOW_STATUS = {
 }
 
 SUPERSEDED = "superseded"
-"""State of an MLflow run that a newer one has replaced, after a restart from step 0."""
+"""State of an MLflow run that a newer one has replaced, since its run began anew at step 0."""
 LISTED = "mlflow.loggedArtifacts"
-PASSING = ("reason", "job_id", "checkpoint", "error")
+REMOVABLE = ("reason", "job_id", "checkpoint", "error")
 """Tags that are removed once they no longer apply."""
 WAIT_S = 600.0
 """Longest wait of a last pass for another process that writes into the same store."""
@@ -50,14 +47,14 @@ WAIT_S = 600.0
 
 @dataclass(kw_only=True, slots=True)
 class InSweep:
-    """How a sweep wants its runs shown; other runs have names and colours of their own."""
+    """How a sweep has its runs shown."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     """run_id -> name."""
     parent: str | None = None
     """MLflow's id of the run to nest under."""
     colours: Mapping[str, str] = field(default_factory=dict)
-    """arm_id -> colour; arms that are not here take one that is least used."""
+    """arm_id -> colour; other arms take the one that is least used."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +69,7 @@ class SyncReport:
     errors: dict[str, str] = field(default_factory=dict)
     """run_id -> one line; the other runs were synced."""
     files: str | None = None
-    """One line where files of runs are not where MLflow shows them; all else was synced."""
+    """A line if files of runs did not reach MLflow; all else was synced."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,11 +85,11 @@ class _Pass:
 
 
 class Syncer:
-    """Remembers between passes what MLflow shows, so that unchanged runs cost no request."""
+    """Brings runs up to date, repeatedly; unchanged runs cost no request."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._client = store, store.client
-        self._there = _There(store)
+        self._index = _Index(store)
         self._configs: dict[str, RunConfig] = {}
         self._varies: tuple[int, list[str]] = (0, [])
         """Number of runs that were compared, and the keys that differ."""
@@ -109,17 +106,17 @@ class Syncer:
         final: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> SyncReport:
-        """Bring `runs` in MLflow up to date with their folders; repeating it changes nothing.
+        """Bring `runs` in MLflow up to date with their folders.
 
-        `states` overrides the runs' own files. While another process syncs into the same
-        store nothing is done (`busy`), unless `final`: then it is awaited. A run that cannot be
-        synced is in `errors`; a store that does not answer raises TrackingUnreachable. `progress`
-        hears how many of the changed runs are done, and of how many.
+        `states` overrides the runs' own files. While another process writes into the store nothing
+        is done (`busy`), unless `final`: then it is waited for. A run that cannot be synced is in
+        `errors`; a store that does not answer raises TrackingUnreachable. `progress` is called with
+        the number of changed runs that are done, and of all changed runs.
         """
         from filelock import Timeout
 
         sweep, states, report = sweep or InSweep(), states or {}, SyncReport()
-        if final:  # a run that failed is tried again only once it has changed, or now
+        if final:  # otherwise a run that failed is tried again only once it has changed
             for name in self._failed:
                 self._seen.pop(name, None)
         marks = {run.run_id: _mark(run, states.get(run.run_id), sweep) for run in runs}
@@ -144,10 +141,10 @@ class Syncer:
         for run in runs:
             try:
                 configs.append(self._config(run))
-            except (OSError, ValueError, TypeError):  # reported when its turn comes
+            except (OSError, ValueError, TypeError):  # _try_run reports it
                 continue
-        if len(configs) != self._varies[0]:  # a thousand runs take a while to compare
-            self._varies = (len(configs), record.varying(configs))
+        if len(configs) != self._varies[0]:  # comparing a thousand runs takes a while
+            self._varies = (len(configs), run_view.varying(configs))
         return self._varies[1]
 
     def _config(self, run: RunDir) -> RunConfig:
@@ -165,7 +162,7 @@ class Syncer:
                 self._failed.add(run.run_id)
         except Exception as error:
             if is_outage(error) or isinstance(error, MlflowException):
-                self._there.forget()  # a request may have arrived although it failed: look again
+                self._index.forget()  # a request may have arrived although it failed: look again
             if is_outage(error):
                 raise
             line = next(iter(str(error).splitlines()), "")
@@ -174,53 +171,53 @@ class Syncer:
 
     def _sync_run(self, run: RunDir, this: _Pass) -> None:
         config, files, key = self._config(run), this.files, self._store.key
-        status = this.states.get(run.run_id) or run.status()  # before the events that it is of
-        there, position = self._open(run, config, this)
-        new = record.news(run, position)
-        if new.anew:
-            self._there.remove(run, there)
-            there, position = self._open(run, config, this)
-            new = record.news(run, position)
-        self._add_evaluated(run, there, new, before=position)
+        status = this.states.get(run.run_id) or run.status()  # before its events: they may be newer
+        shown, position = self._open(run, config, this)
+        new = run_view.read_unsent(run, position)
+        if new.restarted:
+            self._index.remove(run, shown)
+            shown, position = self._open(run, config, this)
+            new = run_view.read_unsent(run, position)
+        self._add_evaluated(run, shown, new, before=position)
         tables = _with_waiting(run, new)
         if new.points:
             attempt = {"attempt": new.position.attempt, "began": new.position.began}
-            record.save(run, key, dataclasses.replace(position, sending=True, **attempt))
-        elif record.position(run, key) is None:
-            record.save(run, key, position)
-        wanted = self._wanted(run, config, status, there, new, this)
+            run_view.save_position(run, key, dataclasses.replace(position, sending=True, **attempt))
+        elif run_view.read_position(run, key) is None:
+            run_view.save_position(run, key, position)
+        wanted = self._wanted(run, config, status, shown, new, this)
         if not files.problem:
-            wanted.tags |= _listed(there, tables)
-        apply(self._client, there, wanted)
+            wanted.tags |= _listed(shown, tables)
+        apply(self._client, shown, wanted)
         if not position.described:
-            self._log_inputs(there, config)
+            self._log_inputs(shown, config)
             text = config_to_json(config)
-            described = files.text(there.run, text, "config.json", place=there.place)
+            described = files.text(shown.run, text, "config.json", place=shown.place)
             new.position.described = described
-        new.position.waiting = self._log_tables(there, tables, files)
+        new.position.waiting = self._log_tables(shown, tables, files)
         if new.position != position:
-            record.save(run, key, new.position)
-            there.last |= new.position.last
+            run_view.save_position(run, key, new.position)
+            shown.last |= new.position.last
         this.report.points += len(new.points)
         this.report.tables += len(tables) - len(new.position.waiting)
 
     def _open(self, run: RunDir, config: RunConfig, this: _Pass) -> tuple[Shown, Position]:
-        """The run in MLflow, made where there is none, and how much of the record it has."""
-        position = record.position(run, self._store.key)
-        there = self._there.find(run, position)
-        if there is None:
-            name = this.sweep.names.get(run.run_id) or record.default_name(config)
-            there = self._there.create(run, name=name)
-            position = Position(run=there.run)
+        """The run in MLflow, made if there is none, and how much of the record it has."""
+        position = run_view.read_position(run, self._store.key)
+        shown = self._index.find(run, position)
+        if shown is None:
+            name = this.sweep.names.get(run.run_id) or run_view.default_name(config)
+            shown = self._index.create(run, name=name)
+            position = Position(run=shown.run)
             this.report.created += 1
-        elif position is None or position.run != there.run:
-            attempt = int(there.tags.get("first_attempt", 0))
-            position = Position(run=there.run, attempt=attempt, last=dict(there.last))
+        elif position is None or position.run != shown.run:
+            attempt = int(shown.tags.get("first_attempt", 0))
+            position = Position(run=shown.run, attempt=attempt, last=dict(shown.last))
         elif position.sending:
-            now = shown(self._client.get_run(there.run))
+            now = Shown.of(self._client.get_run(shown.run))
             position.last = {**position.last, **now.last}
-        self._there.keep(run, there)
-        return there, position
+        self._index.keep(run, shown)
+        return shown, position
 
     # what is shown of it ------------------------------------------------------------------------
     def _wanted(
@@ -228,39 +225,39 @@ class Syncer:
         run: RunDir,
         config: RunConfig,
         status: Status | RunState,
-        there: Shown,
-        new: News,
+        shown: Shown,
+        new: Unsent,
         this: _Pass,
     ) -> Content:
         given = this.sweep.names.get(run.run_id)
-        name = given or there.name or record.default_name(config)
-        tags = record.tags(run, config, status, name=name)
+        name = given or shown.name or run_view.default_name(config)
+        tags = run_view.tags(run, config, status, name=name)
         tags["first_attempt"] = str(new.position.attempt)
         arm = tags["arm"]
-        tags["mlflow.runColor"] = this.sweep.colours.get(arm) or self._there.colour(arm)
+        tags["mlflow.runColor"] = this.sweep.colours.get(arm) or self._index.colour(arm)
         if this.sweep.parent:
             tags["mlflow.parentRunId"] = this.sweep.parent
         return Content(
             name=given,
             status=MLFLOW_STATUS[status.state],
-            ended=record.ended_ms(status, new.position),
+            ended=run_view.ended_ms(status, new.position),
             tags=tags,
-            passing=PASSING,
-            params=record.params(config, varying=this.varying),
+            removable=REMOVABLE,
+            params=run_view.params(config, varying=this.varying),
             points=new.points,
         )
 
-    def _add_evaluated(self, run: RunDir, there: Shown, new: News, *, before: Position) -> None:
-        """Add evaluations apart from training, without the points that training has shown."""
-        apart = record.evaluated(run, new.position)
+    def _add_evaluated(self, run: RunDir, shown: Shown, new: Unsent, *, before: Position) -> None:
+        """Add evaluations apart from training, without points that training has sent."""
+        apart = run_view.read_unsent_evaluations(run, new.position)
         sent = {(point.key, point.step) for point in new.points}
         for key in {point.key for point in apart.points} & set(before.last):
-            sent |= {(key, m.step) for m in self._client.get_metric_history(there.run, key)}
+            sent |= {(key, m.step) for m in self._client.get_metric_history(shown.run, key)}
         new.points += [p for p in apart.points if (p.key, p.step) not in sent]
         new.tables |= apart.tables
         new.position = apart.position
 
-    def _log_inputs(self, there: Shown, config: RunConfig) -> None:
+    def _log_inputs(self, shown: Shown, config: RunConfig) -> None:
         """What the run reads, as MLflow's datasets."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -269,66 +266,68 @@ class Syncer:
                 Dataset(name=d.name, digest=d.digest, source_type=d.source_type, source=d.source),
                 [InputTag("mlflow.data.context", d.context)],
             )
-            for d in record.datasets(config)
+            for d in run_view.datasets(config)
         ]
-        if inputs:  # those that are there already are not doubled
-            self._client.log_inputs(there.run, datasets=inputs)
+        if inputs:  # MLflow does not add those that it has
+            self._client.log_inputs(shown.run, datasets=inputs)
 
     def _log_tables(
-        self, there: Shown, tables: Mapping[str, list[dict[str, Any]]], files: Artifacts
+        self, shown: Shown, tables: Mapping[str, list[dict[str, Any]]], files: Artifacts
     ) -> list[str]:
-        """Each table as an artifact in the place of its predecessor, to which log_table appends;
-        those that are not in MLflow, of which the tag then says nothing."""
+        """Write each table as a file of the run, in place of an earlier one.
+
+        The names of those that did not reach MLflow; the tag that lists tables leaves them out.
+        """
         waiting = []
         for name, rows in tables.items():
-            text = record.table_json(rows)
-            if not files.text(there.run, text, _path(name), place=there.place):
+            text = run_view.table_json(rows)
+            if not files.text(shown.run, text, _path(name), place=shown.place):
                 waiting.append(name)
-        listed = json.loads(there.tags.get(LISTED, "[]"))
+        listed = json.loads(shown.tags.get(LISTED, "[]"))
         paths = {_path(name) for name in waiting}
         left = json.dumps([entry for entry in listed if entry["path"] not in paths])
-        if waiting and left != there.tags.get(LISTED, "[]"):
-            self._client.set_tag(there.run, LISTED, left)
-            there.tags[LISTED] = left
+        if waiting and left != shown.tags.get(LISTED, "[]"):
+            self._client.set_tag(shown.run, LISTED, left)
+            shown.tags[LISTED] = left
         return waiting
 
 
 def _mark(run: RunDir, state: RunState | None, sweep: InSweep) -> tuple[Any, ...]:
-    """Changes when the run has something new to show."""
+    """A value that changes when the run has something new to show."""
     judged = (state.state, state.reason) if state else ()
     colours = tuple(sweep.colours.items())
-    return (*record.mark(run), *judged, sweep.names.get(run.run_id), sweep.parent, colours)
+    return (*run_view.mark(run), *judged, sweep.names.get(run.run_id), sweep.parent, colours)
 
 
-def _with_waiting(run: RunDir, new: News) -> dict[str, list[dict[str, Any]]]:
-    """The new tables, and older ones that MLflow does not have yet."""
+def _with_waiting(run: RunDir, new: Unsent) -> dict[str, list[dict[str, Any]]]:
+    """The new tables, and older ones that did not reach MLflow."""
     waiting = [name for name in new.position.waiting if name not in new.tables]
-    older = record.tables(run, new.position) if waiting else {}
+    older = run_view.tables(run, new.position) if waiting else {}
     return {name: older[name] for name in waiting if name in older} | new.tables
 
 
-def _listed(there: Shown, tables: Iterable[str]) -> dict[str, str]:
+def _listed(shown: Shown, tables: Iterable[str]) -> dict[str, str]:
     """The tag that lists the run's tables for MLflow's pages, with these added."""
     if not tables:
         return {}
-    listed = json.loads(there.tags.get(LISTED, "[]"))
+    listed = json.loads(shown.tags.get(LISTED, "[]"))
     listed += [{"path": _path(name), "type": "table"} for name in tables]
     return {LISTED: json.dumps(list({entry["path"]: entry for entry in listed}.values()))}
 
 
 def _path(table: str) -> str:
-    """Of a table among the run's files."""
-    return f"tables/{record.metric_key(table)}.json"
+    """Path of a table among the run's files."""
+    return f"tables/{run_view.metric_key(table)}.json"
 
 
-class _There:
-    """The runs that a store shows, by run_id: asked once, and again after `forget`."""
+class _Index:
+    """What a store shows of each run; read once, and again after `forget`."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._client = store, store.client
         self._shown: dict[str, Shown] | None = None
         self._ids: dict[str, list[str]] = {}
-        """run_id -> all that claims to show it: restoring an experiment restores every run."""
+        """run_id -> ids of all MLflow runs of it: restoring an experiment restores deleted ones."""
         self._colours: dict[str, str] = {}
 
     def forget(self) -> None:
@@ -340,54 +339,53 @@ class _There:
         listed = self._all().get(run.run_id)
         if position is None or (listed and listed.run == position.run):
             return listed
-        try:  # made by another process since we looked, or the store was deleted
+        try:  # another process may have made it since we read, or the store was deleted
             named = self._client.get_run(position.run)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return listed
-        counts = named.data.tags.get("state") != SUPERSEDED
-        return shown(named) if named.info.lifecycle_stage == "active" and counts else listed
+        current = named.data.tags.get("state") != SUPERSEDED
+        return Shown.of(named) if named.info.lifecycle_stage == "active" and current else listed
 
     def _all(self) -> dict[str, Shown]:
-        """The oldest one counts where several claim to show a run."""
+        """run_id -> the oldest MLflow run of it."""
         if self._shown is None:
             self._shown, self._ids = {}, {}
             for run in self._store.search("tags.kind = 'run'"):
                 tags = run.data.tags
                 self._ids.setdefault(tags.get("run_id", ""), []).append(run.info.run_id)
                 if tags.get("state") != SUPERSEDED:
-                    self._shown.setdefault(tags.get("run_id", ""), shown(run))
+                    self._shown.setdefault(tags.get("run_id", ""), Shown.of(run))
                 if "arm" in tags and "mlflow.runColor" in tags:
                     self._colours.setdefault(tags["arm"], tags["mlflow.runColor"])
         return self._shown
 
     def create(self, run: RunDir, *, name: str) -> Shown:
-        # MLflow never changes a start: made while planned, a run's duration includes its wait.
+        # Of a run that has not begun it is now, for good: its duration will include its wait.
         started = next((int(event["time"] * 1000) for event in run.events()), None)
         tags = {"kind": "run", "run_id": run.run_id}
         id_ = self._store.experiment_id
-        return shown(self._client.create_run(id_, start_time=started, tags=tags, run_name=name))
+        return Shown.of(self._client.create_run(id_, start_time=started, tags=tags, run_name=name))
 
-    def keep(self, run: RunDir, there: Shown) -> None:
-        """Let this one show the run, and remove others that claim to."""
-        self._all()[run.run_id] = there
+    def keep(self, run: RunDir, shown: Shown) -> None:
+        """Remove all MLflow runs of the run but this one."""
+        self._all()[run.run_id] = shown
         for other in self._ids.pop(run.run_id, []):
-            if other != there.run:
+            if other != shown.run:
                 self._client.delete_run(other)
 
-    def remove(self, run: RunDir, there: Shown) -> None:
-        """Delete the MLflow run of a run that restarted from step 0: MLflow cannot remove points.
+    def remove(self, run: RunDir, shown: Shown) -> None:
+        """Delete the MLflow run of a run that began anew at step 0: MLflow cannot remove points.
 
-        It stays in MLflow's trash; a kill after this leaves nothing that shows the run, so that the
-        next pass makes it.
+        It stays in MLflow's trash. After a kill here the next pass finds none and makes one.
         """
-        self._client.set_tag(there.run, "state", SUPERSEDED)
-        self._client.delete_run(there.run)
+        self._client.set_tag(shown.run, "state", SUPERSEDED)
+        self._client.delete_run(shown.run)
         self._all().pop(run.run_id, None)
 
     def colour(self, arm: str) -> str:
-        """The arm's in this experiment; a new arm takes the one least used."""
+        """The arm's colour in this experiment; a new arm takes the one that is least used."""
         if arm not in self._colours:
             self._colours[arm] = least_used(self._colours.values())
         return self._colours[arm]

@@ -1,7 +1,7 @@
-"""How a sweep looks in MLflow's UI: saved views, and the links that open them.
+"""Saved views of a sweep in MLflow's UI: tables and curves, set up for it.
 
 A saved view is an experiment tag in a format internal to MLflow (3.16 and later); a test pins it.
- Without one a fresh browser shows one folded row, or ten of twelve curves. Imports no MLflow.
+Without one a fresh browser shows one folded row, or ten of twelve curves.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ TITLES = {
 """View -> title, in the order of the menu."""
 
 
-# links ------------------------------------------------------------------------------------------
 def slug(sweep: str, view: str) -> str:
     """The view's key, in the tag and in links. MLflow takes no `=` in a tag's name."""
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', sweep)}.{view}"
 
 
-# views ------------------------------------------------------------------------------------------
 def saved_views(view: SweepView, *, parent: str) -> dict[str, str]:
     """Experiment tag -> value of every saved view of the sweep with the MLflow run `parent`."""
     states = {
@@ -69,7 +67,7 @@ BY_ARM = {
 
 
 def _state(**changes: Any) -> dict[str, Any]:
-    """The UI's default state with `changes`. Any order except by creation unfolds the runs."""
+    """The UI's default state with `changes`; ordered by name, as order by creation folds runs."""
     return {
         "searchFilter": "",
         "orderByKey": "tags.`mlflow.runName`",
@@ -99,7 +97,7 @@ def _state(**changes: Any) -> dict[str, Any]:
 
 
 def _only(kind: str, parent: str) -> str:
-    # By parent: an experiment may hold several sweeps, and a run may be in more than one.
+    # An experiment may hold several sweeps.
     return f"tags.kind = '{kind}' and tags.`mlflow.parentRunId` = '{parent}'"
 
 
@@ -143,14 +141,10 @@ def _charts(
 def _arms(view: SweepView, parent: str) -> dict[str, Any]:
     shown = [f"{m}_{p}" for p in ("mean", "ci_low", "ci_high") for m in MAIN.values()]
     columns = [f"params.`{key}`" for key in axis_keys(view.arms)]
-    columns += [f"tags.`{tag}`" for tag in ("finished", *MAIN)]  # interval and all, as text
+    columns += [f"tags.`{tag}`" for tag in ("finished", *MAIN)]  # means with intervals, as text
     columns += [f"metrics.`{key}`" for key in shown]  # to sort by
     bars = [
-        {
-            "type": "BAR",
-            "metricKey": f"{metric}_mean",
-            "runsCountToCompare": 100,
-        }
+        {"type": "BAR", "metricKey": f"{metric}_mean", "runsCountToCompare": 100}
         for metric in MAIN.values()
     ]
     return _state(

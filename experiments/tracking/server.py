@@ -1,6 +1,6 @@
-"""MLflow's pages over a store: its server, lean, and links that open right in a fresh browser.
+"""MLflow's server over a store, with few processes.
 
-Not for: what the pages show (`sweeps.py`), nor the choice of the store (`sweeps/commands`).
+Not for: links into its pages (`links.py`), nor the choice of the store (`sweeps/commands/ui.py`).
 """
 
 from __future__ import annotations
@@ -15,26 +15,21 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.addresses import with_password
 from relora_core import shared, shell
 from relora_core.config import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 STOP_S = 3.0
-"""Time for pending requests; the server itself would wait for an open browser forever."""
+"""Time for pending requests; by itself the server would wait for an open browser forever."""
 
 
-# server -----------------------------------------------------------------------------------------
 class ServerFailed(RuntimeError):
-    """MLflow's server ended, or did not answer in time; one line."""
+    """MLflow's server ended, or did not answer in time; the message is one line."""
 
 
 def free_port(host: str, *, wanted: int, tries: int = 20) -> int:
-    """`wanted`, or the next free one; ConfigError where `host` is no address of this machine."""
+    """`wanted`, or the next free one; ConfigError if `host` is no address of this machine."""
     port = wanted
     for port in range(wanted, min(wanted + tries, 65536)):
         try:
@@ -57,10 +52,7 @@ def free_port(host: str, *, wanted: int, tries: int = 20) -> int:
 
 
 class Server:
-    """`mlflow server` with one worker, in a session of its own, for the body of a `with` block.
-
-    By default it would be 15 processes; this is 2, enough for a lab.
-    """
+    """`mlflow server` for the body of a `with` block, as 2 processes instead of 15."""
 
     def __init__(self, uri: str, *, host: str, port: int, log: Path) -> None:
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -72,9 +64,8 @@ class Server:
     def __enter__(self) -> Server:
         shared.make_folder(self.log.parent)
         environment = shell.outside(os.environ) | {
-            "MLFLOW_BACKEND_STORE_URI": with_password(
-                self._uri
-            ),  # a command line shows passwords to everyone
+            # Not as an argument: everyone can read command lines, and it may hold a password.
+            "MLFLOW_BACKEND_STORE_URI": with_password(self._uri),
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
@@ -112,13 +103,13 @@ class Server:
         return True
 
     def wait_ready(self, *, timeout: float = 120.0) -> None:
-        """Returns once pages can be opened; raises ServerFailed."""
+        """Wait until pages can be opened; raises ServerFailed."""
         # A proxy in the environment is for other hosts.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         until = time.monotonic() + timeout
         while time.monotonic() < until:
             if self._process.poll() is not None:
-                raise ServerFailed(self._last_word())
+                raise ServerFailed(self._why_ended())
             with contextlib.suppress(OSError), opener.open(f"{self.base}/health", timeout=5):
                 return
             time.sleep(0.1)
@@ -127,9 +118,9 @@ class Server:
     def wait(self) -> None:
         """Wait forever; raises ServerFailed when the server ends by itself."""
         self._process.wait()
-        raise ServerFailed(self._last_word())
+        raise ServerFailed(self._why_ended())
 
-    def _last_word(self) -> str:
+    def _why_ended(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = lines[-1].strip() if lines else "without a word"
+        reason = lines[-1].strip() if lines else "without a message"
         return f"MLflow's server ended: {reason[:200]} (see {self.log})"

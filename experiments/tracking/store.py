@@ -1,7 +1,7 @@
-"""Tracking stores: their addresses, their one migration, their lock, and when they do not answer.
+"""Tracking stores: opening, migrating, locking and moving them, and when they do not answer.
 
-Checking an address loads no MLflow. Not for: what is shown (`run_view.py`, `sweep_view.py`),
-nor for writing it (`content.py`).
+Loads MLflow only to connect. Not for: addresses (`experiments/addresses.py`), nor for what is
+written (`content.py`).
 """
 
 from __future__ import annotations
@@ -50,27 +50,25 @@ if TYPE_CHECKING:
 
 ARTIFACTS = {"experiments": "artifact_location", "runs": "artifact_uri"}
 ARTIFACTS |= {"logged_models": "artifact_location"}
-"""Tables of MLflow's database, and what of them says where files are."""
+"""Tables of MLflow's database -> their column with locations of files."""
 DAMAGED = re.compile(
     r"file is not a database|disk image is malformed|no such (table|column): [\w.]+|"
     r"has no column named \w+|Can't locate revision identified by '\w+'"
 )
-"""Messages on a database that is damaged, or that a newer MLflow wrote."""
+"""Messages of databases that are damaged, or that a newer MLflow wrote."""
 REFUSED = re.compile(
     r"error code (40[13])|(password authentication failed|no password supplied|Access denied for "
     r"user|Login failed for user)"
 )
 """Messages of servers and databases that refuse a login."""
 VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
-"""MLflow's own variables, used for what the config's `tracking` leaves open."""
-
-
+"""Key of `tracking` -> MLflow's own variable, which is used if the key is not set."""
 MAX_NAME = 500
 """Characters of an MLflow experiment's name."""
 
 
 class TrackingUnreachable(RuntimeError):
-    """The store does not answer, or is damaged; one line that says that nothing is lost."""
+    """The store does not answer, or is damaged; the message says that nothing is lost."""
 
     def __init__(self, uri: str, *, damage: str | None = None) -> None:
         super().__init__(
@@ -106,7 +104,7 @@ class DatabaseNotFound(TrackingUnreachable):
 
 
 class LoginRefused(TrackingUnreachable):
-    """The store answers, and wants another user or password."""
+    """The store wants another user or password."""
 
     def __init__(self, uri: str, *, reason: str) -> None:
         web = uri.startswith(("http://", "https://"))
@@ -118,10 +116,10 @@ class LoginRefused(TrackingUnreachable):
         )
 
 
-def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
+def fill_from_environment(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
     """The config, with gaps in its `tracking` filled from MLflow's environment variables.
 
-    Appends to `notes` what they set, and why the store will show nothing, if we can tell.
+    Appends to `notes` what they set, and whether the store is of another MLflow version.
     """
     tracking, lines = config.tracking, []
     if not tracking.enabled:
@@ -139,20 +137,20 @@ def settle(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
         lines.append(f"tracking.{key}={value} (the environment's {variable})")
     config = dataclasses.replace(config, tracking=tracking)
     if notes is not None:
-        lines += [line for line in (schema(sqlite_path(store_uri(config))),) if line]
+        lines += filter(None, [schema_note(sqlite_path(store_uri(config)))])
         notes += [line for line in lines if line not in notes]
     return config
 
 
-def schema(database: Path | None) -> str | None:
-    """One line where a database is of another MLflow's schema; loads no MLflow."""
+def schema_note(database: Path | None) -> str | None:
+    """A line if a database has the schema of another MLflow version; loads no MLflow."""
     if database is None or not database.is_file():
         return None
     try:
         address = f"file:{quote(str(database))}?mode=ro"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as there:
             (revision,) = there.execute("select version_num from alembic_version").fetchone()
-    except (sqlite3.Error, TypeError):  # not made yet, or damaged: its first use reports that
+    except (sqlite3.Error, TypeError):  # not made yet, or damaged: opening it reports that
         return None
     revisions, newest = _revisions()
     if not revisions or revision == newest:
@@ -168,7 +166,7 @@ def schema(database: Path | None) -> str | None:
 
 @functools.cache
 def _revisions() -> tuple[set[str], str]:
-    """The schemas that the installed MLflow knows, and its own."""
+    """All schemas that the installed MLflow can migrate, and its current one."""
     spec = importlib.util.find_spec("mlflow")
     folder = Path(spec.origin).parent if spec and spec.origin else Path()
     before: dict[str, str] = {}
@@ -182,7 +180,7 @@ def _revisions() -> tuple[set[str], str]:
 
 
 def check(config: RunConfig) -> None:
-    """ConfigError where MLflow would refuse to show a run that is tracked as `config` says."""
+    """ConfigError if MLflow would refuse the store or the experiment's name."""
     check_uri(config.tracking)
     name = experiment_name(config)
     if config.tracking.enabled and len(name) > MAX_NAME:
@@ -194,10 +192,10 @@ def check(config: RunConfig) -> None:
 
 
 def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> None:
-    """After an output folder was moved or copied: correct the paths in its own database.
+    """Correct the paths in an output folder's database after the folder was moved or copied.
 
-    MLflow stores the absolute path of each run's folder and has no call to change it. `database`:
-    a copy of the folder's own.
+    MLflow stores absolute paths of runs' folders and has no call to change them. `database`: a copy
+    of the folder's own.
     """
     folder = rooted(Path(output_dir))
     database, new = database or folder / "mlflow.db", folder / "mlartifacts"
@@ -232,11 +230,11 @@ def move_artifacts(output_dir: Path | str, *, database: Path | None = None) -> N
 
 
 _OURS = "{run} IN (SELECT run_uuid FROM tags JOIN ours USING (key, value))"
-"""Selects the folder's own runs: a copied database may hold another folder's, too."""
+"""Condition for the folder's own runs: a copied database may hold another folder's, too."""
 
 
 def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
-    """A table of the tags by which runs, and sweeps' summaries, are recognised as the folder's."""
+    """Make a table of the tags that runs, and summaries of sweeps, of this folder have."""
     db.execute("CREATE TEMP TABLE IF NOT EXISTS ours (key, value, PRIMARY KEY (key, value))")
     for key, place in (("run_id", "runs"), ("sweep", "sweeps")):
         names = [(key, path.name) for path in (folder / place).glob("*")]
@@ -244,7 +242,7 @@ def _mark_ours(db: sqlite3.Connection, folder: Path) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether both are one path, which need not exist yet: their parents are compared."""
+    """Whether both are in one folder; they themselves need not exist."""
     with contextlib.suppress(OSError):
         return one.parent.samefile(other.parent)
     return False
@@ -252,7 +250,7 @@ def _same(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def readable(uri: str, *, output_dir: Path | str) -> Iterator[str]:
-    """The store's address; if we may only read it, that of a copy made now.
+    """The store's address, or that of a copy if we may only read it.
 
     MLflow opens no database that it cannot write to.
     """
@@ -305,16 +303,16 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, *, wait_s: float) -> Iterator[None]:
-        """Excludes the other writers of this host, see `lock`.
+        """Keep other writers of this host out, see `lock`.
 
-        Raises filelock's Timeout where another one writes for longer than `wait_s`, and
-        TrackingUnreachable where the store does not answer.
+        Raises filelock's Timeout if another one writes for longer than `wait_s` seconds, and
+        TrackingUnreachable if the store does not answer.
         """
         with lock(self.uri, self.output_dir).acquire(timeout=wait_s), reachable(self.uri):
             yield
 
     def search(self, filter_string: str) -> list[Run]:
-        """Its runs, oldest first, in an order that every host sees alike."""
+        """Its runs, oldest first; the order is the same on every host."""
         token, runs = None, []
         while True:
             page = self.client.search_runs(
@@ -331,11 +329,10 @@ class Store:
 
 
 def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
-    """Create database and MLflow experiment where they are missing.
+    """Open a store; database and MLflow experiment are made if they are missing.
 
-    Safe for any number of processes of this host: MLflow's own migration of a fresh sqlite crashes
-    when two do it at once, so it runs under a file lock. Raises TrackingUnreachable, and
-    ConfigError for a database that another MLflow version wrote.
+    Under a file lock: MLflow crashes if two processes migrate one SQLite file. Raises
+    TrackingUnreachable, and ConfigError for a database of another MLflow version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -355,7 +352,7 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
         except MlflowException as error:
             if "out-of-date database schema" in str(error):
                 raise ConfigError(
-                    schema(sqlite_path(uri))
+                    schema_note(sqlite_path(uri))
                     or f"tracking.uri must hold a database of the installed MLflow's version, got "
                     f"{redacted(uri)!r}; back it up, then run `mlflow db upgrade`, or name another"
                 ) from None
@@ -364,7 +361,7 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
 
 
 def _prepare(database: Path | None) -> None:
-    """Create the file writable for the group: SQLite gives the files beside it the same mode."""
+    """Make the file writable for the group; SQLite gives the files beside it the same mode."""
     if database is None or not database.parent.is_dir():
         return
     if database.exists():
@@ -374,7 +371,7 @@ def _prepare(database: Path | None) -> None:
 
 
 def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir: Path) -> str:
-    """The id of the MLflow experiment `name`."""
+    """The id of the MLflow experiment `name`, which is made or restored if need be."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -397,7 +394,7 @@ def _ensure_experiment(client: MlflowClient, name: str, *, uri: str, output_dir:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of `uri`, with MLflow's telemetry, progress bars and chatter switched off."""
+    """A client of `uri`, with MLflow's telemetry, progress bars and messages switched off."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -414,9 +411,9 @@ def connect(uri: str) -> MlflowClient:
 
 
 def lock(uri: str, output_dir: Path) -> BaseFileLock:
-    """One writer per store and host; beside a sqlite file, which two output folders may share.
+    """The lock for writing into a store, one per host. ReadOnlyStore if we may not write.
 
-    Raises ReadOnlyStore where we cannot write.
+    It is beside a SQLite file, which two output folders may share, else in the output folder.
     """
     from filelock import FileLock
 
@@ -424,14 +421,14 @@ def lock(uri: str, output_dir: Path) -> BaseFileLock:
     path = Path(f"{database}.lock") if database else output_dir / "mlflow.lock"
     if database and (line := read_only(database)):
         raise ReadOnlyStore(line)
-    if not path.exists():  # a file that filelock makes is for us alone
+    if not path.exists():  # filelock would make it without rights for the group
         with contextlib.suppress(OSError):
             shared.touch(path)
     return FileLock(path)
 
 
 def problem(uri: str, error: Exception) -> str:
-    """One line on anything that keeps a store from being up to date."""
+    """One line on an error that keeps a store from being up to date."""
     if isinstance(error, (TrackingUnreachable, ConfigError)):
         return str(error)
     line = next(iter(str(error).splitlines()), "")
@@ -444,7 +441,7 @@ def problem(uri: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def reachable(uri: str) -> Iterator[None]:
-    """Turns a store that does not answer into TrackingUnreachable; its password is not shown."""
+    """Turn errors of a store that does not answer into TrackingUnreachable, without passwords."""
     try:
         yield
     except Exception as error:
@@ -461,7 +458,7 @@ def reachable(uri: str) -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Why a login was refused, briefly; None if it was not."""
+    """Why a login was refused, in a few words; None if it was not."""
     codes = {"UNAUTHENTICATED": "401", "PERMISSION_DENIED": "403"}
     if code := codes.get(getattr(error, "error_code", "")):
         return code
@@ -470,7 +467,7 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the store is to blame, so that trying again later may help."""
+    """Whether the store failed, so that trying again later may help."""
     from filelock import Timeout
     from requests import RequestException
     from sqlalchemy.exc import OperationalError

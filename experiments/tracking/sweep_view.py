@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.stats import Interval, mean_interval
-
-if TYPE_CHECKING:
-    pass
-
 
 NOT_AVERAGED = ("train/lr", "train/grad_norm", "restart/", "perf/tokens_per_s")
 
@@ -36,7 +31,7 @@ class ArmView:
     arm_id: str
     name: str
     axes: dict[str, str]
-    """What varies in the sweep, without the seed: key -> value."""
+    """Key -> value of what varies in the sweep, without the seed."""
     colour: str
     """`#rrggbb`"""
     runs: list[RunView]
@@ -48,7 +43,7 @@ class ArmView:
 
 @dataclass(kw_only=True, slots=True)
 class SweepView:
-    """A plan, and how its runs stand."""
+    """A plan, and the states of its runs."""
 
     name: str
     question: str | None = None
@@ -65,7 +60,7 @@ class SweepView:
 
 
 def summary(arm: ArmView) -> dict[str, Interval]:
-    """Metric -> mean over the finished runs, of metrics that all of them have as finite numbers."""
+    """Metric -> mean over the finished runs, if it is a finite number in all of them."""
     done = [run.metrics for run in arm.runs if run.state.state is State.FINISHED]
     keys = [key for key in (done[0] if done else {}) if not key.startswith(NOT_AVERAGED)]
     complete = [k for k in keys if all(math.isfinite(m.get(k, math.nan)) for m in done)]

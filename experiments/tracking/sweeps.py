@@ -1,7 +1,6 @@
 """A sweep in MLflow: its parent run, a summary run for each arm, its note and its saved views.
 
-It is all derived: looked up by tags, refreshed or made anew, never read back. Not for: the runs
-themselves (`runs.py`), nor for reading plans (`tracker.py`).
+Not for: the runs themselves (`runs.py`), nor for reading plans (`tracker.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from experiments.disk.states import State
 from experiments.stats import Interval
 from experiments.tracking import note, saved_views
 from experiments.tracking.artifacts import Artifacts
-from experiments.tracking.content import Content, Shown, apply, differences, shown
+from experiments.tracking.content import Content, Shown, apply, differences
 from experiments.tracking.note import significant
-from experiments.tracking.run_view import MAX_PARAM, MAX_TAG
+from experiments.tracking.run_view import MAX_PARAM, MAX_TAG, table_json
 from experiments.tracking.store import Store, is_outage
 from experiments.tracking.sweep_view import ArmView, SweepView, summary
 
@@ -30,19 +29,17 @@ Summaries = Mapping[str, Mapping[str, Interval]]
 
 
 def parent_run(store: Store, view: SweepView, *, wait_s: float) -> str:
-    """MLflow's id of the sweep's parent run, which is made where there is none.
+    """MLflow's id of the sweep's parent run, made if there is none; `update` fills it.
 
-    Made before the runs, so that they can be nested; `update` fills it.
+    It is made before the runs, so that they can be nested.
     """
     with store.writing(wait_s=wait_s):
         return _parent(store, view).run
 
 
 def update(store: Store, view: SweepView, *, wait_s: float) -> tuple[str, str | None]:
-    """Show the sweep as it is now; MLflow's id of its parent run, and a line where files of it are
-    not where MLflow shows them. Repeating it changes nothing.
-
-    Raises what `Store.writing` does.
+    """Show the sweep as it is now. MLflow's id of its parent run, and a line if files of it did not
+    reach MLflow. Raises what `Store.writing` does.
     """
     with store.writing(wait_s=wait_s):
         files, parent = Artifacts(store), _parent(store, view)
@@ -62,12 +59,13 @@ def update(store: Store, view: SweepView, *, wait_s: float) -> tuple[str, str | 
 
 
 SHOWN = (".png", ".svg", ".html", ".csv", ".json", ".yaml", ".md", ".parquet")
-"""Files of a report or a search that are worth a look in MLflow."""
+"""Files of a report or a search that are shown in MLflow."""
 
 
 def attach(store: Store, parent: str, folder: Path, *, wait_s: float) -> str | None:
-    """Put what reports and searches have left in the sweep's `folder` on its parent run, where it
-    has changed since; a line where MLflow cannot show it.
+    """Add changed files of reports and searches in the sweep's `folder` to its parent run.
+
+    A line if they did not reach MLflow.
     """
     problem = None
     for place in ("study", "report"):
@@ -79,17 +77,17 @@ def attach(store: Store, parent: str, folder: Path, *, wait_s: float) -> str | N
         with store.writing(wait_s=wait_s):
             if store.client.get_run(parent).data.tags.get(f"files.{place}") == digest:
                 continue
-            there = Artifacts(store)
+            artifacts = Artifacts(store)
             for file in files:
-                there.file(parent, file, str(file.parent.relative_to(folder)))
-            if there.problem is None:
+                artifacts.file(parent, file, str(file.parent.relative_to(folder)))
+            if artifacts.problem is None:
                 store.client.set_tag(parent, f"files.{place}", digest)
-            problem = problem or there.problem
+            problem = problem or artifacts.problem
     return problem
 
 
 def mlflow_status(states: Sequence[RunState]) -> str:
-    """MLflow's status for several runs: that of unfinished ones first, then the worst."""
+    """MLflow's status for several runs: that of runs in flight, else the worst."""
     present = {state.state for state in states}
     if State.RUNNING in present:
         return "RUNNING"
@@ -100,9 +98,9 @@ def mlflow_status(states: Sequence[RunState]) -> str:
     return "KILLED" if State.CANCELLED in present else "FINISHED"
 
 
-# the runs that stand for it; the caller has the store to itself -----------------------------------
+# its runs; the caller has locked the store --------------------------------------------------------
 def _parent(store: Store, view: SweepView) -> Shown:
-    """The oldest run that says it is this sweep; others, of another host, are removed."""
+    """The sweep's parent run; of several, made by several hosts, all but the oldest are removed."""
     runs = _search(store, view, "sweep")
     for run in runs[1:]:
         store.client.delete_run(run.run)
@@ -112,24 +110,24 @@ def _parent(store: Store, view: SweepView) -> Shown:
 
 def _search(store: Store, view: SweepView, kind: str) -> list[Shown]:
     runs = store.search(f"tags.kind = '{kind}' and tags.sweep = '{view.name}'")
-    return [shown(run) for run in runs]
+    return [Shown.of(run) for run in runs]
 
 
 def _create(store: Store, name: str, tags: dict[str, str], *, start: int | None) -> Shown:
     id_ = store.experiment_id
-    return shown(store.client.create_run(id_, start_time=start, tags=tags, run_name=name))
+    return Shown.of(store.client.create_run(id_, start_time=start, tags=tags, run_name=name))
 
 
 def _show_arms(store: Store, view: SweepView, parent: Shown, summaries: Summaries) -> list[str]:
     """A run for each arm, nested under `parent`; their ids in the view's order."""
-    there: dict[str, Shown] = {}
+    by_arm: dict[str, Shown] = {}
     arm_ids = {arm.arm_id for arm in view.arms}
     for run in _search(store, view, "arm"):
         arm_id = run.tags.get("arm", "")
-        if arm_id not in arm_ids or arm_id in there:
+        if arm_id not in arm_ids or arm_id in by_arm:
             store.client.delete_run(run.run)
         else:
-            there[arm_id] = run
+            by_arm[arm_id] = run
     ids = []
     for arm in view.arms:
         means = summaries[arm.arm_id]
@@ -139,7 +137,7 @@ def _show_arms(store: Store, view: SweepView, parent: Shown, summaries: Summarie
             "mlflow.runColor": arm.colour,
             "mlflow.parentRunId": parent.run,
         }
-        run = there.get(arm.arm_id) or _create(store, _arm_name(arm), tags, start=None)
+        run = by_arm.get(arm.arm_id) or _create(store, _arm_name(arm), tags, start=None)
         apply(store.client, run, _arm_content(arm, run, means, tags=tags))
         ids.append(run.run)
     return ids
@@ -195,7 +193,7 @@ def _arm_metrics(arm: ArmView, means: Mapping[str, Interval]) -> dict[str, float
     if means:
         metrics["n"] = float(arm.finished)
     metrics |= {"n_finished": float(arm.finished), "n_planned": float(len(arm.runs))}
-    # MLflow's params are strings: sorted and plotted as numbers only where they are metrics.
+    # As metrics, too: MLflow's params are strings, which it cannot sort or plot as numbers.
     for key, value in arm.axes.items():
         if (number := _number(value)) is not None:
             metrics[f"axis/{key.replace('.', '_')}"] = number
@@ -229,9 +227,9 @@ def _content(
     return Content(
         name=name,
         status=mlflow_status(states),
-        ended=max(newest, run.started),  # a summary may be made after its runs
+        ended=max(newest, run.started),  # a summary may be made after its runs have ended
         tags=tags,
-        passing=tuple(saved_views.MAIN),  # the text of a mean that no longer exists
+        removable=tuple(saved_views.MAIN),  # the text of a mean that no longer exists
         params=params or {},
         points=differences(run, metrics, step=step),
     )
@@ -240,15 +238,15 @@ def _content(
 def _show_table(
     store: Store, view: SweepView, parent: Shown, summaries: Summaries, files: Artifacts
 ) -> None:
-    columns, rows = note.table(view, summaries)
-    text = note.table_json(columns, rows)
+    rows = note.table(view, summaries)
+    text = table_json(rows)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if parent.tags.get("table") == digest:
         return
     path = "tables/arms.json"
-    there = files.text(parent.run, text, path)
-    there &= files.text(parent.run, note.table_csv(columns, rows), "arms.csv")
-    if not there:
+    arrived = files.text(parent.run, text, path)
+    arrived &= files.text(parent.run, note.table_csv(rows), "arms.csv")
+    if not arrived:
         return
     listed = json.dumps([{"path": path, "type": "table"}])
     store.client.set_tag(parent.run, "mlflow.loggedArtifacts", listed)
@@ -256,9 +254,9 @@ def _show_table(
 
 
 def _show_experiment(store: Store, view: SweepView, parent: Shown) -> None:
-    """Saved views, and a note where the experiment is this sweep's alone.
+    """Write the saved views, and a note if the experiment is this sweep's alone.
 
-    The format of views is internal to MLflow: nothing else may depend on writing them.
+    A failure is only logged: the format of views is internal to MLflow.
     """
     try:
         experiment = store.client.get_experiment(store.experiment_id)

@@ -1,7 +1,7 @@
-"""The one way to bring MLflow up to date: plans and records -> sweeps, arms and runs in stores.
+"""Brings MLflow up to date from plans and records: sweeps, arms and runs, in all their stores.
 
-`sync`, `watch` and both launchers go through it, so all of them show the same. Not for: how any of
-it looks in MLflow (`runs.py`, `sweeps.py`), nor for what is true of a run (`disk/state.py`).
+`sync`, `watch` and both launchers use it. Not for: how any of it looks in MLflow (`runs.py`,
+`sweeps.py`), nor for what is true of a run (`disk/state.py`).
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments import colours
+from experiments.addresses import default_uri, redacted
+from experiments.disk.evaluations import all_metrics
 from experiments.disk.output_dir import all_runs, plan_folder
 from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweeps, single_run
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.labels import KEYS, spell
+from experiments.tracking import store as mlflow_store
+from experiments.tracking.runs import WAIT_S, InSweep, Syncer, SyncReport
+from experiments.tracking.store import Store
+from experiments.tracking.sweep_view import ArmView, RunView, SweepView
 from relora_core import shared
 
-if TYPE_CHECKING:
-    from experiments.tracking.runs import Syncer, SyncReport
-    from experiments.tracking.store import Store
-    from experiments.tracking.sweep_view import ArmView, SweepView
-
 Survey = Callable[[list[RunDir]], Mapping[str, RunState]]
-"""Finds the states of runs, by run_id; a caller with a scheduler asks that, too."""
+"""Returns the states of runs, by run_id; a caller with a scheduler asks it, too."""
 Progress = Callable[[str, int, int], None]
 BUSY_S = 5.0
-"""Longest wait of a pass that is not final for another process at the same store."""
+"""Longest wait for another process that writes into the store, unless the pass is final."""
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 MAX_DIGITS = 12
-"""A longer decimal fraction is left in scientific notation."""
+"""Numbers with more decimals stay in scientific notation."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """Runs of one sweep, or of none, that go to one place."""
+    """Runs of one sweep, or of none, that go to one MLflow experiment of one store."""
 
     uri: str
     experiment: str
@@ -51,7 +51,7 @@ class Group:
 
 @dataclass(kw_only=True, slots=True)
 class Pass:
-    """What came of bringing one group up to date."""
+    """What bringing one group up to date has done."""
 
     uri: str
     experiment: str
@@ -66,13 +66,13 @@ class Pass:
     """MLflow's id of the sweep's parent run."""
     report: SyncReport | None = None
     problem: str | None = None
-    """One line where something was not synced."""
+    """A line if something was not synced."""
     files: str | None = None
-    """One line where files of runs are not where MLflow shows them; all else was synced."""
+    """A line if files of runs did not reach MLflow; all else was synced."""
 
 
 class Tracker:
-    """Brings MLflow up to date, repeatedly: it remembers what was shown, and sends what is new.
+    """Brings MLflow up to date, repeatedly: only what is new since the last pass is sent.
 
     `tracking_uri` takes the place of the runs' own stores; without `servers` only local stores are
     written to.
@@ -101,10 +101,11 @@ class Tracker:
         final: bool = False,
         progress: Progress | None = None,
     ) -> list[Pass]:
-        """One pass over each place. Whatever a store says is a `problem`, not an error.
+        """One pass over each group; errors of a store become the `problem` of a pass.
 
-        `states` spares asking the scheduler; `final` awaits another process that is at a store.
-        `progress` hears the MLflow experiment, how many of its runs are done, and of how many.
+        `states` spares asking the scheduler; `final` waits for other processes that write into a
+        store. `progress` is called with the MLflow experiment, the number of its runs that are
+        done, and of all its runs.
         """
         groups = self._groups(sweeps)
         runs = {run.run_id: run.dir for group in groups for run in group.members}
@@ -133,8 +134,6 @@ class Tracker:
         *,
         sweep: SweepRecord | None,
     ) -> None:
-        from experiments.addresses import default_uri
-
         for run in runs:
             place = run.place()
             uri = self.tracking_uri or place.uri or default_uri(self.output_dir)
@@ -157,8 +156,6 @@ class Tracker:
     ) -> Pass:
         from filelock import Timeout
 
-        from experiments.tracking import store
-
         view = sweep_view(group, states) if group.sweep else None
         done = Pass(
             uri=group.uri,
@@ -173,7 +170,7 @@ class Tracker:
             done.problem = "tracking: another sync holds the store, the next pass tries again"
         except Exception as error:  # whatever it is: the runs are on disk, a later sync can succeed
             self._log()
-            done.problem = store.problem(group.uri, error)
+            done.problem = mlflow_store.problem(group.uri, error)
         if done.report and done.report.errors:
             run_id, line = next(iter(done.report.errors.items()))
             count = f"{len(done.report.errors)} of {len(group.members)} runs not synced"
@@ -181,8 +178,6 @@ class Tracker:
         return done
 
     def _log(self) -> None:
-        from experiments.addresses import redacted
-
         with contextlib.suppress(OSError):
             path = self.output_dir / "logs" / "mlflow-sync.log"
             shared.make_folder(path.parent)
@@ -199,8 +194,7 @@ class Tracker:
         final: bool,
         progress: Progress | None,
     ) -> None:
-        from experiments.tracking import sweeps
-        from experiments.tracking.runs import WAIT_S, InSweep
+        from experiments.tracking import sweeps  # numpy, which launchers need not load to start
 
         store, wait_s = self._store(group), WAIT_S if final else BUSY_S
         before = self._remembered(done, store)
@@ -223,18 +217,14 @@ class Tracker:
             self._update(store, view, done, before, wait_s=wait_s)
 
     def _store(self, group: Group) -> Store:
-        from experiments.tracking import store
-
         place = (group.uri, group.experiment)
         if place not in self._stores:
-            self._stores[place] = store.open_store(
+            self._stores[place] = mlflow_store.open_store(
                 group.uri, experiment=group.experiment, output_dir=self.output_dir
             )
         return self._stores[place]
 
     def _remembered(self, done: Pass, store: Store) -> _Before:
-        from experiments.tracking.runs import Syncer
-
         key = (done.uri, done.experiment, done.sweep)
         if key not in self._before:
             self._before[key] = _Before(syncer=Syncer(store))
@@ -243,8 +233,8 @@ class Tracker:
     def _update(
         self, store: Store, view: SweepView, done: Pass, before: _Before, *, wait_s: float
     ) -> None:
-        """Arms, note and views, where they have changed since we showed them."""
-        from experiments.tracking import sweeps
+        """Show arms, note and views if they have changed since we did; and files of the sweep."""
+        from experiments.tracking import sweeps  # numpy
 
         now = _fingerprint(view)
         if before.fingerprint != now:
@@ -273,7 +263,7 @@ class _Before:
 
 
 def _fingerprint(view: SweepView) -> str:
-    """Changes when the sweep's summary does; a running run's step does not count."""
+    """A value that changes when the sweep's summary does; steps of running runs do not count."""
     runs = [
         (run.run_id, run.name, run.state.state, run.state.reason, run.metrics)
         for arm in view.arms
@@ -285,8 +275,6 @@ def _fingerprint(view: SweepView) -> str:
 # views ------------------------------------------------------------------------------------------
 def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
     """The group's part of its sweep, arms in the order of their names."""
-    from experiments.tracking.sweep_view import RunView, SweepView
-
     sweep = group.sweep
     assert sweep is not None
     looks = colours.looks(sweep.runs)
@@ -314,9 +302,7 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
 
 
 def _metrics(run: RunDir) -> dict[str, float]:
-    """The run's final numbers; none where its files are damaged, so that its arm shows no mean."""
-    from experiments.disk.evaluations import all_metrics
-
+    """The run's final numbers; none if its files are damaged, so that its arm shows no mean."""
     try:
         return all_metrics(run)
     except (OSError, ValueError, KeyError):
@@ -324,8 +310,6 @@ def _metrics(run: RunDir) -> dict[str, float]:
 
 
 def _arm(run: PlannedRun, axes: Mapping[str, str], *, colour: str) -> ArmView:
-    from experiments.tracking.sweep_view import ArmView
-
     return ArmView(
         arm_id=run.arm_id,
         name=spell(_seedless(axes)) or run.experiment,
@@ -340,7 +324,7 @@ def _seedless(axes: Mapping[str, str]) -> dict[str, str]:
 
 
 def display_axes(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The axes with their numbers padded, so that their order is that of the numbers: `r=08`."""
+    """The axes with zero-padded numbers, `r=08`, which MLflow then sorts as numbers."""
     values: dict[str, set[str]] = {}
     for axes in rows:
         for key, value in axes.items():
@@ -352,7 +336,7 @@ def display_axes(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 def _padded(texts: Iterable[str]) -> dict[str, str]:
     """Numbers among `texts` -> the same with leading zeros, and without exponents."""
     plain = {text: f"{Decimal(text):f}" for text in texts if NUMBER.fullmatch(text)}
-    if len({Decimal(text) for text in plain}) < len(plain):  # `08` and `8`, of paths or labels
+    if len({Decimal(text) for text in plain}) < len(plain):  # both `08` and `8` as paths or labels
         return {}
     if any(len(text.partition(".")[2]) > MAX_DIGITS for text in plain.values()):
         return {}

@@ -14,7 +14,7 @@ import torch
 from experiments.disk.output_dir import all_runs
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
-from experiments.tracking.run_view import Position, news
+from experiments.tracking.run_view import Position, read_unsent
 from relora_core import checkpoint
 from sweeps.retention import Policy, judge
 from tests.faults.inject import Runner, runner, small_run
@@ -76,7 +76,7 @@ def record(run: RunDir) -> dict[tuple[str, int, str], Any]:
 def points(run: RunDir) -> dict[tuple[str, int], float]:
     """(metric, step) -> value, as MLflow is told: each once."""
     found: dict[tuple[str, int], float] = {}
-    for point in news(run, Position(run="-")).points:
+    for point in read_unsent(run, Position(run="-")).points:
         if not point.key.startswith("perf/") and point.key != "train/gpu_hours":
             assert (point.key, point.step) not in found
             found[point.key, point.step] = point.value

@@ -84,7 +84,7 @@ def test_a_kill_between_batch_and_position_sends_no_point_twice(
     train(run, attempt=1, start=0, stop=20)
     store.sync(run)
     train(run, attempt=2, start=20, stop=60)
-    save = run_view.save
+    save = run_view.save_position
 
     def killed(run: RunDir, key: str, position: Any) -> None:
         if not position.sending:
@@ -92,7 +92,7 @@ def test_a_kill_between_batch_and_position_sends_no_point_twice(
         save(run, key, position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_view, "save", killed)
+        patch.setattr(run_view, "save_position", killed)
         with pytest.raises(Killed):
             store.sync(run)
     assert store.points(run) == expected(run)  # the batch did arrive

@@ -317,7 +317,7 @@ def settled(**tracking: Any) -> tuple[TrackingConfig, list[str]]:
     config, notes = a_config(), []
     config.tracking = TrackingConfig(**{"enabled": True, **tracking})
     for _ in range(2):
-        shown = mlflow_store.settle(config, notes=notes).tracking
+        shown = mlflow_store.fill_from_environment(config, notes=notes).tracking
     assert config.tracking == TrackingConfig(**{"enabled": True, **tracking})
     return shown, notes
 
