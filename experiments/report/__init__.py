@@ -1,11 +1,11 @@
 """A sweep's report: data, statistics, tables, page.
 
 figures/        The pictures of a report
-gather.py       reading them from the records
 data.py         a sweep's runs as tidy data
+gather.py       reads that from plan and records
 tables.py       tables: means, comparisons, restarts, cost
 blimp.py        tables of BLiMP
-blimp_tests.py  BLiMP: the paper's test, and tests that respect its structure
+blimp_tests.py  tests of BLiMP: the paper's own, and those that account for paradigms and seeds
 page.py         the report as a whole
 compare.py      two sweeps, arm by arm
 document.py     sections, tables and pictures as HTML, Markdown and CSV

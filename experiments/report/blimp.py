@@ -7,22 +7,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
+from experiments.report.blimp_tests import blimp_tests
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Bullets, Table
-from experiments.report.tables import Pair, _row, _sides, between, mean_cell, p_value, value_text
+from experiments.report.tables import (
+    Pair,
+    between,
+    mean_cell,
+    mean_row,
+    p_value,
+    title_end,
+    value_text,
+)
 from experiments.stats import interval
 from relora_core.evals.blimp import ACCURACY
 
 VARIANTS = ("no_bos", "eos_prefix")
 
 
-# BLiMP ------------------------------------------------------------------------------------------
 def blimp(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
-    """By phenomenon, and every test of each pair with what it assumes."""
-    blocks: list[Block] = []
-    for variant in VARIANTS:
-        if table := _phenomena(sweep, variant):
-            blocks.append(table)
+    """Accuracies by phenomenon, and every test of each pair with what it assumes."""
+    blocks: list[Block] = [table for v in VARIANTS if (table := _phenomena(sweep, v))]
     assumed: dict[str, str] = {}
     tests = [table for v in VARIANTS if (table := _tests(pairs, v, assumed))]
     if tests:
@@ -48,7 +53,7 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
             values = list(arm.values(name).values())
             estimate = interval(values, scale="linear") if values else None
             cells.append(mean_cell(estimate, text, expected=len(arm.finished)))
-            data.append(_row(arm, metric, estimate) | {"phenomenon": name.removeprefix(prefix)})
+            data.append(mean_row(arm, metric, estimate) | {"phenomenon": name.removeprefix(prefix)})
         rows.append([name.removeprefix(prefix).replace("_", " "), *cells])
     return Table(
         name=f"blimp_{variant}_phenomena",
@@ -62,9 +67,7 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
 
 
 def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Table | None:
-    from experiments.report.blimp_tests import blimp_tests
-
-    against_what, one = _sides(pairs)
+    against_what, one = title_end(pairs)
     rows, data = [], []
     for arm, reference in pairs:
         own, other = _paradigms(arm, variant), _paradigms(reference, variant)

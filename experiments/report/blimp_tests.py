@@ -1,6 +1,6 @@
 """Tests of two arms' BLiMP accuracies, each with what it assumes.
 
-The paper's own test, and tests that know of paradigms and seeds. Not for: scoring sentences
+The paper's own test, and tests that account for paradigms and seeds. Not for: scoring sentences
 (`relora_core/evals/blimp.py`), nor other metrics (`stats.py`).
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.report.document import plural
 from experiments.stats import CONFIDENCE, ROUNDING, bootstrap_interval, compare, t_test
 
 if TYPE_CHECKING:
@@ -32,15 +33,15 @@ class BlimpTest:
     unit: str
     """What counts as an independent observation."""
     n: int
-    """Number of units; of sentence pairs those of one model."""
+    """Number of units, of one model if they are sentence pairs."""
     difference: float | None = None
     low: float | None = None
-    """95 %, two-sided; None where there is no interval or the test cannot be made."""
+    """95 %, two-sided; None, as the following, if the test has none or cannot be made."""
     high: float | None = None
     statistic: float | None = None
     p: float | None = None
     side: Literal["smaller", "two-sided"] = "two-sided"
-    """The alternative that `p` is for; `smaller`: the arm's accuracy is."""
+    """The alternative hypothesis; `smaller`: the arm's accuracy is smaller."""
     note: str = ""
     """What was left out, averaged or is missing."""
     assumes: str
@@ -49,8 +50,8 @@ class BlimpTest:
 def blimp_tests(arm: Runs, reference: Runs, *, pairs: int = PAIRS) -> list[BlimpTest]:
     """Every test that the two arms' seeds and paradigms allow, the paper's first.
 
-    `pairs` is the number of sentence pairs scored per paradigm. An empty list where no paradigm has
-    an accuracy in both arms.
+    `pairs` is the number of sentence pairs scored per paradigm. Empty if no paradigm has an
+    accuracy in both arms.
     """
     scores = _align(arm, reference)
     if scores is None:
@@ -156,11 +157,11 @@ def crossed_test(differences: np.ndarray) -> BlimpTest:
     return replace(test, statistic=float(mean) / se, low=low, high=high, p=p)
 
 
-# how --------------------------------------------------------------------------------------------
+# the arms' accuracies ---------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class _Scores:
     arm: np.ndarray
-    """(seeds, paradigms) of the seeds and paradigms that can be compared."""
+    """(seeds, paradigms) that can be compared."""
     reference: np.ndarray
     paired: bool
     averaged: str = ""
@@ -168,7 +169,7 @@ class _Scores:
 
 
 def _align(arm: Runs, reference: Runs) -> _Scores | None:
-    """Common seeds, or all where there are none, and the paradigms that all those runs have."""
+    """The common seeds, else all seeds, and the paradigms that all of those runs have."""
     import numpy as np
 
     a, b = _scored(arm), _scored(reference)
@@ -191,9 +192,9 @@ def _align(arm: Runs, reference: Runs) -> _Scores | None:
         scores.averaged = f"accuracies averaged over {len(seeds_a)} and {len(seeds_b)} seeds first"
     unused = len(arm) - len(seeds_a) + len(reference) - len(seeds_b)
     if unused:
-        scores.notes.append(f"{_count(unused, 'run')} left out: no common seed, or no accuracies")
+        scores.notes.append(f"{plural(unused, 'run')} left out: no common seed, or no accuracies")
     if len(everything) > len(k):
-        scores.notes.append(f"{_count(len(everything) - len(k), 'paradigm')} left out: not in all")
+        scores.notes.append(f"{plural(len(everything) - len(k), 'paradigm')} left out: not in all")
     return scores
 
 
@@ -209,12 +210,8 @@ def _scored(runs: Runs) -> dict[int, dict[str, float]]:
     return {seed: run for seed, run in accuracies.items() if run}
 
 
-def _count(n: int, of: str) -> str:
-    return f"{n} {of}{'s' * (n != 1)}"
-
-
 def _seed_test(scores: _Scores) -> BlimpTest:
-    """Mean over paradigms of each seed, then a t-test over the seeds."""
+    """A t-test over the seeds' means over paradigms."""
     own, other = scores.arm.mean(axis=1).tolist(), scores.reference.mean(axis=1).tolist()
     start = 0 if scores.paired else len(own)
     comparison = compare(dict(enumerate(own)), dict(enumerate(other, start=start)))

@@ -2,8 +2,8 @@
 
     output_dir/sweeps/<first>/report/compare-<second>/   laid out as a report
 
-Arms are matched by arm_id; where settings were changed by name. Not for: arms of one sweep, which
-are compared in its report.
+Arms are matched by arm_id, or by name if their settings were changed. Not for: comparing arms of
+one sweep, as its report does.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ class Matched:
     by_name: list[str]
     """Names of pairs with different settings."""
     alone: list[list[str]]
-    """Names of arms that only the first, only the second has."""
+    """Names of arms that only the first has, and of those that only the second has."""
     same_runs: list[str] = field(default_factory=list)
     """Names of arms whose runs are in both sweeps."""
 
 
 def write(first: tuple[Path, str], second: tuple[Path, str], *, output: Path | None = None) -> Path:
-    """Write the comparison, second minus first, each (output_dir, sweep); its HTML page's path."""
+    """Write the comparison, second minus first, and return the path of its HTML page.
+
+    Both are (output_dir, sweep).
+    """
     if (first[0].resolve(), first[1]) == (second[0].resolve(), second[1]):
         raise ConfigError(f"SWEEP SWEEP must be two sweeps, got {first[1]!r} twice")
     one, two = (gather.gather(output_dir, name) for output_dir, name in (first, second))
@@ -143,7 +146,14 @@ def _settings(matched: Matched) -> list[Block]:
         new, old = (data.settings(a.runs[0].config) for a in (arm, other))
         for key in dict.fromkeys([*old, *new]):
             if old.get(key) != new.get(key):
-                rows.append([arm.name, key, page.text(old.get(key)), page.text(new.get(key))])
+                rows.append(
+                    [
+                        arm.name,
+                        key,
+                        page.setting_text(old.get(key)),
+                        page.setting_text(new.get(key)),
+                    ]
+                )
     if not rows:
         return []
     columns = ["arm", "setting", "first", "second"]
@@ -171,7 +181,7 @@ def _code(sweeps: Sequence[Sweep]) -> list[Block]:
 
 def _figures(figures: Any, matched: Matched, first: str, folder: Path) -> Sequence[Any]:
     """The forest plot; every reference has the name of the first sweep."""
-    from experiments.report.figures import canvas
+    from experiments.report.figures import canvas  # matplotlib, see page.draw
 
     pairs = [(arm, replace(other, name=first, arm_id=first)) for arm, other in matched.pairs]
     draw = partial(figures.differences, pairs)

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from experiments.disk.states import State
 from experiments.identity import scientific
 from relora_core.config import RunConfig, get
+from relora_core.data import grammar
 
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
 """Settings that are listed first, whether part of the identity or not."""
 
 
 class Point(NamedTuple):
-    """One value of a curve, at a place on each of the axes that a curve can be drawn against."""
+    """A value of a curve, and its place on each axis that a curve can be drawn against."""
 
     step: int
     tokens: int
@@ -30,10 +31,10 @@ class Point(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Cost:
-    """What a run took."""
+    """What a run has cost."""
 
     gpu_hours: float = 0.0
-    """Training alone, as its result counts: what was lost to kills is left out. CPUs count too."""
+    """Of training, without evals and work that was lost to kills. CPUs count, too."""
     all_hours: float = 0.0
     """All attempts from first to last event, times processes: evals and lost work included."""
     tokens: int = 0
@@ -67,7 +68,7 @@ class RunData:
     step: int = 0
     config: RunConfig
     metrics: dict[str, float] = field(default_factory=dict)
-    """Final numbers; empty until it has ended. Those of a diverged run are from where it ended."""
+    """Final numbers; empty until it has ended. Of a diverged run those of the step it ended at."""
     loss_steps: int = 0
     """Updates that the final train/loss is a mean over."""
     curves: dict[str, list[Point]] = field(default_factory=dict)
@@ -77,11 +78,11 @@ class RunData:
     restarts: list[int] = field(default_factory=list)
     """Steps at which it restarted."""
     notes: list[str] = field(default_factory=list)
-    """Notes of its attempts on the data they read, each once."""
+    """Its attempts' notes on the data they read, each once."""
     cost: Cost = field(default_factory=Cost)
     attempts: list[Attempt] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    """Sections (`data`, `eval.blimp`) that had changed, which the user accepted."""
+    """Sections (`data`, `eval.blimp`) with changes that the user accepted."""
 
     @property
     def finished(self) -> bool:
@@ -103,7 +104,7 @@ class Arm:
     """`#rrggbb`, in MLflow, too (`experiments/colours.py`)."""
     style: str = "-"
     settings: dict[str, Any] = field(default_factory=dict)
-    """Key -> value of what varies in the sweep and applies to the arm; without the seed."""
+    """Key -> value of settings that vary in the sweep and apply to the arm, without the seed."""
     runs: list[RunData] = field(default_factory=list)
 
     @property
@@ -113,8 +114,7 @@ class Arm:
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> final value of the finished runs that have the metric; nan for diverged ones.
 
-        Empty where no run has it, so that nan says that a value was lost, and not that none was
-        measured.
+        Empty if no run has it: nan means that a value was lost, not that none was measured.
         """
         by_seed = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
         lost = {run.seed: math.nan for run in self.runs if run.state == State.DIVERGED}
@@ -123,7 +123,7 @@ class Arm:
 
 @dataclass(kw_only=True, slots=True)
 class Sweep:
-    """A plan and all recorded facts of its runs."""
+    """A plan and the data of its runs."""
 
     name: str
     question: str | None = None
@@ -146,7 +146,7 @@ class Sweep:
 
     @property
     def varies(self) -> dict[str, list[Any]]:
-        """Key -> its values, of what differs between arms; the seed comes last, if it varies."""
+        """Key -> values of settings that differ between arms; the seed comes last, if it varies."""
         varied: dict[str, list[Any]] = {}
         for arm in self.arms:
             for key, value in arm.settings.items():
@@ -158,7 +158,7 @@ class Sweep:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """Key -> value of the settings that all runs share to which they apply."""
+        """Key -> value of the settings that are the same in all runs that they apply to."""
         shared: dict[str, Any] = {}
         for arm in self.arms:
             shared |= settings(arm.runs[0].config) if arm.runs else {}
@@ -166,12 +166,12 @@ class Sweep:
         return {key: value for key, value in shared.items() if key not in varies}
 
     def metrics(self) -> list[str]:
-        """Names of the finished runs' numbers, in the order of their first sight."""
+        """Metrics of the finished runs, without duplicates."""
         return list(dict.fromkeys(m for run in self.runs if run.finished for m in run.metrics))
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """Labels and scientific settings without the seed; a label that does not apply is left out."""
+    """Labels that apply, and scientific settings without the seed."""
     labels = {key: get(config, key) for key in FIRST if key != "relora.name"}
     if config.method == "relora":
         labels["relora.name"] = config.relora.name
@@ -182,18 +182,16 @@ def settings(config: RunConfig) -> dict[str, Any]:
 # floors -----------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Floor:
-    """Losses that the data allow, in nats per token."""
+    """Losses that training is measured against, in nats per token."""
 
     entropy: float
-    """No model's expected loss is below it."""
+    """A lower bound of any model's expected loss."""
     unigram: float
-    """The loss of a model that knows frequencies only."""
+    """The loss of a model that knows only frequencies of tokens."""
 
 
 def floor(sweep: Sweep) -> Floor | None:
-    """Floor of the grammar: its entropy has a closed form. None if the sweep has other data."""
+    """The floor of the grammar, whose entropy has a closed form; None for other data."""
     if not sweep.runs or any(run.config.data.kind != "grammar" for run in sweep.runs):
         return None
-    from relora_core.data import grammar
-
     return Floor(entropy=grammar.entropy_rate(), unigram=grammar.unigram_entropy())

@@ -1,4 +1,4 @@
-"""A report as sections of text, tables and pictures, and its HTML, Markdown and CSV.
+"""A report as sections of text, tables and pictures, written as HTML, Markdown and CSV.
 
 Not for: what a report says (`page.py`).
 """
@@ -41,19 +41,19 @@ figcaption { color: #444c56; font-size: .88rem; }
 
 @dataclass(kw_only=True, slots=True)
 class Table:
-    """Cells as a reader sees them, and the numbers behind them for the CSV."""
+    """Cells as a reader sees them, and numbers for the CSV."""
 
     name: str
-    """Of its CSV file."""
+    """Name of its CSV file."""
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     data: Sequence[Mapping[str, Any]] | None = None
-    """None: the CSV holds the cells."""
+    """None: the CSV has the cells."""
     note: str = ""
-    """What a reader must know to understand it."""
+    """Text below it."""
     folded: bool = False
-    """HTML shows the title alone until it is clicked: for long tables that few need."""
+    """HTML shows only the title until it is clicked."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class Code:
 
 @dataclass(slots=True)
 class Notice:
-    """A paragraph that must not be overlooked."""
+    """A highlighted paragraph."""
 
     text: str
 
@@ -184,7 +184,7 @@ def _html_row(tag: str, cells: Sequence[str], css: Sequence[str]) -> str:
 
 # Markdown ---------------------------------------------------------------------------------------
 def to_markdown(document: Document) -> str:
-    """The same; pictures are files in the folder `figures`."""
+    """The document as Markdown; pictures are files in the folder `figures`."""
     parts = [f"# {document.title}", *map(_markdown, document.lead)]
     for section in document.sections:
         parts += [f"## {section.title}", *map(_markdown, section.blocks)]
@@ -217,7 +217,7 @@ def _markdown(block: Block) -> str:
 
 # CSV --------------------------------------------------------------------------------------------
 def to_csv(table: Table) -> str:
-    """The numbers behind the table, unrounded; the cells of a table without numbers."""
+    """The table's numbers, unrounded, or its cells if it has none."""
     out = io.StringIO()
     if table.data is None:
         csv.writer(out).writerows([table.columns, *table.rows])

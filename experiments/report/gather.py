@@ -1,9 +1,7 @@
-"""The runs of a sweep as tidy data: what varies, curves, final numbers, cost, what became of each.
+"""Reads a sweep's plan, records and results as tidy data (`data.py`), without torch.
 
-    gather(output_dir, sweep) -> Sweep -> arms -> runs -> curves, metrics, tables, cost
-
-Reads plan, records and results, needs no torch, and takes what is odd in a run as a fact about that
-run. Not for: estimates (`stats.py`), pictures (`figures/`), words (`page.py`).
+What cannot be read of a run is stated in its data. Not for: estimates (`stats.py`), pictures
+(`figures/`), text (`page.py`).
 """
 
 from __future__ import annotations
@@ -41,9 +39,10 @@ _TABLE = re.compile(
 def gather(
     output_dir: Path | str, sweep: str, *, states: Mapping[str, RunState] | None = None
 ) -> Sweep:
-    """The sweep as its plan and its runs' records have it; ConfigError where there is no such plan.
+    """The sweep with all data of its runs; ConfigError if there is no such plan.
 
-    `states` is what a scheduler says of runs, if the caller asked it; else their own files count.
+    `states` are those that a scheduler gave, by run_id; other runs' states are read from their
+    files.
     """
     record, configs = _plan(output_dir, sweep)
     runs = [
@@ -65,7 +64,7 @@ def gather(
 
 
 def _plan(output_dir: Path | str, sweep: str) -> tuple[SweepRecord, list[RunConfig]]:
-    """The sweep as its plan has it, and the configs of its runs."""
+    """The sweep's record, and the configs of its runs."""
     names = sweep_names(output_dir)
     if sweep not in names:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -109,10 +108,10 @@ def _arms(
 
 
 def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys with two values among the arms that they apply to.
+    """Keys with several values among the arms that they apply to.
 
-    A later-added knob is absent at the value that means "as before": then rows of one kind differ
-    in having it.
+    A knob that was added later is absent at the value that means "as before": it also varies if
+    only some rows of one kind have it.
     """
     kinds = [tuple(repr(row.get(key)) for key in KINDS) for row in rows]
     keys = []
@@ -156,7 +155,7 @@ def _run(planned: PlannedRun, config: RunConfig, *, states: Mapping[str, RunStat
 
 
 def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
-    """The result's metrics, with those of separate evaluations of the step it ended at."""
+    """The result's metrics, and those of separate evaluations at its last step."""
     apart = {
         name: points[-1].value
         for name, points in run.curves.items()
@@ -166,7 +165,7 @@ def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _since_log(run: RunData) -> int:
-    """Updates that earlier versions averaged for the final loss: those since the last log."""
+    """Updates since the last log: earlier versions averaged those for the final loss."""
     steps = [0, 0, *(point.step for point in run.curves.get(LOSS.key, []))]
     return steps[-1] - steps[-2]
 
@@ -188,7 +187,7 @@ def _attempt(record: Mapping[str, Any]) -> Attempt:
 
 def _read_record(run: RunData, run_dir: RunDir) -> None:
     """Fill in curves, tables, restarts and cost from one reading of events.jsonl."""
-    events, tables, spans = _kept(run_dir.events_path)
+    events, tables, spans = _read_events(run_dir.events_path)
     hours, seconds, world = 0.0, 0.0, 1
     steps, clock = [0], [0.0]
     for event in events:
@@ -217,20 +216,20 @@ def _read_record(run: RunData, run_dir: RunDir) -> None:
 
 
 def _add(curve: list[Point], point: Point) -> None:
-    """Add a point; one that a resumed run measured again replaces the first."""
+    """Add a point; it replaces one of the same step, which a resumed run measured again."""
     if curve and curve[-1].step == point.step:
         curve.pop()
     curve.append(point)
 
 
-def _kept(
+def _read_events(
     path: Path,
 ) -> tuple[
     list[dict[str, Any]], dict[str, list[dict[str, Any]]], dict[int, tuple[float, float, int]]
 ]:
-    """Events as they count (RunDir.events), newest rows of each table, attempt -> (begin, end, n).
+    """The events that count (RunDir.events); table -> rows; attempt -> (begin, end, processes).
 
-    Tables are most of a record's bytes and only the newest of each name is parsed.
+    Tables are most of a record's bytes: only the newest of each name is parsed.
     """
     events: list[dict[str, Any]] = []
     tables: dict[str, list[tuple[int, bytes]]] = {}
@@ -251,7 +250,7 @@ def _kept(
                 kind, step, metrics, data = (event[k] for k in ("kind", "step", "metrics", "data"))
                 if not isinstance(metrics, dict) or not isinstance(data, dict):
                     continue
-            except READ_ERRORS:  # a line that a kill tore, ended by the next attempt
+            except READ_ERRORS:  # half a line, left by a kill
                 continue
             if kind == "table":
                 tables.setdefault(data.get("name", ""), []).append((step, line))
@@ -276,7 +275,7 @@ def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
 
 
 def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
-    """Between the points (xs ascending), the last value beyond them."""
+    """The value at x between points with ascending xs; the last value beyond them."""
     right = bisect_right(xs, x)
     if right >= len(xs):
         return ys[-1]

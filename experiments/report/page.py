@@ -2,8 +2,7 @@
 
     output_dir/sweeps/<name>/report/  report.html, report.md, figures/, tables/*.csv, data.parquet
 
-It says what it cannot say, too: runs that did not finish are counted, one seed has no interval. Not
-for: reading records (`gather.py`), estimates (`stats.py`), layout (`document.py`).
+Not for: reading records (`gather.py`), estimates (`stats.py`), layout (`document.py`).
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ from relora_core.sources import comparable
 AXES = ("steps", "tokens", "gpu_hours")
 """What curves can be drawn against."""
 PREVIOUS = "previous"
-"""Instead of a reference: each arm is compared with the one before it."""
+"""Given as reference: each arm is compared with the one before it."""
 MOST_RUNS = 40
-"""At most so many unfinished runs are listed one by one."""
-WORDS = {
+"""Unfinished runs that are listed one by one."""
+MEANINGS = {
     State.FINISHED: "trained to their last step",
     State.DIVERGED: "their loss became infinite or NaN; they are in no mean",
     State.FAILED: "ended with an error or were killed; the same command goes on with them",
     State.CANCELLED: "ended on request",
     State.PRUNED: "ended early by a search, since others did better",
-    State.LOST: "no word from them, and their scheduler does not know them",
+    State.LOST: "no heartbeat for long, and their scheduler does not know them",
     State.RUNNING: "at work when this was written",
     State.QUEUED: "wait for their turn",
     State.PLANNED: "planned and not begun",
@@ -72,18 +71,17 @@ def write(
     published: Path | None = None,
     states: Mapping[str, RunState] | None = None,
 ) -> Path:
-    """Write the report of a sweep as it is now; the path of its HTML page.
+    """Write the report of a sweep as it is now, and return the path of its HTML page.
 
-    `arms` are patterns of the names to show, all by default; `reference` is one of them, or
-    `previous`. ConfigError for a sweep, arm or file that is not there; an odd run is a line in the
-    page.
+    `arms` are patterns of names of arms to show, all by default; `reference` names an arm, or is
+    `previous`; `states` as for `gather`. ConfigError for a sweep, arm or file that does not exist.
     """
     data = gather.gather(output_dir, sweep, states=states)
-    keep(data, arms)
+    select_arms(data, arms)
     if reference == PREVIOUS:
         pairs = list(zip(data.arms[1:], data.arms, strict=False))
     else:
-        pairs = report_tables.against(data, reference=choose(data, reference))
+        pairs = report_tables.against(data, reference=find_arm(data, reference))
     folder = output or Path(output_dir) / "sweeps" / sweep / "report"
     pictures = draw(
         folder,
@@ -94,8 +92,8 @@ def write(
     return save(_document(data, pairs, pictures), [data], folder=folder)
 
 
-def keep(sweep: Sweep, patterns: Sequence[str]) -> None:
-    """Keep the arms with a name that matches a pattern; colours stay those of the plan."""
+def select_arms(sweep: Sweep, patterns: Sequence[str]) -> None:
+    """Leave out arms whose names match no pattern; the others keep their colours."""
     names = [arm.name for arm in sweep.arms]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -107,8 +105,8 @@ def keep(sweep: Sweep, patterns: Sequence[str]) -> None:
         sweep.arms = [a for a in sweep.arms if any(fnmatch.fnmatch(a.name, p) for p in patterns)]
 
 
-def choose(sweep: Sweep, word: str | None) -> Arm | None:
-    """The arm that `word` names: its name, id or a part that no other arm has."""
+def find_arm(sweep: Sweep, word: str | None) -> Arm | None:
+    """The arm with `word` as name or id, or as part of them; ConfigError if there are several."""
     if word is None:
         return None
     exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
@@ -137,7 +135,7 @@ def _document(sweep: Sweep, pairs: Sequence[tuple[Arm, Arm]], pictures: list[Blo
         "Code and environment": lambda: _environment(sweep),
         "Files": _files,
     }
-    sections = [Section(title=title, blocks=_tried(blocks)) for title, blocks in made.items()]
+    sections = [Section(title=title, blocks=_try_section(blocks)) for title, blocks in made.items()]
     return Document(
         title=f"Sweep {sweep.name}",
         lead=_lead(sweep),
@@ -145,8 +143,8 @@ def _document(sweep: Sweep, pairs: Sequence[tuple[Arm, Arm]], pictures: list[Blo
     )
 
 
-def _tried(blocks: Callable[[], list[Block]]) -> list[Block]:
-    """A section that cannot be made becomes a line: the reader still gets the others."""
+def _try_section(blocks: Callable[[], list[Block]]) -> list[Block]:
+    """A section's blocks, or a notice if they cannot be made: the reader still gets the others."""
     try:
         return blocks()
     except Exception as error:
@@ -173,7 +171,7 @@ def _lead(sweep: Sweep) -> list[Block]:
 
 
 def _cautions(sweep: Sweep) -> list[str]:
-    """What the report cannot say, and why."""
+    """What a reader must know before comparing the numbers, one line each."""
     runs = sweep.runs
     finished = [len(arm.finished) for arm in sweep.arms]
     lines = []
@@ -233,14 +231,16 @@ def _settings(sweep: Sweep) -> list[Block]:
     blocks: list[Block] = []
     if sweep.commands:
         blocks += ["Planned by:", Code("\n".join(sweep.commands))]
-    varies = [[key, joined(map(text, values), most=20)] for key, values in sweep.varies.items()]
+    varies = [
+        [key, joined(map(setting_text, values), most=20)] for key, values in sweep.varies.items()
+    ]
     if varies:
         blocks.append(
             Table(name="varies", title="What varies", columns=["setting", "values"], rows=varies)
         )
     else:
         blocks.append("Nothing varies: one setting, one seed.")
-    fixed = [[key, text(value)] for key, value in sweep.fixed.items()]
+    fixed = [[key, setting_text(value)] for key, value in sweep.fixed.items()]
     blocks.append(
         Table(
             name="fixed",
@@ -253,7 +253,7 @@ def _settings(sweep: Sweep) -> list[Block]:
     return blocks
 
 
-def text(value: Any) -> str:
+def setting_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.12g}"
     if isinstance(value, list):
@@ -269,7 +269,7 @@ def _runs(sweep: Sweep) -> list[Block]:
         for arm in sweep.arms
     ]
     rows.append(["all", *(str(n) for n in counts.values())])
-    meaning = "; ".join(f"{s}: {WORDS.get(s, 'as the run says')}" for s in states)
+    meaning = "; ".join(f"{s}: {MEANINGS.get(s, 'as the run says')}" for s in states)
     blocks: list[Block] = [
         Table(
             name="states",
@@ -341,12 +341,13 @@ def _files() -> list[Block]:
 
 # files ------------------------------------------------------------------------------------------
 def draw(folder: Path, figures: Callable[[Any], Sequence[Any]]) -> list[Block]:
-    """Figures as blocks; where they cannot be drawn the report says so."""
+    """Figures as blocks, or a notice if they cannot be drawn. `figures` gets the catalogue."""
     try:
-        import experiments.report.figures.catalogue as module
+        # matplotlib takes half a second, and a report without it is better than none.
+        import experiments.report.figures.catalogue as catalogue
 
         shared.make_folder(folder / "figures")
-        made = figures(module)
+        made = figures(catalogue)
     except ConfigError:
         raise
     except Exception as error:
@@ -361,7 +362,7 @@ def draw(folder: Path, figures: Callable[[Any], Sequence[Any]]) -> list[Block]:
 
 
 def save(document: Document, sweeps: Sequence[Sweep], *, folder: Path) -> Path:
-    """All files of a report; tables of an earlier one are removed."""
+    """Write all files of a report, and remove tables of an earlier one; the path of its page."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output must be a folder, got the file {folder}")
     tables = folder / "tables"
@@ -378,7 +379,7 @@ def save(document: Document, sweeps: Sequence[Sweep], *, folder: Path) -> Path:
 
 
 def write_parquet(sweeps: Sequence[Sweep], path: Path) -> None:
-    """Every point of every curve as a row."""
+    """Write every point of every curve as a row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

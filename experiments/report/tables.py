@@ -1,6 +1,6 @@
-"""The tables of a report: means, comparisons, BLiMP, restarts, cost; cells for people, CSV beneath.
+"""The tables of a report: means, comparisons, restarts, cost, runs.
 
-Not for: estimates and tests themselves (`stats.py`, `blimp_tests.py`).
+Not for: estimates and tests themselves (`stats.py`), nor tables of BLiMP (`blimp.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from experiments.stats import Comparison, Interval, compare, holm, interval
 from relora_core.events import LOSS_STEPS, Metric
 
 Pair = tuple[Arm, Arm]
-"""An arm and what it is compared with."""
-
-
+"""An arm and its reference."""
 HOURS = "device-hours"
 SAME_TASK = ("model.", "data.", "train.", "eval.")
-"""Prefixes of the settings that a fair reference shares with its arm."""
+"""Prefixes of settings that should be the same in an arm and its reference."""
 
 
 def shown(sweep: Sweep) -> list[Metric]:
@@ -36,8 +34,8 @@ def shown(sweep: Sweep) -> list[Metric]:
 def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
     """Each arm with its reference, by default a full-rank arm.
 
-    Of several full-rank arms it is the one that shares most settings of model, data and training.
-    Where there is none, or nothing else, the reference is the sweep's first arm.
+    Of several full-rank arms it is the one with the most settings of SAME_TASK in common. If there
+    is none, or if all arms are full-rank, it is the sweep's first arm.
     """
     full = [arm for arm in sweep.arms if arm.runs[0].config.method == "full_rank"]
     if reference is None and 0 < len(full) < len(sweep.arms):
@@ -55,7 +53,7 @@ def _shared(arm: Arm, other: Arm) -> int:
 
 # means ------------------------------------------------------------------------------------------
 def results(sweep: Sweep) -> list[Block]:
-    """Arms with the interval of each metric."""
+    """A table of the arms: the interval of each metric."""
     metrics = shown(sweep)
     if not metrics:
         return []
@@ -66,7 +64,7 @@ def results(sweep: Sweep) -> list[Block]:
             values = list(arm.values(metric.key).values())
             estimate = interval(values, scale=metric.scale) if values else None
             cells.append(mean_cell(estimate, partial(value_text, metric), expected=done))
-            data.append(_row(arm, metric, estimate))
+            data.append(mean_row(arm, metric, estimate))
         cells += [tokens_per_run(arm), hours_cell(arm)]
         rows.append([arm.name, f"{done} of {len(arm.runs)}", *cells])
     several = any(len(arm.finished) > 1 for arm in sweep.arms)
@@ -103,9 +101,9 @@ def results(sweep: Sweep) -> list[Block]:
 
 
 def other_losses(runs: Iterable[RunData]) -> list[Block]:
-    """Name the finished runs with a loss that is not a mean over LOSS_STEPS updates.
+    """Notices on runs with a loss that is not a mean over LOSS_STEPS updates.
 
-    Earlier versions took the mean of the updates since the last log.
+    Earlier versions averaged the updates since the last log.
     """
     odd: dict[int, list[str]] = {}
     for run in runs:
@@ -123,7 +121,7 @@ def other_losses(runs: Iterable[RunData]) -> list[Block]:
 def mean_cell(
     estimate: Interval | None, text: Callable[[float | None], str], *, expected: int
 ) -> str:
-    """`2.61 [2.58, 2.64]`, with n where values are missing."""
+    """`2.61 [2.58, 2.64]`, with n if values are missing."""
     if estimate is None or not estimate.n:
         return "-"
     cell = text(estimate.mean)
@@ -140,7 +138,8 @@ def value_text(metric: Metric, value: float | None) -> str:
     return f"{100 * value:,.1f}" if metric.percent else f"{value:,.3f}"
 
 
-def _row(arm: Arm, metric: Metric, estimate: Interval | None) -> dict[str, Any]:
+def mean_row(arm: Arm, metric: Metric, estimate: Interval | None) -> dict[str, Any]:
+    """The CSV row of an arm's mean."""
     row = {
         "arm": arm.name,
         "arm_id": arm.arm_id,
@@ -153,7 +152,7 @@ def _row(arm: Arm, metric: Metric, estimate: Interval | None) -> dict[str, Any]:
 
 # comparisons ------------------------------------------------------------------------------------
 def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
-    """A table for each metric: arm against reference on common seeds."""
+    """For each metric a table of arms against their references on common seeds."""
     blocks: list[Block] = []
     assumed: dict[str, None] = {}
     for metric in shown(sweep):
@@ -174,7 +173,7 @@ def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
 
 
 def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
-    """Compare each pair on its common seeds; Holm's adjustment is over all pairs."""
+    """A comparison of each pair; Holm's adjustment is over all of them."""
     outcomes = [
         compare(arm.values(metric.key), other.values(metric.key), scale=metric.scale)
         for arm, other in pairs
@@ -184,8 +183,8 @@ def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
     return outcomes
 
 
-def _sides(pairs: Sequence[Pair]) -> tuple[str, bool]:
-    """The end of a title, ` to REFERENCE`, and whether all pairs have one reference."""
+def title_end(pairs: Sequence[Pair]) -> tuple[str, bool]:
+    """(` to REFERENCE`, True) if all pairs have one reference, else ("", False)."""
     names = {reference.name for _, reference in pairs}
     return (f" to {names.pop()}", True) if len(names) == 1 else ("", False)
 
@@ -193,8 +192,8 @@ def _sides(pairs: Sequence[Pair]) -> tuple[str, bool]:
 def difference_table(
     metric: Metric, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None = None
 ) -> Table:
-    """A row for each pair; `to` names the reference of all arms where it is not an arm."""
-    against_what, one = (f" to {to}", True) if to else _sides(pairs)
+    """A row for each pair; `to` stands for the names of the references."""
+    against_what, one = (f" to {to}", True) if to else title_end(pairs)
     rows, data = [], []
     for (arm, reference), c in zip(pairs, tests, strict=True):
         seeds = str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
@@ -214,8 +213,8 @@ def difference_table(
         flat = asdict(c) | {"needed": c.needed.text, "metric": metric.key}
         flat["unmatched"], flat["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
         low, high = c.bootstrap or (None, None)
-        flat |= {"bootstrap": None, "bootstrap_low": low, "bootstrap_high": high}
         del flat["bootstrap"]
+        flat |= {"bootstrap_low": low, "bootstrap_high": high}
         data.append({"arm": arm.name, "reference": reference.name} | flat)
     what = "ratio" if metric.scale == "log" else "difference"
     return Table(
@@ -240,7 +239,7 @@ def slug(metric: Metric) -> str:
 
 
 def difference_text(metric: Metric, value: float | None) -> str:
-    """Signed, with a decimal more than the values have; on the log scale a ratio."""
+    """A signed difference, with one more decimal than values have, or a ratio (log scale)."""
     if value is None or math.isnan(value):
         return "-"
     if metric.scale == "log":
@@ -276,7 +275,7 @@ RESTART = {
 
 
 def restarts(sweep: Sweep) -> list[Block]:
-    """What restarts did to each arm, over its runs and their restarts."""
+    """A table of what restarts did, as means over all restarts of an arm."""
     rows, data = [], []
     for arm in sweep.arms:
         count = sum(len(run.restarts) for run in arm.runs)
@@ -309,7 +308,7 @@ def _all_values(runs: Sequence[RunData], metric: str) -> list[float]:
 
 # cost -------------------------------------------------------------------------------------------
 def cost(sweep: Sweep) -> list[Block]:
-    """What each arm took."""
+    """A table of what each arm has cost."""
     rows, data = [], []
     for arm in sweep.arms:
         hours = hours_per_run(arm)
@@ -354,7 +353,7 @@ def cost(sweep: Sweep) -> list[Block]:
 
 
 def hours_per_run(arm: Arm) -> Interval | None:
-    """Of training, over the finished runs."""
+    """Device-hours of training, over the finished runs."""
     hours = [run.cost.gpu_hours for run in arm.finished]
     return interval(hours, scale="linear") if hours else None
 
@@ -365,14 +364,14 @@ def hours_cell(arm: Arm) -> str:
 
 
 def tokens_per_run(arm: Arm) -> str:
-    """Of the finished runs."""
+    """The finished runs' tokens: one number, or a range."""
     tokens = sorted({run.cost.tokens for run in arm.finished})
     return " to ".join(f"{count:,}" for count in sorted({*tokens[:1], *tokens[-1:]})) or "-"
 
 
 # runs -------------------------------------------------------------------------------------------
 def every_run(sweep: Sweep) -> Table:
-    """A row for each run; the CSV holds its settings and all of its final numbers."""
+    """A table of the runs; its CSV has their settings and all final numbers, too."""
     metrics = shown(sweep)
     rows, data = [], []
     for arm in sweep.arms:

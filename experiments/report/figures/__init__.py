@@ -1,9 +1,9 @@
 """The pictures of a report.
 
-catalogue.py  which figures there are
+catalogue.py  all figures, and learning curves
 arms.py       final numbers, differences, BLiMP
-paper.py      the paper's figures from our runs
+paper.py      the paper's figures, drawn from our runs
 curves.py     means and bands over seeds
-canvas.py     style, legends, files with fixed bytes
-published.py  the paper's curves, from a file
+canvas.py     style, legends, reproducible files
+published.py  the paper's own curves, from a file
 """

@@ -1,4 +1,4 @@
-"""Figures with rows of arms: final numbers, differences, BLiMP by phenomenon.
+"""Figures with a row or dot for each arm: final numbers, differences, BLiMP by phenomenon.
 
 Not for: curves (`curves.py`), estimates (`stats.py`).
 """
@@ -27,12 +27,12 @@ from relora_core.events import Metric
 MOST_ROWS = 60
 """Arms in a figure with a row for each."""
 MOST_DOTS = 12
-"""Arms in the figure of BLiMP's phenomena, which has a dot for each arm and phenomenon."""
+"""Arms in the figure of BLiMP's phenomena."""
 
 
 # rows of arms -----------------------------------------------------------------------------------
 def arms_summary(sweep: Sweep) -> Drawing:
-    """A row for each arm: mean with interval, and every seed's own value."""
+    """A row for each arm: mean with interval, and the value of each seed."""
     metrics = [
         metric
         for metric in charted()
@@ -64,7 +64,7 @@ def arms_summary(sweep: Sweep) -> Drawing:
 
 
 def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
-    """A forest plot: each arm minus its reference, with the line of no difference."""
+    """A forest plot: each arm minus its reference."""
     if not pairs:
         raise NoData("there is one arm only, so nothing to compare")
     metrics = [
@@ -108,12 +108,12 @@ def _compare(arm: Arm, to: Arm, metric: Metric) -> stats.Comparison:
 
 
 def _change(value: float | None, *, scale: Scale) -> float | None:
-    """A ratio in per cent of change; a difference as it is."""
+    """A ratio as change in per cent; a difference as it is."""
     return 100 * (value - 1) if value is not None and scale == "log" else value
 
 
 def _rows(labels: Sequence[str], panels: int) -> tuple[Canvas, list[Axes]]:
-    """Panels side by side, first row on top, names at the left."""
+    """A figure with panels side by side and labelled rows, the first at the top."""
     lines = len(labels) * max(0.14 + 0.16 * (label.count("\n") + 1) for label in labels)
     width = max((len(line) for label in labels for line in label.split("\n")), default=0)
     figure = Canvas(figsize=(min(2.3 * panels + 0.8 + 0.075 * width, 11), 1.1 + lines))
@@ -139,7 +139,7 @@ def _dot(
     shape: str = "o",
     size: float = 6.5,
 ) -> None:
-    """A mean with its interval, or an open dot where there is none."""
+    """Draw a mean with its interval, or an open dot if it has none."""
     measured = low is not None and high is not None
     if measured:
         ax.plot([low, high], [row, row], "-", color=colour, linewidth=1.6)  # type: ignore[list-item]
@@ -166,7 +166,7 @@ def _count(arm: Arm) -> str:
 
 # BLiMP ------------------------------------------------------------------------------------------
 def blimp_phenomena(sweep: Sweep) -> Drawing:
-    """A group of dots for each phenomenon, a dot for each arm, beside chance."""
+    """A dot for each phenomenon and arm, and chance."""
     prefix = ACCURACY.key.removesuffix("accuracy")
     finished = [arm for arm in sweep.arms if arm.values(prefix + "accuracy")]
     names = [m.removeprefix(prefix) for m in sweep.metrics() if m.startswith(prefix)]
@@ -198,7 +198,7 @@ def blimp_phenomena(sweep: Sweep) -> Drawing:
 def _phenomena(
     ax: Axes, groups: Sequence[str], arms: Sequence[Arm], *, prefix: str, rows: int
 ) -> list[float]:
-    """Draw some groups in one column; all values drawn, ends of intervals included."""
+    """Draw some phenomena in one column; the values drawn, with ends of intervals."""
     ends: list[float] = []
     ax.axvline(0.5, color=canvas.GREY, linestyle=(0, (1, 2)), linewidth=1.2, zorder=1.5)
     step = 0.8 / len(arms)
@@ -216,8 +216,8 @@ def _phenomena(
             shape = canvas.MARKERS[arm.style]
             _dot(ax, at, estimate.mean, low, high, colour=arm.colour, shape=shape, size=4.5)
             ends += [v for v in (estimate.mean, low, high) if v is not None]
-    words = ["all" if g == "accuracy" else g.replace("_", " ") for g in groups]
-    ax.set_yticks(range(len(groups)), words)
+    labels = ["all" if g == "accuracy" else g.replace("_", " ") for g in groups]
+    ax.set_yticks(range(len(groups)), labels)
     ax.set_ylim(rows - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)

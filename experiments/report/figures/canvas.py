@@ -26,7 +26,7 @@ from relora_core import shared
 
 DPI = 150
 MOST_CURVES = 24
-"""Nobody could distinguish more arms: the caption counts the others."""
+"""Arms in a figure of curves; more could not be told apart."""
 GREY, DARK = "#8a8f94", "#3b4046"
 STYLE: dict[str, Any] = {
     "font.size": 9.5,
@@ -58,7 +58,7 @@ NO_METADATA: dict[str, dict[str, Any]] = {
 
 
 class NoData(Exception):
-    """Why a sweep has no such figure, for the reader of the report."""
+    """The sweep has no data for a figure; the message is for the reader of the report."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class Drawing:
 
 @dataclass(kw_only=True, slots=True)
 class Figure:
-    """A figure as files; where there is none, why."""
+    """A figure as files, or why there is none."""
 
     name: str
     title: str
@@ -83,7 +83,7 @@ class Figure:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Our style, whatever the machine's matplotlibrc sets."""
+    """Inside, matplotlib has our style, whatever the machine's matplotlibrc sets."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[call-overload]
@@ -91,7 +91,7 @@ def style() -> Iterator[None]:
 
 
 def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path) -> Figure:
-    """Draw it into `folder` as SVG and PNG; the same data give the same bytes."""
+    """Draw a figure into `folder` as SVG and PNG; the same data give the same bytes."""
     svg, png = folder / f"{name}.svg", folder / f"{name}.png"
     with style():
         try:
@@ -103,7 +103,7 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
         shared.make_folder(folder)
         drawing.canvas.draw_without_rendering()  # lay it out once for both files
         drawing.canvas.set_layout_engine("none")
-        # savefig would draw all of it twice for each file, once more to lay it out.
+        # savefig would lay it out again for each file.
         for path, kind in ((svg, FigureCanvasSVG), (png, FigureCanvasAgg)):
             buffer, metadata = io.BytesIO(), NO_METADATA[path.suffix]
             drawing.canvas.dpi = DPI
@@ -124,7 +124,7 @@ MARKERS: dict[str, str] = dict(zip(STYLES, "oD^v", strict=True))
 def legend(
     canvas: Canvas, arms: Iterable[Arm], *, extra: Iterable[Line2D] = (), dots: bool = False
 ) -> None:
-    """One for the figure, below it, in as many columns as fit."""
+    """Add one legend below the figure, in as many columns as fit."""
     lines = []
     for arm in arms:
         line, marker = ("-", MARKERS[arm.style]) if dots else (arm.style, "")
@@ -150,7 +150,7 @@ def few(arms: Sequence[Arm], *, most: int = MOST_CURVES) -> tuple[list[Arm], str
 
 
 def bands(arms: Sequence[Arm]) -> str:
-    """What lines and bands are in a figure of these arms."""
+    """A caption on the lines and bands of these arms."""
     ns = sorted({len(arm.finished) for arm in arms})
     sentences = []
     if ns and ns[-1] > 1:
@@ -169,7 +169,7 @@ def bands(arms: Sequence[Arm]) -> str:
 
 
 def has(arm: Arm, metric: str) -> bool:
-    """Whether there is anything of it to draw."""
+    """Whether the arm has a finite value of the metric."""
     return any(math.isfinite(p.value) for run in arm.runs for p in run.curves.get(metric, ()))
 
 

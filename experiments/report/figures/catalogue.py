@@ -1,9 +1,7 @@
-"""Every figure of a sweep, and its learning curves.
+"""All figures of a sweep, drawn as <folder>/<name>.svg and .png; and learning curves.
 
-    all_figures(sweep, folder) -> list[Figure]     <folder>/<name>.svg and .png
-
-Figures with rows of arms are in `arms.py`, those after the paper's own in
-`paper.py`. Not for: style (`canvas.py`), the text beside a figure (`page.py`).
+Other figures are in `arms.py` and `paper.py`. Not for: style (`canvas.py`), nor the text beside a
+figure (`page.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def all_figures(
     published: Path | str | None,
     pairs: Sequence[tuple[Arm, Arm]],
 ) -> list[Figure]:
-    """Draw every figure that the sweep has data for; `missing` of the others says why not.
+    """Draw every figure that the sweep has data for; `missing` says why others were not drawn.
 
     `x` is `steps`, `tokens` or `gpu_hours`; `published` a file of the paper's curves; `pairs` are
     (arm, reference). ConfigError for another axis or a bad file.
@@ -61,7 +59,7 @@ def catalogue(
     published: Path | str | None,
     pairs: Sequence[tuple[Arm, Arm]],
 ) -> dict[str, tuple[str, Callable[[], Drawing]]]:
-    """Name -> title and how to draw it, of every figure; arguments as of `all_figures`."""
+    """Name -> (title, function that draws it) of every figure; arguments as of `all_figures`."""
     axis = progress(sweep, x)
     paper = _load(published, sweep)
     dynamics = partial(figures_paper.dynamics, sweep, axis=axis, paper=paper)
@@ -99,7 +97,7 @@ def _load(path: Path | str | None, sweep: Sweep) -> Published | None:
 
 # learning curves --------------------------------------------------------------------------------
 def learning_curves(sweep: Sweep, *, axis: Progress, paper: Published | None = None) -> Drawing:
-    """Loss, its last half, perplexity and BLiMP against progress."""
+    """Loss, the second half of it, perplexity and BLiMP against progress."""
     perplexity = PAPER_PERPLEXITY if paper else PERPLEXITY
     drawn, others = canvas.few(_with_curves(sweep))
     metrics = [

@@ -1,8 +1,7 @@
-"""Curves of arms against progress, with their bands over seeds.
+"""Curves of arms: the mean of finished runs with a 95 % t band over seeds.
 
-An arm's curve is the mean of its finished runs with a 95 % t band over seeds; a single run is a
-thin line without one, and so is each run that has not finished. Not for: what a figure shows
-(`catalogue.py`, `paper.py`).
+A single finished run, and each unfinished run, is a thin line without a band. Not for: what a
+figure shows (`catalogue.py`, `paper.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ UNITS = {
         (0.0, 3600.0, "training time (device-seconds)"),
     ],
 }
-"""Axis -> (from this maximum on, factor, label)."""
+"""Axis -> (least maximum for this unit, factor, label)."""
 
 
 def progress(sweep: Sweep, x: str) -> Progress:
@@ -82,7 +81,7 @@ class Curve:
 def curve(runs: Sequence[RunData], metric: str, *, axis: Progress, scale: Scale) -> Curve | None:
     """The runs' mean and interval, geometric on the log scale; None if no run has the metric.
 
-    A step where a run's value is not finite is left out, so that n is the same all along.
+    Steps at which a run's value is not finite are left out, so that n is the same at every step.
     """
     by_run = [{p.step: p for p in run.curves.get(metric, ())} for run in runs]
     by_run = [points for points in by_run if points]
@@ -107,19 +106,19 @@ def curve(runs: Sequence[RunData], metric: str, *, axis: Progress, scale: Scale)
 
 @dataclass(kw_only=True, slots=True)
 class Panel:
-    """Axes, and the values drawn in them; wide bands do not set the scale."""
+    """Axes, and the values drawn in them, which set the scale."""
 
     ax: Axes
     axis: Progress
     scale: Scale = "linear"
     start: float = 0.0
-    """Points before it are not drawn."""
+    """Where the x axis begins."""
     lines: list[float] = field(default_factory=list)
     bands: list[float] = field(default_factory=list)
     end: float = 0.0
 
     def arm(self, arm: Arm, metric: str) -> None:
-        """Draw an arm's mean and band, and its other runs."""
+        """Draw the mean and band of an arm's finished runs, and its other runs."""
         finished, others = arm.finished, [run for run in arm.runs if not run.finished]
         mean = curve(finished, metric, axis=self.axis, scale=self.scale)
         look: dict[str, Any] = {"color": arm.colour, "linestyle": arm.style}
@@ -146,7 +145,7 @@ class Panel:
         self.end = max(self.end, x.max())
 
     def level(self, value: float, *, text: str, inside: bool = True) -> None:
-        """A horizontal line with a label; always in view if `inside`."""
+        """Draw a horizontal line with a label; with `inside` it is always in view."""
         self.ax.axhline(value, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1.5)
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
         self.ax.text(
@@ -164,7 +163,7 @@ class Panel:
             self.lines.append(value)
 
     def bound(self, line: Sequence[tuple[float, float]]) -> None:
-        """A dotted line of steps through (x, upper bound up to x); bounds of 1 are not drawn."""
+        """Draw a dotted step line through (x, upper bound up to x); bounds of 1 are left out."""
         x, y = (np.array(values) for values in zip(*line, strict=True))
         y = np.where(y < 1, y, math.nan)
         look: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 2))}
@@ -172,7 +171,7 @@ class Panel:
         self.lines += finite(y)
 
     def finish(self, *, ylabel: str, title: str = "", xlabel: bool = True) -> None:
-        """Set scales, limits and labels. Bands widen limits by the span of the lines at most."""
+        """Set scales, limits and labels. Bands widen the limits by the span of lines at most."""
         ax = self.ax
         if self.scale == "log":
             ax.set_yscale("log")
@@ -211,7 +210,10 @@ class Panel:
 
 
 def restart_ticks(ax: Axes, arms: Sequence[Arm], *, axis: Progress) -> bool:
-    """Mark restarts above the x axis, a row for arms that restart alike; whether any arm does."""
+    """Mark restarts above the x axis, in one row for arms with equal restarts.
+
+    Returns whether any arm has restarts.
+    """
     rows: dict[tuple[float, ...], list[Arm]] = {}
     for arm in arms:
         run = max(arm.runs, key=lambda run: len(run.restarts), default=None)

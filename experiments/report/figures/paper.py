@@ -1,6 +1,6 @@
-"""Figures after the paper's own: learning dynamics (3 to 6), schedules as used (8), restarts.
+"""The paper's figures, from our runs: learning dynamics (3 to 6), schedules (8); and restarts.
 
-Not for: measuring (`relora_core/dynamics.py`), the paper's numbers (`published.py`).
+Not for: measuring (`relora_core/dynamics.py`), nor the paper's own curves (`published.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUPS = {
         "update_total": "true update\nsince the start",
     },
 }
-"""Figure -> sorts of matrix in the record -> column titles."""
+"""Figure -> sort of matrix, as in the record -> title of its column."""
 KINDS = {
     "w_2": "w_2",
     "ov": "OV, heads\nside by side",
@@ -50,10 +50,10 @@ MEASURES: dict[str, tuple[str, Scale]] = {
     "condition_number": ("condition number", "log"),
 }
 SMALLEST_CHANGE = 0.005
-"""Least height of a panel in nats, so that rounding looks flat."""
+"""Least height of a panel, in nats, so that rounding looks flat."""
 MOST_SCHEDULES = 8
 FINEST = 4000
-"""Points of a schedule; more cannot be seen."""
+"""Most points of a drawn schedule."""
 
 
 # learning dynamics ------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def dynamics(
     measure: str,
     paper: Published | None = None,
 ) -> Drawing:
-    """A row for each kind of layer, a column for each sort of matrix, means over layers."""
+    """A row for each kind of layer, a column for each sort of matrix; means over layers."""
     label, scale = MEASURES[measure]
     cells = {
         (what, kind): f"dynamics/{what}/{kind}/{measure}"
@@ -112,9 +112,9 @@ def dynamics(
             restart_ticks(panel.ax, drawn, axis=axis)
     restarts = [canvas.RESTART] if any(run.restarts for a in drawn for run in a.runs) else []
     canvas.legend(figure, drawn, extra=[*restarts, *(paper.legend(laid) if paper else [])])
-    words = _measure_words(group, measure, capped=capped)
+    text = _measure_text(group, measure, capped=capped)
     notes = paper_curves.note(laid, group=group, measure=measure) if paper else ""
-    return Drawing(canvas=figure, caption=f"{words} {canvas.bands(drawn)}{others}{notes}")
+    return Drawing(canvas=figure, caption=f"{text} {canvas.bands(drawn)}{others}{notes}")
 
 
 def _empty(ax: Any) -> None:
@@ -129,7 +129,7 @@ def _empty(ax: Any) -> None:
 
 
 def _same_scale(panels: Sequence[Panel]) -> None:
-    """Panels of a row share their y axis, so that columns can be compared."""
+    """Give the panels of a row one y axis, so that columns can be compared."""
     lines = [value for panel in panels for value in panel.lines]
     bands = [value for panel in panels for value in panel.bands]
     end = max((panel.end for panel in panels), default=0.0)
@@ -138,7 +138,7 @@ def _same_scale(panels: Sequence[Panel]) -> None:
 
 
 def _caps(panel: Panel, arms: Sequence[Arm], *, what: str, kind: str) -> bool:
-    """Draw the largest PER that the adapters' ranks allow; whether there is one."""
+    """Draw the largest PER that the adapters' ranks allow; whether any was drawn."""
     levels, lines = set[float](), set[tuple[tuple[float, float], ...]]()
     for arm in arms:
         run = max(arm.runs, key=lambda run: run.step)
@@ -159,9 +159,9 @@ def _caps(panel: Panel, arms: Sequence[Arm], *, what: str, kind: str) -> bool:
 
 
 def largest_per(config: RunConfig, *, what: str, kind: str, steps: Sequence[int]) -> list[float]:
-    """The mean over layers of rank / min(shape) that the config allows an update, by step.
+    """For each step the largest mean over layers of rank / min(shape) of an update.
 
-    Over the layers that were measured: for a product BA those with an adapter. 1 where any rank is
+    Over the layers that were measured: for a product BA those with an adapter. 1 if any rank is
     possible; empty if the matrix is not a low-rank update, or there is no such layer.
     """
     if config.method not in ADAPTERS or what not in ("update_proxy", "update_restart"):
@@ -182,7 +182,7 @@ def largest_per(config: RunConfig, *, what: str, kind: str, steps: Sequence[int]
     return [sum(rank(name, step) for name in names) / len(names) / size for step in steps]
 
 
-def _measure_words(group: str, measure: str, *, capped: bool) -> str:
+def _measure_text(group: str, measure: str, *, capped: bool) -> str:
     if measure == "per":
         text = "Proportional effective rank, exp(entropy of the singular values) / min(shape)"
         cap = "; dotted: the most that the adapters' ranks allow" if capped else ""
@@ -198,7 +198,7 @@ def _measure_words(group: str, measure: str, *, capped: bool) -> str:
 
 # schedules --------------------------------------------------------------------------------------
 def schedules(sweep: Sweep) -> Drawing:
-    """Each arm's learning rate by its settings, and the rates that its runs recorded."""
+    """Each arm's learning rate by its settings, and the rates that a run recorded."""
     groups: dict[Any, list[Arm]] = {}
     for arm in sweep.arms:
         if arm.runs:
@@ -234,7 +234,7 @@ def schedules(sweep: Sweep) -> Drawing:
 
 
 def _schedule_key(config: RunConfig) -> Any:
-    """Equal for arms that have the same rate at every update."""
+    """A value that is equal for arms with the same rate at every update."""
     jagged = redraws(config) and config.relora.restart_warmup_steps
     relora = config.relora
     restarts = (*redraws(config), relora.reset_frequency, relora.restart_warmup_steps)
@@ -243,7 +243,7 @@ def _schedule_key(config: RunConfig) -> Any:
 
 
 def _rates(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(step, rate) of the updates: of many only some, but all turning points at restarts."""
+    """(steps, rates) of at most FINEST updates, and of all turning points at restarts."""
     n, relora = config.train.steps, config.relora
     steps = set(range(0, n, max(1, n // FINEST))) | {n - 1}
     for restart in redraws(config):
@@ -256,7 +256,7 @@ def _rates(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _logged(arms: Sequence[Arm], *, most: int = 60) -> list[tuple[int, float]]:
-    """Rates of the run that recorded most; that of update k is logged when k + 1 are done."""
+    """(step, rate) of the run that recorded most; that of update k is logged at step k + 1."""
     points = max((r.curves.get("train/lr", []) for a in arms for r in a.runs), key=len)
     every = max(1, -(-len(points) // most))
     return [(p.step - 1, p.value) for p in points[::every]]
@@ -274,7 +274,7 @@ def _names(arms: Sequence[Arm]) -> str:
 
 # restarts ---------------------------------------------------------------------------------------
 def restarts(sweep: Sweep) -> Drawing:
-    """Each restart's effect on the loss of a fixed batch, and the size of what it merged."""
+    """Each restart's effect on the loss of a fixed batch, and the norm of what it merged."""
     arms = [arm for arm in sweep.arms if any(run.restarts for run in arm.runs)]
     if not arms:
         raise NoData("no run has restarted")
@@ -312,7 +312,7 @@ def restarts(sweep: Sweep) -> Drawing:
 
 
 def _with_changes(arm: Arm) -> Arm:
-    """The arm with curves of what each restart changed, at the step of the restart."""
+    """The arm with curves of what each restart changed."""
     runs = []
     for run in arm.runs:
         curves = {k: v for k, v in run.curves.items() if k == "restart/merged_norm"}

@@ -1,7 +1,7 @@
-"""The paper's own curves under ours, read from a file that is not part of the project.
+"""The paper's own curves, to draw under ours, from a file that is not part of the project.
 
-The file holds what Weiss et al. (2025) published: `models` (`t-rel`, `t-dec`, `s-rel`, `s-dec`)
-with evals and losses by step, `gpu_hours` and `learning_dynamics_digitised`. Not for: our own runs.
+The file holds numbers of Weiss et al. (2025): `models` (`t-rel`, `t-dec`, `s-rel`, `s-dec`) with
+evals and losses by step, `gpu_hours` and `learning_dynamics_digitised`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ WHATS = {
     ("updates", "gradient"): ("decoder",),
     ("updates", "update_proxy"): ("relora",),
 }
-"""(figure, sort of matrix) as we name them -> methods with published curves of them."""
-
+"""(figure, sort of matrix) as we name them -> methods with published curves."""
 SWAPPED = (
     " The published figure files very probably carry exchanged tiny and small labels on the decoder"
     " curves of weights: the values at step 0 fit seed 42 only when they are exchanged back, as"
@@ -81,7 +80,7 @@ class Series:
         return {**LOOKS[self.method], "linewidth": WIDTHS[self.size]}
 
     def at(self, step: float, *, key: str) -> float:
-        """Where a step lies, in the unit of a Point's field `key`."""
+        """A step in the unit of a Point's field `key`."""
         per_step = {"step": 1.0, "tokens": TOKENS_PER_STEP, "gpu_hours": self.hours_per_step}
         return step * per_step[key]
 
@@ -94,7 +93,7 @@ class Published:
     sizes: list[str]
 
     def check(self) -> None:
-        """Read every curve once: raises what drawing would raise."""
+        """Read every curve once: raises what drawing them would."""
         for metric in SERIES:
             list(self._series(metric))
         for group, what in WHATS:
@@ -109,7 +108,7 @@ class Published:
     def lay_dynamics(
         self, panel: Panel, *, group: str, what: str, kind: str, measure: str
     ) -> list[Series]:
-        """As `lay`, for the measures of Figures 3 to 6."""
+        """Like `lay`, for the measures of Figures 3 to 6."""
         return self._draw(panel, self._dynamics(group, what, kind, measure))
 
     def _draw(self, panel: Panel, curves: Iterable[Series]) -> list[Series]:
@@ -168,7 +167,10 @@ class Published:
 
 
 def load(path: Path | str, *, models: Iterable[str]) -> Published:
-    """The published curves of the sizes among `models`, by default tiny's; or ConfigError."""
+    """The published curves of the sizes among `models`, or of tiny if there is none.
+
+    ConfigError if the file does not hold them.
+    """
     try:
         data = json_files.parse(Path(path).expanduser().read_bytes())
     except OSError as error:
@@ -196,7 +198,7 @@ def load(path: Path | str, *, models: Iterable[str]) -> Published:
 def note(
     drawn: Sequence[Sequence[Series]], *, group: str | None = None, measure: str | None = None
 ) -> str:
-    """What a reader must know of the published curves in a figure; begins with a space."""
+    """A caption on the published curves in a figure; begins with a space."""
     series = [s for panel in drawn for s in panel]
     if not series:
         return " No published curve has points within the extent of these runs."
