@@ -1,7 +1,7 @@
 """Between Hydra's command line and `sweeps`.
 
-plugins.py   Hydra's Sweeper and Launcher, a few lines into `sweeps`
+plugins.py   Hydra's sweepers and launchers, which call `sweeps`
 _axes.py     Hydra's grammar of axes -> points of a grid, dimensions of a search
 _compose.py  composes many points quickly
-_guards.py   what is changed in Hydra's own code, and why
+_guards.py   our changes to Hydra's own code, and why
 """

@@ -27,7 +27,7 @@ MOST_POINTS = 100_000
 
 
 def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
-    """Hydra's reading of overrides; ConfigError if a text is not one."""
+    """Overrides parsed by Hydra; ConfigError if one cannot be parsed."""
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(texts)
     except HydraException as error:
@@ -38,14 +38,14 @@ def parse(texts: list[str], *, loader: ConfigLoader) -> list[Override]:
 
 
 def as_list(text: str) -> str:
-    """`search.learn_from=a,b` as a list of two sweeps, not a choice between them."""
+    """`search.learn_from=a,b` as a list of two sweeps: for Hydra it is a choice between them."""
     key, sign, names = text.partition("=")
     plain = sign and key == "search.learn_from" and "," in names and names[0] not in "['\""
     return f"{key}=[{names}]" if plain else text
 
 
 def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
-    """KEY=VALUE of each entry, as on the command line; ConfigError for a section of entries."""
+    """KEY=VALUE of each entry, as on the command line; ConfigError if a value is a section."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             name, inner = next(iter(value.items()), ("KEY", "VALUE"))
@@ -57,7 +57,7 @@ def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
 
 
 def count_values(override: Override) -> int:
-    """How many values an axis has; ConfigError for none, and for too many to list."""
+    """How many values an axis has; ConfigError if it has none, or too many to list."""
     if not override.is_sweep_override() or not override.is_discrete_sweep():
         return 1
     value = override.value()
@@ -72,7 +72,7 @@ def count_values(override: Override) -> int:
 
 
 def count_points(sweep: RangeSweep) -> int:
-    """How many points a range has; one more than allowed if they have no end."""
+    """How many points a range has; MOST_POINTS + 1 if it is infinite."""
     start, stop, step = (Decimal(str(n)) for n in (sweep.start, sweep.stop, sweep.step))
     if not step or not all(n.is_finite() for n in (start, stop, step)):
         return MOST_POINTS + 1
@@ -80,7 +80,7 @@ def count_points(sweep: RangeSweep) -> int:
 
 
 def dimension(override: Override) -> Dimension:
-    """A sweep in Hydra's grammar as a dimension of a search; a range excludes its stop."""
+    """A sweep in Hydra's grammar as a dimension of a search."""
     key, value = f"search.space.{override.key_or_group}", override.value()
     if isinstance(value, IntervalSweep):
         low, high, log = value.start, value.end, "log" in value.tags
@@ -90,7 +90,7 @@ def dimension(override: Override) -> Dimension:
             return Int(low=low, high=high, log=log)
         return Float(low=float(low), high=float(high), log=log)
     if isinstance(value, RangeSweep):
-        values = list(override.sweep_iterator())  # with the casts that 1.4 keeps beside a range
+        values = list(override.sweep_iterator())  # without its stop; Hydra 1.4 applies casts here
         log = "log" in value.tags
         kind = Int if all(type(v) is int for v in values) else Float
         step = abs(value.step) if kind is Int else abs(float(value.step))
@@ -105,7 +105,7 @@ def dimension(override: Override) -> Dimension:
 
 
 def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
-    """The overrides of each point of the product; ConfigError for an axis that cannot be listed."""
+    """The overrides of each point of the product; ConfigError if an axis cannot be listed."""
     overrides = parse(texts, loader=loader)
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -125,9 +125,9 @@ def expand_arms(
     arguments: list[str],
     loader: ConfigLoader,
 ) -> list[list[str]]:
-    """The points of the arms that `sweep.arm` names (else of all arms), one of each arm in turn.
+    """The points of the arms that `sweep.arm` names, else of all arms; one of each arm in turn.
 
-    So a sweep that is stopped halfway has compared all arms on the seeds it has reached.
+    So a sweep that is stopped halfway can compare all arms on the first seeds.
     """
     key = "sweep.arm"
     given = [text for text in params + arguments if text.lstrip("+").startswith(f"{key}=")]

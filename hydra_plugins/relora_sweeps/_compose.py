@@ -1,6 +1,7 @@
-"""Composes many points quickly: files are read once, values are set on a copy.
+"""Composes many points quickly: once for each choice of options; values are set on a copy.
 
-Not for: what the points are (`_axes.py`).
+Hydra takes some 50 ms for a point, and most points of a grid differ only in values. Not for: what
+the points are (`_axes.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import OverrideType
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -21,20 +22,17 @@ from sweeps.planning.grid import compose_all
 
 
 class Composer:
-    """Composes many points: once per distinct choice of options; values are set on a copy.
-
-    Hydra takes some 50 ms for a point, and most points of a grid differ in values only.
-    """
+    """Composes points, and remembers the launchers that they ask for."""
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
         self.parse = cache(OverridesParser.create(config_loader=loader).parse_override)
         self.is_group = cache(lambda key: bool(loader.get_group_options(key)))
         self.launchers: list[tuple[DictConfig, str]] = []
-        """Each launcher that a point asks for, with the overrides of the first such point."""
+        """Each launcher that a point asks for, and the overrides of the first such point."""
 
     def launcher(self) -> DictConfig:
-        """The launcher that all points composed so far ask for; ConfigError where they differ."""
+        """The launcher that all points composed so far ask for; ConfigError if they differ."""
         (node, where), *others = self.launchers
         for other, elsewhere in others:
             key, one, two = _difference("hydra.launcher", node, other)
@@ -45,7 +43,7 @@ class Composer:
         return node
 
     def _note(self, hydra: DictConfig, texts: Sequence[str]) -> None:
-        """Remember the launcher; ConfigError for axes or arms in a file that is itself swept."""
+        """Remember the launcher; ConfigError if a file that is swept has axes or arms itself."""
         where = " ".join(texts) or "the defaults"
         if hydra.sweeper != self.master.hydra.sweeper:
             key, _, got = _difference("hydra.sweeper", self.master.hydra.sweeper, hydra.sweeper)
@@ -62,21 +60,18 @@ class Composer:
         return compose_all(plans, base=self._base, change=self._change)
 
     def _split(self, cell: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-        """(choices of options, `key=value`s to set on a copy).
+        """(overrides that Hydra composes, `key=value`s to set on a copy).
 
-        All is in the first where anything is unusual (`+key`, `~key`, a section given as a dict):
-        then Hydra composes the whole cell.
+        Hydra composes all of them if one is unusual: `+key`, `~key`, a section given as a dict.
         """
         chosen = [text for text in cell if self.is_group(self.parse(text).key_or_group)]
         values = [text for text in cell if text not in chosen]
         if any(isinstance(self.parse(text).value(), dict) for text in cell):
             return tuple(cell), []
-        if any(not self._is_plain(self.parse(text)) for text in values):
+        overrides = map(self.parse, values)
+        if any(o.type != OverrideType.CHANGE or o.package is not None for o in overrides):
             return tuple(cell), []
         return tuple(chosen), values
-
-    def _is_plain(self, override: Override) -> bool:
-        return override.type == OverrideType.CHANGE and override.package is None
 
     def compose(self, texts: Sequence[str]) -> DictConfig:
         """The config that Hydra composes; ConfigError if it refuses the overrides."""
@@ -87,8 +82,8 @@ class Composer:
         return config
 
     def _load(self, texts: list[str]) -> DictConfig:
-        """Like Hydra's `load_sweep_config`, which since 1.4 refuses a launcher that points choose:
-        `_note` and `launcher` allow one that all points agree on."""
+        # Like `load_sweep_config`, which since Hydra 1.4 refuses launchers chosen by points:
+        # `_note` and `launcher` allow one that all points agree on.
         before: Any = OmegaConf.to_container(self.master.hydra.overrides.hydra)
         name = self.master.hydra.job.config_name
         config = self.loader.load_configuration(name, before + texts, run_mode=RunMode.RUN)
@@ -112,7 +107,7 @@ class Composer:
 
 
 def _difference(prefix: str, one: Any, two: Any) -> tuple[str, Any, Any]:
-    """(key, value, value) where two configs first differ."""
+    """(key, value, value) of the first difference of two configs."""
     plain: list[Any] = [OmegaConf.to_container(node, resolve=False) for node in (one, two)]
     if not all(isinstance(values, dict) for values in plain):
         return prefix, one, two

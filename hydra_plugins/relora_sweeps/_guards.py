@@ -1,4 +1,4 @@
-"""Every change that is made to Hydra's own code, in `install_guards`."""
+"""Our changes to Hydra's own code, all made by `install_guards`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from hydra_plugins.relora_sweeps._axes import count_points
 from relora_core.config import ConfigError
 
 
-@cache  # a second time would wrap what is wrapped; Hydra 1.3 may run its plugins' modules twice
+@cache  # only once: Hydra 1.3 may run its plugins' modules twice, which would wrap twice
 def install_guards() -> None:
-    """Change Hydra where it is silent, slow or wrong.
+    """Change Hydra where it hides mistakes, is slow or wrong.
 
-    Checked against hydra-core 1.3.8 and 1.4.0rc3; tests/sweeps/test_guards.py fails where another
-    Hydra no longer has what is changed here.
+    Checked against hydra-core 1.3.8 and 1.4.0rc3; tests/sweeps/test_guards.py fails if another
+    version no longer has what is changed here.
     """
-    # Hydra loads every config with these, before it calls anything that the config names: the place
-    # to refuse code in a config, and files that are not YAML.
+    # Hydra loads every config with these before it calls what the config names, so here code in a
+    # config is refused, and files that are not YAML.
     if schema.HYDRA_1_4:
         loader: Any = ConfigLoaderImpl
         loader._load_configuration = _checked(loader._load_configuration)
@@ -48,9 +48,9 @@ def install_guards() -> None:
         # 0.30000000000000004 and 0.4. And sort(range(2,9,4)) gave other points than range(2,9,4).
         FloatRange.__post_init__ = _as_written  # type: ignore[method-assign]
         grammar_functions._sort_sweep = partial(_sorted, grammar_functions._sort_sweep)
-        # Hydra composes the whole config to find `hydra.mode`, even where -m settles it.
+        # Hydra composes the whole config to read `hydra.mode`, even if -m is given.
         Hydra.get_mode = _unless_given(Hydra.get_mode)
-        # Before 1.4 every list of defaults was prepared for `${...}`: a sixth of composing.
+        # Before 1.4 every list of defaults was prepared for `${...}`: a sixth of the time.
         defaults_list._create_interpolation_map = _if_needed(
             defaults_list._create_interpolation_map
         )
@@ -58,13 +58,12 @@ def install_guards() -> None:
     ConfigRepository.load_config = _unshadowed(ConfigRepository.load_config)
     # `add_override` silently drops what a second file chooses for a group.
     Overrides.add_override = _unrivalled(Overrides.add_override)  # type: ignore[method-assign]
-    # `_get_header_dict` misses `# @package` after a byte order mark, which some editors write: the
-    # file's keys would go to the package of its folder.
+    # `_get_header_dict` misses `# @package` after a byte order mark, which some editors write.
     ConfigSource._get_header_dict = staticmethod(_unmarked(ConfigSource._get_header_dict))
     # `choice` does not take null: Hydra checks its arguments against these annotations.
     grammar_functions.choice.__annotations__["args"] |= None
-    # Hydra copies its whole store whenever it looks into a group: a second of `--help`. It only
-    # reads that copy, and copies again what it takes from it.
+    # Hydra copies its whole store to look into a group, a second of `--help`. It only reads the
+    # copy, and copies what it takes from it.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
@@ -77,7 +76,7 @@ def _as_written(self: FloatRange) -> None:
 def _sorted(
     sort: Callable[..., Any], sweep: ChoiceSweep | RangeSweep, reverse: bool
 ) -> ChoiceSweep | RangeSweep:
-    """Hydra's `sort`, but a range keeps its points."""
+    """Hydra's `sort`, which for a range changes the points."""
     if not isinstance(sweep, RangeSweep):
         return sort(sweep, reverse)
     start, step = Decimal(str(sweep.start)), Decimal(str(sweep.step))
@@ -91,7 +90,7 @@ def _sorted(
 
 
 def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Hydra's loading of a config, which is then checked."""
+    """Hydra's loading of a config, followed by our checks."""
 
     @wraps(load)
     def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
@@ -100,7 +99,7 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
         except (YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"a config file must be plain YAML in UTF-8: {reason}") from None
-        if (args[0] if args else options["config_name"]) is not None:  # --hydra-help reads no file
+        if (args[0] if args else options["config_name"]) is not None:  # None for --hydra-help
             schema.refuse_code(config)
             schema.refuse_places(config)
         return config
@@ -109,7 +108,7 @@ def _checked(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _unless_given(get_mode: Callable[..., Any]) -> Callable[..., Any]:
-    """Hydra's reading of `hydra.mode`, left out where -m is given: it decides if there is none."""
+    """Hydra's reading of `hydra.mode`, skipped if -m is given, which suffices without a mode."""
 
     @wraps(get_mode)
     def given_mode(*args: Any, **options: Any) -> Any:
@@ -120,7 +119,7 @@ def _unless_given(get_mode: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _if_needed(create: Callable[..., DictConfig]) -> Callable[..., DictConfig | None]:
-    """Hydra's map of what `${...}` may name, made only for a list of defaults that has one."""
+    """Hydra's map of what `${...}` may name, made only for lists of defaults with a `${...}`."""
 
     @wraps(create)
     def interpolation_map(
@@ -140,7 +139,7 @@ def _composed_mode(
 
 
 def _unshadowed(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Hydra's `load_config`; ConfigError for files of one name that differ."""
+    """Hydra's `load_config`; ConfigError if several files of that name differ."""
 
     @wraps(load)
     def load_config(self: ConfigRepository, config_path: str) -> Any:
@@ -164,12 +163,12 @@ def _file_of(source: ConfigSource, config_path: str) -> Path | None:
 
 
 def _unmarked(read: Callable[[str], dict[str, str | None]]) -> Callable[..., Any]:
-    """Hydra's reading of `# @package`, after a byte order mark too."""
+    """Hydra's reading of `# @package`, also after a byte order mark."""
     return wraps(read)(lambda text: read(text.removeprefix("\ufeff")))
 
 
 def _unrivalled(add: Callable[..., None]) -> Callable[..., None]:
-    """Hydra's `add_override`; ConfigError where two files choose differently for a group."""
+    """Hydra's `add_override`; ConfigError if two files choose different options of a group."""
 
     @wraps(add)
     def add_override(self: Overrides, parent_config_path: str, default: GroupDefault) -> None:
@@ -178,7 +177,7 @@ def _unrivalled(add: Callable[..., None]) -> Callable[..., None]:
         if winner and winner.containing_config_path and not winner.external_override:
             files = winner.containing_config_path, parent_config_path
             before, now = self.override_choices[key], default.value
-            # In one folder the first file is the one that includes the second, and may override it.
+            # Of one folder, the first file includes the second, and may override it.
             if before != now and len({file.rpartition("/")[0] for file in files}) > 1:
                 raise ConfigError(
                     f"{key} must be chosen by one file, got {before} in {files[0]} and {now} in "

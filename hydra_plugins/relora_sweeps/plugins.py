@@ -1,10 +1,7 @@
-"""Hydra's sweepers and launchers, which hand over to `sweeps`, and their options.
+"""Hydra's sweepers and launchers, which call `sweeps`, and their options."""
 
-Hydra imports this module at every start, but a single run needs neither `sweeps.launch` nor the
-launchers (60 ms): they are imported where they are used. There is no `from __future__ import
-annotations`: Hydra 1.3 runs the module before it is in `sys.modules`, where dataclasses look up
-their annotations.
-"""
+# No `from __future__ import annotations`: Hydra 1.3 runs this module before it is in `sys.modules`,
+# where dataclasses look up annotations.
 
 import dataclasses
 import shlex
@@ -43,8 +40,8 @@ class GridConf:
     params: dict[str, Any] | None = field(default_factory=dict)
     """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
     arms: dict[str, Any] | None = field(default_factory=dict)
-    """Settings that differ in several keys: name -> overrides, crossed with all axes.
-    `sweep.arm=a,b` takes some. The command line wins over an arm, and an arm over `params`."""
+    """Settings of several keys: name -> overrides, crossed with all axes. `sweep.arm=a,b` selects
+    some. The command line overrides arms, and arms override `params`."""
     plan_only: bool = False
     """Show what would be done and what it costs; do nothing (`run.py --plan`)."""
 
@@ -78,13 +75,13 @@ install_guards()
 
 
 def _register() -> None:
-    """Make the options of `hydra/sweeper`, `hydra/launcher` and `search` available to Hydra.
+    """Register the options of `hydra/sweeper`, `hydra/launcher` and `search`.
 
-    After Hydra's own, which are imported above: their `basic` is replaced here.
+    Hydra's own are imported above, so that `basic` is replaced here.
     """
     nodes = {
-        # Hydra's own config chooses `basic`, which any file may override. Were ours chosen in
-        # conf/config.yaml, no other file could override it, and Hydra would not say so.
+        # Hydra's own config chooses `basic`. If conf/config.yaml chose ours instead, no other file
+        # could override that, and Hydra would not say so.
         "hydra/sweeper": {"basic": GridConf, "relora_grid": GridConf, "search": SearchConf},
         "hydra/launcher": {"basic": LocalConf, "local": LocalConf, "slurm": SlurmConf},
     }
@@ -97,7 +94,7 @@ def _register() -> None:
 
 
 def _search_node() -> DictConfig:
-    """Keys and defaults of SearchConfig, which itself checks the values; mappings take any key."""
+    """Keys and defaults of SearchConfig, which checks the values; mappings take any key."""
     named = {key: {"name": getattr(SearchConfig(), key)} for key in ("sampler", "pruner")}
     node = OmegaConf.create(dataclasses.asdict(SearchConfig()) | named)
     for key in ("sampler", "pruner", "space", "when"):
@@ -109,7 +106,7 @@ _register()
 
 
 class GridSweeper(Sweeper):
-    """Expands the axes and hands all points to the launcher at once."""
+    """Expands the axes and gives all points to the launcher at once."""
 
     def __init__(
         self,
@@ -141,7 +138,7 @@ class GridSweeper(Sweeper):
 
 
 class SearchSweeper(Sweeper):
-    """Parses the space, composes each choice of groups, and hands both to `sweeps.search`."""
+    """Parses the space, composes each choice of groups, and gives both to `sweeps.search`."""
 
     def __init__(self, plan_only: bool = False) -> None:
         self.plan_only = plan_only
@@ -157,7 +154,7 @@ class SearchSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from sweeps.search.launch import run_search
+        from sweeps.search.launch import run_search  # a single run need not wait for it
 
         shell.alone("a search (-m)")
         if not isinstance(self.launcher, OurLauncher):
@@ -222,7 +219,7 @@ class SearchSweeper(Sweeper):
         return bases
 
     def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
-        """The space of the file and the command line; what the latter fixes is not searched."""
+        """The space of the file and the command line, without keys that the latter fixes."""
         lines = lines_of(texts, of="search.space")
         space = {o.key_or_group: o for o in parse(lines, loader=self.loader)}
         for override in given:
@@ -233,7 +230,7 @@ class SearchSweeper(Sweeper):
 
 
 class OurLauncher(Launcher):
-    """Composes every point and hands all to `sweeps`; exits with a code where something failed."""
+    """Composes all points and gives them to `sweeps`; exits with a code if something failed."""
 
     plan_only = False
 
@@ -244,7 +241,7 @@ class OurLauncher(Launcher):
         self.loader = hydra_context.config_loader
 
     def for_points(self, composer: Composer) -> "OurLauncher":
-        """This launcher, or another one if all composed points ask for it."""
+        """The launcher that the composed points ask for, which may be another one."""
         node = composer.launcher()
         if node == self.config.hydra.launcher:
             return self
@@ -258,13 +255,13 @@ class OurLauncher(Launcher):
         return launcher
 
     def make(self) -> Any:
-        """Make the launcher of `sweeps` with these options."""
+        """The launcher of `sweeps` with these options."""
         raise NotImplementedError
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from sweeps.launch import run_sweep
+        from sweeps.launch import run_sweep  # a single run need not wait for it
 
         composer = Composer(self.loader, self.config)
         configs = composer.all(job_overrides)
@@ -283,7 +280,7 @@ class LocalLauncher(OurLauncher):
         self.max_parallel, self.added = max_parallel, added
 
     def make(self) -> Any:
-        from sweeps.local.launcher import LocalLauncher as Local
+        from sweeps.local.launcher import LocalLauncher as Local  # likewise
 
         _refuse_added(self.added, keys=["max_parallel"])
         return Local(max_parallel=self.max_parallel)
@@ -299,14 +296,14 @@ class SlurmLauncher(OurLauncher):
         }
 
     def make(self) -> Any:
-        from sweeps.slurm.launcher import SlurmLauncher as Slurm
+        from sweeps.slurm.launcher import SlurmLauncher as Slurm  # likewise
 
         _refuse_added(self.values, keys=[f.name for f in dataclasses.fields(SlurmOptions)])
         return Slurm(options=SlurmOptions(**self.values))
 
 
 def _refuse_added(values: Mapping[str, Any], *, keys: list[str]) -> None:
-    """ConfigError for a key that a plus has added; options of sbatch's own go to `extra`."""
+    """ConfigError for a key that was added with a plus: options of sbatch go to `extra`."""
     for key in values:
         if key in keys:
             continue
