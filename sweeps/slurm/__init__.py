@@ -2,12 +2,12 @@
 
 launcher.py    `hydra/launcher=slurm`
 batches.py     which runs go into which job array
-queue.py       submits one array after another, below max_parallel
-submission.py  what was asked of SLURM, and the job that came of it
-sbatch.py      one sbatch: its script and its id
-options.py     what a job asks for, and what no cluster grants
-cluster.py     what SLURM says
-survey.py      the state of runs, in the light of SLURM's answers
+queue.py       submits one array after another, within max_parallel
+submission.py  what was asked of SLURM, and the job that it made
+sbatch.py      one call of sbatch: its script, and the job's id
+options.py     what a job asks for, and checks of that
+cluster.py     questions to SLURM, and its answers
+survey.py      the state of runs, by their files and SLURM's answers
 evals.py       evaluations as jobs
 searches.py    a search's processes as jobs
 """

@@ -1,7 +1,7 @@
-"""Questions to SLURM and its answers, through its own command-line tools. Not for: what they mean.
+"""Questions to SLURM and its answers, through its command-line tools. Not for: judging by them.
 
-Only `-o` formats are read (JSON output differs between releases). A tool that does not answer is an
-error of its own, SlurmError: no answer never counts as an answer about a job.
+Only `-o` formats are read: JSON output differs between releases. A tool that does not answer raises
+SlurmError, so that its silence is never taken for an answer about a job.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from relora_core.config import ConfigError, nearest
 ANSWER_S = 60.0
 """How long a tool may take; a busy controller needs tens of seconds."""
 PATIENCE_S = 5.0
-"""After so many seconds we print which tool we wait for, so that we do not seem to hang."""
+"""After so many seconds we print which tool we wait for."""
 PAUSE_S = 2.0
 """Between two tries at a controller that is busy or being restarted."""
 SACCT_DAYS = 30
@@ -32,10 +32,10 @@ SACCT_DAYS = 30
 ARRAY = 1000
 """Tasks of an array where SLURM does not say how many it may have."""
 SCONTROL_MAX = 8
-"""How many jobs that neither squeue nor sacct knows are asked for one by one."""
+"""At most so many jobs that neither squeue nor sacct knows are asked for, one by one."""
 
 UNLISTED = "UNLISTED"
-"""Our state for a task that SLURM does not list though it lists others of the array: it is over."""
+"""Our own state of a task that SLURM does not list, though others of its array: it is over."""
 OVER = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL")).union(
     ("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT", UNLISTED)
 )
@@ -48,16 +48,16 @@ BUSY = re.compile(
     r"temporarily unable|resource temporarily|rate.?limit|backup controller|try again",
     re.IGNORECASE,
 )
-"""What the tools say where the controller, not the request, is the trouble."""
+"""What the tools print if the controller, not the request, is the trouble."""
 PENDING = re.compile(r"job is pending execution", re.IGNORECASE)
-"""Requeued already."""
+"""What scontrol prints of a job that is requeued already."""
 FORGOTTEN = re.compile(r"invalid job id|already complet|job/step already", re.IGNORECASE)
+"""What scancel prints of a job that is over."""
 SPAN = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 """`1-02:03:04`, `2:03:04`, `3:04`; not `UNLIMITED`, `INVALID`."""
 
-
 SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-"""Where SLURM is and who asks: all that its tools take from the user's environment."""
+"""Where SLURM is and who asks: the only variables of SLURM that its tools get from us."""
 TOOLS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
 TOOLS += ("SCONTROL_",)
 """Variables that are options of SLURM's tools, or of a job around us."""
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def alive(self) -> bool:
-        """It runs or may run yet; a state that we do not know counts as alive."""
+        """It runs or may still run; so does a job in a state that we do not know."""
         return not self.over
 
     @property
@@ -103,20 +103,20 @@ class Job:
 
 
 def is_an_option(variable: str) -> bool:
-    """Whether it would change what SLURM's tools do."""
+    """Whether this variable would change what SLURM's tools do."""
     return variable.startswith(TOOLS) and variable not in SITE
 
 
 def available() -> bool:
-    """Can jobs be submitted and asked for from here?"""
+    """Whether jobs can be submitted and asked for from this machine."""
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
 # asking -----------------------------------------------------------------------------------------
 def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
-    """What SLURM knows of these jobs, in one query; jobs that it does not know are left out.
+    """What SLURM knows of these jobs; jobs that it does not know are left out.
 
-    SlurmError only where squeue does not answer: sacct is not everywhere, and its answer is older.
+    SlurmError only if squeue does not answer: not every site has sacct, and its answer is older.
     """
     wanted = _well_formed(job_ids)
     if not wanted:
@@ -135,17 +135,17 @@ def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
 
 
 def _base(job_id: str) -> str:
-    """The array of a task; of a job alone its id."""
+    """The id without the task of an array."""
     return job_id.partition("_")[0]
 
 
 def _well_formed(job_ids: Iterable[str]) -> set[str]:
-    """They come from files: a tool must not take one for an option or another's jobs."""
+    """Those that are ids: they come from files, and a tool must not take one for an option."""
     return {job_id for job_id in job_ids if re.fullmatch(r"\d+(_\d+)?", job_id)}
 
 
 def find(name: str) -> str | None:
-    """Id of the newest own job of that name (of an array: without the task), if SLURM has one."""
+    """Id of the user's newest job of that name (of an array: without the task), if there is one."""
     for listed in (_squeue, _sacct_recent):
         # The accounting stores a double quote as a backtick.
         same = (name, name.replace('"', "`"))
@@ -160,20 +160,10 @@ def _number(job_id: str) -> tuple[int, str]:
 
 
 def _squeue() -> list[Job]:
-    """Every own job that the controller still holds, ended ones too (about five minutes)."""
+    """Every job of the user that the controller still has, for some minutes also ended ones."""
     # The name comes last: it may hold the separator. -a: partitions may be hidden.
-    query = [
-        "squeue",
-        "-h",
-        "-a",
-        "-r",
-        "-t",
-        "all",
-        "-u",
-        str(os.getuid()),
-        "-o",
-        "%i|%T|%r|%N|%j",
-    ]
+    query = ["squeue", "-h", "-a", "-r", "-t", "all"]
+    query += ["-u", str(os.getuid()), "-o", "%i|%T|%r|%N|%j"]
     return [
         Job(job_id=job_id, state=state, reason=rest[0], node=rest[1], name=rest[2])
         for job_id, state, *rest in _rows(_ask(query), columns=5)
@@ -189,7 +179,7 @@ def _sacct_recent() -> list[Job]:
 
 
 def _accounted(which: Sequence[str]) -> list[Job]:
-    """The accounting's newest record of each job; empty if there is no accounting."""
+    """The accounting's record of each job; empty if there is no accounting."""
     query = ["sacct", "-X", "-n", "-P", *which, "-o", "JobID,State,NodeList,JobName"]
     try:
         answer = _ask(query, tries=1)
@@ -203,18 +193,18 @@ def _accounted(which: Sequence[str]) -> list[Job]:
 
 def _scontrol(bases: Sequence[str]) -> list[Job]:
     """One question per job, so only for the newest few."""
-    shown: list[Job] = []
+    parsed: list[Job] = []
     for base in bases[-SCONTROL_MAX:]:
         try:
             answer = _ask(["scontrol", "-o", "show", "job", base], tries=1)
         except SlurmError:
             continue
         for line in answer.splitlines():
-            shown += _shown(line)
-    return shown
+            parsed += _parse_job(line)
+    return parsed
 
 
-def _shown(line: str) -> Iterator[Job]:
+def _parse_job(line: str) -> Iterator[Job]:
     """The tasks in one line of `scontrol -o show job`."""
 
     def value(key: str, end: str = " ") -> str:
@@ -237,7 +227,7 @@ def _shown(line: str) -> Iterator[Job]:
 
 
 def _rows(answer: str, *, columns: int) -> Iterator[list[str]]:
-    """Lines `id|STATE|...` with ids written out; steps and what newlines in names leave are not."""
+    """The cells of lines `id|STATE|...`, one row per id; steps and parts of names are dropped."""
     for line in answer.splitlines():
         cells = line.split("|", columns - 1)
         if len(cells) == columns and cells[1]:
@@ -246,11 +236,11 @@ def _rows(answer: str, *, columns: int) -> Iterator[list[str]]:
                 yield [job_id, state, *cells[2:]]
 
 
-def _expand(word: str) -> list[str]:
-    """`12_[3-5,9%2]` -> 12_3, 12_4, 12_5, 12_9; no id (`12.batch`, `Reason`) -> none."""
-    if re.fullmatch(r"\d+(_\d+)?", word):
-        return [word]
-    match = re.fullmatch(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]", word)
+def _expand(text: str) -> list[str]:
+    """`12_[3-5,9%2]` -> 12_3, 12_4, 12_5, 12_9; empty for what is no id (`12.batch`, `Reason`)."""
+    if re.fullmatch(r"\d+(_\d+)?", text):
+        return [text]
+    match = re.fullmatch(r"(\d+)_\[([\d,:-]+)(?:%\d+)?\]", text)
     if match is None:
         return []
     tasks: list[int] = []
@@ -263,9 +253,9 @@ def _expand(word: str) -> list[str]:
 
 # the job at hand ----------------------------------------------------------------------------------
 def end_time(job_id: str) -> float | None:
-    """When the job's time limit ends it, seconds since the epoch; None: never, or SLURM is silent.
+    """When the job's time limit ends it, seconds since the epoch; None: never, or not known.
 
-    It can be moved at any time, so SLURM is asked before its environment variable is believed.
+    SLURM is asked first: the limit can be changed while the job's environment variable stays.
     """
     try:
         left = _ask(["squeue", "-h", "-a", "-r", "-j", job_id, "-o", "%i|%L"], tries=1)
@@ -286,8 +276,8 @@ def max_array_size() -> int:
 
 
 def time_limit(partition: str) -> tuple[int, str] | None:
-    """Minutes that a job may take in the most generous of these partitions (`a,b`; empty: the
-    default one), and SLURM's way to write them; None if there is no limit, or no answer."""
+    """The longest limit of these partitions (`a,b`; empty: the default one) in minutes, and as
+    SLURM writes it; None if there is no limit, or no answer."""
     try:
         rows = [row.split("|") for row in _ask(_sinfo(partition, "%P|%l")).splitlines()]
     except SlurmError:
@@ -299,7 +289,7 @@ def time_limit(partition: str) -> tuple[int, str] | None:
 
 
 def _sinfo(partition: str, form: str) -> list[str]:
-    """The question about some partitions, or all: it takes no -a beside -p."""
+    """The query on some partitions, or on all: -a and -p exclude each other."""
     return ["sinfo", "-h", *(["-p", partition] if partition else ["-a"]), "-o", form]
 
 
@@ -316,7 +306,7 @@ def partitions() -> list[str]:
 
 
 def test(script: Path) -> None:
-    """Would SLURM take this job? Queues nothing; ConfigError says in one line what it refuses."""
+    """ConfigError if SLURM would refuse this job, with the reason in one line; queues nothing."""
     asked = directives(script.read_text(encoding="utf-8"))
     try:
         _ask(["sbatch", "--test-only", str(script)])
@@ -340,7 +330,7 @@ ASKED = re.compile(
 
 
 def _refusal(message: str, *, asked: dict[str, str]) -> str:
-    """SLURM's reason in its own words, with what would be granted as far as its tools say it."""
+    """SLURM's reason as it gives it, then what it would grant, as far as its tools can tell."""
     partition = asked.get("partition", "")
     try:
         names = partitions()
@@ -350,21 +340,22 @@ def _refusal(message: str, *, asked: dict[str, str]) -> str:
                 + nearest(partition, names)
             )
         nodes = _nodes(partition)
-    except SlurmError:  # SLURM's reason is what counts
+    except SlurmError:  # then without hints: SLURM's reason is what counts
         nodes = []
-    hints = [*_beyond(nodes, asked=asked), *_unknown_word(message, asked=asked, nodes=nodes)]
-    words = [f"{key}={value}" for key, value in asked.items() if ASKED.fullmatch(key)]
+    hints = _largest_values(nodes, asked=asked)
+    hints += _nearest_names(message, asked=asked, nodes=nodes)
+    options = [f"{key}={value}" for key, value in asked.items() if ASKED.fullmatch(key)]
     line = (
         f"hydra.launcher must ask for what SLURM can give, got "
-        f"{', '.join(words) or 'its defaults'}: {message}"
+        f"{', '.join(options) or 'its defaults'}: {message}"
     )
     if hints:
         line += f"; nearest valid: {', '.join(hints)}"
-    alike: dict[_Nodes, int] = {}
+    counts: dict[_Nodes, int] = {}
     for one in nodes:
         kind = dataclasses.replace(one, count=0, features=frozenset())
-        alike[kind] = alike.get(kind, 0) + one.count
-    sums = [dataclasses.replace(kind, count=count) for kind, count in alike.items()]
+        counts[kind] = counts.get(kind, 0) + one.count
+    sums = [dataclasses.replace(kind, count=count) for kind, count in counts.items()]
     return "; ".join([line, *map(str, sums[:4])])
 
 
@@ -388,13 +379,12 @@ class _Nodes:
         gpus = f", {self.gres}" if self.gres else ""
         return (
             f"{self.partition} has {self.count} node{'s' * (self.count > 1)} of {self.cpus} CPUs, "
-            f"{self.memory_mb} MB"
-            f"{gpus}, time <= {self.limit}"
+            f"{self.memory_mb} MB{gpus}, time <= {self.limit}"
         )
 
 
 def _nodes(partition: str) -> list[_Nodes]:
-    """What the nodes are, so that a user sees what to ask for."""
+    """The nodes of these partitions, by kind."""
     kinds = []
     for row in _ask(_sinfo(partition, "%R|%D|%c|%m|%G|%l|%f")).splitlines():
         name, *numbers, gres, limit, features = row.split("|")
@@ -413,8 +403,8 @@ def _nodes(partition: str) -> list[_Nodes]:
     return kinds
 
 
-def _beyond(nodes: Sequence[_Nodes], *, asked: dict[str, str]) -> list[str]:
-    """The largest values there are, of the options that ask for more."""
+def _largest_values(nodes: Sequence[_Nodes], *, asked: dict[str, str]) -> list[str]:
+    """For each option that asks for more than there is, the largest valid value."""
     if not nodes:
         return []
 
@@ -444,24 +434,25 @@ def _beyond(nodes: Sequence[_Nodes], *, asked: dict[str, str]) -> list[str]:
     return hints
 
 
-def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes]) -> list[str]:
-    """The site's names nearest to those that SLURM does not know."""
-    features = sorted({word for one in nodes for word in one.features})
-    # SLURM's words for a feature of other nodes only are those for any node that it does not have.
+def _nearest_names(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes]) -> list[str]:
+    """For each name that SLURM does not know, the site's nearest one."""
+    features = sorted({feature for one in nodes for feature in one.features})
+    # Of a feature that only other nodes have SLURM says what it says of any nodes that are lacking.
     single = re.fullmatch(r"[\w.-]+", asked.get("constraint", ""))
-    words: dict[str, tuple[str, Sequence[str]]] = {
+    candidates: dict[str, tuple[str, Sequence[str]]] = {
         "constraint": ("" if single else "feature|constraint", features)
     }
     if re.search(r"account|qos", message, re.IGNORECASE):
         accounts, qos = _associations()
-        words |= {"account": ("account", accounts), "qos": ("qos|quality", qos)}
+        candidates |= {"account": ("account", accounts), "qos": ("qos|quality", qos)}
     if "reservation" in asked:
-        words["reservation"] = ("reservation", sorted(_shown_of("reservation", "ReservationName")))
+        names = sorted(_show("reservation", "ReservationName"))
+        candidates["reservation"] = ("reservation", names)
     hints = []
-    for key, (sign, names) in words.items():
+    for key, (pattern, names) in candidates.items():
         value = asked.get(key, "")
         missing = value not in names and (value or key != "constraint")
-        if names and missing and re.search(sign, message, re.IGNORECASE):
+        if names and missing and re.search(pattern, message, re.IGNORECASE):
             near = re.findall(r"'(.*?)'", nearest(value, list(names)))
             hints.append(f"{key}={near[0]}" if near else f"{key} one of {', '.join(names[:8])}")
     if re.search(r"licen[cs]e", message, re.IGNORECASE):
@@ -470,13 +461,13 @@ def _unknown_word(message: str, *, asked: dict[str, str], nodes: Sequence[_Nodes
 
 
 def _licenses(asked: str) -> list[str]:
-    """What is nearest to these licences (`name:count,...`), of names and numbers that there are."""
-    licences = _shown_of("licenses", "LicenseName")
+    """The nearest valid option: names and counts of `name:count,...` corrected."""
+    licences = _show("licenses", "LicenseName")
     if not licences:
         return []
-    words = []
-    for word in asked.split(","):
-        name, colon, count = word.partition(":")
+    corrected = []
+    for part in asked.split(","):
+        name, colon, count = part.partition(":")
         near = re.findall(r"'(.*?)'", nearest(name, list(licences)))
         if name not in licences and not near:
             return [f"licenses one of {', '.join(sorted(licences)[:8])}"]
@@ -484,8 +475,8 @@ def _licenses(asked: str) -> list[str]:
         total = re.search(r"\bTotal=(\d+)", licences[name])
         if count.isdecimal() and total and int(count) > int(total[1]):
             count = total[1]
-        words.append(f"{name}{colon}{count}")
-    return [f"licenses={','.join(words)}"]
+        corrected.append(f"{name}{colon}{count}")
+    return [f"licenses={','.join(corrected)}"]
 
 
 def _associations() -> tuple[list[str], list[str]]:
@@ -500,8 +491,8 @@ def _associations() -> tuple[list[str], list[str]]:
     return accounts, sorted({q for _, all_ in cells for q in all_.split(",") if q})
 
 
-def _shown_of(what: str, key: str) -> dict[str, str]:
-    """Name -> the line of `scontrol show`; nothing if it does not answer."""
+def _show(what: str, key: str) -> dict[str, str]:
+    """Name -> its line of `scontrol show`; empty if that does not answer."""
     try:
         answer = _ask(["scontrol", "-o", "show", what], tries=1)
     except SlurmError:
@@ -513,15 +504,15 @@ def _shown_of(what: str, key: str) -> dict[str, str]:
 def may_requeue(job_id: str) -> bool:
     """Whether a job that was signalled to end should requeue itself.
 
-    Yes while it runs (a warning, the grace of a preemption) and where its time is up. Otherwise
-    SLURM requeues it, or its user has cancelled it; and SLURM would requeue that one as well.
+    Yes while it runs (a warning, the grace period of a preemption) and if its time is up. Otherwise
+    SLURM requeues it by itself, or its user has cancelled it, which a requeue would undo.
     """
     answer = ""
     for _ in range(5):
         answer = _ask(["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r"]).split("\n")[0]
         if answer:
             break
-        time.sleep(0.3)  # a controller that is just ending the job may say nothing at first
+        time.sleep(0.3)  # while it ends a job, the controller may not list it
     state, _, reason = answer.partition("|")
     return state == "RUNNING" or (state == "COMPLETING" and reason.startswith("TimeLimit"))
 
@@ -534,7 +525,7 @@ def cancel(job_ids: Iterable[str]) -> None:
 
 
 def requeue(job_id: str) -> None:
-    """Put a job back into the queue; its processes are killed at once, so save first."""
+    """Put a job back into the queue. Its processes are killed at once, so save first."""
     _ask(["scontrol", "requeue", job_id], tries=3, forgive=PENDING)
 
 
@@ -542,7 +533,7 @@ def _ask(command: Sequence[str], *, tries: int = 2, forgive: re.Pattern[str] | N
     """What the tool prints; tried again if the controller was busy."""
     for left in reversed(range(tries)):
         try:
-            return _once(command, forgive=forgive)
+            return _run_tool(command, forgive=forgive)
         except SlurmError as error:
             if not left or not BUSY.search(str(error)):
                 raise
@@ -550,12 +541,12 @@ def _ask(command: Sequence[str], *, tries: int = 2, forgive: re.Pattern[str] | N
     raise AssertionError("at least one try")
 
 
-def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
+def _run_tool(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
     tool = command[0]
-    # A user's SQUEUE_PARTITION, SCANCEL_STATE and the like would hide jobs from us.
+    # A user's SQUEUE_PARTITION, SCANCEL_STATE and the like would hide jobs.
     environment = {k: v for k, v in os.environ.items() if not is_an_option(k)}
     environment["SLURM_TIME_FORMAT"] = "standard"
-    environment["SLURM_BITSTR_LEN"] = "0"  # long lists of array tasks are cut to 64 characters
+    environment["SLURM_BITSTR_LEN"] = "0"  # else long lists of an array's tasks are cut
     try:
         process = subprocess.Popen(
             command,
@@ -569,20 +560,20 @@ def _once(command: Sequence[str], *, forgive: re.Pattern[str] | None) -> str:
     except OSError as error:
         raise SlurmError(f"{tool} did not answer: {error.strerror or error}") from None
     with process:
-        answer, complaint = _heard(process, tool=tool)
+        answer, errors = _communicate(process, tool=tool)
     if process.returncode == 0:
         return answer
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     if forgive is not None:
         lines = [line for line in lines if not forgive.search(line)]
         if not lines:
             return answer
-    words = "; ".join(_plain(line, tool=tool) for line in lines)
-    raise SlurmError(f"{tool}: {words or f'exit code {process.returncode}'}")
+    reasons = "; ".join(_without_prefix(line, tool=tool) for line in lines)
+    raise SlurmError(f"{tool}: {reasons or f'exit code {process.returncode}'}")
 
 
-def _heard(process: subprocess.Popen[str], *, tool: str) -> tuple[str, str]:
-    """What the tool prints; if that takes long, a line on stderr; if too long, SlurmError."""
+def _communicate(process: subprocess.Popen[str], *, tool: str) -> tuple[str, str]:
+    """What the tool prints; a line on stderr if that takes long, SlurmError if too long."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=min(PATIENCE_S, ANSWER_S))
@@ -596,6 +587,6 @@ def _heard(process: subprocess.Popen[str], *, tool: str) -> tuple[str, str]:
             process.kill()
 
 
-def _plain(line: str, *, tool: str) -> str:
+def _without_prefix(line: str, *, tool: str) -> str:
     """`sbatch: error: Batch job ...` -> `Batch job ...`"""
     return line.removeprefix(f"{tool}: ").removeprefix("error: ").removeprefix("fatal: ")

@@ -21,7 +21,7 @@ from sweeps.slurm.submission import only_submitter, recover
 def submit_evals(
     requests: Sequence[Path], *, sweep: str, launcher: object, output_dir: Path, after: bool
 ) -> None:
-    """One array, a request each, on what `launcher` gave the sweep's runs; prints the job id.
+    """Submit an array, a task per request, with the options of the sweep's launcher; print its id.
 
     With `after` it waits for the jobs of the runs that are still in flight.
     """
@@ -34,7 +34,7 @@ def submit_evals(
     output_dir = output_dir.absolute()
     runs = [RunDir(request.absolute().parents[2]) for request in requests]
     configs = [run.config() for run in runs]
-    # Scoring is not shared between processes: one of them, one GPU.
+    # Scoring uses one process and one GPU.
     options = dataclasses.replace(launcher.options, runs_per_job=1)
     shapes = {shape_of(config, options) for config in configs}
     longest = max(shapes, key=lambda shape: shape.minutes)
@@ -63,9 +63,10 @@ def submit_evals(
 def _queued_evals(
     output_dir: Path, sweep: str, *, ended: Collection[str]
 ) -> dict[str, set[str | None]]:
-    """Request -> the jobs that its own waits for, of requests that will see what there is now.
+    """Request -> the jobs that its job waits for, of requests that need not be queued again.
 
-    One that has begun may have looked for checkpoints before the run's last one was there.
+    A job that has begun may have listed checkpoints before the newest was there: it counts only if
+    the run has `ended`.
     """
     evals = [one for one in recover(output_dir, sweep, write=True) if one.kind == "eval"]
     jobs = cluster.jobs([job_id for one in evals for job_id in one.task_ids()])

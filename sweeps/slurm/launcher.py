@@ -1,8 +1,7 @@
-"""Plan -> SLURM job arrays, and back to the prompt: nothing stays behind that could be killed.
+"""Submits a plan as SLURM job arrays, one per resource shape; no process waits for them.
 
-One array per resource shape, split where SLURM's arrays end. What a job is to do is written before
-sbatch is called, so a crash at any point leaves no job, or one that can be identified by name.
-Not for: what happens on the node (`job.py`), nor for what SLURM says (`cluster.py`).
+What a job is to do is stored before sbatch is called: a crash at any time leaves no job, or one
+that can be found by its name. Not for: what happens on the node (`job.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from rich.console import Console
 from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
+from experiments.environment import python_path
 from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps.planning.budget import Estimate, Place, to_run
@@ -33,7 +33,7 @@ from sweeps.slurm.batches import Batch, batches
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.options import Shape, SlurmOptions, check_cell, check_options, shape_of
 from sweeps.slurm.queue import Queue
-from sweeps.slurm.sbatch import Sbatch, Unsure, by_site, print_environment
+from sweeps.slurm.sbatch import Sbatch, Unsure, options_of_environment, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
 from sweeps.slurm.survey import survey
 
@@ -62,7 +62,7 @@ class SlurmLauncher:
         )
 
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
-        """ConfigError before anything is written, where SLURM or arithmetic would refuse."""
+        """ConfigError if SLURM would refuse a job, or a job could not do what it is for."""
         check_options(self.options)
         print_environment(self.options)
         for cell in plan.cells:
@@ -79,12 +79,12 @@ class SlurmLauncher:
             )
         try:
             for shape in {shape_of(cell.config, self.options) for cell in plan.cells}:
-                self._ask(shape)
+                self._test(shape)
         except SlurmError as error:
             raise ConfigError(f"hydra/launcher=slurm needs SLURM's answer: {error}") from None
 
     def _check_pace(self, config: RunConfig, cost: Estimate | None) -> None:
-        """A job that a kill without warning ends before its first checkpoint never gets on."""
+        """ConfigError if a job is too short for a checkpoint: every kill would lose all of it."""
         if cost is None or cost.bound or config.checkpoint.every_minutes is not None:
             return
         shape, every = shape_of(config, self.options), config.checkpoint.every_steps
@@ -99,8 +99,8 @@ class SlurmLauncher:
                 f"nearest valid: {int(interval) + 1}, or checkpoint.every_steps={good}"
             )
 
-    def _ask(self, shape: Shape) -> None:
-        """`sbatch --test-only`: unknown partitions, nodes that do not exist."""
+    def _test(self, shape: Shape) -> None:
+        """`sbatch --test-only`; then the limit of the partition, which that does not check."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "submission.json"
             check = Sbatch(name="check", tasks=1, options=self.options, shape=shape, file=file)
@@ -110,9 +110,9 @@ class SlurmLauncher:
         self._check_limit(shape)
 
     def _check_limit(self, shape: Shape) -> None:
-        """SLURM may take a job that is longer than its partition allows, and never start it."""
-        options = dataclasses.replace(self.options, **by_site(self.options))
-        if options.qos or "qos" in options.extra:  # which may allow more
+        """A job longer than its partition allows may be accepted and never start."""
+        options = dataclasses.replace(self.options, **options_of_environment(self.options))
+        if options.qos or "qos" in options.extra:  # a QOS may allow more
             return
         partition = str(options.extra.get("partition") or options.partition or "")
         limit = cluster.time_limit(partition)
@@ -124,9 +124,9 @@ class SlurmLauncher:
             )
 
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
-        """Submit what is not done and not in flight; the exit code. The jobs go on without us."""
+        """Submit what is not done and not in flight; the exit code."""
         output_dir = output_dir.absolute()
-        _each(lambda cell: run_at(output_dir, cell.run_id).create(cell.config), plan.cells)
+        _for_each(lambda cell: run_at(output_dir, cell.run_id).create(cell.config), plan.cells)
         with only_submitter(output_dir, console):
             try:
                 todo = self._todo(plan, output_dir)
@@ -136,18 +136,18 @@ class SlurmLauncher:
                 queue = Queue.open(
                     output_dir, plan.name, kind="train", options=self.options, console=console
                 )
-                done = self._submit_all(plan, todo, queue, console=console)
-                _show(plan, output_dir, console=console)
+                code = self._submit_all(plan, todo, queue, console=console)
+                _show_in_mlflow(plan, output_dir, console=console)
                 watch = command("watch", plan.name, output_dir=output_dir)
                 console.print(f"watch: {watch}", markup=False, highlight=False, soft_wrap=True)
-                return done
+                return code
             except SlurmError as error:
                 raise ConfigError(
                     f"SLURM does not answer, nothing was submitted: {error}"
                 ) from None
 
     def check_search(self, plan: Plan) -> None:
-        """A trial is a job's alone, and one process's."""
+        """ConfigError unless a job is for one trial in one process, and all need the same."""
         if self.options.runs_per_job > 1:
             raise ConfigError(
                 "hydra.launcher.runs_per_job must be 1 with hydra/sweeper=search, got "
@@ -166,7 +166,7 @@ class SlurmLauncher:
             )
 
     def _todo(self, plan: Plan, output_dir: Path) -> list[Cell]:
-        """Runs without a result that no job is to run."""
+        """Runs that are not done and have no job."""
         adopt(output_dir, plan.name)
         runs = {cell.run_id: run_at(output_dir, cell.run_id) for cell in plan.cells}
         states = survey(list(runs.values()))
@@ -209,7 +209,7 @@ class SlurmLauncher:
                 )
                 raise
             console.print(
-                _submitted(submission, batch, options=self.options),
+                _describe(submission, batch, options=self.options),
                 highlight=False,
                 soft_wrap=True,
             )
@@ -217,55 +217,55 @@ class SlurmLauncher:
 
 
 def _submit(queue: Queue, batch: Batch[Cell]) -> Submission:
-    """One array, which its runs know of afterwards."""
+    """Submit one array, and record the jobs in its runs."""
     runs = {cell.run_id: run_at(queue.output_dir, cell.run_id) for cell in batch.cells}
-    _each(_plan_again, runs.values())
+    _for_each(_reset, runs.values())
     try:
         one = queue.submit(batch, [[cell.run_id for cell in task] for task in batch.tasks])
-        _each(lambda of: _queued(runs[of[0]], of[1]), one.job_ids().items())
+        _for_each(lambda of: _record_job(runs[of[0]], of[1]), one.job_ids().items())
     except KeyboardInterrupt:
         with contextlib.suppress(SlurmError):
-            adopt(queue.output_dir, queue.sweep)  # its sbatch may have been taken
+            adopt(queue.output_dir, queue.sweep)  # SLURM may have accepted it
         raise
     return one
 
 
-def _each(do: Callable[[T], object], things: Iterable[T]) -> None:
-    """`do` for each, many at once: a run's files wait for the disk some 10 ms each."""
+def _for_each(do: Callable[[T], object], things: Iterable[T]) -> None:
+    """Do it for each, many at once: writing a run's files waits for the disk some 10 ms each."""
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(do, things))
 
 
-def _plan_again(run: RunDir) -> None:
-    """Reset the run to planned: drop its earlier state and a request to cancel it."""
+def _reset(run: RunDir) -> None:
+    """Reset the run to planned, without a request to cancel it."""
     run.cancel_path.unlink(missing_ok=True)
     now = run.status()
     if (now.state, now.phase, now.job_id, now.error) != (State.PLANNED, "", None, None):
         run.update_status(state=State.PLANNED, phase="", job_id=None, error=None)
 
 
-def _show(plan: Plan, output_dir: Path, *, console: Console) -> None:
-    """Show the sweep in MLflow beside us: hundreds of runs take it a minute, and no job needs it.
+def _show_in_mlflow(plan: Plan, output_dir: Path, *, console: Console) -> None:
+    """Show the sweep in MLflow from another process: hundreds of runs take a minute.
 
-    Whatever becomes of that process, the records can be synced at any time.
+    If it fails, the records can be synced at any time.
     """
     if plan.is_tracked:
-        log = in_background(output_dir, plan.name)
+        log = sync_in_background(output_dir, plan.name)
         line = f"MLflow shows them in a minute (log: {log}); `python -m sweeps sync` does it again"
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _queued(run: RunDir, job_id: str) -> None:
-    """Write down the run's job, unless the job has begun and speaks for itself."""
+def _record_job(run: RunDir, job_id: str) -> None:
+    """Record the run's job, unless the job has begun: then it records itself."""
     if run.lock_holder() is None and run.status().state is State.PLANNED:
         run.update_status(state=State.QUEUED, job_id=job_id)
 
 
-def _submitted(one: Submission, batch: Batch[Cell], *, options: SlurmOptions) -> str:
-    """What was submitted, in the units that people think in."""
-    (_, shape), jobs = batch.asks(options), len(batch.tasks)
+def _describe(one: Submission, batch: Batch[Cell], *, options: SlurmOptions) -> str:
+    """A line on what was submitted: `submitted job 7 (array of 3): 3 runs; 1 node, 1 GPU, ...`."""
+    (_, shape), jobs = batch.request(options), len(batch.tasks)
     runs, most = len(batch.cells), max(len(task) for task in batch.tasks)
-    words = [
+    resources = [
         _count(shape.nodes, "node"),
         *([_count(shape.gpus_per_node * shape.nodes, "GPU")] if shape.gpus_per_node else []),
         *([_count(shape.processes, "process", "processes")] if shape.processes > 1 else []),
@@ -274,23 +274,23 @@ def _submitted(one: Submission, batch: Batch[Cell], *, options: SlurmOptions) ->
     ]
     array = f" (array of {jobs})" if jobs > 1 else ""
     packed = f", up to {most} in a job" if most > 1 else ""
-    return f"submitted job {one.job_id}{array}: {_count(runs, 'run')}{packed}; {', '.join(words)}"
+    return (
+        f"submitted job {one.job_id}{array}: {_count(runs, 'run')}{packed}; {', '.join(resources)}"
+    )
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-_BESIDE: list[subprocess.Popen[bytes]] = []
-"""Processes that outlive this one: Python warns of those that it forgets."""
+_BACKGROUND: list[subprocess.Popen[bytes]] = []
+"""Processes that outlive this one; Python warns of an unfinished one that is garbage-collected."""
 
 
-def in_background(output_dir: Path | str, sweep: str) -> Path:
-    """Update the sweep in MLflow from a process that outlives this one; returns its log."""
+def sync_in_background(output_dir: Path | str, sweep: str) -> Path:
+    """Update the sweep in MLflow from a process that may outlive this one; its log."""
     output_dir = Path(output_dir).absolute()
     log = output_dir / "logs" / "mlflow-sync.log"
-    root = str(Path(__file__).resolve().parents[2])
-    paths = filter(None, (root, os.environ.get("PYTHONPATH")))
     with contextlib.suppress(OSError):
         shared.make_folder(log.parent)
         with shared.opened(log, "ab") as log_file:
@@ -299,8 +299,8 @@ def in_background(output_dir: Path | str, sweep: str) -> Path:
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
-                env={**shell.outside(os.environ), "PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,  # Ctrl-C, and the terminal's end, are not for it
+                env={**shell.outside(os.environ), "PYTHONPATH": python_path()},
+                start_new_session=True,  # Ctrl-C, and the terminal's end, must not reach it
             )
-        _BESIDE.append(process)
+        _BACKGROUND.append(process)
     return log

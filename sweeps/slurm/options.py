@@ -1,6 +1,6 @@
-"""What a job asks of SLURM: the launcher's options, a run's own wishes, and what no cluster grants.
+"""What a job asks of SLURM: the launcher's options and a run's own, and checks of both.
 
-Hydra reads this module at every start, so it imports next to nothing.
+Hydra reads this module at every start, so it imports little.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
 
-# The metadata of an option: nothing else needs to list it.
+# The metadata of an option, by which the other modules know what to do with it.
 SBATCH = {"sbatch": True}
-"""It goes to sbatch under its own name, where it is set."""
+"""It goes to sbatch under its own name, if it is set."""
 SITE = {**SBATCH, "site": True}
-"""So it does; where it is not set, the user's SBATCH_ variable of that name counts."""
+"""Likewise; if it is not set, the user's SBATCH_ variable of that name counts."""
 COUNT = {"ge": 1}
 """It must be at least 1."""
 FROM_0 = {"ge": 0}
@@ -45,15 +45,15 @@ class SlurmOptions:
     """Memory of each node; null: the partition's default."""
     exclusive: bool = False
     max_parallel: int | None = field(default=None, metadata=COUNT)
-    """Runs at a time; null: as many as SLURM lets."""
+    """Runs at a time; null: as many as SLURM allows."""
     runs_per_job: int = field(default=1, metadata=COUNT)
     """Small runs that share a job, each with its part of the GPUs and cores."""
     gpu_memory_gb: float | None = None
-    """Of one GPU: packing more runs than fit is refused. null: not checked."""
+    """Of one GPU: more runs per job than fit are refused. null: not checked."""
     signal_delay_s: int = field(default=120, metadata=FROM_0)
     """From SLURM's warning to its kill: time for the current step and a checkpoint."""
     max_stalled: int = field(default=5, metadata=COUNT)
-    """Attempts of one job without a new checkpoint, after which it is a failure."""
+    """Attempts of one job without a new checkpoint, after which its run has failed."""
     mail_type: str | None = field(default=None, metadata=SBATCH)
     """As sbatch's: END,FAIL, ARRAY_TASKS, ..."""
     mail_user: str | None = field(default=None, metadata=SBATCH)
@@ -66,14 +66,14 @@ class SlurmOptions:
     teardown: list[str] = field(default_factory=list)
     """Shell lines after it."""
     srun_args: list[str] = field(default_factory=list)
-    """Further words for srun."""
+    """Further arguments of srun."""
     python: str | None = None
     """Command in place of this Python: `singularity exec --nv image.sif python`."""
     snapshot_limit_mb: float = 50.0
-    """The frozen copy of the code is refused beyond that: something large is not git-ignored."""
+    """Of the frozen copy of the code: more is refused, as something large is not git-ignored."""
 
 
-def as_they_are(options: SlurmOptions) -> dict[str, Any]:
+def sbatch_options(options: SlurmOptions) -> dict[str, Any]:
     """Options that go to sbatch under their own names."""
     names = [option.name for option in fields(options) if option.metadata.get("sbatch")]
     return {name: value for name in names if (value := getattr(options, name))}
@@ -116,15 +116,14 @@ def minutes(text: str) -> int:
 
 
 def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
-    """The launcher's options with what the run itself asks for in their place."""
-    wants = config.resources
+    """What a run's job asks for: the run's own `resources`, else the launcher's options."""
 
     def pick(name: str) -> Any:
-        own = getattr(wants, name)
+        own = getattr(config.resources, name)
         return getattr(options, name) if own is None else own
 
     gpus = pick("gpus_per_node")
-    each = 1 if options.runs_per_job > 1 else max(1, gpus)  # runs that share a job are single
+    each = 1 if options.runs_per_job > 1 else max(1, gpus)  # runs that share a job have a process
     return Shape(
         nodes=pick("nodes"),
         gpus_per_node=gpus,
@@ -137,7 +136,7 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
 
 # checks, before anything is written -------------------------------------------------------------
 def check_options(options: SlurmOptions) -> None:
-    """ConfigError for what no cluster could grant."""
+    """ConfigError for options that no cluster could grant."""
     for option in fields(options):
         value, least = getattr(options, option.name), option.metadata.get("ge")
         if least is not None and value is not None and value < least:

@@ -1,4 +1,4 @@
-"""Submits the arrays of one command, so that with earlier ones' jobs `max_parallel` holds."""
+"""Submits the arrays of one command; with the jobs of earlier ones they respect `max_parallel`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sweeps.slurm.sbatch import submit
 from sweeps.slurm.submission import Submission, recover
 
 SHARING = {"train": ("train", "search"), "search": ("train", "search"), "eval": ("eval",)}
-"""Kind of a submission -> the kinds that share its cap."""
+"""Kind of a submission -> the kinds with which it shares `max_parallel`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Queue:
-    """What a command submits of a sweep, array after array."""
+    """The arrays that a command submits of a sweep."""
 
     output_dir: Path
     sweep: str
@@ -34,9 +34,9 @@ class Queue:
     code: Path
     """The frozen copy that the jobs import."""
     cap: int | None = None
-    """Runs that may run at a time beside those in flight; None: as many as SLURM lets."""
+    """Runs that may run at a time beside those in flight; None: no limit."""
     behind: list[str] = field(default_factory=list)
-    """Jobs to wait for, if the cap allows no run beside them."""
+    """Jobs to wait for, if the cap allows no run beside theirs."""
     lanes: dict[int, str] = field(default_factory=dict)
     """Lane -> its newest job."""
 
@@ -50,7 +50,7 @@ class Queue:
         options: SlurmOptions,
         console: Console | None = None,
     ) -> Queue:
-        """Freeze the code, and see what earlier commands have in flight; `console` hears of it."""
+        """Freeze the code; deduct what earlier commands have in flight (printed on `console`)."""
         code = snapshot.freeze(
             plan_folder(output_dir, name=sweep) / "code",
             output_dir=output_dir,
@@ -61,7 +61,7 @@ class Queue:
         return queue
 
     def _deduct_in_flight(self, console: Console | None) -> None:
-        """The cap is the sweep's, not a command's."""
+        """`max_parallel` is for all commands of the sweep together."""
         most = self.options.max_parallel
         if most is None:
             return
@@ -80,28 +80,28 @@ class Queue:
             )
 
     def _in_flight(self) -> list[tuple[Submission, int]]:
-        """Of each chain of submissions that wait for one another the last, and the runs at once."""
+        """The last of each chain of waiting submissions, and how many runs it has at a time."""
         kinds = SHARING[self.kind]
-        living = [one for one in recover(self.output_dir, self.sweep) if one.kind in kinds]
-        jobs = cluster.jobs([job_id for one in living for job_id in one.task_ids()])
+        submissions = [one for one in recover(self.output_dir, self.sweep) if one.kind in kinds]
+        jobs = cluster.jobs([job_id for one in submissions for job_id in one.task_ids()])
         chains: list[tuple[Submission, int]] = []
-        for one in living:
+        for one in submissions:
             alive = sum(job_id in jobs and jobs[job_id].alive for job_id in one.task_ids())
             if not alive:
                 continue
             runs = min(one.at_once or alive, alive) * max(len(task) for task in one.tasks)
-            waits = next((c for c in chains if c[0].job_id in one.waits_for), None)
-            if waits is not None:  # never beside that one
-                chains.remove(waits)
-                runs = max(runs, waits[1])
+            before = next((c for c in chains if c[0].job_id in one.waits_for), None)
+            if before is not None:  # they never run at the same time
+                chains.remove(before)
+                runs = max(runs, before[1])
             chains.append((one, runs))
         return chains
 
     def submit(
         self, batch: Batch[Any], tasks: list[list[str]], *, after: Sequence[str] = ()
     ) -> Submission:
-        """One array with these tasks, to begin once the jobs of `after` have ended, too."""
-        options, shape = batch.asks(self.options)
+        """Submit an array with these tasks; it begins when the jobs of `after` have ended, too."""
+        options, shape = batch.request(self.options)
         one = Submission.new(
             self.sweep, tasks, kind=self.kind, options=options, at_once=batch.at_once,
             waits_for=[*after, *self._before(batch)],
@@ -121,7 +121,7 @@ class Queue:
         return one
 
     def _before(self, batch: Batch[Any]) -> list[str]:
-        """Jobs that must have ended before this array begins, for the cap's sake."""
+        """Jobs that must have ended before this array begins, as the cap demands."""
         if self.cap is None:
             return []
         return [self.lanes[batch.lane]] if batch.lane in self.lanes else self.behind

@@ -1,8 +1,7 @@
-"""One sbatch: its script, made with submitit, and the job id that comes of it.
+"""One call of sbatch: the script, made with submitit, and the id of the job.
 
-submitit pickles a function; here a job is the submission's file, so nothing is pickled and a job
-that starts before its command has ended finds all it needs. Not for: what to submit
-(`launcher.py`), nor when (`queue.py`).
+submitit would pickle a function; here a job reads the submission's file, which is there before
+sbatch is called. Not for: what to submit (`launcher.py`), nor when (`queue.py`).
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from experiments.scheduler import GPUS, JOB
 from relora_core import shell
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
-from sweeps.slurm.options import Shape, SlurmOptions, as_they_are
+from sweeps.slurm.options import Shape, SlurmOptions, sbatch_options
 from sweeps.slurm.submission import Submission, read_submission
 
 TRIES = 4
-"""At sbatch, where the controller is busy."""
+"""At sbatch, if the controller is busy."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 """What SLURM sets for a job beside its own variables."""
 SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re.M)
@@ -36,20 +35,20 @@ SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re
 
 
 class Unsure(SlurmError):
-    """SLURM may or may not have accepted the job; the next command looks for it."""
+    """Whether SLURM has accepted the job is not known; the next command looks for it."""
 
 
 # the user's environment -------------------------------------------------------------------------
 def is_of_a_group(variable: str) -> bool:
-    """Whether it names a process's place in a group, or how a group computes."""
+    """Whether it says which process of a group this is, or how the group computes."""
     return shell.is_place(variable) or shell.is_accelerate(variable)
 
 
-def set_aside() -> list[str]:
+def dropped_variables() -> list[str]:
     """Variables that sbatch, and hence the job, does not get.
 
-    What a job asks for is in its script: options of SBATCH_ variables would beat it. SLURM_
-    variables are of a job around this command, which it would take for its own.
+    SBATCH_ variables would override the script. SLURM_ variables belong to a job around this
+    command, and the new job would take them for its own.
     """
     inside = "SLURM_JOB_ID" in os.environ
     return sorted(
@@ -64,8 +63,8 @@ def set_aside() -> list[str]:
     )
 
 
-def by_site(options: SlurmOptions) -> dict[str, str]:
-    """Options that the launcher leaves unset and the user's SBATCH_ variables give."""
+def options_of_environment(options: SlurmOptions) -> dict[str, str]:
+    """Options that are unset in the launcher and set by the user's SBATCH_ variables."""
     site = [option.name for option in dataclasses.fields(options) if option.metadata.get("site")]
     given = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in site}
     return {
@@ -77,21 +76,21 @@ def by_site(options: SlurmOptions) -> dict[str, str]:
 
 def print_environment(options: SlurmOptions) -> None:
     """Print a line on variables of the user's shell that take effect, or that do not."""
-    taken = by_site(options)
-    left = [name for name in set_aside() if name.removeprefix("SBATCH_").lower() not in taken]
-    own = [n for n in left if os.environ[n] and (n.startswith("SBATCH_") or is_of_a_group(n))]
-    words = []
+    taken = options_of_environment(options)
+    ignored = [n for n in dropped_variables() if n.removeprefix("SBATCH_").lower() not in taken]
+    own = [n for n in ignored if os.environ[n] and (n.startswith("SBATCH_") or is_of_a_group(n))]
+    parts = []
     if taken:
         counts = (
             f"SBATCH_{k.upper()}={v} (hydra.launcher.{k} is not set)" for k, v in taken.items()
         )
-        words.append(f"take {', '.join(counts)}")
+        parts.append(f"take {', '.join(counts)}")
     if own:
-        words.append(f"do not take {', '.join(own)}")
+        parts.append(f"do not take {', '.join(own)}")
     if job_id := os.environ.get("SLURM_JOB_ID"):
-        words.append(f"nothing of the job {job_id} around this command")
-    if words:
-        print(f"of this shell's variables the jobs {'; '.join(words)}", file=sys.stderr)
+        parts.append(f"nothing of the job {job_id} around this command")
+    if parts:
+        print(f"of this shell's variables the jobs {'; '.join(parts)}", file=sys.stderr)
 
 
 # one call ---------------------------------------------------------------------------------------
@@ -111,11 +110,11 @@ class Sbatch:
     """Tasks that may run at a time; None: all."""
 
     def script(self) -> str:
-        """The text of the batch script, for `--test-only` and for the curious."""
+        """The batch script, for `sbatch --test-only`."""
         return self._executor()._make_submission_file_text(self._command(), "check")
 
     def submit(self) -> str:
-        """The job's id. Whatever sbatch answers, a job that SLURM has is submitted."""
+        """Call sbatch; the job's id. If its answer is unclear, SLURM is asked for the job."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         executor = self._executor()
@@ -141,7 +140,7 @@ class Sbatch:
         raise AssertionError("at least one try")
 
     def _look_up(self, line: str) -> str | None:
-        """The job's id as the job has written it down, if it has begun, or by its name."""
+        """The job's id, as the job itself has recorded it, else by its name; None: no such job."""
         try:
             return read_submission(self.file).job_id or cluster.find(self.name)
         except SlurmError as error:
@@ -159,11 +158,11 @@ class Sbatch:
         name = self.name
 
         class Executor(SlurmExecutor):
-            """Calls sbatch in an environment that says nothing of the job; doubts its answer."""
+            """Calls sbatch without variables that would change the job; checks its answer."""
 
             def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-                unset = [word for variable in set_aside() for word in ("-u", variable)]
-                # On the command line, which beats what a site's wrapper may set.
+                unset = [text for variable in dropped_variables() for text in ("-u", variable)]
+                # The name on the command line, too: a site's wrapper may set another.
                 return ["env", *unset, "sbatch", f"--job-name={name}", str(submission_file_path)]
 
             @staticmethod
@@ -183,10 +182,11 @@ class Sbatch:
 
     def parameters(self) -> dict[str, Any]:
         """submitit's parameters."""
-        options = dataclasses.replace(self.options, **by_site(self.options))
+        options = dataclasses.replace(self.options, **options_of_environment(self.options))
         shape, file, array = self.shape, shlex.quote(str(self.file)), self.tasks > 1
+        this_python = None if options.python else sys.executable
         packed = options.runs_per_job > 1
-        mine: dict[str, Any] = {
+        parameters: dict[str, Any] = {
             "job_name": self.name,
             "time": shape.minutes,
             "nodes": shape.nodes,
@@ -197,17 +197,17 @@ class Sbatch:
             "signal_delay_s": options.signal_delay_s,
             "stderr_to_stdout": True,
             "exclusive": True if options.exclusive else None,
-            "additional_parameters": {**as_they_are(options), "requeue": True, **options.extra},
+            "additional_parameters": {**sbatch_options(options), "requeue": True, **options.extra},
             "setup": [
-                *clearing(shape, array=array),
+                *unset_variables(shape, array=array),
                 *ENVIRONMENT,
                 *_own_setup(options.setup),
-                *_frozen(self.code),
-                *_seen(self.file, self.code, python=None if options.python else sys.executable),
+                *_use_code(self.code),
+                *_check_files(self.file, self.code, python=this_python),
                 f"export {GPUS}={shape.gpus_per_node}",
-                token(self.name, array=array),
+                set_token(self.name, array=array),
             ],
-            # One dead rank would leave the others waiting for it until the time limit.
+            # Else the other ranks would wait for a dead one until the time limit.
             "srun_args": ["--kill-on-bad-exit=1", *options.srun_args],
             "teardown": [
                 "code=$?",
@@ -218,25 +218,25 @@ class Sbatch:
                 "exit $code",
             ],
         }
-        return {key: value for key, value in mine.items() if value is not None}
+        return {key: value for key, value in parameters.items() if value is not None}
 
 
 # lines of its script ----------------------------------------------------------------------------
-def clearing(shape: Shape, *, array: bool) -> list[str]:
-    """Shell lines that unset variables of other jobs, wherever the script was submitted from."""
+def unset_variables(shape: Shape, *, array: bool) -> list[str]:
+    """Shell lines that unset variables of other jobs, in case the script was submitted from one."""
     prefixes = (*shell.ELASTIC_PREFIXES, *shell.ACCELERATE_PREFIXES)
     prefixes += ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SLURM_STEP")
-    words = [*shell.PLACE, *shell.ELASTIC, *(f"${{!{prefix}@}}" for prefix in prefixes)]
-    words += [JOB, "SLURM_EXPORT_ENV"]
-    if not array:  # of a job around
-        words.append("${!SLURM_ARRAY_@}")
-    if shape.mem_gb is not None:  # srun refuses to have both
-        words += ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"]
-    return [f"unset {' '.join(words)}"]
+    names = [*shell.PLACE, *shell.ELASTIC, *(f"${{!{prefix}@}}" for prefix in prefixes)]
+    names += [JOB, "SLURM_EXPORT_ENV"]
+    if not array:
+        names.append("${!SLURM_ARRAY_@}")
+    if shape.mem_gb is not None:  # srun refuses these beside a job's memory per node
+        names += ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"]
+    return [f"unset {' '.join(names)}"]
 
 
-def token(name: str, *, array: bool) -> str:
-    """The shell line by which the job's processes know that it is ours."""
+def set_token(name: str, *, array: bool) -> str:
+    """The shell line from which the job's processes know that the job is ours."""
     job_id = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if array else "$SLURM_JOB_ID"
     return f"export {JOB}={shlex.quote(name)}/{job_id}"
 
@@ -249,8 +249,6 @@ ENVIRONMENT = (
     "ulimit -c 0",
 )
 """Shell lines that give the job's Python its own cores; `setup` may change them."""
-
-
 ON_ERROR = (
     'trap \'code=$?; if [ ${#BASH_SOURCE[@]} -le "$relora_depth" ]; then echo '
     '"error: hydra.launcher.setup failed with exit code $code: $BASH_COMMAND" >&2; '
@@ -259,9 +257,9 @@ ON_ERROR = (
 
 
 def _own_setup(lines: Sequence[str]) -> list[str]:
-    """The user's lines, one of which must not fail, and what they leave set in this shell.
+    """The user's lines, none of which may fail.
 
-    Functions (`module`) and files that are sourced may hold commands that fail: their last counts.
+    Of functions (`module`) and sourced files only the last command counts.
     """
     if not lines:
         return []
@@ -270,27 +268,27 @@ def _own_setup(lines: Sequence[str]) -> list[str]:
         ON_ERROR,
         *lines,
         "trap - ERR",
-        "set +eu",  # else a run that fails would end this script before its last lines
+        "set +eu",  # if a line has set -e, a run that fails must not end this script early
     ]
 
 
-def _frozen(code: Path) -> list[str]:
-    """Shell lines that make the job's Python use the frozen code, whatever `setup` has set."""
+def _use_code(code: Path) -> list[str]:
+    """Shell lines that make the job's Python import the frozen code, whatever `setup` has set."""
     return [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
     ]
 
 
-def _seen(file: Path, code: Path, *, python: str | None) -> list[str]:
+def _check_files(file: Path, code: Path, *, python: str | None) -> list[str]:
     """Shell lines that end the job with one line if its node cannot see a file that it needs."""
-    must = dict.fromkeys((str(file), str(code)), "output_dir must be")
+    needed = dict.fromkeys((str(file), str(code)), "output_dir must be")
     if python is not None:
-        must[python] = "this Python, or the one that hydra.launcher.python names, must be"
+        needed[python] = "this Python, or the one that hydra.launcher.python names, must be"
     return [
         f'[ -e {shlex.quote(path)} ] || {{ echo "error: $HOSTNAME does not see "'
         f"{shlex.quote(f'{path}: {what} on a shared file system')} >&2; exit 1; }}"
-        for path, what in must.items()
+        for path, what in needed.items()
     ]
 
 
@@ -302,7 +300,7 @@ def python(options: SlurmOptions) -> str:
 def submit(
     one: Submission, folder: Path, *, shape: Shape, options: SlurmOptions, code: Path
 ) -> None:
-    """Write the submission into `folder`, call sbatch, and write down what came of it."""
+    """Write the submission into `folder`, call sbatch, and record what came of it."""
     one.write(folder)
     if one.waits_for:
         waits = f"afterany:{':'.join(one.waits_for)}"
@@ -321,7 +319,7 @@ def submit(
         one.write(folder)
         raise
     except KeyboardInterrupt:
-        one.job_id = _taken_meanwhile(sbatch)
+        one.job_id = _find_interrupted(sbatch)
         if one.job_id is not None:
             one.state = "submitted"
             one.write(folder)
@@ -330,9 +328,9 @@ def submit(
     one.write(folder)
 
 
-def _taken_meanwhile(sbatch: Sbatch) -> str | None:
-    """The job that an interrupted sbatch has left, if SLURM knows it by now."""
-    for pause in (0.0, cluster.PAUSE_S):  # sbatch may still be at it
+def _find_interrupted(sbatch: Sbatch) -> str | None:
+    """The job of an interrupted sbatch, if SLURM knows it by now."""
+    for pause in (0.0, cluster.PAUSE_S):  # sbatch may still be at work
         time.sleep(pause)
         with contextlib.suppress(SlurmError, OSError, ValueError):
             if job_id := read_submission(sbatch.file).job_id or cluster.find(sbatch.name):

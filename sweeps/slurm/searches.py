@@ -19,12 +19,12 @@ from sweeps.slurm.submission import alive, only_submitter, recover
 def submit_search(
     launcher: SlurmLauncher, study: Path, *, left: int, config: RunConfig, console: Console
 ) -> int:
-    """Arrays with a task for each trial that no living job is to run; the exit code."""
+    """Submit a task for each trial that no queued or running job is for; the exit code."""
     output_dir, name = study.absolute().parents[2], study.parent.name
     options = launcher.options
     with only_submitter(output_dir, console):
         try:
-            # Each job that is queued or running has a trial, or will take one.
+            # Each of these jobs has a trial, or will take one.
             submissions = recover(output_dir, name, write=True)
             taken = len(alive(one for one in submissions if one.kind == "search"))
             if taken:

@@ -1,4 +1,4 @@
-"""submission.json: what was asked of SLURM, and the job that came of it."""
+"""submission.json: what was asked of SLURM, and the job that it made."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from relora_core.config import ConfigError
 from sweeps.slurm import cluster
 from sweeps.slurm.options import SlurmOptions
 
-HEARD_S = 600.0
-"""So long after a command that ended inside sbatch its job may still turn up."""
+APPEARS_S = 600.0
+"""For so long after an interrupted sbatch its job may still appear."""
 
 
-# submissions ------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Submission:
-    """One sbatch: what was asked for, and the job that came of it."""
+    """One call of sbatch: what was asked for, and the job that it made."""
 
     submission: str
     """8 hexadecimal digits."""
     name: str
-    """SLURM's name of the job, unique; written down before sbatch is called."""
+    """SLURM's name of the job, unique; stored before sbatch is called."""
     created: float = 0.0
     """Seconds since the epoch."""
     state: str = "submitting"
@@ -43,14 +42,14 @@ class Submission:
     job_id: str | None = None
     """Of an array: without the task."""
     tasks: list[list[str]] = field(default_factory=list)
-    """The run_ids of each task of the array."""
+    """For each task of the array: run_ids, or paths in the output folder of requests or a study."""
     kind: str = "train"
     max_stalled: int = 5
     """Attempts without a new checkpoint after which the job gives a run up."""
     signal_delay_s: float = 120.0
     """Seconds between SLURM's warning and its kill."""
     error: str | None = None
-    """One line, where SLURM refused."""
+    """SLURM's reason for refusing it, one line."""
     at_once: int | None = None
     """Tasks of its array that may run at a time; None: all."""
     waits_for: list[str] = field(default_factory=list)
@@ -67,7 +66,7 @@ class Submission:
         at_once: int | None,
         waits_for: list[str],
     ) -> Submission:
-        """What is about to be asked of SLURM, under a name that no other job has."""
+        """One that is about to be submitted, with a name that no other job has."""
         number = uuid.uuid4().hex[:8]
         return cls(
             submission=number,
@@ -95,7 +94,6 @@ class Submission:
         return [f"{self.job_id}_{index}" for index in range(len(self.tasks))]
 
     def write(self, folder: Path) -> None:
-        """Into `folder`, which is this submission's own."""
         shared.make_folder(folder)
         atomic.write_json(folder / "submission.json", dataclasses.asdict(self))
 
@@ -121,11 +119,11 @@ def read_submission(path: Path) -> Submission:
 
 
 def submitted_jobs(output_dir: Path | str) -> set[str]:
-    """Every job that a submission below `output_dir` has recorded: these are ours, no others."""
-    return {job_id for _, one in _sound(output_dir) for job_id in one.task_ids()}
+    """Every job that a submission below `output_dir` has recorded; no other job is ours."""
+    return {job_id for _, one in readable_submissions(output_dir) for job_id in one.task_ids()}
 
 
-def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
+def readable_submissions(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
     """All sweeps' submissions and their folders; damaged ones are skipped."""
     for path in Path(output_dir).glob("sweeps/*/jobs/*/submission.json"):
         with contextlib.suppress(ValueError, TypeError, FileNotFoundError):
@@ -133,13 +131,13 @@ def _sound(output_dir: Path | str) -> Iterator[tuple[Path, Submission]]:
 
 
 def alive(submissions: Iterable[Submission]) -> list[str]:
-    """Those of their jobs that are queued or running."""
+    """Their jobs that are queued or running."""
     ids = {job_id for one in submissions for job_id in one.task_ids()}
     return [job_id for job_id, job in cluster.jobs(ids).items() if job.alive]
 
 
 def record_job(file: Path, job_id: str) -> None:
-    """Write down this job's own id, if the command that submitted it has not."""
+    """Record this job's own id, if the command that submitted it has not."""
     one = read_submission(file)
     if one.job_id is None:
         one.job_id, one.state, one.error = job_id.partition("_")[0], "submitted", None
@@ -147,10 +145,10 @@ def record_job(file: Path, job_id: str) -> None:
 
 
 def recover(output_dir: Path | str, name: str, *, write: bool = False) -> list[Submission]:
-    """Every submission of a sweep; job ids lost between sbatch and disk are looked up by job name.
+    """Every submission of a sweep; a job id that a command did not record is looked up by name.
 
-    With `write` (for the launcher) they are stored. SlurmError if an id is missing and SLURM does
-    not answer: the job may or may not exist.
+    With `write` (for the launcher) it is stored. SlurmError if an id is missing and SLURM does not
+    answer: the job may or may not exist.
     """
     folder = jobs_folder(output_dir, name=name)
     submissions = read_submissions(folder)
@@ -171,37 +169,37 @@ def unanswered(output_dir: Path | str, name: str) -> set[str]:
         run_id
         for one in read_submissions(jobs_folder(output_dir, name=name))
         if one.state == "submitting" and one.job_id is None and one.kind == "train"
-        if time.time() - one.created < HEARD_S
+        if time.time() - one.created < APPEARS_S
         for task in one.tasks
         for run_id in task
     }
 
 
 def adopt(output_dir: Path | str, name: str) -> None:
-    """Write missing job ids into runs: sbatch succeeded, but the command died before it did so."""
+    """Write job ids into runs that lack them: the command died between sbatch and that."""
     newest: dict[str, Submission] = {}
     for one in recover(output_dir, name, write=True):
         if one.kind == "train":  # the newest submission counts, even if it was refused
             newest |= dict.fromkeys((run_id for task in one.tasks for run_id in task), one)
     runs = {run_id: run_at(output_dir, run_id) for run_id, one in newest.items() if one.job_id}
-    lost = {run_id: run for run_id, run in runs.items() if run.path.exists() and _unaware(run)}
-    ids = {run_id: newest[run_id].job_ids()[run_id] for run_id in lost}
+    without = {id_: run for id_, run in runs.items() if run.path.exists() and _lacks_job(run)}
+    ids = {run_id: newest[run_id].job_ids()[run_id] for run_id in without}
     jobs = cluster.jobs(ids.values())
-    for run_id, run in lost.items():
+    for run_id, run in without.items():
         job = jobs.get(ids[run_id])
         recent = time.time() - newest[run_id].created < SILENT_AFTER_S
         if job.alive if job is not None else recent:
             run.update_status(state=State.QUEUED, job_id=ids[run_id])
 
 
-def _unaware(run: RunDir) -> bool:
+def _lacks_job(run: RunDir) -> bool:
     status = run.status()
     return status.state is State.PLANNED and status.job_id is None and run.lock_holder() is None
 
 
 @contextlib.contextmanager
 def only_submitter(output_dir: Path, console: Console) -> Iterator[None]:
-    """Two commands over one output_dir submit in turn, so that the second sees the first's jobs."""
+    """Wait for another command that submits below output_dir, so that this one sees its jobs."""
     folder = output_dir / "sweeps"
     shared.make_folder(folder)
     with shared.opened(folder / ".submit.lock", "w") as file:

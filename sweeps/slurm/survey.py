@@ -1,7 +1,7 @@
-"""The state of each run of a sweep, from its own files, then SLURM's answer. Reads only.
+"""The state of each run of a sweep, by its own files, then by SLURM's answer. Reads only.
 
-A job that squeue does not list need not be dead: a run is `lost` only when no SLURM tool knows its
-job and the run has not written for long. This is judged again at each look.
+A job that squeue does not list need not be dead: a run is `lost` only if no SLURM tool knows its
+job and the run has not written for long. No judgement is stored.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from experiments.disk.states import State
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import Job, SlurmError
-from sweeps.slurm.submission import _sound
+from sweeps.slurm.submission import readable_submissions
 
 HELD = re.compile(r"held|hold|special.?exit", re.IGNORECASE)
 NEVER = re.compile(
     r"DependencyNeverSatisfied|PartitionTimeLimit|PartitionNodeLimit|BadConstraints|"
     r"MaxWallDurationPerJob\w*|MaxTimeLimit|TimeLimitExceeded"
 )
-"""Reasons that do not pass by themselves: what was asked for is beyond what there is."""
+"""Reasons that never pass: more was asked for than there is."""
 
 
 def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
-    """run_id -> the run as it is now; SLURM is asked once, for all runs that have a job of ours.
+    """run_id -> the run as it is now; SLURM is asked once, about all runs that have a job of ours.
 
-    Where SLURM does not answer the run's own state stands, with a note in `reason`.
+    If SLURM does not answer, the state is that of the run's files, with a note in `reason`.
     """
-    look_at = _Looking()  # reads submissions once
+    look_at = _Looker()
     seen = {run.run_id: look_at(run) for run in runs}
     states = {run_id: judge(one, now=time.time()) for run_id, one in seen.items()}
     with_job = [run for run in runs if _needs_slurm(seen[run.run_id])]
@@ -46,7 +46,7 @@ def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
         jobs = _ask({id_ for run in with_job for id_ in _jobs_of(seen[run.run_id])})
     except SlurmError as error:
         for run in with_job:
-            states[run.run_id] = _noted(states[run.run_id], f"SLURM does not answer: {error}")
+            states[run.run_id] = _with_note(states[run.run_id], f"SLURM does not answer: {error}")
         return states
     for run in with_job:
         state = judge_job(seen[run.run_id], jobs=jobs, now=time.time())
@@ -58,10 +58,11 @@ def survey(runs: Sequence[RunDir]) -> dict[str, RunState]:
     return states
 
 
-class _Looking:
-    """Looks at runs; a job that is not ours says nothing of a process of this host.
+class _Looker:
+    """Looks at runs, without the ids of jobs that are not ours; reads submissions once.
 
-    Earlier versions wrote down whatever job a run was inside of; a queued run's is a launcher's.
+    Earlier versions recorded any job around a run's process on this host. A queued run's job was
+    recorded by its launcher, so it is ours.
     """
 
     def __init__(self) -> None:
@@ -77,16 +78,17 @@ class _Looking:
         return dataclasses.replace(seen, status=dataclasses.replace(seen.status, job_id=None))
 
     def _folder(self, seen: Seen) -> Path | None:
-        """Folder of the submission that the run's job belongs to; None if the job is not ours."""
+        """The submission's that the run's job belongs to; None if the job is not ours."""
         output_dir = seen.path.parents[1]
         if output_dir not in self._folders:
+            submissions = readable_submissions(output_dir)
             self._folders[output_dir] = {
-                job_id: folder for folder, one in _sound(output_dir) for job_id in one.task_ids()
+                job_id: folder for folder, one in submissions for job_id in one.task_ids()
             }
         return self._folders[output_dir].get(seen.status.job_id or "")
 
     def trace(self, seen: Seen, *, jobs: Mapping[str, Job]) -> Trace:
-        """Read only for a job that failed or is not listed: for others SLURM's answer is enough."""
+        """Read for a job that failed or is not listed; for others SLURM's answer is enough."""
         job = jobs.get(seen.status.job_id or "")
         if job is None or job.state not in ("FAILED", cluster.UNLISTED):
             return Trace()
@@ -98,13 +100,13 @@ class _Looking:
 
 
 def is_dead(holder: dict[str, Any], *, heartbeat: float) -> bool:
-    """Is the holder of a run's lock, on another host, certainly dead? In doubt: no.
+    """Whether the holder of a run's lock, on another host, is certainly dead; False in doubt.
 
     `heartbeat` is when the run last wrote its status, seconds since the epoch.
     """
     job_id = holder.get("job_id")
     if job_id is None or holder["host"] in ("?", socket.gethostname()):
-        return False  # RunDir.lock_holder() has looked for processes of this host
+        return False  # processes of this host are RunDir.lock_holder()'s to judge
     try:
         job = _ask({job_id}).get(job_id)
     except SlurmError:
@@ -126,7 +128,7 @@ def _needs_slurm(seen: Seen) -> bool:
 
 
 def _jobs_of(seen: Seen) -> list[str]:
-    """The job that the run was given to and the one that holds its lock: mostly the same."""
+    """The job that the run was given to and the one that holds its lock, mostly the same."""
     job_ids = (seen.status.job_id, (seen.holder or {}).get("job_id"))
     return [job_id for job_id in job_ids if job_id is not None]
 
@@ -136,9 +138,9 @@ class Trace:
     """What a job has left beside its submission."""
 
     began: bool | None = None
-    """Whether SLURM has made its log, as it does when a job begins; None: no submission has it."""
+    """Whether its log is there, which SLURM makes when a job begins; None: it has no submission."""
     error: str | None = None
-    """The newest error of its script itself, such as a command of `setup` that has failed."""
+    """The newest error of its script, such as a failed command of `setup`."""
 
 
 def _newest_error(log: Path) -> str | None:
@@ -153,7 +155,7 @@ def _newest_error(log: Path) -> str | None:
 def judge_job(
     seen: Seen, *, jobs: Mapping[str, Job], trace: Trace | None = None, now: float
 ) -> RunState:
-    """The run in the light of what SLURM says of its job; the first case that fits counts."""
+    """The run by its files and what SLURM says of its job; the first case that fits counts."""
     own, trace = judge(seen, now=now), trace or Trace()
     if not _needs_slurm(seen) or _is_held(seen, jobs=jobs):
         return own
@@ -163,25 +165,26 @@ def judge_job(
     if job is None:
         return _unknown(seen, own, now=now)
     if recorded is State.CANCELLED and (seen.cancelled or not job.waiting):
-        return _as(own, State.CANCELLED, status.error)
+        return _set(own, State.CANCELLED, status.error)
     if job.waiting:
-        return _as(own, State.QUEUED, _why_it_waits(seen, job=job))
+        return _set(own, State.QUEUED, _why_it_waits(seen, job=job))
     if job.state == cluster.UNLISTED and recorded in (State.QUEUED, State.PLANNED):
         if trace.began:
-            return _as(own, State.FAILED, f"its job {job.job_id} ended without a result")
-        # Taken out before it had a node, or long over.
+            return _set(own, State.FAILED, f"its job {job.job_id} ended without a result")
+        # Cancelled before it had a node, or over for long.
         reason = f"SLURM does not list job {job.job_id} with its array any more"
-        return _as(own, State.CANCELLED, reason)
+        return _set(own, State.CANCELLED, reason)
     if job.over:
         return _over(seen, own, job=job, trace=trace)
     if recorded is State.FAILED:
-        return _as(own, State.FAILED, status.error)
+        return _set(own, State.FAILED, status.error)
     if recorded is State.RUNNING:
-        odd = own.state is not State.RUNNING
-        return _as(own, recorded, f"{own.reason}, but SLURM: {job.state}" if odd else own.reason)
+        agree = own.state is State.RUNNING
+        reason = own.reason if agree else f"{own.reason}, but SLURM: {job.state}"
+        return _set(own, recorded, reason)
     where = f" on {job.node}" if job.node else ""
     what = "ending" if job.state == "COMPLETING" else "starting"
-    return _as(own, State.QUEUED, f"{what}{where}")
+    return _set(own, State.QUEUED, f"{what}{where}")
 
 
 def _is_held(seen: Seen, *, jobs: Mapping[str, Job]) -> bool:
@@ -196,39 +199,39 @@ def _is_held(seen: Seen, *, jobs: Mapping[str, Job]) -> bool:
 
 
 def _unknown(seen: Seen, own: RunState, *, now: float) -> RunState:
-    """SLURM does not know its job."""
+    """The run's state if SLURM does not know its job."""
     status = seen.status
     if status.state in (State.FAILED, State.CANCELLED, State.PLANNED):
-        return _as(own, status.state, status.error)
+        return _set(own, status.state, status.error)
     if seen.cancelled:
-        return _as(own, State.CANCELLED, None)
+        return _set(own, State.CANCELLED, None)
     silent = now - status.heartbeat
     if silent <= SILENT_AFTER_S:
-        return _noted(own, f"SLURM does not list job {status.job_id}")
+        return _with_note(own, f"SLURM does not list job {status.job_id}")
     since = f"no heartbeat for {silent / 60:.0f} min" if status.heartbeat else "no heartbeat ever"
     again = f"`{_command('retry', seen)}` runs it again"
-    return _as(own, State.LOST, f"{since} and SLURM does not know job {status.job_id}; {again}")
+    return _set(own, State.LOST, f"{since} and SLURM does not know job {status.job_id}; {again}")
 
 
 def _over(seen: Seen, own: RunState, *, job: Job, trace: Trace) -> RunState:
-    """The job has ended and left no result."""
+    """The run's state if its job has ended and left no result."""
     by_slurm = f"SLURM: {job.state} (job {job.job_id})"
     if seen.status.state is State.FAILED:
-        return _as(own, State.FAILED, seen.status.error or by_slurm)
+        return _set(own, State.FAILED, seen.status.error or by_slurm)
     if job.state == "CANCELLED" or seen.cancelled:
-        return _as(own, State.CANCELLED, by_slurm)
+        return _set(own, State.CANCELLED, by_slurm)
     if job.state == "FAILED" and not own.attempts:
-        return _as(own, State.FAILED, by_slurm + _before_the_run(seen, job=job, trace=trace))
+        return _set(own, State.FAILED, by_slurm + _before_the_run(seen, job=job, trace=trace))
     why = {
         "COMPLETED": f"its job {job.job_id} ended without a result",
         "PREEMPTED": f"preempted and not requeued (job {job.job_id})",
-        cluster.UNLISTED: f"its job {job.job_id} ended without a word: SLURM forgot it",
+        cluster.UNLISTED: f"its job {job.job_id} ended, and SLURM does not know how",
     }
-    return _as(own, State.FAILED, why.get(job.state, by_slurm))
+    return _set(own, State.FAILED, why.get(job.state, by_slurm))
 
 
 def _before_the_run(seen: Seen, *, job: Job, trace: Trace) -> str:
-    """Why a job failed before the run began, to be added to what SLURM says."""
+    """Why a job failed before the run began; text that follows what SLURM says."""
     if trace.error:
         return f"; {trace.error}"
     if trace.began is not False:
@@ -241,7 +244,7 @@ def _before_the_run(seen: Seen, *, job: Job, trace: Trace) -> str:
 
 
 def _why_it_waits(seen: Seen, *, job: Job) -> str:
-    """Why the job has no node, and what to do if it would wait for ever."""
+    """Why the job has no node, and what to do if it will never have one."""
     status = seen.status
     why = job.reason if job.reason not in ("", "None") else job.state
     if "admin" in why.lower():
@@ -262,9 +265,9 @@ def _command(name: str, seen: Seen) -> str:
     return command(name, seen.path.name, output_dir=seen.path.parents[1])
 
 
-def _as(own: RunState, state: State, reason: str | None) -> RunState:
+def _set(own: RunState, state: State, reason: str | None) -> RunState:
     return dataclasses.replace(own, state=state, reason=reason)
 
 
-def _noted(own: RunState, note: str) -> RunState:
+def _with_note(own: RunState, note: str) -> RunState:
     return dataclasses.replace(own, reason=f"{own.reason}; {note}" if own.reason else note)

@@ -337,8 +337,8 @@ def test_a_first_sync_says_how_far_it_is(
 @pytest.mark.slow
 def test_a_sweep_is_shown_by_a_process_of_its_own(out: Path, plan: Any) -> None:
     plan(ranks=(8,))
-    log = launcher.in_background(out, "ranks")
-    assert launcher._BESIDE.pop().wait(120) == 0, log.read_text()
+    log = launcher.sync_in_background(out, "ranks")
+    assert launcher._BACKGROUND.pop().wait(120) == 0, log.read_text()
     assert "points sent" in log.read_text()
     runs, (parent,) = shown(out, "ranks", "run"), shown(out, "ranks", "sweep")
     assert [run.info.status for run in (*runs, parent)] == ["SCHEDULED"] * 3

@@ -911,7 +911,7 @@ def test_cancel_while_sbatch_may_still_be_heard_asks_its_jobs_to_end(
     assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
     assert "2 runs: the command that submitted them was interrupted" in capsys.readouterr().out
     assert all(run.cancel_path.exists() for run in all_runs(out))
-    monkeypatch.setattr("sweeps.slurm.submission.HEARD_S", 0.0)
+    monkeypatch.setattr("sweeps.slurm.submission.APPEARS_S", 0.0)
     assert main(["cancel", "s", "--yes", "--output-dir", str(out)]) == 0
     assert "nothing to cancel" in capsys.readouterr().out
 

@@ -312,7 +312,7 @@ TABLE = [
     (seen(), "COMPLETED", "failed", "its job 12_3 ended without a result"),
     (seen("queued"), "COMPLETED", "failed", "its job 12_3 ended without a result"),
     (seen(), "PREEMPTED", "failed", "preempted and not requeued (job 12_3)"),
-    (seen(), "UNLISTED", "failed", "its job 12_3 ended without a word: SLURM forgot it"),
+    (seen(), "UNLISTED", "failed", "its job 12_3 ended, and SLURM does not know how"),
     (seen("queued"), "UNLISTED", "cancelled", f"{NOT_LISTED} with its array any more"),
     # SLURM does not know it
     (seen("failed", error="boom", silent=LONG), None, "failed", "boom"),
