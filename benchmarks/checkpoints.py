@@ -1,9 +1,8 @@
-"""How long a checkpoint holds training up, and what it takes on disk: `benchmarks/checkpoints.py`.
+"""How long training waits for a checkpoint, and its size: `python benchmarks/checkpoints.py`.
 
-For the paper's shapes, by turns: written while training waits (`checkpoint.save`), and copied and
-written in the background (`checkpoint.Writer`). `still` is how long the training thread does
-nothing else; `total` adds what the steps meanwhile take longer than others, since writing needs a
-processor, too. Not for: reading checkpoints.
+For the paper's shapes, in turns: written while training waits (`checkpoint.save`), and written in
+the background (`checkpoint.Writer`). `still` is how long the training thread waits; `total` adds by
+how much the steps meanwhile are slower than others. Not for: reading checkpoints.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from tables import show
 
+from experiments.environment import cpu
 from relora_core import checkpoint, costs
 from relora_core.checkpoint import Progress, Writer
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
@@ -75,7 +74,7 @@ class Trainer:
 
 
 def waiting(trainer: Trainer, folder: Path) -> tuple[float, float]:
-    """(seconds still, seconds in all) of a checkpoint that training waits for."""
+    """(`still`, `total`) in seconds, of a checkpoint that training waits for."""
     trainer.step()
     began = time.perf_counter()
     checkpoint.save(folder, keep_last=2, **trainer.state())
@@ -84,7 +83,7 @@ def waiting(trainer: Trainer, folder: Path) -> tuple[float, float]:
 
 
 def behind(trainer: Trainer, writer: Writer, *, plain: float) -> tuple[float, float]:
-    """Likewise, of one that is written while steps go on."""
+    """(`still`, `total`) in seconds, of a checkpoint that is written while steps go on."""
     trainer.step()
     began = time.perf_counter()
     writer.save(**trainer.state())
@@ -99,18 +98,18 @@ def behind(trainer: Trainer, writer: Writer, *, plain: float) -> tuple[float, fl
 def measure(name: str, *, method: str, tokens: int, rounds: int, folder: Path) -> dict[str, Any]:
     trainer = Trainer(name, method=method, tokens=tokens)
     plain = statistics.median(trainer.step() for _ in range(5))
-    before, after, known = [], [], set()
-    whole = written = 0
+    before, after, linked = [], [], set()
+    size = written = 0
     with Writer(folder / "behind", keep_last=2) as writer:
         for _ in range(rounds):
             before.append(waiting(trainer, folder / "waiting"))
             after.append(behind(trainer, writer, plain=plain))
             newest = checkpoint.complete(folder / "behind")[-1]
             files = [file.stat() for file in newest.iterdir()]
-            whole = sum(file.st_size for file in files)
-            written = sum(file.st_size for file in files if file.st_ino not in known)
-            # Only of linked files: a number may be given again once its file is gone.
-            known = {p.stat().st_ino for p in folder.glob(f"behind/step-*/{checkpoint.FROZEN}")}
+            size = sum(file.st_size for file in files)
+            written = sum(file.st_size for file in files if file.st_ino not in linked)
+            # Only of linked files: the inode of a file that was removed may be used again.
+            linked = {p.stat().st_ino for p in folder.glob(f"behind/step-*/{checkpoint.FROZEN}")}
     return {
         "model": name,
         "method": method,
@@ -118,7 +117,7 @@ def measure(name: str, *, method: str, tokens: int, rounds: int, folder: Path) -
         "still_before_s": min(s for s, _ in before),
         "still_s": min(s for s, _ in after),
         "total_s": statistics.median(t for _, t in after),
-        "mb": whole / 1e6,
+        "mb": size / 1e6,
         "planned_mb": costs.checkpoint_bytes(trainer.config) / 1e6,
         "written_mb": written / 1e6,
     }
@@ -142,24 +141,10 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=args.folder) as folder:
                 options = {"tokens": args.tokens, "rounds": args.rounds, "folder": Path(folder)}
                 rows.append(measure(name, method=method, **options))
-    table = Table(title="a checkpoint")
-    for key in rows[0]:
-        table.add_column(key, justify="right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=140).print(table)
+    show(rows, title="a checkpoint")
     machine = {"threads": args.threads, "cores": os.cpu_count(), "torch": torch.__version__}
-    print(json.dumps({"rows": rows, **machine, "cpu": cpu_model()}))
+    print(json.dumps({"rows": rows, **machine, "cpu": cpu()}))
     return 0
-
-
-def cpu_model() -> str:
-    """As /proc/cpuinfo has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

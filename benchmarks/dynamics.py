@@ -1,10 +1,9 @@
 """What dynamics add to training: `python benchmarks/dynamics.py`.
 
-Trains the demo (embedded grammar, its batch and method) for a few steps with every choice of
-dynamics in turn. One measurement costs what `perf/dynamics_seconds` says and what its step took
-longer than the others, since gradients of effective weights are summed up there. The share is that
-of the whole demo at the default cadence: the measurements of its steps, that at step 0 included,
-over the time of its training steps. Not for: what the numbers mean.
+Trains the demo for a few steps with each choice of dynamics. A measurement costs what
+`perf/dynamics_seconds` says, and by how much its step is slower than others, which do not sum up
+gradients. The share is that of all measurements of the demo, at its cadence, in its training time.
+Not for: what the numbers mean.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from tables import show
 
 from experiments import schema
+from experiments.environment import cpu
 from experiments.run.complete import complete
 from relora_core.config import RunConfig
 from relora_core.events import Event
@@ -35,7 +34,7 @@ from relora_core.train import train
 
 
 class Laps:
-    """Seconds of training steps, and of what was measured."""
+    """A sink: seconds of training steps and of measurements."""
 
     def __init__(self) -> None:
         self.train: dict[int, float] = {}
@@ -48,7 +47,7 @@ class Laps:
             self.dynamics.append(event.metrics["perf/dynamics_seconds"])
 
     def steps(self) -> dict[int, float]:
-        """Step -> its own seconds; the first ones warm up and do not count."""
+        """Step -> seconds of it alone, without the first steps, which warm up."""
         return {s: t - self.train[s - 1] for s, t in self.train.items() if s > 2}
 
 
@@ -69,13 +68,13 @@ def measure(config: RunConfig, *, every: int, folder: Path) -> dict[str, float]:
 
 
 def settings(model: str, dynamics: str, *, threads: int, steps: int) -> tuple[RunConfig, int, int]:
-    """A short demo, how many measurements the whole one takes, and its steps."""
+    """(a shortened demo, the demo's number of measurements, its number of steps)."""
     words = [f"model={model}", f"dynamics={dynamics}", "eval=none", f"runtime.threads={threads}"]
     config = complete(schema.compose(words))
     every = config.dynamics.every_steps
     assert every is not None
-    whole = config.train.steps
-    count = 1 + whole // every
+    all_steps = config.train.steps
+    count = 1 + all_steps // every
     # Restarts as often as there are measurements, so that no difference is trivially zero.
     config = replace(
         config,
@@ -85,7 +84,7 @@ def settings(model: str, dynamics: str, *, threads: int, steps: int) -> tuple[Ru
         checkpoint=replace(config.checkpoint, every_steps=10**9),
         runtime=replace(config.runtime, log_every_steps=1, device="cpu"),
     )
-    return config, count, whole
+    return config, count, all_steps
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -109,43 +108,29 @@ def main() -> int:
         for model, dynamics in cases:
             config, _, _ = settings(model, dynamics, threads=args.threads, steps=args.steps)
             with tempfile.TemporaryDirectory(prefix="dynamics-") as folder:
-                found = measure(config, every=args.every, folder=Path(folder))
-            known = best.setdefault((model, dynamics), found)
-            best[model, dynamics] = {name: min(known[name], found[name]) for name in found}
+                seconds = measure(config, every=args.every, folder=Path(folder))
+            least = best.setdefault((model, dynamics), seconds)
+            best[model, dynamics] = {name: min(least[name], seconds[name]) for name in seconds}
     rows: list[dict[str, Any]] = []
-    for (model, dynamics), found in best.items():
+    for (model, dynamics), seconds in best.items():
         _, count, steps = settings(model, dynamics, threads=args.threads, steps=args.steps)
         step_s = min(f["step_s"] for (m, _), f in best.items() if m == model)
-        share = count * found["measurement_s"] / (steps * step_s)
+        share = count * seconds["measurement_s"] / (steps * step_s)
         rows.append(
             {
                 "model": model,
                 "dynamics": dynamics,
                 "step_s": step_s,
-                "measurement_s": found["measurement_s"],
+                "measurement_s": seconds["measurement_s"],
                 "measurements": count,
                 "steps": steps,
                 "percent": 100 * share,
             }
         )
-    table = Table(title="dynamics at the default cadence")
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=120).print(table)
+    show(rows, title="dynamics at the default cadence")
     machine = {"threads": args.threads, "cores": os.cpu_count(), "torch": torch.__version__}
-    print(json.dumps({"rows": rows, **machine, "cpu": cpu_model(), "date": time.strftime("%F")}))
+    print(json.dumps({"rows": rows, **machine, "cpu": cpu(), "date": time.strftime("%F")}))
     return 0
-
-
-def cpu_model() -> str:
-    """As /proc/cpuinfo has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

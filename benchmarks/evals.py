@@ -1,9 +1,8 @@
-"""How fast evals are, beside lm-eval's own on the same model: `python benchmarks/evals.py`.
+"""How fast our evals are, compared with lm-eval on the same model: `python benchmarks/evals.py`.
 
-BLiMP's pairs (or the embedded grammar's, where no file is given) through lm-eval's HFLM on the
-exported model and through `relora_core.evals`, in float32 and with the head's matmuls in bf16, turn
-by turn in one process; and Paloma's windows beside a bare forward pass. Not for: what the numbers
-mean.
+BLiMP's pairs, or the embedded grammar's, by lm-eval's HFLM on the exported model and by
+`relora_core.evals`, in turns in one process; and Paloma's windows compared with a forward pass. Not
+for: what the numbers mean.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from tables import show
 
+from experiments.environment import cpu
 from relora_core.config import BlimpConfig, DataConfig, ModelConfig
 from relora_core.data import load_tokenizer
 from relora_core.data.base import Tokenizer
@@ -40,7 +39,7 @@ from relora_core.model import Decoder
 SIZES = {"tiny": (96, 384), "small": (384, 1536)}
 VOCABULARY = 50304
 ROUNDING = 4e-4
-"""A margin below which float32 itself may decide."""
+"""Below this margin rounding in float32 may decide."""
 
 
 def build(args: argparse.Namespace, *, tokenizer: Tokenizer, folder: Path) -> Decoder:
@@ -59,7 +58,7 @@ def build(args: argparse.Namespace, *, tokenizer: Tokenizer, folder: Path) -> De
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[list[blimp.Pair], Tokenizer]:
-    """About `--pairs`, as many of each paradigm."""
+    """About `--pairs` minimal pairs, as many of each paradigm."""
     if not args.blimp:
         tokenizer = load_tokenizer(DataConfig(kind="grammar", seq_len=16))
         paradigms = len({pair.uid for pair in blimp.grammar_pairs(1)})
@@ -74,7 +73,7 @@ def load_pairs(args: argparse.Namespace) -> tuple[list[blimp.Pair], Tokenizer]:
 
 
 class Harness:
-    """lm-eval's scorer, given token ids: reading and tokenising are left out on both sides."""
+    """lm-eval's scorer, given token ids: neither side's reading and tokenising is timed."""
 
     def __init__(self, folder: Path, *, batch_size: int) -> None:
         from lm_eval.models.huggingface import HFLM
@@ -83,7 +82,7 @@ class Harness:
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        # HFLM wants a tokenizer to be there; ids alone reach it.
+        # HFLM requires a tokenizer, which it does not use here.
         words = PreTrainedTokenizerFast(tokenizer_object=Raw(WordLevel({"<eos>": 0}, "<eos>")))
         words.eos_token = words.pad_token = "<eos>"
         make: Any = HFLM  # its metaclass hides the parameters
@@ -94,22 +93,22 @@ class Harness:
             (("", str(i)), w.ids[: -w.scored].tolist(), w.ids[-w.scored :].tolist())
             for i, w in enumerate(windows)
         ]
-        found = self.lm._loglikelihood_tokens(requests, disable_tqdm=True)
-        return np.array([log_prob for log_prob, _ in found])
+        answers = self.lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        return np.array([log_prob for log_prob, _ in answers])
 
 
 def turns(
     work: dict[str, Callable[[], Any]], *, rounds: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Name -> best seconds, and what it gave; the variants take turns."""
+    """(name -> least seconds, name -> result); the variants take turns."""
     seconds = dict.fromkeys(work, float("inf"))
-    found = {}
+    results = {}
     for _ in range(rounds):
         for name, call in work.items():
             began = time.perf_counter()
-            found[name] = call()
+            results[name] = call()
             seconds[name] = min(seconds[name], time.perf_counter() - began)
-    return seconds, found
+    return seconds, results
 
 
 def minimal_pairs(args: argparse.Namespace, *, folder: Path) -> tuple[list[dict[str, Any]], Any]:
@@ -129,20 +128,21 @@ def minimal_pairs(args: argparse.Namespace, *, folder: Path) -> tuple[list[dict[
         harness(warm)
         work = {"lm-eval float32": lambda: harness(windows), **work}
     score(model, warm, **ours)
-    seconds, found = turns(work, rounds=args.rounds)
+    log_probs: dict[str, np.ndarray]
+    seconds, log_probs = turns(work, rounds=args.rounds)
     reference = "lm-eval float32" if not args.no_lm_eval else "ours, nothing shared"
     rows = []
     for name in work:
-        good, bad = found[name].reshape(len(pairs), 2).T
-        known_good, known_bad = found[reference].reshape(len(pairs), 2).T
-        differ = (good >= bad) != (known_good >= known_bad)
-        clear = np.abs(known_good - known_bad) > ROUNDING
+        good, bad = log_probs[name].reshape(len(pairs), 2).T
+        reference_good, reference_bad = log_probs[reference].reshape(len(pairs), 2).T
+        differ = (good >= bad) != (reference_good >= reference_bad)
+        clear = np.abs(reference_good - reference_bad) > ROUNDING
         rows.append(
             {
                 "scorer": name,
                 "pairs_per_s": len(pairs) / seconds[name],
                 "ratio": seconds[reference] / seconds[name],
-                "largest_difference": float(np.abs(found[name] - found[reference]).max()),
+                "largest_difference": float(np.abs(log_probs[name] - log_probs[reference]).max()),
                 "flipped": int(differ.sum()),
                 "flipped_beyond_rounding": int((differ & clear).sum()),
                 "pairs": len(pairs),
@@ -152,10 +152,10 @@ def minimal_pairs(args: argparse.Namespace, *, folder: Path) -> tuple[list[dict[
 
 
 def streaming(args: argparse.Namespace, *, model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Paloma's perplexity of documents against the forward pass alone over as many tokens."""
+    """Paloma's perplexity of documents, compared with a forward pass over as many tokens."""
     rng = np.random.default_rng(0)
     texts = [document.text for document in paloma.grammar_documents(args.documents)]
-    if args.blimp:  # its tokenizer does not know the grammar's words as words
+    if args.blimp:  # its tokenizer would split the grammar's words
         pairs = blimp.load(BlimpConfig(path=args.blimp, max_pairs=args.documents))
         sentences = [pair.good for pair in pairs]
         texts = [" ".join(rng.choice(sentences, size=60)) for _ in range(args.documents)]
@@ -188,20 +188,6 @@ def streaming(args: argparse.Namespace, *, model: Decoder, tokenizer: Tokenizer)
     }
 
 
-def show(rows: list[dict[str, Any]], paloma_row: dict[str, Any], *, console: Console) -> None:
-    table = Table(title="minimal pairs")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "scorer" else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-    table = Table(title="perplexity, windows of 512")
-    for name in paloma_row:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{v:,.4g}" for v in paloma_row.values()))
-    console.print(table)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -223,28 +209,19 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def cpu_model() -> str:
-    """As /proc/cpuinfo has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
-
-
 def main() -> int:
     args = parse()
-    warnings.simplefilter("ignore")  # what third parties deprecate is not ours to answer for
+    warnings.simplefilter("ignore")  # of other projects
     torch.set_num_threads(args.threads)
-    console = Console(stderr=False, width=140)
     with tempfile.TemporaryDirectory(prefix="evals-") as folder:
         rows, (model, tokenizer) = minimal_pairs(args, folder=Path(folder))
     paloma_row = streaming(args, model=model, tokenizer=tokenizer)
-    show(rows, paloma_row, console=console)
+    show(rows, title="minimal pairs")
+    show([paloma_row], title="perplexity, windows of 512")
     machine = {
         "threads": args.threads,
         "cores": os.cpu_count(),
-        "cpu": cpu_model(),
+        "cpu": cpu(),
         "torch": torch.__version__,
     }
     by_name = {row["scorer"]: row for row in rows}

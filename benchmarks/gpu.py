@@ -1,17 +1,16 @@
 """Training on one GPU at the paper's shapes, and short runs packed on it: `benchmarks/gpu.py`.
 
-Steps are those of `train_step.py`, bf16, sequences of 2,048, the micro-batch the largest power of
-two that fits; each variant in a process of its own, its first steps (where torch.compile works)
-counted apart. MFU is model FLOPs (`relora_core/costs.py`) over the device's peak. The roof is the
-speed at which the larger of two floors of a step would be all of it: those FLOPs at the peak, and
-at the memory's bandwidth the bytes that no step is spared:
+Steps of `train_step.py` in bf16, with the largest micro-batch that fits; each variant in a process
+of its own, its first steps timed apart. MFU is model FLOPs (`relora_core/costs.py`) over the peak.
+The roof is the speed of a step that takes only the longer of two times: its FLOPs at the peak, and
+at the memory's bandwidth the bytes that every step moves:
 
     8 per weight               read as float32 in the forward and in the backward pass
     32 per trainable weight    gradient written and read, weight and both moments read and written
     2 x what is saved          activations (costs.memory_bytes) written, and read in the backward
 
-Logits are left out: a fused head keeps them on the chip. Not for: CPUs (`train_step.py`); without a
-GPU `--device cpu` tries every path at a shape of no interest.
+Not counted are logits, which a fused head keeps on the chip. Not for: CPUs (`train_step.py`);
+`--device cpu` only tries every path.
 """
 
 from __future__ import annotations
@@ -32,11 +31,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_step
+from rich.console import Console
+from rich.table import Table
 
+from experiments import schema
+from experiments.disk.output_dir import all_runs
+from experiments.run.complete import complete
 from relora_core import costs
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from sweeps.display import A100_FLOPS
+from sweeps.local.launcher import launch_local
 from sweeps.local.slots import visible_gpus
+from sweeps.planning.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {**train_step.WIDTHS, "nano": 24}
@@ -60,10 +66,10 @@ DEVICES = {
     "RTX 3090": (71e12, 936e9),
     "RTX 4090": (165e12, 1008e9),
 }
-"""Part of the name -> dense bf16 FLOPs and bytes of memory per second (NVIDIA's data sheets); the
-first that fits counts."""
+"""Part of the name -> dense bf16 FLOPs and bytes of memory per second, from NVIDIA's data sheets.
+The first that fits counts."""
 LARGEST = 1024
-"""Micro-batch at which the search ends: the paper's whole batch."""
+"""Largest micro-batch that is tried: the paper's batch."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,7 +93,7 @@ class Measured:
 
 # one variant, in its own process ------------------------------------------------------------------
 def measure(variant: str, *, model: str, args: argparse.Namespace) -> Measured:
-    """Its micro-batch, then its steps."""
+    """Find the micro-batch of a variant, then time its steps."""
     made = _fitting if args.batch is None else _made
     step, batch, warm_up = made(variant, model=model, args=args)
     _forget_peak(args.device)
@@ -110,7 +116,7 @@ def measure(variant: str, *, model: str, args: argparse.Namespace) -> Measured:
 
 
 Made = tuple[Callable[[], float], int, float]
-"""A step that has been warmed up, its micro-batch, the seconds of warming up."""
+"""A warmed-up step, its micro-batch, and the seconds of warming up."""
 
 
 def _made(variant: str, *, model: str, args: argparse.Namespace) -> Made:
@@ -134,7 +140,7 @@ def _compiler(device: str) -> str:
 
 
 def _fitting(variant: str, *, model: str, args: argparse.Namespace) -> Made:
-    """At the largest power of two that fits; found without compiling, which takes a minute each."""
+    """At the largest power of two that fits. Sizes are tried without compiling, a minute each."""
     import torch
 
     plain, batch = variant.removesuffix(" compiled"), 1
@@ -155,10 +161,10 @@ def _fits(variant: str, *, model: str, batch: int, args: argparse.Namespace) -> 
     try:
         _made(variant, model=model, args=_with(args, batch=batch, warm_up=2))
         fits = True
-    except RuntimeError as error:  # of memory, or of a kernel's index
+    except RuntimeError as error:  # out of memory, or out of a kernel's range of indices
         print(f"{variant}, batch {batch}: {str(error).splitlines()[0]}", file=sys.stderr)
         fits = False
-    _empty(args.device)  # after the exception, which holds on to the model
+    _empty(args.device)  # only now: the exception had a reference to the model
     return fits
 
 
@@ -184,7 +190,7 @@ def _forget_peak(device: str) -> None:
 
 
 def _peak_mb(device: str) -> float:
-    """Of tensors on the GPU; of the whole process on a CPU."""
+    """Peak memory of tensors on the GPU, or of the process on a CPU."""
     if device != "cuda":
         return train_step.peak_mb()
     import torch
@@ -206,7 +212,7 @@ def config_of(model: str, variant: str, *, batch: int, length: int) -> RunConfig
 
 
 def add_roof(row: Measured, *, length: int, peaks: tuple[float, float]) -> None:
-    """MFU, and the roof with what it is made of; see the module's docstring."""
+    """Add MFU, the roof and what sets it; see the module's docstring."""
     config = config_of(row.model, row.variant, batch=row.batch, length=length)
     tokens, counted = row.batch * length, costs.parameters(config)
     flops = costs.flops_per_token(config).train * tokens
@@ -219,7 +225,7 @@ def add_roof(row: Measured, *, length: int, peaks: tuple[float, float]) -> None:
 
 
 def peaks_of(name: str, args: argparse.Namespace) -> tuple[float, float] | None:
-    """(FLOPs/s, bytes/s); None where neither the table nor the command line says."""
+    """(FLOPs/s, bytes/s); None if neither the table nor the command line gives them."""
     if args.peak_tflops and args.bandwidth_gb:
         return args.peak_tflops * 1e12, args.bandwidth_gb * 1e9
     return next((peaks for part, peaks in DEVICES.items() if part in name), None)
@@ -227,8 +233,8 @@ def peaks_of(name: str, args: argparse.Namespace) -> tuple[float, float] | None:
 
 # packed runs --------------------------------------------------------------------------------------
 def packed(runs: int, *, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of short runs by the local launcher, all at once (`hydra.launcher.max_parallel`)
-    and one after another: from the first one's start to the last one's end, by their records."""
+    """Seconds of short runs by the local launcher, all at once and one after another: from the
+    first start to the last end in their records."""
     seconds = {
         name: round(_launched(runs, parallel=parallel, device=args.device), 2)
         for name, parallel in (("packed_s", runs), ("in_turn_s", 1))
@@ -237,14 +243,6 @@ def packed(runs: int, *, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _launched(runs: int, *, parallel: int, device: str) -> float:
-    from rich.console import Console
-
-    from experiments import schema
-    from experiments.disk.output_dir import all_runs
-    from experiments.run.complete import complete
-    from sweeps.local.launcher import launch_local
-    from sweeps.planning.plan import make_plan
-
     smoke = device == "cpu"
     words = [f"model={'nano' if smoke else 'tiny'}", f"train.steps={2 if smoke else 500}"]
     words += ["schedule.warmup_steps=1", "train.precision=bf16", f"runtime.device={device}"]
@@ -264,7 +262,7 @@ def _launched(runs: int, *, parallel: int, device: str) -> float:
 
 # all of them --------------------------------------------------------------------------------------
 def gpu_name() -> str | None:
-    """In a process of its own: this one is never to hold memory of the GPU."""
+    """Name of the first GPU; asked in another process, so that this one takes no GPU memory."""
     gpus = visible_gpus()
     if not gpus:
         return None
@@ -294,9 +292,6 @@ def _environment() -> dict[str, str]:
 
 
 def show(rows: Sequence[Measured], *, pack: dict[str, float] | None, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     names = ("model", "variant", "batch", "tokens/s", "MFU", "roof tokens/s", "of roof")
     names += ("peak MB", "warm-up s", "loss")
     table = Table(*names, title=title)
@@ -316,9 +311,9 @@ def show(rows: Sequence[Measured], *, pack: dict[str, float] | None, title: str)
 
 
 def ratios(rows: Sequence[Measured]) -> dict[str, float]:
-    """Of tokens per second: ours over the Llama's, ReLoRA over full rank."""
+    """Ratios of tokens per second: ours to the Llama's, ReLoRA to full rank."""
     speed = {(row.model, row.variant): row.tokens_per_s for row in rows}
-    found = {}
+    values = {}
     for model in dict.fromkeys(row.model for row in rows):
         for name, pair in {
             "hf_ratio": ("full_rank bf16", "hf sdpa bf16"),
@@ -327,11 +322,11 @@ def ratios(rows: Sequence[Measured]) -> dict[str, float]:
         }.items():
             ours, theirs = (speed.get((model, variant)) for variant in pair)
             if ours and theirs:
-                found[f"{model}_{name}"] = round(ours / theirs, 3)
-    return found
+                values[f"{model}_{name}"] = round(ours / theirs, 3)
+    return values
 
 
-def parsed() -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     listing = "\n".join(f"  {name:22} {text}" for name, text in VARIANTS.items())
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nvariants:\n{listing}\n\nThe last line is JSON.",
@@ -365,18 +360,18 @@ def parsed() -> argparse.Namespace:
     return args
 
 
-def _some(known: dict[str, Any]) -> Callable[[str], list[str]]:
+def _some(choices: dict[str, Any]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
-        found = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"one of {', '.join(known)}, got {unknown[0]!r}")
-        return found
+        chosen = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in chosen if name not in choices]:
+            raise argparse.ArgumentTypeError(f"one of {', '.join(choices)}, got {unknown[0]!r}")
+        return chosen
 
     return names
 
 
 def main() -> int:
-    args = parsed()
+    args = parse()
     if args.serve:
         model, _, variant = args.serve.partition("/")
         print(json.dumps(asdict(measure(variant, model=model, args=args))))

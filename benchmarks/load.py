@@ -1,8 +1,8 @@
 """A sweep of many very short runs, from start to report: `python benchmarks/load.py`.
 
-Runs the commands that a user runs, with MLflow and `sweeps watch` beside them, and looks at their
-memory every few seconds. It ends with an error where a run is missing, unfinished or twice in
-MLflow. Not for: speed of training.
+Runs the commands that a user would, with MLflow and `sweeps watch` beside them, and measures their
+memory every few seconds. Ends with an error if a run is unfinished, or missing or twice in MLflow.
+Not for: speed of training.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ SHORT = (
     *("data.seq_len=16", "train.batch_size=2", "checkpoint.every_steps=4"),
     *("schedule.warmup_steps=1", "relora.reset_frequency=4", "relora.restart_warmup_steps=1"),
 )
-ROLES = {  # words of a command line: what the process is; the first that fits
-    "mlflow_follow": "sync",
+ROLES = {  # part of a command line -> what the process is; the first that fits counts
     "sweeps.local.warm": "workers",
     "sweeps.worker": "workers",
     " watch": "watch",
@@ -40,7 +39,7 @@ SAMPLE_S = 2.0
 def commands(
     output_dir: Path, *, runs: int, steps: int, parallel: int | None
 ) -> dict[str, list[str]]:
-    """What a user would type, in this order."""
+    """Name -> command line, in the order in which they are run."""
     seeds = -(-runs // ARMS)
     grid = [
         f"relora.r=range(1,{ARMS + 1})",
@@ -62,7 +61,7 @@ def commands(
 
 @contextmanager
 def watching(output_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m sweeps watch`, from when there is something to watch."""
+    """Run `python -m sweeps watch` inside the context; SystemExit if it fails."""
     command = [sys.executable, "-m", "sweeps", "--output-dir", str(output_dir), "watch"]
     log = output_dir / "watch.log"
     with open(log, "w", encoding="utf-8") as file:
@@ -83,7 +82,7 @@ def role(process: psutil.Process) -> str:
 
 def memory(pids: Sequence[int]) -> dict[str, float]:
     """Role -> proportional set size in MB of these processes and their children, and how many."""
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for pid in pids:
         try:
             family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -94,9 +93,9 @@ def memory(pids: Sequence[int]) -> dict[str, float]:
                 size, name = process.memory_full_info().pss / 2**20, role(process)
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
-            found[name] = found.get(name, 0.0) + size
-            found[f"{name} n"] = found.get(f"{name} n", 0) + 1
-    return found
+            sizes[name] = sizes.get(name, 0.0) + size
+            sizes[f"{name} n"] = sizes.get(f"{name} n", 0) + 1
+    return sizes
 
 
 def done(output_dir: Path) -> int:
@@ -104,7 +103,7 @@ def done(output_dir: Path) -> int:
 
 
 def sweep(command: Sequence[str], *, output_dir: Path, runs: int) -> list[dict[str, float]]:
-    """Run it to its end; samples of (seconds, runs done, memory)."""
+    """Run the sweep to its end; samples of seconds, runs done and memory."""
     samples, begin = [], time.monotonic()
     main = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while main.poll() is None and not (output_dir / "sweeps" / "load" / "plan.json").exists():
@@ -130,7 +129,7 @@ def timed(command: Sequence[str]) -> float:
 
 
 def check(output_dir: Path, *, runs: int) -> None:
-    """Each run finished, and once in MLflow."""
+    """SystemExit unless each run has finished and is in MLflow once."""
     import mlflow
 
     states = [
@@ -141,23 +140,23 @@ def check(output_dir: Path, *, runs: int) -> None:
         raise SystemExit(f"error: {states.count('finished')} of {runs} runs are finished")
     client = mlflow.MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
     experiments = [one.experiment_id for one in client.search_experiments()]
-    found, token = [], None
+    shown, token = [], None
     while token != "":
         page = client.search_runs(experiments, max_results=1000, page_token=token)
-        found, token = found + list(page), page.token or ""
-    ids = [run.data.tags.get("run_id") for run in found]
+        shown, token = shown + list(page), page.token or ""
+    ids = [run.data.tags.get("run_id") for run in shown]
     ids = [name for name in ids if name]
-    ended = {run.info.status for run in found}
+    ended = {run.info.status for run in shown}
     if len(ids) != runs or len(set(ids)) != runs or ended != {"FINISHED"}:
         raise SystemExit(f"error: MLflow has {len(ids)} runs of {runs}, {len(set(ids))} different")
 
 
 def show(samples: Sequence[dict[str, float]], *, runs: int, title: str) -> None:
-    """Memory of each role where a quarter of the runs is done, a half, and so on."""
+    """Print the memory of each role when a tenth of the runs is done, a quarter, and so on."""
     from rich.console import Console
     from rich.table import Table
 
-    names = ("orchestrator", "watch", "sync", "workers")
+    names = ("orchestrator", "watch", "workers")  # MLflow is kept up to date by the orchestrator
     table = Table("runs done", "seconds", *(f"{name} MB" for name in names), title=title)
     for share in (0.1, 0.25, 0.5, 0.75, 1.0):
         past = [sample for sample in samples if sample["done"] >= share * runs]

@@ -1,7 +1,7 @@
 """How long MLflow takes to show many runs: `python benchmarks/mlflow_load.py`.
 
-Writes run directories as training leaves them, then syncs them all into a fresh sqlite database and
-into an `mlflow server` on loopback, each from a process of its own. Not for: speed of training.
+Writes folders of finished runs, then syncs them all into a new SQLite database and into an `mlflow
+server` on loopback, each from a process of its own. Not for: speed of training.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tables import show
+
 from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import all_runs, runs_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
+from experiments.tracking.runs import Syncer
+from experiments.tracking.store import open_store
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 from relora_core.events import Event
 
@@ -96,17 +100,14 @@ def write_events(run: RunDir, *, values: int, tables: bool) -> int:
 
 # measuring ----------------------------------------------------------------------------------------
 def measure(uri: str, *, output_dir: Path) -> dict[str, float]:
-    """Sync everything into `uri` from nothing, again with fresh eyes, and as `watch` does again."""
+    """Sync all runs into `uri`, again as `watch` does, and again with a new Syncer."""
     import mlflow
-
-    from experiments.tracking.runs import Syncer
-    from experiments.tracking.store import open_store
 
     assert mlflow.MlflowClient  # loads it, which takes seconds that are no part of a sync
     runs = all_runs(output_dir)
     store = open_store(uri, experiment="load", output_dir=output_dir)
     syncer = Syncer(store)
-    cpu = time.process_time()  # hardly depends on what else the machine does
+    cpu = time.process_time()  # hardly depends on other load
     sync_s, report = _timed(syncer, runs)
     cpu_s = time.process_time() - cpu
     watch_s, same = _timed(syncer, runs)
@@ -134,13 +135,13 @@ def _timed(syncer: Any, runs: Sequence[RunDir]) -> tuple[float, Any]:
 
 
 def in_own_process(uri: str, *, output_dir: Path) -> dict[str, float]:
-    """`measure`, so that the peak of memory is that of one sync alone."""
+    """`measure` in a process of its own, whose peak of memory is that of the sync."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure, uri, output_dir=output_dir).result()
 
 
 def size_mb(*paths: Path) -> float:
-    """Of files and of all files in folders."""
+    """Size of files, and of all files in folders."""
     files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
     return sum(file.stat().st_size for file in files) / 2**20
 
@@ -149,9 +150,9 @@ def size_mb(*paths: Path) -> float:
 def into_sqlite(output_dir: Path) -> dict[str, Any]:
     """Straight into a database file, as by default."""
     database = output_dir / "mlflow.db"
-    found = in_own_process(f"sqlite:///{database}", output_dir=output_dir)
+    figures = in_own_process(f"sqlite:///{database}", output_dir=output_dir)
     sizes = {"database_mb": size_mb(database), "artifacts_mb": size_mb(output_dir / "mlartifacts")}
-    return {"store": "sqlite", **found, **sizes}
+    return {"store": "sqlite", **figures, **sizes}
 
 
 def into_server(output_dir: Path) -> dict[str, Any]:
@@ -159,9 +160,9 @@ def into_server(output_dir: Path) -> dict[str, Any]:
     folder = output_dir / "server"
     folder.mkdir()
     with server(folder) as uri:
-        found = in_own_process(uri, output_dir=output_dir)
+        figures = in_own_process(uri, output_dir=output_dir)
     sizes = {"database_mb": size_mb(folder / "mlflow.db"), "artifacts_mb": size_mb(folder / "art")}
-    return {"store": "server", **found, **sizes}
+    return {"store": "server", **figures, **sizes}
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def server(folder: Path) -> Iterator[str]:
 
 
 def _await_health(uri: str, *, child: subprocess.Popen[bytes], log: Path) -> None:
-    # A proxy that the environment names is for other hosts.
+    # A proxy in the environment is for other hosts.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and child.poll() is None:
@@ -198,21 +199,6 @@ def _await_health(uri: str, *, child: subprocess.Popen[bytes], log: Path) -> Non
         except OSError:
             time.sleep(0.2)
     raise RuntimeError(f"the server did not start:\n{log.read_text()[-2000:]}")
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each store."""
-    cells = [[_cell(row[name]) for name in COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-    lines = [COLUMNS, *cells]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-
-
-def _cell(value: Any) -> str:
-    return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
 def main() -> int:
@@ -234,7 +220,10 @@ def main() -> int:
         rows = [store(folder) for store in chosen]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(rows, indent=2) if args.json else table(rows))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show([{name: row[name] for name in COLUMNS} for row in rows], title="MLflow under load")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""How long it takes to look after many runs: `python benchmarks/orchestration.py`.
+"""How long commands take over many runs: `python benchmarks/orchestration.py`.
 
-Writes output folders as sweeps of 100, 1,000 and 10,000 finished runs leave them (nothing is
-trained), then times the commands that a user would type there, each in a process of its own. Not
-for: speed of training, nor MLflow's (`mlflow_load.py`).
+Writes the output folders of sweeps of 100, 1,000 and 10,000 finished runs, without training, and
+times commands on them, each in a process of its own. Not for: speed of training, nor of MLflow
+(`mlflow_load.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rich.table import Table
 from experiments import schema
 from experiments.disk.output_dir import runs_folder
 from experiments.disk.run_dir import RunDir, Status
+from experiments.environment import cores, cpu
 from experiments.identity import config_to_json
 from experiments.run.complete import complete_all
 from relora_core.config import RunConfig
@@ -44,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEP = "bench"
 SIZES = (100, 1000, 10_000)
 AXES = 20
-"""Points of the grid without its learning rates, which make up the rest of its size."""
+"""Points of the grid for each learning rate."""
 LIMITS = {
     "help": dict.fromkeys(SIZES, 1.0),
     "start": dict.fromkeys(SIZES, 1.0),
@@ -53,7 +54,7 @@ LIMITS = {
     "status": {1000: 2.0, 10_000: 10.0},
     "report": {1000: 30.0},
 }
-"""Wall seconds to stay below, by command and size."""
+"""Command -> number of runs -> most wall seconds."""
 WHAT = {
     "help": "python run.py --help",
     "start": "python -m sweeps status, in an empty folder",
@@ -65,7 +66,7 @@ WHAT = {
 SIZELESS = ("help", "start")
 
 
-# a grid, and what its runs leave behind ---------------------------------------------------------
+# a grid, and the files of its runs ---------------------------------------------------------
 def grid(size: int) -> list[str]:
     """Overrides of a grid of `size` points: options of a group, values, five seeds."""
     rates = ",".join(f"{lr:.6g}" for lr in rates_of(size))
@@ -78,7 +79,7 @@ def rates_of(size: int) -> list[float]:
 
 
 def configs(size: int, *, output_dir: Path) -> Iterator[RunConfig]:
-    """What `grid(size)` composes to, in its order."""
+    """The configs of `grid(size)`, in its order."""
     for model in ("nano", "tiny"):
         base = schema.compose([f"model={model}", f"sweep.name={SWEEP}", f"output_dir={output_dir}"])
         for r in (4, 8):
@@ -102,21 +103,21 @@ def write_sweep(output_dir: Path, *, size: int) -> None:
 
 
 def write_run(run: RunDir, config: RunConfig) -> None:
-    """A finished run with the record that the demo's settings leave.
+    """Write a finished run with a record like the demo's.
 
-    Plain writes: the runner's own are flushed to disk one by one, which takes 50 ms for a run.
+    Not with RunDir, which flushes each file to disk: that takes 50 ms for a run.
     """
     run.attempts.mkdir(parents=True)
     record = {"host": "node", "pid": 1, "python": "3.11.7", "code_hash": "0" * 16}
     record |= {"commit": "0" * 40, "dirty": False, "packages": {"torch": "2.13.0"}, "gpus": []}
-    told = list(events(config))
+    recorded = list(events(config))
     names = [f.name for f in fields(Event)]  # asdict would copy every row of every table
-    lines = [{"attempt": 1} | {n: getattr(event, n) for n in names} for event in told]
-    metrics = {key: value for event in told for key, value in event.metrics.items()}
+    lines = [{"attempt": 1} | {n: getattr(event, n) for n in names} for event in recorded]
+    metrics = {key: value for event in recorded for key, value in event.metrics.items()}
     steps = config.train.steps
     result = {"run_id": run.run_id, "state": "finished", "step": steps, "metrics": metrics}
     status = Status(state="finished", attempts=1, step=steps, steps=steps, host="node")
-    status.loss, status.heartbeat = metrics["train/loss"], told[-1].time
+    status.loss, status.heartbeat = metrics["train/loss"], recorded[-1].time
     run.config_path.write_text(config_to_json(config))
     run.events_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.result_path.write_text(json.dumps(result, indent=2))
@@ -189,7 +190,7 @@ def paradigms() -> list[dict[str, Any]]:
 
 # measuring ----------------------------------------------------------------------------------------
 def commands(folder: Path, *, size: int) -> dict[str, tuple[list[str], str]]:
-    """Name -> (words after `python`, what a right answer holds)."""
+    """Name -> (arguments of `python`, text that its output must have)."""
     full, empty = folder / "full", folder / "empty"
     axes = grid(size)
     return {
@@ -203,7 +204,7 @@ def commands(folder: Path, *, size: int) -> dict[str, tuple[list[str], str]]:
 
 
 def timed(words: Sequence[str], *, expected: str) -> tuple[float, float]:
-    """(wall seconds, CPU seconds with those of its children) of a command from the root."""
+    """(wall seconds, CPU seconds with those of its children) of a command."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -224,7 +225,7 @@ def timed(words: Sequence[str], *, expected: str) -> tuple[float, float]:
 
 
 def measure(size: int, *, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Best of `repeats` of each command over a folder of `size` runs, which is removed."""
+    """The best of `repeats` of each command, over a folder of `size` runs."""
     folder = Path(tempfile.mkdtemp(prefix="orchestration-"))
     try:
         if set(names) & {"again", "status", "report"}:
@@ -247,15 +248,15 @@ def measure(size: int, *, names: Sequence[str], repeats: int) -> list[dict[str, 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A line per command, a column per size: wall (CPU) seconds, and milliseconds for each run."""
+    """A row per command, a column per size: wall (CPU) seconds, and the limit."""
     sizes = sorted({row["runs"] for row in rows})
     shown = Table(box=None, pad_edge=False, header_style="dim")
     shown.add_column("command")
     for size in sizes:
         shown.add_column(f"{size:,} runs", justify="right")
     for name in dict.fromkeys(row["command"] for row in rows):
-        found = {row["runs"]: row for row in rows if row["command"] == name}
-        shown.add_row(WHAT[name], *(_cell(found.get(size)) for size in sizes))
+        by_size = {row["runs"]: row for row in rows if row["command"] == name}
+        shown.add_row(WHAT[name], *(_cell(by_size.get(size)) for size in sizes))
     return shown
 
 
@@ -270,8 +271,6 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def machine() -> dict[str, Any]:
-    from experiments.environment import cores, cpu
-
     return {"cpu": cpu(), "cores": cores(), "python": platform.python_version()}
 
 

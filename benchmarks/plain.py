@@ -1,8 +1,8 @@
 """The decoder and its loss as published code computes them: what `train_step.py` measures against.
 
-The same function as `relora_core.model.Decoder`, whose parameter names it shares, without any of
-its means: full float32 logits, cross-entropy over the transposed (B, V, T) view, an additive T x T
-mask, keys and values repeated for every query head, LoRA as dropout and two products.
+The same function as `relora_core.model.Decoder`, computed plainly: full float32 logits,
+cross-entropy over the transposed (B, V, T) view, an additive T x T mask, keys and values repeated
+for every query head, LoRA as dropout and two products.
 """
 
 from __future__ import annotations

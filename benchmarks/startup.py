@@ -1,8 +1,7 @@
-"""What a run costs before its first training step: `python benchmarks/startup.py`.
+"""How long a run takes to its first training step: `python benchmarks/startup.py`.
 
-Starts workers as the local launcher does, cold (a process that imports torch) and warm (a fork of a
-process that has), by turns, and reads in the run's own record when it got how far. Evals are off:
-those of step 0 are work, not start-up.
+Starts workers as the local launcher does, in turns cold (a process that imports torch) and warm (a
+fork of a process that has done so), and reads times in the runs' records. Evals are off.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ LIMIT_S = 5.0
 
 
 def prepared(model: str, *, folder: Path, number: int) -> RunDir:
-    """A run that is planned and not begun."""
+    """A run that has not begun."""
     words = [f"model={model}", f"seed={number}", f"output_dir={folder}", *SETTINGS]
     config = complete(schema.compose(words))
     run = RunDir(runs_folder(folder) / run_id(config))
@@ -70,15 +69,15 @@ def cold(run: RunDir, *, slots: Slots) -> int:
 
 
 def measure(run: RunDir, *, start: Callable[[RunDir], int]) -> dict[str, float]:
-    """Seconds by phase, and of the whole process."""
+    """Seconds of each phase, and of the process."""
     began = time.time()
     code = start(run)
     ended = time.time()
     if code:
         raise RuntimeError(f"exit code {code}:\n{run.log_path(1).read_text()[-2000:]}")
-    told = {(e["kind"], e["step"]): e["time"] for e in run.events()}
-    imported, ready = run.attempt_records()[0]["started"], told["start", 0]
-    first = told["train", 1]
+    times = {(e["kind"], e["step"]): e["time"] for e in run.events()}
+    imported, ready = run.attempt_records()[0]["started"], times["start", 0]
+    first = times["train", 1]
     return {
         "imports": imported - began,
         "setup": ready - imported,
@@ -89,10 +88,10 @@ def measure(run: RunDir, *, start: Callable[[RunDir], int]) -> dict[str, float]:
 
 
 def compare(models: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
-    """The median of `rounds` runs of each model, cold and warm by turns."""
+    """Medians of `rounds` runs of each model, cold and warm in turns."""
     folder = Path(tempfile.mkdtemp(prefix="startup-"))
     slots = Slots.of(1, runs=1, device="cpu")
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    measured: dict[tuple[str, str], list[dict[str, float]]] = {}
     number = 0
     try:
         began = time.time()
@@ -110,14 +109,14 @@ def compare(models: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
                 for model in models:
                     for way, start in ways.items():
                         run, number = prepared(model, folder=folder, number=number), number + 1
-                        found.setdefault((model, way), []).append(measure(run, start=start))
+                        measured.setdefault((model, way), []).append(measure(run, start=start))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"the warm parent took {parent_s:.2f} s, once for a sweep", file=sys.stderr)
     return [
         {"model": model, "start": way, "runs": len(runs)}
         | {key: round(statistics.median(one[key] for one in runs), 3) for key in runs[0]}
-        for (model, way), runs in found.items()
+        for (model, way), runs in measured.items()
     ]
 
 
@@ -132,10 +131,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main() -> int:
-    told = "\n".join(f"  {name:<8} {what}" for name, what in PHASES.items())
+    phases = "\n".join(f"  {name:<8} {what}" for name, what in PHASES.items())
     parser = argparse.ArgumentParser(
         description="Time a run from the start of its job to its first training step.",
-        epilog=f"phases:\n{told}\n\nMedians; the limit is {LIMIT_S:g} s. The last line is JSON.\n"
+        epilog=f"phases:\n{phases}\n\nMedians; the limit is {LIMIT_S:g} s. The last line is JSON.\n"
         "  python benchmarks/startup.py --models nano --rounds 7",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

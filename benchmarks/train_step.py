@@ -1,7 +1,7 @@
-"""One training step on a CPU, ours against a plain decoder and Hugging Face's Llama.
+"""One training step on a CPU: ours, a plain decoder's and Hugging Face's Llama's.
 
-Every variant lives in a process of its own; they take their steps in turn, so that all meet the
-same disturbances, and the fastest step of each counts. Not for: data, evals, checkpoints.
+Each variant has a process of its own. They take steps in turns, so that other load disturbs all
+alike, and the fastest step of each counts. Not for: data, evals, checkpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -17,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.environment import cpu
 
 WIDTHS = {"tiny": 96, "small": 384}
 VOCAB, BATCH, LENGTH, RANK = 50304, 4, 512, 16
@@ -75,6 +75,7 @@ def build_llama(width: int, *, attention: str, length: int, device: str = "cpu")
 
 def build_ours(width: int, *, method: str, dropout: float, length: int, device: str = "cpu") -> Any:
     """(model, optimizer) as a run builds them."""
+    # The process that starts the variants imports neither these nor torch.
     from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
     from relora_core.methods import build_method
     from relora_core.model import Decoder
@@ -107,13 +108,13 @@ def make_step(
     """
     import torch
 
-    from relora_core import native
+    from relora_core import native  # torch
 
     torch.manual_seed(0)
     kind, rest = variant.split(" ", 1)
     native.choose("torch" if "torch" in rest else "auto")
     if kind == "plain":
-        from plain import PlainDecoder
+        from plain import PlainDecoder  # torch
 
         from relora_core.config import ModelConfig
 
@@ -148,7 +149,7 @@ def make_step(
 
 
 def serve(variant: str, *, width: int, threads: int) -> None:
-    """Take a step for every line on stdin; answer with its seconds and the loss."""
+    """Take a step for each line on stdin; print its seconds and loss."""
     import torch
 
     torch.set_num_threads(threads)
@@ -172,7 +173,7 @@ def peak_mb() -> float:
 
 # all of them --------------------------------------------------------------------------------------
 class Variant:
-    """A process that takes steps when told to."""
+    """A process that takes a step at each call of `step`."""
 
     def __init__(self, name: str, *, model: str, threads: int) -> None:
         self.name, self.seconds, self.peak, self.loss = name, [], 0.0, 0.0
@@ -223,9 +224,9 @@ def figures(variants: list[Variant]) -> dict[str, float]:
 
     def fastest(name: str) -> Variant | None:
         kind, _, rest = name.rpartition(" ")
-        found = [v for v in variants if v.name == name or kind == "hf" == v.name.split()[0]]
-        found = [v for v in found if v.name.endswith(rest)]
-        return min(found, key=lambda v: min(v.seconds), default=None)
+        candidates = [v for v in variants if v.name == name or kind == "hf" == v.name.split()[0]]
+        candidates = [v for v in candidates if v.name.endswith(rest)]
+        return min(candidates, key=lambda v: min(v.seconds), default=None)
 
     out = {}
     for name, pair in RATIOS.items():
@@ -235,12 +236,6 @@ def figures(variants: list[Variant]) -> dict[str, float]:
             if name in ("ratio_fp32", "ratio_bf16", "hf_ratio_fp32", "hf_ratio_bf16"):
                 out[f"memory_{name}"] = ours.peak / theirs.peak
     return {name: round(value, 3) for name, value in out.items()}
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def show(variants: list[Variant], *, about: dict[str, Any]) -> None:
@@ -290,7 +285,7 @@ def main() -> None:
         "batch": f"{BATCH} x {LENGTH}",
         "threads": args.threads,
         "cores": os.cpu_count(),
-        "cpu": cpu_model(),
+        "cpu": cpu(),
         "torch": variants[0].torch,
     }
     show(variants, about=about)
