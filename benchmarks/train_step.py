@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.environment import cpu
+from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
 
 WIDTHS = {"tiny": 96, "small": 384}
 VOCAB, BATCH, LENGTH, RANK = 50304, 4, 512, 16
@@ -75,9 +76,7 @@ def build_llama(width: int, *, attention: str, length: int, device: str = "cpu")
 
 def build_ours(width: int, *, method: str, dropout: float, length: int, device: str = "cpu") -> Any:
     """(model, optimizer) as a run builds them."""
-    # The process that starts the variants imports neither these nor torch.
-    from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
-    from relora_core.methods import build_method
+    from relora_core.methods import build_method  # torch, not for the process that starts variants
     from relora_core.model import Decoder
 
     config = RunConfig(
@@ -115,8 +114,6 @@ def make_step(
     native.choose("torch" if "torch" in rest else "auto")
     if kind == "plain":
         from plain import PlainDecoder  # torch
-
-        from relora_core.config import ModelConfig
 
         sizes = ModelConfig(d_model=width, d_ff=4 * width, vocab_size=VOCAB)
         model = PlainDecoder(sizes, r=RANK if "relora" in rest else 0, dropout=0.1)
