@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tables import show
 
+from benchmarks.tables import show
 from experiments.environment import cpu
 from relora_core import checkpoint, costs
 from relora_core.checkpoint import Progress, Writer

@@ -23,8 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tables import show
 
+from benchmarks.tables import show
 from experiments import schema
 from experiments.environment import cpu
 from experiments.run.complete import complete

@@ -24,8 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from tables import show
 
+from benchmarks.tables import show
 from experiments.environment import cpu
 from relora_core.config import BlimpConfig, DataConfig, ModelConfig
 from relora_core.data import load_tokenizer

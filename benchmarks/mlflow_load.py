@@ -27,8 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tables import show
-
+from benchmarks.tables import show
 from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import all_runs, runs_folder
 from experiments.disk.run_dir import RunDir

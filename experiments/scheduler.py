@@ -24,8 +24,8 @@ def enter_job(*, name: str | None = None) -> str | None:
     global _job
     token = os.environ.pop(JOB, "")
     submission, _, id_ = token.rpartition("/")
-    known = submission and name in (None, submission)
-    ours = known and id_ and id_ == _slurms_id(array="_" in id_)
+    named = submission and name in (None, submission)
+    ours = named and id_ and id_ == _slurms_id(array="_" in id_)
     _job = token if ours else None
     return current_job()
 

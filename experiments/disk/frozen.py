@@ -27,8 +27,8 @@ def absolute(config: RunConfig) -> RunConfig:
 def read(config: RunConfig, *, output_dir: Path | None) -> RunConfig:
     """A frozen config as stored in `output_dir`; None: in the folder that it names itself.
 
-    A relative path of an earlier version is looked for in the folder of its command, if that can be
-    told, then in the current folder. It stays as it is if neither has it.
+    A relative path of an earlier version is looked for in the folder that the command was typed in,
+    if that is known, then in the current folder. It stays as it is if neither has it.
     """
     typed, folder = config.output_dir, output_dir or Path(config.output_dir)
     bases = typed_in(typed, folder)
