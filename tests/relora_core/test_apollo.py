@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from test_galore import OPTIONS, SHAPES, build, gradients, one_step, trajectory
+from test_galore import OPTIONS, SHAPES, gradients, trajectory
 from torch.optim import AdamW
+from training import build, one_step
 
-from experiments.identity import run_id
 from experiments.schema import compose
 from relora_core.config import ConfigError, get, validate
 from relora_core.methods import apollo
@@ -169,7 +169,7 @@ def test_projections_are_drawn_anew_at_the_gap_by_seed_step_and_name(nano):
     config = nano(method="apollo", seed=3, apollo={"r": 4, "update_gap": 2})
     bases = []
     for noise in (1, 2):
-        model, optimizer = build(config)
+        model, _, optimizer = build(config)
         torch.manual_seed(noise)
         for _ in range(3):
             one_step(model, optimizer)
@@ -191,15 +191,6 @@ def test_the_options_are_the_paper_and_its_mini():
     keys = ("apollo.r", "apollo.scaling", "apollo.scale")
     assert [get(plain, key) for key in keys] == [16, "channel", 1.0]
     assert [get(mini, key) for key in keys] == [1, "tensor", 128.0]
-
-
-def test_its_knobs_name_apollo_runs_and_no_others(nano):
-    changes = [{"r": 3}, {"update_gap": 7}, {"scale": 2.0}, {"scaling": "tensor"}]
-    for change in [*changes, {"norm_growth": None}, {"target_modules": ["w_2"]}]:
-        for method in ("full_rank", "relora", "galore", "fira"):
-            assert run_id(nano(method=method)) == run_id(nano(method=method, apollo=change))
-        assert run_id(nano(method="apollo")) != run_id(nano(method="apollo", apollo=change))
-    assert run_id(nano(method="apollo", apollo={"r": 4})).startswith("nano-apollo-r4-grammar-s0-")
 
 
 @pytest.mark.parametrize(

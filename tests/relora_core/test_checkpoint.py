@@ -234,19 +234,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
-def test_where_all_are_damaged_the_run_begins_anew_and_says_so(whole, tmp_path, capsys):
-    setting, folder, metrics = whole
-    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    for path in checkpoints(tmp_path):
-        flip(path / MODEL)
-    record = run(setting, tmp_path)
-    assert not record.events[0].data["resumed"]
-    assert len(record.events[0].data["damaged"]) == STEPS // EVERY
-    assert "none is left, so it begins anew" in capsys.readouterr().err
-    assert record.metrics() == metrics
-    assert digests(tmp_path) == digests(folder)
-
-
 def test_a_checkpoint_from_before_checksums_still_loads(whole, tmp_path):
     setting, folder, metrics = whole
     path = tmp_path / "checkpoints" / "step-00000006"

@@ -142,18 +142,6 @@ def test_inspect_counts_windows_and_says_what_is_not_used(folder):
     assert "last 2 ids" in info.notes[0]
 
 
-def test_planning_loads_neither_torch_nor_the_streaming_library(folder):
-    code = (
-        "import sys\n"
-        "from relora_core.config import DataConfig\n"
-        "from relora_core.data import inspect\n"
-        f"data = DataConfig(kind='pretokenized', path={str(folder)!r}, vocab_size=500, seq_len=8)\n"
-        "inspect(data)\n"
-        "assert not {'torch', 'datasets', 'mlflow', 'hydra'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_fingerprint_goes_with_the_content_and_not_with_the_place(folder, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)

@@ -164,15 +164,6 @@ def test_resumed_anywhere_on_any_rank_its_rows_are_windows_of_the_pass(
         assert source.epoch == position // per_pass
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_ranks_together_serve_the_one_rank_stream(config, cache, world):
-    ranks = [stream(config(), cache, rank=r, world=world) for r in range(world)]
-    one = stream(config(), cache)
-    for n in (1, 7, 30):
-        together = np.stack([r.next_rows(n) for r in ranks], axis=1).reshape(n * world, -1)
-        np.testing.assert_array_equal(together, one.next_rows(n * world))
-
-
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_shuffled_rows_are_the_rows_of_the_pass_in_an_order_of_seed_and_epoch(config, cache, epoch):
     plain, shuffled = config(), config(shuffle_rows=True)

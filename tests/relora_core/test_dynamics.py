@@ -2,13 +2,12 @@ import math
 
 import pytest
 import torch
-from training import Record, run, run_in_processes, weights
+from training import Record, batch, build, run, run_in_processes, weights
 
 from relora_core import dynamics, spectra
 from relora_core.config import METHODS, ConfigError, adapted_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dynamics import GradientTap, Recorder
-from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
 from relora_core.redraws import Draws
@@ -24,19 +23,6 @@ def generator(seed=0):
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
-
-
-def build(config):
-    torch.manual_seed(config.seed)
-    model = Decoder(config.model)
-    method = build_method(config)
-    method.adapt(model)
-    return model, method, method.build_optimizer(model)
-
-
-def batch(seed=0):
-    ids = torch.randint(0, 97, (4, 17), generator=generator(seed))
-    return ids[:, :-1], ids[:, 1:]
 
 
 def advance(model, method, optimizer, *, steps, start=0):

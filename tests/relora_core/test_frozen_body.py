@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_methods import build, step
+from training import build, one_step
 
 from relora_core import costs
 from relora_core.config import ConfigError, linear_shapes, validate
@@ -19,7 +19,7 @@ def test_the_body_stays_and_all_else_moves(nano):
     model, _, optimizer = build(frozen(nano))
     before = {name: p.clone() for name, p in model.named_parameters()}
     for seed in range(2):
-        step(model, optimizer, seed)
+        one_step(model, optimizer, seed)
     body = {f"{name}.weight" for name in linear_shapes(frozen(nano).model)}
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == set(before) - body

@@ -1,30 +1,11 @@
 import pytest
 import torch
+from training import batch, build, one_step
 
 from relora_core.config import ReLoRAConfig
-from relora_core.methods import build_method
 from relora_core.methods.adapter import ReLoRALinear
 from relora_core.model import Decoder
-from relora_core.optim import build_adamw, prune_state_, set_lr_
-
-
-def build(config):
-    torch.manual_seed(config.seed)
-    model = Decoder(config.model)
-    method = build_method(config)
-    method.adapt(model)
-    return model, method, build_adamw(method.param_groups(model), train=config.train)
-
-
-def batch(seed=0):
-    ids = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1], ids[:, 1:]
-
-
-def step(model, optimizer, seed=0):
-    model(*batch(seed)).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+from relora_core.optim import prune_state_, set_lr_
 
 
 def test_adapting_changes_no_logit_and_no_base_weight(nano):
@@ -44,7 +25,7 @@ def test_a_and_b_have_both_moved_after_two_steps(nano):
     model, method, optimizer = build(nano())
     before = {n: (m.lora_A.clone(), m.lora_B.clone()) for n, m in method.adapters(model)}
     for seed in range(2):
-        step(model, optimizer, seed)
+        one_step(model, optimizer, seed)
     for name, adapter in method.adapters(model):
         assert not torch.equal(adapter.lora_A, before[name][0])
         assert not torch.equal(adapter.lora_B, before[name][1])
@@ -54,7 +35,7 @@ def test_frozen_base_never_moves_between_restarts(nano):
     model, method, optimizer = build(nano())
     before = {n: m.weight.clone() for n, m in method.adapters(model)}
     for seed in range(3):
-        step(model, optimizer, seed)
+        one_step(model, optimizer, seed)
         assert method.after_step(seed + 1, model, optimizer) == {}
     assert all(torch.equal(m.weight, before[n]) for n, m in method.adapters(model))
 
@@ -63,7 +44,7 @@ def test_restart_keeps_the_function_and_renews_the_adapter(nano):
     config = nano(relora={"dropout": 0.3})
     model, method, optimizer = build(config)
     for seed in range(4):
-        step(model, optimizer, seed)
+        one_step(model, optimizer, seed)
     ids, _ = batch(9)
     model.eval()
     logits = model.logits(ids)
@@ -96,7 +77,7 @@ def test_restart_prunes_adapter_state_only(nano):
     config = nano(relora={"optimizer_state": "random", "prune_ratio": 0.9})
     model, method, optimizer = build(config)
     for seed in range(4):
-        step(model, optimizer, seed)
+        one_step(model, optimizer, seed)
     adapters = {id(p) for _, m in method.adapters(model) for p in (m.lora_A, m.lora_B)}
     before = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
     metrics = method.after_step(4, model, optimizer)
@@ -119,7 +100,7 @@ def test_restart_prunes_adapter_state_only(nano):
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_pruning_all_and_nothing(nano, ratio):
     model, method, optimizer = build(nano())
-    step(model, optimizer)
+    one_step(model, optimizer)
     _, adapter = next(iter(method.adapters(model)))
     before = optimizer.state[adapter.lora_B]["exp_avg"].clone()
     zeroed = prune_state_(

@@ -7,6 +7,7 @@ from statistics import median
 import pytest
 import torch
 from torch.optim import AdamW
+from training import batch, build
 
 from experiments import schema
 from relora_core.config import METHODS, ConfigError, ReLoRAConfig, validate
@@ -43,11 +44,6 @@ def trained(nano):
         return model.eval(), method, optimizer, history
 
     return make
-
-
-def batch(seed):
-    ids = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1], ids[:, 1:]
 
 
 def one_step(step, model, method, optimizer):
@@ -589,11 +585,7 @@ ELSEWHERE = {
 
 
 def after_steps(config, steps=5):
-    torch.manual_seed(config.seed)
-    model = Decoder(config.model)
-    method = build_method(config)
-    method.adapt(model)
-    optimizer = method.build_optimizer(model)
+    model, method, optimizer = build(config)
     for step in range(steps):
         one_step(step, model, method, optimizer)
     return list(method.effective_weights(model))

@@ -6,17 +6,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from test_train import RANK, assert_same_weights, moments, run, weights
 from torch.optim import AdamW, Muon
+from training import assert_processes_equal_one, build, one_step, resumes_exactly, run
 
-from experiments.identity import config_to_json
 from relora_core import costs
 from relora_core.config import ConfigError, muon_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
-from relora_core.methods import build_method
-from relora_core.model import Decoder
 from relora_core.optim import build_muon, set_lr_
-from tests import warm
 
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -110,21 +106,6 @@ def test_a_gradient_of_zero_or_none_moves_nothing_but_by_decay(nano):
 
 
 # beside AdamW -----------------------------------------------------------------------------------
-def build(config):
-    torch.manual_seed(config.seed)
-    model = Decoder(config.model)
-    method = build_method(config)
-    method.adapt(model)
-    return model, method, method.build_optimizer(model)
-
-
-def one_step(model, optimizer, seed=0):
-    ids = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(seed))
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 @pytest.mark.parametrize("method", ["full_rank", "lora", "relora"])
 def test_matrices_of_blocks_are_muons_and_all_else_is_adamws(nano, method):
     relora = {"scaling": "trainable", "full_rank_modules": ["w_2"]}
@@ -267,21 +248,12 @@ def config(nano):
     ],
     ids=str,
 )
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one(config, tmp_path, changes, die_at):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
+    config, undisturbed, tmp_path, changes, die_at
+):
     """Bit for bit: losses, weights and moments; restarts at 4 and 8."""
     setting = config(**changes, train={"micro_batch_size": 2, "grad_clip": 0.5})
-    undisturbed = run(setting, tmp_path / "whole")
-    first = run(setting, tmp_path / "killed", die_at=die_at)
-    second = run(setting, tmp_path / "killed")
-    start = second.events[0]
-    assert start.data["resumed"]
-    merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
-    assert merged == undisturbed.metrics()
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-    resumed = moments(tmp_path / "killed")
-    for index, state in moments(tmp_path / "whole").items():
-        assert state.keys() == resumed[index].keys()
-        assert all(torch.equal(value, resumed[index][key]) for key, value in state.items())
+    assert resumes_exactly(setting, tmp_path, die_at=die_at, undisturbed=undisturbed)
 
 
 def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path):
@@ -296,21 +268,9 @@ def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path):
 def test_two_processes_equal_one(config, tmp_path, method):
     """Up to the bfloat16 of the iterations, which turns other sums into other digits."""
     setting = config(method=method, train={"micro_batch_size": 1, "steps": 7, "lr": 1e-3})
-    one = run(setting, tmp_path / "one")
-    folder = tmp_path / "two"
-    folder.mkdir()
-    (folder / "config.json").write_text(config_to_json(setting))
-    done = warm.ranks(2, ["-c", RANK, folder], cwd=folder)
-    assert [rank.returncode for rank in done] == [0, 0], done
-    lines = [line.split() for line in done[0].stdout.splitlines()[:-1]]
-    assert [int(step) for step, _ in lines] == list(range(1, 8))
-    for step, loss in lines:
-        assert float(loss) == pytest.approx(one.metrics()[int(step), "train/loss"], rel=1e-4)
-    for name, weight in weights(folder).items():
-        torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-4, rtol=0)
+    assert_processes_equal_one(setting, tmp_path, processes=2, atol=2e-4)
 
 
-# refusals ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from test_galore import build, one_step
-from training import assert_same_state, run, run_in_processes, weights
+from training import assert_processes_equal_one, build, one_step, resumes_exactly, run
 
+from experiments.identity import run_id
 from relora_core import costs
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.methods.projected import limit_growth, norm_ratio
 
 SETTINGS = {
+    "galore": {"method": "galore", "galore": {"r": 4, "update_gap": 5, "scale": 1.0}},
+    "galore reset": {"method": "galore", "galore": {"r": 4, "update_gap": 5, "moments": "reset"}},
     "fira": {"method": "fira", "fira": {"r": 4, "update_gap": 5}},
     "fira as coded": {"method": "fira", "fira": {"r": 4, "update_gap": 5, "residual": "code"}},
     "fira without limiter": {"method": "fira", "fira": {"r": 4, "norm_growth": None}},
@@ -72,7 +74,7 @@ def test_a_ratio_of_norms_is_zero_where_there_is_no_gradient():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_state_has_the_size_that_costs_says(nano, name):
     config = nano(**SETTINGS[name])
-    model, optimizer = build(config)
+    model, _, optimizer = build(config)
     one_step(model, optimizer)
     held = sum(
         4 * tensor.numel()
@@ -87,18 +89,35 @@ def test_the_state_has_the_size_that_costs_says(nano, name):
     assert costs.flops_per_token(config) == costs.flops_per_token(full_rank)
 
 
-@pytest.mark.parametrize("method", ["fira", "apollo"])
+@pytest.mark.parametrize("method", ["galore", "fira", "apollo"])
 def test_other_parameters_move_as_under_full_rank_bit_for_bit(nano, method):
     targets = {method: {"r": 2, "target_modules": ["swiglu"]}}
     start, low, full = (
         build(nano(method=m, **targets)) for m in ("full_rank", method, "full_rank")
     )
-    one_step(*low)
-    one_step(*full)
+    for model, _, optimizer in (low, full):
+        one_step(model, optimizer)
     theirs, before = dict(full[0].named_parameters()), dict(start[0].named_parameters())
     for name, weight in low[0].named_parameters():
         assert torch.equal(weight, theirs[name]) == (".swiglu." not in name), name
         assert not torch.equal(weight, before[name]), name
+
+
+KNOBS = {
+    "galore": [{"scale": 1.0}, {"moments": "reset"}],
+    "fira": [{"scale": 1.0}, {"residual": "code"}, {"norm_growth": None}],
+    "apollo": [{"scale": 2.0}, {"scaling": "tensor"}, {"norm_growth": None}],
+}
+
+
+@pytest.mark.parametrize("method", KNOBS)
+def test_its_knobs_name_its_runs_and_no_others(nano, method):
+    own = run_id(nano(method=method))
+    for change in [{"r": 3}, {"update_gap": 7}, {"target_modules": ["w_2"]}, *KNOBS[method]]:
+        assert run_id(nano(method=method, **{method: change})) != own
+        for other in {"full_rank", "lora", "relora", *KNOBS} - {method}:
+            assert run_id(nano(method=other, **{method: change})) == run_id(nano(method=other))
+    assert run_id(nano(method=method, **{method: {"r": 4}})).startswith(f"nano-{method}-r4-grammar")
 
 
 @pytest.fixture
@@ -116,17 +135,12 @@ def config(nano):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("die_at", [("train", 5), ("train", 7), ("checkpoint", 9)])
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one(config, tmp_path, name, die_at):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
+    config, undisturbed, tmp_path, name, die_at
+):
     """Bit for bit: losses, weights and the optimizer's state, before and after a new basis."""
     setting = config(name, train={"micro_batch_size": 2, "grad_clip": 0.5})
-    whole = run(setting, tmp_path / "whole")
-    first = run(setting, tmp_path / "killed", die_at=die_at)
-    second = run(setting, tmp_path / "killed")
-    start = second.events[0]
-    assert start.data["resumed"]
-    merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
-    assert merged == whole.metrics()
-    assert_same_state(tmp_path / "whole", tmp_path / "killed")
+    assert resumes_exactly(setting, tmp_path, die_at=die_at, undisturbed=undisturbed)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -139,14 +153,7 @@ def test_a_run_learns_and_a_diverging_one_says_so(config, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", ["fira", "apollo", "apollo mini"])
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "apollo mini"])
 def test_several_processes_equal_one(config, tmp_path, name, processes):
     setting = config(name, train={"micro_batch_size": 1, "steps": 7, "lr": 1e-3})
-    one = run(setting, tmp_path / "one")
-    events = run_in_processes(setting, tmp_path / "several", processes=processes)
-    losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
-    assert set(losses) == set(range(1, 8))
-    for step, loss in losses.items():
-        assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
-    for key, weight in weights(tmp_path / "several").items():
-        torch.testing.assert_close(weight, weights(tmp_path / "one")[key], atol=2e-4, rtol=0)
+    assert_processes_equal_one(setting, tmp_path, processes=processes, atol=2e-4)

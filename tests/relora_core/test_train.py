@@ -6,7 +6,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from training import Record, assert_same_state, resumed, run, run_in_processes, weights
+from training import (
+    Record,
+    assert_processes_equal_one,
+    assert_same_state,
+    resumed,
+    resumes_exactly,
+    run,
+    run_in_processes,
+)
 
 import relora_core.train as train_module
 from experiments import schema
@@ -38,14 +46,8 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
 ):
     """Bit for bit: losses, weights, moments; restarts at 4 and 8, checkpoints at 3, 6, 9, 12."""
     setting = config(method=method, train={"micro_batch_size": 2, "grad_clip": 0.5})
-    whole, expected = undisturbed(setting)
-    first = run(setting, tmp_path, die_at=die_at)
-    second = run(setting, tmp_path)
-    start = second.events[0]
-    assert start.data["resumed"] == (die_at[1] > 3 or die_at[0] == "checkpoint")
-    merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
-    assert merged == whole.metrics()
-    assert_same_state(tmp_path, expected)
+    went_on = resumes_exactly(setting, tmp_path, die_at=die_at, undisturbed=undisturbed)
+    assert went_on == (die_at[1] > 3 or die_at[0] == "checkpoint")
 
 
 @pytest.mark.parametrize("mode", ["corrected", "as_described", "as_coded", "as_executed"])
@@ -453,13 +455,6 @@ def test_four_processes_equal_one(config, tmp_path):
     """DDP over gloo, restarts included: the same global batches, equal adapters on all ranks."""
     knobs = {"dropout": 0.2, "nested_rank": True, "rank_schedule": [[8, 6]], "warm_start_steps": 2}
     setting = config(relora=knobs, train={"micro_batch_size": 1})
-    one = run(setting, tmp_path / "one").metrics()
-    events = run_in_processes(setting, tmp_path / "four", processes=4)
-    losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
-    assert set(losses) == set(range(1, 13))
-    for step, loss in losses.items():
-        assert loss == pytest.approx(one[step, "train/loss"], rel=1e-4)
+    events = assert_processes_equal_one(setting, tmp_path, processes=4, atol=2e-3)
     spreads = [m["restart/rank_spread"] for _, _, m in events if "restart/rank_spread" in m]
     assert spreads == [0.0, 0.0]
-    for name, weight in weights(tmp_path / "four").items():
-        torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""A run of seconds: what it said, and the state that it left."""
+"""Updates by hand, and runs of seconds: what they said, and the state that they left."""
 
 from __future__ import annotations
 
@@ -13,8 +13,32 @@ from experiments.identity import config_to_json
 from relora_core import checkpoint
 from relora_core.config import RunConfig
 from relora_core.events import Event
+from relora_core.methods import build_method
+from relora_core.model import Decoder
 from relora_core.train import train
 from tests import warm
+
+
+def build(config: RunConfig):
+    """Model, method and optimizer as a run of this config begins."""
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model)
+    method = build_method(config)
+    method.adapt(model)
+    return model, method, method.build_optimizer(model)
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (4, 16) of the nano model's vocabulary."""
+    ids = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def one_step(model, optimizer, seed: int = 0) -> None:
+    """One update, on the batch of this seed."""
+    model(*batch(seed)).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class Record:
@@ -99,6 +123,23 @@ class Undisturbed:
         return self.runs[key]
 
 
+def resumes_exactly(
+    config, folder: Path, *, die_at: tuple[str, int], undisturbed: Undisturbed
+) -> bool:
+    """Assert that a run killed at an event equals an undisturbed one: metrics, weights, optimizer.
+
+    False where no checkpoint had been written, so that it began anew.
+    """
+    whole, expected = undisturbed(config)
+    first = run(config, folder, die_at=die_at)
+    second = run(config, folder)
+    start = second.events[0]
+    before = {key: value for key, value in first.metrics().items() if key[0] <= start.step}
+    assert before | second.metrics() == whole.metrics()
+    assert_same_state(folder, expected)
+    return start.data["resumed"]
+
+
 RANK = """
 import json, sys
 from pathlib import Path
@@ -126,3 +167,17 @@ def run_in_processes(config, folder: Path, *, processes: int, prelude: str = "")
     assert [rank.returncode for rank in done] == [0] * processes, done
     assert all(rank.stdout == "" for rank in done[1:]), done
     return [json.loads(line) for line in done[0].stdout.splitlines()]
+
+
+def assert_processes_equal_one(config, folder: Path, *, processes: int, atol: float) -> list[list]:
+    """Losses at every step and weights at the end, up to the order of sums; rank 0's events."""
+    one = run(config, folder / "one").metrics()
+    events = run_in_processes(config, folder / "several", processes=processes)
+    losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
+    assert set(losses) == set(range(1, config.train.steps + 1))
+    for step, loss in losses.items():
+        assert abs(loss / one[step, "train/loss"] - 1) < 1e-4, step
+    alone = weights(folder / "one")
+    for name, weight in weights(folder / "several").items():
+        torch.testing.assert_close(weight, alone[name], atol=atol, rtol=0)
+    return events
