@@ -129,17 +129,6 @@ def test_good_addresses_pass(tmp_path: Path) -> None:
         check_uri(TrackingConfig(enabled=True, uri=folder))
 
 
-def test_checking_an_address_loads_no_mlflow() -> None:
-    script = (
-        "import sys; from experiments.addresses import check_uri, default_uri; "
-        "from experiments.addresses import ui_command; "
-        "from relora_core.config import TrackingConfig; "
-        "check_uri(TrackingConfig(enabled=True, uri='http://h')); ui_command('x'); "
-        "sys.exit(any(m in sys.modules for m in ('mlflow', 'torch', 'sqlalchemy')))"
-    )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-
-
 def test_the_experiment_is_named_after_the_nearest_of_its_names() -> None:
     config = a_config()
     config.experiment = "demo"

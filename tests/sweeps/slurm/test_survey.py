@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,12 +22,6 @@ from sweeps.slurm.submission import Submission, read_submissions, recover
 from sweeps.slurm.survey import is_dead, judge_job, survey
 
 ELSEWHERE = "a-node-elsewhere"
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "PAUSE_S", 0.01)
-    return FakeSlurm.install(tmp_path / "slurm", monkeypatch)
 
 
 @pytest.fixture
@@ -455,11 +445,3 @@ def test_a_lost_id_and_a_silent_slurm_are_an_error_not_a_missing_job(slurm, tmp_
     slurm.fail("squeue", "Unable to contact slurm controller")
     with pytest.raises(SlurmError):
         recover(tmp_path, "it's a grid")
-
-
-def test_sweeps_state_needs_no_heavy_library():
-    code = "import sys, sweeps.slurm.survey; print({'torch', 'mlflow', 'hydra'} & set(sys.modules))"
-    said = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
-    )
-    assert said.stdout.strip() == "set()"
