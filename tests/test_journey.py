@@ -5,13 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from experiments.tracking.store import connect
 from tests import warm
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = [
@@ -48,7 +48,7 @@ def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
     assert run(whole, *NANO, "tracking=none").returncode == 0
     for step in (12, 25):  # long before the end: a kill takes a moment
         started = warm.start(command(killed, *NANO, "tracking=none"), cwd=ROOT)
-        wait_for_step(killed, step)
+        wait_for(lambda step=step: has_done(killed, step))
         started.process.kill()
         assert started.wait().returncode == -signal.SIGKILL
     done = subprocess.run(
@@ -67,14 +67,9 @@ def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
     assert "nothing to do" in again.stdout
 
 
-def wait_for_step(out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for events in out.glob("runs/*/events.jsonl"):
-            if f'"step": {step},' in events.read_text():
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
+def has_done(out: Path, step: int) -> bool:
+    files = out.glob("runs/*/events.jsonl")
+    return any(f'"step": {step},' in events.read_text() for events in files)
 
 
 @pytest.mark.slow

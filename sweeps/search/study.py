@@ -423,19 +423,6 @@ class Study:
         """Nothing left to begin and nothing running."""
         return self.left() == 0 and not self._running()
 
-    def reap(self, gone: Callable[[Worker], bool]) -> list[int]:
-        """Fail, uncounted, the running trials with a worker that has ended."""
-        orphans = self._orphans(gone)
-        with self._alone():
-            reaped = [
-                frozen
-                for frozen in self._running()
-                if orphans.get(frozen.number) == frozen.user_attrs["worker"]
-            ]
-            for frozen in reaped:
-                self._trial(frozen).fail("its worker is gone", counted=False)
-        return [frozen.number for frozen in reaped]
-
     def failures(self) -> list[str]:
         """Reasons of the newest failed trials in a row, newest first."""
         ended = [

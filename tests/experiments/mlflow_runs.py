@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +147,3 @@ class Store:
 
     def table(self, run: RunDir, name: str) -> dict[str, Any]:
         return json.loads(self.artifact(run, f"tables/{name}.json"))
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)

@@ -154,21 +154,23 @@ def started(run: RunDir) -> dict[str, object]:
     return [e for e in run.raw_events() if e["kind"] == "start"][-1]
 
 
-FILES = (
-    *("model.safetensors", "frozen.safetensors", "optimizer.pt", "rng.pt", "progress.json"),
-    "checksums.json",
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_told_and_passed_over(begun, finish, harm, name):
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("model.safetensors", truncate),
+        ("optimizer.pt", flip),
+        ("checksums.json", flip),
+        ("frozen.safetensors", Path.unlink),
+        ("checksums.json", Path.unlink),  # as of an older version
+    ],
+)
+def test_a_damaged_checkpoint_is_reported_and_passed_over(begun, finish, name, harm):
     newest = checkpoint.complete(begun.checkpoints)[-1]
     harm(newest / name)
-    said = finish()
-    unneeded = name == "checksums.json" and harm is Path.unlink  # as of an older version
-    assert ("warning: step-00000012 is damaged" in said) != unneeded
+    printed = finish()
+    unneeded = (name, harm) == ("checksums.json", Path.unlink)
+    assert ("warning: step-00000012 is damaged" in printed) != unneeded
     assert started(begun)["step"] == (12 if unneeded else 8)
 
 
@@ -188,7 +190,7 @@ def test_a_torn_last_event(begun, finish, kept):
     assert started(begun)["step"] == 12
 
 
-GARBAGE = (b"", b"\0\xff{", b"[]", b"null", b'{"state": ')
+GARBAGE = (b"", b"\0\xff{", b"[]")
 
 
 @pytest.mark.slow

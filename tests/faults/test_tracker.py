@@ -13,11 +13,9 @@ import shutil
 import signal
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -33,6 +31,7 @@ from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.events import Event
 from sweeps.__main__ import main
 from tests import warm
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -128,15 +127,6 @@ def repaired(
     runs = all_runs(config.output_dir)
     steps = [step for run in runs for step, _ in losses(run)]
     assert shown(database)["train/loss"] == dict.fromkeys(steps, 1)
-
-
-def wait_for(what: Callable[[], object], *, timeout_s: float = 300) -> Any:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        if found := what():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not come about")
 
 
 # the follower -----------------------------------------------------------------------------------
@@ -307,20 +297,4 @@ def test_a_damaged_database_costs_one_line_and_a_new_one_gets_everything(
     assert line.startswith("track")
     syncs_in_one_line(config, capsys)
     assert run.events_path.read_bytes() == before
-    repaired(config, migrated, capsys)
-
-
-def test_a_run_beside_a_damaged_database_ends_as_without_it(
-    config: RunConfig,
-    plain: list[tuple[int, float]],
-    migrated: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    database = Path(config.output_dir) / "mlflow.db"
-    shutil.copy(migrated, database)
-    garbage(database)
-    (line,) = finished(start(config))
-    assert "python -m sweeps sync" in line
-    (run,) = all_runs(config.output_dir)
-    assert losses(run) == plain
     repaired(config, migrated, capsys)

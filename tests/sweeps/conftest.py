@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fake_slurm import FakeSlurm
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 
@@ -23,6 +24,7 @@ from relora_core.config import (
     TrainConfig,
 )
 from sweeps.planning.plan import Plan, make_plan
+from sweeps.slurm import cluster
 
 FAKE = '''
 """Behaves as a worker does towards its run directory; the seed says how it ends."""
@@ -136,6 +138,13 @@ def make(tmp_path: Path) -> Callable[..., RunConfig]:
         return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
     return build
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """A cluster that takes milliseconds, whose tools are asked again without a pause."""
+    monkeypatch.setattr(cluster, "PAUSE_S", 0.0)
+    return FakeSlurm.install(tmp_path / "it's a slurm", monkeypatch)
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 
-from experiments.disk.event_log import EventLog
-from relora_core.events import Event
 from sweeps.search.config import normalise
 from sweeps.search.space import Float, Int
 from sweeps.search.spec import Spec
 from sweeps.search.trial import Worker
+from tests.sweeps.records import end_run
 
 LR = Float(low=1e-4, high=1e-1, log=True)
 
@@ -34,23 +33,13 @@ def loss_of(params):
     return abs(math.log10(params["train.lr"]) + 2)
 
 
-def end(run, *, loss, state="finished"):
-    """What a run leaves that ends with this loss; its folder is there."""
-    if run.ended():
-        return
-    log = EventLog(run, 1)
-    log.emit(Event(kind="train", step=1, metrics={"train/loss": loss}))
-    log.close()
-    run.write_result({"state": state, "metrics": {"train/loss": loss}})
-    run.update_status(state=state)
-
-
 def ran(trial, *, loss=None, state="finished"):
     """What running the trial leaves on disk."""
     loss = loss_of(trial.params) if loss is None else loss
     for seed, run in zip(trial.seeds, trial.runs, strict=True):
         run.create(trial.config(seed))
-        end(run, loss=loss, state=state)
+        if not run.ended():
+            end_run(run, loss=loss, state=state)
     trial.write_records()
 
 

@@ -12,20 +12,18 @@ import pytest
 from experiments import addresses
 from experiments.addresses import store_uri
 from experiments.disk import frozen
-from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json, ids
 from experiments.tracking import store as mlflow_store
-from experiments.tracking.store import DatabaseNotFound, open_store
 from relora_core.config import DataConfig, EvalConfig, PalomaConfig, TrackingConfig
-from relora_core.events import Event
 from sweeps.__main__ import main
 from sweeps.launchers import load_launcher, store_launcher
 from sweeps.planning.plan import load, make_plan, store
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions
 from sweeps.tracking import bring_up_to_date
+from tests.sweeps.records import end_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,16 +163,6 @@ def test_what_was_frozen_as_typed_beside_an_absolute_folder_is_read_here(nano, h
     assert paths(run.config()) == {"rows"}
 
 
-def test_a_second_database_is_never_made(nano, home, monkeypatch):
-    out = home.parent / "elsewhere"
-    config = typed(nano, uri="sqlite:///x.db", output_dir=str(out))
-    run = as_before(RunDir(out / "runs" / "r"), config)
-    monkeypatch.chdir(home.parent / "away")
-    with pytest.raises(DatabaseNotFound, match=r"tracking.uri=sqlite:///x.db .*--tracking-uri"):
-        open_store(store_uri(run.config()), experiment="e", output_dir=out)
-    assert not list(home.parent.rglob("*.db"))
-
-
 def test_the_default_database_follows_a_folder_that_is_moved(nano, home):
     run = RunDir(home / "out" / "runs" / "r")
     run.create(typed(nano))
@@ -237,12 +225,7 @@ def tracked(home, nano, *, uri="sqlite:///x.db", old=False):
     plan = store(make_plan([({}, config)], name="s"), output_dir="out")
     run = RunDir(home / "out" / "runs" / plan.cells[0].run_id)
     run.create(config)
-    log = EventLog(run, 1)
-    log.emit(Event(kind="start", step=0, data={"resumed": False}))
-    log.emit(Event(kind="train", step=4, metrics={"train/loss": 1.5}))
-    log.close()
-    run.write_result({"state": "finished", "metrics": {"train/loss": 1.5}, "step": 4})
-    run.update_status(state="finished", step=4, attempts=1)
+    end_run(run, loss=1.5)
     if old:
         run.config_path.write_text(config_to_json(config))
         path = plan_folder(home / "out", name="s") / "plan.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,9 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
-from fake_slurm import FakeSlurm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +21,10 @@ from experiments.disk.output_dir import jobs_folder
 from experiments.disk.run_dir import RunDir
 from relora_core.data.grammar import VOCAB_SIZE
 from sweeps import attempt, job
-from sweeps.slurm import cluster
 from sweeps.slurm.submission import Submission, read_submissions, record_job
 from sweeps.slurm.survey import survey
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "12_0"
@@ -62,10 +59,8 @@ with StopFlag().installed() as stop, run.lock():
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(slurm, monkeypatch):
     """A cluster on which this process is task 0 of the array 12."""
-    slurm = FakeSlurm.install(tmp_path / "slurm", monkeypatch)
-    monkeypatch.setattr(cluster, "PAUSE_S", 0.0)
     monkeypatch.setattr(job, "WAIT_S", 0.0)
     slurm.add(JOB, name="s.0123abcd", state="RUNNING")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
@@ -277,21 +272,13 @@ def test_a_packs_workers_end_with_it(packed, slurm, tmp_path):
     made = packed(8, 8, 0)
     (file,) = tmp_path.glob("out/sweeps/s/jobs/*/submission.json")
     process = subprocess.Popen([sys.executable, "-c", PACK, str(file)])
-    run, until = made.runs[0], time.monotonic() + 120
+    run = made.runs[0]
     try:
-        while run.lock_holder() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        holder = run.lock_holder()
-        assert holder is not None
+        wait_for(run.lock_holder)
     finally:
         process.kill()
         process.wait()
-    while psutil.pid_exists(holder["pid"]) and time.monotonic() < until:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE:
-                break
-        time.sleep(0.02)
-    assert run.lock_holder() is None
+    wait_for(lambda: run.lock_holder() is None)
 
 
 def test_a_run_killed_in_a_pack_goes_on_and_the_others_stay(packed, slurm):
@@ -321,9 +308,7 @@ def test_packed_runs_are_told_to_end_and_go_on_later(packed, slurm):
     work = packed(8, 0)
 
     def warn():
-        until = time.monotonic() + 120
-        while "running" not in states(work)[:1] and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_for(lambda: states(work)[0] == "running")
         os.kill(os.getpid(), signal.SIGUSR2)
 
     thread = threading.Thread(target=warn)

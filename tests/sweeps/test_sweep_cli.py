@@ -20,6 +20,7 @@ from sweeps.__main__ import main
 from sweeps.planning.plan import make_plan, store
 from sweeps.slurm import cluster
 from sweeps.slurm.submission import Submission
+from tests.sweeps.records import store_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,13 +29,8 @@ ROOT = Path(__file__).parents[2]
 def out(make, tmp_path):
     """One sweep of two runs, one of which is finished, and a single run."""
     folder = tmp_path / "out"
-    plan = store(
-        make_plan([({"seed": str(s)}, make(seed=s)) for s in (0, 1)], command="run -m seed=0,1"),
-        output_dir=folder,
-    )
-    for cell in plan.cells:
-        RunDir(folder / "runs" / cell.run_id).create(cell.config)
-    first = RunDir(folder / "runs" / plan.cells[0].run_id)
+    points = [({"seed": str(s)}, make(seed=s)) for s in (0, 1)]
+    first, _ = store_runs(points, command="run -m seed=0,1", output_dir=folder)
     first.write_result({"state": "finished", "metrics": {}})
     first.update_status(state="finished", attempts=2, step=4, loss=1.25)
     RunDir(folder / "runs" / "alone").create(make(seed=2))
@@ -80,16 +76,13 @@ def many(make, tmp_path):
     """A sweep of 8 arms with 2 seeds; the first arm is finished, one run of the second failed."""
     folder = tmp_path / "out"
     grid = [({"r": str(r), "seed": str(s)}, make(r=r, seed=s)) for r in range(1, 9) for s in (0, 1)]
-    plan = store(make_plan(grid, name="many"), output_dir=folder)
-    grid = {cell.name: RunDir(folder / "runs" / cell.run_id) for cell in plan.cells}
-    for cell in plan.cells:
-        grid[cell.name].create(cell.config)
-    for name, loss in (("relora.r=1 seed=0", 1.0), ("relora.r=1 seed=1", 2.0)):
+    first, second, failed, *_ = store_runs(grid, name="many", output_dir=folder)
+    for run, loss in ((first, 1.0), (second, 2.0)):
         metrics = {"train/loss": loss, "eval/paloma/perplexity": 10 * loss}
-        grid[name].write_result({"state": "finished", "metrics": metrics})
-        grid[name].update_status(state="finished", step=4, loss=9.0)
-    grid["relora.r=2 seed=0"].update_status(state="failed", error="RuntimeError: [boom]")
-    grid["relora.r=2 seed=0"].error_path.write_text("Traceback")
+        run.write_result({"state": "finished", "metrics": metrics})
+        run.update_status(state="finished", step=4, loss=9.0)
+    failed.update_status(state="failed", error="RuntimeError: [boom]")
+    failed.error_path.write_text("Traceback")
     return folder
 
 
@@ -351,9 +344,7 @@ def test_status_costs_the_same_for_each_run_of_a_larger_sweep(make, tmp_path, ca
     sizes = (32, 64, 128)  # all too many for a line each: 8 arms are shown
     for size in sizes:
         grid = [({}, make(r=1 + i % 8, seed=i // 8)) for i in range(size)]
-        plan = store(make_plan(grid, name="big"), output_dir=tmp_path / str(size))
-        for cell in plan.cells:
-            RunDir(tmp_path / str(size) / "runs" / cell.run_id).create(cell.config)
+        store_runs(grid, name="big", output_dir=tmp_path / str(size))
     look(32)  # what is imported on first use
     small, middle, large = (calls(look, size) for size in sizes)
     assert (large - middle) / 64 <= 1.1 * (middle - small) / 32

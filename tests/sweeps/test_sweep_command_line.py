@@ -257,15 +257,7 @@ def test_both_plugins_are_where_hydra_looks_for_them():
 
 def command(*arguments, cwd):
     """A sweep with its real workers."""
-    return warm.run([ROOT / "run.py", "-m", *arguments], cwd=cwd)
-
-
-def test_one_bad_cell_of_a_grid_ends_the_command_and_leaves_nothing(tmp_path):
-    done = warm.run([ROOT / "run.py", "-m", "model=tiny", "relora.r=8,4096"], cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "relora.r must be in [1, " in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    return warm.run([ROOT / "run.py", "-m", *arguments], cwd=cwd, figures=False)
 
 
 @pytest.mark.slow

@@ -321,18 +321,6 @@ def test_a_folder_that_cannot_be_written_to_is_the_systems_error(copy, tmp_path)
         copy()
 
 
-def test_processes_that_freeze_at_once_make_one_copy(checkout, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from sweeps.snapshot import freeze; "
-        "print(freeze(Path(sys.argv[1]), root=Path(sys.argv[2]), output_dir=Path(sys.argv[1])))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "code"), str(checkout)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    told = {process.communicate()[0].strip() for process in running}
-    assert [process.returncode for process in running] == [0] * 4
-    assert [str(path) for path in (tmp_path / "code").iterdir()] == list(told)
-
-
 def test_the_loser_of_a_race_uses_the_winners_copy(checkout, copy, monkeypatch):
     won = []
     put = snapshot._put

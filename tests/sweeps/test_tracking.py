@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import runs_folder
 from experiments.disk.plans import axes_of_older
 from experiments.disk.run_dir import RunDir
@@ -23,12 +22,12 @@ from experiments.report.gather import gather
 from experiments.tracking import tracker as track
 from experiments.tracking.tracker import display_axes
 from relora_core.config import ModelConfig, RunConfig, SweepConfig, TrackingConfig
-from relora_core.events import Event
 from sweeps import display, tracking
 from sweeps.__main__ import main
-from sweeps.planning.plan import Plan, make_plan, store
+from sweeps.planning.plan import Cell, Plan, make_plan, store
 from sweeps.slurm import launcher
 from sweeps.tracking import bring_up_to_date
+from tests.sweeps.records import end_run
 
 
 @pytest.fixture
@@ -66,16 +65,8 @@ def plan(make: Callable[..., RunConfig], out: Path) -> Callable[..., Plan]:
     return plan
 
 
-def finish(out: Path, run_id: str, *, loss: float = 1.5) -> None:
-    """The record of a run that went well."""
-    run = RunDir(runs_folder(out) / run_id)
-    log = EventLog(run, 1)
-    log.emit(Event(kind="start", step=0, data={"resumed": False}))
-    log.emit(Event(kind="train", step=4, metrics={"train/loss": loss}))
-    log.emit(Event(kind="end", step=4))
-    log.close()
-    run.write_result({"state": "finished", "metrics": {"train/loss": loss}, "step": 4})
-    run.update_status(state="finished", step=4, attempts=1)
+def run_of(out: Path, cell: Cell) -> RunDir:
+    return RunDir(runs_folder(out) / cell.run_id)
 
 
 def client(out: Path) -> Any:
@@ -132,7 +123,7 @@ def test_an_arm_has_one_colour_in_mlflow_and_report_and_keeps_it(out: Path, plan
 
 def test_repeating_it_changes_nothing(out: Path, plan: Any) -> None:
     made = plan()
-    finish(out, made.cells[0].run_id)
+    end_run(run_of(out, made.cells[0]), loss=1.5)
     bring_up_to_date(out)
     before = everything(out)
     bring_up_to_date(out)
@@ -147,7 +138,7 @@ def test_a_tracker_that_stays_shows_what_ended_meanwhile(out: Path, plan: Any) -
     tracker = tracking.make_tracker(out)
     tracker.bring_up_to_date()
     for cell, loss in zip(made.cells, (1.0, 2.0), strict=True):
-        finish(out, cell.run_id, loss=loss)
+        end_run(run_of(out, cell), loss=loss)
         tracker.bring_up_to_date()
     (arm,), (parent,) = shown(out, "ranks", "arm"), shown(out, "ranks", "sweep")
     assert arm.data.metrics["train/loss_mean"] == 1.5
@@ -288,14 +279,6 @@ def test_a_name_is_taken_apart_where_keys_begin() -> None:
     assert axes == {"model": "tiny", "data.path": "/my data/x", "seed": "0"}
 
 
-def test_planning_and_status_need_no_mlflow() -> None:
-    code = (
-        "import sys, sweeps.tracking, sweeps.launch, sweeps.commands.watch; "
-        "assert not {'torch', 'mlflow', 'scipy'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_a_plan_of_another_version_is_one_line(out: Path, plan: Any) -> None:
     from relora_core.config import ConfigError
 
@@ -310,7 +293,7 @@ def test_everything_is_shown_again_after_the_database_is_lost(
 ) -> None:
     made = plan(ranks=(8,), seeds=2)
     for cell in made.cells:
-        finish(out, cell.run_id)
+        end_run(run_of(out, cell), loss=1.5)
     bring_up_to_date(out)
     before = [(r.info.run_name, r.data.metrics) for r in shown(out, "ranks", "arm")]
     (out / "mlflow.db").write_bytes(migrated.read_bytes())
@@ -372,7 +355,7 @@ def test_files_that_cannot_be_written_cost_a_finished_sweep_one_hint(
     made = plan(ranks=(8,), seeds=2)
     client(out).create_experiment("ranks", artifact_location=f"file://{out}/mlflow.db/x")
     for cell in made.cells:
-        finish(out, cell.run_id)
+        end_run(run_of(out, cell), loss=1.5)
     page, hint = closing(made, out).splitlines()
     assert page.startswith("report: ")
     assert hint.startswith(f"tracking: files (tables, configs) cannot be written to file://{out}")
@@ -401,7 +384,7 @@ def test_any_error_of_a_store_is_one_line_at_a_sweeps_end(
     monkeypatch.setattr(mlflow_store, "open_store", fails)
     made = plan(ranks=(8,), seeds=2)
     for cell in made.cells:
-        finish(out, cell.run_id)
+        end_run(run_of(out, cell), loss=1.5)
     _, line = closing(made, out).splitlines()
     assert "(RuntimeError: Could not determine home directory.); nothing is lost" in line
     assert main(["sync", "--output-dir", str(out)]) == 1

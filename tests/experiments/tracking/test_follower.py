@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from mlflow_runs import Store, a_run, expected, train, wait_for
+from mlflow_runs import Store, a_run, expected, train
 
 from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json
@@ -28,19 +28,21 @@ from experiments.tracking.store import TrackingUnreachable, open_store
 from relora_core.config import RunConfig
 from relora_core.data.grammar import VOCAB_SIZE
 from tests.ports import free_port
+from tests.waiting import wait_for
+
+
+def quick_follower(run: RunDir, said: list[str], *, uri: str, experiment: str) -> Follower:
+    """It looks all the time; `said` gets its warnings."""
+    options = {"output_dir": run.path.parents[1], "every_s": 0.05, "warn": said.append}
+    return Follower([run], uri=uri, experiment=experiment, **options)
 
 
 @pytest.mark.slow
 def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path: Path) -> None:
     run, said = a_run(tmp_path), []
     train(run, attempt=1, start=0, stop=20)
-    with Follower(
-        [run],
-        uri=store.uri,
-        experiment=store.client.get_experiment(store.experiment_id).name,
-        output_dir=tmp_path,
-        every_s=0.05,
-        warn=said.append,
+    with quick_follower(
+        run, said, uri=store.uri, experiment=store.client.get_experiment(store.experiment_id).name
     ) as follower:
         assert follower.wait_ready(300) == store.experiment_id
         wait_for(lambda: store.status(run) == "RUNNING")
@@ -55,9 +57,7 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
 def test_a_dead_server_costs_one_line_and_no_time_at_the_start(tmp_path: Path) -> None:
     run, said = a_run(tmp_path), []
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
-    with Follower(
-        [run], uri=uri, experiment="x", output_dir=tmp_path, every_s=0.05, warn=said.append
-    ) as follower:
+    with quick_follower(run, said, uri=uri, experiment="x") as follower:
         train(run, attempt=1, start=0, stop=20)
         assert follower.wait_ready(60) is None
     (line,) = said
@@ -176,7 +176,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
             command, env={**os.environ, **lean}, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        wait_for(lambda: healthy(port) or process.poll() is not None, timeout_s=300)
+        wait_for(lambda: healthy(port) or process.poll() is not None)
         assert process.poll() is None, (folder / "log").read_text()
         yield f"127.0.0.1:{port}"
     finally:
@@ -254,14 +254,7 @@ def test_a_follower_outlasts_a_server_that_is_down_at_the_start_and_again_later(
     run, said, experiment = a_run(tmp_path), [], "comes and goes"
     train(run, attempt=1, start=0, stop=20)
     proxy.mode = "down"
-    with Follower(
-        [run],
-        uri=proxy.uri,
-        experiment=experiment,
-        output_dir=tmp_path,
-        every_s=0.05,
-        warn=said.append,
-    ):
+    with quick_follower(run, said, uri=proxy.uri, experiment=experiment):
         log = tmp_path / "logs" / "mlflow-sync.log"
         wait_for(lambda: log.exists() and log.read_text().count("Traceback") > 1)
         proxy.mode = "up"
@@ -281,14 +274,7 @@ def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path:
     run, said, experiment = a_run(tmp_path), [], "slow"
     proxy.delay_s = 0.5
     proxy.gate.acquire()
-    with Follower(
-        [run],
-        uri=proxy.uri,
-        experiment=experiment,
-        output_dir=tmp_path,
-        every_s=0.05,
-        warn=said.append,
-    ) as follower:
+    with quick_follower(run, said, uri=proxy.uri, experiment=experiment) as follower:
         assert follower.wait_ready(60) is None
         train(run, attempt=1, start=0, stop=2000)
         assert proxy.answered == 0

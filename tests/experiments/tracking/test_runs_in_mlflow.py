@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ from mlflow_runs import T0, Store, a_config, a_run, expected, loss, train
 
 from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
-from experiments.disk.state import RunState
 from experiments.identity import arm_id, config_to_json
 from experiments.tracking import content as mlflow_content
 from experiments.tracking import run_view
@@ -182,34 +177,6 @@ def test_a_fresh_store_is_rebuilt_to_the_same_view(
         assert [content(where, run) for run in runs] == before
 
 
-@pytest.mark.slow
-def test_a_database_that_was_deleted_is_made_again(
-    store: Store, tmp_path: Path, migrated: Path
-) -> None:
-    """By another process: MLflow keeps a deleted file open as long as it lives."""
-    shutil.copy(migrated, tmp_path / "mlflow.db")
-    run = a_run(tmp_path)
-    train(run, attempt=1, start=0, stop=40, state="finished")
-    evaluate(run, step=40)
-    script = """if True:
-        import sys
-        from mlflow_runs import Path, RunDir, Store
-        Store(Path(sys.argv[1])).sync(RunDir(sys.argv[2]))
-    """
-    path = [str(Path.cwd()), str(Path(__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", script, str(tmp_path), str(run.path)]
-    subprocess.run(command, env=environment, check=True)
-    assert run.mlflow_path.exists()
-    for path in tmp_path.glob("mlflow.db*"):
-        path.unlink()
-    shutil.rmtree(tmp_path / "mlartifacts")
-    again = Store(tmp_path)
-    assert again.sync(run).created == 1
-    store.sync(run)
-    assert content(again, run) == content(store, run)
-
-
 def test_equal_names_in_another_experiment_are_another_view(store: Store, tmp_path: Path) -> None:
     run = a_run(tmp_path)
     train(run, attempt=1, start=0, stop=20)
@@ -346,22 +313,6 @@ def test_device_hours_follow_the_training_time_of_all_processes(
     log.close()
     assert store.points(run)["train/gpu_hours"] == [(10, 1.0), (20, 2.0)]
     assert store.points(run)["train/tokens"] == [(10, 640.0), (20, 1280.0)]
-
-
-def test_what_the_scheduler_knows_overrides_the_runs_own_word(store: Store, tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    train(run, attempt=1, start=0, stop=20)
-    syncer = store.syncer()
-    syncer.sync([run])
-    assert store.run(run).info.status == "RUNNING"
-    own = dataclasses.asdict(run.status()) | {"state": "lost"}
-    lost = RunState(**own, run_id=run.run_id, reason="SLURM knows no job 7")
-    syncer.sync([run], states={run.run_id: lost})
-    shown = store.run(run)
-    assert shown.info.status == "FAILED"
-    assert shown.data.tags["state"] == "lost"
-    assert shown.data.tags["reason"] == "SLURM knows no job 7"
-    assert shown.info.end_time == int(run.status().heartbeat * 1000)
 
 
 # a run begun anew -------------------------------------------------------------------------------
@@ -523,15 +474,6 @@ def test_evaluations_of_a_life_that_no_longer_counts_are_left_out(
     begin_anew(run)
     store.sync(run)
     assert set(store.points(run)) == {"train/loss"}
-
-
-def test_arms_differ_in_colour_and_seeds_do_not(store: Store, tmp_path: Path) -> None:
-    runs = {(r, s): a_run(tmp_path, r=r, seed=s) for r in (2, 4, 8) for s in (0, 1)}
-    store.sync(runs[2, 0], runs[4, 0])
-    store.sync(*runs.values())  # by another Syncer, which must keep the colours given before
-    colours = {key: store.run(run).data.tags["mlflow.runColor"] for key, run in runs.items()}
-    assert all(colours[r, 0] == colours[r, 1] for r in (2, 4, 8))
-    assert len({colours[r, 0] for r in (2, 4, 8)}) == 3
 
 
 def test_the_newest_table_is_shown_without_dots_and_without_nan(

@@ -334,13 +334,6 @@ def test_a_views_key_is_one_that_mlflow_takes(store: Store, show: Any) -> None:
     assert any("viewStateShareKey=a-b_c.curves" in link for link in addresses.values())
 
 
-def test_arms_carry_their_colour(store: Store, show: Any) -> None:
-    view = two_arms()
-    show(view)
-    shown_as = {r.data.tags["arm"]: r.data.tags["mlflow.runColor"] for r in shown(store, "arm")}
-    assert shown_as == {arm.arm_id: arm.colour for arm in view.arms}
-
-
 def test_no_step_of_an_arm_or_a_parent_has_two_values(store: Store, show: Any) -> None:
     for finished in range(4):
         states = ["finished"] * finished + ["running"] * (3 - finished)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
 
 from experiments.disk.output_dir import jobs_folder
 from experiments.disk.run_dir import RunDir
@@ -22,9 +21,10 @@ from sweeps import launch
 from sweeps.__main__ import main
 from sweeps.commands import cancel
 from sweeps.commands.retry import begin_anew
-from sweeps.planning.plan import make_plan, store
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.submission import Submission
+from tests.sweeps.records import store_runs
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 HOLD = """
@@ -57,17 +57,9 @@ class World:
 @pytest.fixture
 def world(make, tmp_path, monkeypatch):
     monkeypatch.setattr(cancel, "GRACE_S", 0.5)
-    plan = make_plan([({}, make(seed=s)) for s in range(6)], name="s")
-    plan = store(plan, output_dir=tmp_path / "out")
-    runs = [RunDir(tmp_path / "out" / "runs" / cell.run_id) for cell in plan.cells]
-    for run, cell in zip(runs, plan.cells, strict=True):
-        run.create(cell.config)
+    points = [({}, make(seed=s)) for s in range(6)]
+    runs = store_runs(points, name="s", output_dir=tmp_path / "out")
     return World(out=tmp_path / "out", runs=runs)
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    return FakeSlurm.install(tmp_path / "slurm", monkeypatch)
 
 
 @pytest.fixture
@@ -86,9 +78,7 @@ def holder(world):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(world.runs[0].path)]
     process = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 120
-    while world.runs[0].status().state != "running" and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: world.runs[0].status().state == "running")
     yield process
     process.kill()
     process.wait()

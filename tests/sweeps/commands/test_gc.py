@@ -15,10 +15,10 @@ from experiments.disk.run_dir import RunDir
 from relora_core.config import ConfigError
 from sweeps import retention
 from sweeps.commands import gc
-from sweeps.planning.plan import make_plan, store
 from sweeps.retention import COMPLETE, Policy, discard, judge
 from sweeps.slurm import cluster
 from sweeps.slurm.submission import Submission
+from tests.sweeps.records import store_runs
 
 
 def checkpoint(run, step, *, files=COMPLETE):
@@ -46,13 +46,9 @@ def steps(run):
 @pytest.fixture
 def sweep(make, tmp_path):
     """Five runs by seed with checkpoints 1 to 4: finished, failed, diverged, queued, running."""
-    folder = tmp_path / "out"
-    plan = store(
-        make_plan([({"seed": str(s)}, make(seed=s)) for s in range(5)], name="s"), output_dir=folder
-    )
-    runs = [RunDir(folder / "runs" / cell.run_id) for cell in plan.cells]
-    for run, cell in zip(runs, plan.cells, strict=True):
-        run.create(cell.config)
+    points = [({"seed": str(s)}, make(seed=s)) for s in range(5)]
+    runs = store_runs(points, name="s", output_dir=tmp_path / "out")
+    for run in runs:
         for step in (1, 2, 3, 4):
             checkpoint(run, step)
     for run, state in ((runs[0], "finished"), (runs[2], "diverged")):

@@ -20,16 +20,15 @@ from sweeps.__main__ import main
 from sweeps.commands import selection, status, watch
 from sweeps.commands.selection import Observer, runs_of
 from sweeps.planning.plan import make_plan, store
+from tests.sweeps.records import store_runs
 
 
 @pytest.fixture
 def runs(make, tmp_path):
     """Three running runs of sweep `s`, on another host."""
-    out = tmp_path / "out"
-    plan = store(make_plan([({}, make(seed=s)) for s in range(3)], name="s"), output_dir=out)
-    dirs = [RunDir(out / "runs" / cell.run_id) for cell in plan.cells]
-    for run, cell in zip(dirs, plan.cells, strict=True):
-        run.create(cell.config)
+    points = [({}, make(seed=s)) for s in range(3)]
+    dirs = store_runs(points, name="s", output_dir=tmp_path / "out")
+    for run in dirs:
         run.update_status(state="running", host="elsewhere", attempts=1, step=1)
     return dirs
 
@@ -175,11 +174,10 @@ def test_a_runs_new_word_counts_before_the_scheduler_is_asked_again(runs, asked,
 def test_the_live_table_fits_the_screen_and_shows_what_needs_attention(make, tmp_path):
     out = tmp_path / "out"
     grid = [({}, make(r=r, seed=s)) for r in range(1, 9) for s in range(4)]
-    plan = store(make_plan(grid, name="s"), output_dir=out)
-    for cell in plan.cells:
-        run = RunDir(out / "runs" / cell.run_id)
-        run.create(cell.config)
-        finish(run, "failed" if cell.name == "relora.r=7 seed=2" else "finished")
+    for run in store_runs(grid, name="s", output_dir=out):
+        config = run.config()
+        failed = (config.relora.r, config.seed) == (7, 2)
+        finish(run, "failed" if failed else "finished")
     members = runs_of(out)
     buffer = io.StringIO()
     console = Console(file=buffer, width=120, height=9, force_terminal=True, color_system=None)
@@ -203,9 +201,7 @@ def test_a_terminal_gets_a_live_table(runs, look, capsys, monkeypatch):
 @pytest.fixture
 def tracked(make, tmp_path):
     config = dataclasses.replace(make(), tracking=TrackingConfig(enabled=True))
-    plan = store(make_plan([({}, config)], name="s"), output_dir=tmp_path / "out")
-    run = RunDir(tmp_path / "out" / "runs" / plan.cells[0].run_id)
-    run.create(plan.cells[0].config)
+    (run,) = store_runs([({}, config)], name="s", output_dir=tmp_path / "out")
     return run
 
 

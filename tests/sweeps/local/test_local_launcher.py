@@ -33,6 +33,7 @@ from sweeps.local.slots import Slots, visible_gpus
 from sweeps.planning.budget import training_flops
 from sweeps.planning.plan import make_plan, store
 from tests.sweeps.conftest import planned
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -267,9 +268,7 @@ def background(make, worker, tmp_path, monkeypatch):
     path = plan_folder(out, name=plan.name) / "plan.json"
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(path), str(out), *worker])
     runs = [RunDir(out / "runs" / cell.run_id) for cell in plan.cells]
-    deadline = time.monotonic() + 120
-    while not any(run.lock_holder() for run in runs) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: any(run.lock_holder() for run in runs))
     yield process, runs
     process.kill()
     process.wait()

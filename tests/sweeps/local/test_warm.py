@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 
 import psutil
@@ -30,6 +29,7 @@ from sweeps.local.slots import Slots
 from sweeps.planning.plan import store
 from tests.conftest import nano_config
 from tests.sweeps.conftest import planned
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not warm.available(), reason="forking is not safe here")
 
@@ -77,14 +77,6 @@ def executed(tmp_path):
     path = tmp_path / "out" / "runs" / "executed"
     lines = path.read_text().splitlines() if path.exists() else []
     return Counter(tuple(line.split()[:2]) for line in lines)
-
-
-def wait_for(what, *, seconds=120.0):
-    deadline = time.monotonic() + seconds
-    while not (found := what()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert found
-    return found
 
 
 def parents():

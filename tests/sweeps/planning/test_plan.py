@@ -9,7 +9,7 @@ import re
 import shlex
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.disk.output_dir import plan_folder
@@ -94,6 +94,7 @@ def test_a_long_value_is_cut_in_a_name_and_still_told_apart(make):
     assert all(name.startswith("relora.rank_schedule=[0, 4]+") for name in names)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cells=st.sets(
         st.tuples(
@@ -106,18 +107,9 @@ def test_a_long_value_is_cut_in_a_name_and_still_told_apart(make):
         max_size=12,
     )
 )
-def test_names_are_unique_within_any_plan(cells):
+def test_names_are_unique_within_any_plan(make, cells):
     def config(method, r, seed, steps):
-        from relora_core.config import DataConfig, ReLoRAConfig, RunConfig, TrainConfig
-
-        return RunConfig(
-            method=method,
-            seed=seed,
-            model=ModelConfig(name="nano", d_model=24, d_ff=48, vocab_size=64),
-            relora=ReLoRAConfig(r=r),
-            train=TrainConfig(steps=steps, batch_size=2),
-            data=DataConfig(seq_len=8),
-        )
+        return make(method=method, r=r, seed=seed, steps=steps)
 
     plan = make_plan([({}, config(*cell)) for cell in sorted(cells)])
     assert len({cell.name for cell in plan.cells}) == len(plan.cells)

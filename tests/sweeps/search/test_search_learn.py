@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from optuna.trial import TrialState
-from studies import LR, end, finish_all, me, ran, spec_of, told
+from studies import LR, finish_all, me, ran, spec_of, told
 
 from experiments.disk.output_dir import runs_folder, study_folder
 from experiments.disk.run_dir import RunDir
@@ -19,6 +19,7 @@ from sweeps.planning.plan import make_plan, store
 from sweeps.search import learn, plots
 from sweeps.search.space import Choice, Float
 from sweeps.search.study import Study, rebuild
+from tests.sweeps.records import end_run
 
 SPACE = {"train.lr": LR, "relora.r": Choice(values=[4, 8])}
 
@@ -47,8 +48,8 @@ def sweep(make, out):
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))
             run = RunDir(runs_folder(out) / run_id(config))
             run.create(config)
-            if losses[-1] is not None:
-                end(run, loss=losses[-1], state=state)
+            if losses[-1] is not None and not run.ended():
+                end_run(run, loss=losses[-1], state=state)
             configs.append(config)
         store(make_plan([({}, config) for config in configs], name=name), output_dir=out)
         return [run_id(config) for config in configs]
@@ -79,7 +80,7 @@ def test_runs_of_the_searchs_points_are_its_first_trials_and_run_no_more(spec, s
         assert frozen.state == TrialState.COMPLETE
         assert frozen.user_attrs["learnt"] == "x"
         assert frozen.user_attrs["run_ids"] == [id_]
-        assert frozen.intermediate_values == {1: frozen.value}  # what pruners compare with
+        assert frozen.intermediate_values == {4: frozen.value}  # what pruners compare with
         assert not (runs_folder(out) / id_ / "trial.json").exists()
     assert (study.left(), study.counts()) == (2, {})
     assert len(finish_all(study, loss=3.0)) == 2

@@ -20,12 +20,10 @@ from optuna.trial import TrialState, create_trial
 from scipy import stats
 
 from experiments import schema, typos
-from experiments.disk.event_log import EventLog
 from experiments.disk.output_dir import runs_folder, study_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
 from experiments.run.complete import complete
-from relora_core.events import Event
 from sweeps.__main__ import main
 from sweeps.search import plots, recipe, results
 from sweeps.search.config import Objective, SearchConfig, normalise
@@ -33,6 +31,7 @@ from sweeps.search.space import Choice, Float, base_key
 from sweeps.search.spec import Spec
 from sweeps.search.study import Study
 from sweeps.search.trial import Worker
+from tests.sweeps.records import end_run
 
 SPACE = {
     "train.lr": FloatDistribution(1e-4, 1e-1, log=True),
@@ -390,7 +389,8 @@ def test_a_real_study_is_read_rebuilt_and_its_best_run_again(tmp_path, capsys):
             config = taken.config(seed)
             run = RunDir(runs_folder(tmp_path) / run_id(config))
             losses[taken.number] = abs(math.log(config.train.lr) + 5)
-            finish_run(run, config, loss=losses[taken.number] + seed - 0.5)
+            run.create(config)
+            end_run(run, loss=losses[taken.number] + seed - 0.5, step=config.train.steps)
         taken.finish()
     best = min(losses, key=lambda number: losses[number])
     assert search(tmp_path, "--json", "--rebuild") == 0
@@ -400,15 +400,6 @@ def test_a_real_study_is_read_rebuilt_and_its_best_run_again(tmp_path, capsys):
     assert told["best"][0]["values"]["train/loss"] == pytest.approx(losses[best])
     again = complete(schema.compose(shlex.split(told["best"][0]["command"])[2:]))
     assert run_id(again) == told["trials"][best]["runs"][0]["run_id"]
-
-
-def finish_run(run, config, *, loss):
-    run.create(config)
-    log = EventLog(run, 1)
-    log.emit(Event(kind="train", step=config.train.steps, metrics={"train/loss": loss}))
-    log.close()
-    run.write_result({"state": "finished", "metrics": {"train/loss": loss}})
-    run.update_status(state="finished", step=config.train.steps)
 
 
 # plots ------------------------------------------------------------------------------------------

@@ -143,21 +143,6 @@ def test_points_are_not_run_twice_while_there_are_others(spec, folder):
     assert more.counts() == {"COMPLETE": 6}
 
 
-def test_a_grid_visits_every_point_once_and_ends(spec, folder, make):
-    space = {
-        "method": Choice(values=["full_rank", "relora"]),
-        "relora.r": Choice(values=[2, 4, 8]),
-        "relora.alpha": Float(low=1.0, high=2.0, step=0.5),
-    }
-    bases = {f"method={m}": make(method=m) for m in ("full_rank", "relora")}
-    search = spec(space=space, groups=["method"], bases=bases, n_trials=99, sampler="grid")
-    study = Study.open(folder, create=search)
-    numbers = finish_all(study, loss=1.0)
-    points = [study.optuna.trials[n].user_attrs["params"] for n in numbers]
-    assert len(points) == len({json.dumps(p, sort_keys=True) for p in points}) == 1 + 9
-    assert study.done()
-
-
 def test_points_that_are_no_valid_run_are_drawn_again(spec, folder):
     space = {"relora.r": Int(low=2, high=32)}  # the smallest side is 8
     study = Study.open(folder, create=spec(space=space, n_trials=3, seed=1))
@@ -255,15 +240,6 @@ def test_a_trial_whose_workers_all_vanish_fails_in_the_end(spec, folder):
     assert "vanished" in study.failures()[0]
 
 
-def test_reaped_trials_leave_room_for_others(spec, folder):
-    study = Study.open(folder, create=spec(n_trials=2))
-    study.take(me("1"))
-    study.take(me("2"))
-    assert study.reap(lambda worker: worker.job_id == "1") == [0]
-    assert study.left() == 1
-    assert study.take(me("3")).number == 2
-
-
 def test_a_point_whose_process_died_while_drawing_it_is_gone_on_with(spec, folder):
     search = spec(n_trials=1)
     study = Study.open(folder, create=search)
@@ -327,7 +303,6 @@ def test_every_pruner_answers(spec, folder, name):
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"space": {"train.lr": LR}}, "search.space.relora.r must hold all of int(inter"),
         ({"objectives": "train/loss max"}, "search.objectives must stay ['train/loss min last']"),
         ({"seeds": 2}, "search.seeds must stay [0]"),
         ({"constraints": ["cost/trainable <= 5"]}, "search.constraints must stay []"),
@@ -577,11 +552,10 @@ def test_processes_at_once_make_exactly_n_trials(spec, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_processes_lose_and_double_nothing(spec, folder, seed, monkeypatch):
+def test_killed_processes_lose_and_double_nothing(spec, folder, monkeypatch):
     # on a slow machine one trial can meet more of the 60 kills than a search puts up with
     monkeypatch.setattr("sweeps.search.study.MAX_ADOPTIONS", 60)
-    chance, kills = random.Random(seed), 0
+    chance, kills = random.Random(0), 0
     Study.open(folder, create=spec(n_trials=60))
     processes, deadline = [], time.monotonic() + 240
     while not Study.open(folder).done():

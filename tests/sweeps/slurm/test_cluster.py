@@ -6,19 +6,12 @@ import subprocess
 import time
 
 import pytest
-from fake_slurm import FakeSlurm
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_core.config import ConfigError
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError, _expand
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "PAUSE_S", 0.01)
-    return FakeSlurm.install(tmp_path / "it's a slurm", monkeypatch)
 
 
 @pytest.fixture
