@@ -244,18 +244,3 @@ def test_damaged_yaml_is_one_line(tmp_path):
         )
         assert command_line.faults(told) == [], (seed, told)
         assert list((tmp_path / "cwd").iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "text", ["train: {_target_: os.system}", "_target_: os.system", "model: {_target_: os.getcwd}"]
-)
-def test_yaml_that_names_code_is_refused(text, tmp_path):
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
-    told = command_line.run_py(
-        ["--config-dir", str(tmp_path / "conf"), "experiment=mine"], cwd=tmp_path / "conf"
-    )
-    assert command_line.faults(told) == []
-    assert told.code == 2
-    assert "_target_" in told.err

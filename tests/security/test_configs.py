@@ -31,6 +31,8 @@ FILES = {
     "hidden": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
     '      x: ${oc.create:"{_target_: ' + SPAWN + ', cmd: [touch, CANARY]}"}\n',
     "elsewhere": "# @package _global_\nx: " + CALL + "\nhydra: {sweeper: {params: {x: '${x}'}}}\n",
+    "section": "# @package _global_\ntrain: " + CALL + "\n",
+    "top": "# @package _global_\n_target_: " + SPAWN + "\ncmd: [touch, CANARY]\n",
     "python object": "x: !!python/object/apply:os.system ['touch CANARY']\n",
     "bytes": "x: \xff\xfe\n",
 }

@@ -49,7 +49,9 @@ def ends_well(words: list[str], place: Place, capsys: pytest.CaptureFixture[str]
     return said.out + said.err
 
 
-@pytest.mark.parametrize("where", ["../../outside", "OUTSIDE", "..", "", "x/../../../outside"])
+@pytest.mark.parametrize(
+    "where", ["../../outside", "OUTSIDE", "..", "", "x/../../../outside", "a/b", "a\0b", "x" * 300]
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_plan_that_names_runs_elsewhere_is_refused(
     command: str, where: str, place: Place, capsys: pytest.CaptureFixture[str]

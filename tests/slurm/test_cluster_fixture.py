@@ -56,50 +56,6 @@ def test_this_process_speaks_to_the_cluster_of_the_test(cluster: Cluster) -> Non
     assert str(cluster.folder) in conf
 
 
-def test_an_array_runs_each_task_once_and_has_a_small_limit(bare: Cluster, tmp_path: Path) -> None:
-    wrap = f"echo $SLURM_ARRAY_TASK_ID >> '{tmp_path}/seen'"
-    job = bare.sbatch("--array=0-5", "--wrap", wrap)
-    bare.wait_until(lambda: bare.states(job) == ["COMPLETED"] * 6, "six array tasks")
-    assert sorted(words(tmp_path / "seen")) == list("012345")
-    assert "nvalid job array" in bare.sh("sbatch", "--array=0-6", "--wrap", "true").stderr
-
-
-def test_gpus_are_given_and_counted(bare: Cluster, tmp_path: Path) -> None:
-    wrap = f"echo $CUDA_VISIBLE_DEVICES > '{tmp_path}/gpus'"
-    job = bare.sbatch("--gpus-per-node=2", "--wrap", wrap)
-    bare.wait_until(lambda: bare.state(job) == "COMPLETED", f"{job} completed")
-    assert len((tmp_path / "gpus").read_text().split(",")) == 2
-    assert bare.sh("sbatch", "--gpus-per-node=5", "--wrap", "true").returncode != 0
-
-
-def test_tasks_of_are_the_srun_tasks_by_rank(bare: Cluster, tmp_path: Path) -> None:
-    script = tmp_path / "two.sh"
-    script.write_text("#!/bin/bash\nsrun sleep 60\n")
-    job = bare.sbatch("-N2", "-n4", "--array=1-1", script) + "_1"
-    bare.wait_until(lambda: len(bare.tasks_of(job)) == 4, "four tasks")
-    tasks = [psutil.Process(pid) for pid in bare.tasks_of(job)]
-    bare.wait_until(lambda: {p.name() for p in tasks} == {"sleep"}, "srun's tasks, no shells")
-    assert [p.environ()["SLURM_PROCID"] for p in tasks] == ["0", "1", "2", "3"]
-    assert {p.environ()["SLURMD_NODENAME"] for p in tasks} == set(bare.names)
-
-
-def test_a_crashed_node_loses_its_job_to_the_other_and_returns(
-    bare: Cluster, trap: tuple[Path, Path]
-) -> None:
-    script, out = trap
-    job = bare.sbatch(script)
-    bare.wait_until(lambda: len(words(out)) == 2, "the task runs")
-    victim = words(out)[1]
-    (pid,) = bare.tasks_of(job)
-    bare.crash(victim)
-    assert not alive(pid)
-    bare.down(victim)
-    bare.wait_until(lambda: len(words(out)) == 4, "the job runs again")
-    assert words(out)[2:] == ["start", next(n for n in bare.names if n != victim)]
-    bare.tidy()
-    assert bare.idle()
-
-
 def test_preemption_sends_sigterm_then_requeues(bare: Cluster, trap: tuple[Path, Path]) -> None:
     script, out = trap
     job = bare.sbatch("--signal=USR2@90", script)
