@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from relora_core import checkpoint, native, ranks, shell
@@ -204,7 +209,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     place, cpu = shell.settle(), backend(config) == "gloo"
     shell.check_asked(config, gpu=not cpu)
     with shell.unasked():  # bf16 is our own autocast: see `accumulate_gradients`
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        # Buffers are drawn and changed alike on every rank: no need to send them at every pass.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_CPU,
