@@ -76,12 +76,13 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
     tokens = micro * config.data.seq_len
     width = 2 if config.train.precision == "bf16" else 4
     kv = model.n_kv_heads * (model.d_model // model.n_heads)
+    method = method_config(config)
     # Saved for backward: per block norms, q, k, v rotated and not, attention, SwiGLU's three.
     saved = tokens * model.n_layers * (9 * model.d_model + 4 * kv + 4 * model.d_ff) * width
     estimate = {
-        "weights": 4 * counted.total,
+        "weights": 4 * (counted.total + _entries(method.kept(config).values())),
         "gradients": 4 * counted.trainable,
-        "moments": method_config(config).moment_bytes(config, trainable=counted.trainable),
+        "moments": method.moment_bytes(config, trainable=counted.trainable),
         "activations": saved,
         "head": 4 * (min(tokens * _vocab(config), 128 * 50304) + _vocab(config) * model.d_model),
     }
