@@ -546,6 +546,76 @@ class ApolloConfig(ProjectedConfig):
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
+def _never_switches(c: RunConfig) -> bool:
+    return c.switchlora.interval is None
+
+
+_NO_SWITCH = {"switchlora.interval": _never_switches}
+
+
+@of_methods("switchlora")
+@dataclass(kw_only=True, slots=True)
+class SwitchLoRAConfig(MethodConfig):
+    """Adapters that exchange a few vectors at a time (SwitchLoRA, Zhou et al. 2024,
+    arXiv 2406.06564); defaults as published."""
+
+    r: int = knob(16, ge=2, label="r", main=True)
+    """Rank of B·A; at most the smaller side of every target. One with a side of r has no vector to
+    spare, and switches none: B·A is of full rank there."""
+    alpha: float = knob(1.0, gt=0, main=True)
+    """Numerator of the scale s = alpha / r."""
+    interval: int | None = knob(40, ge=1, label="i", main=True)
+    """Optimizer steps between two switches of the same vector at first: r / interval vectors of B
+    and as many of A a step. None: never; then it is LoRA from this initialisation."""
+    decay: float | None = knob(0.1, gt=0, le=1000, label="d", main=True, moot=_NO_SWITCH)
+    """Share of train.steps in which the frequency falls to 0.3 of its first value, exponentially,
+    and so on: to 6e-6 of it at the end with 0.1. None: the frequency stays."""
+    freeze_steps: int = knob(5, ge=0, label="f", main=True, moot=_NO_SWITCH)
+    """Updates for which the gradient of a switched vector's counterpart is taken as 0."""
+    order: str = knob("sequential", choices=("sequential", "random"), moot=_NO_SWITCH)
+    """Which spare vector comes in: that which has been out longest, or any."""
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        same_as=lambda c: list(switched_shapes(c)),
+    )
+    """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
+
+    def check(self, config: RunConfig) -> None:
+        _check_names(config, "switchlora.target_modules")
+        _check_switches(config)
+
+    def frozen(self, config: RunConfig) -> dict[str, Shape]:
+        return dict(switched_shapes(config))
+
+    def added(self, config: RunConfig) -> dict[str, Shape]:
+        """A and B of each adapter."""
+        tensors: dict[str, Shape] = {}
+        for name, (rows, columns) in switched_shapes(config).items():
+            tensors |= {f"{name}.lora_A": (self.r, columns), f"{name}.lora_B": (rows, self.r)}
+        return tensors
+
+    def kept(self, config: RunConfig) -> dict[str, Shape]:
+        """The pools: spare vectors, each a row."""
+        tensors: dict[str, Shape] = {}
+        for name, shape in switched_shapes(config).items():
+            spare = self.spare(shape)
+            tensors |= {f"{name}.pool_A": (spare, shape[1]), f"{name}.pool_B": (spare, shape[0])}
+        return tensors
+
+    def spare(self, shape: tuple[int, int]) -> int:
+        """Vectors of A, and of B, that a linear's adapter does not use at a time."""
+        return min(shape) - self.r if self.interval is not None else 0
+
+    def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
+        """Beside two moments: a step count and what is left of its freeze for each vector."""
+        return 8 * trainable + 8 * self.r * self.state_tensors(config)
+
+    def state_tensors(self, config: RunConfig) -> int:
+        """What is left of freezes, of each factor: from its first switch on, if any is likely."""
+        shapes = switched_shapes(config).values() if schedule.switches(config) >= 1 else ()
+        return 2 * sum(self.spare(shape) > 0 for shape in shapes)
+
+
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
     """Learning-rate factor as a pure function of the 0-based optimizer step (`schedule.py`)."""
@@ -865,6 +935,7 @@ class RunConfig:
     galore: GaLoreConfig = field(default_factory=GaLoreConfig)
     fira: FiraConfig = field(default_factory=FiraConfig)
     apollo: ApolloConfig = field(default_factory=ApolloConfig)
+    switchlora: SwitchLoRAConfig = field(default_factory=SwitchLoRAConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -1012,6 +1083,18 @@ def muon_shapes(config: RunConfig) -> dict[str, Shape]:
     linears = linear_shapes(config.model).items()
     own = {f"{name}.weight": shape for name, shape in linears if name not in frozen}
     return own | {name: s for name, s in method.added(config).items() if len(s) == 2}
+
+
+def switched_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """The linears that switch vectors; none for methods other than switchlora."""
+    if config.method != "switchlora":
+        return {}
+    layers, targets = config.model.n_layers, config.switchlora.target_modules
+    return {
+        name: shape
+        for name, shape in linear_shapes(config.model).items()
+        if any(names_part(key, name, n_layers=layers) for key in targets)
+    }
 
 
 def validate(config: RunConfig) -> None:
@@ -1166,14 +1249,36 @@ def _check_names(config: RunConfig, key: str, *, some: bool = True) -> None:
             )
 
 
-def _check_rank(config: RunConfig, key: str, targets: dict[str, tuple[int, int]]) -> None:
+def _check_rank(
+    config: RunConfig, key: str, targets: dict[str, tuple[int, int]], *, least: int = 1
+) -> None:
     """The rank fits the smallest target."""
     name, shape = min(targets.items(), key=lambda item: min(item[1]))
     if get(config, key) > min(shape):
         raise ConfigError(
-            f"{key} must be in [1, {min(shape)}] (the smaller side of {name}, "
+            f"{key} must be in [{least}, {min(shape)}] (the smaller side of {name}, "
             f"{shape[0]} x {shape[1]}, in model={config.model.name}), got {get(config, key)}; "
             f"nearest valid: {min(shape)}"
+        )
+
+
+def _check_switches(config: RunConfig) -> None:
+    """Vectors to spare, and time for a counterpart to thaw before it is switched itself."""
+    switch, shapes = config.switchlora, switched_shapes(config)
+    _check_rank(config, "switchlora.r", shapes, least=2)
+    if switch.interval is None:
+        return
+    most = max(min(shape) for shape in shapes.values()) - 1
+    if switch.r > most:
+        raise ConfigError(
+            f"switchlora.r must be <= {most} (each of {switch.target_modules} has {most + 1} "
+            f"vectors, so that none is left to switch), got {switch.r}; nearest valid: {most}"
+        )
+    least = 2 * switch.freeze_steps
+    if switch.interval < least:
+        raise ConfigError(
+            f"switchlora.interval must be >= 2 * switchlora.freeze_steps = {least} (half of the "
+            f"vectors may be frozen at a time), got {switch.interval}; nearest valid: {least}"
         )
 
 

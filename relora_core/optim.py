@@ -37,6 +37,9 @@ class SplitAdamW(AdamW):
 
     own: str
 
+    def _is_own(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        return self.own in group
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; a closure is not supported."""
@@ -44,9 +47,8 @@ class SplitAdamW(AdamW):
         targets = [
             (parameter, parameter.grad, group)
             for group in self.param_groups
-            if self.own in group
             for parameter in group["params"]
-            if parameter.grad is not None
+            if parameter.grad is not None and self._is_own(parameter, group)
         ]
         for parameter, _, _ in targets:
             parameter.grad = None  # AdamW passes over what has no gradient

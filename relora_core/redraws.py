@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from relora_core.config import ADAPTERS, RunConfig, adapted_shapes, linear_shapes
-from relora_core.schedule import is_full_rank, lr_factor, redraws, restart_steps, scheduled_rank
+from relora_core.config import (
+    ADAPTERS,
+    RunConfig,
+    adapted_shapes,
+    linear_shapes,
+    switched_shapes,
+)
+from relora_core.schedule import (
+    is_full_rank,
+    lr_factor,
+    redraws,
+    restart_steps,
+    scheduled_rank,
+    switches,
+)
 
 
 class Draws:
@@ -154,4 +167,25 @@ def notices(config: RunConfig) -> list[str]:
             )
         of = len(adapted_shapes(config))
         lines.append(f"{len(idle)} of {of} adapters learn nothing: {why}")
-    return lines + _never(config)
+    return lines + _never(config) + _hardly_switches(config)
+
+
+def _hardly_switches(config: RunConfig) -> list[str]:
+    """Of switchlora in a short run, and where its rank is that of the weight."""
+    switch, shapes = config.switchlora, switched_shapes(config).values()
+    if not shapes or switch.interval is None:
+        return []
+    lines = []
+    if full := sum(not switch.spare(shape) for shape in shapes):
+        lines.append(
+            f"{full} of {len(shapes)} adapters switch nothing: with switchlora.r={switch.r} their "
+            "B·A has full rank, and no vector is left to switch"
+        )
+    if (expected := switches(config)) < 1:
+        decay = "null" if switch.decay is None else f"{switch.decay:g}"
+        lines.append(
+            f"method=switchlora does nearly what method=lora does: of an adapter's {switch.r} "
+            f"vectors {expected:.2g} are switched within train.steps={config.train.steps} on "
+            f"average (switchlora.interval={switch.interval}, switchlora.decay={decay})"
+        )
+    return lines

@@ -131,6 +131,29 @@ def rank_changes(config: RunConfig) -> list[tuple[int, int]]:
     return ranks[1:]
 
 
+def switch_rate(step: int, *, config: RunConfig) -> float:
+    """Vectors of B, and as many of A, that `switchlora` switches in an adapter after `step`
+    updates, on average: r / interval * 0.3^((step + 1) / (decay * train.steps))."""
+    switch = config.switchlora
+    if switch.interval is None:
+        return 0.0
+    first = switch.r / switch.interval
+    if switch.decay is None:
+        return first
+    return first * 0.3 ** ((step + 1) / (switch.decay * config.train.steps))
+
+
+def switches(config: RunConfig) -> float:
+    """Vectors of B, and as many of A, that `switchlora` switches in an adapter over the run, on
+    average: the sum of `switch_rate` after 1, 2, ... train.steps - 1 updates."""
+    n, decay = config.train.steps, config.switchlora.decay
+    first = switch_rate(1, config=config)
+    if decay is None:
+        return first * (n - 1)
+    fall = math.log(0.3) / (decay * n)
+    return first * math.expm1((n - 1) * fall) / math.expm1(fall)
+
+
 def scheduled_rank(step: int, *, config: RunConfig) -> int:
     """Rank of an adapter that is drawn anew when `step` updates are complete."""
     relora = config.relora

@@ -1,4 +1,4 @@
-"""The adapted linear of LoRA and ReLoRA, and how it is drawn and merged. Not for: when."""
+"""The adapted linear, how it is drawn and merged, and what its methods share. Not for: when."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from relora_core.config import ReLoRAConfig, adapter_scale
 from relora_core.dropout import Dropout
 from relora_core.kernels import adapted_linear
+from relora_core.methods.base import Method
 
 
 def named_seed(seed: int, step: int, name: str) -> int:
@@ -173,3 +174,20 @@ class ReLoRALinear(nn.Module):
         if self.master_scalar is not None:
             assert self.scalar is not None
             yield self.master_scalar, self.scalar
+
+
+class Adapted(Method):
+    """What methods with a `ReLoRALinear` have in common."""
+
+    def adapters(self, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
+        """(qualified name, module) of every adapted linear."""
+        for name, module in model.named_modules():
+            if isinstance(module, ReLoRALinear):
+                yield name, module
+
+    def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, module in model.named_modules():
+            if isinstance(module, ReLoRALinear):
+                yield name, module.effective_weight()
+            elif isinstance(module, nn.Linear) and name.startswith("layers."):
+                yield name, module.weight.detach()

@@ -8,25 +8,23 @@ The other options of conf/relora are the published procedures, a knob at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from relora_core.config import RunConfig, adapted_shapes
-from relora_core.methods.adapter import Pass, ReLoRALinear, named_generator
-from relora_core.methods.base import Method
+from relora_core.methods.adapter import Adapted, Pass, ReLoRALinear, named_generator
 from relora_core.optim import MOMENTS, prune_state_
 from relora_core.redraws import Draws
 from relora_core.schedule import is_full_rank, scheduled_rank
 from relora_core.spectra import product_singular_values
 
 
-class LoRA(Method):
+class LoRA(Adapted):
     """Adapters on a frozen base (Hu et al. 2021), at full rank in the phases that ask for it."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -50,12 +48,6 @@ class LoRA(Method):
             linear.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
             setattr(owner, child, linear)
         self.set_phase(0, model)
-
-    def adapters(self, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
-        """(qualified name, module) of every adapted linear."""
-        for name, module in model.named_modules():
-            if isinstance(module, ReLoRALinear):
-                yield name, module
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All that is trained in some phase; B in a group of its own where its rate differs."""
@@ -104,13 +96,6 @@ class LoRA(Method):
                     if parameter is not None:
                         optimizer.state.pop(parameter, None)
         return {"phase/full_rank": float(not before)}
-
-    def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, module in model.named_modules():
-            if isinstance(module, ReLoRALinear):
-                yield name, module.effective_weight()
-            elif isinstance(module, nn.Linear) and name.startswith("layers."):
-                yield name, module.weight.detach()
 
 
 class ReLoRA(LoRA):

@@ -35,6 +35,8 @@ def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, laye
         {"method": "full_rank", "train": {"optimizer": "muon"}},
         {"train": {"optimizer": "muon"}},
         {"train": {"optimizer": "muon"}, "relora": {"warm_start_steps": 2, "r": 1}},
+        {"method": "switchlora", "switchlora": {"freeze_steps": 1, "interval": 2, "decay": None}},
+        {"method": "switchlora", "switchlora": {"interval": None, "r": 4}},
         {"dynamics": {"every_steps": 2, "what": ["update_restart"]}},
         {"dynamics": {"every_steps": 2, "what": ["update_restart"], "kinds": ["w_2", "q_proj"]}},
         {"dynamics": {"every_steps": 2, "what": ["update_total", "weight"]}},
