@@ -23,6 +23,10 @@ IDS = [
         "nano-galore-r4-grammar-s0-00df41cb212949d3",
     ),
     (
+        {"method": "switchlora", "switchlora": {"r": 4, "interval": 20}},
+        "nano-switchlora-r4-i20-d0.1-f5-grammar-s0-c5083b183eab425d",
+    ),
+    (
         {"method": "fira", "fira": {"r": 4, "update_gap": 3}},
         "nano-fira-r4-grammar-s0-d9d07e6e2a134967",
     ),
