@@ -1,0 +1,182 @@
+"""What cannot run is refused in one line before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from submitting import BIG
+
+from experiments.disk.run_dir import RunDir
+from relora_core.config import (
+    CheckpointConfig,
+    ConfigError,
+    ResourcesConfig,
+    TrainConfig,
+)
+from sweeps.planning.budget import Estimate
+from sweeps.planning.plan import make_plan
+from sweeps.slurm.launcher import SlurmLauncher
+from sweeps.slurm.options import SlurmOptions, check_cell, check_options
+
+
+def tree(folder):
+    return sorted(folder.rglob("*")) if folder.exists() else []
+
+
+LAUNCHER = r"hydra\.launcher\."
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": "gpus"}, LAUNCHER + r"partition .*got 'gpus'\. Did you mean 'gpu'\?"),
+        ({"gpus_per_node": 9, "tasks_per_node": 1}, r"gpus-per-node=9.*main has 2 nodes"),
+        ({"time": "2", "signal_delay_s": 120}, LAUNCHER + r"time .*signal_delay_s=120.*: 7$"),
+        ({"time": "4h"}, LAUNCHER + r"time must be minutes"),
+        ({"tasks_per_node": 3}, r"train\.batch_size .* 3 processes .*got 2; nearest valid: 3"),
+        ({"nodes": 0}, LAUNCHER + r"nodes must be >= 1, got 0; nearest valid: 1"),
+        ({"max_parallel": 0}, LAUNCHER + r"max_parallel must be >= 1, got 0"),
+        ({"signal_delay_s": -1}, LAUNCHER + r"signal_delay_s must be >= 0, got -1"),
+        ({"runs_per_job": 2, "nodes": 2}, LAUNCHER + r"runs_per_job must be 1 for a run of"),
+        ({"runs_per_job": 9, "gpus_per_node": 2, "tasks_per_node": 1, "gpu_memory_gb": 1e-3},
+         LAUNCHER + r"runs_per_job must be <= \d+ .*got 9; nearest valid: \d+"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_and_nothing_written(submit, slurm, out, options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        submit([0, 1], **options)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+    assert slurm.jobs() == {}
+
+
+def test_a_runs_own_time_must_leave_room_for_saving(submit, slurm, out):
+    with pytest.raises(ConfigError, match=r"resources\.time must be longer than .*120.* got '2'"):
+        submit([0, (1, ResourcesConfig(time="2"))])
+    assert not out.exists()
+
+
+def test_a_clock_slower_than_the_time_limit_is_refused(submit, slurm, out):
+    every = {"checkpoint": CheckpointConfig(every_minutes=30)}
+    with pytest.raises(ConfigError, match=r"time must be longer than checkpoint\.every_minutes=30"):
+        submit([0], time="20", changes=every)
+    assert not out.exists()
+    assert submit([0], time="61", changes=every)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "devices"),
+    [
+        ({"gpus_per_node": 0}, 1),
+        ({"gpus_per_node": 1}, 1),
+        ({"gpus_per_node": 4, "tasks_per_node": 1}, 4),
+        ({"gpus_per_node": 2}, 2),
+        ({"gpus_per_node": 1, "runs_per_job": 4}, 0.25),
+    ],
+)
+def test_a_checkpoint_interval_must_fit_into_the_time_limit(make, slurm, options, devices):
+    """10 h on the clock for 1000 steps, a checkpoint every 500: 5 h; however many devices."""
+    config = make(
+        train=TrainConfig(steps=1000, batch_size=4), checkpoint=CheckpointConfig(every_steps=500)
+    )
+    plan = make_plan([({}, config)], name="s")
+    cost = Estimate(hours=10 * devices, low=1, high=99, basis="test")
+    for time_, good in (("4:50:00", False), ("5:10:00", True)):
+        launcher = SlurmLauncher(options=SlurmOptions(time=time_, **options))
+        context = pytest.raises(ConfigError, match=r"interval .*about 300 min\).* 301, or checkp")
+        with contextlib.nullcontext() if good else context:
+            launcher.check(plan, estimates={plan.cells[0].run_id: cost})
+
+
+def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code):
+    (code / "conf").mkdir()
+    (code / "conf" / "large.bin").write_bytes(b"0" * 1_200_000)
+    with pytest.raises(ConfigError, match=r"snapshot_limit_mb must be at least 2.*large\.bin"):
+        submit([0], snapshot_limit_mb=1.0)
+    assert slurm.jobs() == {}
+    assert submit([0], snapshot_limit_mb=2.0)[0] == 0
+
+
+def test_an_output_dir_that_cannot_be_written_to(submit, slurm):
+    with pytest.raises(ConfigError, match=r"output_dir must be a folder that can be written to"):
+        submit([0], changes={"output_dir": "/proc/relora/out"})
+    assert slurm.jobs() == {}
+
+
+def test_a_disk_that_fills_up_while_submitting(submit, slurm, out, monkeypatch):
+    """One line, and what SLURM took before is known to the next command."""
+    real, left = RunDir.write_status, [1]  # the run is made; its job is not written down
+
+    def full(self, status):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device", str(self.status_path))
+        real(self, status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "write_status", full)
+        with pytest.raises(ConfigError, match=r"output_dir .*No space left on device"):
+            submit([0])
+        left[0] = 0
+        with pytest.raises(ConfigError, match=r"No space left"):
+            submit([0, 1])
+    assert submit([0, 1])[0] == 0
+    assert len(slurm.jobs()) == 2
+
+
+def test_a_per_cent_sign_in_the_path_is_refused(submit, slurm, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"output_dir must hold no %"):
+        submit([0], changes={"output_dir": str(tmp_path / "100%")})
+    (tmp_path / "50%").mkdir()
+    monkeypatch.chdir(tmp_path / "50%")
+    with pytest.raises(ConfigError, match=r"output_dir must hold no %"):
+        submit([0], changes={"output_dir": "out"})
+    assert tree(tmp_path / "50%") == []
+    assert not (tmp_path / "100%").exists()
+
+
+def test_without_slurm_the_launcher_says_so(submit, slurm, out, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match=r"hydra/launcher must be local here: slurm needs sbatch"):
+        submit([0])
+    assert not out.exists()
+
+
+def test_the_plan_alone_writes_nothing_and_queues_nothing(submit, slurm, out):
+    with pytest.raises(ConfigError, match=r"Did you mean 'gpu'\?"):
+        submit([0], plan_only=True, partition="gpus")
+    done, text = submit([0, (1, BIG)], plan_only=True)
+    assert (done, slurm.jobs(), tree(out)) == (0, {}, [])
+    assert "2 runs" in text
+    assert all("--test-only" in call for call in slurm.calls("sbatch"))
+    submit([0, 1])
+    before, jobs = {p: p.stat().st_mtime_ns for p in tree(out)}, slurm.jobs()
+    submit([0, 1, 2], plan_only=True)
+    assert ({p: p.stat().st_mtime_ns for p in tree(out)}, slurm.jobs()) == (before, jobs)
+
+
+def test_refusals_have_valid_neighbours():
+    """What an error calls valid is."""
+    for delay in (1, 59, 60, 61, 120, 1000):
+        with pytest.raises(ConfigError) as error:
+            check_options(SlurmOptions(time="0", signal_delay_s=delay))
+        good = re.findall(r"nearest valid: (\d+)", str(error.value))[0]
+        check_options(SlurmOptions(time=good, signal_delay_s=delay))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.integers(1, 64), nodes=st.integers(1, 4), tasks=st.integers(1, 5))
+def test_a_batch_that_divides_is_offered(nano, batch, nodes, tasks):
+    options = SlurmOptions(nodes=nodes, tasks_per_node=tasks)
+    try:
+        check_cell(nano(train={"batch_size": batch}), options)
+    except ConfigError as error:
+        assert batch % (nodes * tasks)
+        good = int(re.findall(r"nearest valid: (\d+)", str(error))[0])
+        check_cell(nano(train={"batch_size": good}), options)
+    else:
+        assert batch % (nodes * tasks) == 0
