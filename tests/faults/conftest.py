@@ -30,11 +30,11 @@ def warm_runner() -> Iterator[Runner]:
 
 
 @pytest.fixture(scope="session")
-def whole(warm_runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(warm_runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "out"
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
     done = warm_runner.attempt(small_run(out))
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     return out
 
 
@@ -103,9 +103,9 @@ def orphans(output_dir: Path) -> list[str]:
     ]
 
 
-def assert_sound(output_dir: Path, *, whole: Path) -> None:
+def assert_sound(output_dir: Path, *, undisturbed: Path) -> None:
     """The run has ended with the numbers of the undisturbed one and has left nothing behind."""
-    run, other = only_run(output_dir), only_run(whole)
+    run, other = only_run(output_dir), only_run(undisturbed)
     assert state_of(run).state == "finished"
     assert numbers(run) == numbers(other)
     assert run.lock_holder() is None

@@ -60,7 +60,7 @@ class Outcome:
 
     code: int
     """Exit code; below 0 the signal that killed it."""
-    said: str
+    output: str
     """stdout and stderr."""
     trace: list[str] = field(default_factory=list)
     """Label of every operation; of one that kills, too."""
@@ -255,41 +255,41 @@ def _forked(body: Callable[[], int], *, output_dir: str, plan: Plan, copies: int
     begun = []
     with contextlib.ExitStack() as files:
         for _ in range(copies):
-            said, trace = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            output, trace = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             pid = os.fork()
             if pid == 0:
                 faults = Faults(Path(output_dir), plan, trace=trace.fileno())
-                _child(body, faults, said=said.fileno())
-            begun.append((pid, said, trace))
+                _child(body, faults, output=output.fileno())
+            begun.append((pid, output, trace))
         if plan.kill_after_s:
             time.sleep(plan.kill_after_s)
             for pid, _, _ in begun:
                 os.kill(pid, signal.SIGKILL)
-        return [_ended(pid, said=said, trace=trace) for pid, said, trace in begun]
+        return [_ended(pid, output=output, trace=trace) for pid, output, trace in begun]
 
 
-def _ended(pid: int, *, said: IO[bytes], trace: IO[bytes]) -> Outcome:
+def _ended(pid: int, *, output: IO[bytes], trace: IO[bytes]) -> Outcome:
     _, status, usage = os.wait4(pid, 0)
     texts = []
-    for file in (said, trace):
+    for file in (output, trace):
         file.seek(0)
         texts.append(file.read().decode())
     return Outcome(
         code=os.waitstatus_to_exitcode(status),
-        said=texts[0],
+        output=texts[0],
         trace=texts[1].splitlines(),
         cpu_s=usage.ru_utime + usage.ru_stime,
     )
 
 
-def _child(body: Callable[[], int], faults: Faults, *, said: int) -> None:
+def _child(body: Callable[[], int], faults: Faults, *, output: int) -> None:
     """As `run.py` does, from where Hydra has composed the config."""
     from experiments.errors import reporting
 
     code = 1
     try:
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         if clock_s := faults.plan.clock_s:
             real = time.time
             time.time = lambda: real() + clock_s

@@ -32,8 +32,8 @@ PHASES = (  # of a run's life, in this order, as the operation at which it ends 
 class Victim:
     """A run that is killed a few times, finished and compared; then another one takes its place."""
 
-    def __init__(self, runner: Runner, folder: Path, *, whole: Path, most: int) -> None:
-        self.runner, self.folder, self.whole, self.most = runner, folder, whole, most
+    def __init__(self, runner: Runner, folder: Path, *, undisturbed: Path, most: int) -> None:
+        self.runner, self.folder, self.undisturbed, self.most = runner, folder, undisturbed, most
         self.kills = self.number = self.run_kills = 0
 
     @property
@@ -49,20 +49,20 @@ class Victim:
             if self.run_kills == self.most:
                 self.finish()
             return killed.trace
-        assert killed.code == 0, killed.said
+        assert killed.code == 0, killed.output
         self.finish()
         return []
 
     def finish(self) -> None:
         again = self.runner.attempt(small_run(self.out))
-        assert again.code == 0, again.said
-        assert_sound(self.out, whole=self.whole)
+        assert again.code == 0, again.output
+        assert_sound(self.out, undisturbed=self.undisturbed)
         self.number, self.run_kills = self.number + 1, 0
 
 
 @pytest.mark.slow
-def test_killed_in_each_phase(warm_runner, whole, tmp_path):
-    victim = Victim(warm_runner, tmp_path, whole=whole, most=len(PHASES))
+def test_killed_in_each_phase(warm_runner, undisturbed, tmp_path):
+    victim = Victim(warm_runner, tmp_path, undisturbed=undisturbed, most=len(PHASES))
     for phase in PHASES:
         assert victim.kill(at=1, on=f"^{phase}")
     assert victim.number == 1
@@ -73,7 +73,7 @@ def exactly(label: str) -> str:
 
 
 @pytest.mark.slow
-def test_killed_at_every_distinct_operation(warm_runner, whole, tmp_path):
+def test_killed_at_every_distinct_operation(warm_runner, undisturbed, tmp_path):
     """What only a run's beginning does is the first fault of a run, all else befalls it later."""
     trace = Counter(warm_runner.attempt(small_run(tmp_path / "traced")).trace)
     config = small_run(tmp_path / "resumed")
@@ -81,7 +81,7 @@ def test_killed_at_every_distinct_operation(warm_runner, whole, tmp_path):
     resumed = set(warm_runner.attempt(config).trace)
     early, later = [k for k in trace if k not in resumed], [k for k in trace if k in resumed]
     random.Random(0).shuffle(later)
-    victim, reached = Victim(warm_runner, tmp_path, whole=whole, most=8), set()
+    victim, reached = Victim(warm_runner, tmp_path, undisturbed=undisturbed, most=8), set()
     while early or later:
         label = (early if early and not victim.run_kills else later or early).pop()
         # A run that goes on does the less the later it was killed.
@@ -94,10 +94,10 @@ def test_killed_at_every_distinct_operation(warm_runner, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_operations_and_times(warm_runner, whole, tmp_path):
+def test_killed_at_random_operations_and_times(warm_runner, undisturbed, tmp_path):
     """Those of attempts that resume, too: what torn and stale files are there differs each time."""
     draw = random.Random(1)
-    victim = Victim(warm_runner, tmp_path, whole=whole, most=6)
+    victim = Victim(warm_runner, tmp_path, undisturbed=undisturbed, most=6)
     for _ in range(12):
         victim.kill(at=draw.randint(1, 200), on=".")
         victim.kill(kill_after_s=draw.uniform(0.02, 0.6))

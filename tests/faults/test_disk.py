@@ -24,14 +24,14 @@ from tests.faults.inject import Outcome, Runner, small_run
 
 def assert_one_line(done: Outcome, *, reason: str) -> None:
     """2 where the folder cannot be written to from the start."""
-    assert done.code in (1, 2), done.said
-    assert "Traceback" not in done.said
-    (line,) = [line for line in done.said.splitlines() if line.startswith("error: ")]
+    assert done.code in (1, 2), done.output
+    assert "Traceback" not in done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert reason in line
 
 
 def failed(runner: Runner, out: Path, **fault) -> bool:
-    """Whether the fault ended the attempt, and then in one line, with every checkpoint whole."""
+    """Whether the fault ended the attempt, and then in one line, with no checkpoint harmed."""
     before = {path: state_of(RunDir(path)).attempts for path in out.glob("runs/*")}
     done = runner.attempt(small_run(out), **fault)
     if done.code:
@@ -50,10 +50,10 @@ def failed(runner: Runner, out: Path, **fault) -> bool:
     return done.code != 0
 
 
-def finished(runner: Runner, out: Path, *, whole: Path) -> None:
+def finished(runner: Runner, out: Path, *, undisturbed: Path) -> None:
     again = runner.attempt(small_run(out))
-    assert again.code == 0, again.said
-    assert_sound(out, whole=whole)
+    assert again.code == 0, again.output
+    assert_sound(out, undisturbed=undisturbed)
 
 
 @pytest.mark.slow
@@ -64,13 +64,13 @@ def finished(runner: Runner, out: Path, *, whole: Path) -> None:
         {"at": 9, "on": "write run/events", "errno": ENOSPC, "lasting": True},
     ],
 )
-def test_a_full_disk(warm_runner, whole, tmp_path, fault):
+def test_a_full_disk(warm_runner, undisturbed, tmp_path, fault):
     assert failed(warm_runner, tmp_path / "out", **fault)
-    finished(warm_runner, tmp_path / "out", whole=whole)
+    finished(warm_runner, tmp_path / "out", undisturbed=undisturbed)
 
 
 @pytest.mark.slow
-def test_an_error_at_every_distinct_operation(warm_runner, whole, tmp_path):
+def test_an_error_at_every_distinct_operation(warm_runner, undisturbed, tmp_path):
     """At one of the times that it is done, ENOSPC and EIO in turn; not of closing and removing.
 
     Up to six in a row befall one run, which the same command then finishes.
@@ -86,26 +86,26 @@ def test_an_error_at_every_distinct_operation(warm_runner, whole, tmp_path):
             if failed(warm_runner, out, **(fault | {"at": at})):
                 faults += 1
                 break
-            assert_sound(out, whole=whole)
+            assert_sound(out, undisturbed=undisturbed)
             runs, faults = runs + 1, 0
         else:
             harmless.append(label)
         if faults == 6:
-            finished(warm_runner, tmp_path / str(runs), whole=whole)
+            finished(warm_runner, tmp_path / str(runs), undisturbed=undisturbed)
             runs, faults = runs + 1, 0
-    finished(warm_runner, tmp_path / str(runs), whole=whole)
+    finished(warm_runner, tmp_path / str(runs), undisturbed=undisturbed)
     spared = ("link ", "open .", "mkdir ", "unlink run/lock")  # done otherwise, or there already
     assert [label for label in harmless if not label.startswith(spared)] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("errno", "first"), [(ENOSPC, 1), (EROFS, 48), (EIO, 95)])
-def test_a_disk_that_stays_broken(warm_runner, whole, tmp_path, errno, first):
+def test_a_disk_that_stays_broken(warm_runner, undisturbed, tmp_path, errno, first):
     """From some operation on, every one fails, those that would record the failure included."""
     for at in range(first, 420, 140):
         out = tmp_path / str(at)
         assert failed(warm_runner, out, at=at, on=".", errno=errno, lasting=True)
-        finished(warm_runner, out, whole=whole)
+        finished(warm_runner, out, undisturbed=undisturbed)
 
 
 # damage -------------------------------------------------------------------------------------------
@@ -126,15 +126,15 @@ def begun(half, tmp_path) -> RunDir:
 
 
 @pytest.fixture
-def finish(warm_runner, whole, tmp_path):
+def finish(warm_runner, undisturbed, tmp_path):
     """What the same command says; the run must be sound after it."""
 
     def go(**faults) -> str:
         done = warm_runner.attempt(small_run(tmp_path / "out"), **faults)
-        assert done.code == 0, done.said
-        assert "Traceback" not in done.said
-        assert_sound(tmp_path / "out", whole=whole)
-        return done.said
+        assert done.code == 0, done.output
+        assert "Traceback" not in done.output
+        assert_sound(tmp_path / "out", undisturbed=undisturbed)
+        return done.output
 
     return go
 
@@ -205,8 +205,8 @@ def test_garbage_in_a_file_of_the_run(begun, finish, name, content):
 
 
 @pytest.mark.parametrize("content", GARBAGE[1:3])
-def test_a_damaged_result_is_made_anew(warm_runner, whole, tmp_path, finish, content):
-    shutil.copytree(whole, tmp_path / "out")
+def test_a_damaged_result_is_made_anew(warm_runner, undisturbed, tmp_path, finish, content):
+    shutil.copytree(undisturbed, tmp_path / "out")
     run = only_run(tmp_path / "out")
     run.result_path.write_bytes(content)
     assert state_of(run).state == "failed"

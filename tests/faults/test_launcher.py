@@ -38,17 +38,17 @@ def swept(runner: Runner, out: Path, **faults: Any) -> list[Outcome]:
     return runner.command([*WORDS, f"output_dir={out}"], output_dir=out, **faults)
 
 
-def found(out: Path) -> dict[str, object]:
+def numbers_below(out: Path) -> dict[str, object]:
     return {run.run_id: numbers(run) for run in all_runs(out)}
 
 
 @pytest.fixture(scope="module")
 def numbers_of(warm_runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """run_id -> numbers of a sweep that nothing disturbed."""
-    whole = tmp_path_factory.mktemp("swept") / "out"
-    (done,) = swept(warm_runner, whole)
-    assert done.code == 0, done.said
-    return found(whole)
+    undisturbed = tmp_path_factory.mktemp("swept") / "out"
+    (done,) = swept(warm_runner, undisturbed)
+    assert done.code == 0, done.output
+    return numbers_below(undisturbed)
 
 
 @pytest.mark.slow
@@ -58,14 +58,14 @@ def test_a_launcher_that_is_killed_again_and_again(warm_runner, numbers_of, tmp_
     for fault in [*({"at": 1, "on": f"^{on}"} for on in ON), *in_time]:
         kills += swept(warm_runner, out, **fault)[0].code == KILLED
     (again,) = swept(warm_runner, out)
-    assert again.code == 0, again.said
+    assert again.code == 0, again.output
     assert_finished_once(out, numbers_of)
     assert len(load(plan_folder(out, name="s") / "plan.json").cells) == 4
     assert kills >= len(ON)
 
 
 def assert_finished_once(out: Path, numbers_of: dict[str, object]) -> None:
-    assert found(out) == numbers_of
+    assert numbers_below(out) == numbers_of
     for run in all_runs(out):
         assert state_of(run).state == "finished"
         attempts = [event["attempt"] for event in run.raw_events()]
@@ -78,16 +78,16 @@ def test_a_launcher_whose_disk_is_full_says_so_in_one_line(warm_runner, numbers_
     out = tmp_path / "out"
     for on in (*ON, "open run/attempts/N.log", "(open|write) sweeps/s/report/tables"):
         (done,) = swept(warm_runner, out, at=1, on=f"^{on}", errno=ENOSPC)
-        assert "Traceback" not in done.said
-        assert os.strerror(ENOSPC) in done.said, on
+        assert "Traceback" not in done.output
+        assert os.strerror(ENOSPC) in done.output, on
         assert done.code or "report" in on  # the runs are done
     (again,) = swept(warm_runner, out)
-    assert again.code == 0, again.said
+    assert again.code == 0, again.output
     assert_finished_once(out, numbers_of)
 
 
 @pytest.mark.slow
 def test_launchers_that_begin_at_once_on_one_plan(warm_runner, numbers_of, tmp_path):
     both = swept(warm_runner, tmp_path / "out", copies=2)
-    assert [one.code for one in both] == [0, 0], [one.said for one in both]
+    assert [one.code for one in both] == [0, 0], [one.output for one in both]
     assert_finished_once(tmp_path / "out", numbers_of)

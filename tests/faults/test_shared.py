@@ -175,7 +175,7 @@ def test_an_attempt_never_has_the_number_of_another(run):
 
 # several at once ----------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_workers_that_begin_at_once_on_a_stale_lock(warm_runner, whole, tmp_path):
+def test_workers_that_begin_at_once_on_a_stale_lock(warm_runner, undisturbed, tmp_path):
     for number in range(5):
         config = small_run(tmp_path / str(number))
         on = ("link run/.lock", "write run/events", "fsync run/checkpoints", "unlink run/lock")
@@ -184,8 +184,8 @@ def test_workers_that_begin_at_once_on_a_stale_lock(warm_runner, whole, tmp_path
         done = warm_runner.together(config, copies=4)
         assert 0 in [one.code for one in done]
         for one in done:
-            assert one.code == 0 or "is being run by process" in one.said
-        assert_sound(tmp_path / str(number), whole=whole)
+            assert one.code == 0 or "is being run by process" in one.output
+        assert_sound(tmp_path / str(number), undisturbed=undisturbed)
         begun = [e["attempt"] for e in only_run(tmp_path / str(number)).raw_events()]
         assert begun == sorted(begun), "two wrote at the same time"
 
@@ -193,27 +193,27 @@ def test_workers_that_begin_at_once_on_a_stale_lock(warm_runner, whole, tmp_path
 # clocks, paths, late files ------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("days", [-400, 400])
-def test_a_clock_that_is_set_between_attempts(warm_runner, whole, tmp_path, days):
+def test_a_clock_that_is_set_between_attempts(warm_runner, undisturbed, tmp_path, days):
     config = small_run(tmp_path / "out")
     for number, on in enumerate(("write run/checkpoints/.tmp-step/rng", "fsync run/.result")):
         killed = warm_runner.attempt(config, at=1, on=on, clock_s=number * days * 86400)
         assert killed.code == KILLED
     done = warm_runner.attempt(config, clock_s=days * 43200)
-    assert done.code == 0, done.said
-    assert_sound(tmp_path / "out", whole=whole)
+    assert done.code == 0, done.output
+    assert_sound(tmp_path / "out", undisturbed=undisturbed)
 
 
 NAMES = ("a b", 'it\'s "so"', "two\nlines", "für_π_☃", "-r *?[x]{y}%20#&;$(z)`~\\", "a=b,c:d")
 
 
 @pytest.mark.parametrize("name", [NAMES[2], pytest.param("".join(NAMES), marks=pytest.mark.slow)])
-def test_odd_output_folders(warm_runner, whole, tmp_path, name):
+def test_odd_output_folders(warm_runner, undisturbed, tmp_path, name):
     config = small_run(tmp_path / name)
     killed = warm_runner.attempt(config, at=1, on="open run/checkpoints/step-N/evaluated")
-    assert killed.code == KILLED, killed.said
+    assert killed.code == KILLED, killed.output
     done = warm_runner.attempt(config)
-    assert done.code == 0, done.said
-    assert_sound(tmp_path / name, whole=whole)
+    assert done.code == 0, done.output
+    assert_sound(tmp_path / name, undisturbed=undisturbed)
     assert os.listdir(tmp_path) == [name]
 
 
@@ -228,7 +228,7 @@ def begun(warm_runner, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seen", [0, 1])
-def test_checkpoints_that_appear_late(begun, whole, monkeypatch, seen):
+def test_checkpoints_that_appear_late(begun, undisturbed, monkeypatch, seen):
     """The run goes on from an older one and meets the newer ones on its way."""
     run, config = begun
     real, looks = checkpoint.complete, []
@@ -239,12 +239,12 @@ def test_checkpoints_that_appear_late(begun, whole, monkeypatch, seen):
 
     monkeypatch.setattr(checkpoint, "complete", late)
     assert run_experiment(config, run) == "finished"
-    assert_sound(run.path.parents[1], whole=whole)
+    assert_sound(run.path.parents[1], undisturbed=undisturbed)
 
 
 @pytest.mark.slow
-def test_a_result_that_appears_late(whole, tmp_path, monkeypatch):
-    shutil.copytree(whole, tmp_path / "out")
+def test_a_result_that_appears_late(undisturbed, tmp_path, monkeypatch):
+    shutil.copytree(undisturbed, tmp_path / "out")
     run, config = only_run(tmp_path / "out"), complete(small_run(tmp_path / "out"))
     before = numbers(run)
     real = run_dir_module.RunDir.result

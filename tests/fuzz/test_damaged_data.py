@@ -184,8 +184,8 @@ def a_checkpoint(saved, folder: Path, *, seed: int, checksums: bool) -> None:
     if not checksums:
         (newest / checkpoint.CHECKSUMS).unlink()
     with command_line.timed():
-        told = checkpoint.set_aside_damaged(folder)
-        assert not (changed and checksums and not told), (seed, path)
+        answer = checkpoint.set_aside_damaged(folder)
+        assert not (changed and checksums and not answer), (seed, path)
         intact = True
         try:
             progress = checkpoint.load(
@@ -239,8 +239,8 @@ def test_damaged_yaml_is_one_line(tmp_path):
     file = tmp_path / "conf" / "experiment" / "mine.yaml"
     for seed in range(24):
         file.write_bytes(damaged(text, seed=seed))
-        told = command_line.run_py(
+        answer = command_line.run_py(
             ["--config-dir", str(tmp_path / "conf"), "experiment=mine"], cwd=tmp_path / "cwd"
         )
-        assert command_line.faults(told) == [], (seed, told)
+        assert command_line.faults(answer) == [], (seed, answer)
         assert list((tmp_path / "cwd").iterdir()) == []

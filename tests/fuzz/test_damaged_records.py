@@ -34,9 +34,9 @@ SHOWS = (["show", "{run}"], ["show", "{run}", "--json"])
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def sample(tmp_path_factory):
     """Two sweeps: finished, running, failed and never-begun runs, with all that they leave."""
-    out = tmp_path_factory.mktemp("whole") / "out"
+    out = tmp_path_factory.mktemp("sample") / "out"
     configs = synthetic.arms(4, seeds=(0, 1))
     runs = synthetic.a_sweep(out, configs)
     synthetic.a_sweep(out, configs[:2], name="yours")
@@ -74,9 +74,9 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def a_case(whole: Path, folder: Path, *, seed: int) -> tuple[Path, str]:
+def a_case(sample: Path, folder: Path, *, seed: int) -> tuple[Path, str]:
     """A copy with one damaged file, and which that is."""
-    shutil.copytree(whole, folder / "out")
+    shutil.copytree(sample, folder / "out")
     return folder / "out", damage_one(folder, seed=seed)
 
 
@@ -93,73 +93,77 @@ def looked(out: Path, words: list[str], *, seed: int) -> command_line.Answer:
     return command_line.answer(lambda: main([*words, "--output-dir", str(out)]))
 
 
-def told_well(told: command_line.Answer) -> list[str]:
+def faults_in(answer: command_line.Answer) -> list[str]:
     """A command about many runs may have a line to say of one and still succeed."""
-    if told.code == 1 and told.out and not told.err:  # `watch` says with it that runs have failed
+    if (
+        answer.code == 1 and answer.out and not answer.err
+    ):  # `watch` says with it that runs have failed
         return []
-    return command_line.faults(told) if told.code or told.trace else []
+    return command_line.faults(answer) if answer.code or answer.trace else []
 
 
-def look(whole: Path, folder: Path, *, seeds: range) -> None:
+def look(sample: Path, folder: Path, *, seeds: range) -> None:
     """At one file after the other: a look changes nothing, so each can be put back."""
-    shutil.copytree(whole, folder / "out")
+    shutil.copytree(sample, folder / "out")
     sound = tree(folder)
     for seed in seeds:
         what = damage_one(folder, seed=seed)
         harmed = (folder / what).read_bytes()
         words = [*LOOKS, *SHOWS][seed % 14]
-        told = looked(folder / "out", words, seed=seed)
-        assert told_well(told) == [], (seed, what, words, told)
+        answer = looked(folder / "out", words, seed=seed)
+        assert faults_in(answer) == [], (seed, what, words, answer)
         assert tree(folder) == sound | {what: harmed}, (seed, what, words)
         (folder / what).write_bytes(sound[what])
 
 
-def test_a_look_at_damaged_records(whole, tmp_path):
-    look(whole, tmp_path / "x", seeds=range(24))
+def test_a_look_at_damaged_records(sample, tmp_path):
+    look(sample, tmp_path / "x", seeds=range(24))
 
 
 @pytest.mark.slow
-def test_280_looks_at_damaged_records(whole, tmp_path):
-    look(whole, tmp_path / "x", seeds=range(1000, 1280))
+def test_280_looks_at_damaged_records(sample, tmp_path):
+    look(sample, tmp_path / "x", seeds=range(1000, 1280))
 
 
 @pytest.mark.slow
-def test_gc_of_damaged_records_removes_nothing_elsewhere(whole, tmp_path):
+def test_gc_of_damaged_records_removes_nothing_elsewhere(sample, tmp_path):
     for seed in range(60):
         folder = tmp_path / "x"
         (folder / "x" / "checkpoints" / "step-00000001").mkdir(parents=True)
-        shutil.copytree(whole / "runs", folder / "runs")
-        out, what = a_case(whole, folder, seed=seed)
+        shutil.copytree(sample / "runs", folder / "runs")
+        out, what = a_case(sample, folder, seed=seed)
         outside = tree(folder).keys() - {f"out/{name}" for name in tree(out)}
-        told = looked(out, ["gc", "--yes"], seed=seed)
-        assert told_well(told) == [], (seed, what, told)
+        answer = looked(out, ["gc", "--yes"], seed=seed)
+        assert faults_in(answer) == [], (seed, what, answer)
         assert outside <= tree(folder).keys(), (seed, what)
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_tidy_data_of_damaged_records(whole, tmp_path):
+def test_tidy_data_of_damaged_records(sample, tmp_path):
     from experiments.report import gather
 
     for seed in range(120):
         folder = tmp_path / "x"
         folder.mkdir()
-        out, what = a_case(whole, folder, seed=seed)
-        told = command_line.answer(lambda out=out: _gather(gather, out))
-        assert told_well(told) == [], (seed, what, told)
+        out, what = a_case(sample, folder, seed=seed)
+        answer = command_line.answer(lambda out=out: _gather(gather, out))
+        assert faults_in(answer) == [], (seed, what, answer)
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_reports_of_damaged_records(whole, tmp_path):
+def test_reports_of_damaged_records(sample, tmp_path):
     """Written below the sweep alone; a report says what it lacks, or one line why there is none."""
     for seed in range(REPORTS):
         folder = tmp_path / "x"
         folder.mkdir()
-        out, what = a_case(whole, folder, seed=7000 + seed)
+        out, what = a_case(sample, folder, seed=7000 + seed)
         before = tree(out / "runs")
-        told = looked(out, [["report", "mine"], ["compare", "mine", "yours"]][seed % 2], seed=seed)
-        assert told_well(told) == [], (seed, what, told)
+        answer = looked(
+            out, [["report", "mine"], ["compare", "mine", "yours"]][seed % 2], seed=seed
+        )
+        assert faults_in(answer) == [], (seed, what, answer)
         assert tree(out / "runs") == before, (seed, what)
         shutil.rmtree(folder)
 
@@ -174,9 +178,9 @@ def _gather(tidy, out: Path) -> int:
 
 
 # named: what fuzzing found ----------------------------------------------------------------------
-def test_a_damaged_status_is_a_failed_run_that_the_same_command_goes_on_with(whole, tmp_path):
+def test_a_damaged_status_is_a_failed_run_that_the_same_command_goes_on_with(sample, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(sample, out)
     run = RunDir(sorted((out / "runs").iterdir())[0])
     for content in ("{", "[]", '{"state": 5}', '{"state": "odd"}', '{"steps": "x"}', "\udcff"):
         run.status_path.write_text(content, errors="surrogateescape")
@@ -186,16 +190,16 @@ def test_a_damaged_status_is_a_failed_run_that_the_same_command_goes_on_with(who
         assert status.attempts == len(run.attempt_records())
 
 
-def test_a_damaged_result_is_no_result(whole, tmp_path):
+def test_a_damaged_result_is_no_result(sample, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(sample, out)
     runs = [RunDir(path) for path in sorted((out / "runs").iterdir())]
     run = next(run for run in runs if run.result() is not None)
     (run.path / "lock").unlink(missing_ok=True)
     for content in ("{", "[]", '{"metrics": 5}', '{"metrics": {"a": "b"}}', '{"step": "x"}'):
         run.result_path.write_text(content)
         assert run.ended() is None
-        told = looked(out, ["status", "--json"], seed=0)
-        [state] = [r for r in json.loads(told.out)["runs"] if r["run_id"] == run.run_id]
+        answer = looked(out, ["status", "--json"], seed=0)
+        [state] = [r for r in json.loads(answer.out)["runs"] if r["run_id"] == run.run_id]
         assert state["state"] == "failed"
         assert "result.json is damaged" in state["reason"]

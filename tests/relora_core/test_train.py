@@ -18,7 +18,7 @@ from training import (
 
 import relora_core.train as train_module
 from experiments import schema
-from relora_core import checkpoint, native
+from relora_core import native
 from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dropout import Dropout
@@ -400,12 +400,6 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(bad):
             p.grad = torch.full_like(p, bad)
         assert not torch.tensor(clip(model, limit=limit, measured=True)).isfinite()
         assert not any(p.grad.isfinite().any() for p in model.parameters())
-
-
-def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
-    run(config(checkpoint={"every_steps": 2, "keep_last": 3}), tmp_path)
-    names = [p.name for p in checkpoint.complete(tmp_path / "checkpoints")]
-    assert names == ["step-00000008", "step-00000010", "step-00000012"]
 
 
 def test_the_batch_must_divide(nano):

@@ -25,7 +25,7 @@ def spec_of(make, *, space=None, groups=(), bases=None, **search):
     )
 
 
-def me(job=None, pid=None):
+def taker(job=None, pid=None):
     return Worker(host="h", pid=pid or os.getpid(), job_id=job)
 
 
@@ -33,7 +33,7 @@ def loss_of(params):
     return abs(math.log10(params["train.lr"]) + 2)
 
 
-def ran(trial, *, loss=None, state="finished"):
+def leave_runs(trial, *, loss=None, state="finished"):
     """What running the trial leaves on disk."""
     loss = loss_of(trial.params) if loss is None else loss
     for seed, run in zip(trial.seeds, trial.runs, strict=True):
@@ -46,14 +46,14 @@ def ran(trial, *, loss=None, state="finished"):
 def finish_all(study, **how):
     """One worker does all that is left; the trials' numbers."""
     numbers = []
-    while trial := study.take(me()):
-        ran(trial, **how)
+    while trial := study.take(taker()):
+        leave_runs(trial, **how)
         trial.finish()
         numbers.append(trial.number)
     return numbers
 
 
-def told(study):
+def contents(study):
     """All that a study knows, comparable: times to the microsecond."""
     return [as_dict(frozen) for frozen in study.optuna.get_trials(deepcopy=False)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
-from studies import LR, finish_all, me, ran, told
+from studies import LR, contents, finish_all, leave_runs, taker
 
 from relora_core.config import ConfigError
 from sweeps.search import growth, journal, samplers
@@ -103,13 +103,13 @@ def test_trials_stay_and_new_ones_come_from_all_of_the_wider_space(spec, folder,
     assert [t.value for t in wide.trials()][:4] == [values[0] for _, values, _ in before.values()]
     queued = [t for t in wide.trials() if "fixed_params" in t.system_attrs]
     assert len(queued) == 1
-    again = told(wide)  # the same command, in the old order too, changes nothing more
+    again = contents(wide)  # the same command, in the old order too, changes nothing more
     inode = (folder / "journal.log").stat().st_ino
-    assert told(Study.open(folder, create=spec(space=WIDER, n_trials=12, **search))) == again
-    assert told(Study.open(folder)) == again
+    assert contents(Study.open(folder, create=spec(space=WIDER, n_trials=12, **search))) == again
+    assert contents(Study.open(folder)) == again
     assert (folder / "journal.log").stat().st_ino == inode
     counted = [t["number"] for t in again if "refused" not in t["user_attrs"]]
-    made = told(rebuild(folder))  # from records, most of them of the narrower space
+    made = contents(rebuild(folder))  # from records, most of them of the narrower space
     assert [made[n] for n in counted] == [again[n] for n in counted]
 
 
@@ -131,7 +131,7 @@ def test_samplers_with_a_model_of_the_space_go_beyond_what_it_was(spec, folder, 
 
 def test_cmaes_keeps_nothing_of_the_narrower_bounds(spec, folder):
     study = Study.open(folder, create=spec(space=NARROW, n_trials=1))
-    asked = study.take(me())
+    asked = study.take(taker())
     storage, id_ = study.optuna._storage, study.frozen(asked.number)._trial_id
     for key in ("cma:optimizer:0", "cma:generation", "other"):
         storage.set_trial_system_attr(id_, key, "x")
@@ -149,7 +149,7 @@ def test_a_grid_that_grew_runs_the_new_points_only(spec, folder, make):
     search = partial(spec, groups=["method"], bases=bases, n_trials=99, sampler="grid")
     study = Study.open(folder, create=search(space=space))
     assert len(finish_all(study, loss=1.0)) == 1 + 4
-    drawn = len(told(study))
+    drawn = len(contents(study))
     space["method"] = Choice(values=["lora", "relora", "full_rank"])
     space["relora.r"] = Choice(values=[8, 4, 2])
     wide = Study.open(folder, create=search(space=space))
@@ -157,7 +157,7 @@ def test_a_grid_that_grew_runs_the_new_points_only(spec, folder, make):
     points = [t.user_attrs["params"] for t in wide.trials()]
     assert len({json.dumps(p, sort_keys=True) for p in points}) == len(points) == 1 + 12
     assert wide.done()
-    assert len(told(wide)) - drawn == 8 + 2  # full_rank at r=8 is as at r=2
+    assert len(contents(wide)) - drawn == 8 + 2  # full_rank at r=8 is as at r=2
 
 
 def test_a_grid_with_another_seed_goes_on_where_it_was(spec, folder):
@@ -167,7 +167,7 @@ def test_a_grid_with_another_seed_goes_on_where_it_was(spec, folder):
     study = Study.open(folder, create=search(n_trials=99, seed=5))
     assert len(finish_all(study, loss=1.0)) == 4
     assert sorted(t.params["relora.r"] for t in study.trials()) == [2, 3, 4, 5, 6, 7, 8]
-    assert len(told(study)) == 7  # none was drawn in vain
+    assert len(contents(study)) == 7  # none was drawn in vain
 
 
 # what does not ----------------------------------------------------------------------------------
@@ -221,9 +221,9 @@ def test_a_condition_may_name_new_choices_and_no_old_ones(spec, folder, make):
 def test_a_key_joins_at_what_trials_ran_with_before(spec, folder):
     study = Study.open(folder, create=spec(space=NARROW, n_trials=4, seeds=2))
     finish_all(study)
-    running = study.take(me("1")) or Study.open(
+    running = study.take(taker("1")) or Study.open(
         folder, create=spec(space=NARROW, n_trials=5, seeds=2)
-    ).take(me("1"))
+    ).take(taker("1"))
     before = {t.number: t.user_attrs["run_ids"] for t in study.trials()}
     space = NARROW | {"train.beta1": Float(low=0.5, high=0.95)}  # 0.9 is the default
     wide = Study.open(folder, create=spec(space=space, n_trials=9, seeds=2, sampler="tpe"))
@@ -232,16 +232,16 @@ def test_a_key_joins_at_what_trials_ran_with_before(spec, folder):
         assert trial.params["train.beta1"] == trial.user_attrs["params"]["train.beta1"] == 0.9
     for handle in (running, *wide.running()):  # its worker knows it without the key
         assert handle.run_ids == before[handle.number]
-    ran(running)
+    leave_runs(running)
     running.finish()
     assert wide.frozen(running.number).state == TrialState.COMPLETE
     finish_all(wide)
     drawn = [t.params["train.beta1"] for t in wide.trials()]
     assert drawn[:5] == [0.9] * 5
     assert len(set(drawn[5:])) == 4
-    again = told(wide)
-    assert told(Study.open(folder)) == again
-    assert told(rebuild(folder)) == again
+    again = contents(wide)
+    assert contents(Study.open(folder)) == again
+    assert contents(rebuild(folder)) == again
     wider = space | {"train.beta1": Float(low=0.1, high=0.95)}  # and what joined grows
     last = Study.open(folder, create=spec(space=wider, n_trials=9, seeds=2))
     assert is_of(last, wider)
@@ -285,11 +285,11 @@ def test_a_group_joins_where_an_option_is_what_trials_ran(spec, folder, make):
 # whoever is at work -----------------------------------------------------------------------------
 def test_a_worker_goes_on_with_its_trial_and_draws_from_the_wider_space(spec, folder):
     worker = Study.open(folder, create=spec(space={"relora.r": Choice(values=[4])}, n_trials=2))
-    trial = worker.take(me("1"))
+    trial = worker.take(taker("1"))
     wider = {"relora.r": R248}
     Study.open(folder, create=spec(space=wider, n_trials=3))
     trial.report(1, 0.5)
-    ran(trial, loss=1.0)
+    leave_runs(trial, loss=1.0)
     trial.finish()
     assert len(finish_all(worker, loss=1.0)) == 2  # it has read of the new total, too
     assert {t.params["relora.r"] for t in worker.trials()} == {2, 4, 8}
@@ -303,7 +303,7 @@ def test_a_worker_of_a_study_that_has_made_way_to_another_ends(spec, folder):
         file.unlink()
     Study.open(folder, create=spec(n_trials=2))
     with pytest.raises(ConfigError, match="another study by now"):
-        worker.take(me())
+        worker.take(taker())
 
 
 def test_settings_in_the_queue_and_half_drawn_points_are_gone_on_with(spec, folder):
@@ -312,9 +312,9 @@ def test_settings_in_the_queue_and_half_drawn_points_are_gone_on_with(spec, fold
     half = study.optuna.ask()
     half.suggest_categorical("relora.r", [4, 8])
     wide = Study.open(folder, create=spec(space=WIDER, n_trials=2, enqueue=queue))
-    first = wide.take(me("1"))
+    first = wide.take(taker("1"))
     assert (first.number, first.params["relora.r"]) == (half.number, 8)
-    assert wide.take(me("2")).number == half.number + 1
+    assert wide.take(taker("2")).number == half.number + 1
     assert is_of(wide, {"train.lr": WIDE, "relora.r": Choice(values=[4, 8, 2, 6])})
 
 
@@ -362,9 +362,9 @@ def test_a_command_killed_in_growing_leaves_the_old_space_or_the_new(spec, folde
 
 def labour(folder):
     study = Study.open(folder)
-    while trial := study.take(me(str(os.getpid()))):
+    while trial := study.take(taker(str(os.getpid()))):
         trial.report(1, 1.0)
-        ran(trial, loss=1.0)
+        leave_runs(trial, loss=1.0)
         trial.finish()
 
 
@@ -402,9 +402,9 @@ def test_a_study_of_before_has_its_journal_made_anew_once(spec, folder, monkeypa
     del raw["added"], raw["learnt"], raw["config"]["learn_from"]
     (folder / "study.json").write_text(json.dumps(raw))
     again = Study.open(folder)
-    assert told(again) == told(study)
+    assert contents(again) == contents(study)
     inode = (folder / "journal.log").stat().st_ino
-    assert told(Study.open(folder)) == told(study)
+    assert contents(Study.open(folder)) == contents(study)
     assert (folder / "journal.log").stat().st_ino == inode
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from optuna.trial import TrialState
-from studies import LR, finish_all, me, ran, spec_of, told
+from studies import LR, contents, finish_all, leave_runs, spec_of, taker
 
 from experiments.disk.output_dir import runs_folder, study_folder
 from experiments.disk.run_dir import RunDir
@@ -86,12 +86,12 @@ def test_runs_of_the_searchs_points_are_its_first_trials_and_run_no_more(spec, s
     assert len(finish_all(study, loss=3.0)) == 2
     assert study.counts() == {"COMPLETE": 2}
     assert study.optuna.best_value == 1.5
-    known = told(study)
+    known = contents(study)
     again = spec(learn_from="x", n_trials=2, sampler="tpe")  # the same command later
-    assert told(Study.open(study.folder, create=again)) == known
-    assert told(rebuild(study.folder)) == known
+    assert contents(Study.open(study.folder, create=again)) == known
+    assert contents(rebuild(study.folder)) == known
     (study.folder / "journal.log").unlink()
-    assert told(Study.open(study.folder)) == known
+    assert contents(Study.open(study.folder)) == known
 
 
 def test_a_point_that_is_known_is_drawn_in_vain(spec, sweep, out):
@@ -101,7 +101,7 @@ def test_a_point_that_is_known_is_drawn_in_vain(spec, sweep, out):
     base = dataclasses.replace(base, train=dataclasses.replace(base.train, lr=1e-3))
     search = {"space": space, "bases": {"": base}, "learn_from": "x", "n_trials": 1}
     study, _ = learnt(spec, out, enqueue=[{"relora.r": 4}], **search)
-    assert study.take(me()).params == {"relora.r": 2}
+    assert study.take(taker()).params == {"relora.r": 2}
     reasons = [t.user_attrs["reason"] for t in study.optuna.trials if "refused" in t.user_attrs]
     assert reasons[0] == "as trial 0"
 
@@ -117,12 +117,12 @@ def test_a_grid_runs_the_points_that_it_has_not_learnt(spec, sweep, out):
         "best, and is not run again",
     ]
     assert len(finish_all(study, loss=1.0)) == 4
-    assert len(told(study)) == 2 + 4
+    assert len(contents(study)) == 2 + 4
     space["relora.r"] = Choice(values=[2, 4, 8, 6])  # nor does it learn more as it grows
     wide = Study.open(study.folder, create=spec(**search))
     assert len(finish_all(wide, loss=1.0)) == 2
     assert points(wide) == points(study)
-    assert len(told(wide)) == 2 + 6
+    assert len(contents(wide)) == 2 + 6
 
 
 def test_each_run_that_is_not_taken_has_its_reason(spec, sweep, out):
@@ -198,7 +198,7 @@ def test_what_diverged_and_what_breaks_a_constraint_is_known_as_such(spec, sweep
     assert excess == [-1.0, 1.0, math.inf]
     assert study.optuna.best_trial.number == 0
     finish_all(study)
-    assert told(rebuild(study.folder)) == told(study)
+    assert contents(rebuild(study.folder)) == contents(study)
 
 
 def test_a_metric_that_runs_did_not_log_is_named(spec, sweep, out):
@@ -249,17 +249,17 @@ def test_what_was_learnt_joins_a_space_that_grows_by_a_key(spec, sweep, out):
     params = {"train.lr": 0.01, "relora.r": 4, "train.beta1": 0.9}
     assert points(wide) == [(params, [2.0])]
     finish_all(wide)
-    assert told(rebuild(wide.folder)) == told(wide)
+    assert contents(rebuild(wide.folder)) == contents(wide)
 
 
 def test_a_command_killed_before_the_journal_is_there_learns_all_the_same(spec, sweep, out):
     sweep("x", *({"lr": 0.01 * n, "loss": 2.0} for n in (1, 2, 3)))
     study, _ = learnt(spec, out, learn_from="x")
-    known = told(study)
+    known = contents(study)
     for lines in (0, 3, 5):  # nothing, the study without a trial, some of the trials
         text = (study.folder / "journal.log").read_bytes().splitlines(keepends=True)
         (study.folder / "journal.log").write_bytes(b"".join(text[:lines]))
-        assert told(Study.open(study.folder)) == known
+        assert contents(Study.open(study.folder)) == known
 
 
 def test_a_database_learns_too(spec, sweep, out, tmp_path):
@@ -279,8 +279,8 @@ def test_what_was_learnt_is_shown_as_such(spec, sweep, out, capsys, monkeypatch)
     monkeypatch.setattr(plots, "draw", lambda study, **options: ([], []))
     (id_,) = sweep("x", {"lr": 0.01, "loss": 0.25})
     study, _ = learnt(spec, out, learn_from="x", n_trials=1)
-    trial = study.take(me())
-    ran(trial, loss=2.0)
+    trial = study.take(taker())
+    leave_runs(trial, loss=2.0)
     trial.finish()
     assert main(["search", "s", "--output-dir", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -381,5 +381,5 @@ def test_the_sink_says_a_curve_in_few_words(study):
     sink = process.SearchSink(trial, stop=StopFlag(), index=0)
     for step in range(1, 301):
         sink.emit(Event(kind="train", step=step, metrics={"train/loss": 1.0}))
-    told = made.frozen(trial.number).intermediate_values
-    assert len(told) == 15  # of 50 in all
+    curve = made.frozen(trial.number).intermediate_values
+    assert len(curve) == 15  # of 50 in all

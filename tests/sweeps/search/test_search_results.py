@@ -183,8 +183,8 @@ def test_the_experiment_file_is_the_same_run(settings, tmp_path, monkeypatch):
 def test_the_experiment_file_says_only_what_differs_from_its_base():
     config = complete(schema.compose(["train.lr=0.02", "relora.r=8"]))
     text = recipe.experiment_yaml(config, name="found", question="which?", source=[])
-    said = [line for line in text.splitlines() if not line.startswith("#")]
-    assert said == [
+    printed = [line for line in text.splitlines() if not line.startswith("#")]
+    assert printed == [
         *("defaults:", "  - demo", "  - _self_", "experiment: found"),
         *("relora:", "  r: 8", "train:", "  lr: 0.02"),
     ]
@@ -247,15 +247,15 @@ def test_the_best_can_be_run_again_from_the_artifacts(place, capsys, no_plots):
         seeds=(0, 1),
     )
     assert search(out) == 0
-    said = capsys.readouterr().out
-    told = json.loads((folder / "best.json").read_text())["best"][0]
-    assert told["number"] == 0
-    assert told["seeds"] == [0, 1]
-    assert told["intervals"]["train/loss"] == pytest.approx(
+    printed = capsys.readouterr().out
+    best = json.loads((folder / "best.json").read_text())["best"][0]
+    assert best["number"] == 0
+    assert best["seeds"] == [0, 1]
+    assert best["intervals"]["train/loss"] == pytest.approx(
         list(stats.t.interval(0.95, 1, 1.5, 0.5))
     )
-    assert told["command"] in said
-    assert run_id(complete(schema.compose(shlex.split(told["command"])[2:]))) == seeds[0]
+    assert best["command"] in printed
+    assert run_id(complete(schema.compose(shlex.split(best["command"])[2:]))) == seeds[0]
     assert "lr: 0.02" in (folder / "best.yaml").read_text()
     rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
     assert [float(row["train/loss"]) for row in rows] == [1.5, 2.5]
@@ -276,18 +276,18 @@ def test_pruning_counts_the_steps_that_were_spared(place, capsys):
         seeds=(0, 1),  # the pruned trial's second seed never began
     )
     assert search(out, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["pruned_steps"], told["saved_steps"]) == (30, 370)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["pruned_steps"], answer["saved_steps"]) == (30, 370)
 
 
 def test_a_study_whose_trials_all_failed_says_so_and_exits_with_1(place, capsys, no_plots):
     out, put = place
     put([trial(state="FAIL", reason="RuntimeError: boom") for _ in range(3)])
     assert search(out) == 1
-    said = capsys.readouterr()
-    assert "all 3 trials of lr failed" in said.err
-    assert said.out.count("RuntimeError: boom") == 1
-    assert "trial 0, 1, 2" in said.out
+    printed = capsys.readouterr()
+    assert "all 3 trials of lr failed" in printed.err
+    assert printed.out.count("RuntimeError: boom") == 1
+    assert "trial 0, 1, 2" in printed.out
 
 
 def test_one_failed_trial_among_others_is_no_failure(place):
@@ -307,10 +307,10 @@ def test_points_that_were_refused_are_told_and_do_not_count(place, capsys, no_pl
         n_trials=1,
     )
     assert search(out) == 0
-    said = capsys.readouterr().out
-    assert "1 of 1 trials: 1 complete" in said
-    assert "refused: trial 0: too large" in said
-    assert "best: trial 1" in said
+    printed = capsys.readouterr().out
+    assert "1 of 1 trials: 1 complete" in printed
+    assert "refused: trial 0: too large" in printed
+    assert "best: trial 1" in printed
 
 
 def test_an_empty_study_says_that_nothing_is_finished(place, capsys):
@@ -325,9 +325,9 @@ def test_a_single_trial_leaves_out_what_it_cannot_show(place, capsys):
     out, put = place
     folder = put([trial([1.5], run_ids=[])])
     assert search(out) == 0
-    said = capsys.readouterr().out
-    assert "no slice: 1 finished trials" in said
-    assert "no param-importances" in said
+    printed = capsys.readouterr().out
+    assert "no slice: 1 finished trials" in printed
+    assert "no param-importances" in printed
     assert (folder / "plots" / "optimization-history.png").stat().st_size > 1000
     assert not (folder / "plots" / "slice.png").exists()
 
@@ -394,12 +394,12 @@ def test_a_real_study_is_read_rebuilt_and_its_best_run_again(tmp_path, capsys):
         taken.finish()
     best = min(losses, key=lambda number: losses[number])
     assert search(tmp_path, "--json", "--rebuild") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["counts"] == {"complete": 4}
-    assert told["best"][0]["number"] == best
-    assert told["best"][0]["values"]["train/loss"] == pytest.approx(losses[best])
-    again = complete(schema.compose(shlex.split(told["best"][0]["command"])[2:]))
-    assert run_id(again) == told["trials"][best]["runs"][0]["run_id"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["counts"] == {"complete": 4}
+    assert answer["best"][0]["number"] == best
+    assert answer["best"][0]["values"]["train/loss"] == pytest.approx(losses[best])
+    again = complete(schema.compose(shlex.split(answer["best"][0]["command"])[2:]))
+    assert run_id(again) == answer["trials"][best]["runs"][0]["run_id"]
 
 
 # plots ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
-from studies import LR, finish_all, loss_of, me, ran, told
+from studies import LR, contents, finish_all, leave_runs, loss_of, taker
 
 from experiments.disk.output_dir import study_folder
 from experiments.identity import run_id
@@ -36,7 +36,7 @@ def test_there_are_n_trials_and_a_larger_total_goes_on(spec, folder):
     study = Study.open(folder, create=spec(n_trials=3))
     assert finish_all(study) == [0, 1, 2]
     assert (study.done(), study.counts()) == (True, {"COMPLETE": 3})
-    assert Study.open(folder, create=spec(n_trials=3)).take(me()) is None
+    assert Study.open(folder, create=spec(n_trials=3)).take(taker()) is None
     more = Study.open(folder, create=spec(n_trials=5))
     assert finish_all(more) == [3, 4]
     assert more.optuna.best_value == min(t.value for t in more.optuna.trials)
@@ -44,7 +44,7 @@ def test_there_are_n_trials_and_a_larger_total_goes_on(spec, folder):
 
 def test_a_trial_is_an_ordinary_run_of_its_point(spec, folder, make):
     study = Study.open(folder, create=spec(n_trials=1, seeds=[4, 7]))
-    trial = study.take(me())
+    trial = study.take(taker())
     assert trial.run_ids == [run_id(trial.config(4)), run_id(trial.config(7))]
     config = trial.config(7)
     assert (config.seed, config.train.lr) == (7, trial.params["train.lr"])
@@ -53,8 +53,8 @@ def test_a_trial_is_an_ordinary_run_of_its_point(spec, folder, make):
 
 def test_a_failed_trial_counts_unless_it_is_given_up_uncounted(spec, folder):
     study = Study.open(folder, create=spec(n_trials=2))
-    study.take(me()).fail("boom")
-    study.take(me()).fail("node went away", counted=False)
+    study.take(taker()).fail("boom")
+    study.take(taker()).fail("node went away", counted=False)
     assert study.failures() == ["boom"]
     assert study.left() == 1
     assert len(finish_all(study)) == 1
@@ -64,8 +64,8 @@ def test_a_failed_trial_counts_unless_it_is_given_up_uncounted(spec, folder):
 
 def test_a_run_that_diverged_is_a_result(spec, folder):
     study = Study.open(folder, create=spec(n_trials=2))
-    first = study.take(me())
-    ran(first, state="diverged")
+    first = study.take(taker())
+    leave_runs(first, state="diverged")
     assert first.finish().values == [math.inf]
     finish_all(study)
     assert study.counts() == {"COMPLETE": 2}
@@ -75,11 +75,14 @@ def test_a_run_that_diverged_is_a_result(spec, folder):
 def test_settings_to_start_from_come_first_and_once(spec, folder):
     good = [{"train.lr": 0.01}, {"train.lr": 0.02, "relora.r": 4}]
     study = Study.open(folder, create=spec(n_trials=4, enqueue=good))
-    first, again = study.take(me("a")), Study.open(folder, create=spec(n_trials=4, enqueue=good))
-    second = again.take(me("b"))
+    first, again = (
+        study.take(taker("a")),
+        Study.open(folder, create=spec(n_trials=4, enqueue=good)),
+    )
+    second = again.take(taker("b"))
     assert first.params["train.lr"] == 0.01
     assert second.params == {"train.lr": 0.02, "relora.r": 4}
-    assert again.take(me("c")).params["train.lr"] not in (0.01, 0.02)
+    assert again.take(taker("c")).params["train.lr"] not in (0.01, 0.02)
 
 
 @pytest.mark.slow
@@ -123,7 +126,7 @@ def test_parameters_that_do_not_apply_are_absent(spec, folder, make):
     }
     seen = set()
     for _ in range(40):
-        trial = study.take(me())
+        trial = study.take(taker())
         method = trial.params["method"]
         assert set(trial.params) - {"method"} == expected[method]
         assert trial.config(0).method == method
@@ -159,7 +162,7 @@ def test_points_that_are_no_valid_run_are_drawn_again(spec, folder):
 def test_a_space_without_a_valid_point_comes_to_an_end(spec, folder):
     space = {"relora.r": Int(low=20, high=64)}
     study = Study.open(folder, create=spec(space=space, n_trials=2))
-    assert study.take(me()) is None
+    assert study.take(taker()) is None
     assert study.done()
     assert study.counts() == {"FAIL": 2}
 
@@ -198,7 +201,7 @@ def test_every_sampler_serves_two_objectives_and_a_worst_value(spec, folder, mak
         constraints=[f"cost/trainable <= {bound}"],
     )
     study = Study.open(folder, create=search)
-    ran(first := study.take(me()), state="diverged")
+    leave_runs(first := study.take(taker()), state="diverged")
     first.finish()
     finish_all(study)
     assert study.counts() == {"COMPLETE": 7}
@@ -210,22 +213,22 @@ def test_every_sampler_serves_two_objectives_and_a_worst_value(spec, folder, mak
 # whose ------------------------------------------------------------------------------------------
 def test_a_job_gets_its_own_trial_again_even_as_another_process(spec, folder):
     study = Study.open(folder, create=spec(n_trials=2))
-    first, other = study.take(me("7_1")), study.take(me("7_2"))
-    again = Study.open(folder).take(me("7_1", pid=99))
+    first, other = study.take(taker("7_1")), study.take(taker("7_2"))
+    again = Study.open(folder).take(taker("7_1", pid=99))
     assert (again.number, again.params) == (first.number, first.params) != other.number
     assert again.worker.pid == 99
-    assert again.mine(me("7_1"))
-    assert not again.mine(me("7_2"))
-    assert Study.open(folder).take(me("7_3")) is None
+    assert again.mine(taker("7_1"))
+    assert not again.mine(taker("7_2"))
+    assert Study.open(folder).take(taker("7_3")) is None
 
 
 def test_an_orphan_is_adopted_before_anything_new_begins(spec, folder):
     study = Study.open(folder, create=spec(n_trials=3))
-    dead, living = study.take(me("1")), study.take(me("2"))
-    heir = study.take(me("3"), gone=lambda worker: worker.job_id == "1")
+    dead, living = study.take(taker("1")), study.take(taker("2"))
+    heir = study.take(taker("3"), gone=lambda worker: worker.job_id == "1")
     assert (heir.number, heir.params) == (dead.number, dead.params)
-    assert not dead.mine(me("1"))
-    fresh = study.take(me("4"))
+    assert not dead.mine(taker("1"))
+    fresh = study.take(taker("4"))
     assert fresh.number not in (dead.number, living.number)
     assert {t.number for t in study.running()} == {0, 1, 2}
 
@@ -233,10 +236,10 @@ def test_an_orphan_is_adopted_before_anything_new_begins(spec, folder):
 def test_a_trial_whose_workers_all_vanish_fails_in_the_end(spec, folder):
     study = Study.open(folder, create=spec(n_trials=1))
     jobs = iter(range(1000))
-    trial = study.take(me(str(next(jobs))))
+    trial = study.take(taker(str(next(jobs))))
     for _ in range(MAX_ADOPTIONS):
-        assert study.take(me(str(next(jobs))), gone=lambda worker: True).number == trial.number
-    assert study.take(me("last"), gone=lambda worker: True) is None
+        assert study.take(taker(str(next(jobs))), gone=lambda worker: True).number == trial.number
+    assert study.take(taker("last"), gone=lambda worker: True) is None
     assert "vanished" in study.failures()[0]
 
 
@@ -245,22 +248,22 @@ def test_a_point_whose_process_died_while_drawing_it_is_gone_on_with(spec, folde
     study = Study.open(folder, create=search)
     half = study.optuna.ask()
     drawn = half.suggest_float("train.lr", LR.low, LR.high, log=True)
-    trial = study.take(me())
+    trial = study.take(taker())
     assert (trial.number, trial.params["train.lr"]) == (half.number, drawn)
     assert "relora.r" in trial.params
-    assert study.take(me("other")) is None
+    assert study.take(taker("other")) is None
 
 
 def test_what_ended_stays_as_it_is(spec, folder):
     study = Study.open(folder, create=spec(n_trials=1))
-    trial = study.take(me())
-    ran(trial)
+    trial = study.take(taker())
+    leave_runs(trial)
     trial.finish()
-    before = told(study)
+    before = contents(study)
     trial.fail("too late")
     trial.prune()
     trial.report(9, 9.0)
-    assert told(study) == before
+    assert contents(study) == before
 
 
 # pruning ----------------------------------------------------------------------------------------
@@ -269,19 +272,19 @@ def test_a_bad_trial_is_pruned_across_processes_and_a_repeated_step_changes_noth
     search = spec(n_trials=4, pruner=pruner)
     study = Study.open(folder, create=search)
     for loss in (1.0, 1.2):
-        trial = study.take(me())
+        trial = study.take(taker())
         for step in range(3):
             trial.report(step, loss)
-        ran(trial, loss=loss)
+        leave_runs(trial, loss=loss)
         trial.finish()
-    bad = Study.open(folder).take(me())
+    bad = Study.open(folder).take(taker())
     bad.report(0, 5.0)
     bad.report(0, 0.0)
     assert bad.should_prune()
     bad.prune()
     frozen = study.optuna.trials[bad.number]
     assert (frozen.state, frozen.value) == (TrialState.PRUNED, 5.0)
-    good = study.take(me())
+    good = study.take(taker())
     good.report(0, 0.1)
     assert not good.should_prune()
 
@@ -290,11 +293,11 @@ def test_a_bad_trial_is_pruned_across_processes_and_a_repeated_step_changes_noth
 def test_every_pruner_answers(spec, folder, name):
     pruner = {"name": name} | ({"percentile": 50} if name == "percentile" else {})
     study = Study.open(folder, create=spec(n_trials=3, pruner=pruner))
-    while trial := study.take(me()):
+    while trial := study.take(taker()):
         for step in range(1, 5):
             trial.report(step, float(trial.number))
             assert trial.should_prune() in (True, False)
-        ran(trial)
+        leave_runs(trial)
         trial.finish()
     assert study.done()
 
@@ -323,7 +326,7 @@ def test_another_fixed_setting_is_refused_and_another_place_is_not(spec, folder,
         Study.open(folder, create=spec(bases={"": make(steps=5)}))
     elsewhere = dataclasses.replace(make().runtime, threads=3)
     study = Study.open(folder, create=spec(bases={"": make(runtime=elsewhere)}))
-    assert study.take(me()).config(0).runtime.threads == 3
+    assert study.take(taker()).config(0).runtime.threads == 3
 
 
 @pytest.mark.parametrize(
@@ -348,13 +351,13 @@ def test_a_setting_outside_the_space_is_refused_before_anything_is_written(
 
 # the journal ------------------------------------------------------------------------------------
 @pytest.fixture
-def lived(spec, folder):
+def mixed(spec, folder):
     """A study with trials in every state, at two seeds, and a setting still in the queue."""
     search = spec(n_trials=9, seeds=2, pruner="median", constraints=["train/loss <= 3"])
     study = Study.open(folder, create=search)
     for how in ("finish", "prune", "fail", "run", "finish"):
-        trial = study.take(me(f"job{how}{len(study.trials())}"))
-        ran(trial, loss=0.1 + trial.number)
+        trial = study.take(taker(f"job{how}{len(study.trials())}"))
+        leave_runs(trial, loss=0.1 + trial.number)
         trial.report(1, 1 / 3)
         trial.report(2, 0.1 + trial.number)
         {"finish": trial.finish, "prune": trial.prune, "fail": partial(trial.fail, "x")}.get(
@@ -363,19 +366,19 @@ def lived(spec, folder):
     return study
 
 
-def test_a_rebuilt_study_is_equal_and_goes_on(lived, folder):
-    before = told(lived)
+def test_a_rebuilt_study_is_equal_and_goes_on(mixed, folder):
+    before = contents(mixed)
     assert {t["state"].name for t in before} == {"COMPLETE", "PRUNED", "FAIL", "RUNNING"}
     again = rebuild(folder)
-    assert told(again) == before
-    assert told(Study.open(folder)) == before
-    assert again.take(me("jobrun3")).number == 3
+    assert contents(again) == before
+    assert contents(Study.open(folder)) == before
+    assert again.take(taker("jobrun3")).number == 3
     assert again.left() == 4
 
 
 @pytest.mark.parametrize("harm", ["gone", "empty", "truncated", "torn", "garbage", "swapped"])
-def test_a_damaged_journal_is_noticed_set_aside_and_rebuilt(lived, folder, harm, capsys):
-    before, journal = told(lived), folder / "journal.log"
+def test_a_damaged_journal_is_noticed_set_aside_and_rebuilt(mixed, folder, harm, capsys):
+    before, journal = contents(mixed), folder / "journal.log"
     lines = journal.read_bytes().splitlines(keepends=True)
     if harm == "gone":
         journal.unlink()
@@ -391,19 +394,19 @@ def test_a_damaged_journal_is_noticed_set_aside_and_rebuilt(lived, folder, harm,
             }[harm]
         )
     study = Study.open(folder)
-    assert told(study) == before
+    assert contents(study) == before
     assert "rebuilt with 5 trials" in capsys.readouterr().err
     assert len(list(folder.glob("journal.log.damaged-*"))) == (harm != "gone")
-    assert told(Study.open(folder)) == before
+    assert contents(Study.open(folder)) == before
     assert capsys.readouterr().err == ""
 
 
-def test_a_process_at_work_outlives_damage_and_another_ones_repair(lived, folder):
-    trial = lived.take(me("jobrun3"))
+def test_a_process_at_work_outlives_damage_and_another_ones_repair(mixed, folder):
+    trial = mixed.take(taker("jobrun3"))
     with open(folder / "journal.log", "ab") as file:
         file.write(b"garbage\n")
     trial.report(7, 0.5)  # notices, and mends
-    assert lived.optuna.trials[3].intermediate_values[7] == 0.5
+    assert mixed.optuna.trials[3].intermediate_values[7] == 0.5
     rebuild(folder)
     trial.report(8, 0.25)
     trial.finish()
@@ -411,27 +414,27 @@ def test_a_process_at_work_outlives_damage_and_another_ones_repair(lived, folder
     assert (frozen.state, frozen.intermediate_values[8]) == (TrialState.COMPLETE, 0.25)
 
 
-def test_a_process_killed_in_telling_is_made_good(lived, folder):
-    trial = lived.take(me("jobrun3"))
-    lived.tell(trial.number, state=TrialState.COMPLETE, values=[1.5])  # killed before its record
-    before = told(Study.open(folder))
-    assert told(rebuild(folder)) == before
+def test_a_process_killed_in_telling_is_made_good(mixed, folder):
+    trial = mixed.take(taker("jobrun3"))
+    mixed.tell(trial.number, state=TrialState.COMPLETE, values=[1.5])  # killed before its record
+    before = contents(Study.open(folder))
+    assert contents(rebuild(folder)) == before
 
 
-def test_half_a_line_of_a_killed_process_harms_nobody(lived, folder):
-    before = told(lived)
+def test_half_a_line_of_a_killed_process_harms_nobody(mixed, folder):
+    before = contents(mixed)
     with open(folder / "journal.log", "ab") as file:
         file.write(b'{"op_code": 5, "wor')
-    assert told(Study.open(folder)) == before
-    Study.open(folder).take(me("new")).fail("x")
-    assert len(told(lived)) == len(before) + 1
+    assert contents(Study.open(folder)) == before
+    Study.open(folder).take(taker("new")).fail("x")
+    assert len(contents(mixed)) == len(before) + 1
     assert not list(folder.glob("*damaged*"))
 
 
-def test_a_deleted_study_does_not_come_back(lived, folder, spec):
+def test_a_deleted_study_does_not_come_back(mixed, folder, spec):
     for file in folder.iterdir():
         file.unlink()
-    assert told(Study.open(folder, create=spec())) == []
+    assert contents(Study.open(folder, create=spec())) == []
 
 
 def test_a_run_that_two_studies_meet_serves_the_rebuilding_of_both(spec, tmp_path):
@@ -440,13 +443,13 @@ def test_a_run_that_two_studies_meet_serves_the_rebuilding_of_both(spec, tmp_pat
     for name in ("one", "two"):
         folder = study_folder(tmp_path / "out", name=name)
         study = Study.open(folder, create=spec(space=space, n_trials=1))
-        trial = study.take(me())
-        ran(trial, loss=1.0)
+        trial = study.take(taker())
+        leave_runs(trial, loss=1.0)
         trial.finish()
-        studies.append((folder, trial.run_ids, told(study)))
+        studies.append((folder, trial.run_ids, contents(study)))
     assert studies[0][1] == studies[1][1]
     for folder, _, before in studies:
-        assert told(rebuild(folder)) == before
+        assert contents(rebuild(folder)) == before
 
 
 def test_a_database_serves_as_storage(spec, folder, tmp_path):
@@ -521,7 +524,7 @@ def labour(folder, *, pause=0.0):
         for step in range(3):
             trial.report(step, loss_of(trial.params) + step)
             time.sleep(pause)
-        ran(trial)
+        leave_runs(trial)
         trial.finish()
 
 
@@ -577,12 +580,12 @@ def test_killed_processes_lose_and_double_nothing(spec, folder, monkeypatch):
         process.join(60)
     assert kills >= 20
     study = check(folder, n=60)
-    before = told(study)
+    before = contents(study)
     adopted = sum(t["user_attrs"].get("adoptions", 0) for t in before)
     print(f"{kills} kills, {adopted} adoptions")
     assert adopted >= 5
     kept = [t["number"] for t in before if "refused" not in t["user_attrs"]]
-    again = told(rebuild(folder))
+    again = contents(rebuild(folder))
     assert [again[n] for n in kept] == [before[n] for n in kept]
 
 
