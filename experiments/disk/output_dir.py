@@ -11,7 +11,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments import json_files
 from experiments.disk.run_dir import RunDir
@@ -99,8 +99,27 @@ def plan_folder(output_dir: Path | str, *, name: str) -> Path:
     return Path(output_dir) / "sweeps" / name
 
 
-def study_folder(output_dir: Path | str, *, name: str) -> Path:
-    return plan_folder(output_dir, name=name) / "study"
+def study_folder(output_dir: Path | str, *, name: str, arm: str | None = None) -> Path:
+    """Of a search, or of one arm of it."""
+    folder = plan_folder(output_dir, name=name) / "study"
+    return folder if arm is None else folder / "arms" / arm
+
+
+class StudyPlace(NamedTuple):
+    """What the path of a study's folder says."""
+
+    output_dir: Path
+    name: str
+    """Of the search."""
+    arm: str | None
+
+
+def place_of_study(folder: Path | str) -> StudyPlace:
+    """The parts that `study_folder` made the path of."""
+    folder = Path(folder).absolute()
+    is_arm = folder.parent.name == "arms" and folder.parents[1].name == "study"
+    top = folder.parents[1] if is_arm else folder
+    return StudyPlace(top.parents[2], top.parent.name, folder.name if is_arm else None)
 
 
 def jobs_folder(output_dir: Path | str, *, name: str) -> Path:

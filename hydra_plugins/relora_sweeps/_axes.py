@@ -6,7 +6,7 @@ Not for: composing configs of points (`_compose.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import zip_longest
 from typing import Any
@@ -135,15 +135,28 @@ def expand_arms(
         return expand(params + arguments, loader=loader)
     names = list(arms)
     if given:
-        cells = expand([text.lstrip("+") for text in given], loader=loader)
-        names = [str(parse(cell, loader=loader)[-1].value()) for cell in cells]
+        overrides = parse([text.lstrip("+") for text in given], loader=loader)
+        names = arms_taken(overrides, arms=arms, loader=loader)
         arguments = [text for text in arguments if text not in given]
         params = [text for text in params if text not in given]
     grids = []
     for name in names:
-        if name not in arms:
-            raise ConfigError(
-                f"{key} must be one of {', '.join(arms)}, got {name!r}.{nearest(name, list(arms))}"
-            )
         grids.append(expand([*params, *arms[name], *arguments, f"{key}={name}"], loader=loader))
     return [cell for cells in zip_longest(*grids) for cell in cells if cell is not None]
+
+
+def arms_taken(
+    given: Sequence[Override], *, arms: Mapping[str, object], loader: ConfigLoader
+) -> list[str]:
+    """The arms that the values of `sweep.arm` name, else all; ConfigError for one that is none."""
+    if not given:
+        return list(arms)
+    cells = expand([str(override.input_line) for override in given], loader=loader)
+    names = [str(parse(cell, loader=loader)[-1].value()) for cell in cells]
+    for name in names:
+        if name not in arms:
+            raise ConfigError(
+                f"sweep.arm must be one of {', '.join(arms)}, got {name!r}."
+                f"{nearest(name, list(arms))}"
+            )
+    return names

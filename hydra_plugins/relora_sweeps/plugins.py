@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins import basic_launcher, basic_sweeper  # noqa: F401
 from hydra.core.override_parser.types import Override
@@ -21,15 +21,25 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from experiments import schema
-from hydra_plugins.relora_sweeps._axes import as_list, dimension, expand_arms, lines_of, parse
+from hydra_plugins.relora_sweeps._axes import (
+    arms_taken,
+    as_list,
+    dimension,
+    expand_arms,
+    lines_of,
+    parse,
+)
 from hydra_plugins.relora_sweeps._compose import Composer
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.planning.grid import points_from
-from sweeps.search.config import SearchConfig, normalise
+from sweeps.search.config import SearchConfig, check_arms, normalise
 from sweeps.search.space import Choice, Dimension
 from sweeps.slurm.options import SlurmOptions
+
+if TYPE_CHECKING:
+    from sweeps.search.launch import Asked
 
 
 @dataclass
@@ -97,7 +107,7 @@ def _search_node() -> DictConfig:
     """Keys and defaults of SearchConfig, which checks the values; mappings take any key."""
     named = {key: {"name": getattr(SearchConfig(), key)} for key in ("sampler", "pruner")}
     node = OmegaConf.create(dataclasses.asdict(SearchConfig()) | named)
-    for key in ("sampler", "pruner", "space", "when"):
+    for key in ("sampler", "pruner", "space", "when", "arms"):
         OmegaConf.set_struct(node[key], False)
     return node
 
@@ -154,12 +164,14 @@ class SearchSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from sweeps.search.launch import run_search  # a single run need not wait for it
+        from sweeps.search.launch import run_arms, run_search  # a single run need not wait for it
 
         shell.alone("a search (-m)")
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
         given = parse([as_list(text) for text in arguments], loader=self.loader)
+        taken = [o for o in given if o.key_or_group == "sweep.arm"]
+        given = [o for o in given if o not in taken]
         for override in given:
             if override.key_or_group in ("search", "sweep") and override.is_sweep_override():
                 raise ConfigError(
@@ -168,29 +180,80 @@ class SearchSweeper(Sweeper):
                 )
         fixed = {o.key_or_group: str(o.input_line) for o in given if not o.is_sweep_override()}
         first = self.composer.compose(list(fixed.values()))
+        arms = check_arms(OmegaConf.to_container(first.search.arms) or {})
+        if not arms:
+            given, fixed = given + taken, fixed | {o.key_or_group: str(o.input_line) for o in taken}
         for key in ("space", "when"):
             if not OmegaConf.is_dict(first.search[key]):
                 raise ConfigError(
                     f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
                 )
+        options = {"name": self.name, "command": _command(), "plan_only": self.plan_only}
+        self.composer.launchers.clear()  # `first` is not a point
+        if arms:
+            names = arms_taken(taken, arms=arms, loader=self.loader)
+            asked = [self._arm(name, arms[name], first=first, given=given) for name in names]
+            code = run_arms(asked, launcher=self._launcher(), **options)
+        else:
+            one = self._asked(first, given, fixed)
+            code = run_search(
+                one.search, space=one.space, bases=one.bases, launcher=self._launcher(), **options
+            )
+        if code:
+            raise SystemExit(code)
+
+    def _launcher(self) -> Any:
+        """The launcher of `sweeps`, once all points are composed."""
+        assert isinstance(self.launcher, OurLauncher)  # sweep() allows no other
+        return self.launcher.for_points(self.composer).make()
+
+    def _arm(
+        self, name: str, overrides: list[str], *, first: DictConfig, given: list[Override]
+    ) -> "Asked":
+        """What is asked of an arm: its own overrides win over the file's space, and the command
+        line's over both."""
+        own = parse(overrides, loader=self.loader)
+        for override in own:
+            if override.key_or_group.split(".")[0] in ("search", "sweep", "hydra"):
+                raise ConfigError(
+                    f"search.arms.{name} must set what its runs do, got {override.input_line!r}"
+                )
+        both = {o.key_or_group: o for o in [*own, *given]}
+        fixed = {key: str(o.input_line) for key, o in both.items() if not o.is_sweep_override()}
+        try:
+            one = self._asked(
+                first, list(both.values()), fixed | {"sweep.arm": f"sweep.arm={name}"}
+            )
+        except ConfigError as error:
+            raise ConfigError(f"arm {name}: {error}") from None
+        if one.search.learn_from:
+            raise ConfigError(
+                "search.learn_from must be empty with search.arms, as arms are to be tuned alike, "
+                f"got {', '.join(one.search.learn_from)}"
+            )
+        if len(one.search.objectives) > 1:
+            raise ConfigError(
+                "search.objectives must be one with search.arms, each of which is to have a best, "
+                f"got {len(one.search.objectives)}"
+            )
+        one.search.enqueue = [
+            {key: value for key, value in entry.items() if key in one.space}
+            for entry in one.search.enqueue
+        ]
+        one.search.enqueue = [entry for entry in one.search.enqueue if entry]
+        one.arm = name
+        return one
+
+    def _asked(self, first: DictConfig, given: list[Override], fixed: dict[str, str]) -> "Asked":
+        from sweeps.search.launch import Asked
+
         space = self._space(first.search.space, given)
         if "relora.scale" in {*space, *fixed} and "relora.alpha" in {*space, *fixed}:
             raise ConfigError(
                 "relora.alpha must be left out where relora.scale is given: it follows"
             )
-        self.composer.launchers.clear()  # `first` is not a point
         bases = self._bases(space, list(fixed.values()))
-        code = run_search(
-            self._search(first, space, fixed),
-            space=space,
-            bases=bases,
-            name=self.name,
-            launcher=self.launcher.for_points(self.composer).make(),
-            command=_command(),
-            plan_only=self.plan_only,
-        )
-        if code:
-            raise SystemExit(code)
+        return Asked(search=self._search(first, space, fixed), space=space, bases=bases)
 
     def _search(
         self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str]
@@ -199,6 +262,7 @@ class SearchSweeper(Sweeper):
         given: Any = OmegaConf.to_container(composed.search, resolve=True)
         given["space"] = {key: one.text() for key, one in space.items()}
         given["when"] = {key: text for key, text in given["when"].items() if key not in fixed}
+        given["arms"] = {}
         search = normalise(given, seed=composed.seed)
         entries = [{k: v for k, v in one.items() if k not in fixed} for one in search.enqueue]
         search.enqueue = [entry for entry in entries if entry]

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from relora_core.config import ConfigError, nearest
 from sweeps import display
 
 if TYPE_CHECKING:
+    from sweeps.search.response import Arm
     from sweeps.search.results import Best, Results, TrialRow
 
 HELP = "what a search found: trials, the best, importances, plots"
@@ -31,6 +32,8 @@ EXAMPLES = """examples:
   python -m sweeps search lr_and_rank --write-experiment lr  the best as conf/experiment/lr.yaml
   python -m sweeps search lr_and_rank --rebuild              a lost journal, from the runs' folders
   python -m sweeps search lr_and_rank --accept-changed       go on with data that have changed
+  python -m sweeps search method_lr                          each arm's best, and how it responds
+  python -m sweeps search method_lr --arm lora               one arm, as a search of its own
 """
 TELL = 10
 """Most failures that are printed; trials.csv has all."""
@@ -41,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="name of the search (its sweep.name)")
     parser.add_argument("--json", action="store_true", help="everything, for scripts")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="trials in the table")
+    parser.add_argument("--arm", metavar="NAME", help="one arm of a search that has several")
     parser.add_argument("--trial", type=int, metavar="N", help="one trial: runs, command line")
     parser.add_argument(
         "--rebuild", action="store_true", help="first make the journal anew from the runs' folders"
@@ -61,13 +65,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show and write; 1 if every trial failed."""
     folder = find(args.output_dir, name=args.name)
-    if args.accept_changed:
-        return accept(folder)
-    from sweeps.search import results  # Optuna, SciPy: not for the other commands
+    from sweeps.search import arms, results  # Optuna, SciPy: not for the other commands
     from sweeps.search.study import rebuild
 
+    places = arms.arm_folders(folder)
+    if args.arm is not None:
+        folder = of_arm(args.arm, places, name=args.name)
+        places = {args.arm: folder}
+    if args.accept_changed:
+        return accept(list(places.values()))
     if args.rebuild:
-        rebuild(folder)
+        for place in places.values():
+            rebuild(place)
+    if None not in places and args.arm is None:
+        return show_arms(args, folder)
     summary, study = results.read(folder)
     if args.trial is not None:
         check_trial(args.trial, summary)
@@ -92,23 +103,33 @@ def run(args: argparse.Namespace) -> int:
 
 def find(output_dir: Path | str, *, name: str) -> Path:
     """The folder of the study of this name, or ConfigError."""
-    there = sorted(plan_folder(output_dir, name="").glob("*/study/study.json"))
-    names = [path.parent.parent.name for path in there]
+    files = [plan_folder(output_dir, name="").glob(f"*/study/{n}.json") for n in ("study", "arms")]
+    there = sorted(path.parent for paths in files for path in paths)
+    names = [path.parent.name for path in there]
     if name not in names:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ConfigError(
             f"NAME must be one of the searches in {output_dir} ({some or 'none yet'}), got "
             f"{name!r}.{nearest(name, names)}"
         )
-    return there[names.index(name)].parent
+    return there[names.index(name)]
 
 
-def accept(folder: Path) -> int:
+def of_arm(arm: str, places: Mapping[str | None, Path], *, name: str) -> Path:
+    """The folder of an arm's study, or ConfigError."""
+    if arm not in places:
+        names = [str(one) for one in places if one is not None]
+        there = f"one of the arms of {name} ({', '.join(names)})" if names else "left out"
+        raise ConfigError(f"--arm must be {there}, got {arm!r}.{nearest(arm, names)}")
+    return places[arm]
+
+
+def accept(folders: Sequence[Path]) -> int:
     """Take what the trials read as it is now, and say what has changed."""
     from sweeps.search import reads
 
-    changes = reads.accept(folder)
-    _say([f"taken as it is now: {change.what}" for change in changes] or ["nothing has changed"])
+    changes = {change.what: change for folder in folders for change in reads.accept(folder)}
+    _say([f"taken as it is now: {what}" for what in changes] or ["nothing has changed"])
     if changes:
         _say(["the search's own command goes on with it"])
     return 0
@@ -137,6 +158,88 @@ def write_experiment(word: str, summary: Results, *, trial: int | None, place: P
     shared.make_folder(path.parent)
     atomic.write_text(path, text)
     print(f"trial {numbers[0]} is {path}: python run.py experiment={path.stem}")
+
+
+# arms -------------------------------------------------------------------------------------------
+def show_arms(args: argparse.Namespace, folder: Path) -> int:
+    """Each arm's best and how it responds; 1 if every trial of every arm failed."""
+    from sweeps.search import response, response_files
+
+    for word in ("trial", "write_experiment"):
+        if getattr(args, word) is not None:
+            raise ConfigError(f"--{word.replace('_', '-')} needs --arm NAME in a search with arms")
+    arms = response.read(folder)
+    failed = all(arm.results.all_failed for arm in arms)
+    if args.json:
+        raw = {arm.name: dataclasses.asdict(arm.results) | {"edges": arm.edges} for arm in arms}
+        json.dump(_finite({"name": args.name, "arms": raw}), sys.stdout, indent=2)
+        print()
+        return int(failed)
+    _say(arm_lines(arms, name=args.name))
+    display.make_console().print(arm_table(arms))
+    _say(edge_lines(arms))
+    notes = dict.fromkeys(note for arm in arms for note in arm.results.notes)
+    _say([f"note: {note}" for note in notes])
+    if line := shared.closed(folder):
+        print(f"bests, tables and the figure were not written: {line}")
+    else:
+        written = response_files.write(arms, folder)
+        _say([f"{len(written)} files: arms.csv, response.csv and plots/response.png in {folder}"])
+    if failed:
+        print(f"error: all trials of {args.name} failed", file=sys.stderr)
+    return int(failed)
+
+
+def arm_lines(arms: Sequence[Arm], *, name: str) -> Iterator[str]:
+    """How far the search is, and the arms that are not tuned like the others."""
+    done, n_trials = sum(arm.done for arm in arms), sum(arm.results.n_trials for arm in arms)
+    yield f"{name}: {done} of {n_trials} trials of {len(arms)} arms have ended"
+    if len({arm.done for arm in arms}) > 1:
+        yield f"arms are not tuned alike yet: {', '.join(f'{a.name} {a.done}' for a in arms)}"
+
+
+def arm_table(arms: Sequence[Arm]) -> Table:
+    """A row for each arm, best first: what its best is worth, with interval, and its settings."""
+    goal = arms[0].results.goals[0]
+    sign = 1.0 if goal.direction == "minimize" else -1.0
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("arm", overflow="fold")
+    for head in ("trials", f"best {goal.metric}", "95 % interval"):
+        table.add_column(head, justify="right", overflow="fold")
+    table.add_column("settings", overflow="fold")
+    table.add_column("edge")
+
+    def rank(arm: Arm) -> float:
+        return math.inf if arm.best is None else sign * arm.best.values[goal.metric]
+
+    for arm in sorted(arms, key=rank):
+        best = arm.best
+        ends = best.intervals.get(goal.metric) if best else None
+        settings = best.params.items() if best else ()
+        table.add_row(
+            Text(arm.name),
+            f"{arm.done}/{arm.results.n_trials}",
+            _cell(best.values[goal.metric] if best else None),
+            "-" if ends is None else f"{ends[0]:.5g} to {ends[1]:.5g}",
+            Text("  ".join(f"{key}={_short(value)}" for key, value in settings)),
+            Text("edge", style="bold red") if arm.edges else "",
+        )
+    return table
+
+
+def edge_lines(arms: Sequence[Arm]) -> Iterator[str]:
+    """Where the best may lie beyond what was tried, and what to do about it."""
+    edges = [f"{arm.name}: the best {edge}" for arm in arms for edge in arm.edges]
+    yield from edges
+    if edges:
+        yield (
+            "a best at an edge may not be the best: widen the interval for all arms, raise "
+            "search.n_trials, and the same command goes on"
+        )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # the view ---------------------------------------------------------------------------------------

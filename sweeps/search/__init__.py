@@ -5,6 +5,7 @@ config.py     `search.*`, checked
 space.py      what can be drawn: choices, integers, numbers, conditions
 spec.py       a search as a file
 growth.py     a space that grows within its study
+arms.py       settings that are tuned each alone
 learn.py      what a new study learns from earlier sweeps
 samplers.py   Optuna's samplers and pruners by name
 journal.py    the study's storage: locks, damage
@@ -18,4 +19,6 @@ reads.py      what a search's trials read, and what of it has changed
 results.py    the best, the front, tables
 recipe.py     a config as a command line or experiment file
 plots.py      Optuna's own pictures
+response.py   how arms respond to their rate
+response_files.py  its tables and its picture
 """

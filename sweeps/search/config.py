@@ -81,10 +81,14 @@ class SearchConfig:
     when: dict[str, str] = field(default_factory=dict)
     """Key of the space -> `KEY=VALUE[,VALUE]`: elsewhere it is not searched. Knobs of a method or
     a kind of data know it themselves."""
+    arms: Any = field(default_factory=dict)
+    """Arm -> its overrides, as `hydra.sweeper.arms` of a sweep; what one of them has as an interval
+    or a choice is searched in that arm. Each arm is tuned alone, with `n_trials` of its own;
+    `sweep.arm=a,b` takes some."""
     constraints: Any = field(default_factory=list)
     """list[str]: `cost/trainable <= 2e6`."""
     sampler: Any = "tpe"
-    """Name, or {name, its options}."""
+    """Name, or {name, its options}; `{name: grid, per_decade: 3}` lists logarithmic intervals."""
     pruner: Any = "none"
     """Name, or {name, its options}."""
     prune_metric: str | None = None
@@ -132,7 +136,7 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
         )
     first = config.objectives[0].metric
     config.prune_metric = config.prune_metric or (first if first not in COSTS else LOSS.key)
-    for key in ("space", "when"):
+    for key in ("space", "when", "arms"):
         _mapping(f"search.{key}", getattr(config, key))
     entries = _list(config.enqueue)
     config.enqueue = [_mapping(f"search.enqueue[{i}]", one) for i, one in enumerate(entries)]
@@ -144,6 +148,25 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
         check_secret("search.storage", str(config.storage))
         check_home("search.storage", str(config.storage))
     return config
+
+
+def check_arms(arms: Any) -> dict[str, list[str]]:
+    """Arm -> overrides; ConfigError for a name that no folder could have, or what is no list."""
+    checked = {}
+    for name, overrides in _mapping("search.arms", arms).items():
+        if not re.fullmatch(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,59}", str(name)):
+            raise ConfigError(
+                "search.arms must have names of at most 60 letters, digits or . _ = -, got "
+                f"{str(name)!r}"
+            )
+        texts = [] if overrides is None else overrides
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"search.arms.{name} must be overrides, like [method=lora, relora.r=8], got "
+                f"{overrides!r}"
+            )
+        checked[str(name)] = texts
+    return checked
 
 
 def constraints_of(config: SearchConfig) -> list[Constraint]:

@@ -28,7 +28,7 @@ DRAWS = 20
 def draw(study: Study, worker: Worker) -> Trial | None:
     """A new trial; None if the point that was drawn last is refused."""
     grid = _is_grid(study)
-    draws = samplers.grid_size(study.spec.space) if grid else DRAWS
+    draws = samplers.grid_size(study.config, space=study.spec.space) if grid else DRAWS
     for index in range(draws):
         if grid_is_done(study):
             return None
@@ -48,9 +48,9 @@ def grid_is_done(study: Study) -> bool:
     if not _is_grid(study):
         return False
     trials = study.optuna.get_trials(deepcopy=False)
-    visited = {t.system_attrs["grid_id"] for t in trials if "grid_id" in t.system_attrs}
+    visited = samplers.points_visited(trials, study.config, space=study.spec.space)
     half = any(t.state == TrialState.RUNNING and not is_begun(t) for t in trials)
-    return len(visited) >= samplers.grid_size(study.spec.space) and not half
+    return len(visited) >= samplers.grid_size(study.config, space=study.spec.space) and not half
 
 
 def _is_grid(study: Study) -> bool:

@@ -151,7 +151,9 @@ def _first(option: Any, dimension: Dimension) -> list[Any]:
 def mark(spec: Spec) -> str:
     """Mark of a journal with all trials fitted to the spec's space."""
     space = {key: to_json(dimension) for key, dimension in spec.space.items()}
-    grid = spec.config.seed if spec.config.sampler["name"] == "grid" else None
+    grid: Any = spec.config.seed if spec.config.sampler["name"] == "grid" else None
+    if per_decade := spec.config.sampler.get("per_decade"):
+        grid = [grid, per_decade]
     text = json.dumps([space, spec.added, grid], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

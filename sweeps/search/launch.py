@@ -5,6 +5,7 @@ Not for: parsing and composing (`hydra_plugins`), nor for what a process does (`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.disk.output_dir import refuse_unwritable, study_folder
+from experiments.disk.output_dir import place_of_study, refuse_unwritable, study_folder
 from experiments.notices import across
 from relora_core.config import ConfigError, RunConfig, validate
 from sweeps import display, tracking
 from sweeps.launchers import Launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir
 from sweeps.planning import budget
-from sweeps.planning.budget import Estimate
+from sweeps.planning.budget import Estimate, Rate
 from sweeps.planning.grid import check_name
 from sweeps.planning.plan import Plan, command, make_plan
-from sweeps.search import reads
+from sweeps.search import arms, reads, samplers
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
 from sweeps.search.growth import combinations
@@ -36,6 +37,29 @@ from sweeps.search.study import Spec, Study
 
 CORNERS = 256
 """Corners of a larger space are checked where one dimension at a time leaves its first value."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Asked:
+    """What a command asks of one study."""
+
+    search: SearchConfig
+    space: Mapping[str, Dimension]
+    bases: Sequence[tuple[dict[str, str], RunConfig]]
+    """Each combination of searched groups with what it composes to."""
+    arm: str | None = None
+    """Its name in a search with arms."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """One study of a search: all of it, or an arm."""
+
+    spec: Spec
+    folder: Path
+    left: int
+    """Trials that have not ended."""
+    arm: str | None = None
 
 
 def run_search(
@@ -49,71 +73,156 @@ def run_search(
     plan_only: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Begin the study, or go on with it, until it has `search.n_trials` trials; the exit code.
+    """`run_arms` for a search without arms."""
+    return run_arms(
+        [Asked(search=search, space=space, bases=bases)],
+        name=name,
+        launcher=launcher,
+        command=command,
+        plan_only=plan_only,
+        console=console,
+    )
 
-    `bases` holds each combination of searched groups with what it composes to. Raises ConfigError
-    before anything is written where the user made a mistake.
+
+def run_arms(
+    asked: Sequence[Asked],
+    *,
+    name: str,
+    launcher: Launcher,
+    command: str = "",
+    plan_only: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Begin the study of each arm, or go on with it, until it has `search.n_trials` trials; the
+    exit code.
+
+    Raises ConfigError before anything is written where the user made a mistake.
     """
-    configs, notes = complete_configs([config for _, config in bases], launcher)
+    configs, notes = complete_configs([c for one in asked for _, c in one.bases], launcher)
     name = check_name(configs[0].sweep.name or name)
     configs = [
         dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
         for config in configs
     ]
-    folder = study_folder(configs[0].output_dir, name=name)
-    configs = reads.as_planned(configs, folder)
-    groups = list(bases[0][0])
-    spaces.check_space(space, groups=groups, when=search.when, config=configs[0])
-    points = [(choices, config) for (choices, _), config in zip(bases, configs, strict=True)]
+    output_dir = Path(configs[0].output_dir)
+    arms.check_begun(study_folder(output_dir, name=name), arms=asked[0].arm is not None)
+    rates, costs = budget.read_rates(output_dir), {}
+    parts: list[Part] = []
+    all_points: list[tuple[dict[str, str], RunConfig]] = []
+    more_notes: list[str] = []
+    made = iter(configs)
+    for one in asked:
+        folder = study_folder(output_dir, name=name, arm=one.arm)
+        own = reads.as_planned(itertools.islice(made, len(one.bases)), folder)
+        points = [(choices, config) for (choices, _), config in zip(one.bases, own, strict=True)]
+        with _naming(one.arm):
+            part, more = _part(one, points, folder=folder, command=command, notes=notes)
+            plan = make_plan(points)
+        more_notes += more
+        hours = estimates(
+            plan,
+            launcher=launcher,
+            output_dir=output_dir,
+            runs=part.left * len(one.search.seeds),
+            rates=rates,
+        )
+        costs |= {f"{one.arm or ''} {trial}".lstrip(): cost for trial, cost in hours.items()}
+        parts.append(part)
+        all_points += points
+    plan = make_plan(all_points)
+    output_dir = find_output_dir(plan)
+    check_tracking(plan)
+    plan.notes = list(dict.fromkeys([*notes, *more_notes, *uneven(parts)]))
+    outlook = SearchOutlook(
+        plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, parts=parts
+    )
+    return outlook.carry_out(console or display.make_console(), plan_only=plan_only)
+
+
+def _part(
+    asked: Asked,
+    points: Sequence[tuple[dict[str, str], RunConfig]],
+    *,
+    folder: Path,
+    command: str,
+    notes: Sequence[str],
+) -> tuple[Part, list[str]]:
+    """A study as it will be, and what to note of it; ConfigError if it is not possible."""
+    search = asked.search
+    groups = list(points[0][0])
+    spaces.check_space(asked.space, groups=groups, when=search.when, config=points[0][1])
     spec = Spec(
         config=search,
-        space=dict(space),
+        space=dict(asked.space),
         groups=groups,
         bases={spaces.base_key(choices): config for choices, config in points},
         command=command,
         notes=list(notes),
     )
-    plan = make_plan(points)
-    output_dir = find_output_dir(plan)
-    left = search.n_trials
+    left, more = search.n_trials, []
     begun = Study.open(folder) if (folder / "study.json").exists() else None
     if begun:
         reads.check(begun.spec, folder)
         left = to_do(begun, search.n_trials)
         spec, before = begun.spec.continued(spec), begun.spec
-        notes += begun_notes(spec, before)
-    notes += across(check_corners(spec), seeds=len(search.seeds))
+        more += [
+            f"{asked.arm}: {line}" if asked.arm else line for line in begun_notes(spec, before)
+        ]
+    more += across(check_corners(spec), seeds=len(search.seeds))
     spec.check()
-    check_tracking(plan)
     if begun is None:
-        spec.learnt, lines = learn(spec, output_dir=output_dir)
-        notes += lines
-    plan.notes = notes
-    costs = estimates(plan, launcher=launcher, output_dir=output_dir, runs=left * len(search.seeds))
-    outlook = SearchOutlook(
-        plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, spec=spec, left=left
-    )
-    return outlook.carry_out(console or display.make_console(), plan_only=plan_only)
+        spec.learnt, lines = learn(spec, output_dir=Path(points[0][1].output_dir))
+        more += lines
+    return Part(spec=spec, folder=folder, left=left, arm=asked.arm), more
+
+
+@contextlib.contextmanager
+def _naming(arm: str | None) -> Iterator[None]:
+    """A context in which a ConfigError begins with the arm."""
+    try:
+        yield
+    except ConfigError as error:
+        raise (ConfigError(f"arm {arm}: {error}") if arm else error) from None
+
+
+def uneven(parts: Sequence[Part]) -> list[str]:
+    """A line where arms of a grid have different numbers of points, and so of trials."""
+    if parts[0].spec.config.sampler["name"] != "grid":
+        return []
+    sizes = {
+        str(part.arm): min(samplers.grid_size(one.config, space=one.space), one.config.n_trials)
+        for part in parts
+        if (one := part.spec)
+    }
+    if len(set(sizes.values())) == 1:
+        return []
+    some = ", ".join(f"{arm} {size}" for arm, size in sizes.items())
+    return [
+        f"arms have different numbers of trials ({some}): sweep.from_search takes settings only "
+        "from arms that were tuned alike"
+    ]
 
 
 @dataclass(kw_only=True)
 class SearchOutlook(Outlook):
     """Of a search only the runs' costs are known. The plan holds the configs it starts from."""
 
-    spec: Spec
-    left: int
-    """Trials that have not ended."""
+    parts: list[Part]
 
-    study: Study | None = None
-    """Once it is written."""
+    @property
+    def folder(self) -> Path:
+        """Of the search, with all its arms."""
+        return study_folder(self.output_dir, name=self.plan.name)
+
+    @property
+    def left(self) -> int:
+        """Trials that have not ended."""
+        return sum(part.left for part in self.parts)
 
     def show(self, console: Console, *, stored: bool) -> None:
         """The space as a table, how many trials are left, and what they may cost."""
-        search, title = self.spec.config, f"search {self.plan.name}"
-        table = Table("key", "values", "where", title=title, title_justify="left", box=None)
-        for key, dimension in self.spec.space.items():
-            table.add_row(key, dimension.text(), search.when.get(key, ""))
-        console.print(table)
+        search = self.parts[0].spec.config
+        console.print(self._arms() if self.parts[0].arm else self._space())
         goals = "; ".join(one.text() for one in search.objectives)
         rules = f", {' and '.join(search.constraints)}" if search.constraints else ""
         cost = budget.total(self.costs.values())
@@ -125,33 +234,60 @@ class SearchOutlook(Outlook):
             f"{search.sampler['name']} sampler, pruner {search.pruner['name']}, "
             f"seeds {' '.join(map(str, search.seeds))}",
         )
-        ended = search.n_trials - self.left
+        n_trials = search.n_trials * len(self.parts)
         display.say(
-            console, f"{ended} of {search.n_trials} trials have ended, {self.left} left{price}"
+            console,
+            f"{n_trials - self.left} of {n_trials} trials have ended, {self.left} left{price}",
         )
+
+    def _space(self) -> Table:
+        spec = self.parts[0].spec
+        title = f"search {self.plan.name}"
+        table = Table("key", "values", "where", title=title, title_justify="left", box=None)
+        for key, dimension in spec.space.items():
+            table.add_row(key, dimension.text(), spec.config.when.get(key, ""))
+        return table
+
+    def _arms(self) -> Table:
+        title = f"search {self.plan.name}: {len(self.parts)} arms"
+        table = Table("arm", "method", "searched", title=title, title_justify="left", box=None)
+        table.add_column("ended", justify="right")
+        for part in self.parts:
+            space, n_trials = part.spec.space, part.spec.config.n_trials
+            table.add_row(
+                part.arm,
+                " ".join(dict.fromkeys(base.method for base in part.spec.bases.values())),
+                "  ".join(f"{key}={one.text()}" for key, one in space.items()),
+                f"{n_trials - part.left}/{n_trials}",
+            )
+        return table
 
     def check(self) -> None:
         super().check()
         self.launcher.check_search(self.plan)
 
     def store(self) -> None:
-        folder = study_folder(self.output_dir, name=self.plan.name)
-        self.study = study = Study.open(folder, create=self.spec)
-        # the grid sampler's may be fewer
-        self.left = study.left() + study.counts().get("RUNNING", 0)
+        for part in self.parts:
+            study = Study.open(part.folder, create=part.spec)
+            # the grid sampler's may be fewer
+            part.left = study.left() + study.counts().get("RUNNING", 0)
+        if self.parts[0].arm:
+            arms.write_arms(self.folder, [str(part.arm) for part in self.parts])
 
     def start(self, console: Console) -> int:
-        assert self.study is not None
         if not self.left:
-            done = f"{self.plan.name} has its {self.spec.config.n_trials} trials"
-            console.print(f"nothing to do: {done}", highlight=False)
-            return close(self.study, console)
+            each = f" for each of {len(self.parts)} arms" if self.parts[0].arm else ""
+            n_trials = self.parts[0].spec.config.n_trials
+            console.print(
+                f"nothing to do: {self.plan.name} has its {n_trials} trials{each}", highlight=False
+            )
+            return close(self.folder, console)
         with refuse_unwritable(self.output_dir):
             code = start_processes(
-                self.launcher, self.study.folder,
+                self.launcher, self.folder,
                 left=self.left, config=self.plan.cells[0].config, console=console,
             )  # fmt: skip
-        return close(self.study, console) or code if self.launcher.kind == "local" else code
+        return close(self.folder, console) or code if self.launcher.kind == "local" else code
 
 
 def begun_notes(spec: Spec, before: Spec) -> list[str]:
@@ -172,11 +308,31 @@ def to_do(study: Study, n_trials: int) -> int:
     return max(0, n_trials - ended)
 
 
-def close(study: Study, console: Console) -> int:
-    """Write and print the search's results; 1 if no trial has a value."""
+def close(folder: Path, console: Console) -> int:
+    """Write and print the search's results; 1 if no trial of any arm has a value."""
+    from sweeps.search import response, response_files
     from sweeps.search.results import write_results
 
-    name, output_dir = study.name, study.folder.resolve().parents[2]
+    output_dir, name, _ = place_of_study(folder.resolve())
+    studies = arms.open_studies(folder)
+    failed = [study for study in studies if _close(study, console)]
+    if len(failed) == len(studies):
+        return 1
+    if len(studies) == 1 and studies[0].arm is None:
+        write_results(folder)
+    else:
+        response_files.write(response.read(folder), folder)
+    if any(base.tracking.enabled for study in studies for base in study.spec.bases.values()):
+        # plots go to the parent run
+        for line in tracking.new_problems(tracking.show(output_dir, name)):
+            console.print(line, style="yellow", highlight=False, soft_wrap=True)
+    display.say(console, f"results: {command('search', name, output_dir=output_dir)}")
+    return 0
+
+
+def _close(study: Study, console: Console) -> bool:
+    """Print how the trials of a study have ended; whether all have failed."""
+    name = f"{study.name} {study.arm}" if study.arm else study.name
     counts = {state.lower(): n for state, n in study.counts().items() if n}
     ends = ", ".join(f"{n} {state}" for state, n in counts.items())
     console.print(f"{name}: {ends or 'no trial yet'}", highlight=False)
@@ -186,14 +342,8 @@ def close(study: Study, console: Console) -> int:
             f"error: all {counts['fail']} trials failed; the newest: {reasons[0]}",
             style="bold red", highlight=False, soft_wrap=True,
         )  # fmt: skip
-        return 1
-    write_results(study.folder)
-    if any(base.tracking.enabled for base in study.spec.bases.values()):
-        # plots go to the parent run
-        for line in tracking.new_problems(tracking.show(output_dir, name)):
-            console.print(line, style="yellow", highlight=False, soft_wrap=True)
-    display.say(console, f"results: {command('search', name, output_dir=output_dir)}")
-    return 0
+        return True
+    return False
 
 
 # checks -----------------------------------------------------------------------------------------
@@ -259,10 +409,9 @@ def _ends(dimension: Dimension) -> list[Any]:
 
 # cost and plan ----------------------------------------------------------------------------------
 def estimates(
-    plan: Plan, *, launcher: Launcher, output_dir: Path, runs: int
+    plan: Plan, *, launcher: Launcher, output_dir: Path, runs: int, rates: Sequence[Rate]
 ) -> dict[str, Estimate | None]:
     """What each run still to come may cost: the combinations of groups in turn."""
-    rates = budget.read_rates(output_dir)
     per_cell = budget.estimates(
         plan.cells, states={}, output_dir=output_dir, rates=rates, place=launcher.place
     )

@@ -39,6 +39,7 @@ from sweeps import worker
 from sweeps.attempt import follow, is_stalled, redirect_output
 from sweeps.planning.plan import make_plan, store
 from sweeps.search import reads
+from sweeps.search.arms import open_studies
 from sweeps.search.objective import REPORTS
 from sweeps.search.study import Study
 from sweeps.search.trial import Trial, Worker
@@ -58,24 +59,39 @@ LOOK_EVERY_S = 2.0
 def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
     """Run trials until none is left: how it ended. `most` is of a scheduler's job: its next trial
     is taken only while the ones before ended early."""
-    study, me = Study.open(folder), this_process()
-    taken = 0
+    studies, me = open_studies(folder), this_process()
+    taken, ended_early = 0, False
     while True:
         stop.next_run()
         if stop():
             return INTERRUPTED
-        if gave_up(study) or changed(study):
-            return FAILED
-        trial = study.take(me, gone=Gone(study))
+        trial = None
+        for study in in_turn(studies, me):
+            if gave_up(study) or changed(study):
+                studies.remove(study)  # the other arms go on
+                ended_early = True
+            elif trial := study.take(me, gone=Gone(study)):
+                break
         if trial is None:
-            return FINISHED
-        print(f"trial {trial.number}: {told(trial.params)}", flush=True)
+            return FAILED if ended_early else FINISHED
+        print(f"{trial.name}: {told(trial.params)}", flush=True)
         taken += 1
         early = run_trial(trial, stop=stop)
         if early is None:
             return INTERRUPTED
         if most is not None and (taken >= most or not early):
             return FINISHED
+
+
+def in_turn(studies: Sequence[Study], me: Worker) -> list[Study]:
+    """In the order to ask them for a trial: where one is mine already, then with the fewest begun,
+    so that a search that is stopped halfway has tried all arms as often."""
+
+    def rank(study: Study) -> tuple[bool, int]:
+        mine = any(trial.mine(me) for trial in study.running())
+        return not mine, len(study.trials())
+
+    return sorted(studies, key=rank) if len(studies) > 1 else list(studies)
 
 
 def told(params: Mapping[str, object]) -> str:
@@ -89,8 +105,9 @@ def gave_up(study: Study) -> bool:
     reasons = study.failures()
     if len(reasons) < study.config.max_failures:
         return False
+    arm = f"{study.arm}: " if study.arm else ""
     print(
-        f"error: the newest {len(reasons)} trials failed (search.max_failures="
+        f"error: {arm}the newest {len(reasons)} trials failed (search.max_failures="
         f"{study.config.max_failures}); the newest: {reasons[0]}",
         file=sys.stderr,
     )
@@ -199,12 +216,12 @@ def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
                 return None
             if outcome is Outcome.PRUNED:
                 trial.prune()
-                print(f"trial {trial.number}: pruned at step {run_dir.newest_step()}", flush=True)
+                print(f"{trial.name}: pruned at step {run_dir.newest_step()}", flush=True)
                 return True
             if outcome is Outcome.CANCELLED:
                 raise ConfigError(f"{run_dir.run_id} was cancelled")
         verdict = trial.finish()
-        print(f"trial {trial.number}: {verdict.values or verdict.reason}", flush=True)
+        print(f"{trial.name}: {verdict.values or verdict.reason}", flush=True)
         return verdict.values is None
     except (ConfigError, DataError) as error:
         return _failed(trial, str(error))
@@ -215,7 +232,7 @@ def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
 
 def _failed(trial: Trial, reason: str) -> bool:
     trial.fail(reason)
-    print(f"trial {trial.number} failed: {reason}", file=sys.stderr, flush=True)
+    print(f"{trial.name} failed: {reason}", file=sys.stderr, flush=True)
     return True
 
 
@@ -321,14 +338,15 @@ class SearchSink:
 
 # as a scheduler's job ---------------------------------------------------------------------------
 def trials_per_job(folder: Path | str) -> int:
-    return Study.open(folder).config.trials_per_job
+    return open_studies(folder)[0].config.trials_per_job
 
 
 # the process ------------------------------------------------------------------------------------
 def held(folder: Path | str) -> list[RunDir] | None:
     """The begun runs of this job's unfinished trial; None if it has no trial."""
     job_id = current_job()
-    for trial in running(Study.open(folder)):
+    trials = (trial for study in open_studies(folder) for trial in running(study))
+    for trial in trials:
         if job_id is not None and _job(trial) == job_id:
             return [run for run in trial.runs if run.status().attempts]
     return None

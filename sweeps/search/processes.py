@@ -9,9 +9,11 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from relora_core import shared
@@ -22,6 +24,7 @@ from sweeps.local import warm
 from sweeps.local.processes import POLL_S, Processes, Workers, open_processes, stop_requested
 from sweeps.local.slots import Slots
 from sweeps.local.warm import UNKNOWN
+from sweeps.search.arms import open_studies
 from sweeps.search.study import Study
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.searches import submit_search
@@ -71,14 +74,15 @@ class Team:
     console: Console
     codes: list[int] = field(default_factory=list)
     killed: int = 0
-    printed: set[int] = field(default_factory=set)
-    """Trials that have a line, or had ended before."""
+    printed: set[tuple[str | None, int]] = field(default_factory=set)
+    """Arm and number of trials that have a line, or had ended before."""
 
     def run(self, stop: threading.Event) -> None:
-        study = Study.open(self.folder)
-        for trial in study.optuna.get_trials(deepcopy=False):
-            if trial.state.is_finished():
-                self.printed.add(trial.number)
+        studies = open_studies(self.folder)
+        for study in studies:
+            for trial in study.optuna.get_trials(deepcopy=False):
+                if trial.state.is_finished():
+                    self.printed.add((study.arm, trial.number))
         while not self.processes.ready and not stop.is_set():
             stop.wait(POLL_S)
         printed = time.monotonic()
@@ -86,14 +90,14 @@ class Team:
             for number in range(0 if stop.is_set() else self.processes.slots.parallel):
                 self._start(number)
             while self.processes.work and not stop.is_set():
-                self._reap(most=study.config.max_failures)
+                self._reap(most=studies[0].config.max_failures)
                 if time.monotonic() - printed >= PRINT_EVERY_S:
-                    self._print_ended(study)
+                    self._print_ended(studies)
                     printed = time.monotonic()
                 stop.wait(POLL_S)
         finally:
             self.processes.stop()  # the same command goes on
-            self._print_ended(study)
+            self._print_ended(studies)
 
     def _log(self, number: int) -> Path:
         return self.folder / "logs" / f"process-{number}.log"
@@ -123,18 +127,20 @@ class Team:
             else:
                 self.codes.append(1)
 
-    def _print_ended(self, study: Study) -> None:
+    def _print_ended(self, studies: Sequence[Study]) -> None:
         """A line for each trial that has ended."""
-        for trial in study.optuna.get_trials(deepcopy=False):
-            if not trial.state.is_finished() or trial.number in self.printed:
-                continue
-            self.printed.add(trial.number)
-            values = " ".join(f"{value:.5g}" for value in trial.values or [])
-            params = " ".join(f"{k}={_short(v)}" for k, v in trial.params.items())
-            self.console.print(
-                f"trial {trial.number:>3} {trial.state.name.lower():<8} {values}  {params}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+        for study in studies:
+            for trial in study.optuna.get_trials(deepcopy=False):
+                if trial.state.is_finished() and (study.arm, trial.number) not in self.printed:
+                    self.printed.add((study.arm, trial.number))
+                    self.console.print(_line(study, trial), highlight=False, soft_wrap=True)
+
+
+def _line(study: Study, trial: FrozenTrial) -> str:
+    values = " ".join(f"{value:.5g}" for value in trial.values or [])
+    params = " ".join(f"{k}={_short(v)}" for k, v in trial.params.items())
+    arm = f"{study.arm} " if study.arm else ""
+    return f"{arm}trial {trial.number:>3} {trial.state.name.lower():<8} {values}  {params}"
 
 
 def _short(value: object) -> str:
@@ -143,7 +149,7 @@ def _short(value: object) -> str:
 
 def tracked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep MLflow up to date at intervals, if tracking is on."""
-    config = next(iter(Study.open(folder).spec.bases.values()))
+    config = next(iter(open_studies(folder)[0].spec.bases.values()))
     if not config.tracking.enabled:
         return contextlib.nullcontext()
     return tracking.keep_up_to_date(

@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.disk import inputs
 from experiments.disk.inputs import Change
+from experiments.disk.output_dir import place_of_study
 from experiments.disk.run_dir import RunDir
 from relora_core.config import RunConfig
 from sweeps.planning.plan import command
@@ -28,7 +29,8 @@ def taken(folder: Path) -> list[dict[str, Any]]:
 
 def changes(spec: Spec, folder: Path) -> list[Change]:
     """What is neither as planned nor as it was taken."""
-    output_dir, prints = folder.resolve().parents[2], inputs.fingerprints(taken(folder))
+    output_dir = place_of_study(folder.resolve()).output_dir
+    prints = inputs.fingerprints(taken(folder))
     bases = {repr((b.data, b.eval)): b for b in spec.bases.values()}
     seen: dict[tuple[str, str, str], Change] = {}
     for base in bases.values():
@@ -42,7 +44,7 @@ def changes(spec: Spec, folder: Path) -> list[Change]:
 def check(spec: Spec, folder: Path) -> None:
     """ConfigError, one line, if something has changed."""
     if changed := changes(spec, folder):
-        output_dir, name = folder.resolve().parents[2], folder.resolve().parent.name
+        output_dir, name, _ = place_of_study(folder.resolve())
         way = command("search", name, "--accept-changed", output_dir=output_dir)
         remedy = f"`{way}` goes on with what is there now, and writes it down"
         raise inputs.refusal(changed, remedy=f"{remedy}; or search under another sweep.name")

@@ -24,7 +24,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.disk.output_dir import run_at
+from experiments.disk.output_dir import place_of_study, run_at
 from experiments.disk.plans import read_sweeps
 from experiments.disk.run_dir import RunDir
 from experiments.stats import mean_interval
@@ -140,13 +140,8 @@ class Results:
 def read(folder: Path | str) -> tuple[Results, optuna.Study]:
     """The results of the study in `folder`, OUTPUT_DIR/sweeps/NAME/study, and the study itself."""
     study = Study.open(folder)
-    output_dir, name = _place(Path(folder))
+    output_dir, name, _ = place_of_study(folder)
     return collect(study.optuna, study.config, name=name, output_dir=output_dir), study.optuna
-
-
-def _place(folder: Path) -> tuple[Path, str]:
-    """output_dir and the study's name."""
-    return folder.parent.parent.parent, folder.parent.name
 
 
 def collect(
@@ -305,11 +300,20 @@ def write_results(folder: Path | str) -> list[Path]:
 
 def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[Path], list[str]]:
     """Write the artifacts; the files, and a line for each plot that could not be made."""
+    written = write_data(results, folder=folder)
+    drawn, left_out = plots.draw(study, goals=results.goals, folder=folder / "plots")
+    return written + drawn, left_out
+
+
+def write_data(results: Results, *, folder: Path) -> list[Path]:
+    """Write the artifacts but the plots; the files."""
     written = [folder / "best.json", folder / "trials.csv"]
     atomic.write_json(written[0], best_json(results))
     atomic.write_text(written[1], trials_csv(results))
     for best in results.best:
-        text = experiment_text(results, number=best.number, name=None, output_dir=_place(folder)[0])
+        text = experiment_text(
+            results, number=best.number, name=None, output_dir=place_of_study(folder).output_dir
+        )
         if text is not None:
             several = len(results.goals) > 1
             path = folder / (f"best-{best.number}.yaml" if several else "best.yaml")
@@ -317,8 +321,7 @@ def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[
             written.append(path)
     for old in set(folder.glob("best*.yaml")) - set(written):  # no longer among the best
         old.unlink()
-    drawn, left_out = plots.draw(study, goals=results.goals, folder=folder / "plots")
-    return written + drawn, left_out
+    return written
 
 
 def best_json(results: Results) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import inspect
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from optuna.trial import FrozenTrial
 
 from relora_core.config import ConfigError, nearest
 from sweeps.search.config import SearchConfig
-from sweeps.search.space import Choice, Dimension, Int
+from sweeps.search.space import Choice, Dimension, Float, Int
 
 _PICKLED = {
     "cmaes": ("CMA", "SepCMA", "CMAwM"),
@@ -57,6 +58,16 @@ class CmaEsSampler(optuna.samplers.CmaEsSampler):
 class GridSampler(optuna.samplers.GridSampler):
     """Optuna's, which gives trial n the n-th point, though a grid that has grown, or that has
     learnt, may have been there."""
+
+    def __init__(
+        self,
+        search_space: Mapping[str, Sequence[Any]],
+        seed: int | None = None,
+        *,
+        per_decade: int | None = None,
+    ) -> None:
+        """`per_decade` has made the search space (`_grid`)."""
+        super().__init__(search_space, seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         if trial.number not in self._get_unvisited_grid_ids(study):
@@ -173,7 +184,7 @@ def make_sampler(
     name, options = config.sampler["name"], _options(config.sampler)
     own = (config.seed * 1_000_003 + draw) % 2**32
     if name == "grid":
-        options["search_space"] = _grid(space)
+        options["search_space"] = _grid(space, per_decade=options.get("per_decade"))
     if name == "qmc":
         options["independent_sampler"] = optuna.samplers.RandomSampler(seed=own)
     options["seed"] = config.seed if name in ("grid", "qmc") else own
@@ -201,6 +212,16 @@ def visited(
     return notes
 
 
+def points_visited(
+    trials: Sequence[FrozenTrial], config: SearchConfig, *, space: Mapping[str, Dimension]
+) -> set[int]:
+    """Points of the grid, as it is now, that trials have been given."""
+    grid = make_sampler(config, space=space, draw=0)
+    assert isinstance(grid, GridSampler)
+    noted = [t.system_attrs for t in trials if "grid_id" in t.system_attrs]
+    return {one["grid_id"] for one in noted if grid._same_search_space(one["search_space"])}
+
+
 def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
     name = config.pruner["name"]
     return _make("search.pruner", _PRUNERS[name], _options(config.pruner))
@@ -225,25 +246,48 @@ def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> Non
     make_pruner(config)
 
 
-def grid_size(space: Mapping[str, Dimension]) -> int:
+def grid_size(config: SearchConfig, *, space: Mapping[str, Dimension]) -> int:
     """Points of the full grid."""
-    size = 1
-    for values in _grid(space).values():
-        size *= len(values)
-    return size
+    grid = _grid(space, per_decade=config.sampler.get("per_decade"))
+    return math.prod(map(len, grid.values()))
 
 
-def _grid(space: Mapping[str, Dimension]) -> dict[str, list[Any]]:
+def _grid(space: Mapping[str, Dimension], *, per_decade: Any = None) -> dict[str, list[Any]]:
+    """Values of each key; with `per_decade` a logarithmic interval has so many a decade."""
+    if per_decade is not None and (type(per_decade) is not int or per_decade < 1):
+        raise ConfigError(
+            f"search.sampler.per_decade must be an integer >= 1, got {per_decade!r}; nearest "
+            "valid: 3"
+        )
     grid = {}
     for key, dimension in space.items():
         values = dimension.finite()
+        if per_decade is not None and not isinstance(dimension, Choice) and dimension.log:
+            values = lattice(dimension, per_decade=per_decade)
+            if not values:
+                raise ConfigError(
+                    f"search.space.{key} must hold one of {per_decade} values a decade "
+                    f"(search.sampler.per_decade), got {dimension.text()}"
+                )
         if values is None:
             raise ConfigError(
                 f"search.space.{key} must be a finite list for search.sampler=grid, got "
-                f"{dimension.text()}"
+                f"{dimension.text()}; search.sampler.per_decade=3 lists tag(log, interval())"
             )
         grid[key] = [encode(value) for value in values]
     return grid
+
+
+def lattice(dimension: Int | Float, *, per_decade: int) -> list[Any]:
+    """10 ** (k / per_decade), to three digits, for all k with a value in the interval: a wider one
+    has all of these, so that its grid goes on with theirs, and arms share what they try."""
+    low, high = dimension.low, dimension.high
+    first = math.floor(math.log10(low) * per_decade)
+    last = math.ceil(math.log10(high) * per_decade)
+    values = [float(f"{10 ** (k / per_decade):.3g}") for k in range(first, last + 1)]
+    if isinstance(dimension, Int):
+        values = list(dict.fromkeys(map(round, values)))
+    return [value for value in values if low <= value <= high]
 
 
 def _options(named: Mapping[str, Any]) -> dict[str, Any]:

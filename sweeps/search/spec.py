@@ -12,6 +12,7 @@ from typing import Any
 from experiments import json_files
 from experiments.addresses import located
 from experiments.disk import frozen
+from experiments.disk.output_dir import place_of_study
 from experiments.identity import config_from_json
 from relora_core import atomic
 from relora_core.config import ConfigError, RunConfig, nearest
@@ -67,7 +68,7 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> Spec:
         """ConfigError if the file is missing or is none."""
-        output_dir = path.absolute().parents[3]
+        output_dir, name, arm = place_of_study(path.parent)
         try:
             raw = json_files.parse(path.read_bytes())
             bases = {k: config_from_json(json.dumps(one)) for k, one in raw["bases"].items()}
@@ -83,9 +84,7 @@ class Spec:
                 learnt=raw.get("learnt", []),
             )
         except FileNotFoundError:
-            raise ConfigError(
-                f"{path.parents[1].name} must be a search, but has no {path}"
-            ) from None
+            raise ConfigError(f"{arm or name} must be a search, but has no {path}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} must be a search as this version writes it ({error!r}); move it away to "

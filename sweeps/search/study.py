@@ -28,6 +28,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.addresses import relative_database, with_password
+from experiments.disk.output_dir import place_of_study
 from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps.search import draws, growth, journal, learn, samplers
@@ -74,8 +75,9 @@ class Study:
                 study._enqueue()
         return study
 
-    name = property(lambda self: self.folder.parent.name)
-    output_dir = property(lambda self: self.folder.parents[2])
+    name = property(lambda self: place_of_study(self.folder).name)
+    arm = property(lambda self: place_of_study(self.folder).arm)
+    output_dir = property(lambda self: place_of_study(self.folder).output_dir)
     path = property(lambda self: self.folder / "study.json")
     journal_path = property(lambda self: self.folder / "journal.log")
 

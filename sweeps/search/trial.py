@@ -69,6 +69,11 @@ class Trial:
         return point(self.study.spec, self.params, seed=seed)
 
     @property
+    def name(self) -> str:
+        """`trial 3`, or `trial 3 of lora` in a search with arms."""
+        return f"trial {self.number}" + (f" of {self.study.arm}" if self.study.arm else "")
+
+    @property
     def seeds(self) -> list[int]:
         return self.study.config.seeds
 
@@ -178,6 +183,7 @@ def to_record(
     """All data of a trial, as JSON."""
     return {
         "study": study.name,
+        "arm": study.arm,
         "study_id": study.spec.id,
         "number": frozen.number,
         "seed": seed,

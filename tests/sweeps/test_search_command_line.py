@@ -184,3 +184,95 @@ def test_in_a_search_alpha_follows_the_rank_at_a_fixed_or_searched_scale(searche
     for words in (["relora.alpha=4,8"], ["relora.alpha=16"]):
         with pytest.raises(ConfigError, match=r"^relora.alpha must be left out"):
             searched(*SMALL, "relora.scale=2", *words)
+
+
+# arms -------------------------------------------------------------------------------------------
+ARMS = {
+    "full": ["method=full_rank"],
+    "lora": ["method=lora", "relora.r=choice(2,4)"],
+    "fast": ["method=lora", "train.lr=tag(log,interval(1e-2,1e-1))"],
+}
+
+
+@pytest.fixture
+def arms_of(loader, monkeypatch):
+    """Arm -> what run_arms is asked of it, with ARMS and these words."""
+
+    def go(*words):
+        asked = []
+
+        def run_arms(all_asked, **options):
+            asked.extend(all_asked)
+            return 0
+
+        monkeypatch.setattr("sweeps.search.launch.run_arms", run_arms)
+        words = ["hydra/sweeper=search", "model=nano", *words]
+        config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
+        sweeper = Plugins.instance().instantiate_sweeper(
+            config=config,
+            hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
+            task_function=lambda config: None,
+        )
+        lists = (f"{name}: [{','.join(map(repr, texts))}]" for name, texts in ARMS.items())
+        arms = f"search.arms={{{', '.join(lists)}}}"
+        given = [w for w in words if not w.startswith("hydra")]
+        sweeper.sweep([arms, "search.space={train.lr: 'tag(log,interval(1e-3,1e-2))'}",
+                       "search.objectives=[train/loss]", *given])  # fmt: skip
+        return {one.arm: one for one in asked}
+
+    return go
+
+
+def test_an_arm_is_its_overrides_and_what_it_searches(arms_of):
+    made = arms_of()
+    assert list(made) == ["full", "lora", "fast"]
+    file, fast = Float(low=1e-3, high=1e-2, log=True), Float(low=1e-2, high=1e-1, log=True)
+    assert made["full"].space == {"train.lr": file}
+    assert made["lora"].space == {"train.lr": file, "relora.r": Choice(values=[2, 4])}
+    assert made["fast"].space == {"train.lr": fast}
+    for name, one in made.items():
+        ((_, base),) = one.bases
+        assert base.sweep.arm == name
+        assert base.method == ("full_rank" if name == "full" else "lora")
+        assert one.search.arms == {}
+
+
+def test_the_command_line_wins_over_an_arm_and_an_arm_over_the_file(arms_of):
+    made = arms_of("relora.r=8", "train.lr=1e-2,2e-2")
+    assert made["lora"].space == made["fast"].space == {"train.lr": Choice(values=[1e-2, 2e-2])}
+    ((_, base),) = made["lora"].bases
+    assert base.relora.r == 8
+
+
+def test_some_arms_can_be_taken(arms_of):
+    assert list(arms_of("sweep.arm=fast,full")) == ["fast", "full"]
+    assert list(arms_of("sweep.arm=lora")) == ["lora"]
+    with pytest.raises(ConfigError, match=r"^sweep.arm must be one of full, lora, fast, got 'lor"):
+        arms_of("sweep.arm=lor")
+
+
+def test_what_is_tried_first_is_tried_in_arms_that_search_it(arms_of):
+    made = arms_of("search.enqueue=[{train.lr: 0.01, relora.r: 4}]")
+    assert made["lora"].search.enqueue == [{"train.lr": 0.01, "relora.r": 4}]
+    assert made["full"].search.enqueue == [{"train.lr": 0.01}]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["search.arms.lora=['method=lor']"], "arm lora:"),
+        (["search.arms.x=['search.seeds=3']"], "search.arms.x must set what its runs do"),
+        (["search.arms.x='method=lora'"], "search.arms.x must be overrides"),
+        (["sweep.arm=nothing"], "sweep.arm must be one of full_rank, lora"),
+        (["search.learn_from=x"], "search.learn_from must be empty with search.arms"),
+        (["search.objectives=[train/loss,cost/trainable]"], "search.objectives must be one"),
+        (["search.arms.relora=['relora.r=choice(4,4096)']"], "arm relora: search.space must hold"),
+    ],
+)
+def test_a_mistake_in_an_arm_is_one_line_and_leaves_nothing(words, says, tmp_path):
+    given = ["-m", "hydra/sweeper=search", "search=method_lr", "model=nano", *words]
+    done = command(*given, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+"""What a search with arms leaves as files: its tables, and how each arm responds to its rate.
+
+    study/arms.csv        a line for each arm: its best setting, what it is worth, at an edge or not
+         /response.csv    a line for each trial: rate, other values, objective with interval
+         /plots/response  the objective over the rate, a panel an arm, on common axes
+
+Not for: their numbers (`response.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from experiments import stats
+from experiments.colours import OKABE_ITO
+from experiments.report.figures import canvas
+from experiments.report.figures.canvas import Drawing
+from relora_core import atomic
+from sweeps.search import results
+from sweeps.search.arms import arm_folders
+from sweeps.search.response import RATE, Arm, best_row, rates, rows, seed_values, to_csv
+from sweeps.search.results import TrialRow
+
+COLUMNS = 4
+LONGEST_NAME = 30
+MOST_LINES = 4
+"""Settings of the other keys that have a line each; more are dots alone."""
+
+
+def write(arms: Sequence[Arm], folder: Path | str) -> list[Path]:
+    """All files of a search with arms: its own, and each arm's best and trials; those written."""
+    folder, written = Path(folder), []
+    for arm, place in zip(arms, arm_folders(folder).values(), strict=True):
+        if arm.results.trials:
+            written += results.write_data(arm.results, folder=place)
+    tables = {"arms.csv": [best_row(arm) for arm in arms], "response.csv": rows(arms)}
+    for name, table in tables.items():
+        if table:
+            atomic.write_text(folder / name, to_csv(table))
+            written.append(folder / name)
+    return written + draw(arms, folder=folder / "plots")
+
+
+def draw(arms: Sequence[Arm], *, folder: Path) -> list[Path]:
+    """The objective over the rate as PNG and SVG; nothing where no arm has tried two rates."""
+    if not any(len(rates(arm)) > 1 for arm in arms):
+        return []
+    made = canvas.produce("response", title="", draw=lambda: figure(arms), folder=folder)
+    return [path for path in (made.png, made.svg) if path]
+
+
+# the picture ------------------------------------------------------------------------------------
+def figure(arms: Sequence[Arm]) -> Drawing:
+    """Each arm's objective over the rate, with intervals over seeds; its best is marked."""
+    drawn = [arm for arm in arms if rates(arm)]
+    columns = min(COLUMNS, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
+    made = Canvas(figsize=(2.6 * columns + 0.6, 2.3 * lines + 0.5))
+    goal = drawn[0].results.goals[0]
+    low, high = limits(drawn)
+    first: Axes | None = None
+    for index, arm in enumerate(drawn):
+        ax = made.add_subplot(lines, columns, index + 1, sharex=first, sharey=first)
+        first = first or ax
+        _panel(ax, arm, low=low, high=high)
+        ax.label_outer()
+        if index + columns >= len(drawn):
+            ax.tick_params(axis="x", labelbottom=True, which="both")
+            ax.set_xlabel("learning rate")
+    assert first is not None
+    first.set_xscale("log")
+    first.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    first.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
+    first.xaxis.set_minor_formatter(NullFormatter())
+    every = [rate for arm in drawn for rate in rates(arm)]
+    first.set_xlim(min(every) / 1.4, max(every) * 1.4)
+    first.set_ylim(low, high)
+    made.supylabel(goal.metric, fontsize=10)
+    return Drawing(canvas=made, caption="")
+
+
+def limits(arms: Sequence[Arm]) -> tuple[float, float]:
+    """Ends of the common axis: the best, and well beyond the typical; what diverged is off it."""
+    minimize = arms[0].results.goals[0].direction == "minimize"
+    values = [
+        trial.values[0]
+        for arm in arms
+        for trial in arm.results.trials
+        if trial.values and math.isfinite(trial.values[0])
+    ]
+    sign = 1.0 if minimize else -1.0
+    costs = sorted(sign * value for value in values) or [0.0]
+    best, typical = costs[0], statistics.median(costs)
+    worst = min(costs[-1], best + 3 * (typical - best)) if len(costs) > 1 else best
+    margin = 0.08 * (worst - best) or 0.05 * abs(best) or 1.0
+    ends = sorted((sign * (best - margin), sign * (worst + margin)))
+    return ends[0], ends[1]
+
+
+def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
+    groups: dict[tuple[tuple[str, Any], ...], list[TrialRow]] = {}
+    for trial in arm.results.trials:
+        if trial.values and RATE in trial.params:
+            others = tuple((k, v) for k, v in trial.params.items() if k != RATE)
+            groups.setdefault(others, []).append(trial)
+    lined = len(groups) <= MOST_LINES
+    for index, (others, trials) in enumerate(sorted(groups.items(), key=lambda g: _order(g[0]))):
+        colour = OKABE_ITO[index] if lined else canvas.GREY
+        label = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in others)
+        trials.sort(key=lambda trial: trial.params[RATE])
+        _trials(ax, trials, colour=colour, line=lined, low=low, high=high, label=label)
+    if best := arm.best:
+        trial = arm.results.trial(best.number)
+        rate, value = trial.params[RATE], best.values[arm.results.goals[0].metric]
+        ax.plot([rate], [value], "*", color=canvas.DARK, markersize=11, zorder=5, clip_on=False)
+    title = arm.name if len(arm.name) <= LONGEST_NAME else f"{arm.name[: LONGEST_NAME - 3]}..."
+    edge = any(words.startswith(f"{RATE}=") for words in arm.edges)
+    ax.set_title(f"{title} (best at the edge)" if edge else title, color="#b3261e" if edge else "k")
+    if lined and any(groups):
+        ax.legend(loc="best", fontsize=7.5, handlelength=1.2, borderaxespad=0.2)
+
+
+def _trials(
+    ax: Axes,
+    trials: Sequence[TrialRow],
+    *,
+    colour: str,
+    line: bool,
+    low: float,
+    high: float,
+    label: str,
+) -> None:
+    """One setting of the other keys: its curve, dots with intervals, marks at what is off the
+    axis."""
+    inside = [t for t in trials if t.values and low <= t.values[0] <= high]
+    points = [(t.params[RATE], t.values[0]) for t in inside if t.values]
+    if line:
+        ax.plot(*zip(*points, strict=True), "-", color=colour, linewidth=1.2) if points else None
+    ax.plot([], [], "o-" if line else "o", color=colour, markersize=4, label=label)
+    for trial, (rate, value) in zip(inside, points, strict=True):
+        ax.plot([rate], [value], "o", color=colour, markersize=4)
+        values = seed_values(trial)
+        interval = stats.mean_interval(values) if values else None
+        if interval and interval.low is not None and interval.high is not None:
+            ends = [max(interval.low, low), min(interval.high, high)]
+            ax.plot([rate, rate], ends, "-", color=colour, linewidth=1.0, alpha=0.6)
+    for trial in trials:
+        if trial not in inside and trial.values:
+            off = low if trial.values[0] < low else high
+            shape = "x" if math.isinf(trial.values[0]) else "^" if off == high else "v"
+            ax.plot([trial.params[RATE]], [off], shape, color=colour, markersize=5, clip_on=False)
+
+
+def _order(others: tuple[tuple[str, Any], ...]) -> list[tuple[bool, Any]]:
+    return [
+        (isinstance(v, str), str(v) if not isinstance(v, (int, float)) else v) for _, v in others
+    ]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

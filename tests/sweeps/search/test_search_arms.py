@@ -1,0 +1,344 @@
+"""A search with arms: each is tuned alone, as often as the others, and its edges are said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+from studies import finish_all, me, ran
+
+from experiments import scheduler
+from experiments.disk.output_dir import jobs_folder, place_of_study, study_folder
+from experiments.run.stopping import StopFlag
+from relora_core.config import ConfigError
+from sweeps import job
+from sweeps.__main__ import main
+from sweeps.search import arms, process, response, samplers
+from sweeps.search.config import check_arms, normalise
+from sweeps.search.space import Choice, Float, Int
+from sweeps.search.study import Study
+from sweeps.slurm.submission import Submission
+from sweeps.worker import FAILED, FINISHED
+from tests.sweeps.records import end_run
+
+RATE = Float(low=1e-4, high=1e-1, log=True)
+GRID = {"name": "grid", "per_decade": 1}
+
+
+@pytest.fixture
+def begun(spec, tmp_path):
+    """`begun(lora=spec, ...)`: the folder of a search with these arms."""
+
+    def go(**specs):
+        folder = study_folder(tmp_path / "out", name="s")
+        for arm, one in specs.items():
+            Study.open(study_folder(tmp_path / "out", name="s", arm=arm), create=one)
+        arms.write_arms(folder, list(specs))
+        return folder
+
+    return go
+
+
+@pytest.fixture
+def grid(spec):
+    """A spec that tries train.lr=1e-4, 1e-3, 1e-2 and 1e-1."""
+
+    def go(**search):
+        return spec(space={"train.lr": RATE}, **{"n_trials": 4, "sampler": GRID, **search})
+
+    return go
+
+
+def counts(folder):
+    return [len(study.trials()) for study in arms.open_studies(folder)]
+
+
+# whose turn -------------------------------------------------------------------------------------
+def test_arms_are_tried_equally_often_at_every_moment(begun, grid):
+    folder = begun(a=grid(), b=grid(), c=grid())
+    seen = []
+    while True:
+        studies = process.in_turn(arms.open_studies(folder), me())
+        trial = next((t for s in studies if (t := s.take(me()))), None)
+        if trial is None:
+            break
+        ran(trial)
+        trial.finish()
+        seen.append(counts(folder))
+    assert all(max(now) - min(now) <= 1 for now in seen)
+    assert seen[-1] == [4, 4, 4]
+
+
+def test_a_process_goes_on_with_its_own_trial_first(begun, grid):
+    folder = begun(a=grid(), b=grid())
+    a, b = arms.open_studies(folder)
+    finish_all(b, loss=1.0)
+    mine, other = me(job="7_1"), me(job="7_2")
+    b.spec.config.n_trials += 1
+    trial = a.take(mine)
+    a.take(other)
+    assert [s.arm for s in process.in_turn([b, a], mine)] == ["a", "b"]
+    assert a.take(mine).number == trial.number
+
+
+def test_a_job_of_slurm_takes_a_trial_of_the_arm_that_has_fewest(
+    begun, nano, slurm, monkeypatch, tmp_path, spec
+):
+    base = nano(
+        train={"steps": 4}, output_dir=str(tmp_path / "out"), tracking={"enabled": False}, eval={}
+    )
+    base.eval.paloma.enabled = base.eval.blimp.enabled = False
+    base.sweep.name = "s"
+    one = {"space": {"train.lr": RATE}, "bases": {"": base}, "n_trials": 2}
+    folder = begun(a=spec(**one), b=spec(**one))
+    first = arms.open_studies(folder)[0]
+    ran(trial := first.take(me()))
+    trial.finish()
+    slurm.add("12_0", name="s.0123abcd", state="RUNNING")
+    monkeypatch.setattr(scheduler, "_job", "s.0123abcd/12_0")
+    submission = Submission(
+        submission="0123abcd", name="s.0123abcd", tasks=[["sweeps/s/study"]] * 3, kind="search"
+    )
+    place = jobs_folder(tmp_path / "out", name="s") / submission.submission
+    submission.write(place)
+    work = job.read(place / "submission.json", index=0)
+    assert job.run(work) == FINISHED
+    assert counts(folder) == [1, 1]
+    [run] = arms.open_studies(folder)[1].trials()[0].user_attrs["run_ids"]
+    record = json.loads((tmp_path / "out" / "runs" / run / "trial.json").read_text())
+    assert (record["study"], record["arm"]) == ("s", "b")
+
+
+def test_an_arm_that_gives_up_leaves_the_others_to_go_on(begun, grid, monkeypatch):
+    folder = begun(a=grid(max_failures=1), b=grid())
+    broken = arms.open_studies(folder)[0]
+    trial = broken.take(me())
+    trial.fail("of no use")
+
+    def run_trial(trial, *, stop):
+        ran(trial)
+        trial.finish()
+        return False
+
+    monkeypatch.setattr(process, "run_trial", run_trial)
+    monkeypatch.setattr(process, "changed", lambda study: False)
+    assert process.work(folder, stop=StopFlag()) == FAILED
+    assert counts(folder) == [1, 4]
+
+
+# on disk ----------------------------------------------------------------------------------------
+def test_the_path_of_a_study_says_what_made_it(tmp_path):
+    for name, arm in [("s", None), ("arms", None), ("s", "study"), ("study", "arms"), ("s", "a")]:
+        folder = study_folder(tmp_path, name=name, arm=arm)
+        assert tuple(place_of_study(folder)) == (tmp_path, name, arm)
+
+
+def test_arms_of_an_earlier_command_stay(begun, grid):
+    folder = begun(a=grid(), b=grid())
+    begun(c=grid(), a=grid())
+    assert [study.arm for study in arms.open_studies(folder)] == ["a", "b", "c"]
+
+
+def test_a_search_keeps_its_kind(begun, grid, tmp_path):
+    begun(a=grid())
+    Study.open(study_folder(tmp_path / "out", name="t"), create=grid())
+    with pytest.raises(ConfigError, match=r"^search.arms must not be empty in search s"):
+        arms.check_begun(study_folder(tmp_path / "out", name="s"), arms=False)
+    with pytest.raises(ConfigError, match=r"^search.arms must be empty in search t"):
+        arms.check_begun(study_folder(tmp_path / "out", name="t"), arms=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"arms": ["../x"]}', '{"arms": 3}'])
+def test_damaged_arms_are_one_line(begun, grid, text):
+    folder = begun(a=grid())
+    (folder / "arms.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"arms.json must be arms as this version writes them"):
+        arms.open_studies(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"../x": []}, "names of at most 60 letters"),
+        ({"a": "method=lora"}, r"search.arms.a must be overrides"),
+        ({"a": [{"method": "lora"}]}, r"search.arms.a must be overrides"),
+        ([], "search.arms must be {key: value, ...}"),
+    ],
+)
+def test_arms_that_are_none_are_refused(given, says):
+    with pytest.raises(ConfigError, match=says):
+        check_arms(given)
+
+
+# grids of rates ---------------------------------------------------------------------------------
+ends = st.floats(-8, 2).flatmap(lambda low: st.tuples(st.just(low), st.floats(low + 0.5, 4)))
+
+
+@given(ends, st.floats(0, 2), st.floats(0, 2), st.integers(2, 6))
+def test_the_grid_of_a_wider_interval_holds_that_of_the_narrow_one(pair, below, above, n):
+    low, high = pair
+    narrow = Float(low=10**low, high=10**high, log=True)
+    wide = Float(low=10 ** (low - below), high=10 ** (high + above), log=True)
+    rates = samplers.lattice(narrow, per_decade=n)
+    assert set(rates) <= set(samplers.lattice(wide, per_decade=n))
+    assert all(narrow.low <= rate <= narrow.high for rate in rates)
+    steps = [b / a for a, b in itertools.pairwise(rates)]
+    assert steps == pytest.approx([10 ** (1 / n)] * len(steps), rel=0.01)
+    assert abs(len(rates) - n * (high - low)) <= 1
+
+
+def test_whole_numbers_are_listed_once(spec):
+    assert samplers.lattice(Int(low=1, high=10, log=True), per_decade=6) == [1, 2, 3, 5, 7, 10]
+
+
+def test_a_grid_tries_each_rate_once_and_a_wider_one_the_others(begun, grid, spec):
+    folder = begun(a=grid())
+    [study] = arms.open_studies(folder)
+    finish_all(study)
+    assert sorted(t.params["train.lr"] for t in study.trials()) == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert study.left() == 0
+    wider = Float(low=1e-6, high=1e-1, log=True)
+    study = Study.open(
+        study.folder, create=spec(space={"train.lr": wider}, n_trials=6, sampler=GRID)
+    )
+    numbers = finish_all(study)
+    assert len(numbers) == 2
+    assert {study.trials()[n].params["train.lr"] for n in (4, 5)} == {1e-5, 1e-6}
+
+
+def test_a_finer_grid_in_the_same_study_tries_what_lies_between(begun, grid):
+    folder = begun(a=grid())
+    [study] = arms.open_studies(folder)
+    finish_all(study)
+    finer = grid(n_trials=20, sampler={"name": "grid", "per_decade": 2})
+    study = Study.open(study.folder, create=finer)
+    finish_all(study)
+    values = [t.params["train.lr"] for t in study.trials() if t.state.name == "COMPLETE"]
+    assert {3.16e-4, 3.16e-3, 3.16e-2} <= set(values)
+
+
+@pytest.mark.parametrize("per_decade", [0, 1.5, "three", True])
+def test_a_grid_of_no_whole_number_a_decade_is_refused(grid, per_decade):
+    with pytest.raises(ConfigError, match=r"^search.sampler.per_decade must be an integer >= 1"):
+        grid(sampler={"name": "grid", "per_decade": per_decade}).check()
+
+
+def test_an_interval_without_a_value_of_the_grid_is_refused(spec):
+    narrow = {"train.lr": Float(low=2e-3, high=3e-3, log=True)}
+    with pytest.raises(ConfigError, match=r"^search.space.train.lr must hold one of 1 values"):
+        spec(space=narrow, sampler=GRID).check()
+
+
+def test_other_samplers_have_no_such_option():
+    search = normalise({"objectives": "train/loss", "sampler": {"name": "tpe", "per_decade": 3}})
+    with pytest.raises(ConfigError, match="per_decade must be an option of tpe"):
+        samplers.check_search(search, space={"train.lr": RATE})
+
+
+# edges and tables -------------------------------------------------------------------------------
+def finished(study, losses):
+    """All trials, with a list of losses by rate: one for each seed."""
+    while trial := study.take(me()):
+        rate = trial.params["train.lr"]
+        for seed, run, loss in zip(trial.seeds, trial.runs, losses[rate], strict=True):
+            run.create(trial.config(seed))
+            end_run(run, loss=loss, state="finished" if math.isfinite(loss) else "diverged")
+        trial.finish()
+
+
+@pytest.mark.parametrize(
+    ("losses", "edge"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], "lowest"),
+        ([4.0, 3.0, 2.0, 1.0], "highest"),
+        ([2.0, 1.0, 3.0, 4.0], None),
+        ([3.0, 2.0, 1.0, math.inf], None),  # what diverged says that it is too much
+    ],
+)
+def test_a_best_at_an_end_of_what_was_tried_is_said(begun, grid, losses, edge):
+    folder = begun(a=grid())
+    [study] = arms.open_studies(folder)
+    finished(
+        study, {rate: [one] for rate, one in zip((1e-4, 1e-3, 1e-2, 1e-1), losses, strict=True)}
+    )
+    [arm] = response.read(folder)
+    assert [words.split(" is the ")[1].split(" of ")[0] for words in arm.edges] == (
+        [edge] if edge else []
+    )
+
+
+def test_a_choice_of_two_or_of_words_has_no_edge(begun, spec):
+    space = {
+        "train.lr": Choice(values=[1e-3, 1e-2, 1e-1]),
+        "relora.r": Choice(values=[2, 4]),
+        "relora.merge": Choice(values=["scaled", "unscaled"]),
+    }
+    folder = begun(a=spec(space=space, n_trials=12, sampler="grid"))
+    [study] = arms.open_studies(folder)
+    while trial := study.take(me()):
+        ran(trial, loss=trial.params["train.lr"] + trial.params["relora.r"])
+        trial.finish()
+    [arm] = response.read(folder)
+    assert [words.split("=")[0] for words in arm.edges] == ["train.lr"]
+
+
+def test_the_response_has_each_trial_with_the_interval_over_its_seeds(begun, grid, capsys):
+    folder = begun(a=grid(seeds=3), b=grid(seeds=3))
+    losses = {1e-4: [3.0, 3.5, 3.1], 1e-3: [1.0, 1.2, 1.7], 1e-2: [2.0, 2.1, 2.2], 1e-1: [9, 9, 8]}
+    for study in arms.open_studies(folder):
+        finished(study, losses)
+    out = folder.parents[2]
+    assert main(["search", "s", "--output-dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "8 of 8 trials of 2 arms have ended" in said
+    rows = list(csv.DictReader(io.StringIO((folder / "response.csv").read_text())))
+    assert [(row["arm"], float(row["train.lr"])) for row in rows].count(("b", 1e-3)) == 1
+    for row in rows:
+        values = losses[float(row["train.lr"])]
+        mean, sem = sum(values) / 3, scipy_stats.sem(values)
+        expected = scipy_stats.t.interval(0.95, 2, mean, sem)
+        assert float(row["mean"]) == pytest.approx(mean)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(expected)
+    best = list(csv.DictReader(io.StringIO((folder / "arms.csv").read_text())))
+    assert [(row["arm"], row["train.lr"], row["edges"]) for row in best] == [
+        ("a", "0.001", ""),
+        ("b", "0.001", ""),
+    ]
+    assert (folder / "plots" / "response.png").exists()
+    assert (folder / "arms" / "b" / "best.yaml").exists()
+
+
+def test_arms_that_were_not_tuned_alike_are_named(begun, grid, capsys):
+    folder = begun(a=grid(), b=grid(n_trials=2))
+    for study in arms.open_studies(folder):
+        finish_all(study)
+    assert main(["search", "s", "--output-dir", str(folder.parents[2])]) == 0
+    said = capsys.readouterr().out
+    assert "arms are not tuned alike yet: a 4, b 2" in said
+
+
+def test_one_arm_is_shown_as_a_search_and_others_are_refused(begun, grid, capsys):
+    folder = begun(a=grid(), b=grid())
+    for study in arms.open_studies(folder):
+        finish_all(study)
+    out = ["--output-dir", str(folder.parents[2])]
+    assert main(["search", "s", "--arm", "b", "--trial", "1", *out]) == 0
+    assert "trial 1 of s: complete" in capsys.readouterr().out
+    for words, says in [
+        (["--arm", "bb"], "--arm must be one of the arms of s (a, b), got 'bb'."),
+        (["--trial", "1"], "--trial needs --arm NAME"),
+        (["--write-experiment", "x"], "--write-experiment needs --arm NAME"),
+    ]:
+        assert main(["search", "s", *words, *out]) == 2
+        assert says in capsys.readouterr().err
+    assert main(["search", "s", "--json", *out]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["arms"]) == {"a", "b"}
+    assert main(["search", "s", "--rebuild", *out]) == 0
