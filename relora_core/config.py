@@ -178,6 +178,12 @@ def _has_no_step(c: RunConfig) -> bool:
     return c.train.optimizer == "muon" and c.relora.scaling != "trainable"
 
 
+def _one_support(c: RunConfig) -> bool:
+    """Whether the first support that is drawn serves the whole run."""
+    gap = c.sparse.update_gap
+    return gap is None or gap >= c.train.steps or c.sparse.density == 1
+
+
 _FROZEN = {"relora.r": lambda c: c.relora.r == 0}
 _NO_REDRAW = {"relora.reset_frequency": _never_redraws}
 _NO_RESTART = {"relora.reset_frequency": lambda c: _never_redraws(c) and _never_rewarms(c)}
@@ -616,6 +622,82 @@ class SwitchLoRAConfig(MethodConfig):
         return 2 * sum(self.spare(shape) > 0 for shape in shapes)
 
 
+@of_methods("sparse")
+@dataclass(kw_only=True, slots=True)
+class SparseConfig(MethodConfig):
+    """Updates of few entries at a time (Sparse Optimization, Mrabah et al. 2025, arXiv 2504.12436).
+
+    Both betas are those of `train`; the published code's default for the first is 0.4.
+    """
+
+    density: float = knob(0.1, gt=0, le=1, label="d", main=True)
+    """Share of a target's entries whose gradient is used, and whose moments are kept. 1: AdamW."""
+    update_gap: int | None = knob(
+        30,
+        ge=1,
+        main=True,
+        moot={"sparse.density": lambda c: c.sparse.density == 1},
+        same_as=lambda c: None if _one_support(c) else c.sparse.update_gap,
+    )
+    """Optimizer steps between draws of these entries (the paper's T); None: one draw for the run,
+    which is random static sparse training."""
+    select: str = knob(
+        "random",
+        choices=("random", "gradient"),
+        moot={"sparse.density": lambda c: c.sparse.density == 1},
+    )
+    """What is drawn: entries at `random` (as published), or those of the largest gradient."""
+    keep: str = knob(
+        "importance",
+        choices=("importance", "support"),
+        moot={"sparse.update_gap": lambda c: _one_support(c)},
+    )
+    """Which moments outlive an update: the largest first ones by `importance`, drawn or not (as
+    published), or those of the `support`, the entries drawn last."""
+    bias_correction: str = knob(
+        "global",
+        choices=("global", "entry"),
+        moot={"sparse.update_gap": lambda c: _one_support(c)},
+    )
+    """Whether Adam's step is the run's (as published: an entry drawn late begins with an update of
+    (1 - beta1) / sqrt(1 - beta2) learning rates) or each `entry` counts its own."""
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        same_as=lambda c: list(c.sparse.entries(c)),
+    )
+    """A linear is a target where its qualified name contains one of these (case-insensitive)."""
+
+    def entries(self, config: RunConfig) -> dict[str, int]:
+        """Target -> how many of its entries are drawn, and have moments."""
+        shapes = named_shapes(config.model, self.target_modules)
+        return {name: int(self.density * math.prod(shape)) for name, shape in shapes.items()}
+
+    def check(self, config: RunConfig) -> None:
+        _check_names(config, "sparse.target_modules")
+        shapes = named_shapes(config.model, self.target_modules)
+        name, size = min(((n, math.prod(s)) for n, s in shapes.items()), key=lambda item: item[1])
+        least = math.ceil(1e9 / size) / 1e9
+        if self.density < least:
+            raise ConfigError(
+                f"sparse.density must be >= {least} (one entry of {name}), got {self.density:g}; "
+                f"nearest valid: {least}"
+            )
+
+    def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
+        """Of an entry two moments, its place, the place drawn with it, and its age if it has one.
+
+        Beyond a density of a half that is more than AdamW's 8 bytes of every entry.
+        """
+        each = 20 if self.bias_correction == "entry" else 16
+        targets = self.entries(config)
+        shapes = linear_shapes(config.model)
+        dense = trainable - sum(math.prod(shapes[name]) for name in targets)
+        return 8 * dense + each * sum(targets.values())
+
+    def state_tensors(self, config: RunConfig) -> int:
+        return (3 if self.bias_correction == "entry" else 2) * len(self.entries(config))
+
+
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
     """Learning-rate factor as a pure function of the 0-based optimizer step (`schedule.py`)."""
@@ -936,6 +1018,7 @@ class RunConfig:
     fira: FiraConfig = field(default_factory=FiraConfig)
     apollo: ApolloConfig = field(default_factory=ApolloConfig)
     switchlora: SwitchLoRAConfig = field(default_factory=SwitchLoRAConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -1047,17 +1130,22 @@ def names_part(key: str, name: str, *, n_layers: int) -> bool:
     return key.lower() in name.lower()
 
 
+def named_shapes(model: ModelConfig, keys: list[str]) -> dict[str, tuple[int, int]]:
+    """Those of `linear_shapes` that one of the keys names."""
+    return {
+        name: shape
+        for name, shape in linear_shapes(model).items()
+        if any(names_part(key, name, n_layers=model.n_layers) for key in keys)
+    }
+
+
 def adapted_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
     """The linears that carry an adapter; none for methods without adapters."""
     if config.method not in ADAPTERS:
         return {}
-    layers, relora = config.model.n_layers, config.relora
-    return {
-        name: shape
-        for name, shape in linear_shapes(config.model).items()
-        if any(names_part(key, name, n_layers=layers) for key in relora.target_modules)
-        and not any(names_part(key, name, n_layers=layers) for key in relora.full_rank_modules)
-    }
+    left_out = named_shapes(config.model, config.relora.full_rank_modules)
+    targets = named_shapes(config.model, config.relora.target_modules)
+    return {name: shape for name, shape in targets.items() if name not in left_out}
 
 
 def projected_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
@@ -1065,12 +1153,7 @@ def projected_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
     section = method_config(config)
     if not isinstance(section, ProjectedConfig):
         return {}
-    layers, targets = config.model.n_layers, section.target_modules
-    return {
-        name: shape
-        for name, shape in linear_shapes(config.model).items()
-        if any(names_part(key, name, n_layers=layers) for key in targets)
-    }
+    return named_shapes(config.model, section.target_modules)
 
 
 def muon_shapes(config: RunConfig) -> dict[str, Shape]:
@@ -1089,12 +1172,7 @@ def switched_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
     """The linears that switch vectors; none for methods other than switchlora."""
     if config.method != "switchlora":
         return {}
-    layers, targets = config.model.n_layers, config.switchlora.target_modules
-    return {
-        name: shape
-        for name, shape in linear_shapes(config.model).items()
-        if any(names_part(key, name, n_layers=layers) for key in targets)
-    }
+    return named_shapes(config.model, config.switchlora.target_modules)
 
 
 def validate(config: RunConfig) -> None:

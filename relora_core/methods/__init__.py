@@ -8,6 +8,7 @@ galore.py   GaLore: moments that are kept in a projection of the gradient
 fira.py     Fira: GaLore and the discarded part of the gradient
 apollo.py   APOLLO: gradients scaled by what Adam does in a random projection
 switchlora.py  SwitchLoRA: adapters that exchange a few vectors at a time
+sparse.py   Sparse Optimization: few entries of a matrix are updated at a time
 """
 
 from relora_core.config import METHODS, RunConfig
@@ -16,6 +17,7 @@ from relora_core.methods.base import FullRank, Method
 from relora_core.methods.fira import Fira
 from relora_core.methods.galore import GaLore
 from relora_core.methods.relora import LoRA, ReLoRA
+from relora_core.methods.sparse import Sparse
 from relora_core.methods.switchlora import SwitchLoRA
 
 REGISTRY: dict[str, type[Method]] = {
@@ -26,6 +28,7 @@ REGISTRY: dict[str, type[Method]] = {
     "fira": Fira,
     "apollo": Apollo,
     "switchlora": SwitchLoRA,
+    "sparse": Sparse,
 }
 """By the names that sections of `config.RunConfig` declare with `of_methods`."""
 assert set(REGISTRY) == set(METHODS), f"methods {list(REGISTRY)}, declared in config {METHODS}"

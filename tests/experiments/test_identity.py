@@ -27,6 +27,10 @@ IDS = [
         "nano-switchlora-r4-i20-d0.1-f5-grammar-s0-c5083b183eab425d",
     ),
     (
+        {"method": "sparse", "sparse": {"density": 0.2, "update_gap": 3}},
+        "nano-sparse-d0.2-grammar-s0-f3c0377a0fbbdc60",
+    ),
+    (
         {"method": "fira", "fira": {"r": 4, "update_gap": 3}},
         "nano-fira-r4-grammar-s0-d9d07e6e2a134967",
     ),

@@ -132,6 +132,7 @@ def test_what_else_ends_a_run_leaves_the_checkpoint_that_was_begun(config, tmp_p
         {"relora": {"base_dtype": "bfloat16", "after_merge": "restore"}},
         {"method": "lora", "relora": {"r": 0}},
         {"method": "galore"},
+        {"method": "sparse"},
         {"method": "switchlora", "switchlora": {"r": 4, "interval": 10, "decay": None}},
     ],
     ids=str,

@@ -331,6 +331,7 @@ CHANGES = {
     "galore": {"method": "galore", "galore": {"r": 4, "update_gap": 4}},
     "fira": {"method": "fira", "fira": {"r": 4, "update_gap": 4}},
     "apollo": {"method": "apollo", "apollo": {"r": 4, "update_gap": 4}},
+    "sparse": {"method": "sparse", "sparse": {"update_gap": 4}},
     "switchlora": {"method": "switchlora", "switchlora": {"r": 4, "interval": 10, "decay": None}},
 }
 """All that may exchange what a step computes with; restarts at 4 and 8 in most."""

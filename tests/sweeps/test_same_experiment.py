@@ -89,6 +89,11 @@ SAME = {
         {"method": "galore", "galore": {"r": 4, "update_gap": 300, "moments": "reset"}},
         "galore.moments does not apply with galore.update_gap=",
     ),
+    "supports": (
+        {"method": "sparse", "sparse": {"update_gap": None}},
+        {"method": "sparse", "sparse": {"update_gap": 300, "bias_correction": "entry"}},
+        "sparse.bias_correction does not apply with sparse.update_gap=",
+    ),
     "no restart within the run": (
         {"relora": {"reset_frequency": 8}},
         {
