@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from studies import finish_all, me, ran
+from studies import finish_all, leave_runs, taker
 
 from experiments import scheduler
 from experiments.disk.output_dir import jobs_folder, place_of_study, study_folder
@@ -65,11 +65,11 @@ def test_arms_are_tried_equally_often_at_every_moment(begun, grid):
     folder = begun(a=grid(), b=grid(), c=grid())
     seen = []
     while True:
-        studies = process.in_turn(arms.open_studies(folder), me())
-        trial = next((t for s in studies if (t := s.take(me()))), None)
+        studies = process.in_turn(arms.open_studies(folder), taker())
+        trial = next((t for s in studies if (t := s.take(taker()))), None)
         if trial is None:
             break
-        ran(trial)
+        leave_runs(trial)
         trial.finish()
         seen.append(counts(folder))
     assert all(max(now) - min(now) <= 1 for now in seen)
@@ -80,7 +80,7 @@ def test_a_process_goes_on_with_its_own_trial_first(begun, grid):
     folder = begun(a=grid(), b=grid())
     a, b = arms.open_studies(folder)
     finish_all(b, loss=1.0)
-    mine, other = me(job="7_1"), me(job="7_2")
+    mine, other = taker(job="7_1"), taker(job="7_2")
     b.spec.config.n_trials += 1
     trial = a.take(mine)
     a.take(other)
@@ -99,7 +99,7 @@ def test_a_job_of_slurm_takes_a_trial_of_the_arm_that_has_fewest(
     one = {"space": {"train.lr": RATE}, "bases": {"": base}, "n_trials": 2}
     folder = begun(a=spec(**one), b=spec(**one))
     first = arms.open_studies(folder)[0]
-    ran(trial := first.take(me()))
+    leave_runs(trial := first.take(taker()))
     trial.finish()
     slurm.add("12_0", name="s.0123abcd", state="RUNNING")
     monkeypatch.setattr(scheduler, "_job", "s.0123abcd/12_0")
@@ -119,11 +119,11 @@ def test_a_job_of_slurm_takes_a_trial_of_the_arm_that_has_fewest(
 def test_an_arm_that_gives_up_leaves_the_others_to_go_on(begun, grid, monkeypatch):
     folder = begun(a=grid(max_failures=1), b=grid())
     broken = arms.open_studies(folder)[0]
-    trial = broken.take(me())
+    trial = broken.take(taker())
     trial.fail("of no use")
 
     def run_trial(trial, *, stop):
-        ran(trial)
+        leave_runs(trial)
         trial.finish()
         return False
 
@@ -245,7 +245,7 @@ def test_other_samplers_have_no_such_option():
 # edges and tables -------------------------------------------------------------------------------
 def finished(study, losses):
     """All trials, with a list of losses by rate: one for each seed."""
-    while trial := study.take(me()):
+    while trial := study.take(taker()):
         rate = trial.params["train.lr"]
         for seed, run, loss in zip(trial.seeds, trial.runs, losses[rate], strict=True):
             run.create(trial.config(seed))
@@ -282,8 +282,8 @@ def test_a_choice_of_two_or_of_words_has_no_edge(begun, spec):
     }
     folder = begun(a=spec(space=space, n_trials=12, sampler="grid"))
     [study] = arms.open_studies(folder)
-    while trial := study.take(me()):
-        ran(trial, loss=trial.params["train.lr"] + trial.params["relora.r"])
+    while trial := study.take(taker()):
+        leave_runs(trial, loss=trial.params["train.lr"] + trial.params["relora.r"])
         trial.finish()
     [arm] = response.read(folder)
     assert [words.split("=")[0] for words in arm.edges] == ["train.lr"]
