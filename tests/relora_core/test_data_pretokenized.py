@@ -219,69 +219,51 @@ def test_vocabulary_must_be_known_and_hold_the_tokenizer(folder, tmp_path):
     assert "data.eos_id" in error_line(config(folder, eos_id=500))
 
 
-def bad_empty(file: Path) -> None:
-    file.write_bytes(b"")
+def rewritten(*rows, **options):
+    return lambda file: write_rows(file, rows, **options)
 
 
-def bad_text(file: Path) -> None:
-    file.write_bytes(b"no parquet at all, but long enough to look for a footer")
+def column(name, values):
+    return lambda file: pq.write_table(pa.table({name: values}), file)
 
 
-def bad_truncated(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def bad_pages(file: Path) -> None:
+def pages(file: Path) -> None:
     raw = bytearray(file.read_bytes())
-    raw[4:400] = b"\xff" * 396  # the footer stays whole
+    raw[4:400] = b"\xff" * 396  # the footer stays as it was
     file.write_bytes(bytes(raw))
 
 
-def bad_column(file: Path) -> None:
-    pq.write_table(pa.table({"inputs_id": [[1, 2]], "text": ["a"]}), file)
+NO_PARQUET = b"no parquet at all, but long enough to look for a footer"
+SPOILT = {
+    "empty": (lambda file: file.write_bytes(b""), "is empty (0 bytes)"),
+    "text": (lambda file: file.write_bytes(NO_PARQUET), "no readable parquet file"),
+    "truncated": (
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        "no readable parquet file",
+    ),
+    "pages": (pages, "is damaged near row 0"),
+    "column": (column("inputs_id", [[1, 2]]), "got columns inputs_id. Did you mean 'inputs_id'?"),
+    "type": (column("input_ids", ["a b", "c"]), "must hold lists of integers, got string"),
+    "length": (rewritten(range(STORED), range(STORED - 1)), "one length"),
+    "length with the same mean": (
+        rewritten(range(STORED), range(STORED - 1), range(STORED + 1)),
+        "row 1 holds 32 ids, expected 33",
+    ),
+    "null": (rewritten(range(STORED), None, range(2 * STORED - 1)), "row 1 is null"),
+    "id": (
+        rewritten(range(STORED), [500, *range(STORED - 1)]),
+        "holds id 500, expected ids in [0, 500)",
+    ),
+    "id without statistics": (
+        rewritten(range(STORED), [-1, *range(STORED - 1)], statistics=False),
+        "row 1 holds id -1 at position 0",
+    ),
+}
 
 
-def bad_type(file: Path) -> None:
-    pq.write_table(pa.table({"input_ids": ["a b", "c"]}), file)
-
-
-def bad_length(file: Path) -> None:
-    write_rows(file, [range(STORED), range(STORED - 1)])
-
-
-def bad_length_same_mean(file: Path) -> None:
-    write_rows(file, [range(STORED), range(STORED - 1), range(STORED + 1)])
-
-
-def bad_null(file: Path) -> None:
-    write_rows(file, [range(STORED), None, range(2 * STORED - 1)])
-
-
-def bad_id(file: Path) -> None:
-    write_rows(file, [range(STORED), [500, *range(STORED - 1)]])
-
-
-def bad_id_no_statistics(file: Path) -> None:
-    write_rows(file, [range(STORED), [-1, *range(STORED - 1)]], statistics=False)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (bad_empty, "is empty (0 bytes)"),
-        (bad_text, "no readable parquet file"),
-        (bad_truncated, "no readable parquet file"),
-        (bad_pages, "is damaged near row 0"),
-        (bad_column, "got columns inputs_id, text. Did you mean 'inputs_id'?"),
-        (bad_type, "must hold lists of integers, got string"),
-        (bad_length, "one length"),
-        (bad_length_same_mean, "row 1 holds 32 ids, expected 33"),
-        (bad_null, "row 1 is null"),
-        (bad_id, "holds id 500, expected ids in [0, 500)"),
-        (bad_id_no_statistics, "row 1 holds id -1 at position 0"),
-    ],
-)
-def test_a_bad_file_is_named_before_anything_runs(folder, tmp_path, spoil, says):
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_bad_file_is_named_before_anything_runs(folder, tmp_path, what):
+    spoil, says = SPOILT[what]
     path = tmp_path / "rows"
     shutil.copytree(folder, path)
     file = path / "data" / "train-00001-of-00003.parquet"

@@ -6,6 +6,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from test_galore import trajectory
 from torch.optim import AdamW, Muon
 from training import assert_processes_equal_one, build, one_step, resumes_exactly, run
 
@@ -29,15 +30,6 @@ def optimizer_of(matrix, nano, **changes):
 def gradients(shape, count):
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(count, *shape, generator=generator)
-
-
-def trajectory(optimizer, matrix, given):
-    seen = []
-    for gradient in given:
-        matrix.grad = gradient.clone()
-        optimizer.step()
-        seen.append(matrix.detach().clone())
-    return torch.stack(seen)
 
 
 def published(start, given, *, lr, momentum, nesterov, adjust_lr, weight_decay):

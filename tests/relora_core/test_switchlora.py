@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training import assert_same_state, run, run_in_processes, weights
+from training import assert_processes_equal_one, batch, build, resumes_exactly, run, weights
 
 from experiments.identity import essential, run_id
 from relora_core import checkpoint, costs, export
@@ -32,19 +32,6 @@ def config(nano):
         return nano(method="switchlora", switchlora=knobs, train=train, **changes)
 
     return make
-
-
-def build(config):
-    torch.manual_seed(config.seed)
-    model = Decoder(config.model)
-    method = build_method(config)
-    method.adapt(model)
-    return model, method, method.build_optimizer(model)
-
-
-def batch(seed=0):
-    ids = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1], ids[:, 1:]
 
 
 def update(model, method, optimizer, step):
@@ -551,24 +538,19 @@ def whole_run(config):
 
 @pytest.mark.parametrize("order", ["sequential", "random"])
 @pytest.mark.parametrize("die_at", [("train", 5), ("checkpoint", 6), ("train", 10)])
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one(whole_run, tmp_path, order, die_at):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
+    whole_run, undisturbed, tmp_path, order, die_at
+):
     """Bit for bit: losses, weights, pools, moments, step counts and what is left of freezes."""
     often = {"interval": 4, "freeze_steps": 2}  # so that frozen vectors hold switches up
     setting = whole_run(
         switchlora={"order": order, **often}, train={"micro_batch_size": 2, "grad_clip": 0.5}
     )
-    whole = run(setting, tmp_path / "whole")
-    first = run(setting, tmp_path / "killed", die_at=die_at)
-    second = run(setting, tmp_path / "killed")
-    start = second.events[0]
-    assert start.data["resumed"]
-    merged = {k: v for k, v in first.metrics().items() if k[0] <= start.step} | second.metrics()
-    assert merged == whole.metrics()
-    assert any(name.endswith("pool_B") for name in weights(tmp_path / "killed"))
-    assert_same_state(tmp_path / "killed", tmp_path / "whole")
+    assert resumes_exactly(setting, tmp_path, die_at=die_at, undisturbed=undisturbed)
+    assert any(name.endswith("pool_B") for name in weights(tmp_path))
     ends = [
-        checkpoint.read_progress(checkpoint.complete(tmp_path / name / "checkpoints")[-1]).method
-        for name in ("whole", "killed")
+        checkpoint.read_progress(checkpoint.complete(folder / "checkpoints")[-1]).method
+        for folder in (undisturbed(setting)[1], tmp_path)
     ]
     assert ends[0] == ends[1]
     assert sum(ends[0]["switched"].values()) > 14
@@ -585,14 +567,7 @@ def test_a_run_learns_and_a_diverging_one_says_so(whole_run, tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one(whole_run, tmp_path, world):
     setting = whole_run(train={"micro_batch_size": 1, "lr": 1e-3})
-    one = run(setting, tmp_path / "one")
-    events = run_in_processes(setting, tmp_path / "several", processes=world)
-    losses = {step: m["train/loss"] for kind, step, m in events if kind == "train"}
-    assert list(losses) == list(range(1, 13))
-    for step, loss in losses.items():
-        assert loss == pytest.approx(one.metrics()[step, "train/loss"], rel=1e-4)
-    for name, weight in weights(tmp_path / "several").items():
-        torch.testing.assert_close(weight, weights(tmp_path / "one")[name], atol=2e-4, rtol=0)
+    assert_processes_equal_one(setting, tmp_path, processes=world, atol=2e-4)
 
 
 def test_an_export_is_the_effective_weight(config, tmp_path):
