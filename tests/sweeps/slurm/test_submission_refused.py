@@ -180,3 +180,18 @@ def test_a_batch_that_divides_is_offered(nano, batch, nodes, tasks):
         check_cell(nano(train={"batch_size": good}), options)
     else:
         assert batch % (nodes * tasks) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ([None], {"runs_per_job": 2}, r"runs_per_job must be 1 with hydra/sweeper=search, got 2"),
+        ([None], {"tasks_per_node": 2}, r"tasks_per_node must be 1 .* got 2 processes"),
+        ([None, BIG], {}, r"resources must be the same in all of a search .* got 2 different"),
+    ],
+)
+def test_a_search_needs_jobs_of_one_size_for_one_process(make, sizes, options, message):
+    configs = [make(seed=i, **({"resources": one} if one else {})) for i, one in enumerate(sizes)]
+    launcher = SlurmLauncher(options=SlurmOptions(gpus_per_node=0, **options))
+    with pytest.raises(ConfigError, match=message):
+        launcher.check_search(make_plan([({}, config) for config in configs], name="s"))
