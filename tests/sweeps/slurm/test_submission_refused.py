@@ -192,6 +192,8 @@ def test_a_batch_that_divides_is_offered(nano, batch, nodes, tasks):
 )
 def test_a_search_needs_jobs_of_one_size_for_one_process(make, sizes, options, message):
     configs = [make(seed=i, **({"resources": one} if one else {})) for i, one in enumerate(sizes)]
-    launcher = SlurmLauncher(options=SlurmOptions(gpus_per_node=0, **options))
+    plan = make_plan([({}, config) for config in configs], name="s")
     with pytest.raises(ConfigError, match=message):
-        launcher.check_search(make_plan([({}, config) for config in configs], name="s"))
+        SlurmLauncher(options=SlurmOptions(gpus_per_node=0, **options)).check_search(plan)
+    alone = make_plan([({}, configs[0])], name="s")
+    SlurmLauncher(options=SlurmOptions(gpus_per_node=0)).check_search(alone)
