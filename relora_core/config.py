@@ -184,6 +184,11 @@ def _one_support(c: RunConfig) -> bool:
     return gap is None or gap >= c.train.steps or c.sparse.density == 1
 
 
+def _never_refactors(c: RunConfig) -> bool:
+    every = c.sltrain.refactor_every
+    return not c.sltrain.r or every is None or every >= c.train.steps
+
+
 _FROZEN = {"relora.r": lambda c: c.relora.r == 0}
 _NO_REDRAW = {"relora.reset_frequency": _never_redraws}
 _NO_RESTART = {"relora.reset_frequency": lambda c: _never_redraws(c) and _never_rewarms(c)}
@@ -208,9 +213,18 @@ class MethodConfig:
         """Linears whose weight is not trained; of `phases`, in those that are not full rank."""
         return {}
 
+    def replaced(self, config: RunConfig) -> dict[str, tuple[int, int]]:
+        """Linears without a weight: each pass builds it of what is `added`, and keeps it until its
+        backward pass."""
+        return {}
+
     def added(self, config: RunConfig) -> dict[str, Shape]:
         """Tensors that the method adds to the model and trains, as they are at the start."""
         return {}
+
+    def pass_flops(self, config: RunConfig) -> int:
+        """Of the matmuls that build weights, in a forward pass of any number of tokens."""
+        return 0
 
     def phases(self, config: RunConfig) -> bool:
         """Whether in some phase the decoder alone is trained, all of it."""
@@ -669,19 +683,13 @@ class SparseConfig(MethodConfig):
 
     def entries(self, config: RunConfig) -> dict[str, int]:
         """Target -> how many of its entries are drawn, and have moments."""
-        shapes = named_shapes(config.model, self.target_modules)
-        return {name: int(self.density * math.prod(shape)) for name, shape in shapes.items()}
+        return share_of_entries(self.density, named_shapes(config.model, self.target_modules))
 
     def check(self, config: RunConfig) -> None:
         _check_names(config, "sparse.target_modules")
-        shapes = named_shapes(config.model, self.target_modules)
-        name, size = min(((n, math.prod(s)) for n, s in shapes.items()), key=lambda item: item[1])
-        least = math.ceil(1e9 / size) / 1e9
-        if self.density < least:
-            raise ConfigError(
-                f"sparse.density must be >= {least} (one entry of {name}), got {self.density:g}; "
-                f"nearest valid: {least}"
-            )
+        _check_share(
+            "sparse.density", self.density, named_shapes(config.model, self.target_modules)
+        )
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
         """Of an entry two moments, its place, the place drawn with it, and its age if it has one.
@@ -696,6 +704,88 @@ class SparseConfig(MethodConfig):
 
     def state_tensors(self, config: RunConfig) -> int:
         return (3 if self.bias_correction == "entry" else 2) * len(self.entries(config))
+
+
+_NO_FACTORS = {"sltrain.r": lambda c: c.sltrain.r == 0}
+
+
+@of_methods("sltrain", muon=True)
+@dataclass(kw_only=True, slots=True)
+class SLTrainConfig(MethodConfig):
+    """Low rank plus sparse from scratch (SLTrain, Han et al. 2024, arXiv 2406.02214)."""
+
+    r: int = knob(16, ge=0, label="r", main=True)
+    """Rank of B·A; at most the smaller side of every target. 0: the sparse part alone."""
+    alpha: float = knob(16.0, gt=0, main=True, moot=_NO_FACTORS)
+    """Numerator of the scale s = alpha / r (published: 32 with r=128, 16 with r=256)."""
+    delta: float = knob(0.03, ge=0, le=1, label="d", main=True)
+    """Share of a target's entries that are in the sparse part. 0: the low-rank part alone."""
+    init: str = knob(
+        "published",
+        choices=("published", "spectral"),
+        moot={**_NO_FACTORS, "sltrain.delta": lambda c: c.sltrain.delta == 0},
+    )
+    """B·A at the start: B = 0 as published, which needs a sparse part; or what is nearest to the
+    draw of a dense linear."""
+    refactor_every: int | None = knob(
+        None,
+        ge=1,
+        main=True,
+        moot=_NO_FACTORS,
+        same_as=lambda c: None if _never_refactors(c) else c.sltrain.refactor_every,
+    )
+    """Optimizer steps between refactorisations of B·A; None: never."""
+    refactor: str = knob(
+        "balance",
+        choices=("balance", "moments"),
+        moot={**_NO_FACTORS, "sltrain.refactor_every": lambda c: _never_refactors(c)},
+    )
+    """`balance` A and B by the SVD of their product and drop their moments (Glentis et al. 2025),
+    or drop the `moments` alone."""
+    target_modules: list[str] = knob(
+        factory=lambda: ["attention", "swiglu"],
+        same_as=lambda c: list(c.sltrain.entries(c)),
+    )
+    """A linear is replaced where its qualified name contains one of these (case-insensitive)."""
+
+    def entries(self, config: RunConfig) -> dict[str, int]:
+        """Target -> entries of its sparse part."""
+        return share_of_entries(self.delta, self.replaced(config))
+
+    def check(self, config: RunConfig) -> None:
+        _check_names(config, "sltrain.target_modules")
+        targets = self.replaced(config)
+        _check_rank(config, "sltrain.r", targets, least=0)
+        if self.delta:
+            _check_share("sltrain.delta", self.delta, targets)
+        elif not self.r:
+            raise ConfigError(
+                "sltrain.r and sltrain.delta must not both be 0 (a target would have no weight), "
+                "got 0 and 0; nearest valid: sltrain.r=1"
+            )
+        elif self.init == "published":
+            raise ConfigError(
+                "sltrain.init must be spectral with sltrain.delta=0 (with B = 0 and no sparse part "
+                "nothing in a block has a gradient), got 'published'; nearest valid: spectral"
+            )
+
+    def replaced(self, config: RunConfig) -> dict[str, tuple[int, int]]:
+        return named_shapes(config.model, self.target_modules)
+
+    def added(self, config: RunConfig) -> dict[str, Shape]:
+        """A, B and the values of each sparse part."""
+        tensors: dict[str, Shape] = {}
+        for name, (rows, columns) in self.replaced(config).items() if self.r else ():
+            tensors |= {f"{name}.lora_A": (self.r, columns), f"{name}.lora_B": (rows, self.r)}
+        return tensors | {f"{name}.values": (k,) for name, k in self.entries(config).items() if k}
+
+    def kept(self, config: RunConfig) -> dict[str, Shape]:
+        """The places of each sparse part, in int32."""
+        return {f"{name}.places": (k,) for name, k in self.entries(config).items() if k}
+
+    def pass_flops(self, config: RunConfig) -> int:
+        """B A of every target."""
+        return sum(2 * self.r * math.prod(shape) for shape in self.replaced(config).values())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1019,6 +1109,7 @@ class RunConfig:
     apollo: ApolloConfig = field(default_factory=ApolloConfig)
     switchlora: SwitchLoRAConfig = field(default_factory=SwitchLoRAConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    sltrain: SLTrainConfig = field(default_factory=SLTrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -1139,6 +1230,11 @@ def named_shapes(model: ModelConfig, keys: list[str]) -> dict[str, tuple[int, in
     }
 
 
+def share_of_entries(share: float, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """How many entries of each matrix that share is, rounded down as published code does."""
+    return {name: int(share * math.prod(shape)) for name, shape in shapes.items()}
+
+
 def adapted_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
     """The linears that carry an adapter; none for methods without adapters."""
     if config.method not in ADAPTERS:
@@ -1162,9 +1258,9 @@ def muon_shapes(config: RunConfig) -> dict[str, Shape]:
     if config.train.optimizer != "muon":
         return {}
     method = method_config(config)
-    frozen = {} if method.phases(config) else method.frozen(config)
+    others = method.replaced(config) | ({} if method.phases(config) else method.frozen(config))
     linears = linear_shapes(config.model).items()
-    own = {f"{name}.weight": shape for name, shape in linears if name not in frozen}
+    own = {f"{name}.weight": shape for name, shape in linears if name not in others}
     return own | {name: s for name, s in method.added(config).items() if len(s) == 2}
 
 
@@ -1340,6 +1436,16 @@ def _check_rank(
         )
 
 
+def _check_share(key: str, share: float, targets: dict[str, tuple[int, int]]) -> None:
+    """The share is at least an entry of the smallest target."""
+    name, shape = min(targets.items(), key=lambda item: math.prod(item[1]))
+    least = math.ceil(1e9 / math.prod(shape)) / 1e9
+    if share < least:
+        raise ConfigError(
+            f"{key} must be >= {least} (one entry of {name}), got {share:g}; nearest valid: {least}"
+        )
+
+
 def _check_switches(config: RunConfig) -> None:
     """Vectors to spare, and time for a counterpart to thaw before it is switched itself."""
     switch, shapes = config.switchlora, switched_shapes(config)
@@ -1459,9 +1565,11 @@ def _check_optimizer(config: RunConfig) -> None:
             f"its own for the matrices that Muon would update), got 'muon'"
         )
     if not muon_shapes(config):
+        none = "sltrain.r=0 and every linear sparse"
+        if config.method in ADAPTERS:
+            none = "relora.r=0 and every linear frozen"
         raise ConfigError(
-            "train.optimizer must be adamw with relora.r=0 and every linear frozen (no matrix is "
-            "left to Muon), got 'muon'"
+            f"train.optimizer must be adamw with {none} (no matrix is left to Muon), got 'muon'"
         )
 
 

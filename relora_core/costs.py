@@ -16,8 +16,8 @@ class Parameters:
     total: int
     trainable: int
     by_group: dict[str, int]
-    """embedding, head, norms, attention, swiglu (the linears' weights) and adapters (A, B and a
-    trained s)."""
+    """embedding, head, norms, attention, swiglu (the linears' weights) and adapters (A, B, a
+    trained s, a sparse part's values)."""
 
 
 def _vocab(config: RunConfig) -> int:
@@ -32,7 +32,9 @@ def _entries(shapes: Iterable[Shape]) -> int:
 
 def parameters(config: RunConfig) -> Parameters:
     """Exact counts; weights that the method freezes are not trainable."""
-    model, linears, method = config.model, linear_shapes(config.model), method_config(config)
+    model, method = config.model, method_config(config)
+    replaced = method.replaced(config)
+    linears = {n: s for n, s in linear_shapes(model).items() if n not in replaced}
     table = _vocab(config) * model.d_model
     groups = {
         "embedding": table,
@@ -59,26 +61,37 @@ class Flops:
 def flops_per_token(config: RunConfig) -> Flops:
     """Matmuls only; attention over the whole sequence as is customary (causality not deducted)."""
     method = method_config(config)
-    matrices = [shape for shape in method.added(config).values() if len(shape) == 2]
+    replaced = method.replaced(config)
+    matrices = [
+        shape
+        for name, shape in method.added(config).items()
+        if len(shape) == 2 and name.rpartition(".")[0] not in replaced
+    ]
     head = _vocab(config) * config.model.d_model
     used = head + _entries([*linear_shapes(config.model).values(), *matrices])
     attention = 4 * config.data.seq_len * config.model.d_model * config.model.n_layers
-    forward = 2 * used + attention
+    forward = 2 * used + attention + method.pass_flops(config) // _pass_tokens(config)
     weight_gradients = 2 * (used - _entries(method.frozen(config).values()))
     activation_gradients = 2 * used + 2 * attention
+    activation_gradients += 2 * method.pass_flops(config) // _pass_tokens(config)
     return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
+
+
+def _pass_tokens(config: RunConfig) -> int:
+    """Tokens of a forward pass; a run in one process is supposed where nothing else is said."""
+    return (config.train.micro_batch_size or config.train.batch_size) * config.data.seq_len
 
 
 def memory_bytes(config: RunConfig) -> dict[str, int]:
     """Estimated peak training memory of one process, by cause. Not a bound: kernels add theirs."""
     counted = parameters(config)
-    model, micro = config.model, config.train.micro_batch_size or config.train.batch_size
-    tokens = micro * config.data.seq_len
+    model, tokens = config.model, _pass_tokens(config)
     width = 2 if config.train.precision == "bf16" else 4
     kv = model.n_kv_heads * (model.d_model // model.n_heads)
     method = method_config(config)
     # Saved for backward: per block norms, q, k, v rotated and not, attention, SwiGLU's three.
     saved = tokens * model.n_layers * (9 * model.d_model + 4 * kv + 4 * model.d_ff) * width
+    saved += _entries(method.replaced(config).values()) * width
     estimate = {
         "weights": 4 * (counted.total + _entries(method.kept(config).values())),
         "gradients": 4 * counted.trainable,
@@ -105,7 +118,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """One checkpoint on disk at its largest: weights, moments, dynamics' reference weights."""
     counted, method = parameters(config), method_config(config)
     added, buffers, frozen = method.added(config), method.kept(config), method.frozen(config)
-    plain = 3 + 9 * config.model.n_layers
+    plain = 3 + 9 * config.model.n_layers - len(method.replaced(config))
     muon = muon_shapes(config)
     states = method.moment_bytes(config, trainable=counted.trainable)
     states += STATE_BYTES * (plain - len(frozen) + len(added))

@@ -8,6 +8,7 @@ galore.py   GaLore: moments that are kept in a projection of the gradient
 fira.py     Fira: GaLore and the discarded part of the gradient
 apollo.py   APOLLO: gradients scaled by what Adam does in a random projection
 switchlora.py  SwitchLoRA: adapters that exchange a few vectors at a time
+sltrain.py  SLTrain: low rank plus sparse, and their special cases
 sparse.py   Sparse Optimization: few entries of a matrix are updated at a time
 """
 
@@ -17,6 +18,7 @@ from relora_core.methods.base import FullRank, Method
 from relora_core.methods.fira import Fira
 from relora_core.methods.galore import GaLore
 from relora_core.methods.relora import LoRA, ReLoRA
+from relora_core.methods.sltrain import SLTrain
 from relora_core.methods.sparse import Sparse
 from relora_core.methods.switchlora import SwitchLoRA
 
@@ -29,6 +31,7 @@ REGISTRY: dict[str, type[Method]] = {
     "apollo": Apollo,
     "switchlora": SwitchLoRA,
     "sparse": Sparse,
+    "sltrain": SLTrain,
 }
 """By the names that sections of `config.RunConfig` declare with `of_methods`."""
 assert set(REGISTRY) == set(METHODS), f"methods {list(REGISTRY)}, declared in config {METHODS}"

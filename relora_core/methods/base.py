@@ -84,7 +84,7 @@ class Method:
     def adapter_factors(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, B, A) of every linear that carries an adapter."""
         for name, module in model.named_modules():
-            if hasattr(module, "lora_A"):
+            if getattr(module, "lora_A", None) is not None:
                 yield name, module.lora_B.detach(), module.lora_A.detach()  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:

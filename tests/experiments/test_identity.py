@@ -31,6 +31,10 @@ IDS = [
         "nano-sparse-d0.2-grammar-s0-f3c0377a0fbbdc60",
     ),
     (
+        {"method": "sltrain", "sltrain": {"r": 4, "delta": 0.1}},
+        "nano-sltrain-r4-d0.1-grammar-s0-b0e2fbda42cb8c64",
+    ),
+    (
         {"method": "fira", "fira": {"r": 4, "update_gap": 3}},
         "nano-fira-r4-grammar-s0-d9d07e6e2a134967",
     ),

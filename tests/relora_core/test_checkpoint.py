@@ -133,6 +133,7 @@ def test_what_else_ends_a_run_leaves_the_checkpoint_that_was_begun(config, tmp_p
         {"method": "lora", "relora": {"r": 0}},
         {"method": "galore"},
         {"method": "sparse"},
+        {"method": "sltrain", "sltrain": {"r": 4, "refactor_every": 5}},
         {"method": "switchlora", "switchlora": {"r": 4, "interval": 10, "decay": None}},
     ],
     ids=str,

@@ -90,7 +90,7 @@ def test_exported_logits_are_the_runs(nano, tmp_path, method):
     config = grammar_config(nano, method=method)
     model = save_run(tmp_path, config)
     adapters = {n: p for n, p in model.named_parameters() if "lora_B" in n}
-    assert bool(adapters) == (method in ("lora", "relora", "switchlora"))
+    assert bool(adapters) == (method in ("lora", "relora", "switchlora", "sltrain"))
     assert all(p.abs().max() > 1e-3 for p in adapters.values())
     before = torch.get_rng_state()
     folder = tmp_path / "out" / "model"

@@ -332,6 +332,7 @@ CHANGES = {
     "fira": {"method": "fira", "fira": {"r": 4, "update_gap": 4}},
     "apollo": {"method": "apollo", "apollo": {"r": 4, "update_gap": 4}},
     "sparse": {"method": "sparse", "sparse": {"update_gap": 4}},
+    "sltrain": {"method": "sltrain", "sltrain": {"r": 4, "delta": 0.2, "refactor_every": 4}},
     "switchlora": {"method": "switchlora", "switchlora": {"r": 4, "interval": 10, "decay": None}},
 }
 """All that may exchange what a step computes with; restarts at 4 and 8 in most."""

@@ -86,6 +86,16 @@ SAME = {
         {"method": "sparse", "sparse": {"update_gap": 300, "bias_correction": "entry"}},
         "sparse.bias_correction does not apply with sparse.update_gap=",
     ),
+    "no factors": (
+        {"method": "sltrain", "sltrain": {"r": 0}},
+        {"method": "sltrain", "sltrain": {"r": 0, "alpha": 3.0, "refactor_every": 4}},
+        "do not apply with sltrain.r=0",
+    ),
+    "no refactorisation within the run": (
+        {"method": "sltrain", "sltrain": {"r": 4}},
+        {"method": "sltrain", "sltrain": {"r": 4, "refactor_every": 99, "refactor": "moments"}},
+        "sltrain.refactor does not apply with sltrain.refactor_every=",
+    ),
     "no restart within the run": (
         "relora.reset_frequency=8",
         "relora.reset_frequency=2000 relora.first_restart=3000 relora.restart_warmup_steps=5 "

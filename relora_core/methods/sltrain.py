@@ -1,0 +1,186 @@
+"""SLTrain (Han et al. 2024, arXiv 2406.02214): W = (alpha / r) B A + S, and no frozen base.
+
+S is sparse: int(delta n) of a target's n entries, drawn once and trained. delta = 0 leaves s B A,
+low rank from scratch; r = 0 leaves S, random static sparse training. Each pass builds W and takes
+y = W x, so that weights and the optimizer's state are those of A, B and S alone.
+
+As published A ~ U(±1/sqrt(in)) (Kaiming uniform, a = sqrt 5), B = 0, S ~ U(±1/sqrt(in)). The
+published code (splora_linear.py) refuses r = 0 and delta = 0. With B = 0 the latter cannot learn:
+every block gives 0, and no factor has a gradient. `init=spectral` begins with the best
+approximation of rank r of the dense draw instead (Khodak et al. 2021). The published backward pass
+builds W anew; here autograd keeps it from the forward pass, which `costs` counts.
+
+`refactor_every` is the weight refactorisation of Glentis et al. 2025 (arXiv 2505.22922): with the
+SVD B A = U D V^T, B becomes U sqrt(D) and A sqrt(D) V^T, and Adam's moments of both are dropped.
+The function stays, so it is what a restart does to momentum, without its merge. S is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora_core.config import SLTrainConfig
+from relora_core.methods.adapter import named_generator
+from relora_core.methods.base import Method
+
+
+class SLTrainLinear(nn.Module):
+    """y = (s B A + S) x; A (r, in), B (out, r), and values (k,) of S at `places` of W."""
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    values: nn.Parameter | None
+    places: Tensor | None
+
+    def __init__(self, linear: nn.Linear, sltrain: SLTrainConfig, *, entries: int) -> None:
+        """In the place of `linear`; all is 0 until it is drawn. A part without size is None."""
+        super().__init__()
+        weight, r = linear.weight.detach(), sltrain.r
+        self.shape = (rows, columns) = weight.shape
+        self.scale = sltrain.alpha / r if r else 0.0
+        self.lora_A = nn.Parameter(weight.new_zeros(r, columns)) if r else None
+        self.lora_B = nn.Parameter(weight.new_zeros(rows, r)) if r else None
+        self.values = nn.Parameter(weight.new_zeros(entries)) if entries else None
+        places = weight.new_zeros(entries, dtype=torch.int32) if entries else None
+        self.register_buffer("places", places)
+
+    @torch.no_grad()
+    def draw_(self, seed: int, name: str, *, dense: Tensor | None) -> None:
+        """As published, but where `dense` (out, in) is given s B A is its best approximation."""
+        bound = 1 / math.sqrt(self.shape[1])
+        if self.lora_A is not None and self.lora_B is not None:
+            if dense is None:
+                self.lora_A.uniform_(-bound, bound, generator=named_generator(seed, 0, name))
+            else:
+                left, d, right = torch.linalg.svd(dense.double() / self.scale, full_matrices=False)
+                r = len(self.lora_A)
+                self._set_factors_(left[:, :r], d[:r], right[:r])
+        if self.values is not None and self.places is not None:
+            generator = named_generator(seed, 0, f"{name}/sparse")
+            drawn = torch.randperm(math.prod(self.shape), generator=generator)
+            self.places.copy_(drawn[: len(self.places)].sort().values)
+            self.values.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self._weight()
+        return F.linear(x, weight)
+
+    def _weight(self) -> Tensor:
+        if self.lora_A is None or self.lora_B is None:
+            return self._sparse()
+        product = self.lora_B @ self.lora_A * self.scale
+        if self.values is None or self.places is None:
+            return product
+        return product.view(-1).index_add(0, self.places, self.values).view(self.shape)
+
+    def _sparse(self) -> Tensor:
+        if self.values is None or self.places is None:
+            assert self.lora_A is not None
+            return self.lora_A.new_zeros(self.shape)
+        zeros = self.values.new_zeros(math.prod(self.shape))
+        return zeros.index_add(0, self.places, self.values).view(self.shape)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """s B A + S, (out, in)."""
+        return self._weight()
+
+    @torch.no_grad()
+    def sparse_weight(self) -> Tensor:
+        """S, (out, in)."""
+        return self._sparse()
+
+    @torch.no_grad()
+    def balance_(self) -> float:
+        """Of the same product, U sqrt(D) and sqrt(D) V^T; the ratio of norms, B's to A's, before.
+
+        A product of 0 has no such factors that could learn, one that is not finite none at all:
+        then both stay.
+        """
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        b, a = self.lora_B.double(), self.lora_A.double()
+        ratio = (b.norm() / a.norm()).item()
+        if 0 < ratio < math.inf:
+            (left, upper), (right, lower) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+            u, d, v = torch.linalg.svd(upper @ lower.T)
+            self._set_factors_(left @ u, d, v @ right.T)
+            if dist.is_available() and dist.is_initialized():
+                # Processes hold equal factors, but an SVD may round differently on each.
+                dist.broadcast(self.lora_B.data, src=0)
+                dist.broadcast(self.lora_A.data, src=0)
+        return ratio
+
+    def _set_factors_(self, left: Tensor, d: Tensor, right: Tensor) -> None:
+        """B = U sqrt(D), A = sqrt(D) V^T; every column of U has a positive largest entry."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
+        root = d.sqrt() * largest[0].sign()
+        self.lora_B.copy_(left * root)
+        self.lora_A.copy_(root[:, None] * right)
+
+
+class SLTrain(Method):
+    """Linears of low rank plus sparse; embedding, head and norms as they are."""
+
+    def adapt(self, model: nn.Module) -> None:
+        """Replace target linears. They are drawn after all other weights, which stay unchanged."""
+        sltrain = self.config.sltrain
+        for name, entries in sltrain.entries(self.config).items():
+            parent, _, child = name.rpartition(".")
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)
+            linear = SLTrainLinear(dense, sltrain, entries=entries)
+            spectral = dense.weight.detach() if sltrain.init == "spectral" else None
+            linear.draw_(self.config.seed, name, dense=spectral)
+            setattr(model.get_submodule(parent), child, linear)
+
+    def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """Between updates: refactor where that is due."""
+        if not self.refactors(step):
+            return {}
+        ratios = []
+        for _, linear in self.targets(model):
+            if self.config.sltrain.refactor == "balance":
+                ratios.append(linear.balance_())
+            for factor in (linear.lora_A, linear.lora_B):
+                if factor is not None:
+                    optimizer.state.pop(factor, None)
+        metrics = {"refactor/count": float(step // (self.config.sltrain.refactor_every or 1))}
+        return metrics | ({"refactor/norm_ratio": sum(ratios) / len(ratios)} if ratios else {})
+
+    def refactors(self, step: int) -> bool:
+        """Whether to refactor when `step` updates are complete; not at the end."""
+        sltrain = self.config.sltrain
+        every = sltrain.refactor_every if sltrain.r else None
+        return every is not None and step % every == 0 and step < self.config.train.steps
+
+    def targets(self, model: nn.Module) -> Iterator[tuple[str, SLTrainLinear]]:
+        """(qualified name, module) of every linear that was replaced."""
+        for name, module in model.named_modules():
+            if isinstance(module, SLTrainLinear):
+                yield name, module
+
+    def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, module in model.named_modules():
+            if isinstance(module, SLTrainLinear):
+                yield name, module.effective_weight()
+            elif isinstance(module, nn.Linear) and name.startswith("layers."):
+                yield name, module.weight.detach()
+
+    def base_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """S of a target."""
+        for name, module in model.named_modules():
+            if isinstance(module, SLTrainLinear):
+                yield name, module.sparse_weight()
+            elif isinstance(module, nn.Linear) and name.startswith("layers."):
+                yield name, module.weight.detach()
