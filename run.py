@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         # As typed: `${...}` is resolved in the run's config alone.
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         schema.refuse_search(cfg, overrides)
-        schema.refuse_sweep(HydraConfig.get())
+        schema.refuse_sweep(HydraConfig.get(), cfg)
         sys.exit(run_here(schema.to_run_config(cfg, overrides=overrides)))
 
 

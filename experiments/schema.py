@@ -158,7 +158,7 @@ def refuse_search(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         )
 
 
-def refuse_sweep(hydra: Any) -> None:
+def refuse_sweep(hydra: Any, cfg: Any = None) -> None:
     """ConfigError if a launcher, sweeper or axes are chosen, which one run would ignore."""
     choices, sweeper = hydra.runtime.choices, hydra.sweeper
     if "LocalLauncher" not in hydra.launcher._target_:
@@ -172,6 +172,10 @@ def refuse_sweep(hydra: Any) -> None:
         )
     if sweeper.get("params") or sweeper.get("arms"):
         raise ConfigError("sweep must be none for one run: add -m, or leave sweep out")
+    if cfg is not None and cfg.sweep.from_search is not None:
+        raise ConfigError(
+            f"sweep.from_search must be null for one run, got {cfg.sweep.from_search!r}: add -m"
+        )
 
 
 def refuse_code(cfg: DictConfig) -> None:

@@ -1067,6 +1067,8 @@ class SweepConfig:
     """None: made of what varies."""
     arm: str | None = knob(None, scientific=False)
     """Name of the run's setting in a sweep file that names its arms; with -m, those to take."""
+    from_search: str | None = knob(None, scientific=False)
+    """A search with arms, of which each arm of a sweep takes its best settings (with -m)."""
     max_gpu_hours: float | None = knob(None, gt=0, scientific=False)
     """A sweep whose runs are estimated to take more is refused before anything is queued."""
 

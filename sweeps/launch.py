@@ -25,7 +25,7 @@ from relora_core.config import RunConfig
 from sweeps import display, tracking
 from sweeps.launchers import Launcher, load_launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir, prepare_data
-from sweeps.planning import budget
+from sweeps.planning import budget, provenance
 from sweeps.planning.grid import Point
 from sweeps.planning.plan import (
     Cell,
@@ -36,6 +36,7 @@ from sweeps.planning.plan import (
     other_settings,
     store,
 )
+from sweeps.planning.provenance import Tuned
 from sweeps.slurm.survey import survey
 
 
@@ -46,10 +47,12 @@ def run_sweep(
     command: str = "",
     plan_only: bool = False,
     console: Console | None = None,
+    tuned: Mapping[str, Tuned] | None = None,
 ) -> int:
     """Plan the points and hand them to the launcher; with `plan_only` show what would be done.
 
-    Raises ConfigError or DataError for a user's mistake, before anything is queued.
+    `tuned` is what points already have from a search, by arm. Raises ConfigError or DataError for
+    a user's mistake, before anything is queued.
     """
     configs, notes = complete_configs([config for _, config in points], launcher)
     points = [(point, config) for (point, _), config in zip(points, configs, strict=True)]
@@ -63,6 +66,8 @@ def run_sweep(
         plan.notes.append(
             "jobs hold GPUs that runtime.device=cpu leaves idle: hydra.launcher.gpus_per_node=0"
         )
+    plan.tuned = {arm: one.record() for arm, one in (tuned or {}).items()}
+    plan.notes += provenance.notes(tuned or {}, configs)
     if not configs[0].sweep.name:
         plan.notes += other_settings(plan, [point for point, _ in points], output_dir=output_dir)
     plan.collapsed += same_elsewhere(plan, output_dir)
@@ -103,6 +108,8 @@ class SweepOutlook(Outlook):
             output_dir=self.output_dir,
             stored=stored,
         )
+        for line in provenance.lines(self.plan.tuned):
+            display.say(console, line)
 
     def store(self) -> None:
         later = [note for cell in self.todo for note in prepared_notes(cell.config)]

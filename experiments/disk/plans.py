@@ -42,6 +42,9 @@ def read_plan(path: Path) -> dict[str, Any]:
         typed = raw.setdefault("overrides", [overrides_of(command) for command in commands])
         if not fits(list[list[str]], typed) or len(typed) != len(commands):
             raise ValueError("overrides are no lists of text, one a command")
+        for one in raw.setdefault("tuned", {}).values():
+            if not fits(dict[str, Any], one):
+                raise ValueError("tuned has no settings of arms")
         return raw
     except ValueError as error:
         raise Damaged(

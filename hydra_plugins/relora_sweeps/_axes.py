@@ -124,6 +124,7 @@ def expand_arms(
     arms: Mapping[str, list[str]],
     arguments: list[str],
     loader: ConfigLoader,
+    tuned: Mapping[str, list[str]] | None = None,
 ) -> list[list[str]]:
     """The points of the arms that `sweep.arm` names, else of all arms; one of each arm in turn.
 
@@ -141,7 +142,10 @@ def expand_arms(
         params = [text for text in params if text not in given]
     grids = []
     for name in names:
-        grids.append(expand([*params, *arms[name], *arguments, f"{key}={name}"], loader=loader))
+        more = (tuned or {}).get(name, [])
+        grids.append(
+            expand([*params, *arms[name], *more, *arguments, f"{key}={name}"], loader=loader)
+        )
     return [cell for cells in zip_longest(*grids) for cell in cells if cell is not None]
 
 

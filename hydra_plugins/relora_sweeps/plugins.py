@@ -35,11 +35,17 @@ from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.planning.grid import points_from
 from sweeps.search.config import SearchConfig, check_arms, normalise
+from sweeps.search.recipe import quoted
 from sweeps.search.space import Choice, Dimension
 from sweeps.slurm.options import SlurmOptions
 
 if TYPE_CHECKING:
+    from sweeps.planning.provenance import Tuned
     from sweeps.search.launch import Asked
+
+KEY, TUNED_AS, NOTHING = "sweep.from_search", "sweep.tuned_as", "none"
+ALPHA_OR_SCALE = {"relora.alpha", "relora.scale"}
+"""One setting, spelt in two ways."""
 
 
 @dataclass
@@ -51,7 +57,9 @@ class GridConf:
     """Axes of a sweep file: key -> values as on the command line, where they can be overridden."""
     arms: dict[str, Any] | None = field(default_factory=dict)
     """Settings of several keys: name -> overrides, crossed with all axes. `sweep.arm=a,b` selects
-    some. The command line overrides arms, and arms override `params`."""
+    some. The command line overrides arms, and arms override `params`. `sweep.from_search` gives
+    each the best of a search's arm of the same name, or of the arm that `sweep.tuned_as=NAME` among
+    its overrides names; `none`: nothing."""
     plan_only: bool = False
     """Show what would be done and what it costs; do nothing (`run.py --plan`)."""
 
@@ -107,7 +115,7 @@ def _search_node() -> DictConfig:
     """Keys and defaults of SearchConfig, which checks the values; mappings take any key."""
     named = {key: {"name": getattr(SearchConfig(), key)} for key in ("sampler", "pruner")}
     node = OmegaConf.create(dataclasses.asdict(SearchConfig()) | named)
-    for key in ("sampler", "pruner", "space", "when", "arms"):
+    for key in ("sampler", "pruner", "space", "when", "arms", "common"):
         OmegaConf.set_struct(node[key], False)
     return node
 
@@ -125,11 +133,12 @@ class GridSweeper(Sweeper):
         plan_only: bool = False,
     ) -> None:
         self.params, self.arms, self.plan_only = params or {}, arms or {}, plan_only
+        self.config = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.loader = hydra_context.config_loader
+        self.loader, self.config = hydra_context.config_loader, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -143,8 +152,54 @@ class GridSweeper(Sweeper):
             )
         self.launcher.plan_only = self.plan_only
         arms = {name: list(overrides or []) for name, overrides in self.arms.items()}
-        cells = expand_arms(texts, arms=arms, arguments=arguments, loader=self.loader)
+        sources = {name: _tuned_as(name, lines) for name, lines in arms.items()}
+        self.launcher.tuned = tuned = self._tuned(arms, sources, arguments)
+        taken = {
+            name: [f"{key}={quoted(value)}" for key, value in one.values.items()]
+            for name, one in tuned.items()
+        }
+        cells = expand_arms(texts, arms=arms, arguments=arguments, loader=self.loader, tuned=taken)
         self.launcher.launch(cells, initial_job_idx=0)
+
+    def _tuned(
+        self, arms: dict[str, list[str]], sources: dict[str, str], arguments: list[str]
+    ) -> "dict[str, Tuned]":
+        """What each arm takes from the search that `sweep.from_search` names.
+
+        The search overrides an arm's own line, which gives defaults; but not if the arm takes the
+        settings of another one, since its line then says how it differs from that. Lines lose what
+        is taken.
+        """
+        given = parse(arguments, loader=self.loader)
+        if any(o.key_or_group == KEY and o.is_sweep_override() for o in given):
+            raise ConfigError(f"{KEY} must be one search, as it decides what the points are")
+        search = self.config.sweep.from_search if self.config else None
+        if self.config is None or search is None:
+            return {}
+        if not arms:
+            raise ConfigError(f"{KEY} must be null for a sweep without arms, got {search!r}")
+        from sweeps.search.tuned import read_tuned  # a sweep without a search needs no Optuna
+
+        wanted = [o for o in given if o.key_or_group == "sweep.arm"]
+        names = arms_taken(wanted, arms=arms, loader=self.loader)
+        mapped = {name: sources[name] for name in names if sources[name] != NOTHING}
+        tuned = read_tuned(self.config.output_dir, search, mapped)
+        for name, one in tuned.items():
+            own = {o.key_or_group: str(o.input_line) for o in parse(arms[name], loader=self.loader)}
+            stays = {o.key_or_group for o in given} | (set(own) if one.borrowed else set())
+            stays |= ALPHA_OR_SCALE if stays & ALPHA_OR_SCALE else set()
+            one.values = {key: v for key, v in one.values.items() if key not in stays}
+            arms[name][:] = [text for key, text in own.items() if key not in one.values]
+        return tuned
+
+
+def _tuned_as(name: str, lines: list[str]) -> str:
+    """The arm of a search with the settings of this arm; its `sweep.tuned_as` is taken out."""
+    source = name
+    for text in [text for text in lines if text.startswith(f"{TUNED_AS}=")]:
+        source = text.partition("=")[2].strip()
+        lines.remove(text)
+    return source
 
 
 class SearchSweeper(Sweeper):
@@ -181,21 +236,25 @@ class SearchSweeper(Sweeper):
         fixed = {o.key_or_group: str(o.input_line) for o in given if not o.is_sweep_override()}
         first = self.composer.compose(list(fixed.values()))
         arms = check_arms(OmegaConf.to_container(first.search.arms) or {})
-        if not arms:
-            given, fixed = given + taken, fixed | {o.key_or_group: str(o.input_line) for o in taken}
-        for key in ("space", "when"):
+        if first.sweep.from_search is not None:
+            raise ConfigError(f"{KEY} must be null in a search, got {first.sweep.from_search!r}")
+        for key in ("space", "when", "common"):
             if not OmegaConf.is_dict(first.search[key]):
                 raise ConfigError(
                     f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
                 )
+        common = self._runs(lines_of(first.search.common, of="search.common"), of="search.common")
         options = {"name": self.name, "command": _command(), "plan_only": self.plan_only}
         self.composer.launchers.clear()  # `first` is not a point
         if arms:
             names = arms_taken(taken, arms=arms, loader=self.loader)
-            asked = [self._arm(name, arms[name], first=first, given=given) for name in names]
+            asked = [
+                self._arm(name, arms[name], first=first, common=common, given=given)
+                for name in names
+            ]
             code = run_arms(asked, launcher=self._launcher(), **options)
         else:
-            one = self._asked(first, given, fixed)
+            one = self._asked(first, [*common, *given, *taken])
             code = run_search(
                 one.search, space=one.space, bases=one.bases, launcher=self._launcher(), **options
             )
@@ -207,23 +266,29 @@ class SearchSweeper(Sweeper):
         assert isinstance(self.launcher, OurLauncher)  # sweep() allows no other
         return self.launcher.for_points(self.composer).make()
 
-    def _arm(
-        self, name: str, overrides: list[str], *, first: DictConfig, given: list[Override]
-    ) -> "Asked":
-        """What is asked of an arm: its own overrides win over the file's space, and the command
-        line's over both."""
-        own = parse(overrides, loader=self.loader)
-        for override in own:
+    def _runs(self, overrides: list[str], *, of: str) -> list[Override]:
+        """Overrides in a file, parsed; ConfigError if one does not set what runs do."""
+        parsed = parse(overrides, loader=self.loader)
+        for override in parsed:
             if override.key_or_group.split(".")[0] in ("search", "sweep", "hydra"):
-                raise ConfigError(
-                    f"search.arms.{name} must set what its runs do, got {override.input_line!r}"
-                )
-        both = {o.key_or_group: o for o in [*own, *given]}
-        fixed = {key: str(o.input_line) for key, o in both.items() if not o.is_sweep_override()}
+                raise ConfigError(f"{of} must set what runs do, got {override.input_line!r}")
+        return parsed
+
+    def _arm(
+        self,
+        name: str,
+        overrides: list[str],
+        *,
+        first: DictConfig,
+        common: list[Override],
+        given: list[Override],
+    ) -> "Asked":
+        """What is asked of an arm: its own overrides win over those that are common to all and over
+        the file's space, the command line's over all."""
+        own = self._runs([*overrides], of=f"search.arms.{name}")
+        own += parse([f"sweep.arm={name}"], loader=self.loader)
         try:
-            one = self._asked(
-                first, list(both.values()), fixed | {"sweep.arm": f"sweep.arm={name}"}
-            )
+            one = self._asked(first, [*common, *own, *given], start=True)
         except ConfigError as error:
             raise ConfigError(f"arm {name}: {error}") from None
         if one.search.learn_from:
@@ -244,15 +309,27 @@ class SearchSweeper(Sweeper):
         one.arm = name
         return one
 
-    def _asked(self, first: DictConfig, given: list[Override], fixed: dict[str, str]) -> "Asked":
+    def _asked(
+        self, first: DictConfig, overrides: list[Override], *, start: bool = False
+    ) -> "Asked":
+        """What is asked of one study, where later overrides win; with `start` its bases have the
+        first of each choice."""
         from sweeps.search.launch import Asked
 
+        by_key = {o.key_or_group: o for o in overrides}
+        given = list(by_key.values())
+        fixed = {key: str(o.input_line) for key, o in by_key.items() if not o.is_sweep_override()}
         space = self._space(first.search.space, given)
         if "relora.scale" in {*space, *fixed} and "relora.alpha" in {*space, *fixed}:
             raise ConfigError(
                 "relora.alpha must be left out where relora.scale is given: it follows"
             )
-        bases = self._bases(space, list(fixed.values()))
+        firsts = {
+            key: f"{key}={quoted(one.values[0])}"
+            for key, one in space.items()
+            if start and isinstance(one, Choice) and one.values and not self.composer.is_group(key)
+        }
+        bases = self._bases(space, [*fixed.values(), *firsts.values()])
         return Asked(search=self._search(first, space, fixed), space=space, bases=bases)
 
     def _search(
@@ -262,7 +339,7 @@ class SearchSweeper(Sweeper):
         given: Any = OmegaConf.to_container(composed.search, resolve=True)
         given["space"] = {key: one.text() for key, one in space.items()}
         given["when"] = {key: text for key, text in given["when"].items() if key not in fixed}
-        given["arms"] = {}
+        given |= {"arms": {}, "common": {}}
         search = normalise(given, seed=composed.seed)
         entries = [{k: v for k, v in one.items() if k not in fixed} for one in search.enqueue]
         search.enqueue = [entry for entry in entries if entry]
@@ -297,6 +374,8 @@ class OurLauncher(Launcher):
     """Composes all points and gives them to `sweeps`; exits with a code if something failed."""
 
     plan_only = False
+    tuned: "dict[str, Tuned] | None" = None
+    """What arms have from a search."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -331,7 +410,13 @@ class OurLauncher(Launcher):
         configs = composer.all(job_overrides)
         points = list(zip(points_from(job_overrides), configs, strict=True))
         launcher = self.for_points(composer).make()
-        code = run_sweep(points, launcher=launcher, command=_command(), plan_only=self.plan_only)
+        code = run_sweep(
+            points,
+            launcher=launcher,
+            command=_command(),
+            plan_only=self.plan_only,
+            tuned=self.tuned,
+        )
         if code:
             raise SystemExit(code)
         return []

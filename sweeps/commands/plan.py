@@ -7,6 +7,7 @@ import argparse
 from experiments.disk.output_dir import plan_folder
 from sweeps import display
 from sweeps.commands import selection
+from sweeps.planning import provenance
 from sweeps.planning.plan import load
 
 HELP = "the stored plan of a sweep, and the commands that made it"
@@ -27,5 +28,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(display.plan_table(stored, states=states))
     for line in [*stored.collapsed, *stored.commands]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in provenance.lines(stored.tuned):
+        display.say(console, line)
     display.show_notes(stored.notes, console=console)
     return 0

@@ -183,7 +183,8 @@ def show_arms(args: argparse.Namespace, folder: Path) -> int:
     if line := shared.closed(folder):
         print(f"bests, tables and the figure were not written: {line}")
     else:
-        written = response_files.write(arms, folder)
+        written, left_out = response_files.write(arms, folder)
+        _say(left_out)
         _say([f"{len(written)} files: arms.csv, response.csv and plots/response.png in {folder}"])
     if failed:
         print(f"error: all trials of {args.name} failed", file=sys.stderr)
@@ -192,7 +193,7 @@ def show_arms(args: argparse.Namespace, folder: Path) -> int:
 
 def arm_lines(arms: Sequence[Arm], *, name: str) -> Iterator[str]:
     """How far the search is, and the arms that are not tuned like the others."""
-    done, n_trials = sum(arm.done for arm in arms), sum(arm.results.n_trials for arm in arms)
+    done, n_trials = sum(arm.done for arm in arms), sum(arm.n_trials for arm in arms)
     yield f"{name}: {done} of {n_trials} trials of {len(arms)} arms have ended"
     if len({arm.done for arm in arms}) > 1:
         yield f"arms are not tuned alike yet: {', '.join(f'{a.name} {a.done}' for a in arms)}"
@@ -218,7 +219,7 @@ def arm_table(arms: Sequence[Arm]) -> Table:
         settings = best.params.items() if best else ()
         table.add_row(
             Text(arm.name),
-            f"{arm.done}/{arm.results.n_trials}",
+            f"{arm.done}/{arm.n_trials}",
             _cell(best.values[goal.metric] if best else None),
             "-" if ends is None else f"{ends[0]:.5g} to {ends[1]:.5g}",
             Text("  ".join(f"{key}={_short(value)}" for key, value in settings)),

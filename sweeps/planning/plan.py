@@ -74,6 +74,8 @@ class Plan:
     """Command lines that planned these cells, oldest first."""
     overrides: list[list[str]] = field(default_factory=list)
     """Of each command, as typed: `["relora.r=4,8", "seed=0,1"]`."""
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Arm -> settings that it has from a search, and their source (`provenance.Tuned.record`)."""
     created: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -333,6 +335,7 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
                 notes=_join_notes(old, plan),
                 commands=list(typed),
                 overrides=list(typed.values()),
+                tuned=old.tuned | plan.tuned,
                 created=old.created,
             )
         _join_arms(merged.cells)

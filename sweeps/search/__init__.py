@@ -21,4 +21,5 @@ recipe.py     a config as a command line or experiment file
 plots.py      Optuna's own pictures
 response.py   how arms respond to their rate
 response_files.py  its tables and its picture
+tuned.py      each arm's best, for a sweep
 """

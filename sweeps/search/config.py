@@ -81,6 +81,9 @@ class SearchConfig:
     when: dict[str, str] = field(default_factory=dict)
     """Key of the space -> `KEY=VALUE[,VALUE]`: elsewhere it is not searched. Knobs of a method or
     a kind of data know it themselves."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Key -> value of what all runs have in common, like `experiment`; arms and the command line
+    win over it."""
     arms: Any = field(default_factory=dict)
     """Arm -> its overrides, as `hydra.sweeper.arms` of a sweep; what one of them has as an interval
     or a choice is searched in that arm. Each arm is tuned alone, with `n_trials` of its own;
@@ -136,7 +139,7 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
         )
     first = config.objectives[0].metric
     config.prune_metric = config.prune_metric or (first if first not in COSTS else LOSS.key)
-    for key in ("space", "when", "arms"):
+    for key in ("space", "when", "arms", "common"):
         _mapping(f"search.{key}", getattr(config, key))
     entries = _list(config.enqueue)
     config.enqueue = [_mapping(f"search.enqueue[{i}]", one) for i, one in enumerate(entries)]

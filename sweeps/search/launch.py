@@ -57,6 +57,8 @@ class Part:
 
     spec: Spec
     folder: Path
+    n_trials: int
+    """In all; of a grid not more than it has points."""
     left: int
     """Trials that have not ended."""
     arm: str | None = None
@@ -159,21 +161,23 @@ def _part(
         command=command,
         notes=list(notes),
     )
-    left, more = search.n_trials, []
+    more: list[str] = []
     begun = Study.open(folder) if (folder / "study.json").exists() else None
     if begun:
         reads.check(begun.spec, folder)
-        left = to_do(begun, search.n_trials)
         spec, before = begun.spec.continued(spec), begun.spec
         more += [
             f"{asked.arm}: {line}" if asked.arm else line for line in begun_notes(spec, before)
         ]
     more += across(check_corners(spec), seeds=len(search.seeds))
     spec.check()
-    if begun is None:
+    left = n_trials = samplers.n_trials(spec.config, space=spec.space)
+    if begun:
+        left = to_do(begun, n_trials)
+    else:
         spec.learnt, lines = learn(spec, output_dir=Path(points[0][1].output_dir))
         more += lines
-    return Part(spec=spec, folder=folder, left=left, arm=asked.arm), more
+    return Part(spec=spec, folder=folder, n_trials=n_trials, left=left, arm=asked.arm), more
 
 
 @contextlib.contextmanager
@@ -187,13 +191,7 @@ def _naming(arm: str | None) -> Iterator[None]:
 
 def uneven(parts: Sequence[Part]) -> list[str]:
     """A line where arms of a grid have different numbers of points, and so of trials."""
-    if parts[0].spec.config.sampler["name"] != "grid":
-        return []
-    sizes = {
-        str(part.arm): min(samplers.grid_size(one.config, space=one.space), one.config.n_trials)
-        for part in parts
-        if (one := part.spec)
-    }
+    sizes = {str(part.arm): part.n_trials for part in parts}
     if len(set(sizes.values())) == 1:
         return []
     some = ", ".join(f"{arm} {size}" for arm, size in sizes.items())
@@ -234,7 +232,7 @@ class SearchOutlook(Outlook):
             f"{search.sampler['name']} sampler, pruner {search.pruner['name']}, "
             f"seeds {' '.join(map(str, search.seeds))}",
         )
-        n_trials = search.n_trials * len(self.parts)
+        n_trials = sum(part.n_trials for part in self.parts)
         display.say(
             console,
             f"{n_trials - self.left} of {n_trials} trials have ended, {self.left} left{price}",
@@ -253,7 +251,7 @@ class SearchOutlook(Outlook):
         table = Table("arm", "method", "searched", title=title, title_justify="left", box=None)
         table.add_column("ended", justify="right")
         for part in self.parts:
-            space, n_trials = part.spec.space, part.spec.config.n_trials
+            space, n_trials = part.spec.space, part.n_trials
             table.add_row(
                 part.arm,
                 " ".join(dict.fromkeys(base.method for base in part.spec.bases.values())),
@@ -321,7 +319,8 @@ def close(folder: Path, console: Console) -> int:
     if len(studies) == 1 and studies[0].arm is None:
         write_results(folder)
     else:
-        response_files.write(response.read(folder), folder)
+        for line in response_files.write(response.read(folder), folder)[1]:
+            display.say(console, line)
     if any(base.tracking.enabled for study in studies for base in study.spec.bases.values()):
         # plots go to the parent run
         for line in tracking.new_problems(tracking.show(output_dir, name)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import stats
-from sweeps.search import results
+from sweeps.search import results, samplers
 from sweeps.search.arms import arm_folders
 from sweeps.search.config import Objective
 from sweeps.search.results import Best, Results, TrialRow
@@ -37,6 +37,8 @@ class Arm:
     space: dict[str, Dimension]
     seeds: list[int]
     """That each trial ran."""
+    n_trials: int
+    """In all; of a grid not more than it has points."""
 
     @property
     def best(self) -> Best | None:
@@ -64,6 +66,7 @@ def read(folder: Path | str) -> list[Arm]:
                 results=results.read(place)[0],
                 space=spec.space,
                 seeds=spec.config.seeds,
+                n_trials=samplers.n_trials(spec.config, space=spec.space),
             )
         )
     return arms
@@ -142,7 +145,7 @@ def seed_values(trial: TrialRow) -> list[float]:
 def best_row(arm: Arm) -> dict[str, Any]:
     """An arm's best: what it is worth, its interval, its settings, whether at an edge."""
     goal, best = arm.results.goals[0], arm.best
-    row: dict[str, Any] = {"arm": arm.name, "trials": arm.done, "of": arm.results.n_trials}
+    row: dict[str, Any] = {"arm": arm.name, "trials": arm.done, "of": arm.n_trials}
     low, high = best.intervals.get(goal.metric, (None, None)) if best else (None, None)
     row |= {
         "metric": goal.metric,

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments import stats
 from experiments.colours import OKABE_ITO
+from experiments.errors import one_line
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing
 from relora_core import atomic
@@ -35,8 +36,9 @@ MOST_LINES = 4
 """Settings of the other keys that have a line each; more are dots alone."""
 
 
-def write(arms: Sequence[Arm], folder: Path | str) -> list[Path]:
-    """All files of a search with arms: its own, and each arm's best and trials; those written."""
+def write(arms: Sequence[Arm], folder: Path | str) -> tuple[list[Path], list[str]]:
+    """All files of a search with arms: its own, and each arm's best and trials. Those written, and
+    a line on a picture that could not be made."""
     folder, written = Path(folder), []
     for arm, place in zip(arms, arm_folders(folder).values(), strict=True):
         if arm.results.trials:
@@ -46,7 +48,10 @@ def write(arms: Sequence[Arm], folder: Path | str) -> list[Path]:
         if table:
             atomic.write_text(folder / name, to_csv(table))
             written.append(folder / name)
-    return written + draw(arms, folder=folder / "plots")
+    try:
+        return written + draw(arms, folder=folder / "plots"), []
+    except Exception as error:  # a picture that fails must not cost the results
+        return written, [f"no response: {one_line(error)}"]
 
 
 def draw(arms: Sequence[Arm], *, folder: Path) -> list[Path]:
@@ -106,15 +111,13 @@ def limits(arms: Sequence[Arm]) -> tuple[float, float]:
 
 
 def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
-    groups: dict[tuple[tuple[str, Any], ...], list[TrialRow]] = {}
-    for trial in arm.results.trials:
+    groups: dict[str, list[TrialRow]] = {}
+    for trial in sorted(arm.results.trials, key=_others):
         if trial.values and RATE in trial.params:
-            others = tuple((k, v) for k, v in trial.params.items() if k != RATE)
-            groups.setdefault(others, []).append(trial)
+            groups.setdefault(_label(trial), []).append(trial)
     lined = len(groups) <= MOST_LINES
-    for index, (others, trials) in enumerate(sorted(groups.items(), key=lambda g: _order(g[0]))):
+    for index, (label, trials) in enumerate(groups.items()):
         colour = OKABE_ITO[index] if lined else canvas.GREY
-        label = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in others)
         trials.sort(key=lambda trial: trial.params[RATE])
         _trials(ax, trials, colour=colour, line=lined, low=low, high=high, label=label)
     if best := arm.best:
@@ -124,7 +127,7 @@ def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
     title = arm.name if len(arm.name) <= LONGEST_NAME else f"{arm.name[: LONGEST_NAME - 3]}..."
     edge = any(words.startswith(f"{RATE}=") for words in arm.edges)
     ax.set_title(f"{title} (best at the edge)" if edge else title, color="#b3261e" if edge else "k")
-    if lined and any(groups):
+    if lined and any(groups):  # a group without a label has no other keys
         ax.legend(loc="best", fontsize=7.5, handlelength=1.2, borderaxespad=0.2)
 
 
@@ -159,11 +162,19 @@ def _trials(
             ax.plot([trial.params[RATE]], [off], shape, color=colour, markersize=5, clip_on=False)
 
 
-def _order(others: tuple[tuple[str, Any], ...]) -> list[tuple[bool, Any]]:
-    return [
-        (isinstance(v, str), str(v) if not isinstance(v, (int, float)) else v) for _, v in others
-    ]
+def _others(trial: TrialRow) -> list[tuple[bool, Any]]:
+    """What to sort trials by: the values of all keys but the rate, numbers before text."""
+    values = [value for key, value in trial.params.items() if key != RATE]
+    return [(False, v) if isinstance(v, (int, float)) else (True, str(v)) for v in values]
+
+
+def _label(trial: TrialRow) -> str:
+    """`scale 2`: the last part of each key but the rate, with its value."""
+    others = {key: value for key, value in trial.params.items() if key != RATE}
+    return ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in others.items())
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_text, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -246,6 +246,13 @@ def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> Non
     make_pruner(config)
 
 
+def n_trials(config: SearchConfig, *, space: Mapping[str, Dimension]) -> int:
+    """Trials that the search will have: as asked for, but of a grid not more than its points."""
+    if config.sampler["name"] != "grid":
+        return config.n_trials
+    return min(config.n_trials, grid_size(config, space=space))
+
+
 def grid_size(config: SearchConfig, *, space: Mapping[str, Dimension]) -> int:
     """Points of the full grid."""
     grid = _grid(space, per_decade=config.sampler.get("per_decade"))

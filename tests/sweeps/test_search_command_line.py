@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import optuna
 import pytest
+import yaml
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
@@ -261,9 +262,9 @@ def test_what_is_tried_first_is_tried_in_arms_that_search_it(arms_of):
     ("words", "says"),
     [
         (["search.arms.lora=['method=lor']"], "arm lora:"),
-        (["search.arms.x=['search.seeds=3']"], "search.arms.x must set what its runs do"),
+        (["search.arms.x=['search.seeds=3']"], "search.arms.x must set what runs do"),
         (["search.arms.x='method=lora'"], "search.arms.x must be overrides"),
-        (["sweep.arm=nothing"], "sweep.arm must be one of full_rank, lora"),
+        (["sweep.arm=nothing"], "sweep.arm must be one of full_rank, "),
         (["search.learn_from=x"], "search.learn_from must be empty with search.arms"),
         (["search.objectives=[train/loss,cost/trainable]"], "search.objectives must be one"),
         (["search.arms.relora=['relora.r=choice(4,4096)']"], "arm relora: search.space must hold"),
@@ -276,3 +277,34 @@ def test_a_mistake_in_an_arm_is_one_line_and_leaves_nothing(words, says, tmp_pat
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_all_runs_have_in_common_gives_way_to_arms_and_the_command_line(arms_of, searched):
+    common = "search.common={train.batch_size: 16, relora.r: 3, train.eps: 0.001}"
+    made = arms_of(common, "train.eps=1e-4")
+    for name, r in [("full", 3), ("fast", 3), ("lora", 2)]:
+        ((_, base),) = made[name].bases
+        assert (base.train.batch_size, base.train.eps, base.relora.r) == (16, 1e-4, r)
+    assert made["lora"].space["relora.r"] == Choice(values=[2, 4])
+    given = searched(*SMALL, "search.common={train.batch_size: 16}")
+    ((_, base),) = given["bases"]
+    assert base.train.batch_size == 16
+    assert given["search"].common == {}  # they are in the bases
+    with pytest.raises(ConfigError, match=r"^search.common must set what runs do"):
+        arms_of("search.common={sweep.name: x}")
+
+
+def test_the_study_of_methods_tunes_every_arm_that_it_compares():
+    """An arm in one file alone, or set otherwise there, would be compared untuned."""
+    search, sweep = (
+        yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+        for group, name in [("search", "method_lr"), ("sweep", "methods")]
+    )
+    compared = sweep["hydra"]["sweeper"]
+    assert list(search["arms"]) == list(compared["arms"])
+    assert search["common"].items() <= compared["params"].items()
+    for name, lines in search["arms"].items():
+        fixed = {line for line in lines if "choice(" not in line and "interval(" not in line}
+        tuned = {line.split("=")[0] for line in lines} - {line.split("=")[0] for line in fixed}
+        there = {line for line in compared["arms"][name] if line.split("=")[0] not in tuned}
+        assert fixed == there, name

@@ -1,0 +1,93 @@
+"""`sweep.from_search=NAME`: the best of each arm of a search, for a sweep over the same arms.
+
+Not for: what a sweep notes of it (`sweeps/planning/provenance.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.disk.output_dir import plan_folder, study_folder
+from relora_core.config import ConfigError, nearest
+from sweeps.planning.provenance import Tuned
+from sweeps.search import response
+from sweeps.search.arms import arm_folders, has_arms
+from sweeps.search.response import Arm
+from sweeps.search.study import Study
+from sweeps.search.trial import point
+
+KEY = "sweep.from_search"
+
+
+def read_tuned(output_dir: Path | str, search: str, arms: Mapping[str, str]) -> dict[str, Tuned]:
+    """Arm of the sweep -> what it takes; `arms` maps it to the search's arm.
+
+    ConfigError, which names what is missing, if the search lacks an arm, has not finished one, or
+    has not tried all as often.
+    """
+    folder = study_folder(output_dir, name=search)
+    if not has_arms(folder):
+        files = plan_folder(output_dir, name="").glob("*/study/arms.json")
+        names = sorted(path.parents[1].name for path in files)
+        some = ", ".join(names[:8]) or "none yet"
+        raise ConfigError(
+            f"{KEY} must be a search with arms in {output_dir} ({some}), got {search!r}."
+            f"{nearest(search, names)}"
+        )
+    there = {arm.name: arm for arm in response.read(folder)}
+    if missing := [arm for arm in dict.fromkeys(arms.values()) if arm not in there]:
+        raise ConfigError(
+            f"{KEY} must be a search of all arms, but {search} has no {', '.join(missing)} (it has "
+            f"{', '.join(there)}); a line in its search.arms and its own command add one"
+        )
+    needed = {name: there[name] for name in dict.fromkeys(arms.values())}
+    studies = {str(arm): Study.open(place) for arm, place in arm_folders(folder).items()}
+    _check_finished(search, {name: (arm, studies[name]) for name, arm in needed.items()})
+    return {
+        mine: _tuned(search, needed[name], studies[name], borrowed=mine != name)
+        for mine, name in arms.items()
+    }
+
+
+def _check_finished(search: str, arms: Mapping[str, tuple[Arm, Study]]) -> None:
+    open_arms = [
+        f"{name} {arm.done} of {arm.n_trials}"
+        for name, (arm, study) in arms.items()
+        if not study.done()
+    ]
+    if open_arms:
+        raise ConfigError(
+            f"{KEY} must be a finished search, but {search} has trials left ({', '.join(open_arms)}"
+            "); its own command goes on with it"
+        )
+    if len({arm.done for arm, _ in arms.values()}) > 1:
+        counts = ", ".join(f"{name} {arm.done}" for name, (arm, _) in arms.items())
+        raise ConfigError(
+            f"{KEY} must be a search that has tuned all arms alike, but trials of {search} are "
+            f"{counts}; one search.n_trials for all arms goes on with those that have fewer"
+        )
+    if failed := [name for name, (arm, _) in arms.items() if arm.best is None]:
+        raise ConfigError(
+            f"{KEY} must be a search with a best for each arm, but {search} has none for "
+            f"{', '.join(failed)}"
+        )
+
+
+def _tuned(search: str, arm: Arm, study: Study, *, borrowed: bool) -> Tuned:
+    best, metric = arm.best, arm.results.goals[0].metric
+    assert best is not None  # _check_finished
+    return Tuned(
+        search=search,
+        arm=arm.name,
+        trial=best.number,
+        trials=arm.done,
+        values=dict(best.params),
+        metric=metric,
+        value=best.values[metric],
+        seeds=arm.seeds,
+        edges=arm.edges,
+        searched=list(best.params),
+        config=point(study.spec, best.params),
+        borrowed=borrowed,
+    )
