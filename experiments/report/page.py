@@ -17,7 +17,7 @@ from experiments import notices
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.errors import one_line
-from experiments.report import blimp, gather
+from experiments.report import blimp, gather, tradeoffs
 from experiments.report import tables as report_tables
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import (
@@ -131,7 +131,7 @@ def _document(sweep: Sweep, pairs: Sequence[tuple[Arm, Arm]], pictures: list[Blo
         "BLiMP": lambda: blimp.blimp(sweep, pairs),
         "Figures": lambda: pictures,
         "Restarts": lambda: report_tables.restarts(sweep),
-        "Cost": lambda: report_tables.cost(sweep),
+        "Cost": lambda: [*report_tables.cost(sweep), *tradeoffs.tradeoffs(sweep)],
         "Code and environment": lambda: _environment(sweep),
         "Files": _files,
     }

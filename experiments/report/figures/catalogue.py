@@ -15,11 +15,12 @@ from matplotlib.figure import Figure as Canvas
 from experiments.metrics import LOSS
 from experiments.report import data
 from experiments.report.data import Arm, Sweep
-from experiments.report.figures import arms, canvas, published
+from experiments.report.figures import arms, canvas, fronts, published
 from experiments.report.figures import paper as figures_paper
 from experiments.report.figures.canvas import Drawing, Figure, NoData
 from experiments.report.figures.curves import Panel, Progress, progress, restart_ticks
 from experiments.report.figures.published import Published
+from experiments.report.tradeoffs import has_tradeoffs
 from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import PAPER_PERPLEXITY, PERPLEXITY
 
@@ -72,6 +73,11 @@ def catalogue(
         "differences": (
             "Differences on common seeds",
             partial(arms.differences, pairs),
+        ),
+        **(
+            {"fronts": ("What arms reach for what they take", partial(fronts.fronts, sweep))}
+            if has_tradeoffs(sweep)
+            else {}
         ),
         "blimp_phenomena": ("BLiMP by phenomenon", partial(arms.blimp_phenomena, sweep)),
         **{

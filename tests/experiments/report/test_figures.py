@@ -41,6 +41,7 @@ STEP = Progress(key="step", label="optimizer step", factor=1.0)
 KINDS = ("w_2", "vo")
 WHATS = ("weight", "base", "gradient", "update_proxy")
 NAMES = {
+    "fronts",
     *("learning_curves", "arms", "differences", "blimp_phenomena", "schedules", "restarts"),
     *("weights_rank", "updates_rank", "weights_condition", "updates_condition"),
 }
@@ -50,7 +51,9 @@ TWINS = {"weights_condition", "updates_rank"}
 
 def config_of(method: str, *, seed: int, r: int = 4, steps: int = STEPS) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(name="nano", d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2),
+        model=ModelConfig(
+            name="nano", d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=301
+        ),
         data=DataConfig(kind="grammar", seq_len=64),
         method=method,
         seed=seed,
