@@ -25,8 +25,8 @@ SUBS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
 """Ticks of a perplexity that spans less than a decade."""
 LONGEST = 18
 """Letters of a name beside its point."""
-LARGEST = 650.0
-"""Logarithm of what ends an axis at most: larger ones are of no float."""
+LARGEST = 1e280
+"""End of an axis: what is further out fits no axis of floats."""
 
 
 def fronts(sweep: Sweep) -> Drawing:
@@ -105,8 +105,9 @@ def _limits(ax: Axes, made: Sequence[Point], *, metric: Metric) -> None:
         log = metric.scale == "log"
         low, high = (math.log(min(ys)), math.log(max(ys))) if log else (min(ys), max(ys))
         margin = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
-        ends = low - margin, high + margin
-        ax.set_ylim(*(math.exp(max(-LARGEST, min(end, LARGEST))) if log else end for end in ends))
+        most = math.log(LARGEST) if log else LARGEST
+        ends = max(-most, low - margin), min(high + margin, most)
+        ax.set_ylim(*(map(math.exp, ends) if log else ends))
         if log and max(ys) < 10 * min(ys):
             ax.yaxis.set_major_locator(LogLocator(subs=SUBS))
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))
