@@ -82,18 +82,18 @@ SAME = {
         "galore.moments does not apply with galore.update_gap=",
     ),
     "supports": (
-        {"method": "sparse", "sparse": {"update_gap": None}},
-        {"method": "sparse", "sparse": {"update_gap": 300, "bias_correction": "entry"}},
+        "method=sparse sparse.update_gap=null",
+        "method=sparse sparse.update_gap=300 sparse.bias_correction=entry",
         "sparse.bias_correction does not apply with sparse.update_gap=",
     ),
     "no factors": (
-        {"method": "sltrain", "sltrain": {"r": 0}},
-        {"method": "sltrain", "sltrain": {"r": 0, "alpha": 3.0, "refactor_every": 4}},
+        "method=sltrain sltrain.r=0",
+        "method=sltrain sltrain.r=0 sltrain.alpha=3.0 sltrain.refactor_every=4",
         "do not apply with sltrain.r=0",
     ),
     "no refactorisation within the run": (
-        {"method": "sltrain", "sltrain": {"r": 4}},
-        {"method": "sltrain", "sltrain": {"r": 4, "refactor_every": 99, "refactor": "moments"}},
+        "method=sltrain sltrain.r=4",
+        "method=sltrain sltrain.r=4 sltrain.refactor_every=99 sltrain.refactor=moments",
         "sltrain.refactor does not apply with sltrain.refactor_every=",
     ),
     "no restart within the run": (
