@@ -116,10 +116,13 @@ def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
         if trial.values and RATE in trial.params:
             groups.setdefault(_label(trial), []).append(trial)
     lined = len(groups) <= MOST_LINES
+    if len(groups) > 1:
+        ax.plot(*_envelope(arm), "-", color=canvas.GREY, linewidth=1.0, alpha=0.7, zorder=1.5)
     for index, (label, trials) in enumerate(groups.items()):
         colour = OKABE_ITO[index] if lined else canvas.GREY
         trials.sort(key=lambda trial: trial.params[RATE])
-        _trials(ax, trials, colour=colour, line=lined, low=low, high=high, label=label)
+        line = lined and (len(trials) > 2 or len(groups) == 1)
+        _trials(ax, trials, colour=colour, line=line, low=low, high=high, label=label)
     if best := arm.best:
         trial = arm.results.trial(best.number)
         rate, value = trial.params[RATE], best.values[arm.results.goals[0].metric]
@@ -129,6 +132,17 @@ def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
     ax.set_title(f"{title} (best at the edge)" if edge else title, color="#b3261e" if edge else "k")
     if lined and any(groups):  # a group without a label has no other keys
         ax.legend(loc="best", fontsize=7.5, handlelength=1.2, borderaxespad=0.2)
+
+
+def _envelope(arm: Arm) -> tuple[list[float], list[float]]:
+    """Each rate that was tried with the best of its values, whatever the other keys were."""
+    pick = min if arm.results.goals[0].direction == "minimize" else max
+    best: dict[float, float] = {}
+    for trial in arm.results.trials:
+        if trial.values and RATE in trial.params and math.isfinite(trial.values[0]):
+            rate = trial.params[RATE]
+            best[rate] = pick(best.get(rate, trial.values[0]), trial.values[0])
+    return sorted(best), [best[rate] for rate in sorted(best)]
 
 
 def _trials(
@@ -146,7 +160,9 @@ def _trials(
     inside = [t for t in trials if t.values and low <= t.values[0] <= high]
     points = [(t.params[RATE], t.values[0]) for t in inside if t.values]
     if line:
-        ax.plot(*zip(*points, strict=True), "-", color=colour, linewidth=1.2) if points else None
+        finite = [t for t in trials if t.values and math.isfinite(t.values[0])]
+        rates_, values = [t.params[RATE] for t in finite], [t.values[0] for t in finite if t.values]
+        ax.plot(rates_, values, "-", color=colour, linewidth=1.2)
     ax.plot([], [], "o-" if line else "o", color=colour, markersize=4, label=label)
     for trial, (rate, value) in zip(inside, points, strict=True):
         ax.plot([rate], [value], "o", color=colour, markersize=4)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.report import tradeoffs
 from experiments.report.data import Sweep
@@ -21,8 +21,8 @@ from experiments.report.tables import shown
 from experiments.report.tradeoffs import Point
 from relora_core.events import Metric
 
-SUBS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
-"""Ticks of a perplexity that spans less than a decade."""
+NARROW = 4
+"""Ratio of the ends of a logarithmic axis below which its ticks are those of a linear one."""
 LONGEST = 18
 """Letters of a name beside its point."""
 LARGEST = 1e280
@@ -42,7 +42,7 @@ def fronts(sweep: Sweep) -> Drawing:
             made = tradeoffs.points(sweep, cost=cost, metric=metric)
             _panel(ax, made, metric=metric)
             if cost.key == "gpu_hours":
-                ax.xaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours:.3g}"))
+                ax.xaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours:.2g}"))
             if row + 1 == len(metrics):
                 ax.set_xlabel(cost.title)
             else:
@@ -108,11 +108,13 @@ def _limits(ax: Axes, made: Sequence[Point], *, metric: Metric) -> None:
         most = math.log(LARGEST) if log else LARGEST
         ends = max(-most, low - margin), min(high + margin, most)
         ax.set_ylim(*(map(math.exp, ends) if log else ends))
-        if log and max(ys) < 10 * min(ys):
-            ax.yaxis.set_major_locator(LogLocator(subs=SUBS))
+        if log and max(ys) < NARROW * min(ys):
+            ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    if xs and max(xs) < 50 * min(xs):
+    if xs and max(xs) < NARROW * min(xs):
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    elif xs and max(xs) < 50 * min(xs):
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())

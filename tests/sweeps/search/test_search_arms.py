@@ -77,14 +77,12 @@ def test_arms_are_tried_equally_often_at_every_moment(begun, grid):
 
 
 def test_a_process_goes_on_with_its_own_trial_first(begun, grid):
-    folder = begun(a=grid(), b=grid())
-    a, b = arms.open_studies(folder)
-    finish_all(b, loss=1.0)
+    a, b = arms.open_studies(begun(a=grid(), b=grid()))
     mine, other = taker(job="7_1"), taker(job="7_2")
-    b.spec.config.n_trials += 1
     trial = a.take(mine)
     a.take(other)
     assert [s.arm for s in process.in_turn([b, a], mine)] == ["a", "b"]
+    assert [s.arm for s in process.in_turn([a, b], taker(job="7_3"))] == ["b", "a"]
     assert a.take(mine).number == trial.number
 
 
