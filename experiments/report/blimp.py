@@ -70,7 +70,7 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
     against_what, one = title_end(pairs)
     rows, data = [], []
     for arm, reference in pairs:
-        own, other = _paradigms(arm, variant), _paradigms(reference, variant)
+        own, other = paradigms(arm, variant), paradigms(reference, variant)
         if not own or not other:
             continue
         for test in blimp_tests(own, other, pairs=_pairs_scored(arm)):
@@ -100,7 +100,7 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
     )
 
 
-def _paradigms(arm: Arm, variant: str) -> dict[int, dict[str, float]]:
+def paradigms(arm: Arm, variant: str) -> dict[int, dict[str, float]]:
     """Seed -> paradigm -> accuracy of the finished runs that have the table."""
     by_seed = {}
     for run in arm.finished:

@@ -17,7 +17,7 @@ from experiments import notices
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.errors import one_line
-from experiments.report import blimp, gather, tradeoffs
+from experiments.report import blimp, gather, registered, tradeoffs
 from experiments.report import tables as report_tables
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import (
@@ -69,19 +69,23 @@ def write(
     reference: str | None = None,
     x: str = "tokens",
     published: Path | None = None,
+    comparisons: Path | None = None,
     states: Mapping[str, RunState] | None = None,
 ) -> Path:
     """Write the report of a sweep as it is now, and return the path of its HTML page.
 
     `arms` are patterns of names of arms to show, all by default; `reference` names an arm, or is
-    `previous`; `states` as for `gather`. ConfigError for a sweep, arm or file that does not exist.
+    `previous`; `comparisons` is a file for `registered.read`; `states` as for `gather`. ConfigError
+    for a sweep, arm or file that does not exist.
     """
+    named = registered.read(comparisons) if comparisons else []
     data = gather.gather(output_dir, sweep, states=states)
+    named_section = registered.section(data, named)  # of all arms, whichever are shown
     select_arms(data, arms)
     if reference == PREVIOUS:
         pairs = list(zip(data.arms[1:], data.arms, strict=False))
     else:
-        pairs = report_tables.against(data, reference=find_arm(data, reference))
+        pairs = report_tables.against(data, reference=report_tables.find_arm(data, reference))
     folder = output or Path(output_dir) / "sweeps" / sweep / "report"
     pictures = draw(
         folder,
@@ -89,7 +93,7 @@ def write(
             data, folder / "figures", x=x, published=published, pairs=pairs
         ),
     )
-    return save(_document(data, pairs, pictures), [data], folder=folder)
+    return save(_document(data, pairs, pictures, named_section), [data], folder=folder)
 
 
 def select_arms(sweep: Sweep, patterns: Sequence[str]) -> None:
@@ -105,28 +109,18 @@ def select_arms(sweep: Sweep, patterns: Sequence[str]) -> None:
         sweep.arms = [a for a in sweep.arms if any(fnmatch.fnmatch(a.name, p) for p in patterns)]
 
 
-def find_arm(sweep: Sweep, word: str | None) -> Arm | None:
-    """The arm with `word` as name or id, or as part of them; ConfigError if there are several."""
-    if word is None:
-        return None
-    exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
-    hits = exact or [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
-    if len(hits) == 1:
-        return hits[0]
-    names = [arm.name for arm in hits or sweep.arms]
-    many = f" that {len(hits)} match" if hits else ""
-    raise ConfigError(
-        f"--reference must name one arm of {joined(names, most=8)}, got {word!r}{many}."
-        f"{nearest(word, names)}"
-    )
-
-
 # the document -----------------------------------------------------------------------------------
-def _document(sweep: Sweep, pairs: Sequence[tuple[Arm, Arm]], pictures: list[Block]) -> Document:
+def _document(
+    sweep: Sweep,
+    pairs: Sequence[tuple[Arm, Arm]],
+    pictures: list[Block],
+    named: list[Block],
+) -> Document:
     made: dict[str, Callable[[], list[Block]]] = {
         "Settings": lambda: _settings(sweep),
         "Runs": lambda: _runs(sweep),
         "Results": lambda: report_tables.results(sweep),
+        "Comparisons named beforehand": lambda: named,
         "Comparisons": lambda: report_tables.comparisons(sweep, pairs),
         "BLiMP": lambda: blimp.blimp(sweep, pairs),
         "Figures": lambda: pictures,

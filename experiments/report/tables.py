@@ -17,6 +17,7 @@ from experiments.notices import fixed_order
 from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
 from experiments.stats import Comparison, Interval, compare, holm, interval
+from relora_core.config import ConfigError, nearest
 from relora_core.events import LOSS_STEPS, Metric
 
 Pair = tuple[Arm, Arm]
@@ -29,6 +30,22 @@ SAME_TASK = ("model.", "data.", "train.", "eval.")
 def shown(sweep: Sweep) -> list[Metric]:
     """The metrics that a finished run has."""
     return [m for m in headline() if any(arm.values(m.key) for arm in sweep.arms)]
+
+
+def find_arm(sweep: Sweep, word: str | None, *, option: str = "--reference") -> Arm | None:
+    """The arm with `word` as name or id, or as part of them; ConfigError if there are several."""
+    if word is None:
+        return None
+    exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
+    hits = exact or [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
+    if len(hits) == 1:
+        return hits[0]
+    names = [arm.name for arm in hits or sweep.arms]
+    many = f" that {len(hits)} match" if hits else ""
+    raise ConfigError(
+        f"{option} must name one arm of {joined(names, most=8)}, got {word!r}{many}."
+        f"{nearest(word, names)}"
+    )
 
 
 def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:

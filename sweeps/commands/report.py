@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python -m sweeps report model-relora.r
   python -m sweeps report audit --reference full_rank --x gpu_hours
   python -m sweeps report audit --arms '[0-9]_*' --reference previous --output audit_steps
+  python -m sweeps report audit_10m --comparisons docs/audit/comparisons.yaml
   python -m sweeps report paper --published paper_results.json --output paper_report
 
 Means over finished seeds with 95 % intervals, arms compared on common seeds, every figure as SVG
@@ -32,6 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", metavar="ARM", help=help_reference)
     parser.add_argument("--x", choices=AXES, default="tokens", help="what curves are drawn against")
+    help_comparisons = "YAML of comparisons named before the runs, tested together"
+    parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
     help_published = "JSON of published curves to lay under ours"
     parser.add_argument("--published", metavar="FILE", type=Path, help=help_published)
 
@@ -49,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         reference=args.reference,
         x=args.x,
         published=args.published,
+        comparisons=args.comparisons,
         states=selection.survey(runs),
     )
     print(page)

@@ -1,0 +1,126 @@
+"""Comparisons that a file names: what they test, over what they adjust, what they refuse."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from synthetic import a_sweep, arms, record
+
+from experiments.report import gather, page, registered
+from experiments.stats import compare, holm
+from relora_core.config import ConfigError
+
+LOSS, PERPLEXITY, BLIMP = "train/loss", "eval/paloma/perplexity", "eval/blimp/no_bos/accuracy"
+FULL, R2, R4 = "method=full_rank", "relora.r=2", "relora.r=4"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    for run in a_sweep(tmp_path, arms(2, 4)):
+        record(run)
+    return tmp_path
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Lines of YAML -> the file's path."""
+
+    def write(*lines: str, paradigms: str = "{some: [binding_0, binding_2]}") -> Path:
+        path = tmp_path / "comparisons.yaml"
+        body = "".join(f"  - {{{line}}}\n" for line in lines)
+        path.write_text(f"comparisons:\n{body}paradigms: {paradigms}\n")
+        return path
+
+    return write
+
+
+def test_each_line_is_tested_and_all_are_one_family(finished, write):
+    path = write(
+        f"arm: {R2}, reference: {FULL}, metric: {PERPLEXITY}, question: why",
+        f"arm: {R4}, reference: {R2}, metric: {LOSS}",
+        f"arm: {R4}, reference: {FULL}, metric: {BLIMP}",
+    )
+    report = page.write(finished, "mine", comparisons=path)
+    with open(report.parent / "tables" / "registered.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    sweep = gather.gather(finished, "mine")
+    full, two, four = sweep.arms
+    tests = [
+        compare(two.values(PERPLEXITY), full.values(PERPLEXITY), scale="log"),
+        compare(four.values(LOSS), two.values(LOSS)),
+        compare(four.values(BLIMP), full.values(BLIMP)),
+    ]
+    assert [float(row["difference"]) for row in rows] == [t.difference for t in tests]
+    assert [float(row["p_holm"]) if row["p_holm"] else None for row in rows] == holm(
+        [t.p for t in tests]
+    )
+    assert (rows[0]["question"], rows[1]["reference"]) == ("why", R2)
+    text = (report.parent / "report.md").read_text()
+    assert text.index("## Comparisons named beforehand") < text.index("## Comparisons\n")
+
+
+def test_a_set_of_paradigms_stands_for_all_of_them(finished, write):
+    path = write(f"arm: {R4}, reference: {FULL}, metric: {BLIMP}, paradigms: some")
+    sweep = gather.gather(finished, "mine")
+    (one,) = registered.read(path)
+    assert one.paradigms == ["binding_0", "binding_2"]
+    (comparison,) = registered.compare_all(sweep, [one])
+    rows = [
+        {row["uid"]: row["no_bos"] for row in run.tables["blimp_paradigms"]}
+        for run in (sweep.arms[2].runs[1], sweep.arms[0].runs[1])
+    ]
+    means = [(row["binding_0"] + row["binding_2"]) / 2 for row in rows]
+    values = registered._values(sweep.arms[2], one)
+    assert values[1] == pytest.approx(means[0])
+    assert comparison.n == 3
+    one.paradigms.append("unknown_paradigm")
+    (comparison,) = registered.compare_all(sweep, [one])
+    assert comparison.difference is None  # rather than a mean over fewer
+
+
+def test_arms_that_are_not_shown_are_compared_all_the_same(finished, write):
+    path = write(f"arm: {R4}, reference: {R2}, metric: {LOSS}")
+    report = page.write(finished, "mine", comparisons=path, arms=["*full*"])
+    assert "Named comparisons" in (report.parent / "report.md").read_text()
+
+
+def test_comparisons_without_runs_are_said_to_be_untested(tmp_path, write):
+    a_sweep(tmp_path, arms(2))
+    path = write(f"arm: {R2}, reference: {FULL}, metric: {LOSS}")
+    report = page.write(tmp_path, "mine", comparisons=path)
+    assert "1 comparison could not be tested yet" in (report.parent / "report.md").read_text()
+
+
+REFUSED = {
+    f"arm: r=2, reference: {FULL}, metric: train/los": r"metric of comparison 1 .*train/loss",
+    f"arm: {R2}, reference: {FULL}": "must have metric, too",
+    f"arm: {R2}, referense: {FULL}, metric: {LOSS}": "got 'referense'.*reference",
+    f"arm: {R2}, reference: {FULL}, metric: {LOSS}, paradigms: some": "need a metric of BLiMP",
+    f"arm: {R2}, reference: {FULL}, metric: {BLIMP}, paradigms: sme": "got 'sme'.*some",
+    f"arm: relora.r=3, reference: {FULL}, metric: {LOSS}": "arm in --comparisons must name one arm",
+    f"arm: {R2}, reference: relora, metric: {LOSS}": "reference in --comparisons .*2 match",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_cannot_be_meant_is_refused_before_anything_is_written(finished, write, line):
+    with pytest.raises(ConfigError, match=REFUSED[line]):
+        page.write(finished, "mine", comparisons=write(line))
+    assert not (finished / "sweeps" / "mine" / "report").exists()
+
+
+@pytest.mark.parametrize("text", ["", "comparisons: 3", "- a", "comparisons: [1]", "a: [", "\x00"])
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "comparisons.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        registered.read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_without_a_paradigm_is_refused(write):
+    path = write(f"arm: a, reference: b, metric: {BLIMP}, paradigms: some", paradigms="{some: []}")
+    with pytest.raises(ConfigError, match="each with a list"):
+        registered.read(path)
