@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from experiments import schema, typos
 from experiments.identity import arm_id, scientific
+from experiments.report import registered
 from hydra_plugins.relora_sweeps import plugins
 from relora_core import schedule
 from relora_core.config import ConfigError, get
@@ -182,6 +183,48 @@ def test_the_two_audits_share_what_they_have_in_common(arms):
         ("8_corrected", "corrected"),
     ):
         assert arm_id(path[one]) == arm_id(knobs[two])
+
+
+def test_the_larger_audits_arms_are_compared_alike(arms):
+    """Whatever is not the method, a knob of its restarts or its named horizon is the same."""
+    for name, config in (found := arms("audit_10m")).items():
+        keys = differing(found["full_rank"], config) - {"method"}
+        rest = {key for key in keys if not key.startswith("relora.")}
+        assert rest == ({"schedule.total_steps"} if "published_horizon" in name else set())
+    assert schedule.restart_steps(found["corrected"]) == list(range(500, 5000, 500))
+    assert found["corrected"].relora.restart_warmup_steps == 25
+    train = found["corrected"].train
+    assert train.lr / (25 * train.eps) == pytest.approx(3e-4 / (100 * 1e-8))
+
+
+def test_the_larger_audits_rates_are_those_of_a_search_or_the_common_one(loader):
+    """An arm that no search tunes borrows from one that it does, or is `*_common`."""
+    audit, search = (
+        loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
+        for words in (["sweep=audit_10m"], ["search=audit_lr"])
+    )
+    tuned = set(search.search.arms)
+    for name, words in audit.hydra.sweeper.arms.items():
+        source = dict(word.split("=", 1) for word in words).get("sweep.tuned_as", name)
+        assert source in tuned or (source == "none" and "train.lr=3e-3" in words), name
+
+
+def test_what_the_larger_audit_tests_are_arms_of_it(loader):
+    audit = loader.load_configuration("config", ["sweep=audit_10m"], run_mode=RunMode.MULTIRUN)
+    named = registered.read(typos.CONF.parent / "docs" / "audit" / "comparisons.yaml")
+    assert {name for one in named for name in (one.arm, one.reference)} <= set(
+        audit.hydra.sweeper.arms
+    )
+    assert len({(one.arm, one.reference, one.metric_title) for one in named}) == len(named) > 0
+
+
+def test_the_papers_audit_has_ten_cycles(arms):
+    found = arms("audit_paper", "model=tiny", "data.seq_len=2048")
+    for name, config in found.items():
+        assert config.train.steps * config.train.batch_size * 2048 == pytest.approx(10e9, rel=1e-3)
+        assert len(schedule.restart_steps(config)) == (
+            0 if config.method != "relora" else 2 if name.endswith("2000") else 9
+        )
 
 
 # beyond -----------------------------------------------------------------------------------------
