@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from experiments.report import compare
+
 HELP = "compare two sweeps on their common arms and seeds"
 EXAMPLES = """examples:
   python -m sweeps compare audit audit_long
@@ -16,15 +18,13 @@ by their settings, and by name where settings were changed.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    word = "name of a sweep, or the path of its folder in another output folder"
-    parser.add_argument("first", metavar="SWEEP", help=word)
+    which = "name of a sweep, or the path of its folder in another output folder"
+    parser.add_argument("first", metavar="SWEEP", help=which)
     parser.add_argument("second", metavar="SWEEP", help="likewise")
     parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
 
 
 def run(args: argparse.Namespace) -> int:
-    from experiments.report import compare
-
     first, second = (compare.locate(args.output_dir, w) for w in (args.first, args.second))
     print(compare.write(first, second, output=args.output))
     return 0

@@ -1,4 +1,4 @@
-"""`python -m sweeps diff RUN RUN`: what differs between two runs. Reads their directories only."""
+"""`python -m sweeps diff RUN RUN`: what differs between two runs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from sweeps.commands import selection
 
 HELP = "what two runs differ in: config, code, environment, results"
 CODE = ("code_hash", "commit", "dirty", "tree_hash")
-OWN = ("pid", "started", "job_id", "start_step", "slurm.restarts")
+PER_ATTEMPT = ("pid", "started", "job_id", "start_step", "slurm.restarts")
 """Facts that differ between any two attempts."""
 ABSENT = "-"
+"""Value of a knob that does not apply."""
 MOST_ROWS, MOST_NAMES = 16, 8
 """Rows of a section and file names that the table shows; --json has all of them."""
 
@@ -68,13 +69,13 @@ def run(args: argparse.Namespace) -> int:
 
 # comparing --------------------------------------------------------------------------------------
 def compare(one: RunDir, two: RunDir) -> dict[str, Section]:
-    """Section -> differences: `config` decides the numbers, `other config` how and where."""
+    """By section; `config` is what decides the numbers, `other config` how and where they come."""
     configs = _config(one), _config(two)
     identity = scientific(configs[0]).keys() | scientific(configs[1]).keys()
     values = [{key: value for key, _, value in walk(config)} for config in configs]
     science = [key for key in values[0] if key in identity and key != "seed"]
     attempts = [_newest_attempt(run) for run in (one, two)]
-    facts = {key: v for key, v in _pairs(*attempts).items() if key not in OWN}
+    facts = {key: v for key, v in _pairs(*attempts).items() if key not in PER_ATTEMPT}
     groups = {
         "config": _pairs(*map(_effects, configs), keys=science, absent=ABSENT),
         "seeds": _pairs(*values, keys=["seed"]),
@@ -114,7 +115,7 @@ def _config(run: RunDir) -> RunConfig:
 
 
 def _effects(config: RunConfig) -> Facts:
-    """The values of its identity, and those left out of it because they mean "as before"."""
+    """The values of its identity, also those left out of it because they mean "as before"."""
     before = {
         key: value
         for key, f, value in walk(config)
@@ -138,15 +139,15 @@ def _results(one: RunDir, two: RunDir) -> Pairs:
     a, b = state_of(one), state_of(two)
     left, right = ((run.result() or {}).get("metrics", {}) for run in (one, two))
     names = left.keys() | right.keys()
-    first = [name for name in columns().values() if name in names]
+    main = [name for name in columns().values() if name in names]
     others = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
     pairs: Pairs = {"state": (a.state, b.state), "step": (a.step, b.step)}
-    return pairs | _pairs(left, right, keys=[*first, *others])
+    return pairs | _pairs(left, right, keys=[*main, *others])
 
 
 # code -------------------------------------------------------------------------------------------
 def changed_files(one: RunDir, two: RunDir, *, output_dir: Path | str) -> list[str] | None:
-    """Names of the files that differ between the newest attempts' code; None: unknown."""
+    """Names of files that differ between the newest attempts' code; None: unknown."""
     facts = [_newest_attempt(run) for run in (one, two)]
     a, b = (_frozen_copy(fact, output_dir=output_dir) for fact in facts)
     if a and b:
@@ -160,8 +161,8 @@ def changed_files(one: RunDir, two: RunDir, *, output_dir: Path | str) -> list[s
         return None
     names = {n for n in left.keys() | right.keys() if left.get(n) != right.get(n)}
     if before != after:
-        form = ("diff", "--name-only", "-z", "--no-renames", "--relative")
-        between = git(ROOT, *form, before, after, "--")
+        diff = ("diff", "--name-only", "-z", "--no-renames", "--relative")
+        between = git(ROOT, *diff, before, after, "--")
         if between is None:
             return None
         names |= set(between.split("\0")) - {""}
@@ -174,9 +175,9 @@ def _frozen_copy(facts: Facts, *, output_dir: Path | str) -> Path | None:
 
 
 def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, str] | None:
-    """File -> what an attempt's code changed in its commit, as stored with a plan of the run.
+    """File -> the patch from the commit to an attempt's code, as stored with a plan of the run.
 
-    Empty where nothing was changed; None if no plan was made from the same code.
+    Empty if nothing was changed; None if no plan was made with the same code.
     """
     if facts.get("dirty") is False:
         return {}
@@ -187,13 +188,13 @@ def _patch(run: RunDir, facts: Facts, *, output_dir: Path | str) -> dict[str, st
             text = (folder / "code.diff").read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, json_files.Damaged):
             continue
-        alike = all(code.get(key) == facts.get(key) for key in ("commit", "code_hash"))
-        if alike and any(run.run_id == planned.run_id for planned in sweep.runs):
-            return by_file(text)
+        same_code = all(code.get(key) == facts.get(key) for key in ("commit", "code_hash"))
+        if same_code and any(run.run_id == planned.run_id for planned in sweep.runs):
+            return split_patch(text)
     return None
 
 
-def by_file(patch: str) -> dict[str, str]:
+def split_patch(patch: str) -> dict[str, str]:
     """File -> its part of a git patch."""
     parts = re.split(r"^diff --git a/", patch, flags=re.MULTILINE)[1:]
     return {part.splitlines()[0].split(" b/")[-1].strip('"'): part for part in parts}
@@ -250,14 +251,14 @@ def _show(
         console.print(table)
     if files != []:
         line(f"files that differ: {_file_names(files)}")
-    if alike := [f"{name} ({s.equal})" for name, s in sections.items() if name not in shown]:
-        line(f"equal: {', '.join(alike)}")
+    if equal := [f"{name} ({s.equal})" for name, s in sections.items() if name not in shown]:
+        line(f"equal: {', '.join(equal)}")
     if _same_arm(one, two):
         console.print("one arm" + ("" if one.run_id == two.run_id else ", two seeds"))
 
 
 def _rows(name: str, section: Section) -> list[tuple[str, ...]]:
-    """A row for each difference; knobs and metrics of one run alone are counted by group."""
+    """A row for each difference; knobs and metrics that only one run has are counted by group."""
     counted: Counter[tuple[str, bool]] = Counter()
     rows: list[tuple[str, ...]] = []
     for key, (a, b) in section.differ.items():
@@ -275,7 +276,7 @@ def _rows(name: str, section: Section) -> list[tuple[str, ...]]:
 
 
 def _one_sided(name: str, key: str, a: Any, b: Any) -> str | None:
-    """The group of a knob or metric that only one run has; None where both have it."""
+    """The group of a knob or metric that only one run has; None if both have it."""
     if name == "config" and ABSENT in (a, b) and "." in key:
         return key.rsplit(".", 1)[0] + ".*"
     if name == "results" and None in (a, b) and key not in columns().values():

@@ -7,23 +7,25 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from experiments.disk import evaluations, inputs
 from experiments.disk.output_dir import plan_folder
+from experiments.errors import one_line
 from experiments.metrics import charted
+from experiments.run import evaluate
+from experiments.run.evaluate import Request
 from relora_core import shell
 from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
+from relora_core.data.base import DataError
 from sweeps.commands import selection
 from sweeps.commands.selection import Run
+from sweeps.display import make_console
 from sweeps.launchers import load_launcher
 from sweeps.slurm import evals
-
-if TYPE_CHECKING:
-    from experiments.run.evaluate import Request
 
 HELP = "evaluate checkpoints again or with other evals, without training"
 EXAMPLES = """examples:
@@ -37,7 +39,7 @@ begins from the defaults); eval=OPTION chooses those of conf/eval/OPTION.yaml. W
 evaluated already is not repeated. A run that is training goes on: its checkpoints are only read.
 """
 SAME_TEXTS = ("enabled", "every_steps", "precision")
-"""Knobs that leave an eval the texts it has; those that begin with max_ only take fewer of them."""
+"""Knobs that do not change which texts an eval has; nor do those that begin with max_."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-changed",
         action="store_true",
-        help="with --as: evaluate texts or a tokenizer that have changed, and write that down",
+        help="with --as: evaluate texts or a tokenizer that have changed, and record that",
     )
     parser.add_argument("--slurm", action="store_true", help="as jobs, like the sweep's own")
     parser.add_argument(
@@ -83,10 +85,14 @@ def run(args: argparse.Namespace) -> int:
         waiting=waiting,
         accept=args.accept_changed,
     )
-    todo = [pair for pair in requests if _wanted(*pair) or pair[0].run_id in waiting]
+    todo = [
+        (run, request)
+        for run, request in requests
+        if run.run_id in waiting or evaluate.missing(run.dir, request=request)
+    ]
     if args.slurm and todo:
         return _submit(todo, words=words, output_dir=args.output_dir, after=args.after)
-    code = _here(todo)
+    code = _evaluate_here(todo)
     _show(requests)
     return code
 
@@ -94,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 # what is asked for --------------------------------------------------------------------------------
 def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]:
     """From a run's config to the evals that `overrides` ask for; ConfigError for a typo."""
-    from experiments import schema, typos
+    from experiments import schema, typos  # Hydra: 0.1 s that no other command needs
 
     keys = [text.partition("=")[0] for text in overrides]
     eval_keys = [key for key in typos.schema_keys() if key.split(".")[0] == "eval"]
@@ -116,7 +122,7 @@ def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]
 def _changed(own: EvalConfig, composed: RunConfig, *, keys: Sequence[str]) -> EvalConfig:
     """The evals that `keys` name, with the run's own values of all other keys.
 
-    Other texts begin from the defaults: the run's limits were chosen for its own.
+    With a new path the other keys have defaults: the run's limits were chosen for its own texts.
     """
     given: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(own)}
     for leaf, f, value in walk(composed.eval, "eval."):
@@ -133,7 +139,7 @@ def _changed(own: EvalConfig, composed: RunConfig, *, keys: Sequence[str]) -> Ev
 
 
 def _absolute(eval: EvalConfig) -> EvalConfig:
-    """A job may begin in another folder."""
+    """With absolute paths: a job may begin in another folder."""
     sections = {f.name: getattr(eval, f.name) for f in dataclasses.fields(eval)}
     for name, section in sections.items():
         if section.path is not None:
@@ -155,14 +161,14 @@ def _steps(text: str) -> str | list[int]:
 
 
 def _waiting(runs: Sequence[Run]) -> list[str]:
-    """Ids of the runs that a job of SLURM still has to end."""
-    going = {id_: s for id_, s in selection.survey(runs).items() if s.state.in_flight}
-    for id_, state in going.items():
+    """Ids of the runs that SLURM jobs are still to end."""
+    in_flight = {id_: s for id_, s in selection.survey(runs).items() if s.state.in_flight}
+    for id_, state in in_flight.items():
         if state.job_id is None:
             raise ConfigError(
                 f"--after must name runs of SLURM jobs, got {id_} ({state.state} without one)"
             )
-    return list(going)
+    return list(in_flight)
 
 
 def _requests(
@@ -174,9 +180,7 @@ def _requests(
     waiting: Sequence[str],
     accept: bool,
 ) -> list[tuple[Run, Request]]:
-    """A checked request per run; runs without such a checkpoint are named to the user."""
-    from experiments.run import evaluate
-
+    """A checked request per run; prints which runs are left out for lack of a checkpoint."""
     completed: dict[str, tuple[EvalConfig, list[dict[str, str]]]] = {}
     requests = []
     for run in runs:
@@ -210,9 +214,7 @@ def _requests(
 
 
 def _check_changes(changes: Sequence[inputs.Change], *, name: str, accept: bool) -> None:
-    """ConfigError unless what has changed is taken on purpose, under a name of its own."""
-    from experiments.run import evaluate
-
+    """ConfigError unless the changes are accepted, under another name for the metrics."""
     if changes and not (accept and name != evaluate.PLAIN):
         raise inputs.refusal(
             changes,
@@ -220,19 +222,9 @@ def _check_changes(changes: Sequence[inputs.Change], *, name: str, accept: bool)
         )
 
 
-def _wanted(run: Run, request: Request) -> bool:
-    from experiments.run import evaluate
-
-    return bool(evaluate.missing(run.dir, request=request))
-
-
 # doing it -----------------------------------------------------------------------------------------
-def _here(todo: Sequence[tuple[Run, Request]]) -> int:
+def _evaluate_here(todo: Sequence[tuple[Run, Request]]) -> int:
     """Evaluate one after another; print failures and go on."""
-    from experiments.errors import one_line
-    from experiments.run import evaluate
-    from relora_core.data.base import DataError
-
     failed = 0
     for number, (run, request) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {run.name}", file=sys.stderr, flush=True)
@@ -252,16 +244,13 @@ def _say(line: str) -> None:
 def _submit(
     todo: Sequence[tuple[Run, Request]], *, words: Sequence[str], output_dir: str, after: bool
 ) -> int:
-    """A submission for each sweep that the runs were named by, or else belong to."""
-    from experiments.run import evaluate
-
+    """Submit for each sweep by which the runs were named, else to which they belong."""
     groups: dict[str, list[tuple[Run, Request]]] = {}
     for run, request in todo:
         sweep = next((name for name in run.sweeps if name in words), run.sweep)
         if sweep is None:
             raise ConfigError(f"--slurm needs runs of a sweep, got {run.run_id} of none")
         groups.setdefault(sweep, []).append((run, request))
-
     for sweep, pairs in groups.items():
         paths = [evaluate.write_request(run.dir, request=request) for run, request in pairs]
         launcher = load_launcher(plan_folder(output_dir, name=sweep))
@@ -272,9 +261,7 @@ def _submit(
 
 
 def _show(requests: Sequence[tuple[Run, Request]]) -> None:
-    """The figures that the requests asked for, those of earlier evaluations included."""
-    from sweeps.display import make_console
-
+    """Print the metrics that the requests asked for, also those of earlier evaluations."""
     rows: list[tuple[str, int, dict[str, float]]] = []
     for run, request in requests:
         by_step = {

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
+from experiments.errors import one_line
 from sweeps import retention
 from sweeps.commands import selection
 from sweeps.display import abbreviate, make_console
@@ -90,7 +91,7 @@ def _snapshots(
     words: Sequence[str],
     output_dir: str,
 ) -> list[Path]:
-    """Of the sweeps that `words` name, or of all."""
+    """Unused snapshots of the sweeps among `words`, or of all."""
     sweeps: dict[str, dict[str, State]] = {}
     for one in runs:
         for name in one.sweeps:
@@ -115,7 +116,7 @@ def _show(
     for name in ("keeps", "goes", "torn", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("", overflow="fold")
-    gone = [path for _, verdict in verdicts for path in (*verdict.remove, *verdict.torn)]
+    removable = [path for _, verdict in verdicts for path in (*verdict.remove, *verdict.torn)]
     for _, verdict in verdicts:
         if not (verdict.keep or verdict.remove or verdict.torn):
             continue
@@ -129,16 +130,16 @@ def _show(
         )
     if table.row_count:
         make_console().print(table)
-    going = sum(len(verdict.remove) for _, verdict in verdicts)
+    complete = sum(len(verdict.remove) for _, verdict in verdicts)
     torn = sum(len(verdict.torn) for _, verdict in verdicts)
     print(
-        f"{going} checkpoints, {torn} torn ones and {len(snapshots)} code snapshots may go: "
-        f"{abbreviate(retention.count_bytes([*gone, *snapshots]))} bytes"
+        f"{complete} checkpoints, {torn} torn ones and {len(snapshots)} code snapshots may go: "
+        f"{abbreviate(retention.count_bytes([*removable, *snapshots]))} bytes"
     )
 
 
 def _steps(steps: Sequence[int]) -> str:
-    """At most four: a table is not a list."""
+    """At most four, so that a row stays short."""
     if len(steps) > 4:
         return f"{steps[0]}, {steps[1]} ... {steps[-1]} ({len(steps)})"
     return ", ".join(map(str, steps)) or "-"
@@ -146,8 +147,6 @@ def _steps(steps: Sequence[int]) -> str:
 
 def _remove(verdicts: Sequence[tuple[RunDir, Verdict]], snapshots: Sequence[Path]) -> int:
     """Remove what can be removed; print what cannot."""
-    from experiments.errors import one_line
-
     failed = 0
     for run_dir, verdict in verdicts:
         try:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     run = selection.one_run(args.output_dir, args.run)
     log = _Log(run, output_dir=Path(args.output_dir), slurm=args.slurm, attempt=args.attempt)
     path = log.newest()
-    if args.follow and (path or log.going()):
+    if args.follow and (path or log.in_flight()):
         for text in log.follow():
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -58,32 +58,27 @@ def _no_log(run: Run, *, slurm: bool) -> str:
 
 
 class _Log:
-    """Where a run's words are, and whether there will be more."""
+    """The files that a run prints to, and whether there will be more."""
 
     def __init__(self, run: Run, *, output_dir: Path, slurm: bool, attempt: int | None) -> None:
         self.run, self.output_dir, self.slurm, self.attempt = run, output_dir, slurm, attempt
         self._observer = Observer()
 
     def newest(self) -> Path | None:
-        """The requested or newest attempt; SLURM's file if there is none yet."""
-        numbers = self._attempts()
-        if self.attempt is not None and self.attempt not in numbers:
+        """Of the requested or newest attempt; SLURM's file if there is no attempt yet."""
+        logs = self.run.dir.attempts.glob("*.log")
+        numbers = sorted(int(path.stem) for path in logs if path.stem.isdigit())
+        if (wanted := self.attempt) is not None and wanted not in numbers:
+            nearest = min(numbers, key=lambda number: abs(number - wanted), default=None)
             raise ConfigError(
                 f"--attempt must be one of {', '.join(map(str, numbers)) or 'none yet'}, got "
-                f"{self.attempt}"
-                + (f"; nearest valid: {min(numbers, key=self._distance)}" if numbers else "")
+                f"{wanted}" + (f"; nearest valid: {nearest}" if numbers else "")
             )
         if numbers and not self.slurm:
             return self.run.dir.log_path(self.attempt or numbers[-1])
         return slurm_log(self.run, output_dir=self.output_dir)
 
-    def _attempts(self) -> list[int]:
-        return sorted(int(p.stem) for p in self.run.dir.attempts.glob("*.log") if p.stem.isdigit())
-
-    def _distance(self, number: int) -> int:
-        return abs(number - (self.attempt or 0))
-
-    def going(self) -> bool:
+    def in_flight(self) -> bool:
         """Whether the run may still write to its log; SLURM is asked before the answer is no."""
         run_id = self.run.run_id
         if self._observer.look([self.run])[run_id].state.in_flight:
@@ -91,10 +86,10 @@ class _Log:
         return self._observer.look([self.run], ask=True)[run_id].state.in_flight
 
     def follow(self) -> Iterator[str]:
-        """Everything from the newest log on; a requeued run goes on with its next attempt's."""
+        """Everything from the newest log on, then from those of further attempts."""
         path, read = self.newest(), 0
         while True:
-            going = self.going()  # before the read, so that no line is missed
+            in_flight = self.in_flight()  # before the read, so that no line is missed
             newer = self.newest()
             if path is not None:
                 text, read = _read_from(path, read)
@@ -103,7 +98,7 @@ class _Log:
                 if path is not None:
                     yield f"==> {newer.name} <==\n"
                 path, read = newer, 0
-            elif not going:
+            elif not in_flight:
                 return
             else:
                 time.sleep(POLL_S)
@@ -117,7 +112,7 @@ def _read_from(path: Path, offset: int) -> tuple[str, int]:
 
 
 def slurm_log(run: Run, *, output_dir: Path) -> Path | None:
-    """What SLURM caught of the run's newest job, as submitit names it; None before it begins."""
+    """What the run's newest job printed (named by submitit); None before it begins."""
     logs = []
     for sweep in run.sweeps:
         folder = jobs_folder(output_dir, name=sweep)

@@ -21,14 +21,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.sweep = selection.whole_sweep(args.output_dir, args.sweep)
+    args.sweep = selection.find_sweep(args.output_dir, args.sweep)
     states = selection.survey(selection.runs_of(args.output_dir, sweep=args.sweep))
     stored = load(plan_folder(args.output_dir, name=args.sweep) / "plan.json")
     console = display.make_console()
     console.print(display.plan_table(stored, states=states))
-    for line in [*stored.collapsed, *stored.commands]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in provenance.lines(stored.tuned):
+    for line in [*stored.collapsed, *stored.commands, *provenance.lines(stored.tuned)]:
         display.say(console, line)
     display.show_notes(stored.notes, console=console)
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from experiments.report import page
 from sweeps.commands import selection
 
-HELP = "write what a sweep found: page, figures, tables, data"
+HELP = "write the results of a sweep: page, figures, tables, data"
 EXAMPLES = """examples:
   python -m sweeps report model-relora.r
   python -m sweeps report audit --reference full_rank --x gpu_hours
@@ -21,8 +22,6 @@ and PNG, every table as CSV, in OUTPUT_DIR/sweeps/SWEEP/report. A sweep need not
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from experiments.report.page import AXES
-
     parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep")
     parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
     help_arms = "show these arms only: names or patterns, with commas (default: all)"
@@ -32,7 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "each with the arm before it"
     )
     parser.add_argument("--reference", metavar="ARM", help=help_reference)
-    parser.add_argument("--x", choices=AXES, default="tokens", help="what curves are drawn against")
+    parser.add_argument(
+        "--x", choices=page.AXES, default="tokens", help="what curves are drawn against"
+    )
     help_comparisons = "YAML of comparisons named before the runs, tested together"
     parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
     help_published = "JSON of published curves to lay under ours"
@@ -40,11 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from experiments.report import page as report
-
-    args.sweep = selection.whole_sweep(args.output_dir, args.sweep)
+    args.sweep = selection.find_sweep(args.output_dir, args.sweep)
     runs = selection.runs_of(args.output_dir, sweep=args.sweep)
-    page = report.write(
+    path = page.write(
         args.output_dir,
         args.sweep,
         output=args.output,
@@ -55,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
         comparisons=args.comparisons,
         states=selection.survey(runs),
     )
-    print(page)
+    print(path)
     return 0

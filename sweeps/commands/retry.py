@@ -1,8 +1,9 @@
-"""`retry`: launch again what failed or was lost, the way its sweep was launched."""
+"""`retry`: launch failed and lost runs again, with their sweep's launcher."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from experiments.disk import inputs
@@ -11,6 +12,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from relora_core import shell
+from sweeps import launch
 from sweeps.commands import selection
 from sweeps.commands.selection import Run
 from sweeps.planning.plan import load
@@ -21,7 +23,7 @@ EXAMPLES = """examples:
   python -m sweeps retry model-relora.r --cancelled
   python -m sweeps retry r16-t60-grammar-s0 --diverged    anew from step 0, after a change of code
 """
-REST = {
+NOT_RETRIED = {
     State.FINISHED: "they have their results",
     State.RUNNING: "they are at work",
     State.QUEUED: "they wait for their turn",
@@ -43,11 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diverged", action="store_true", help="diverged runs, too: anew, the old ones kept aside"
     )
-
     parser.add_argument(
         "--accept-changed",
         action="store_true",
-        help="go on with data or eval texts that have changed since, and write that down",
+        help="go on with data or eval texts that have changed since, and record that",
     )
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     more = {s for s in (State.CANCELLED, State.DIVERGED) if getattr(args, s)}
     wanted = {State.FAILED, State.LOST} | more
     again = [one for one in chosen if _state(one, states) in wanted and one.sweep]
-    _tell(chosen, again, states)
+    _print_choice(chosen, again, states)
     if not again:
         print("nothing to retry")
         return 0
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
     """ConfigError if a run would go on with other data than it was planned with.
 
-    With `accept` that is written down in the runs that it is true of.
+    With `accept` no error: the change is recorded in the run.
     """
     changes: dict[str, list[inputs.Change]] = {}
     keys = {}
@@ -84,8 +85,8 @@ def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
         if key not in changes:
             changes[key] = inputs.check(config, output_dir=run_dir.output_dir).changes
     if (changed := [c for of_key in changes.values() for c in of_key]) and not accept:
-        once = list({(c.key, c.now): c for c in changed}.values())
-        raise inputs.refusal(once, remedy="--accept-changed goes on with what is there now")
+        distinct = list({(c.key, c.now): c for c in changed}.values())
+        raise inputs.refusal(distinct, remedy="--accept-changed goes on with what is there now")
     for run_dir in runs:
         if own := changes[keys[run_dir.run_id]]:
             inputs.accept(run_dir, own, by="retry")
@@ -94,33 +95,31 @@ def check_inputs(runs: Sequence[RunDir], *, accept: bool) -> None:
 
 
 def _state(run: Run, states: Mapping[str, RunState]) -> State:
-    """A lost run that the user had cancelled is no failure."""
+    """Of a run; a lost one that the user had cancelled counts as cancelled."""
     state = states[run.run_id].state
     return State.CANCELLED if state is State.LOST and run.dir.cancel_path.exists() else state
 
 
-def _tell(chosen: Sequence[Run], again: Sequence[Run], states: Mapping[str, RunState]) -> None:
-    """What is launched again, and why the rest is not."""
+def _print_choice(
+    chosen: Sequence[Run], again: Sequence[Run], states: Mapping[str, RunState]
+) -> None:
+    """Print what is launched again, and why the rest is not."""
     for run in again:
         state = states[run.run_id]
         fresh = not state.step or state.state is State.DIVERGED
         what = "from step 0" if fresh else f"had reached step {state.step}"
         why = f" ({state.reason.partition('; `')[0]})" if state.reason else ""  # without the advice
         print(f"retry {run.name}: {state.state}, {what}{why}")
-    rest: dict[str, int] = {}
-    for run in chosen:
-        if run not in again:
-            state = _state(run, states)
-            why = REST.get(state, "of no sweep: `python run.py` with its settings resumes it")
-            rest[f"{state}: {why}"] = rest.get(f"{state}: {why}", 0) + 1
-    for why, n in rest.items():
-        print(f"not {n} {why}")
+    of_no_sweep = "of no sweep: `python run.py` with its settings resumes it"
+    rest = Counter(_state(run, states) for run in chosen if run not in again)
+    for state, n in rest.items():
+        print(f"not {n} {state}: {NOT_RETRIED.get(state, of_no_sweep)}")
 
 
 def begin_anew(run_dir: RunDir) -> None:
     """Rename a diverged run's result and checkpoints, with the next free number.
 
-    Restarted from its checkpoints it would diverge again. Its record starts over by itself.
+    From its checkpoints it would diverge again. Its event log starts over by itself.
     """
     with run_dir.lock():
         result, checkpoints = run_dir.result_path, run_dir.checkpoints
@@ -135,8 +134,6 @@ def begin_anew(run_dir: RunDir) -> None:
 
 
 def _relaunch(runs: Sequence[Run], *, output_dir: str) -> int:
-    from sweeps import launch
-
     sweeps: dict[str, list[str]] = {}
     for run in runs:
         sweeps.setdefault(run.sweep or "", []).append(run.run_id)

@@ -1,6 +1,6 @@
-"""What the commands share: the runs that words name, and looking at them without wearing SLURM out.
+"""What the commands share: the runs that arguments name, and looking at them, SLURM asked seldom.
 
-Not for: deciding a run's state (`sweeps/slurm/survey.py`).
+Not for: judging a run's state (`sweeps/slurm/survey.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,15 +21,14 @@ from relora_core.config import ConfigError, nearest
 from sweeps.slurm import survey as scheduler
 
 ASK_S = 20.0
-"""Shortest time between two questions to the scheduler of a command that stays."""
-
+"""Shortest time between two questions to the scheduler, of a command that looks again and again."""
 
 Run = PlannedRun
 
 
 # which runs -------------------------------------------------------------------------------------
 def runs_of(output_dir: Path | str, *, sweep: str | None = None) -> list[Run]:
-    """The runs of `sweep`; without it all runs, each once. Builds few configs."""
+    """The runs of `sweep`; without it all runs, each once. Few of their configs are read."""
     sweeps = read_sweeps(output_dir)
     if sweep is not None:
         check_sweep(sweep, list(sweeps), output_dir=output_dir)
@@ -64,7 +64,7 @@ def _owners(output_dir: Path | str, run_ids: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for run in every for name in run.sweeps))
 
 
-def whole_sweep(output_dir: Path | str, word: str) -> str:
+def find_sweep(output_dir: Path | str, word: str) -> str:
     """The sweep called `word`, or the only sweep with a run, arm or job of that name."""
     sweeps = read_sweeps(output_dir)
     if word in sweeps:
@@ -78,7 +78,7 @@ def whole_sweep(output_dir: Path | str, word: str) -> str:
 
 
 def has_jobs_alone(output_dir: Path | str, word: str) -> bool:
-    """Whether `word` names a search that has jobs but no trials yet, and so no plan."""
+    """Whether `word` names a search that has jobs but no trials yet, hence no plan."""
     folders = Path(output_dir).glob("sweeps/*/jobs")
     return word not in sweep_names(output_dir) and word in {
         folder.parent.name for folder in folders
@@ -86,13 +86,15 @@ def has_jobs_alone(output_dir: Path | str, word: str) -> bool:
 
 
 def resolve(output_dir: Path | str, words: Sequence[str]) -> list[Run]:
-    """The runs that `words` name, each once: sweeps, what `status` shows of runs (names, arms, ids
-    of jobs), or (parts of) the id of one run."""
+    """The runs that `words` name, each once.
+
+    A word is a sweep, the name, arm or job of runs as `status` shows it, or a part of one run's id.
+    """
     everything = {run.run_id: run for run in runs_of(output_dir)}
     sweeps = list(dict.fromkeys(name for run in everything.values() for name in run.sweeps))
     chosen: dict[str, Run] = {}
     for word in words:
-        if word in sweeps:  # its own plan's order and names
+        if word in sweeps:  # in the order of its plan, with the names that it has there
             members = runs_of(output_dir, sweep=word)
         elif word not in everything and (hits := named(output_dir, word)):
             members = [everything[run_id] for run_id in hits]
@@ -139,7 +141,7 @@ def is_named(output_dir: Path | str, word: str) -> bool:
 
 # looking ----------------------------------------------------------------------------------------
 def survey(runs: Sequence[Run]) -> dict[str, RunState]:
-    """run_id -> state, as the scheduler sees it; a run without steps has the plan's."""
+    """run_id -> state, with the scheduler's answers; a run without steps has the plan's."""
     states = scheduler.survey([run.dir for run in runs])
     return {run.run_id: _with_steps(states[run.run_id], run) for run in runs}
 
@@ -151,8 +153,8 @@ def _with_steps(state: RunState, run: Run) -> RunState:
 class Observer:
     """Looks at runs again and again; the scheduler is asked at most every ASK_S seconds.
 
-    In between, a run's state comes from its files; if those say the same as when the scheduler was
-    last asked, its judgement of them is reused.
+    In between, a run's state comes from its files. As long as that is the state they gave when the
+    scheduler was asked, the judgement of that time is reused.
     """
 
     def __init__(self) -> None:
@@ -176,21 +178,17 @@ class Observer:
 
     def _merged(self, run_id: str, own: RunState) -> RunState:
         before, judged = self._own.get(run_id), self._judged.get(run_id)
-        if before is None or judged is None or (own.state, own.attempts) != _word(before):
+        if before is None or judged is None:
+            return own
+        if (own.state, own.attempts) != (before.state, before.attempts):
             return own
         reason = judged.reason if judged.reason != before.reason else own.reason
         return dataclasses.replace(own, state=judged.state, reason=reason)
 
 
-def _word(state: RunState) -> tuple[str, int]:
-    return state.state, state.attempts
-
-
 def counts(states: Sequence[RunState]) -> str:
     """`3 finished, 1 running`."""
-    totals: dict[str, int] = {}
-    for state in states:
-        totals[state.state] = totals.get(state.state, 0) + 1
+    totals = Counter(state.state for state in states)
     return ", ".join(f"{n} {state}" for state, n in totals.items())
 
 
@@ -203,5 +201,5 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
-    words = "sweep, run, arm or job (default: all)"
-    parser.add_argument("sweep", nargs="?", metavar="SWEEP|RUN", help=words)
+    names = "sweep, run, arm or job (default: all)"
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP|RUN", help=names)

@@ -33,7 +33,7 @@ EXAMPLES = """examples:
 """
 FEW = 20
 """Up to so many runs each has its own line."""
-TELL = 10
+MOST_FAILURES = 10
 """Most failures that are printed; --json has all."""
 States = Mapping[str, RunState]
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _notes(output_dir: Path | str, runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Sweep -> what the plan of each sweep that is shown says."""
+    """Sweep -> the notes of its plan, of each sweep that is shown."""
     sweeps = list(dict.fromkeys(run.sweep for run in runs if run.sweep))
     return {sweep: read_sweep(output_dir, sweep).notes for sweep in sweeps}
 
@@ -84,7 +84,7 @@ def entry(run: Run, state: RunState) -> dict[str, object]:
 def view(
     runs: Sequence[Run], states: States, *, by_run: bool | None = None, height: int | None = None
 ) -> Group:
-    """Header, a table per sweep, and what went wrong; within `height` lines what is done is cut."""
+    """Header, a table per sweep, and what went wrong; cut to `height` lines, what is done first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.sweep or "(single runs)", []).append(run)
@@ -109,11 +109,11 @@ def view(
 
 def _counted(states: Sequence[RunState]) -> Text:
     """`3 finished, 1 running`, coloured."""
-    words = [
-        Text(word, style=display.COLOURS.get(word.split()[1], ""))
-        for word in selection.counts(states).split(", ")
+    parts = [
+        Text(part, style=display.COLOURS.get(part.split()[1], ""))
+        for part in selection.counts(states).split(", ")
     ]
-    return Text(", ").join(words)
+    return Text(", ").join(parts)
 
 
 def failure_lines(runs: Sequence[Run], states: States) -> list[str]:
@@ -121,10 +121,10 @@ def failure_lines(runs: Sequence[Run], states: States) -> list[str]:
     failed = [run for run in runs if states[run.run_id].state in (State.FAILED, State.LOST)]
     lines = [
         f"{states[run.run_id].state} {run.name}: {_why(run, states[run.run_id])}"
-        for run in failed[:TELL]
+        for run in failed[:MOST_FAILURES]
     ]
-    if len(failed) > TELL:
-        lines.append(f"... and {len(failed) - TELL} more (--json tells all)")
+    if len(failed) > MOST_FAILURES:
+        lines.append(f"... and {len(failed) - MOST_FAILURES} more (--json has all)")
     return lines
 
 
@@ -137,9 +137,7 @@ def _why(run: Run, state: RunState) -> str:
 
 
 Row = tuple[int, list[str | Text]]
-"""(how much it needs attention: least first, cells)."""
-
-
+"""(position in ATTENTION, cells)."""
 ATTENTION = (
     State.FAILED,
     State.LOST,
@@ -151,6 +149,7 @@ ATTENTION = (
     State.PRUNED,
     State.FINISHED,
 )
+"""States in the order in which rows are kept if there is no space for all."""
 
 
 def _attention(states: Iterable[RunState]) -> int:
@@ -160,7 +159,7 @@ def _attention(states: Iterable[RunState]) -> int:
 def _table(
     heads: Sequence[str], rows: list[Row], *, lines: int | None, what: str
 ) -> RenderableType:
-    """Rows below `heads` (a leading `<`: text, else numbers), without columns that say nothing."""
+    """Rows below `heads` (with a leading `<` for text), without empty columns."""
     shown = rows
     if lines is not None and len(rows) > lines:
         shown = sorted(rows, key=lambda row: row[0])[: lines - 1]
@@ -182,7 +181,7 @@ def _table(
 
 
 def _text(cell: str | Text, *, nothing: str) -> Text:
-    """Names hold brackets, which must not be read as markup."""
+    """Not as markup: names hold brackets."""
     return cell if isinstance(cell, Text) else Text(cell or nothing)
 
 
@@ -208,7 +207,7 @@ def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
 
 
 def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> RenderableType:
-    heads = ("<arm", "seeds", "<state", "step", *columns(), "left", "word", "<note")
+    heads = ("<arm", "seeds", "<state", "step", *columns(), "left", "heartbeat", "<note")
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.arm_id, []).append(run)
@@ -222,7 +221,7 @@ def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
             f"{statistics.mean(s.step for s in arm_states):.0f}/{max(s.steps for s in arm_states)}",
             *_figures(members, arm_states),
             _left(arm_states),
-            _word(arm_states),
+            _heartbeat_age(arm_states),
             _note(arm_states),
         ]
         rows.append((_attention(arm_states), cells))
@@ -232,7 +231,8 @@ def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
 def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
     """Of the seeds that are done: loss as mean +- sd, the other metrics as means."""
     results = [
-        _last_loss(state) | (run.dir.result() or {}).get("metrics", {})
+        ({} if state.loss is None else {LOSS.key: state.loss})
+        | (run.dir.result() or {}).get("metrics", {})
         for run, state in zip(runs, states, strict=True)
         if state.state is State.FINISHED
     ]
@@ -246,17 +246,13 @@ def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
     return figures
 
 
-def _last_loss(state: RunState) -> dict[str, float]:
-    return {} if state.loss is None else {LOSS.key: state.loss}
-
-
 def _left(states: Sequence[RunState]) -> str:
-    """The longest time left of those that run."""
+    """Of the run that needs longest."""
     return _longest(states, lambda state: state.eta_s)
 
 
-def _word(states: Sequence[RunState]) -> str:
-    """Age of the oldest heartbeat of those that run."""
+def _heartbeat_age(states: Sequence[RunState]) -> str:
+    """Of the running run that has been silent for longest."""
     now = time.time()
     return _longest(states, lambda state: now - state.heartbeat if state.heartbeat else None)
 
@@ -268,6 +264,6 @@ def _longest(states: Sequence[RunState], of: Callable[[RunState], float | None])
 
 
 def _note(states: Sequence[RunState]) -> str:
-    """The first failure's reason, else the first thing that is odd."""
+    """The reason of the first failure, else of the first run that has one."""
     order = sorted(states, key=lambda state: not state.state.bad)
     return next((state.reason for state in order if state.reason and not state.state.done), "")

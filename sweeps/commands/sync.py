@@ -7,7 +7,7 @@ import sys
 
 from experiments import addresses
 from experiments.disk.plans import sweep_names
-from experiments.tracking import tracker
+from experiments.tracking.tracker import Pass
 from sweeps import display, tracking
 from sweeps.commands import selection
 
@@ -24,10 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Repeating it changes nothing; 1 if a store does not answer or a run was not synced."""
-
+    """1 if a store does not answer or a run was not synced. Repeating it changes nothing."""
     uri = None if args.tracking_uri is None else addresses.check_given(args.tracking_uri)
-    args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)
+    args.sweep = args.sweep and selection.find_sweep(args.output_dir, args.sweep)
     if args.sweep is not None:
         names = sweep_names(args.output_dir)
         selection.check_sweep(args.sweep, names, output_dir=args.output_dir)
@@ -42,22 +41,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"nothing to sync in {args.output_dir}")
     printed: set[str] = set()
     for one in passes:
-        if one.report is None and one.problem in printed:  # one store may hold several experiments
+        if one.report is None and one.problem in printed:  # of another experiment in this store
             continue
         printed.add(one.problem or "")
-        _tell(one)
+        _print(one)
     return int(any(one.problem for one in passes))
 
 
-def _tell(one: tracker.Pass) -> None:
-    from experiments.addresses import redacted
-
+def _print(one: Pass) -> None:
     if one.report is None:
         print(one.problem, file=sys.stderr)
         return
     print(
         f"{one.experiment}: {one.runs} runs, {one.report.created} created, {one.report.points} "
-        f"points sent to {redacted(one.uri)}"
+        f"points sent to {addresses.redacted(one.uri)}"
     )
     for run_id, line in one.report.errors.items():
         print(f"{run_id}: {line}", file=sys.stderr)

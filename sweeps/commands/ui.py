@@ -1,4 +1,4 @@
-"""`ui`: MLflow's pages on this machine, and links that open on what a sweep is about."""
+"""`ui`: MLflow's pages on this machine, and links to the pages of each sweep."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from experiments.addresses import check_given, default_uri, read_only, redacted, sqlite_path
 from experiments.tracking import links
+from experiments.tracking.links import Section
+from experiments.tracking.server import Server, ServerFailed, free_port
+from experiments.tracking.store import TrackingUnreachable, move_artifacts, readable
 from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps import display
 from sweeps.commands import selection
-
-if TYPE_CHECKING:
-    from experiments.tracking.links import Section
 
 HELP = "MLflow's pages, and links that open right"
 EXAMPLES = """examples:
@@ -43,9 +44,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 on Ctrl-C; 1 if the store does not answer or the server ends by itself."""
-    from experiments.tracking import server as mlflow_ui
-    from experiments.tracking.store import TrackingUnreachable, readable
-
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ConfigError(f"--port must be in 1..65535, got {args.port}; nearest valid: {PORT}")
     uri = _store(args)
@@ -59,18 +57,15 @@ def run(args: argparse.Namespace) -> int:
                 show(links.sections(shown, base=base), args=args)
                 return 0
             return _serve(shown, args=args)
-    except (TrackingUnreachable, mlflow_ui.ServerFailed) as error:
+    except (TrackingUnreachable, ServerFailed) as error:
         print(error, file=sys.stderr)
         return 1
 
 
 def _store(args: argparse.Namespace) -> str:
-    """The store to show: the one asked for, the sweep's own, or the one of output_dir."""
-    from experiments.addresses import check_given, default_uri, read_only, redacted, sqlite_path
-    from experiments.tracking.store import move_artifacts
-
+    """Address of the store to show: the one asked for, the sweep's own, or that of output_dir."""
     default = default_uri(args.output_dir)
-    args.sweep = args.sweep and selection.whole_sweep(args.output_dir, args.sweep)
+    args.sweep = args.sweep and selection.find_sweep(args.output_dir, args.sweep)
     runs = selection.runs_of(args.output_dir, sweep=args.sweep)
     first = {run.sweep: run.dir for run in reversed(runs) if run.dir.config_path.exists()}
     own = {sweep: run_dir.config().tracking.uri or default for sweep, run_dir in first.items()}
@@ -94,7 +89,7 @@ def _store(args: argparse.Namespace) -> str:
 
 
 def _log(output_dir: Path | str) -> Path:
-    """Where the server's words go; elsewhere if the output folder takes none of ours."""
+    """Where the server prints to; a temporary file if the output folder is not writable."""
     log = Path(output_dir).absolute() / "logs" / "mlflow-ui.log"
     if shared.closed(log) or shared.closed(log.parent):
         number, name = tempfile.mkstemp(prefix="mlflow-ui-", suffix=".log")
@@ -104,16 +99,13 @@ def _log(output_dir: Path | str) -> Path:
 
 
 def _serve(uri: str, *, args: argparse.Namespace) -> int:
-    """Until Ctrl-C, or the terminal goes."""
-    from experiments.addresses import redacted
-    from experiments.tracking import server as mlflow_ui
-
+    """Serve until Ctrl-C or the end of the terminal."""
     port = _port(args)
     console, log = display.make_console(), _log(args.output_dir)
     asked: list[int] = []
-    _at_end(lambda number, _: asked.append(number))  # not while the server is half started
+    _at_end(lambda number, _: asked.append(number))  # until the server has started
     print(f"starting MLflow's server over {redacted(uri)}, some 5 to 20 s", flush=True)
-    with mlflow_ui.Server(uri, host=args.host, port=port, log=log) as server:
+    with Server(uri, host=args.host, port=port, log=log) as server:
         try:
             _at_end(_interrupt)
             if asked:
@@ -122,16 +114,16 @@ def _serve(uri: str, *, args: argparse.Namespace) -> int:
                 sections = links.sections(uri, base=server.base)
                 server.wait_ready()
             show(sections, args=args)
-            _closing_words(server.base, host=args.host, port=port)
+            _print_hints(server.base, host=args.host, port=port)
             server.wait()
         except KeyboardInterrupt:
-            _at_end(signal.SIG_IGN)  # nor may it outlive a second one
+            _at_end(signal.SIG_IGN)  # a second one must not keep us from ending the server
     print("MLflow's server has ended")
     return 0
 
 
 def _at_end(handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
-    """What to do on Ctrl-C, on `kill`, and when the terminal goes."""
+    """Handle Ctrl-C, `kill` and the end of the terminal."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handler)
 
@@ -141,8 +133,6 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _port(args: argparse.Namespace) -> int:
-    from experiments.tracking.server import free_port
-
     wanted = args.port or PORT
     port = free_port(args.host, wanted=wanted)
     if port != wanted:
@@ -150,7 +140,7 @@ def _port(args: argparse.Namespace) -> int:
     return port
 
 
-def _closing_words(base: str, *, host: str, port: int) -> None:
+def _print_hints(base: str, *, host: str, port: int) -> None:
     if os.environ.get("SSH_CONNECTION") and host == "127.0.0.1":
         there = f"{os.environ.get('USER', 'you')}@{socket.gethostname()}"
         print(f"from your own machine first: ssh -N -L {port}:127.0.0.1:{port} {there}")
@@ -161,7 +151,7 @@ def _closing_words(base: str, *, host: str, port: int) -> None:
 
 
 def show(sections: Sequence[Section], *, args: argparse.Namespace) -> None:
-    """Links, each to be opened in a page of its own."""
+    """Print the links of the chosen sections."""
     chosen = [section for section in sections if args.sweep in (None, section.name)]
     if not chosen:
         what = args.sweep or "anything"

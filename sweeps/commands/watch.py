@@ -1,4 +1,4 @@
-"""`watch`: the view of `status`, live, while MLflow is kept up to date. Ending it ends no run."""
+"""`watch`: the view of `status`, live; also keeps MLflow up to date. Ending it ends no run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   python -m sweeps watch --once                 one look, and MLflow brought up to date
 """
 SYNC_S = 15.0
-"""Shortest time between two passes over MLflow."""
+"""Shortest time between two updates of MLflow."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_all(runs, view))
         return int(any(state.state.bad for state in view.states.values()))
     try:
-        # Servers are left to `sync`: a slow one must not be asked every few seconds.
+        # Servers are left to `sync`: they may be slow, and not the user's alone.
         with tracking.keep_up_to_date(
             args.output_dir,
             sweeps,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(slots=True)
 class View:
-    """What is shown, as it was last looked at."""
+    """What is shown, as of the last look."""
 
     states: Mapping[str, RunState] = field(default_factory=dict)
     problem: str | None = None
@@ -87,11 +87,11 @@ class View:
 def _watch(args: argparse.Namespace, runs: Sequence[Run], *, view: View, console: Console) -> None:
     """Look until nothing is queued or running.
 
-    A failure is believed at the second look only: SLURM shows a job as failed for a moment before
-    it requeues it.
+    A failure counts only if the second look confirms it: SLURM shows a job as failed for a moment
+    before it requeues it.
     """
     observer, over = Observer(), False
-    with _shower(console) as show:
+    with Table(console) if console.is_terminal else Lines(console) as show:
         while True:
             if observer.due:  # the sweep may have been widened meanwhile
                 runs = selection.named_runs(args.output_dir, args.sweep)
@@ -130,7 +130,7 @@ class Table:
 
 
 class Lines:
-    """For files and pipes: a line per run with a new state, and the totals after any change."""
+    """For files and pipes: a line per run with a new state, and the totals if they changed."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -150,18 +150,11 @@ class Lines:
             state = states[run.run_id]
             if self.states and self.states.get(run.run_id) != state.state:
                 why = f": {state.reason}" if state.reason else ""
-                self._line(f"{state.state:<9} {run.name}{why}")
+                display.say(self.console, f"{state.state:<9} {run.name}{why}")
         self.states = {run_id: state.state for run_id, state in states.items()}
         done, steps = (sum(getattr(s, k) for s in states.values()) for k in ("step", "steps"))
         sums = f"{selection.counts(list(states.values()))}; step {done}/{steps} in all"
         for line, before in ((sums, self.sums), (problem, self.problem)):
             if line and line != before:
-                self._line(line)
+                display.say(self.console, line)
         self.sums, self.problem = sums, problem
-
-    def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _shower(console: Console) -> Table | Lines:
-    return Table(console) if console.is_terminal else Lines(console)

@@ -156,5 +156,5 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_unread(
 def test_pages_are_for_this_machine_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
     arguments: argparse.Namespace = build_parser().parse_args(["ui"])
     assert arguments.host == "127.0.0.1"
-    ui._closing_words("http://0.0.0.0:5000", host="0.0.0.0", port=5000)
+    ui._print_hints("http://0.0.0.0:5000", host="0.0.0.0", port=5000)
     assert "there is no password" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from experiments import environment
 from relora_core.config import ConfigError
 from sweeps import snapshot
-from sweeps.commands.diff import by_file
+from sweeps.commands.diff import split_patch
 from sweeps.snapshot import Entry, changed_files, code_state, freeze, record, tree_hash
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -87,7 +87,7 @@ def test_the_diff_restores_edits_and_new_files_from_the_commit(checkout, tmp_pat
     assert (again / "a.py").read_text() == "two\n"
     assert (again / "new é.py").read_text() == "three\n"
     assert not (again / "noise.log").exists()
-    assert set(by_file((out / "code.diff").read_text())) == {"a.py", "new é.py"}
+    assert set(split_patch((out / "code.diff").read_text())) == {"a.py", "new é.py"}
 
 
 def test_results_among_the_code_do_not_make_it_dirty(checkout):
