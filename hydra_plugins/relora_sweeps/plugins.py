@@ -41,7 +41,7 @@ from sweeps.slurm.options import SlurmOptions
 
 if TYPE_CHECKING:
     from sweeps.planning.provenance import Tuned
-    from sweeps.search.launch import Asked
+    from sweeps.search.launch import Draft
 
 KEY, TUNED_AS, NOTHING = "sweep.from_search", "sweep.tuned_as", "none"
 ALPHA_OR_SCALE = {"relora.alpha", "relora.scale"}
@@ -219,7 +219,7 @@ class SearchSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from sweeps.search.launch import run_arms, run_search  # a single run need not wait for it
+        from sweeps.search.launch import run_search  # a single run need not wait for it
 
         shell.alone("a search (-m)")
         if not isinstance(self.launcher, OurLauncher):
@@ -244,20 +244,22 @@ class SearchSweeper(Sweeper):
                     f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
                 )
         common = self._runs(lines_of(first.search.common, of="search.common"), of="search.common")
-        options = {"name": self.name, "command": _command(), "plan_only": self.plan_only}
         self.composer.launchers.clear()  # `first` is not a point
         if arms:
             names = arms_taken(taken, arms=arms, loader=self.loader)
-            asked = [
+            drafts = [
                 self._arm(name, arms[name], first=first, common=common, given=given)
                 for name in names
             ]
-            code = run_arms(asked, launcher=self._launcher(), **options)
         else:
-            one = self._asked(first, [*common, *given, *taken])
-            code = run_search(
-                one.search, space=one.space, bases=one.bases, launcher=self._launcher(), **options
-            )
+            drafts = [self._draft(first, [*common, *given, *taken])]
+        code = run_search(
+            drafts,
+            name=self.name,
+            launcher=self._launcher(),
+            command=_command(),
+            plan_only=self.plan_only,
+        )
         if code:
             raise SystemExit(code)
 
@@ -282,13 +284,13 @@ class SearchSweeper(Sweeper):
         first: DictConfig,
         common: list[Override],
         given: list[Override],
-    ) -> "Asked":
-        """What is asked of an arm: its own overrides win over those that are common to all and over
+    ) -> "Draft":
+        """The draft of an arm: its own overrides win over those that are common to all and over
         the file's space, the command line's over all."""
         own = self._runs([*overrides], of=f"search.arms.{name}")
         own += parse([f"sweep.arm={name}"], loader=self.loader)
         try:
-            one = self._asked(first, [*common, *own, *given], start=True)
+            one = self._draft(first, [*common, *own, *given], start=True)
         except ConfigError as error:
             raise ConfigError(f"arm {name}: {error}") from None
         if one.search.learn_from:
@@ -309,12 +311,12 @@ class SearchSweeper(Sweeper):
         one.arm = name
         return one
 
-    def _asked(
+    def _draft(
         self, first: DictConfig, overrides: list[Override], *, start: bool = False
-    ) -> "Asked":
-        """What is asked of one study, where later overrides win; with `start` its bases have the
-        first of each choice."""
-        from sweeps.search.launch import Asked
+    ) -> "Draft":
+        """The draft of one study, where later overrides win; with `start` its bases have the first
+        of each choice."""
+        from sweeps.search.launch import Draft
 
         by_key = {o.key_or_group: o for o in overrides}
         given = list(by_key.values())
@@ -330,7 +332,7 @@ class SearchSweeper(Sweeper):
             if start and isinstance(one, Choice) and one.values and not self.composer.is_group(key)
         }
         bases = self._bases(space, [*fixed.values(), *firsts.values()])
-        return Asked(search=self._search(first, space, fixed), space=space, bases=bases)
+        return Draft(search=self._search(first, space, fixed), space=space, bases=bases)
 
     def _search(
         self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str]

@@ -1,6 +1,7 @@
-"""`run.py -m hydra/sweeper=search`: a search is planned, checked, written (`outlook.py`), begun.
+"""`run.py -m hydra/sweeper=search`: plans a search and starts its processes.
 
-Not for: parsing and composing (`hydra_plugins`), nor for what a process does (`process.py`).
+Not for: in which order (`outlook.py`), parsing and composing (`hydra_plugins`), nor what a process
+does (`process.py`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,8 @@ from sweeps.launchers import Launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, Rate
-from sweeps.planning.grid import check_name
-from sweeps.planning.plan import Plan, command, make_plan
+from sweeps.planning.grid import Point, check_name
+from sweeps.planning.plan import Cell, command, make_plan
 from sweeps.search import arms, reads, samplers
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
@@ -36,16 +38,16 @@ from sweeps.search.space import Choice, Dimension
 from sweeps.search.study import Spec, Study
 
 CORNERS = 256
-"""Corners of a larger space are checked where one dimension at a time leaves its first value."""
+"""Of a space with more corners only those that are one step from the first are checked."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Asked:
-    """What a command asks of one study."""
+class Draft:
+    """One study as a command asks for it."""
 
     search: SearchConfig
     space: Mapping[str, Dimension]
-    bases: Sequence[tuple[dict[str, str], RunConfig]]
+    bases: Sequence[tuple[Point, RunConfig]]
     """Each combination of searched groups with what it composes to."""
     arm: str | None = None
     """Its name in a search with arms."""
@@ -53,41 +55,24 @@ class Asked:
 
 @dataclass(kw_only=True, slots=True)
 class Part:
-    """One study of a search: all of it, or an arm."""
+    """One study of a search (all of it, or an arm) as this command will leave it."""
 
-    spec: Spec
+    arm: str | None
     folder: Path
+    spec: Spec
+    points: Sequence[tuple[Point, RunConfig]]
+    """The draft's bases, completed."""
+    cells: Sequence[Cell]
+    """A run of each point."""
     n_trials: int
     """In all; of a grid not more than it has points."""
     left: int
     """Trials that have not ended."""
-    arm: str | None = None
+    notes: list[str]
 
 
 def run_search(
-    search: SearchConfig,
-    *,
-    space: Mapping[str, Dimension],
-    bases: Sequence[tuple[dict[str, str], RunConfig]],
-    name: str,
-    launcher: Launcher,
-    command: str = "",
-    plan_only: bool = False,
-    console: Console | None = None,
-) -> int:
-    """`run_arms` for a search without arms."""
-    return run_arms(
-        [Asked(search=search, space=space, bases=bases)],
-        name=name,
-        launcher=launcher,
-        command=command,
-        plan_only=plan_only,
-        console=console,
-    )
-
-
-def run_arms(
-    asked: Sequence[Asked],
+    drafts: Sequence[Draft],
     *,
     name: str,
     launcher: Launcher,
@@ -95,67 +80,52 @@ def run_arms(
     plan_only: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Begin the study of each arm, or go on with it, until it has `search.n_trials` trials; the
-    exit code.
+    """Begin each study, or go on with it, until it has `search.n_trials` trials; the exit code.
 
-    Raises ConfigError before anything is written where the user made a mistake.
+    A search has a draft for each of its arms, else a single one. Raises ConfigError for a user's
+    mistake, before anything is written.
     """
-    configs, notes = complete_configs([c for one in asked for _, c in one.bases], launcher)
+    configs, notes = complete_configs([c for draft in drafts for _, c in draft.bases], launcher)
     name = check_name(configs[0].sweep.name or name)
-    configs = [
-        dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, name=name))
-        for config in configs
-    ]
     output_dir = Path(configs[0].output_dir)
-    arms.check_begun(study_folder(output_dir, name=name), arms=asked[0].arm is not None)
-    rates, costs = budget.read_rates(output_dir), {}
+    arms.check_begun(study_folder(output_dir, name=name), arms=drafts[0].arm is not None)
+    rates = budget.read_rates(output_dir)
+    named = (dataclasses.replace(c, sweep=dataclasses.replace(c.sweep, name=name)) for c in configs)
     parts: list[Part] = []
-    all_points: list[tuple[dict[str, str], RunConfig]] = []
-    more_notes: list[str] = []
-    made = iter(configs)
-    for one in asked:
-        folder = study_folder(output_dir, name=name, arm=one.arm)
-        own = reads.as_planned(itertools.islice(made, len(one.bases)), folder)
-        points = [(choices, config) for (choices, _), config in zip(one.bases, own, strict=True)]
-        with _naming(one.arm):
-            part, more = _part(one, points, folder=folder, command=command, notes=notes)
-            plan = make_plan(points)
-        more_notes += more
-        hours = estimates(
-            plan,
-            launcher=launcher,
-            output_dir=output_dir,
-            runs=part.left * len(one.search.seeds),
-            rates=rates,
-        )
-        costs |= {f"{one.arm or ''} {trial}".lstrip(): cost for trial, cost in hours.items()}
+    costs: dict[str, Estimate | None] = {}
+    for draft in drafts:
+        folder = study_folder(output_dir, name=name, arm=draft.arm)
+        planned = reads.as_planned(itertools.islice(named, len(draft.bases)), folder)
+        points = [(choices, c) for (choices, _), c in zip(draft.bases, planned, strict=True)]
+        with _naming(draft.arm):
+            part = _plan_part(draft, points, folder=folder, command=command, notes=notes)
         parts.append(part)
-        all_points += points
-    plan = make_plan(all_points)
+        costs |= estimates(part, launcher=launcher, output_dir=output_dir, rates=rates)
+    plan = make_plan([point for part in parts for point in part.points])
     output_dir = find_output_dir(plan)
     check_tracking(plan)
-    plan.notes = list(dict.fromkeys([*notes, *more_notes, *uneven(parts)]))
+    more = [note for part in parts for note in part.notes]
+    plan.notes = list(dict.fromkeys([*notes, *more, *uneven(parts)]))
     outlook = SearchOutlook(
         plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, parts=parts
     )
     return outlook.carry_out(console or display.make_console(), plan_only=plan_only)
 
 
-def _part(
-    asked: Asked,
-    points: Sequence[tuple[dict[str, str], RunConfig]],
+def _plan_part(
+    draft: Draft,
+    points: Sequence[tuple[Point, RunConfig]],
     *,
     folder: Path,
     command: str,
     notes: Sequence[str],
-) -> tuple[Part, list[str]]:
-    """A study as it will be, and what to note of it; ConfigError if it is not possible."""
-    search = asked.search
-    groups = list(points[0][0])
-    spaces.check_space(asked.space, groups=groups, when=search.when, config=points[0][1])
+) -> Part:
+    """ConfigError if the draft cannot be searched, or not in the study that is in `folder`."""
+    search, groups = draft.search, list(points[0][0])
+    spaces.check_space(draft.space, groups=groups, when=search.when, config=points[0][1])
     spec = Spec(
         config=search,
-        space=dict(asked.space),
+        space=dict(draft.space),
         groups=groups,
         bases={spaces.base_key(choices): config for choices, config in points},
         command=command,
@@ -166,18 +136,27 @@ def _part(
     if begun:
         reads.check(begun.spec, folder)
         spec, before = begun.spec.continued(spec), begun.spec
-        more += [
-            f"{asked.arm}: {line}" if asked.arm else line for line in begun_notes(spec, before)
-        ]
-    more += across(check_corners(spec), seeds=len(search.seeds))
+        arm = f"{draft.arm}: " if draft.arm else ""
+        more += [f"{arm}{line}" for line in begun_notes(spec, before)]
+    more += across(corner_configs(spec), seeds=len(search.seeds))
     spec.check()
     left = n_trials = samplers.n_trials(spec.config, space=spec.space)
     if begun:
-        left = to_do(begun, n_trials)
+        ended = sum(n for state, n in begun.counts().items() if state != "RUNNING")
+        left = max(0, n_trials - ended)
     else:
         spec.learnt, lines = learn(spec, output_dir=Path(points[0][1].output_dir))
         more += lines
-    return Part(spec=spec, folder=folder, n_trials=n_trials, left=left, arm=asked.arm), more
+    return Part(
+        arm=draft.arm,
+        folder=folder,
+        spec=spec,
+        points=points,
+        cells=make_plan(points).cells,
+        n_trials=n_trials,
+        left=left,
+        notes=more,
+    )
 
 
 @contextlib.contextmanager
@@ -189,8 +168,20 @@ def _naming(arm: str | None) -> Iterator[None]:
         raise (ConfigError(f"arm {arm}: {error}") if arm else error) from None
 
 
+def begun_notes(spec: Spec, before: Spec) -> list[str]:
+    """What an existing study had learnt, and the keys at which its space grows."""
+    notes = []
+    if spec.learnt:
+        sweeps = ", ".join(dict.fromkeys(one["sweep"] for one in spec.learnt))
+        notes.append(f"{len(spec.learnt)} trials were learnt from {sweeps} when it began")
+    if lines := spec.grown_from(before):
+        anew = "; cmaes begins anew in it" if spec.config.sampler["name"] == "cmaes" else ""
+        notes.append(f"the space grows, and the trials so far stay: {'; '.join(lines)}{anew}")
+    return notes
+
+
 def uneven(parts: Sequence[Part]) -> list[str]:
-    """A line where arms of a grid have different numbers of points, and so of trials."""
+    """A note if the arms of a grid have different numbers of points, and so of trials."""
     sizes = {str(part.arm): part.n_trials for part in parts}
     if len(set(sizes.values())) == 1:
         return []
@@ -201,15 +192,28 @@ def uneven(parts: Sequence[Part]) -> list[str]:
     ]
 
 
+def estimates(
+    part: Part, *, launcher: Launcher, output_dir: Path, rates: Sequence[Rate]
+) -> dict[str, Estimate | None]:
+    """What each run still to come may cost, as if the combinations of groups took turns."""
+    costs = budget.estimates(
+        part.cells, states={}, output_dir=output_dir, rates=rates, place=launcher.place
+    )
+    runs = part.left * len(part.spec.config.seeds)
+    arm = f"{part.arm} " if part.arm else ""
+    each = itertools.islice(itertools.cycle(costs.values()), runs)
+    return {f"{arm}trial {index}": cost for index, cost in enumerate(each)}
+
+
 @dataclass(kw_only=True)
 class SearchOutlook(Outlook):
-    """Of a search only the runs' costs are known. The plan holds the configs it starts from."""
+    """A search. Its plan has the configs that it starts from; its trials are not known yet."""
 
     parts: list[Part]
 
     @property
     def folder(self) -> Path:
-        """Of the search, with all its arms."""
+        """Of the search with all its arms."""
         return study_folder(self.output_dir, name=self.plan.name)
 
     @property
@@ -267,7 +271,7 @@ class SearchOutlook(Outlook):
     def store(self) -> None:
         for part in self.parts:
             study = Study.open(part.folder, create=part.spec)
-            # the grid sampler's may be fewer
+            # of a grid possibly fewer: it skips points that were learnt or do not apply
             part.left = study.left() + study.counts().get("RUNNING", 0)
         if self.parts[0].arm:
             arms.write_arms(self.folder, [str(part.arm) for part in self.parts])
@@ -282,34 +286,18 @@ class SearchOutlook(Outlook):
             return close(self.folder, console)
         with refuse_unwritable(self.output_dir):
             code = start_processes(
-                self.launcher, self.folder,
-                left=self.left, config=self.plan.cells[0].config, console=console,
-            )  # fmt: skip
+                self.launcher,
+                self.folder,
+                left=self.left,
+                config=self.plan.cells[0].config,
+                console=console,
+            )
         return close(self.folder, console) or code if self.launcher.kind == "local" else code
-
-
-def begun_notes(spec: Spec, before: Spec) -> list[str]:
-    """Lines on what it has learnt, and on keys at which the space of an existing study grows."""
-    notes = []
-    if spec.learnt:
-        sweeps = ", ".join(dict.fromkeys(one["sweep"] for one in spec.learnt))
-        notes.append(f"{len(spec.learnt)} trials were learnt from {sweeps} when it began")
-    if lines := spec.grown_from(before):
-        anew = "; cmaes begins anew in it" if spec.config.sampler["name"] == "cmaes" else ""
-        notes.append(f"the space grows, and the trials so far stay: {'; '.join(lines)}{anew}")
-    return notes
-
-
-def to_do(study: Study, n_trials: int) -> int:
-    """How many of the `n_trials` trials have not ended."""
-    ended = sum(n for state, n in study.counts().items() if state != "RUNNING")
-    return max(0, n_trials - ended)
 
 
 def close(folder: Path, console: Console) -> int:
     """Write and print the search's results; 1 if no trial of any arm has a value."""
-    from sweeps.search import response, response_files
-    from sweeps.search.results import write_results
+    from sweeps.search import response, response_files, results  # SciPy, Matplotlib: not to plan
 
     output_dir, name, _ = place_of_study(folder.resolve())
     studies = arms.open_studies(folder)
@@ -317,13 +305,12 @@ def close(folder: Path, console: Console) -> int:
     if len(failed) == len(studies):
         return 1
     if len(studies) == 1 and studies[0].arm is None:
-        write_results(folder)
+        results.write_results(folder)
     else:
         for line in response_files.write(response.read(folder), folder)[1]:
             display.say(console, line)
     if any(base.tracking.enabled for study in studies for base in study.spec.bases.values()):
-        # plots go to the parent run
-        for line in tracking.new_problems(tracking.show(output_dir, name)):
+        for line in tracking.new_problems(tracking.show(output_dir, name)):  # with the plots
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     display.say(console, f"results: {command('search', name, output_dir=output_dir)}")
     return 0
@@ -339,19 +326,21 @@ def _close(study: Study, console: Console) -> bool:
         reasons = study.failures()
         console.print(
             f"error: all {counts['fail']} trials failed; the newest: {reasons[0]}",
-            style="bold red", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            style="bold red",
+            highlight=False,
+            soft_wrap=True,
+        )
         return True
     return False
 
 
 # checks -----------------------------------------------------------------------------------------
-def check_corners(spec: Spec) -> list[RunConfig]:
-    """The runs at the ends of the space; ConfigError if one is not valid."""
+def corner_configs(spec: Spec) -> list[RunConfig]:
+    """What runs at the ends of the space; ConfigError if one of them is not valid."""
     configs = []
     for choices in combinations(spec):
         base = spec.bases[spaces.base_key(choices)]
-        active = applying(spec, choices=choices, base=base)
+        active = active_keys(spec, choices=choices, base=base)
         for values in corners({key: spec.space[key] for key in active}):
             config = spaces.with_values(base, values)
             try:
@@ -365,8 +354,8 @@ def check_corners(spec: Spec) -> list[RunConfig]:
     return configs
 
 
-def applying(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list[str]:
-    """Keys that are drawn beside these choices of groups, whatever the other keys' values."""
+def active_keys(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list[str]:
+    """Keys that are drawn with these choices of groups, whatever the other keys' values."""
     when = spec.config.when
     params: dict[str, Any] = dict(choices)
     keys = []
@@ -386,13 +375,9 @@ def applying(spec: Spec, *, choices: Mapping[str, str], base: RunConfig) -> list
 def corners(space: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
     """Points with every dimension at one of its ends; all values of a choice are ends."""
     ends = {key: _ends(dimension) for key, dimension in space.items()}
-    count = 1
-    for values in ends.values():
-        count *= len(values)
-    if count <= CORNERS:
-        yield from (
-            dict(zip(ends, point, strict=True)) for point in itertools.product(*ends.values())
-        )
+    if math.prod(map(len, ends.values())) <= CORNERS:
+        for point in itertools.product(*ends.values()):
+            yield dict(zip(ends, point, strict=True))
         return
     first = {key: values[0] for key, values in ends.items()}
     for key, values in ends.items():
@@ -404,15 +389,3 @@ def _ends(dimension: Dimension) -> list[Any]:
         return dimension.values
     finite = dimension.finite() if dimension.step else None
     return [dimension.low, finite[-1] if finite else dimension.high]
-
-
-# cost and plan ----------------------------------------------------------------------------------
-def estimates(
-    plan: Plan, *, launcher: Launcher, output_dir: Path, runs: int, rates: Sequence[Rate]
-) -> dict[str, Estimate | None]:
-    """What each run still to come may cost: the combinations of groups in turn."""
-    per_cell = budget.estimates(
-        plan.cells, states={}, output_dir=output_dir, rates=rates, place=launcher.place
-    )
-    each = itertools.islice(itertools.cycle(per_cell.values()), runs)
-    return {f"trial {index}": one for index, one in enumerate(each)}

@@ -82,8 +82,9 @@ def ask(own, tmp_path, monkeypatch):
         launched.append((points, launcher))
         return 0
 
-    def run_search(search, *, bases, launcher, **options):
-        launched.append((bases, launcher))
+    def run_search(drafts, *, launcher, **options):
+        [draft] = drafts
+        launched.append((draft.bases, launcher))
         return 0
 
     monkeypatch.setattr("sweeps.launch.run_sweep", run_sweep)

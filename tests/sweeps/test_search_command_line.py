@@ -22,19 +22,18 @@ SMALL = ["relora.r=4,8", "search.enqueue=[]"]
 
 
 @pytest.fixture
-def searched(loader, monkeypatch):
-    """The arguments of run_search for these overrides."""
+def drafts_of(loader, monkeypatch):
+    """What run_search is given for these words: its drafts, and the other arguments."""
 
     def go(*words):
-        given = {}
+        given = []
 
-        def run_search(search, **options):
-            given.update(options, search=search)
+        def run_search(drafts, **options):
+            given.extend([drafts, options])
             return 0
 
         monkeypatch.setattr("sweeps.search.launch.run_search", run_search)
-        words = [*BASE, *words]
-        config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
+        config = loader.load_configuration("config", [*words], run_mode=RunMode.MULTIRUN)
         sweeper = Plugins.instance().instantiate_sweeper(
             config=config,
             hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
@@ -42,6 +41,17 @@ def searched(loader, monkeypatch):
         )
         sweeper.sweep([w for w in words if not w.startswith("hydra")])
         return given
+
+    return go
+
+
+@pytest.fixture
+def searched(drafts_of):
+    """What run_search is given for these overrides of BASE, a search without arms."""
+
+    def go(*words):
+        [draft], options = drafts_of(*BASE, *words)
+        return {"search": draft.search, "space": draft.space, "bases": draft.bases, **options}
 
     return go
 
@@ -196,30 +206,20 @@ ARMS = {
 
 
 @pytest.fixture
-def arms_of(loader, monkeypatch):
-    """Arm -> what run_arms is asked of it, with ARMS and these words."""
+def arms_of(drafts_of):
+    """Arm -> what run_search is given of it, with ARMS and these words."""
 
     def go(*words):
-        asked = []
-
-        def run_arms(all_asked, **options):
-            asked.extend(all_asked)
-            return 0
-
-        monkeypatch.setattr("sweeps.search.launch.run_arms", run_arms)
-        words = ["hydra/sweeper=search", "model=nano", *words]
-        config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
-        sweeper = Plugins.instance().instantiate_sweeper(
-            config=config,
-            hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
-            task_function=lambda config: None,
-        )
         lists = (f"{name}: [{','.join(map(repr, texts))}]" for name, texts in ARMS.items())
-        arms = f"search.arms={{{', '.join(lists)}}}"
-        given = [w for w in words if not w.startswith("hydra")]
-        sweeper.sweep([arms, "search.space={train.lr: 'tag(log,interval(1e-3,1e-2))'}",
-                       "search.objectives=[train/loss]", *given])  # fmt: skip
-        return {one.arm: one for one in asked}
+        drafts, _ = drafts_of(
+            "hydra/sweeper=search",
+            "model=nano",
+            f"search.arms={{{', '.join(lists)}}}",
+            "search.space={train.lr: 'tag(log,interval(1e-3,1e-2))'}",
+            "search.objectives=[train/loss]",
+            *words,
+        )
+        return {draft.arm: draft for draft in drafts}
 
     return go
 
