@@ -146,7 +146,7 @@ def _search(work: Work, study: Path, stop: StopFlag) -> int:
 
     code = process.work(study, stop=stop, most=process.trials_per_job(study))
     if code == INTERRUPTED:
-        work.runs = process.held(study) or []
+        work.runs = process.runs_of_job(study) or []
     return code
 
 
@@ -309,10 +309,10 @@ def _after_search(work: Work, study: Path, *, code: int) -> int:
     """Requeue a job that was killed during a trial, to resume it; any other is over."""
     from sweeps.search import process  # Optuna, which no other job needs
 
-    held = process.held(study) if code > SIGNALLED else None
-    if held is None:
+    runs = process.runs_of_job(study) if code > SIGNALLED else None
+    if runs is None:
         return code
-    work.runs = held
+    work.runs = runs
     for run_dir in _unfinished(work):
         settle(run_dir, code=SIGNALLED - code)
     return _requeue(work, why=f"killed by signal {code - SIGNALLED}")

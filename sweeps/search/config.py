@@ -20,8 +20,9 @@ DIRECTIONS = ("minimize", "maximize")
 SHORT = {"min": "minimize", "max": "maximize"}
 REDUCES = ("last", "best", "mean")
 COSTS = ("cost/trainable", "cost/parameters", "cost/flops", "cost/gpu_hours")
-"""Computed metrics; all but the last follow from the config alone."""
-FORESEEN = COSTS[:-1]
+"""Metrics that are computed, not logged."""
+CONFIG_COSTS = COSTS[:-1]
+"""Those that follow from the config alone."""
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "grid", "nsgaii", "nsgaiii")
 PRUNERS = ("none", "median", "asha", "hyperband", "percentile", "wilcoxon")
 

@@ -1,7 +1,7 @@
-"""Drawing points of the space until one is worth a run. The caller holds the study's lock.
+"""Draws points of the space until one is worth a run. The caller has the study's lock.
 
-A point that is no valid run, breaks a constraint on a cost that follows from the config, or was
-tried before is reported to the study at once (`refused` in its user attributes); another is drawn.
+A point is refused if it is no valid run, breaks a constraint on a cost that follows from the
+config, or was tried before. The study gets it all the same (`refused` in its user attributes).
 """
 
 from __future__ import annotations
@@ -14,65 +14,66 @@ from optuna.trial import TrialState
 
 from relora_core.config import ConfigError, RunConfig, validate
 from sweeps.search import samplers
-from sweeps.search.config import FORESEEN, constraints_of
-from sweeps.search.objective import foreseen
-from sweeps.search.trial import Trial, Worker, filled, is_begun
+from sweeps.search.config import CONFIG_COSTS, constraints_of
+from sweeps.search.objective import config_cost
+from sweeps.search.trial import Trial, Worker, fill, is_begun
 
 if TYPE_CHECKING:
     from sweeps.search.study import Study
 
 DRAWS = 20
-"""Points drawn at most for one trial; if the last is refused, too, it counts as a trial."""
+"""Most points that are drawn for one trial; if the last is refused, too, it counts as a trial."""
 
 
 def draw(study: Study, worker: Worker) -> Trial | None:
-    """A new trial; None if the point that was drawn last is refused."""
+    """A new trial for the worker; None if the last point that was drawn is refused, too."""
     grid = _is_grid(study)
     draws = samplers.grid_size(study.config, space=study.spec.space) if grid else DRAWS
     for index in range(draws):
         if grid_is_done(study):
             return None
-        trial = _point(study)
+        trial = _ask(study)
         if _refused(trial, counted=index == draws - 1 and not grid):
             continue
         handle = study.handle(study.frozen(trial.number))
         handle.set_user_attr("params", trial.params)
         handle.set_user_attr("run_ids", trial.run_ids)
-        handle.set_user_attr("worker", dataclasses.asdict(worker))  # last: now it is begun
+        handle.set_user_attr("worker", dataclasses.asdict(worker))  # last: this begins it
         return trial
     return None
 
 
 def grid_is_done(study: Study) -> bool:
-    """Whether a grid has no point left; never so for other samplers."""
+    """Whether the sampler is a grid that has no point left."""
     if not _is_grid(study):
         return False
     trials = study.optuna.get_trials(deepcopy=False)
     visited = samplers.points_visited(trials, study.config, space=study.spec.space)
-    half = any(t.state == TrialState.RUNNING and not is_begun(t) for t in trials)
-    return len(visited) >= samplers.grid_size(study.config, space=study.spec.space) and not half
+    if any(t.state == TrialState.RUNNING and not is_begun(t) for t in trials):
+        return False  # a process was killed while it drew one
+    return len(visited) >= samplers.grid_size(study.config, space=study.spec.space)
 
 
 def _is_grid(study: Study) -> bool:
     return study.config.sampler["name"] == "grid"
 
 
-def _point(study: Study) -> Trial:
-    """Draw a point of the space, or finish drawing one that a process began before it died."""
+def _ask(study: Study) -> Trial:
+    """Draw a point of the space, or the rest of one that another process began to draw."""
     reader, spec = study.optuna, study.spec
     begun = [t for t in reader.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     half = [t for t in begun if t.state == TrialState.RUNNING and not is_begun(t)]
     reader.sampler = samplers.make_sampler(study.config, space=spec.space, draw=len(begun))
     try:
         asked = optuna.trial.Trial(reader, half[0]._trial_id) if half else reader.ask()
-        params = filled(spec, lambda key, _: samplers.suggest(asked, key, spec.space[key]))
-    finally:  # a grid sampler fails on results reported outside Optuna's own loop
+        params = fill(spec, lambda key, _: samplers.suggest(asked, key, spec.space[key]))
+    finally:  # a grid sampler fails on results that come from outside Optuna's own loop
         reader.sampler = optuna.samplers.RandomSampler()
     return Trial(study=study, number=asked.number, params=params)
 
 
 def _refused(trial: Trial, *, counted: bool) -> bool:
-    """Refuse the point in the study if its config shows that it must not run; whether it was."""
+    """Whether the point was refused: its config shows that it should not run."""
     try:
         config = trial.config(trial.seeds[0])
         validate(config)
@@ -80,22 +81,22 @@ def _refused(trial: Trial, *, counted: bool) -> bool:
         _refuse(trial, TrialState.FAIL, reason=str(error), counted=counted)
         return True
     excess, broken = _excess(trial, config)
-    if broken:  # pruned, not failed: the sampler learns from it where not to go
+    if broken:  # pruned, not failed: samplers learn from pruned trials
         _refuse(trial, TrialState.PRUNED, reason=broken, counted=counted, excess=excess)
         return True
     twin = _twin(trial)
-    if twin is None or counted:  # if every draw has a twin, its finished runs are reused
+    if twin is None or counted:  # if all draws have a twin, the last one reuses its runs
         return False
     _refuse(trial, TrialState.FAIL, reason=f"as trial {twin}", counted=False)
     return True
 
 
 def _excess(trial: Trial, config: RunConfig) -> tuple[dict[str, float], str | None]:
-    """The excess over each constraint that the config decides, and text on the first broken one."""
+    """The excess over each constraint on a cost of the config; why the first broken one is."""
     excess, broken = {}, None
     for constraint in constraints_of(trial.study.config):
-        if constraint.metric in FORESEEN:
-            cost = foreseen(constraint.metric, config)
+        if constraint.metric in CONFIG_COSTS:
+            cost = config_cost(constraint.metric, config)
             excess[constraint.text()] = constraint.excess(cost)
             if constraint.excess(cost) > 0:
                 broken = broken or f"{constraint.metric} is {cost:g}, not {constraint.text()}"
@@ -116,7 +117,7 @@ def _refuse(
 
 
 def _twin(trial: Trial) -> int | None:
-    """The trial that has the same parameters, if there is one."""
+    """The number of another trial with the same parameters, if there is one."""
     for frozen in [*trial.study.learnt(), *trial.study.trials()]:
         if frozen.number != trial.number and frozen.user_attrs.get("params") == trial.params:
             return frozen.number

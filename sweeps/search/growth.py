@@ -1,8 +1,8 @@
-"""A space that grows within its study: what may join it, and earlier trials as it has them.
+"""A space that grows within its study: what it may grow by, and earlier trials in the wider space.
 
-Optuna's storages refuse other choices for a parameter, and its samplers leave one out that trials
-drew from different distributions. So all trials are given those of the wider space. Not for: the
-journal that takes the place of the old one (`study.py`).
+Optuna's storages refuse other choices for a parameter, and its samplers leave out a parameter that
+trials drew from different distributions. So all trials get the distributions of the wider space.
+Not for: writing them into a new journal (`study.py`).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from sweeps.search.space import (
     to_json,
     with_values,
 )
-from sweeps.search.trial import filled, is_begun
+from sweeps.search.trial import fill, is_begun
 
 if TYPE_CHECKING:
     from sweeps.search.spec import Spec
 
 _CMAES = ("cma:", "sepcma:", "cmawm:", "x_for_tell")
-"""Prefixes of the attributes in which CMA-ES stores its state, which has the space's bounds."""
+"""Prefixes of the attributes with the state of CMA-ES, which depends on the space's bounds."""
 
 
-# what may join ----------------------------------------------------------------------------------
-def widened(before: Dimension, now: Dimension) -> Dimension | None:
-    """`now` if it contains all of `before`, else None; old choices stay first and as written."""
+# what may grow ----------------------------------------------------------------------------------
+def widen(before: Dimension, now: Dimension) -> Dimension | None:
+    """`now` if it contains all of `before`, else None; old choices come first, as they were."""
     if isinstance(before, Choice) and isinstance(now, Choice):
         if not all(map(now.contains, before.values)):
             return None
@@ -62,22 +62,25 @@ def _covers(wide: Int | Float, narrow: Int | Float) -> bool:
     return wide.contains(narrow.low) and wide.contains(narrow.low + narrow.step)
 
 
-def only_newer(before: str | None, now: str | None, *, space: Mapping[str, Dimension]) -> bool:
-    """Whether the condition `now` is `before` and, besides, choices that `space` lacked."""
+def allows_same(before: str | None, now: str | None, *, space: Mapping[str, Dimension]) -> bool:
+    """Whether a key's condition allows what it did in `space`: it may have added newer choices."""
     if before is None or now is None:
         return before == now
-    (needed, words), (other, more) = condition("", before), condition("", now)
-    dimension = space.get(needed)
-    if needed != other or not set(words) <= set(more):
+    (needed, values), (other, more) = condition("", before), condition("", now)
+    if needed != other or not set(values) <= set(more):
         return False
-    old = map(str, dimension.values) if isinstance(dimension, Choice) else more
-    return set(words) == set(more) or not (set(more) - set(words)) & set(old)
+    dimension, added = space.get(needed), set(more) - set(values)
+    old = set(map(str, dimension.values)) if isinstance(dimension, Choice) else added
+    return not added & old
 
 
-def joined(old: Spec, new: Spec) -> Spec:
-    """`new`, which has all keys of `old`, where keys that have joined are in its bases as earlier
-    trials ran with them: a searched group's option is then its first. ConfigError where they are
-    not in the space, or where another setting has changed."""
+def join(old: Spec, new: Spec) -> Spec:
+    """`new` with its added keys as earlier trials had them: in its bases, or if the key is a group
+    as the first option.
+
+    `new` has all keys of `old`. ConfigError if such a value is not in the space of its key, or if
+    a setting that is not searched has changed.
+    """
     keys = [key for key in new.space if key not in old.space]
     groups = [key for key in keys if key in new.groups]
     carried = [key for key in (*old.added, *keys) if key not in new.groups]
@@ -91,7 +94,7 @@ def joined(old: Spec, new: Spec) -> Spec:
             differing = differing or _difference(before, bases[key], besides=old.space)
         if differing is None:
             first = {
-                g: Choice(values=_first(option, new.space[g])) for g, option in standing.items()
+                g: Choice(values=_put_first(option, new.space[g])) for g, option in standing.items()
             }
             space, added = {**new.space, **first}, [*old.added, *keys]
             return replace(new, space=space, bases=bases, added=added)
@@ -110,6 +113,7 @@ def joined(old: Spec, new: Spec) -> Spec:
 
 
 def _check_values(old: Spec, new: Spec, *, keys: Sequence[str]) -> None:
+    """ConfigError if an added key cannot have the value that earlier trials had."""
     for key, base in itertools.product(keys, old.bases.values()):
         value = get(base, key)
         if applies(knobs(base)[key], base) and not new.space[key].contains(value):
@@ -123,7 +127,7 @@ def _check_values(old: Spec, new: Spec, *, keys: Sequence[str]) -> None:
 def _difference(
     before: RunConfig, now: RunConfig, *, besides: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first setting at which they differ, and what it is in each."""
+    """The first setting at which they differ, and its two values."""
     one, two = _settings(before), _settings(now)
     for key in dict.fromkeys([*one, *two]):
         if one.get(key) != two.get(key) and key not in (*besides, "seed"):
@@ -132,9 +136,9 @@ def _difference(
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What the run computes, and what sets a part of that at each point."""
-    setting = [k for k, meta in knobs(config).items() if "sets" in meta and applies(meta, config)]
-    return scientific(config) | {key: get(config, key) for key in setting}
+    """What the run computes, and the knobs by which a part of that is set at each point."""
+    keys = [k for k, meta in knobs(config).items() if "sets" in meta and applies(meta, config)]
+    return scientific(config) | {key: get(config, key) for key in keys}
 
 
 def combinations(spec: Spec) -> Iterator[dict[str, Any]]:
@@ -143,13 +147,13 @@ def combinations(spec: Spec) -> Iterator[dict[str, Any]]:
         yield dict(zip(spec.groups, options, strict=True))
 
 
-def _first(option: Any, dimension: Dimension) -> list[Any]:
+def _put_first(option: Any, dimension: Dimension) -> list[Any]:
     return [option, *(value for value in dimension.finite() or [] if value != option)]
 
 
-# trials before ----------------------------------------------------------------------------------
+# earlier trials ---------------------------------------------------------------------------------
 def mark(spec: Spec) -> str:
-    """Mark of a journal with all trials fitted to the spec's space."""
+    """Attribute of a journal that has all trials in the spec's space."""
     space = {key: to_json(dimension) for key, dimension in spec.space.items()}
     grid: Any = spec.config.seed if spec.config.sampler["name"] == "grid" else None
     if per_decade := spec.config.sampler.get("per_decade"):
@@ -158,23 +162,25 @@ def mark(spec: Spec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fitted(trials: Sequence[FrozenTrial], spec: Spec) -> list[FrozenTrial]:
-    """The trials as if drawn from the space as it is now; those that are already are the same
-    objects. Values and numbers stay."""
+def fit(trials: Sequence[FrozenTrial], spec: Spec) -> list[FrozenTrial]:
+    """The trials as if they were drawn from the spec's space; their values and numbers stay.
+
+    A trial that fits already is returned as the same object.
+    """
     distributions = {key: samplers.distribution(one) for key, one in spec.space.items()}
-    return [_fitted(trial, spec, distributions) for trial in trials]
+    return [_fit(trial, spec, distributions) for trial in trials]
 
 
-def moved(trials: Sequence[FrozenTrial], spec: Spec) -> list[FrozenTrial]:
-    """`fitted`, and what samplers have noted of the trials right for the space as it is now."""
-    fit = fitted(trials, spec)
-    if any(one is not trial for one, trial in zip(fit, trials, strict=True)):
-        fit = [_without(trial, _CMAES) for trial in fit]
-    notes = samplers.visited(fit, spec.config, space=spec.space)
-    return [_changed(t, system_attrs=notes[t.number]) if t.number in notes else t for t in fit]
+def carry_over(trials: Sequence[FrozenTrial], spec: Spec) -> list[FrozenTrial]:
+    """The trials for a new journal: `fit`, with the samplers' attributes for the spec's space."""
+    fitted = fit(trials, spec)
+    if any(one is not trial for one, trial in zip(fitted, trials, strict=True)):
+        fitted = [_without(trial, _CMAES) for trial in fitted]
+    points = samplers.grid_points(fitted, spec.config, space=spec.space)
+    return [_copy(t, system_attrs=points[t.number]) if t.number in points else t for t in fitted]
 
 
-def _fitted(
+def _fit(
     trial: FrozenTrial, spec: Spec, distributions: Mapping[str, BaseDistribution]
 ) -> FrozenTrial:
     stored = trial.params
@@ -187,32 +193,28 @@ def _fitted(
         ) from None
     lacking = any(key not in own for key in spec.added)
     if own and lacking and (trial.state.is_finished() or is_begun(trial)):
-        own = filled(
-            spec, lambda key, config: own[key] if key in own else _before(key, spec, config)
-        )
+        own = fill(spec, lambda key, config: own[key] if key in own else _before(key, spec, config))
         stored = {key: spec.stored(key, value) for key, value in own.items()}
     present = {key: distributions[key] for key in stored}
     if present == trial.distributions and stored.keys() == trial.params.keys():
         return trial
     attrs = {"params": own} if "params" in trial.user_attrs else {}
-    return _changed(trial, params=stored, distributions=present, user_attrs=attrs)
+    return _copy(trial, params=stored, distributions=present, user_attrs=attrs)
 
 
 def _before(key: str, spec: Spec, config: RunConfig) -> Any:
-    """What a key that has joined since was; `config` is the trial's so far."""
+    """The value that a trial had of a key that was added later; `config` is the trial's so far."""
     return spec.space[key].finite()[0] if key in spec.groups else get(config, key)  # type: ignore[index]
 
 
-def _without(trial: FrozenTrial, beginnings: tuple[str, ...]) -> FrozenTrial:
-    rest = {k: v for k, v in trial.system_attrs.items() if not k.startswith(beginnings)}
-    if len(rest) == len(trial.system_attrs):
-        return trial
-    trial = _changed(trial)
-    trial.system_attrs = rest
+def _without(trial: FrozenTrial, prefixes: tuple[str, ...]) -> FrozenTrial:
+    trial = _copy(trial)
+    attrs = trial.system_attrs
+    trial.system_attrs = {k: v for k, v in attrs.items() if not k.startswith(prefixes)}
     return trial
 
 
-def _changed(
+def _copy(
     trial: FrozenTrial,
     *,
     params: Mapping[str, Any] | None = None,
@@ -220,7 +222,7 @@ def _changed(
     user_attrs: Mapping[str, Any] | None = None,
     system_attrs: Mapping[str, Any] | None = None,
 ) -> FrozenTrial:
-    """A copy with other parameters, and with these attributes as well."""
+    """A copy with these parameters instead, and with these attributes as well."""
     return FrozenTrial(
         number=trial.number,
         trial_id=trial.number,

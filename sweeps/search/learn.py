@@ -28,7 +28,7 @@ from sweeps.search import growth, samplers
 from sweeps.search.config import Objective, SearchConfig, constraints_of
 from sweeps.search.objective import Verdict, as_objective, curve, judge, run_value, value
 from sweeps.search.space import base_key
-from sweeps.search.trial import filled, point
+from sweeps.search.trial import config_at, fill
 
 if TYPE_CHECKING:
     from sweeps.search.spec import Spec
@@ -129,8 +129,8 @@ def _compared(spec: Spec, choices: Mapping[str, Any], match: Match) -> Match:
         return own
 
     try:
-        params = filled(spec, take)
-        ours = point(spec, params, seed=config.seed)
+        params = fill(spec, take)
+        ours = config_at(spec, params, seed=config.seed)
     except ConfigError:  # values that cannot be set in the search's own config
         ours, params = spec.bases[base_key(choices)], {}
     match.differing = _differing(config, ours)

@@ -56,13 +56,13 @@ def run_value(objective: Objective, run_dir: RunDir) -> float | None:
     if objective.metric == "cost/gpu_hours":
         return _device_hours(run_dir)
     if objective.metric.startswith("cost/"):
-        return foreseen(objective.metric, run_dir.config())
+        return config_cost(objective.metric, run_dir.config())
     if run_dir.ended() is State.DIVERGED:
         return objective.worst
     return value(objective, run_dir.events())
 
 
-def foreseen(metric: str, config: RunConfig) -> float:
+def config_cost(metric: str, config: RunConfig) -> float:
     """A cost that follows from the config: parameters, or FLOPs of all training steps."""
     if metric == "cost/flops":
         return budget.training_flops(config)

@@ -1,9 +1,9 @@
-"""What each process of a search does: take trials and run them at their seeds, until none is left.
+"""What each process of a search does: it takes trials and runs them, until none is left.
 
     python -P -m sweeps.search.process STUDY
 
-There is no driver: processes meet only in the study. If a process ends early, its trial
-stays its own (a requeued job resumes it) until another sees that the process will not come back.
+There is no driver: processes meet only in the study. If a process ends early, its trial stays its
+own (a requeued job resumes it) until another process sees that it will not come back.
 Not for: starting processes (`processes.py`), nor signals (`sweeps/job.py`).
 """
 
@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from sweeps.search import reads
 from sweeps.search.arms import open_studies
 from sweeps.search.objective import REPORTS
 from sweeps.search.study import Study
-from sweeps.search.trial import Trial, Worker
+from sweeps.search.trial import Trial, Worker, spell
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.submission import submitted_jobs
@@ -57,24 +57,27 @@ LOOK_EVERY_S = 2.0
 
 
 def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
-    """Run trials until none is left: how it ended. `most` is of a scheduler's job: its next trial
-    is taken only while the ones before ended early."""
+    """Run trials until none is left; the exit code.
+
+    `most` is for a job of the scheduler: it takes so many at most, and the next one only if all
+    before have ended early.
+    """
     studies, me = open_studies(folder), this_process()
-    taken, ended_early = 0, False
+    taken, gave_up = 0, False
     while True:
         stop.next_run()
         if stop():
             return INTERRUPTED
         trial = None
         for study in in_turn(studies, me):
-            if gave_up(study) or changed(study):
+            if has_failed(study) or has_changed(study):
                 studies.remove(study)  # the other arms go on
-                ended_early = True
-            elif trial := study.take(me, gone=Gone(study)):
+                gave_up = True
+            elif trial := study.take(me, has_ended=HasEnded(study)):
                 break
         if trial is None:
-            return FAILED if ended_early else FINISHED
-        print(f"{trial.name}: {told(trial.params)}", flush=True)
+            return FAILED if gave_up else FINISHED
+        print(f"{trial.name}: {spell(trial.params)}", flush=True)
         taken += 1
         early = run_trial(trial, stop=stop)
         if early is None:
@@ -84,23 +87,18 @@ def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
 
 
 def in_turn(studies: Sequence[Study], me: Worker) -> list[Study]:
-    """In the order to ask them for a trial: where one is mine already, then with the fewest begun,
-    so that a search that is stopped halfway has tried all arms as often."""
+    """The studies in the order to ask them for a trial: first one with a trial of this worker, then
+    those with the fewest trials, so that a search may be stopped at any time and all arms have been
+    tried as often."""
 
     def rank(study: Study) -> tuple[bool, int]:
-        mine = any(trial.mine(me) for trial in study.running())
+        mine = any(trial.belongs_to(me) for trial in study.running())
         return not mine, len(study.trials())
 
     return sorted(studies, key=rank) if len(studies) > 1 else list(studies)
 
 
-def told(params: Mapping[str, object]) -> str:
-    """`model=tiny train.lr=0.00123`."""
-    short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in params.items()}
-    return " ".join(f"{key}={value}" for key, value in short.items())
-
-
-def gave_up(study: Study) -> bool:
+def has_failed(study: Study) -> bool:
     """Whether too many trials in a row have failed; then print so."""
     reasons = study.failures()
     if len(reasons) < study.config.max_failures:
@@ -114,8 +112,8 @@ def gave_up(study: Study) -> bool:
     return True
 
 
-def changed(study: Study) -> bool:
-    """Whether the trials would read other data than the search was planned with; then print so."""
+def has_changed(study: Study) -> bool:
+    """Whether trials would read other data than the search was planned with; then print so."""
     try:
         reads.check(study.spec, study.folder)
     except ConfigError as error:
@@ -136,10 +134,10 @@ def this_process() -> Worker:
 
 
 @dataclass(slots=True)
-class Gone:
-    """Whether a trial's worker has certainly ended and will not resume it; in doubt: no.
+class HasEnded:
+    """Whether the worker of a trial has ended and will not resume it; if in doubt: no.
 
-    SLURM is asked once, for the jobs of all trials that are running.
+    SLURM is asked once, for the jobs of all running trials.
     """
 
     study: Study
@@ -149,7 +147,7 @@ class Gone:
     def __call__(self, worker: Worker) -> bool:
         here = worker.host == socket.gethostname()
         if worker.job_id is not None and (not here or self._is_ours(worker.job_id)):
-            return self._job_gone(worker.job_id)
+            return self._is_over(worker.job_id)
         return here and not is_alive(worker.pid, birth=worker.birth, started=worker.started)
 
     def _is_ours(self, job_id: str) -> bool:
@@ -157,53 +155,38 @@ class Gone:
             self.ours = submitted_jobs(self.study.output_dir)
         return job_id in self.ours
 
-    def _job_gone(self, job_id: str) -> bool:
-        """Whether the job is over; one that waits was requeued and keeps its trial."""
+    def _is_over(self, job_id: str) -> bool:
+        """Of a job; one that waits was requeued and keeps its trial."""
         if self.jobs is None:
             self.jobs = {}
             if cluster.available():
                 try:
-                    self.jobs = cluster.jobs(_job_ids(self.study))
+                    ids = {trial.worker.job_id for trial in self.study.running()}
+                    self.jobs = cluster.jobs(sorted(id_ for id_ in ids if id_ is not None))
                 except SlurmError:
                     return False
         job = self.jobs.get(job_id)
         if job is None:
-            return cluster.available() and self._silent(job_id)
+            return cluster.available() and self._is_silent(job_id)
         return job.over
 
-    def _silent(self, job_id: str) -> bool:
+    def _is_silent(self, job_id: str) -> bool:
         """Whether the runs of a job that SLURM does not know have stopped writing."""
-        words = [
+        written = [
             max(run.status().heartbeat, run.path.stat().st_mtime)
-            for trial in running(self.study)
-            if _job(trial) == job_id
+            for trial in self.study.running()
+            if trial.worker.job_id == job_id
             for run in trial.runs
             if run.path.exists()
         ]
-        return time.time() - max(words, default=0.0) > SILENT_AFTER_S
-
-
-def running(study: Study) -> list[Trial]:
-    return [
-        Trial(study=study, number=frozen.number, params=frozen.user_attrs["params"])
-        for frozen in study.trials()
-        if frozen.state.name == "RUNNING"
-    ]
-
-
-def _job(trial: Trial) -> str | None:
-    return None if (worker := trial.worker) is None else worker.job_id
-
-
-def _job_ids(study: Study) -> list[str]:
-    return sorted({id_ for trial in running(study) if (id_ := _job(trial)) is not None})
+        return time.time() - max(written, default=0.0) > SILENT_AFTER_S
 
 
 # one trial --------------------------------------------------------------------------------------
 def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
-    """Run the trial at each seed, report to the study; whether it ended before its last step.
+    """Run the trial at each seed and end it in the study; whether it ended before its last step.
 
-    None if the process is to end: the trial goes on later, in this job or another.
+    None if this process is to end: the trial goes on later, in this job or another.
     """
     try:
         runs = prepare(trial)
@@ -237,18 +220,16 @@ def _failed(trial: Trial, reason: str) -> bool:
 
 
 def prepare(trial: Trial) -> list[RunDir]:
-    """The trial's runs as any sweep has them: directories, data, and their places in the plan."""
+    """The trial's runs, made as those of any sweep: folders, places in the plan, data."""
     output_dir = trial.study.output_dir
     configs = [trial.config(seed) for seed in trial.seeds]
     runs = trial.runs
     for run_dir, config in zip(runs, configs, strict=True):
         run_dir.create(config)
-        if (
-            run_dir.trial_tags().get("trial") != trial.number
-        ):  # an earlier request, not for this trial
-            run_dir.cancel_path.unlink(missing_ok=True)
+        if run_dir.trial_tags().get("trial") != trial.number:
+            run_dir.cancel_path.unlink(missing_ok=True)  # the request was not for this trial
     trial.write_records()
-    reads.hand_on(trial.study.folder, runs)
+    reads.record_accepted(trial.study.folder, runs)
     plan = make_plan([({}, config) for config in configs], name=trial.study.name)
     plan.notes = [*trial.study.spec.notes, *notices.across(configs)]
     store(plan, output_dir=output_dir)
@@ -258,10 +239,10 @@ def prepare(trial: Trial) -> list[RunDir]:
 
 
 def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> Outcome | None:
-    """How the run ended; None if another process has taken the trial meanwhile."""
+    """How the run ended; None if another process has the trial by now."""
     config = run_dir.config()
     listener = SearchSink(trial, stop=stop, index=index)
-    listener.hear_again(run_dir)
+    listener.replay(run_dir)
     while True:
         if not run_dir.ended() and is_stalled(run_dir, limit=MAX_STALLED):
             raise DataError(
@@ -279,21 +260,21 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> O
                     is_dead=lambda holder, at=heartbeat: is_dead(holder, heartbeat=at),
                     extra_sinks=[listener],
                 )
-            return listener.judged(outcome, run_dir)
+            return listener.after_seed(outcome, run_dir)
         except RunLocked:
-            if (owner := trial.worker) and not owner.is_same(this_process()):
+            if not trial.belongs_to(this_process()):
                 return None
-            # Another trial, or a grid, is at this very run: its result will do for both.
+            # Another trial, or a grid, is at work on the same run: its result serves both.
             if stop():
                 return Outcome.INTERRUPTED
             time.sleep(LOOK_EVERY_S)
 
 
 class SearchSink:
-    """Reports to the study what pruners need, and ends the run when the pruner decides so.
+    """Reports to the study what pruners need, and ends the run if the pruner decides so.
 
-    Curves are compared where there is one for each trial: at the first seed. Wilcoxon's test
-    compares trials seed by seed, so there each seed counts once, at its end.
+    A pruner compares one curve of each trial, that of the first seed. Wilcoxon's test compares
+    trials seed by seed: each seed is reported once, at its end.
     """
 
     def __init__(self, trial: Trial, *, stop: StopFlag, index: int) -> None:
@@ -312,19 +293,19 @@ class SearchSink:
         if self.metric in event.metrics and event.step >= self.next:
             self.next = event.step + self.every
             self.trial.report(event.step, event.metrics[self.metric])
-            # At its last step there is nothing left to save: it is complete.
+            # At the last step there is nothing to save: the trial is complete.
             if self.pruning and event.step < self.steps and self.trial.should_prune():
                 self.stop.prune()
 
-    def hear_again(self, run_dir: RunDir) -> None:
-        """Report the run's stored events, of an earlier attempt or a grid, without pruning."""
+    def replay(self, run_dir: RunDir) -> None:
+        """Report what an earlier attempt or a grid has logged of the run, without pruning."""
         self.pruning, before = False, self.pruning
         for event in run_dir.events():
             self.emit(Event(kind=event["kind"], step=event["step"], metrics=event["metrics"]))
         self.pruning = before
 
-    def judged(self, outcome: Outcome, run_dir: RunDir) -> Outcome:
-        """How the run ended; PRUNED if the trial should end with this seed."""
+    def after_seed(self, outcome: Outcome, run_dir: RunDir) -> Outcome:
+        """How the run ended; PRUNED if no further seed should be run."""
         if self.pruner != "wilcoxon" or outcome not in (Outcome.FINISHED, Outcome.DIVERGED):
             return outcome
         values = [
@@ -341,17 +322,17 @@ def trials_per_job(folder: Path | str) -> int:
     return open_studies(folder)[0].config.trials_per_job
 
 
-# the process ------------------------------------------------------------------------------------
-def held(folder: Path | str) -> list[RunDir] | None:
-    """The begun runs of this job's unfinished trial; None if it has no trial."""
+def runs_of_job(folder: Path | str) -> list[RunDir] | None:
+    """The begun runs of the trial that this job has not finished; None if it has no trial."""
     job_id = current_job()
-    trials = (trial for study in open_studies(folder) for trial in running(study))
-    for trial in trials:
-        if job_id is not None and _job(trial) == job_id:
-            return [run for run in trial.runs if run.status().attempts]
+    for study in open_studies(folder):
+        for trial in study.running():
+            if job_id is not None and trial.worker.job_id == job_id:
+                return [run for run in trial.runs if run.status().attempts]
     return None
 
 
+# the process ------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> int:
     """See the module's docstring."""
     if len(argv) != 1:

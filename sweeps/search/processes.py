@@ -1,4 +1,4 @@
-"""Starts the processes of a search: each asks the study, none waits for another.
+"""Starts the processes of a search, each of which takes trials from the study.
 
 Not for: the jobs of SLURM (`sweeps/slurm/searches.py`), nor what a process does (`process.py`).
 """
@@ -26,6 +26,7 @@ from sweeps.local.slots import Slots
 from sweeps.local.warm import UNKNOWN
 from sweeps.search.arms import open_studies
 from sweeps.search.study import Study
+from sweeps.search.trial import spell
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.searches import submit_search
 
@@ -40,7 +41,7 @@ TRACK_EVERY_S = 20.0
 def start_processes(
     launcher: Launcher, study: Path, *, left: int, config: RunConfig, console: Console
 ) -> int:
-    """Processes that take trials until none is left, here or as SLURM jobs; the exit code."""
+    """Start them here or as SLURM jobs, until no trial is left; the exit code."""
     if isinstance(launcher, SlurmLauncher):
         return submit_search(launcher, study, left=left, config=config, console=console)
     output_dir, most = study.parents[2], launcher.options["max_parallel"]
@@ -58,7 +59,7 @@ def search_local(folder: Path, *, slots: Slots, console: Console) -> int:
     with (
         stop_requested() as stop,
         open_processes(WORKERS, slots=slots, runs=slots.parallel, say=say) as processes,
-        tracked(folder),
+        follow(folder),
     ):
         team = Team(folder=folder, processes=processes, console=console)
         team.run(stop)
@@ -67,7 +68,7 @@ def search_local(folder: Path, *, slots: Slots, console: Console) -> int:
 
 @dataclass(kw_only=True, slots=True)
 class Team:
-    """The processes at work on one study. One that is killed is replaced: its trial goes on."""
+    """The processes at work on one search. One that is killed is replaced: its trial goes on."""
 
     folder: Path
     processes: Processes[int]
@@ -75,7 +76,7 @@ class Team:
     codes: list[int] = field(default_factory=list)
     killed: int = 0
     printed: set[tuple[str | None, int]] = field(default_factory=set)
-    """Arm and number of trials that have a line, or had ended before."""
+    """Arm and number of the trials that have a line, or had ended before."""
 
     def run(self, stop: threading.Event) -> None:
         studies = open_studies(self.folder)
@@ -85,15 +86,15 @@ class Team:
                     self.printed.add((study.arm, trial.number))
         while not self.processes.ready and not stop.is_set():
             stop.wait(POLL_S)
-        printed = time.monotonic()
+        last = time.monotonic()
         try:
             for number in range(0 if stop.is_set() else self.processes.slots.parallel):
                 self._start(number)
             while self.processes.work and not stop.is_set():
                 self._reap(most=studies[0].config.max_failures)
-                if time.monotonic() - printed >= PRINT_EVERY_S:
+                if time.monotonic() - last >= PRINT_EVERY_S:
                     self._print_ended(studies)
-                    printed = time.monotonic()
+                    last = time.monotonic()
                 stop.wait(POLL_S)
         finally:
             self.processes.stop()  # the same command goes on
@@ -108,7 +109,7 @@ class Team:
 
     def _reap(self, *, most: int) -> None:
         for number, code in self.processes.reap():
-            if code == UNKNOWN:  # the next one sees whether all is done
+            if code == UNKNOWN:  # the next process sees whether any trial is left
                 self._start(number)
                 continue
             if code >= 0:
@@ -117,8 +118,10 @@ class Team:
                     self.console.print(
                         f"a process of the search ended with exit code {code} "
                         f"({self._log(number)})",
-                        style="red", highlight=False, soft_wrap=True,
-                    )  # fmt: skip
+                        style="red",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
                 continue
             self.killed += 1
             self.console.print(f"a process was killed by signal {-code}", style="yellow")
@@ -138,17 +141,12 @@ class Team:
 
 def _line(study: Study, trial: FrozenTrial) -> str:
     values = " ".join(f"{value:.5g}" for value in trial.values or [])
-    params = " ".join(f"{k}={_short(v)}" for k, v in trial.params.items())
-    arm = f"{study.arm} " if study.arm else ""
-    return f"{arm}trial {trial.number:>3} {trial.state.name.lower():<8} {values}  {params}"
+    arm, state = f"{study.arm} " if study.arm else "", trial.state.name.lower()
+    return f"{arm}trial {trial.number:>3} {state:<8} {values}  {spell(trial.params)}"
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def tracked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep MLflow up to date at intervals, if tracking is on."""
+def follow(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep MLflow up to date while the body runs, if tracking is on."""
     config = next(iter(open_studies(folder)[0].spec.bases.values()))
     if not config.tracking.enabled:
         return contextlib.nullcontext()

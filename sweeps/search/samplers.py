@@ -191,7 +191,7 @@ def make_sampler(
     return _make("search.sampler", _SAMPLERS[name], options)
 
 
-def visited(
+def grid_points(
     trials: Sequence[FrozenTrial], config: SearchConfig, *, space: Mapping[str, Dimension]
 ) -> dict[int, dict[str, Any]]:
     """Trial -> its note of the grid's point that it is at, for all of them; empty where the notes

@@ -160,13 +160,13 @@ class Spec:
         space = {key: self._dimension(key, new) for key in dict.fromkeys([*new.space, *self.space])}
         for key in self.space:
             before, now = self.config.when.get(key), new.config.when.get(key)
-            if not growth.only_newer(before, now, space=self.space):
+            if not growth.allows_same(before, now, space=self.space):
                 _refuse(f"search.when.{key}", before, now)
         for f in fields(SearchConfig):
             before, now = getattr(self.config, f.name), getattr(new.config, f.name)
             if f.name not in (*CHANGEABLE, "space", "when") and before != now:
                 _refuse(f"search.{f.name}", _words(before), _words(now))
-        new = growth.joined(self, dataclasses.replace(new, space=space))
+        new = growth.join(self, dataclasses.replace(new, space=space))
         texts = {key: dimension.text() for key, dimension in new.space.items()}
         config = dataclasses.replace(new.config, space=texts)
         return dataclasses.replace(new, config=config, id=self.id, learnt=self.learnt)
@@ -174,7 +174,7 @@ class Spec:
     def _dimension(self, key: str, new: Spec) -> Dimension:
         """What the key is drawn from now; ConfigError if earlier values are missing from it."""
         before, now = self.space.get(key), new.space.get(key)
-        wider = growth.widened(before, now) if before and now else now
+        wider = growth.widen(before, now) if before and now else now
         if wider is None or (self.config.storage and wider != before):
             most = "stay" if self.config.storage else "hold all of"
             where = " whose trials are in search.storage" if self.config.storage else ""

@@ -1,17 +1,18 @@
-"""A study on disk: who may take which trial, and what the trials came to. No process drives it.
+"""A study on disk: which worker has which trial, and the trials' results. No process drives it.
 
     output_dir/sweeps/<name>/study/study.json    Spec: search, space, base configs, command
                                   /journal.log   Optuna's journal, unless search.storage names a DB
                                   /.lock         of the process that takes a trial
 
 Each worker asks the study for a trial, reports its curve, and ends it with its result.
-study.json decides: a process that has taken the lock reads it again if it has changed, and updates
-the journal if no other process has. So a space that grows does so for all workers at once, and an
-update that was killed is repeated.
+study.json decides: a process that takes the lock reads it again if it has changed, and updates the
+journal if no other process has. So a space grows for all workers at once, and an update that was
+killed is repeated.
 
-Trials that n_trials does not count: points drawn and at once refused (`refused` in their user
-attributes), such as one that was tried before or that breaks a constraint on its cost, for which
-another is drawn; those that were given up uncounted; and what was learnt from earlier sweeps.
+Some trials do not count towards n_trials: points that were refused as soon as they were drawn
+(`refused` in their user attributes), because they were tried before or break a constraint on their
+cost, and for which another was drawn; failed trials that ended uncounted; and trials that were
+learnt from earlier sweeps.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sweeps.search.spec import Spec
 from sweeps.search.trial import Trial, Worker, from_record, is_begun, read_records
 
 MAX_ADOPTIONS = 10
-"""A trial that lost its worker this often is itself the cause, and fails."""
+"""A trial that has lost its worker more often is taken to be the cause, and fails."""
 
 Result = TypeVar("Result")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -55,8 +56,11 @@ class Study:
 
     @classmethod
     def open(cls, folder: Path | str, *, create: Spec | None = None) -> Study:
-        """The study in `folder`; with `create`, made or continued (then ConfigError if it asks
-        for something else than before). A lost or damaged journal is rebuilt."""
+        """The study in `folder`; with `create` it is begun, or continued as that says.
+
+        A lost or damaged journal is rebuilt. ConfigError if there is no study, or if `create` is
+        another search.
+        """
         path = Path(folder) / "study.json"
         if create is None:
             study = cls(folder, Spec.read(path))
@@ -70,7 +74,7 @@ class Study:
             spec = old.continued(create) if old else create.named(secrets.token_hex(4))
             spec.write(path)
             study = cls(folder, spec)
-            with study._holding():
+            with study._marked_locked():
                 study._load()
                 study._enqueue()
         return study
@@ -88,14 +92,14 @@ class Study:
     # storage ------------------------------------------------------------------------------------
     @property
     def optuna(self) -> optuna.Study:
-        """The optuna.Study, for reading: best_trial(s), trials, plots."""
-        if self._study is None or self._replaced():
+        """To be read: best_trial(s), trials, plots."""
+        if self._study is None or self._is_replaced():
             self._load()
         assert self._study is not None
         return self._study
 
-    def _replaced(self) -> bool:
-        """Whether the journal was rebuilt by another process, or removed."""
+    def _is_replaced(self) -> bool:
+        """Whether another process has rebuilt the journal, or it was removed."""
         if self.config.storage:
             return False
         try:
@@ -104,16 +108,16 @@ class Study:
             return True
 
     def _load(self) -> None:
-        with self._alone():
+        with self._lock():
             records = read_records(self.output_dir, study_id=self.spec.id)
             if self.config.storage:
-                self._study = self._attached(self._database())
+                self._study = self._attach(self._database())
                 n_trials = len(self._study.get_trials(deepcopy=False))
                 if not n_trials or n_trials < len(self.spec.learnt):
                     self._fill(self._study, records, start=n_trials)
                 return
             existed = self.journal_path.exists()
-            why = journal.damage(self.journal_path) or self._attach_journal(records)
+            why = journal.damage(self.journal_path) or self._open_journal(records)
             if why:
                 if existed or records:
                     print(
@@ -134,8 +138,8 @@ class Study:
         return optuna.storages.get_storage(with_password(self.config.storage))
 
     def _catch_up(self, records: Mapping[int, dict[str, Any]]) -> None:
-        """Write down again what a process was killed in telling: the journal hears of it first."""
-        if shared.closed(self.folder):  # who only looks
+        """Write the trial.json of trials whose process was killed between journal and record."""
+        if shared.closed(self.folder):  # it can only be read
             return
         trials = self.optuna.get_trials(deepcopy=False)
         for number, record in records.items():
@@ -143,24 +147,25 @@ class Study:
             if frozen.state.is_finished() and frozen.state.name != record["state"]:
                 self._trial(frozen).write_records()
 
-    def _attach_journal(self, records: Mapping[int, dict[str, Any]]) -> str | None:
-        """Open the journal; in words why not. Records are older than what is read here."""
+    def _open_journal(self, records: Mapping[int, dict[str, Any]]) -> str | None:
+        """Open the journal; why it cannot be used, if so. `records` were read before it."""
         try:
             self._study = self._read_journal()
             self._fit(self._study)
-            return self._behind(records)
+            return self._find_missing(records)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
             return f"it does not replay ({type(e).__name__})"
 
-    def _attached(self, storage: Any) -> optuna.Study:
+    def _attach(self, storage: Any) -> optuna.Study:
+        """The study in the storage, begun if it is not there."""
         common = {
             "storage": storage,
             "study_name": f"{self.name}.{self.spec.id}",
-            "sampler": optuna.samplers.RandomSampler(),  # _point() sets its own
+            "sampler": optuna.samplers.RandomSampler(),  # draws.py sets its own
             "pruner": samplers.make_pruner(self.config),
         }
         try:
-            return optuna.load_study(**common)  # creating writes, even where there is one
+            return optuna.load_study(**common)  # create_study would write even if there is one
         except KeyError:
             directions = [objective.direction for objective in self.config.objectives]
             study = optuna.create_study(**common, directions=directions)
@@ -169,68 +174,67 @@ class Study:
 
     def _read_journal(self) -> optuna.Study:
         self._inode = self.journal_path.stat().st_ino
-        return self._attached(journal.journal_storage(self.journal_path))
+        return self._attach(journal.journal_storage(self.journal_path))
 
     def _fit(self, study: optuna.Study) -> None:
-        """What was learnt, and a space that has grown, in a journal that lacks it: of another
-        process's making, or killed before this."""
-        if shared.closed(self.folder):  # who only looks
+        """Bring what was learnt, and the space if it has grown, into a journal that lacks them."""
+        if shared.closed(self.folder):  # it can only be read
             return
         if (n_trials := len(study.get_trials(deepcopy=False))) < len(self.spec.learnt):
             self._fill(study, {}, start=n_trials)
         if study.user_attrs.get("space") == growth.mark(self.spec):
             return
         with journal.unchanged(self.journal_path):
-            noted = study._storage.get_study_system_attrs(study._study_id)
+            attrs = study._storage.get_study_system_attrs(study._study_id)
             trials = study.get_trials(deepcopy=False)
-            new = self._new_journal(growth.moved(trials, self.spec), noted=noted)
+            new = self._new_journal(growth.carry_over(trials, self.spec), attrs=attrs)
             new.replace(self.journal_path)
         self._study = self._read_journal()
 
     def _restore(self, records: Mapping[int, dict[str, Any]]) -> None:
-        """A journal with these trials in the place of whatever there is."""
-        new = self._new_journal(growth.moved(self._trials_of(records), self.spec))
+        """Put a journal with these trials in the place of the one that is there, if any."""
+        new = self._new_journal(growth.carry_over(self._trials_of(records), self.spec))
         with journal.unchanged(self.journal_path):
             journal.set_aside(self.journal_path)
             new.replace(self.journal_path)
-        assert self._attach_journal(records) is None
+        assert self._open_journal(records) is None
         self._enqueue()
 
     def _new_journal(
-        self, trials: Sequence[FrozenTrial], *, noted: Mapping[str, Any] | None = None
+        self, trials: Sequence[FrozenTrial], *, attrs: Mapping[str, Any] | None = None
     ) -> Path:
-        """A file with these trials, and what samplers have `noted` of the study."""
+        """A file with these trials, and the system attributes of the study, which samplers use."""
         path = self.journal_path.with_name("journal.new")
         path.unlink(missing_ok=True)
         shared.touch(path)
-        study = self._attached(journal.journal_storage(path))
+        study = self._attach(journal.journal_storage(path))
         study.add_trials(trials)
-        for key, value in (noted or {}).items():
+        for key, value in (attrs or {}).items():
             study._storage.set_study_system_attr(study._study_id, key, value)
         return path
 
     def _fill(
         self, study: optuna.Study, records: Mapping[int, dict[str, Any]], *, start: int = 0
     ) -> None:
-        study.add_trials(growth.moved(self._trials_of(records), self.spec)[start:])
+        """Add the trials from number `start` on."""
+        study.add_trials(growth.carry_over(self._trials_of(records), self.spec)[start:])
 
     def _trials_of(self, records: Mapping[int, dict[str, Any]]) -> list[FrozenTrial]:
-        """All trials as far as study.json and these records know them."""
-        count = max(max(records, default=-1) + 1, len(self.spec.learnt))
-        return [self._known(number, records.get(number)) for number in range(count)]
+        """All trials, from these records and study.json."""
+        n_learnt = len(self.spec.learnt)
 
-    def _known(self, number: int, record: dict[str, Any] | None) -> FrozenTrial:
-        if record is not None:
-            return from_record(record)
-        if number < len(self.spec.learnt):
-            return learn.to_trial(number, self.spec)
-        return _lost(number)
+        def trial(number: int) -> FrozenTrial:
+            if number in records:
+                return from_record(records[number])
+            return learn.to_trial(number, self.spec) if number < n_learnt else _lost(number)
 
-    def _behind(self, records: Mapping[int, dict[str, Any]]) -> str | None:
-        """In words: a trial that the run directories know better than the journal."""
+        return [trial(number) for number in range(max(max(records, default=-1) + 1, n_learnt))]
+
+    def _find_missing(self, records: Mapping[int, dict[str, Any]]) -> str | None:
+        """What the journal lacks that the run directories have, if anything."""
         assert self._study is not None
         trials = self._study.get_trials(deepcopy=False)
-        written = growth.fitted([from_record(record) for record in records.values()], self.spec)
+        written = growth.fit([from_record(record) for record in records.values()], self.spec)
         for number, record in zip(records, written, strict=True):
             if number >= len(trials):
                 return f"it lacks trial {number}"
@@ -241,7 +245,7 @@ class Study:
 
     def _enqueue(self) -> None:
         """Queue the settings of search.enqueue that are not there yet."""
-        with self._alone():
+        with self._lock():
             study = self.optuna
             queued = [t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)]
             for entry in self.spec.enqueued():
@@ -249,25 +253,26 @@ class Study:
                     study.enqueue_trial(entry)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process at a time takes trials or mends the journal."""
+    def _lock(self) -> Iterator[None]:
+        """A context that one process has at a time, to take trials or to mend the journal."""
         if self._locked:
             yield
             return
-        with journal.only_one(self.folder / ".lock"), self._holding():
-            self._renew()
+        with journal.only_one(self.folder / ".lock"), self._marked_locked():
+            self._reread()
             yield
 
     @contextlib.contextmanager
-    def _holding(self) -> Iterator[None]:
+    def _marked_locked(self) -> Iterator[None]:
+        """A context in which `_lock` does not wait for the lock that this process has."""
         self._locked = True
         try:
             yield
         finally:
             self._locked = False
 
-    def _renew(self) -> None:
-        """Read study.json if a command has written it since: its space may have grown."""
+    def _reread(self) -> None:
+        """Read study.json if a command has written it since: the space may have grown."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -282,7 +287,7 @@ class Study:
         self._seen = seen
 
     def _mending(self, action: Callable[[], Result]) -> Result:
-        """Call `action`; if it fails as on a damaged journal, load the study and call it again."""
+        """Call `action`; if it fails as with a damaged journal, load the study and call again."""
         try:
             return action()
         except (ValueError, KeyError, AssertionError):
@@ -291,16 +296,16 @@ class Study:
 
     # taking -------------------------------------------------------------------------------------
     def take(
-        self, worker: Worker, *, gone: Callable[[Worker], bool] = lambda worker: False
+        self, worker: Worker, *, has_ended: Callable[[Worker], bool] = lambda worker: False
     ) -> Trial | None:
         """The trial for this worker: its own, an orphan, or a new one; None: no trial is left.
 
-        `gone` returns whether another worker has certainly ended; it is called outside the lock.
+        An orphan is a trial whose worker certainly `has_ended`, which is asked outside the lock.
         """
-        return self._mending(lambda: self._take(worker, self._orphans(gone)))
+        return self._mending(lambda: self._take(worker, self._orphans(has_ended)))
 
     def _take(self, worker: Worker, orphans: dict[int, Any]) -> Trial | None:
-        with self._alone():
+        with self._lock():
             for frozen in self._running():
                 holder = frozen.user_attrs["worker"]
                 mine = worker.is_same(Worker(**holder))
@@ -313,13 +318,13 @@ class Study:
                     return trial
             return None
 
-    def _orphans(self, gone: Callable[[Worker], bool]) -> dict[int, Any]:
+    def _orphans(self, has_ended: Callable[[Worker], bool]) -> dict[int, Any]:
         """Number -> worker, of running trials with a worker that has ended."""
         holders = {frozen.number: frozen.user_attrs["worker"] for frozen in self._running()}
-        return {n: holder for n, holder in holders.items() if gone(Worker(**holder))}
+        return {n: holder for n, holder in holders.items() if has_ended(Worker(**holder))}
 
     def _adopt(self, frozen: FrozenTrial, worker: Worker, *, mine: bool) -> Trial | None:
-        """The same trial goes on, from its runs' checkpoints."""
+        """Give the trial to this worker, which resumes its runs; None if it fails instead."""
         handle, adoptions = self.handle(frozen), frozen.user_attrs.get("adoptions", 0)
         trial = self._trial(frozen)
         if mine:
@@ -332,13 +337,13 @@ class Study:
         handle.set_user_attr("worker", dataclasses.asdict(worker))
         return trial
 
-    # telling ------------------------------------------------------------------------------------
+    # writing ------------------------------------------------------------------------------------
     def frozen(self, number: int) -> FrozenTrial:
-        """What the storage knows of a trial."""
+        """A trial as it is in the storage."""
         return self._mending(lambda: self.optuna.get_trials(deepcopy=False)[number])
 
     def handle(self, frozen: FrozenTrial) -> optuna.trial.Trial:
-        """To write to a trial, whichever process began it."""
+        """For writing to a trial, whichever process began it."""
         return optuna.trial.Trial(self.optuna, frozen._trial_id)
 
     def report(self, number: int, *, step: int, value: float) -> None:
@@ -369,8 +374,7 @@ class Study:
         counted: bool = True,
     ) -> None:
         """End a trial; one that has ended stays as it is."""
-        attrs: dict[str, Any] = {"reason": reason, "by_seed": by_seed}
-        attrs |= {} if counted else {"counted": False}
+        attrs = {"reason": reason, "by_seed": by_seed, "counted": None if counted else False}
 
         def act() -> None:
             frozen = self.frozen(number)
@@ -389,14 +393,14 @@ class Study:
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._mending(act)
 
-    # looking ------------------------------------------------------------------------------------
+    # reading ------------------------------------------------------------------------------------
     def trials(self) -> list[FrozenTrial]:
-        """Those that count towards n_trials."""
+        """The trials that count towards n_trials."""
         trials = self._mending(lambda: self.optuna.get_trials(deepcopy=False))
         return [t for t in trials if _counts(t)]
 
     def learnt(self) -> list[FrozenTrial]:
-        """Those that stand for runs of earlier sweeps."""
+        """The trials that were learnt from earlier sweeps."""
         number = len(self.spec.learnt)
         return self._mending(lambda: self.optuna.get_trials(deepcopy=False))[:number]
 
@@ -404,7 +408,7 @@ class Study:
         return [t for t in self.trials() if t.state == TrialState.RUNNING]
 
     def running(self) -> list[Trial]:
-        """Trials that are assigned to a worker, which may have died."""
+        """The trials that have a worker, which may have died."""
         return [self._trial(frozen) for frozen in self._running()]
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
@@ -416,13 +420,13 @@ class Study:
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
     def left(self) -> int:
-        """Trials still to be begun."""
+        """How many trials are still to be begun."""
         if draws.grid_is_done(self):
             return 0
         return max(self.config.n_trials - len(self.trials()), 0)
 
     def done(self) -> bool:
-        """Nothing left to begin and nothing running."""
+        """Whether no trial is left to begin and none is running."""
         return self.left() == 0 and not self._running()
 
     def failures(self) -> list[str]:
@@ -439,13 +443,13 @@ class Study:
 
 
 def rebuild(folder: Path | str) -> Study:
-    """A new journal from RUN_DIR/trial.json files; the old one is renamed."""
+    """Make a new journal from the RUN_DIR/trial.json files and rename the old one; the study."""
     study = Study(folder, Spec.read(Path(folder) / "study.json"))
     if study.config.storage:
         raise ConfigError(
             f"search.storage must be null for a journal to rebuild, got {study.config.storage!r}"
         )
-    with study._alone():
+    with study._lock():
         study._restore(read_records(study.output_dir, study_id=study.spec.id))
     return study
 
@@ -457,7 +461,7 @@ def _counts(frozen: FrozenTrial) -> bool:
 
 
 def _lost(number: int) -> FrozenTrial:
-    """Stands for a trial that no run directory knows, so that the others keep their numbers."""
+    """In the place of a trial that is in no run directory: the others keep their numbers."""
     trial = optuna.trial.create_trial(
         state=TrialState.FAIL, user_attrs={"counted": False, "reason": "lost with the journal"}
     )

@@ -1,7 +1,7 @@
-"""A trial: one point of the space, run at each of its seeds, and what it says to the study.
+"""A trial: one point of the space, run at each seed, and what it reports to the study.
 
-RUN_DIR/trial.json holds all that the study knows of the trial, so that a lost journal can be
-rebuilt; where several trials met one run, the newest, with the `earlier` ones in it.
+RUN_DIR/trial.json has all that the study knows of the trial, so that a lost journal can be rebuilt.
+If several trials have the same run, it has the newest, and in that the `earlier` ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,19 +34,19 @@ RECORD = "trial.json"
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Worker:
-    """The process that a trial was given to."""
+    """The process that has a trial."""
 
     host: str
     pid: int
     started: float = 0.0
     """psutil's create_time: distinguishes processes of one pid."""
     birth: str | None = None
-    """The same, but not affected by changes of the clock (`process.process_start`)."""
+    """The same in a form that changes of the clock do not affect (`process.process_start`)."""
     job_id: str | None = None
     """Of the scheduler; a requeued job keeps it."""
 
     def is_same(self, other: Worker) -> bool:
-        """One process, or an earlier life of the same job."""
+        """Whether it is the same process, or another start of the same job."""
         if self.job_id != other.job_id:
             return False
         if self.job_id is not None:
@@ -57,7 +57,7 @@ class Worker:
 
 @dataclass(kw_only=True, slots=True)
 class Trial:
-    """A handle: all state is in the study's storage."""
+    """A handle: its state is in the study's storage."""
 
     study: Study
     number: int
@@ -66,7 +66,7 @@ class Trial:
 
     def config(self, seed: int) -> RunConfig:
         """What the trial runs at this seed; not validated (the study has)."""
-        return point(self.study.spec, self.params, seed=seed)
+        return config_at(self.study.spec, self.params, seed=seed)
 
     @property
     def name(self) -> str:
@@ -89,17 +89,18 @@ class Trial:
 
     @property
     def worker(self) -> Worker:
-        """Whom the trial is given to now: another process may have adopted it."""
+        """Who has the trial now: another process may have adopted it."""
         return Worker(**self.study.frozen(self.number).user_attrs["worker"])
 
-    def mine(self, worker: Worker) -> bool:
-        """Whether the trial still belongs to this worker."""
+    def belongs_to(self, worker: Worker) -> bool:
         return self.worker.is_same(worker)
 
-    # words to the study -------------------------------------------------------------------------
+    # reports to the study -----------------------------------------------------------------------
     def report(self, step: int, value: float) -> None:
-        """An intermediate value; the same step again changes nothing. Not for several objectives,
-        which have no pruning."""
+        """Report a value of the curve; the same step again changes nothing.
+
+        Nothing is reported with several objectives, which have no pruning.
+        """
         if len(self.study.config.objectives) > 1:
             return
         self.study.report(self.number, step=step, value=value)
@@ -130,41 +131,43 @@ class Trial:
         self.write_records()
 
     def fail(self, reason: str, *, counted: bool = True) -> None:
-        """End it in the study as failed; uncounted, so that another trial replaces it."""
+        """End it in the study as failed; if it is not counted, another trial replaces it."""
         self.study.tell(self.number, state=TrialState.FAIL, reason=reason, counted=counted)
         self.write_records()
 
-    # trial.json ---------------------------------------------------------------------------------
     def write_records(self) -> None:
-        """RUN_DIR/trial.json in those of the trial's run directories that exist."""
+        """Write RUN_DIR/trial.json in those of the trial's run directories that exist."""
         frozen = self.study.frozen(self.number)
         for seed, run in zip(self.seeds, self.runs, strict=True):
             if run.path.is_dir():
                 record = to_record(frozen, study=self.study, params=self.params, seed=seed)
-                record["earlier"] = [
-                    one for one in _held(run.path / RECORD) if _who(one) != _who(record)
-                ]
+                earlier = _read(run.path / RECORD)
+                record["earlier"] = [one for one in earlier if _id(one) != _id(record)]
                 atomic.write_json(run.path / RECORD, record)
 
 
 def is_begun(frozen: FrozenTrial) -> bool:
-    """Given to a worker: it has its parameters and is worth running."""
+    """Whether a worker has it: then it has all its parameters and is worth running."""
     return "worker" in frozen.user_attrs
 
 
-def point(spec: Spec, params: dict[str, Any], *, seed: int | None = None) -> RunConfig:
-    """The config at a point of the space; groups that `params` lacks at their first option."""
+def config_at(spec: Spec, params: dict[str, Any], *, seed: int | None = None) -> RunConfig:
+    """The config at a point of the space; groups that `params` lacks have their first option."""
     choices = {g: params.get(g, spec.space[g].values[0]) for g in spec.groups}  # type: ignore[union-attr]
     values = {key: value for key, value in params.items() if key not in spec.groups}
     config = with_values(spec.bases[base_key(choices)], values)
     return config if seed is None else dataclasses.replace(config, seed=seed)
 
 
-def filled(spec: Spec, take: Callable[[str, RunConfig], Any]) -> dict[str, Any]:
-    """A point: `take` gives the value of each key that applies to what the ones before it make."""
+def fill(spec: Spec, take: Callable[[str, RunConfig], Any]) -> dict[str, Any]:
+    """A point of the space, key by key.
+
+    `take(key, config)` gives the value of each key that applies to `config`, which has the values
+    of the keys before it.
+    """
     params: dict[str, Any] = {}
     for key in ordered(spec.space, groups=spec.groups, when=spec.config.when):
-        config = point(spec, params)
+        config = config_at(spec, params)
         if is_active(
             key,
             params=params,
@@ -177,6 +180,13 @@ def filled(spec: Spec, take: Callable[[str, RunConfig], Any]) -> dict[str, Any]:
     return params
 
 
+def spell(params: Mapping[str, object]) -> str:
+    """`model=tiny train.lr=0.00123`."""
+    short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in params.items()}
+    return " ".join(f"{key}={value}" for key, value in short.items())
+
+
+# trial.json -------------------------------------------------------------------------------------
 def to_record(
     frozen: FrozenTrial, *, study: Study, params: dict[str, Any], seed: int
 ) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def read_records(output_dir: Path, *, study_id: str) -> dict[int, dict[str, Any]
     """Number -> newest record of each of a study's trials, from all run directories."""
     newest: dict[int, dict[str, Any]] = {}
     for path in sorted(runs_folder(output_dir).glob(f"*/{RECORD}")):
-        for record in _held(path):
+        for record in _read(path):
             number = record.get("number")
             if record.get("study_id") != study_id or not isinstance(number, int):
                 continue
@@ -232,8 +242,8 @@ def read_records(output_dir: Path, *, study_id: str) -> dict[int, dict[str, Any]
     return newest
 
 
-def _held(path: Path) -> Iterator[dict[str, Any]]:
-    """The records in a trial.json, none if it is missing or damaged."""
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in a trial.json; none if it is missing or damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         earlier = record.pop("earlier", [])
@@ -243,7 +253,7 @@ def _held(path: Path) -> Iterator[dict[str, Any]]:
     yield from earlier
 
 
-def _who(record: dict[str, Any]) -> tuple[Any, Any]:
+def _id(record: dict[str, Any]) -> tuple[Any, Any]:
     return record["study_id"], record["number"]
 
 
@@ -252,5 +262,5 @@ def _stamp(moment: datetime | None) -> str | None:
 
 
 def _time(text: str | None) -> datetime | None:
-    """Optuna keeps local times without their zone."""
+    """In local time without a zone, as Optuna has it."""
     return None if text is None else datetime.fromisoformat(text).astimezone().replace(tzinfo=None)

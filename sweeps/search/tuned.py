@@ -15,7 +15,7 @@ from sweeps.search import response
 from sweeps.search.arms import arm_folders, has_arms
 from sweeps.search.response import Arm
 from sweeps.search.study import Study
-from sweeps.search.trial import point
+from sweeps.search.trial import config_at
 
 KEY = "sweep.from_search"
 
@@ -88,6 +88,6 @@ def _tuned(search: str, arm: Arm, study: Study, *, borrowed: bool) -> Tuned:
         seeds=arm.seeds,
         edges=arm.edges,
         searched=list(best.params),
-        config=point(study.spec, best.params),
+        config=config_at(study.spec, best.params),
         borrowed=borrowed,
     )

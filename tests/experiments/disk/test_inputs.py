@@ -647,10 +647,10 @@ def test_a_search_reads_something_else_only_where_that_was_taken(world, capsys):
         notes=["data: said when it was planned"],
     )
     study = Study.open(folder, create=spec)
-    assert not search.changed(study)
+    assert not search.has_changed(study)
     rewrite(world)
     now = world.config()
-    assert search.changed(study)
+    assert search.has_changed(study)
     line = capsys.readouterr().err
     assert line.startswith("error: data.path=")
     assert line.count("\n") == 1
@@ -660,7 +660,7 @@ def test_a_search_reads_something_else_only_where_that_was_taken(world, capsys):
     accept = ["search", "s", "--accept-changed", "--output-dir", str(world.out)]
     assert sweeps(accept) == 0
     assert "taken as it is now: data.path=" in capsys.readouterr().out
-    assert not search.changed(study)
+    assert not search.has_changed(study)
     (planned,) = reads.as_planned([now], folder)  # the same command again goes on with the study
     assert (planned.data.fingerprint, now.data.fingerprint != planned.data.fingerprint) == (
         config.data.fingerprint,
@@ -680,7 +680,7 @@ def test_a_search_reads_something_else_only_where_that_was_taken(world, capsys):
     assert sweeps(accept) == 0
     assert "nothing has changed" in capsys.readouterr().out
     write_rows(world.rows / "train-00001-of-00002.parquet", random_rows(40, seed=11))
-    assert search.changed(study)  # once is not for ever
+    assert search.has_changed(study)  # once is not for ever
 
 
 def test_shorter_data_taken_on_purpose_are_trained_on(world, here):

@@ -126,7 +126,7 @@ def test_an_arm_that_gives_up_leaves_the_others_to_go_on(begun, grid, monkeypatc
         return False
 
     monkeypatch.setattr(process, "run_trial", run_trial)
-    monkeypatch.setattr(process, "changed", lambda study: False)
+    monkeypatch.setattr(process, "has_changed", lambda study: False)
     assert process.work(folder, stop=StopFlag()) == FAILED
     assert counts(folder) == [1, 4]
 

@@ -76,7 +76,7 @@ def is_of(study, space):
     ],
 )
 def test_a_dimension_grows_where_it_keeps_all_it_had(before, now, grows):
-    wider = growth.widened(before, now)
+    wider = growth.widen(before, now)
     assert (wider is not None) == grows
     if isinstance(before, Choice) and isinstance(wider, Choice):  # as Optuna has stored them
         assert repr(wider.values[: len(before.values)]) == repr(before.values)
@@ -333,7 +333,7 @@ def test_a_command_killed_in_growing_leaves_the_old_space_or_the_new(spec, folde
         elif at == "unchanged":
             journal.unchanged = killed
         elif at == "new":  # half of the new journal is there
-            Study._new_journal = lambda self, trials, noted: (
+            Study._new_journal = lambda self, trials, attrs: (
                 journal.journal_storage(self.journal_path.with_name("journal.new"))
                 and (folder / "journal.new").write_text('{"op_c')
                 and killed()

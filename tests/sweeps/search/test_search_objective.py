@@ -15,7 +15,7 @@ from experiments.identity import run_id
 from relora_core import costs
 from relora_core.events import Event
 from sweeps.search.config import Objective, normalise
-from sweeps.search.objective import foreseen, judge, value
+from sweeps.search.objective import config_cost, judge, value
 
 
 def events(*losses, metric="x/y"):
@@ -142,7 +142,7 @@ def test_constraints_tell_by_how_much_they_are_broken(ran):
     assert diverged.constraints["train/loss >= 3"] == math.inf
 
 
-def test_foreseen_costs_follow_the_rank(make):
-    small, large = (foreseen("cost/trainable", make(r=r)) for r in (2, 8))
+def test_costs_of_the_config_follow_the_rank(make):
+    small, large = (config_cost("cost/trainable", make(r=r)) for r in (2, 8))
     assert small < large
-    assert foreseen("cost/parameters", make(r=8)) > large
+    assert config_cost("cost/parameters", make(r=8)) > large

@@ -206,7 +206,7 @@ def test_only_a_job_that_is_over_has_left_its_trial(study, slurm, state, gone):
     slurm.add("7_1", name="s.0123abcd", state=state)
     worker = Worker(host="node3", pid=1, job_id="7_1")
     assert made.take(worker) is not None
-    assert process.Gone(made)(worker) == gone
+    assert process.HasEnded(made)(worker) == gone
 
 
 def test_a_process_of_this_host_is_gone_when_it_is_dead_or_another(study):
@@ -214,10 +214,10 @@ def test_a_process_of_this_host_is_gone_when_it_is_dead_or_another(study):
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = socket.gethostname()
-    assert not process.Gone(made)(me)
-    assert process.Gone(made)(Worker(host=host, pid=dead.pid, started=1.0))
-    assert process.Gone(made)(Worker(host=host, pid=os.getpid(), started=me.started - 100))
-    assert not process.Gone(made)(Worker(host="elsewhere", pid=1))
+    assert not process.HasEnded(made)(me)
+    assert process.HasEnded(made)(Worker(host=host, pid=dead.pid, started=1.0))
+    assert process.HasEnded(made)(Worker(host=host, pid=os.getpid(), started=me.started - 100))
+    assert not process.HasEnded(made)(Worker(host="elsewhere", pid=1))
 
 
 # as a job ---------------------------------------------------------------------------------------

@@ -217,17 +217,17 @@ def test_a_job_gets_its_own_trial_again_even_as_another_process(spec, folder):
     again = Study.open(folder).take(taker("7_1", pid=99))
     assert (again.number, again.params) == (first.number, first.params) != other.number
     assert again.worker.pid == 99
-    assert again.mine(taker("7_1"))
-    assert not again.mine(taker("7_2"))
+    assert again.belongs_to(taker("7_1"))
+    assert not again.belongs_to(taker("7_2"))
     assert Study.open(folder).take(taker("7_3")) is None
 
 
 def test_an_orphan_is_adopted_before_anything_new_begins(spec, folder):
     study = Study.open(folder, create=spec(n_trials=3))
     dead, living = study.take(taker("1")), study.take(taker("2"))
-    heir = study.take(taker("3"), gone=lambda worker: worker.job_id == "1")
+    heir = study.take(taker("3"), has_ended=lambda worker: worker.job_id == "1")
     assert (heir.number, heir.params) == (dead.number, dead.params)
-    assert not dead.mine(taker("1"))
+    assert not dead.belongs_to(taker("1"))
     fresh = study.take(taker("4"))
     assert fresh.number not in (dead.number, living.number)
     assert {t.number for t in study.running()} == {0, 1, 2}
@@ -238,8 +238,10 @@ def test_a_trial_whose_workers_all_vanish_fails_in_the_end(spec, folder):
     jobs = iter(range(1000))
     trial = study.take(taker(str(next(jobs))))
     for _ in range(MAX_ADOPTIONS):
-        assert study.take(taker(str(next(jobs))), gone=lambda worker: True).number == trial.number
-    assert study.take(taker("last"), gone=lambda worker: True) is None
+        assert (
+            study.take(taker(str(next(jobs))), has_ended=lambda worker: True).number == trial.number
+        )
+    assert study.take(taker("last"), has_ended=lambda worker: True) is None
     assert "vanished" in study.failures()[0]
 
 
@@ -518,7 +520,7 @@ def labour(folder, *, pause=0.0):
     """A process of the search, until there is no trial left."""
     study = Study.open(folder)
     own = Worker(host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time())
-    while trial := study.take(own, gone=is_dead):
+    while trial := study.take(own, has_ended=is_dead):
         with open(folder / "taken", "a") as file:
             print(trial.number, os.getpid(), file=file, flush=True)
         for step in range(3):
