@@ -1,4 +1,4 @@
-"""`python -m sweeps search NAME`: what a search found, as a table and as files in its folder."""
+"""`python -m sweeps search NAME`: results of a search, as tables and as files in its folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sweeps.search.response import Arm
     from sweeps.search.results import Best, Results, TrialRow
 
-HELP = "what a search found: trials, the best, importances, plots"
+HELP = "results of a search: trials, the best, importances, plots"
 EXAMPLES = """examples:
   python -m sweeps search lr_and_rank                        table, best setting, files and plots
   python -m sweeps search lr_and_rank --trial 7              its runs and its command line
@@ -35,8 +35,8 @@ EXAMPLES = """examples:
   python -m sweeps search method_lr                          each arm's best, and how it responds
   python -m sweeps search method_lr --arm lora               one arm, as a search of its own
 """
-TELL = 10
-"""Most failures that are printed; trials.csv has all."""
+MOST_REASONS = 10
+"""Most reasons of failures that are printed; trials.csv has all."""
 COLOURS = {"complete": "green", "running": "cyan", "fail": "red", "pruned": "yellow"}
 
 
@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-changed",
         action="store_true",
-        help="go on with data or eval texts that have changed since, and write that down",
+        help="go on with data or eval texts that have changed since, and record that",
     )
     parser.add_argument(
         "--write-experiment",
@@ -64,74 +64,75 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show and write; 1 if every trial failed."""
-    folder = find(args.output_dir, name=args.name)
-    from sweeps.search import arms, results  # Optuna, SciPy: not for the other commands
+    folder = find_search(args.output_dir, name=args.name)
+    from sweeps.search import arms, results  # Optuna, SciPy: the other commands need neither
     from sweeps.search.study import rebuild
 
-    places = arms.arm_folders(folder)
+    folders = arms.arm_folders(folder)
     if args.arm is not None:
-        folder = of_arm(args.arm, places, name=args.name)
-        places = {args.arm: folder}
+        folder = find_arm(args.arm, folders, name=args.name)
+        folders = {args.arm: folder}
     if args.accept_changed:
-        return accept(list(places.values()))
+        return accept(list(folders.values()))
     if args.rebuild:
-        for place in places.values():
-            rebuild(place)
-    if None not in places and args.arm is None:
+        for one in folders.values():
+            rebuild(one)
+    if None not in folders and args.arm is None:
         return show_arms(args, folder)
     summary, study = results.read(folder)
     if args.trial is not None:
         check_trial(args.trial, summary)
     if args.write_experiment:
-        write_experiment(args.write_experiment, summary, trial=args.trial, place=args.output_dir)
+        write_experiment(
+            args.write_experiment, summary, trial=args.trial, output_dir=args.output_dir
+        )
     elif args.json:
-        json.dump(_finite(dataclasses.asdict(summary)), sys.stdout, indent=2)
-        print()
+        _print_json(dataclasses.asdict(summary))
     elif args.trial is not None:
-        _say(trial_lines(summary, number=args.trial, output_dir=args.output_dir))
+        _print(trial_lines(summary, number=args.trial, output_dir=args.output_dir))
     else:
         show(summary, top=args.top)
         if summary.trials and (line := shared.closed(folder)):
             print(f"best, trials.csv and plots were not written: {line}")
         elif summary.trials:
             written, left_out = results.write(summary, study=study, folder=folder)
-            _say([*left_out, f"{len(written)} files: best, trials.csv and plots in {folder}"])
+            _print([*left_out, f"{len(written)} files: best, trials.csv and plots in {folder}"])
     if summary.all_failed:
         print(f"error: all {len(summary.counted)} trials of {summary.name} failed", file=sys.stderr)
     return 1 if summary.all_failed else 0
 
 
-def find(output_dir: Path | str, *, name: str) -> Path:
-    """The folder of the study of this name, or ConfigError."""
+def find_search(output_dir: Path | str, *, name: str) -> Path:
+    """The folder of the study, or of the arms' studies; ConfigError if there is no such search."""
     files = [plan_folder(output_dir, name="").glob(f"*/study/{n}.json") for n in ("study", "arms")]
-    there = sorted(path.parent for paths in files for path in paths)
-    names = [path.parent.name for path in there]
+    folders = sorted(path.parent for paths in files for path in paths)
+    names = [path.parent.name for path in folders]
     if name not in names:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ConfigError(
             f"NAME must be one of the searches in {output_dir} ({some or 'none yet'}), got "
             f"{name!r}.{nearest(name, names)}"
         )
-    return there[names.index(name)]
+    return folders[names.index(name)]
 
 
-def of_arm(arm: str, places: Mapping[str | None, Path], *, name: str) -> Path:
-    """The folder of an arm's study, or ConfigError."""
-    if arm not in places:
-        names = [str(one) for one in places if one is not None]
-        there = f"one of the arms of {name} ({', '.join(names)})" if names else "left out"
-        raise ConfigError(f"--arm must be {there}, got {arm!r}.{nearest(arm, names)}")
-    return places[arm]
+def find_arm(arm: str, folders: Mapping[str | None, Path], *, name: str) -> Path:
+    """The folder of an arm's study; ConfigError if the search has no such arm."""
+    if arm not in folders:
+        names = [str(one) for one in folders if one is not None]
+        valid = f"one of the arms of {name} ({', '.join(names)})" if names else "left out"
+        raise ConfigError(f"--arm must be {valid}, got {arm!r}.{nearest(arm, names)}")
+    return folders[arm]
 
 
 def accept(folders: Sequence[Path]) -> int:
-    """Take what the trials read as it is now, and say what has changed."""
+    """Accept what the trials read as it is now, and print what has changed."""
     from sweeps.search import reads
 
     changes = {change.what: change for folder in folders for change in reads.accept(folder)}
-    _say([f"taken as it is now: {what}" for what in changes] or ["nothing has changed"])
+    _print([f"taken as it is now: {what}" for what in changes] or ["nothing has changed"])
     if changes:
-        _say(["the search's own command goes on with it"])
+        _print(["the search's own command goes on with it"])
     return 0
 
 
@@ -143,8 +144,10 @@ def check_trial(number: int, summary: Results) -> None:
         raise ConfigError(f"--trial must be {some}, got {number}")
 
 
-def write_experiment(word: str, summary: Results, *, trial: int | None, place: Path | str) -> None:
-    """The best or the given trial as an experiment file; ConfigError if it is not one trial."""
+def write_experiment(
+    word: str, summary: Results, *, trial: int | None, output_dir: Path | str
+) -> None:
+    """Write the best or the given trial as an experiment file; ConfigError if there is not one."""
     from sweeps.search import recipe, results
 
     numbers = [best.number for best in summary.best] if trial is None else [trial]
@@ -152,7 +155,9 @@ def write_experiment(word: str, summary: Results, *, trial: int | None, place: P
         which = ", ".join(map(str, numbers)) or "none is finished and feasible"
         raise ConfigError(f"--write-experiment needs --trial N, one of the best: {which}")
     path = recipe.experiment_path(word)
-    text = results.experiment_text(summary, number=numbers[0], name=path.stem, output_dir=place)
+    text = results.experiment_text(
+        summary, number=numbers[0], name=path.stem, output_dir=output_dir
+    )
     if text is None:
         raise ConfigError(f"--write-experiment needs the run directories of trial {numbers[0]}")
     shared.make_folder(path.parent)
@@ -162,37 +167,37 @@ def write_experiment(word: str, summary: Results, *, trial: int | None, place: P
 
 # arms -------------------------------------------------------------------------------------------
 def show_arms(args: argparse.Namespace, folder: Path) -> int:
-    """Each arm's best and how it responds; 1 if every trial of every arm failed."""
+    """Show and write each arm's best and how it responds; 1 if all trials of all arms failed."""
     from sweeps.search import response, response_files
 
-    for word in ("trial", "write_experiment"):
-        if getattr(args, word) is not None:
-            raise ConfigError(f"--{word.replace('_', '-')} needs --arm NAME in a search with arms")
+    for option in ("trial", "write_experiment"):
+        if getattr(args, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise ConfigError(f"{flag} needs --arm NAME in a search with arms")
     arms = response.read(folder)
     failed = all(arm.results.all_failed for arm in arms)
     if args.json:
         raw = {arm.name: dataclasses.asdict(arm.results) | {"edges": arm.edges} for arm in arms}
-        json.dump(_finite({"name": args.name, "arms": raw}), sys.stdout, indent=2)
-        print()
+        _print_json({"name": args.name, "arms": raw})
         return int(failed)
-    _say(arm_lines(arms, name=args.name))
+    _print(arm_lines(arms, name=args.name))
     display.make_console().print(arm_table(arms))
-    _say(edge_lines(arms))
+    _print(edge_lines(arms))
     notes = dict.fromkeys(note for arm in arms for note in arm.results.notes)
-    _say([f"note: {note}" for note in notes])
+    _print([f"note: {note}" for note in notes])
     if line := shared.closed(folder):
         print(f"bests, tables and the figure were not written: {line}")
     else:
         written, left_out = response_files.write(arms, folder)
-        _say(left_out)
-        _say([f"{len(written)} files: arms.csv, response.csv and plots/response.png in {folder}"])
+        what = "arms.csv, response.csv and plots/response.png"
+        _print([*left_out, f"{len(written)} files: {what} in {folder}"])
     if failed:
         print(f"error: all trials of {args.name} failed", file=sys.stderr)
     return int(failed)
 
 
 def arm_lines(arms: Sequence[Arm], *, name: str) -> Iterator[str]:
-    """How far the search is, and the arms that are not tuned like the others."""
+    """How far the search is, and whether arms have different numbers of trials."""
     done, n_trials = sum(arm.done for arm in arms), sum(arm.n_trials for arm in arms)
     yield f"{name}: {done} of {n_trials} trials of {len(arms)} arms have ended"
     if len({arm.done for arm in arms}) > 1:
@@ -200,7 +205,7 @@ def arm_lines(arms: Sequence[Arm], *, name: str) -> Iterator[str]:
 
 
 def arm_table(arms: Sequence[Arm]) -> Table:
-    """A row for each arm, best first: what its best is worth, with interval, and its settings."""
+    """A row for each arm, best first: its best trial's value, with interval, and settings."""
     goal = arms[0].results.goals[0]
     sign = 1.0 if goal.direction == "minimize" else -1.0
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -229,7 +234,7 @@ def arm_table(arms: Sequence[Arm]) -> Table:
 
 
 def edge_lines(arms: Sequence[Arm]) -> Iterator[str]:
-    """Where the best may lie beyond what was tried, and what to do about it."""
+    """Where a better value may lie beyond what was tried, and what to do then."""
     edges = [f"{arm.name}: the best {edge}" for arm in arms for edge in arm.edges]
     yield from edges
     if edges:
@@ -243,7 +248,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# the view ---------------------------------------------------------------------------------------
+# one study --------------------------------------------------------------------------------------
 def show(summary: Results, *, top: int) -> None:
     """Counts, the best, the table, importances, failures: most important first."""
     console = display.make_console()
@@ -252,10 +257,10 @@ def show(summary: Results, *, top: int) -> None:
         f": {counts}" if counts else ""
     )
     asked += f"; {len(summary.learnt)} learnt from {_sources(summary)}" if summary.learnt else ""
-    _say([f"{summary.name}: {asked}", *_headline(summary)])
+    _print([f"{summary.name}: {asked}", *_headline(summary)])
     if summary.counted or summary.learnt:
         console.print(trial_table(summary, top=top))
-    _say([*_tail(summary), *failure_lines(summary), *(f"note: {note}" for note in summary.notes)])
+    _print([*_tail(summary), *failure_lines(summary), *(f"note: {note}" for note in summary.notes)])
 
 
 def _sources(summary: Results) -> str:
@@ -274,7 +279,7 @@ def _headline(summary: Results) -> Iterator[str]:
 
 
 def best_lines(best: Best) -> Iterator[str]:
-    """What the best trial is worth, and how to run it again."""
+    """The best trial's values, and how to run it again."""
     seeds = f"{len(best.seeds)} seed" + ("s" if len(best.seeds) != 1 else "")
     for metric, value in best.values.items():
         text = f"best: trial {best.number}, {metric} {value:.6g} ({seeds}"
@@ -312,13 +317,13 @@ def trial_table(summary: Results, *, top: int) -> Table:
 
 
 def _heads(keys: list[str]) -> list[str]:
-    """Column heads: the last part of a key where that is unique."""
+    """Column heads: the last part of a key if that is unique."""
     short = [key.rpartition(".")[2] for key in keys]
     return [s if short.count(s) == 1 else key for s, key in zip(short, keys, strict=True)]
 
 
 def _ranked(summary: Results) -> list[TrialRow]:
-    """Best trials, good ones by the first objective, then complete, running, pruned and failed."""
+    """The best, other good trials by the first objective, then the rest by their states."""
     front = {best.number: place for place, best in enumerate(summary.best)}
     sign = 1.0 if summary.goals[0].direction == "minimize" else -1.0
     order = ("complete", "learnt", "running", "pruned", "refused", "fail")
@@ -360,21 +365,21 @@ def all_steps(summary: Results) -> int:
 
 
 def failure_lines(summary: Results) -> Iterator[str]:
-    """Why trials failed or were refused; equal reasons together."""
+    """Why trials failed or were refused; a line for each reason."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in summary.trials:
         if row.state in ("fail", "refused"):
-            word = "failed" if row.state == "fail" else "refused"
-            reasons.setdefault((word, row.reason or "no reason given"), []).append(row.number)
-    for (word, reason), numbers in list(reasons.items())[:TELL]:
+            end = "failed" if row.state == "fail" else "refused"
+            reasons.setdefault((end, row.reason or "no reason given"), []).append(row.number)
+    for (end, reason), numbers in list(reasons.items())[:MOST_REASONS]:
         some = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        yield f"{word}: trial {some}: {reason}"
-    if len(reasons) > TELL:
-        yield f"... and {len(reasons) - TELL} more reasons (trials.csv)"
+        yield f"{end}: trial {some}: {reason}"
+    if len(reasons) > MOST_REASONS:
+        yield f"... and {len(reasons) - MOST_REASONS} more reasons (trials.csv)"
 
 
 def trial_lines(summary: Results, *, number: int, output_dir: Path | str) -> Iterator[str]:
-    """One trial: values, parameters, each seed's run, command line."""
+    """One trial: its values, parameters, runs and command line."""
     from sweeps.search import recipe, results
 
     row = summary.trial(number)
@@ -392,8 +397,13 @@ def trial_lines(summary: Results, *, number: int, output_dir: Path | str) -> Ite
         yield f"  {recipe.command(config)}"
 
 
+def _print_json(value: Any) -> None:
+    json.dump(_finite(value), sys.stdout, indent=2)
+    print()
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: null."""
+    """With null for infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -401,6 +411,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _say(lines: Iterator[str] | Sequence[str]) -> None:
+def _print(lines: Iterator[str] | Sequence[str]) -> None:
     for line in lines:
         print(line)

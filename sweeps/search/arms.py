@@ -1,10 +1,10 @@
-"""The arms of a search: settings that are tuned each alone, with the same number of trials.
+"""The arms of a search: settings that are each tuned alone, with the same number of trials.
 
-    output_dir/sweeps/<name>/study/arms.json           their names, in order
-                                  /arms/<arm>/         of each a study, as `study.py` has it
+    output_dir/sweeps/<name>/study/arms.json       their names, in order
+                                  /arms/<arm>/     the study of an arm (`study.py`)
 
-A search without arms is one study in sweeps/<name>/study. Not for: which values an arm has (the
-study's bases), nor how arms compare (`response.py`).
+A search without arms has its only study in sweeps/<name>/study. Not for: the settings of an arm
+(the bases of its study), nor how arms compare (`response.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def has_arms(folder: Path) -> bool:
 
 
 def arm_folders(folder: Path | str) -> dict[str | None, Path]:
-    """Arm -> folder of its study, of those that have begun; {None: folder} without arms."""
+    """Arm -> folder of its study, of the arms that have begun; {None: folder} without arms."""
     folder = Path(folder)
     if not has_arms(folder):
         return {None: folder}
@@ -37,19 +37,19 @@ def arm_folders(folder: Path | str) -> dict[str | None, Path]:
 
 
 def open_studies(folder: Path | str) -> list[Study]:
-    """The study of each arm, or the only one."""
+    """The study of each arm that has begun; without arms the only one."""
     return [Study.open(place) for place in arm_folders(folder).values()]
 
 
 def write_arms(folder: Path, names: Sequence[str]) -> None:
-    """Write down the arms; those of earlier commands stay."""
+    """Write arms.json; arms of earlier commands stay in it."""
     shared.make_folder(folder)
     before = _names(folder) if has_arms(folder) else []
     atomic.write_json(folder / FILE, {"arms": list(dict.fromkeys([*before, *names]))})
 
 
 def check_begun(folder: Path, *, arms: bool) -> None:
-    """ConfigError for a search with arms over one without, and the other way round."""
+    """ConfigError if a search that was begun without arms now has some, or vice versa."""
     name = place_of_study(folder).name
     if arms and (folder / "study.json").exists():
         raise ConfigError(

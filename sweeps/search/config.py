@@ -1,6 +1,6 @@
-"""What a search is asked to do: the content of conf/search/*.yaml, checked. Imports no optuna.
+"""`search.*`, as in conf/search/*.yaml, checked. Imports no Optuna.
 
-Not for: the space's grammar, which is Hydra's (`hydra_plugins/` parses it into `space.py`).
+Not for: the grammar of the space, which is Hydra's (`hydra_plugins/` parses it).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PRUNERS = ("none", "median", "asha", "hyperband", "percentile", "wilcoxon")
 
 @dataclass(kw_only=True, slots=True)
 class Objective:
-    """One number to make small or large."""
+    """One metric to minimise or maximise."""
 
     metric: str
     """As in events.jsonl, or one of COSTS."""
     direction: str = "minimize"
     reduce: str = "last"
-    """`last`, `best` of all, or `mean` of the last k logged values."""
+    """Which of the logged values: `last`, `best`, or `mean` of the last k."""
     k: int = 1
 
     def text(self) -> str:
@@ -45,7 +45,7 @@ class Objective:
 
     @property
     def worst(self) -> float:
-        """What a run that diverged is worth."""
+        """Value of a run that diverged."""
         return math.inf if self.direction == "minimize" else -math.inf
 
 
@@ -80,15 +80,15 @@ class SearchConfig:
     space: dict[str, str] = field(default_factory=dict)
     """Key -> values in Hydra's grammar: `tag(log, interval(1e-4, 1e-2))`, `choice(4, 8)`."""
     when: dict[str, str] = field(default_factory=dict)
-    """Key of the space -> `KEY=VALUE[,VALUE]`: elsewhere it is not searched. Knobs of a method or
-    a kind of data know it themselves."""
+    """Key of the space -> `KEY=VALUE[,VALUE]`, without which it is not searched. Knobs of a method
+    or a kind of data need no such condition."""
     common: dict[str, Any] = field(default_factory=dict)
-    """Key -> value of what all runs have in common, like `experiment`; arms and the command line
-    win over it."""
+    """Key -> value that all runs have in common, like `experiment`; arms and the command line
+    override it."""
     arms: Any = field(default_factory=dict)
-    """Arm -> its overrides, as `hydra.sweeper.arms` of a sweep; what one of them has as an interval
-    or a choice is searched in that arm. Each arm is tuned alone, with `n_trials` of its own;
-    `sweep.arm=a,b` takes some."""
+    """Arm -> its overrides, like `hydra.sweeper.arms` of a sweep; an interval or a choice among
+    them is searched in that arm. Each arm is tuned alone, in `n_trials` trials; `sweep.arm=a,b`
+    selects some."""
     constraints: Any = field(default_factory=list)
     """list[str]: `cost/trainable <= 2e6`."""
     sampler: Any = "tpe"
@@ -100,9 +100,9 @@ class SearchConfig:
     seed: int = 0
     """The sampler's."""
     enqueue: Any = field(default_factory=list)
-    """list of {key: value}: settings to try first; what one leaves out is sampled."""
+    """list of {key: value}: settings to try first; keys that one lacks are sampled."""
     learn_from: Any = field(default_factory=list)
-    """list[str]: earlier sweeps; a new study starts with what their finished runs showed."""
+    """list[str]: earlier sweeps; a new study begins with the results of their finished runs."""
     storage: str | None = None
     """URL of an Optuna database; null: a journal in the study's folder."""
     max_failures: int = 10
@@ -118,21 +118,21 @@ CHANGEABLE += ("trials_per_job", "seed")
 
 
 def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> SearchConfig:
-    """Short forms written out, everything checked; `seed` is the first of `seeds: N`."""
+    """The search with short forms written out, all checked; `seed` is the first of `seeds: N`."""
     if isinstance(values, SearchConfig):
         values = dataclasses.asdict(values)
     names = [f.name for f in fields(SearchConfig)]
     for key in values:
-        _one_of("search", key, names, what="a key of search")
+        _check_choice("search", key, names, what="a key of search")
     config = SearchConfig(**values)
     for key in ("n_trials", "max_failures", "trials_per_job"):
-        _whole(f"search.{key}", getattr(config, key), at_least=1)
-    _whole("search.seed", config.seed, at_least=0)
+        _check_integer(f"search.{key}", getattr(config, key), at_least=1)
+    _check_integer("search.seed", config.seed, at_least=0)
     config.seeds = _seeds(config.seeds, first=seed)
     config.objectives = _objectives(config.objectives)
     config.constraints = [parse_constraint(text).text() for text in _list(config.constraints)]
-    config.sampler = _named("search.sampler", config.sampler, SAMPLERS)
-    config.pruner = _named("search.pruner", config.pruner or "none", PRUNERS)
+    config.sampler = _with_name("search.sampler", config.sampler, SAMPLERS)
+    config.pruner = _with_name("search.pruner", config.pruner or "none", PRUNERS)
     if len(config.objectives) > 1 and config.pruner["name"] != "none":
         raise ConfigError(
             "search.pruner must be none with several objectives (a trial is not worse while it is "
@@ -155,7 +155,7 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
 
 
 def check_arms(arms: Any) -> dict[str, list[str]]:
-    """Arm -> overrides; ConfigError for a name that no folder could have, or what is no list."""
+    """Arm -> overrides; ConfigError for names that are not for folders, or overrides of no list."""
     checked = {}
     for name, overrides in _mapping("search.arms", arms).items():
         if not re.fullmatch(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,59}", str(name)):
@@ -178,7 +178,7 @@ def constraints_of(config: SearchConfig) -> list[Constraint]:
 
 
 def parse_constraint(text: str) -> Constraint:
-    """`cost/trainable <= 2e6`; ConfigError if it is none."""
+    """`cost/trainable <= 2e6`; ConfigError for any other form."""
     match = re.fullmatch(r"\s*([\w./-]+)\s*(<=|>=)\s*(\S+)\s*", str(text))
     try:
         if match is None:
@@ -212,7 +212,7 @@ def _objective(given: Any) -> Objective:
     if not isinstance(values, Mapping):
         raise ConfigError(f"search.objectives must be text or {{metric: ...}}, got {given!r}")
     for key in values:
-        _one_of("search.objectives", key, [f.name for f in fields(Objective)], what="a key")
+        _check_choice("search.objectives", key, [f.name for f in fields(Objective)], what="a key")
     if "metric" not in values:
         raise ConfigError(f"search.objectives must name a metric, got {dict(values)!r}")
     values = {key: value for key, value in values.items() if value is not None}
@@ -223,45 +223,45 @@ def _objective(given: Any) -> Objective:
                 f"search.objectives must have text as {key}, got {getattr(one, key)!r}"
             )
     one.direction = SHORT.get(one.direction, one.direction)
-    _one_of("search.objectives", one.direction, [*DIRECTIONS, *SHORT], what="a direction")
-    _one_of("search.objectives", one.reduce, REDUCES, what="a way to reduce")
-    _whole("search.objectives k", one.k, at_least=1)
+    _check_choice("search.objectives", one.direction, [*DIRECTIONS, *SHORT], what="a direction")
+    _check_choice("search.objectives", one.reduce, REDUCES, what="a way to reduce")
+    _check_integer("search.objectives k", one.k, at_least=1)
     _check_metric("search.objectives", one.metric)
     return one
 
 
 def _short_objective(text: str) -> dict[str, Any]:
     """`METRIC [min|max [last|best|mean [k]]]`."""
-    words = text.split()
-    if not 1 <= len(words) <= 4 or (len(words) == 4 and not words[3].isdigit()):
+    parts = text.split()
+    if not 1 <= len(parts) <= 4 or (len(parts) == 4 and not parts[3].isdigit()):
         raise ConfigError(
             f"search.objectives must be 'METRIC min|max last|best|mean [k]', got {text!r}"
         )
     keys = ("metric", "direction", "reduce", "k")
-    values: dict[str, Any] = dict(zip(keys, words, strict=False))
-    return values | ({"k": int(words[3])} if len(words) == 4 else {})
+    values: dict[str, Any] = dict(zip(keys, parts, strict=False))
+    return values | ({"k": int(parts[3])} if len(parts) == 4 else {})
 
 
 def _check_metric(key: str, metric: str) -> None:
     if str(metric).startswith("cost/"):
-        _one_of(key, metric, COSTS, what="a cost")
+        _check_choice(key, metric, COSTS, what="a cost")
 
 
 def _seeds(given: Any, *, first: int) -> list[int]:
     if isinstance(given, int) and not isinstance(given, bool):
-        _whole("search.seeds", given, at_least=1, at_most=MOST_SEEDS)
+        _check_integer("search.seeds", given, at_least=1, at_most=MOST_SEEDS)
         return [first + i for i in range(given)]
     seeds = _list(given)
     for seed in seeds:
-        _whole("search.seeds", seed, at_least=0)
+        _check_integer("search.seeds", seed, at_least=0)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"search.seeds must be a number or different seeds, got {given!r}")
     return seeds
 
 
-def _named(key: str, given: Any, choices: tuple[str, ...]) -> dict[str, Any]:
+def _with_name(key: str, given: Any, choices: tuple[str, ...]) -> dict[str, Any]:
     values = dict(given) if isinstance(given, Mapping) else {"name": given}
-    _one_of(f"{key}.name", values.get("name"), choices, what="one")
+    _check_choice(f"{key}.name", values.get("name"), choices, what="one")
     return {"name": values.pop("name"), **values}
 
 
@@ -275,7 +275,7 @@ def _list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
 
 
-def _whole(key: str, value: Any, *, at_least: int, at_most: int = LARGEST_INT) -> None:
+def _check_integer(key: str, value: Any, *, at_least: int, at_most: int = LARGEST_INT) -> None:
     if isinstance(value, int) and value > at_most:
         raise ConfigError(f"{key} must be <= {at_most}, got {value}; nearest valid: {at_most}")
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
@@ -284,7 +284,7 @@ def _whole(key: str, value: Any, *, at_least: int, at_most: int = LARGEST_INT) -
         )
 
 
-def _one_of(key: str, value: Any, choices: Any, *, what: str) -> None:
+def _check_choice(key: str, value: Any, choices: Any, *, what: str) -> None:
     if value not in choices:
         raise ConfigError(
             f"{key} must be {what} of {', '.join(choices)}, got {value!r}.{nearest(value, choices)}"

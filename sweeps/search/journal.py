@@ -1,7 +1,7 @@
 """Optuna's journal in a file that survives kill -9: no stale lock, no torn line, damage noticed.
 
-Optuna's own lock files outlive their process by 30 s; flock ends with it. A line that a killed
-process left half written was never acted upon: the next writer cuts it off.
+Optuna's own lock files outlive their process by 30 s; a flock ends with it. Half a line, left by a
+killed process, has had no effect: the next writer cuts it off.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from relora_core import shared
 class _Flock(BaseJournalFileLock):
     def __init__(self, journal: Path) -> None:
         self.journal = journal
-        self._held: IO[bytes] | None = None
+        self._file: IO[bytes] | None = None
 
     def acquire(self) -> bool:
-        self._held = shared.opened(Path(f"{self.journal}.lock"), "wb")  # until release
-        fcntl.flock(self._held, fcntl.LOCK_EX)
+        self._file = shared.opened(Path(f"{self.journal}.lock"), "wb")  # until release
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         _cut_torn_line(self.journal)
         return True
 
     def release(self) -> None:
-        assert self._held is not None
-        self._held.close()
+        assert self._file is not None
+        self._file.close()
 
 
 def _cut_torn_line(journal: Path) -> None:
@@ -54,12 +54,12 @@ def _cut_torn_line(journal: Path) -> None:
 
 
 def journal_storage(journal: Path) -> JournalStorage:
-    """The storage; lets through what Optuna raises on a damaged file."""
+    """The storage. With a damaged file it raises whatever Optuna does."""
     return JournalStorage(JournalFileBackend(str(journal), lock_obj=_Flock(journal)))
 
 
 def damage(journal: Path) -> str | None:
-    """What is wrong with the file, in words; a torn last line is not."""
+    """What is wrong with the file, if anything; a torn last line is not."""
     try:
         with open(journal, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -79,22 +79,22 @@ def _is_entry(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def unchanged(journal: Path) -> Iterator[None]:
-    """Keep other processes from appending to the file meanwhile."""
+    """A context in which no other process appends to the file."""
     with only_one(Path(f"{journal}.lock")):
         yield
 
 
 def set_aside(journal: Path) -> None:
-    """Keep a damaged journal beside the new one."""
+    """Rename a damaged journal, to make place for a new one."""
     if journal.exists():
         journal.rename(journal.with_name(f"{journal.name}.damaged-{time.time_ns()}"))
 
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Processes of all machines take turns; a process that dies releases the lock.
+    """A context that one process has at a time, on all machines; its death releases the lock.
 
-    Without write access no lock is taken: reading is safe, as a journal grows by complete lines.
+    Without write access there is no lock: reading is safe, as a journal grows by whole lines.
     """
     if shared.closed(path):
         yield

@@ -135,7 +135,7 @@ def _plan_part(
     begun = Study.open(folder) if (folder / "study.json").exists() else None
     if begun:
         reads.check(begun.spec, folder)
-        spec, before = begun.spec.continued(spec), begun.spec
+        spec, before = begun.spec.continue_with(spec), begun.spec
         arm = f"{draft.arm}: " if draft.arm else ""
         more += [f"{arm}{line}" for line in begun_notes(spec, before)]
     more += across(corner_configs(spec), seeds=len(search.seeds))
@@ -174,7 +174,7 @@ def begun_notes(spec: Spec, before: Spec) -> list[str]:
     if spec.learnt:
         sweeps = ", ".join(dict.fromkeys(one["sweep"] for one in spec.learnt))
         notes.append(f"{len(spec.learnt)} trials were learnt from {sweeps} when it began")
-    if lines := spec.grown_from(before):
+    if lines := spec.growth_since(before):
         anew = "; cmaes begins anew in it" if spec.config.sampler["name"] == "cmaes" else ""
         notes.append(f"the space grows, and the trials so far stay: {'; '.join(lines)}{anew}")
     return notes

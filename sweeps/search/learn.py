@@ -1,10 +1,9 @@
 """search.learn_from: what a new study learns from finished runs of earlier sweeps.
 
-A point of the space is learnt where each of the search's seeds has a run that differs from what
-the search would run in nothing that changes the numbers (`identity.essential`). It becomes one of
-the study's first trials: complete, with its values, not counted and never run. The study keeps
-them in study.json, so that they are learnt once. Not for: a search that meets such a run later
-(any sweep reuses a run that is there).
+A point of the space is learnt if the search would compute what an earlier run has, at each of its
+seeds (`identity.essential`). It becomes one of the study's first trials, which is complete, is not
+counted and is never run. study.json has these trials, so that they are learnt once. Not for: a
+search that draws the point of an earlier run (any sweep uses a run that is there).
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from sweeps.search.trial import config_at, fill
 if TYPE_CHECKING:
     from sweeps.search.spec import Spec
 
-STEERED = ("tpe", "gp")
-"""Samplers that look at all trials; others look at their own generations, or at none."""
+LEARNING = ("tpe", "gp")
+"""Samplers that use all trials; others use their own generations, or none."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Match:
-    """A run as the search sees it."""
+    """A run of an earlier sweep, compared with the search."""
 
     source: str
     run: RunDir
     config: RunConfig | None = None
     """None if the run has not ended."""
     params: dict[str, Any] | None = None
-    """Its point, if the search could have run it."""
+    """Its point, if the search might have run it."""
     differing: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Key -> value in the run, value in the search: of the keys that are not searched."""
+    """Key that is not searched -> value in the run, value in the search."""
     outside: list[str] = field(default_factory=list)
-    """Searched keys with values outside the space; only if `differing` is empty."""
+    """Searched keys with values outside the space; empty unless `differing` is."""
     reason: str = ""
     """Why it is not learnt, worded to follow a number of runs: `differ in train.steps`."""
 
@@ -68,16 +67,17 @@ def learn(spec: Spec, *, output_dir: Path) -> tuple[list[dict[str, Any]], list[s
     records = _records(spec, matches)
     _name_differences(matches)
     if matches and not records:
-        raise ConfigError(_nothing(spec, matches))
+        raise ConfigError(_nothing_learnt(spec, matches))
     lines = [
         _line(name, [one for one in matches if one.source == name])
         for name in spec.config.learn_from
     ]
     name = spec.config.sampler["name"]
-    if records and name not in STEERED:
+    if records and name not in LEARNING:
+        others = " and ".join(LEARNING)
         lines.append(
-            f"search.sampler={name} does not look at what was learnt ({' and '.join(STEERED)} do): "
-            "it counts for the best, and is not run again"
+            f"search.sampler={name} does not look at what was learnt ({others} do): it counts for "
+            "the best, and is not run again"
         )
     return records, lines
 
@@ -103,19 +103,16 @@ def _match(spec: Spec, run: RunDir, *, source: str) -> Match:
     if run.ended() is None:
         return Match(source=source, run=run, reason="have not finished")
     config = run.config()
-    best: Match | None = None
-    for choices in growth.combinations(spec):
-        one = _compared(spec, choices, Match(source=source, run=run, config=config))
-        if best is None or len(one.differing) < len(best.differing):
-            best = one
-    assert best is not None
-    return best
+    matches = (
+        _compare(spec, choices, config, Match(source=source, run=run, config=config))
+        for choices in growth.combinations(spec)
+    )
+    return min(matches, key=lambda match: len(match.differing))
 
 
-def _compared(spec: Spec, choices: Mapping[str, Any], match: Match) -> Match:
-    """The run beside the point of the space that has these options and the run's own values."""
-    config, outside = match.config, []
-    assert config is not None
+def _compare(spec: Spec, choices: Mapping[str, Any], config: RunConfig, match: Match) -> Match:
+    """Compare with the point that has these options of groups and the run's values; the match."""
+    outside: list[str] = []
 
     def take(key: str, _: RunConfig) -> Any:
         if key in spec.groups:
@@ -145,8 +142,10 @@ def _compared(spec: Spec, choices: Mapping[str, Any], match: Match) -> Match:
 
 
 def _differing(run: RunConfig, ours: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Of what changes the numbers, the seed left out; what only follows from another key is not
-    named beside it (schedule.total_steps from train.steps)."""
+    """Key -> both values, of what changes the numbers but for the seed.
+
+    Without keys that only follow from another one (schedule.total_steps from train.steps).
+    """
     one, two = essential(run), essential(ours)
     keys = [k for k in dict.fromkeys([*two, *one]) if one.get(k) != two.get(k) and k != "seed"]
     values = {key: (get(run, key), get(ours, key)) for key in keys}
@@ -155,7 +154,7 @@ def _differing(run: RunConfig, ours: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _name_differences(matches: Sequence[Match]) -> None:
-    """Of each run that differs the key that most of them differ in; of one outside likewise."""
+    """Give runs that differ, or lie outside, a reason: of their keys the most frequent one."""
     often = Counter(key for one in matches for key in (*one.differing, *one.outside))
     for one in matches:
         if one.differing:
@@ -167,7 +166,7 @@ def _name_differences(matches: Sequence[Match]) -> None:
 
 # what is learnt ---------------------------------------------------------------------------------
 def _records(spec: Spec, matches: Sequence[Match]) -> list[dict[str, Any]]:
-    """One for each point that has all seeds of the search; `reason` is set for the other runs."""
+    """A record for each point that has all seeds of the search; other runs get their `reason`."""
     points: dict[str, dict[int, Match]] = {}
     for one in matches:
         if one.params is None or one.config is None:
@@ -197,7 +196,7 @@ def _refuse(matches: Sequence[Match], reason: str) -> None:
 
 
 def _lacking(search: SearchConfig, matches: Sequence[Match]) -> str:
-    """A metric of the search that one of the runs has no value of."""
+    """The first metric of the search that one of the runs lacks."""
     goals = [*search.objectives, *map(as_objective, constraints_of(search))]
     return next(
         goal.metric for one in matches for goal in goals if run_value(goal, one.run) is None
@@ -218,7 +217,7 @@ def _record(search: SearchConfig, matches: Sequence[Match], verdict: Verdict) ->
 
 
 def _reports(search: SearchConfig, matches: Sequence[Match]) -> dict[str, float]:
-    """What pruners would have heard of the trial (`run.SearchSink`)."""
+    """What pruners would have got of the trial (`process.SearchSink`)."""
     metric = search.prune_metric
     if len(search.objectives) > 1 or metric is None:
         return {}
@@ -232,7 +231,7 @@ def _reports(search: SearchConfig, matches: Sequence[Match]) -> dict[str, float]
 
 
 def to_trial(number: int, spec: Spec) -> FrozenTrial:
-    """A record as the trial of this number."""
+    """The record of this number as a trial."""
     record = spec.learnt[number]
     ended = datetime.fromtimestamp(record["ended"])
     trial = FrozenTrial(
@@ -258,7 +257,7 @@ def to_trial(number: int, spec: Spec) -> FrozenTrial:
     return trial
 
 
-# in words ---------------------------------------------------------------------------------------
+# messages ---------------------------------------------------------------------------------------
 def _line(name: str, matches: Sequence[Match]) -> str:
     taken = [one for one in matches if not one.reason]
     points = len({repr(one.params) for one in taken})
@@ -282,8 +281,8 @@ def _of_one(reason: str) -> str:
     return f"{ {'have': 'has', 'are': 'is'}.get(verb, f'{verb}s') } {rest}"
 
 
-def _nothing(spec: Spec, matches: Sequence[Match]) -> str:
-    """The error if nothing is learnt; it names the key that differs most often."""
+def _nothing_learnt(spec: Spec, matches: Sequence[Match]) -> str:
+    """The error if nothing is learnt; it names the key in which most runs differ."""
     often = Counter(key for one in matches for key in one.differing)
     hint = ""
     if often:

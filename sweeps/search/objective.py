@@ -1,11 +1,12 @@
-"""What a trial's runs are worth: metrics reduced over time, averaged over seeds.
+"""The value of a trial: metrics of its runs, reduced over time and averaged over seeds.
 
-A run that diverged is worth its objective's worst, +-inf, and not nothing: the sampler is to learn
-that one must not go there, which it cannot from a failed trial.
+A run that diverged has its objective's worst value, +-inf. Samplers learn from that to avoid its
+settings; from a failed trial they would learn nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,17 +21,17 @@ from sweeps.planning import budget
 from sweeps.search.config import Constraint, Objective, SearchConfig, constraints_of
 
 REPORTS = 50
-"""Most points of a curve that are reported to the study: each is an entry in the journal."""
+"""Most points of a curve that are reported to the study: each is a line of its journal."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Verdict:
-    """What a trial came to."""
+    """The result of a trial."""
 
     values: list[float] | None = None
-    """One per objective, the mean over seeds; None if a seed lacks one."""
+    """One per objective, the mean over seeds; None if a seed has none."""
     constraints: dict[str, float] = field(default_factory=dict)
-    """Text of each constraint -> by how much it is broken (<= 0: met)."""
+    """Text of each constraint -> how far its metric is beyond the bound (<= 0: it is met)."""
     by_seed: dict[str, list[float]] = field(default_factory=dict)
     """Seed -> its value of each objective."""
     reason: str | None = None
@@ -80,7 +81,7 @@ def _device_hours(run_dir: RunDir) -> float | None:
 
 
 def curve(metric: str, events: Sequence[dict[str, Any]], *, steps: int) -> dict[int, float]:
-    """Step -> value, as far as pruners hear of a run of so many steps: REPORTS at most."""
+    """Step -> value, at most REPORTS of them: what pruners get of a run of so many steps."""
     points: dict[int, float] = {}
     for event in events:
         due = max(points, default=-math.inf) + steps / REPORTS
@@ -91,22 +92,20 @@ def curve(metric: str, events: Sequence[dict[str, Any]], *, steps: int) -> dict[
 
 def judge(search: SearchConfig, runs: Sequence[RunDir]) -> Verdict:
     """Values and constraints of a trial from the run directories of its seeds."""
-    verdict, table = Verdict(), []
-    for run_dir in runs:
-        row = [_known(objective, run_dir) for objective in search.objectives]
-        if missing := [entry for entry in row if isinstance(entry, str)]:
-            verdict.reason = missing[0]
-            return verdict
-        table.append(row)
-        verdict.by_seed[str(run_dir.config().seed)] = row
-    for constraint in constraints_of(search):
-        entries = [_known(as_objective(constraint), run_dir) for run_dir in runs]
-        if missing := [entry for entry in entries if isinstance(entry, str)]:
-            verdict.reason = missing[0]
-            return verdict
-        verdict.constraints[constraint.text()] = constraint.excess(_mean(entries))
-    verdict.values = [_mean(column) for column in zip(*table, strict=True)]
-    return verdict
+    bounds = constraints_of(search)
+    rows = [[_value_or_reason(goal, run_dir) for goal in search.objectives] for run_dir in runs]
+    bounded = [[_value_or_reason(as_objective(b), run_dir) for run_dir in runs] for b in bounds]
+    entries = itertools.chain(*rows, *bounded)
+    if missing := next((entry for entry in entries if isinstance(entry, str)), None):
+        return Verdict(reason=missing)
+    return Verdict(
+        values=[_mean(column) for column in zip(*rows, strict=True)],
+        constraints={
+            bound.text(): bound.excess(_mean(values))
+            for bound, values in zip(bounds, bounded, strict=True)
+        },
+        by_seed={str(run.config().seed): row for run, row in zip(runs, rows, strict=True)},
+    )
 
 
 def as_objective(constraint: Constraint) -> Objective:
@@ -115,8 +114,8 @@ def as_objective(constraint: Constraint) -> Objective:
     return Objective(metric=constraint.metric, direction=direction)
 
 
-def _known(objective: Objective, run_dir: RunDir) -> Any:
-    """The run's value, or in words why there is none."""
+def _value_or_reason(objective: Objective, run_dir: RunDir) -> Any:
+    """The run's value, or as text why there is none."""
     if run_dir.ended() is None:
         status = run_dir.status()
         return f"{run_dir.run_id} is {status.state}" + (f": {status.error}" * bool(status.error))

@@ -1,4 +1,4 @@
-"""Optuna's own plots of a study as files: PNG and SVG, and HTML where plotly is installed.
+"""Optuna's own plots of a study as files: PNG and SVG, and HTML if plotly is installed.
 
 Not for: numbers (`results.py`).
 """
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST = 5
-"""Finished trials below which importances say nothing."""
+"""Least number of finished trials for importances."""
 LONGEST_LEGEND = 12
 PANEL_INCHES = 3.8
 
 
 @dataclass(kw_only=True, slots=True)
 class Plot:
-    """One picture: Optuna's function of this name, in either of its plotting modules."""
+    """One plot, drawn by the function of this name in either of Optuna's plotting modules."""
 
     name: str
     function: str
     options: dict[str, Any] = field(default_factory=dict)
     missing: str | None = None
-    """Why this study has no such picture."""
+    """Why this study has no such plot."""
 
 
 def draw(
     study: optuna.Study, *, goals: Sequence[Objective], folder: Path
 ) -> tuple[list[Path], list[str]]:
-    """Draw what this study has; the files, and a line for each picture that is left out."""
+    """Draw all plots of the study; the files, and a line for each plot that is left out."""
     shared.make_folder(folder)
     shown = _finite(study)
     written: list[Path] = []
@@ -62,10 +62,7 @@ def draw(
 
 
 def _finite(study: optuna.Study) -> optuna.Study:
-    """The study in memory; trials that ended at infinity, which has no place on an axis, as failed.
-
-    Numbers are as in the study.
-    """
+    """A copy in which trials with an infinite value, which no axis has, are failed ones."""
     copy = optuna.create_study(directions=study.directions, study_name=study.study_name)
     for trial in study.get_trials():
         if trial.state == TrialState.COMPLETE and not all(map(math.isfinite, trial.values)):
@@ -91,30 +88,30 @@ def _of_objective(
     goal: Objective, *, index: int, done: Sequence[FrozenTrial], several: bool
 ) -> Iterator[Plot]:
     n = f"{len(done)} finished trials"
-    shared = [key for key in _params(done) if all(key in trial.params for trial in done)]
-    one = None if len(shared) > 1 else "fewer than two parameters that every trial has"
+    common = [key for key in _params(done) if all(key in trial.params for trial in done)]
+    one = None if len(common) > 1 else "fewer than two parameters that every trial has"
     few = None if len(done) > 1 else n
-    shown: dict[str, Any] = {"target_name": goal.metric}
-    less = {**shown, "target": less_is_better(goal, index=index)}
+    options: dict[str, Any] = {"target_name": goal.metric}
+    minimised = {**options, "target": to_minimise(goal, index=index)}
     if several:
-        shown["target"] = functools.partial(_value, index=index)
+        options["target"] = functools.partial(_value, index=index)
     yield Plot(
         name="optimization-history",
         function="plot_optimization_history",
-        options=shown,
+        options=options,
         missing=None if done else n,
     )
     yield Plot(
         name="param-importances",
         function="plot_param_importances",
-        options=less,
+        options=minimised,
         missing=None if len(done) >= FEWEST else f"{n} of {FEWEST}",
     )
-    yield Plot(name="slice", function="plot_slice", options=shown, missing=few)
+    yield Plot(name="slice", function="plot_slice", options=options, missing=few)
     yield Plot(
         name="parallel-coordinate",
         function="plot_parallel_coordinate",
-        options={"params": shared, **shown},
+        options={"params": common, **options},
         missing=few or one,
     )
 
@@ -142,8 +139,8 @@ def _params(trials: Sequence[FrozenTrial]) -> list[str]:
     return list(dict.fromkeys(key for trial in trials for key in trial.params))
 
 
-def less_is_better(goal: Objective, *, index: int) -> Callable[[FrozenTrial], float]:
-    """What importances are computed of: they ask what makes it small."""
+def to_minimise(goal: Objective, *, index: int) -> Callable[[FrozenTrial], float]:
+    """The objective, with its sign such that less is better, as Optuna's importances need it."""
     return functools.partial(_value, index=index, sign=1 if goal.direction == "minimize" else -1)
 
 
@@ -153,14 +150,14 @@ def _value(trial: FrozenTrial, *, index: int, sign: int = 1) -> float:
 
 # drawing ----------------------------------------------------------------------------------------
 def _try(plot: Plot, study: optuna.Study, *, folder: Path, written: list[Path]) -> str | None:
-    """Draw one picture; why there is none, where Optuna cannot."""
+    """Draw one plot; if Optuna cannot, why."""
     try:
         with warnings.catch_warnings():  # experimental functions, axes of one value
             warnings.simplefilter("ignore")
             written += _still(plot, study, folder=folder)
             if visualization.is_available():
                 written.append(_live(plot, study, folder=folder))
-    except Exception as error:  # a picture that fails must not cost the results
+    except Exception as error:  # a plot that fails must not cost the results
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
@@ -186,7 +183,7 @@ def _still(plot: Plot, study: optuna.Study, *, folder: Path) -> list[Path]:
 
 
 def _tidy(figure: Figure) -> None:
-    """Optuna's sizes suit few trials and short names: labels of slices and long legends collide."""
+    """Avoid collisions of long labels and legends: Optuna's sizes suit few trials, short names."""
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     if len(panels) > 1:
         figure.set_size_inches(PANEL_INCHES * len(panels), 4.8)

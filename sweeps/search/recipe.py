@@ -1,7 +1,7 @@
 """A frozen RunConfig -> the shortest command line, or experiment file, that gives it again.
 
-Choices (`model=tiny`) come first, then every knob that applies and is not as they leave it. Not
-for: anything about trials (`results.py`).
+Options of groups (`model=tiny`) come first, then each knob that applies and has another value than
+they give it. Not for: anything about trials (`results.py`).
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import schema, typos
 from experiments.labels import OPTIONS
 from relora_core import data
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, walk
 
 NAMES = ("experiment", "model.name", "relora.name")
-"""Given by the choice of an option, and of no effect."""
+"""Set by the choice of an option; without any effect."""
 FILLED_IN = ("data.fingerprint", *(f"eval.{name}.fingerprint" for name in EVALS))
-"""Written by planning, from what the paths lead to."""
+"""Written by planning, from the files at the paths."""
 MEASURED = ("eval", "dynamics")
-"""Groups that leave no label in a config: the option that explains most values is taken."""
+"""Groups whose option is not named in a config: the one that gives most of its values is taken."""
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
-_WORDS = ("true", "false", "null", "inf", "nan", "yes", "no", "on", "off", "y", "n")
+_RESERVED = ("true", "false", "null", "inf", "nan", "yes", "no", "on", "off", "y", "n")
 
 
 @dataclass(kw_only=True, slots=True)
 class Recipe:
-    """Config groups with their options, and the knobs that differ from what these compose to."""
+    """Options of config groups, and the knobs with other values than these give them."""
 
     choices: dict[str, str]
     values: dict[str, Any]
 
 
 def recipe(config: RunConfig) -> Recipe:
-    """The choices and values that compose to `config`, up to what planning fills in."""
-    from experiments import typos
-
+    """The choices and values that compose to `config`, but for what planning fills in."""
     chosen = _labelled(config)
     base = _composed(chosen)
     for group in MEASURED:
@@ -56,23 +55,17 @@ def recipe(config: RunConfig) -> Recipe:
 
 
 def _composed(choices: Mapping[str, str]) -> RunConfig:
-    """What the options alone give; not to be changed."""
-    from experiments import typos
-
+    """What the options alone compose to; not to be changed."""
     return _compose_once(tuple(_texts(choices)), typos.CONF)
 
 
 @functools.cache
 def _compose_once(texts: tuple[str, ...], conf: Path) -> RunConfig:
-    from experiments import schema
-
     return schema.compose(list(texts))
 
 
 def _labelled(config: RunConfig) -> dict[str, str]:
-    """Group -> option, as far as the config's own labels say; the defaults do for the others."""
-    from experiments import typos
-
+    """Group -> option, of the groups whose option is named in the config."""
     names = {group: get(config, key) for group, key in OPTIONS.items()}
     if config.method != "relora":
         del names["relora"]
@@ -80,20 +73,20 @@ def _labelled(config: RunConfig) -> dict[str, str]:
 
 
 def _differences(config: RunConfig, base: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value of the knobs that have an effect and are not as in `base`."""
+    """Dotted key -> value of the knobs that have an effect and another value in `base`."""
     differences = {}
     for key, f, value in walk(config):
         if key in (*NAMES, *FILLED_IN) or key.startswith("sweep."):
             continue
         if applies(f.metadata, config) and value != get(base, key):
             differences[key] = value
-    if _is_the_datas_own(config, base):
+    if _is_filled_in(config, base):
         differences.pop("model.vocab_size", None)
     return differences
 
 
-def _is_the_datas_own(config: RunConfig, base: RunConfig) -> bool:
-    """Whether planning would fill in this vocabulary; only the grammar's costs nothing to know."""
+def _is_filled_in(config: RunConfig, base: RunConfig) -> bool:
+    """Whether planning would fill in this vocabulary; asked only of the grammar, which is quick."""
     if base.model.vocab_size is not None or config.data.kind != "grammar":
         return False
     return data.inspect(config.data).vocab_size == config.model.vocab_size
@@ -133,7 +126,7 @@ def _in_quotes(text: str) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    return _PLAIN.fullmatch(text) is not None and text.lower() not in _WORDS
+    return _PLAIN.fullmatch(text) is not None and text.lower() not in _RESERVED
 
 
 # as an experiment file --------------------------------------------------------------------------
@@ -184,8 +177,6 @@ def _scalar(value: Any) -> str:
 
 def experiment_path(word: str) -> Path:
     """`lr` -> conf/experiment/lr.yaml, a path as it is; ConfigError unless it can be written."""
-    from experiments import typos
-
     path = Path(word)
     if path.suffix not in (".yaml", ""):
         raise ConfigError(f"--write-experiment must be a name or a .yaml file, got {word!r}")

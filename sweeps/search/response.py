@@ -1,4 +1,4 @@
-"""How each arm of a search responds to what it tunes: its best, the loss over the rate, the edges.
+"""How each arm of a search responds to what it tunes: its best, objective over rate, edges.
 
 Not for: one arm in full (`results.py`), nor files (`response_files.py`).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,26 @@ from typing import Any
 from experiments import stats
 from sweeps.search import results, samplers
 from sweeps.search.arms import arm_folders
-from sweeps.search.config import Objective
 from sweeps.search.results import Best, Results, TrialRow
-from sweeps.search.space import Choice, Dimension, Float
+from sweeps.search.space import Choice, Dimension
 from sweeps.search.spec import Spec
 
 RATE = "train.lr"
 NEAR = 0.05
-"""Share of an interval within which a value is at its end."""
+"""A value is at an end of an interval within this share of it."""
 TESTED = ("complete", "pruned", "learnt")
-"""States of trials that say something about their values."""
+"""States of trials that have tested their settings."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Arm:
-    """One arm as far as it is tuned."""
+    """One arm, as far as it is tuned."""
 
     name: str
     results: Results
     space: dict[str, Dimension]
     seeds: list[int]
-    """That each trial ran."""
+    """Those of each trial."""
     n_trials: int
     """In all; of a grid not more than it has points."""
 
@@ -46,13 +45,17 @@ class Arm:
 
     @property
     def done(self) -> int:
-        """Trials that have ended."""
+        """How many trials have ended."""
         return sum(n for state, n in self.results.counts.items() if state != "running")
 
     @property
     def edges(self) -> list[str]:
-        """Keys at which the best lies at an end of what was tried, in words."""
-        return list(_edges(self))
+        """A line for each key at which the best is at an end of what was tried."""
+        return [
+            f"{key}={value:.4g} is the {end} of {self.space[key].text()}"
+            for key, value in (self.best.params if self.best else {}).items()
+            if key in self.space and (end := _end(key, value, self))
+        ]
 
 
 def read(folder: Path | str) -> list[Arm]:
@@ -73,21 +76,12 @@ def read(folder: Path | str) -> list[Arm]:
 
 
 # edges ------------------------------------------------------------------------------------------
-def _edges(arm: Arm) -> Iterator[str]:
-    if arm.best is None:
-        return
-    for key, value in arm.best.params.items():
-        dimension = arm.space.get(key)
-        if dimension is None or (end := _end(key, value, arm, dimension)) is None:
-            continue
-        yield f"{key}={value:.4g} is the {end} of {dimension.text()}"
-
-
-def _end(key: str, value: Any, arm: Arm, dimension: Dimension) -> str | None:
-    """`lowest` or `highest`, if nothing beyond the value was tried, or it is at the very end."""
+def _end(key: str, value: Any, arm: Arm) -> str | None:
+    """`lowest` or `highest` if nothing beyond the value was tried, or the interval ends there."""
+    dimension = arm.space[key]
     listed = dimension.values if isinstance(dimension, Choice) else None
     if listed is not None and (len(listed) < 3 or not all(map(_is_number, listed))):
-        return None  # an end of two values says nothing, and words have none
+        return None  # one of two values is always at an end, and text has no order
     rows = [row for row in arm.results.trials if row.state in TESTED]
     tried = [row.params[key] for row in rows if key in row.params]
     if len(set(tried)) < 3:
@@ -109,20 +103,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# lines ------------------------------------------------------------------------------------------
+# tables -----------------------------------------------------------------------------------------
 def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """A row for each trial that has a value, by arm and rate."""
-    found = []
-    for arm in arms:
-        goal = arm.results.goals[0]
-        for trial in arm.results.trials:
-            if trial.state in TESTED and trial.values:
-                found.append(_row(arm, trial, goal))
-    return found
+    """A row for each trial that has a value."""
+    return [_row(arm, trial) for arm in arms for trial in arm.results.trials if trial.values]
 
 
-def _row(arm: Arm, trial: TrialRow, goal: Objective) -> dict[str, Any]:
-    values = seed_values(trial)
+def _row(arm: Arm, trial: TrialRow) -> dict[str, Any]:
+    goal, values = arm.results.goals[0], seed_values(trial)
     interval = stats.mean_interval(values) if values else None
     return {
         "arm": arm.name,
@@ -143,23 +131,26 @@ def seed_values(trial: TrialRow) -> list[float]:
 
 
 def best_row(arm: Arm) -> dict[str, Any]:
-    """An arm's best: what it is worth, its interval, its settings, whether at an edge."""
+    """An arm's best trial: its value with interval, its settings, the edges."""
     goal, best = arm.results.goals[0], arm.best
-    row: dict[str, Any] = {"arm": arm.name, "trials": arm.done, "of": arm.n_trials}
     low, high = best.intervals.get(goal.metric, (None, None)) if best else (None, None)
-    row |= {
+    row = {
+        "arm": arm.name,
+        "trials": arm.done,
+        "of": arm.n_trials,
         "metric": goal.metric,
         "mean": best.values[goal.metric] if best else None,
         "low": low,
         "high": high,
         "seeds": " ".join(map(str, arm.seeds)),
         "trial": best.number if best else None,
+        "edges": "; ".join(arm.edges),
     }
-    return row | {"edges": "; ".join(arm.edges)} | (best.params if best else {})
+    return row | (best.params if best else {})
 
 
 def to_csv(table: Sequence[dict[str, Any]]) -> str:
-    """A line a row; what a row does not have is empty."""
+    """A column for each key; empty in rows that lack it."""
     text, heads = io.StringIO(), list(dict.fromkeys(key for row in table for key in row))
     writer = csv.DictWriter(text, heads, restval="")
     writer.writeheader()
@@ -168,9 +159,6 @@ def to_csv(table: Sequence[dict[str, Any]]) -> str:
 
 
 def rates(arm: Arm) -> list[float]:
-    """Different rates of its trials that have a value."""
-    dimension = arm.space.get(RATE)
-    if not isinstance(dimension, (Float, Choice)):
-        return []
-    trials = [trial for trial in arm.results.trials if trial.values and trial.state in TESTED]
-    return sorted({trial.params[RATE] for trial in trials if RATE in trial.params})
+    """The rates of its trials that have a value, each once, ascending."""
+    trials = arm.results.trials
+    return sorted({t.params[RATE] for t in trials if t.values and RATE in t.params})

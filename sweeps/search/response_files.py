@@ -1,8 +1,8 @@
-"""What a search with arms leaves as files: its tables, and how each arm responds to its rate.
+"""The files of a search with arms.
 
-    study/arms.csv        a line for each arm: its best setting, what it is worth, at an edge or not
-         /response.csv    a line for each trial: rate, other values, objective with interval
-         /plots/response  the objective over the rate, a panel an arm, on common axes
+    study/arms.csv        a row for each arm: its best settings, their objective, edges
+         /response.csv    a row for each trial: settings, objective with interval
+         /plots/response  the objective over the rate, a panel for each arm, on common axes
 
 Not for: their numbers (`response.py`).
 """
@@ -33,12 +33,11 @@ from sweeps.search.results import TrialRow
 COLUMNS = 4
 LONGEST_NAME = 30
 MOST_LINES = 4
-"""Settings of the other keys that have a line each; more are dots alone."""
+"""Most settings of the other keys that have a line each; more have dots only."""
 
 
 def write(arms: Sequence[Arm], folder: Path | str) -> tuple[list[Path], list[str]]:
-    """All files of a search with arms: its own, and each arm's best and trials. Those written, and
-    a line on a picture that could not be made."""
+    """Write them, and each arm's best and trials; the files, and a line if the plot has failed."""
     folder, written = Path(folder), []
     for arm, place in zip(arms, arm_folders(folder).values(), strict=True):
         if arm.results.trials:
@@ -50,19 +49,19 @@ def write(arms: Sequence[Arm], folder: Path | str) -> tuple[list[Path], list[str
             written.append(folder / name)
     try:
         return written + draw(arms, folder=folder / "plots"), []
-    except Exception as error:  # a picture that fails must not cost the results
+    except Exception as error:  # a plot that fails must not cost the results
         return written, [f"no response: {one_line(error)}"]
 
 
 def draw(arms: Sequence[Arm], *, folder: Path) -> list[Path]:
-    """The objective over the rate as PNG and SVG; nothing where no arm has tried two rates."""
+    """Draw the objective over the rate as PNG and SVG, unless no arm has tried two rates."""
     if not any(len(rates(arm)) > 1 for arm in arms):
         return []
     made = canvas.produce("response", title="", draw=lambda: figure(arms), folder=folder)
     return [path for path in (made.png, made.svg) if path]
 
 
-# the picture ------------------------------------------------------------------------------------
+# the plot ---------------------------------------------------------------------------------------
 def figure(arms: Sequence[Arm]) -> Drawing:
     """Each arm's objective over the rate, with intervals over seeds; its best is marked."""
     drawn = [arm for arm in arms if rates(arm)]
@@ -93,7 +92,7 @@ def figure(arms: Sequence[Arm]) -> Drawing:
 
 
 def limits(arms: Sequence[Arm]) -> tuple[float, float]:
-    """Ends of the common axis: the best, and well beyond the typical; what diverged is off it."""
+    """Ends of the common axis: from the best to well beyond the median, not to what diverged."""
     minimize = arms[0].results.goals[0].direction == "minimize"
     values = [
         trial.values[0]
@@ -103,8 +102,8 @@ def limits(arms: Sequence[Arm]) -> tuple[float, float]:
     ]
     sign = 1.0 if minimize else -1.0
     costs = sorted(sign * value for value in values) or [0.0]
-    best, typical = costs[0], statistics.median(costs)
-    worst = min(costs[-1], best + 3 * (typical - best)) if len(costs) > 1 else best
+    best = costs[0]
+    worst = min(costs[-1], best + 3 * (statistics.median(costs) - best))
     margin = 0.08 * (worst - best) or 0.05 * abs(best) or 1.0
     ends = sorted((sign * (best - margin), sign * (worst + margin)))
     return ends[0], ends[1]
@@ -124,18 +123,17 @@ def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
         line = lined and (len(trials) > 2 or len(groups) == 1)
         _trials(ax, trials, colour=colour, line=line, low=low, high=high, label=label)
     if best := arm.best:
-        trial = arm.results.trial(best.number)
-        rate, value = trial.params[RATE], best.values[arm.results.goals[0].metric]
+        rate, value = best.params[RATE], best.values[arm.results.goals[0].metric]
         ax.plot([rate], [value], "*", color=canvas.DARK, markersize=11, zorder=5, clip_on=False)
     title = arm.name if len(arm.name) <= LONGEST_NAME else f"{arm.name[: LONGEST_NAME - 3]}..."
-    edge = any(words.startswith(f"{RATE}=") for words in arm.edges)
+    edge = any(line.startswith(f"{RATE}=") for line in arm.edges)
     ax.set_title(f"{title} (best at the edge)" if edge else title, color="#b3261e" if edge else "k")
     if lined and any(groups):  # a group without a label has no other keys
         ax.legend(loc="best", fontsize=7.5, handlelength=1.2, borderaxespad=0.2)
 
 
 def _envelope(arm: Arm) -> tuple[list[float], list[float]]:
-    """Each rate that was tried with the best of its values, whatever the other keys were."""
+    """The rates that were tried, and the best value at each, whatever the other keys were."""
     pick = min if arm.results.goals[0].direction == "minimize" else max
     best: dict[float, float] = {}
     for trial in arm.results.trials:
@@ -155,31 +153,28 @@ def _trials(
     high: float,
     label: str,
 ) -> None:
-    """One setting of the other keys: its curve, dots with intervals, marks at what is off the
-    axis."""
-    inside = [t for t in trials if t.values and low <= t.values[0] <= high]
-    points = [(t.params[RATE], t.values[0]) for t in inside if t.values]
+    """One setting of the other keys: a line, dots with intervals, marks at what is off the axis."""
+    points = [(t, t.params[RATE], t.values[0]) for t in trials if t.values]
     if line:
-        finite = [t for t in trials if t.values and math.isfinite(t.values[0])]
-        rates_, values = [t.params[RATE] for t in finite], [t.values[0] for t in finite if t.values]
-        ax.plot(rates_, values, "-", color=colour, linewidth=1.2)
+        finite = [point[1:] for point in points if math.isfinite(point[2])]
+        ax.plot([x for x, _ in finite], [y for _, y in finite], "-", color=colour, linewidth=1.2)
     ax.plot([], [], "o-" if line else "o", color=colour, markersize=4, label=label)
-    for trial, (rate, value) in zip(inside, points, strict=True):
+    for trial, rate, value in points:
+        if not low <= value <= high:
+            end = low if value < low else high
+            shape = "x" if math.isinf(value) else "^" if end == high else "v"
+            ax.plot([rate], [end], shape, color=colour, markersize=5, clip_on=False)
+            continue
         ax.plot([rate], [value], "o", color=colour, markersize=4)
         values = seed_values(trial)
         interval = stats.mean_interval(values) if values else None
         if interval and interval.low is not None and interval.high is not None:
             ends = [max(interval.low, low), min(interval.high, high)]
             ax.plot([rate, rate], ends, "-", color=colour, linewidth=1.0, alpha=0.6)
-    for trial in trials:
-        if trial not in inside and trial.values:
-            off = low if trial.values[0] < low else high
-            shape = "x" if math.isinf(trial.values[0]) else "^" if off == high else "v"
-            ax.plot([trial.params[RATE]], [off], shape, color=colour, markersize=5, clip_on=False)
 
 
 def _others(trial: TrialRow) -> list[tuple[bool, Any]]:
-    """What to sort trials by: the values of all keys but the rate, numbers before text."""
+    """The values of all keys but the rate, for sorting: numbers before text."""
     values = [value for key, value in trial.params.items() if key != RATE]
     return [(False, v) if isinstance(v, (int, float)) else (True, str(v)) for v in values]
 

@@ -1,4 +1,4 @@
-"""What a search found: the trials, the best of them, and its artifacts in the study's folder.
+"""The results of a study: its trials, the best of them, and files in its folder.
 
     best.json             best trial, or Pareto front, with the commands that run it again
     best.yaml             the same as an experiment file (several objectives: best-<trial>.yaml)
@@ -6,7 +6,7 @@
     plots/                Optuna's own (plots.py)
 
 Numbers come from the study and from the run directories of its trials. Not for: the table that
-people see (`sweeps/commands/search.py`), nor for asking or telling (`study.py`).
+people see (`sweeps/commands/search.py`), nor for changing the study (`study.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import io
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +56,8 @@ class TrialRow:
 
     number: int
     state: str
-    """`complete`, `pruned`, `fail`, `running`, `refused` (drawn, and not worth running), or
-    `learnt`: a run of an earlier sweep."""
+    """`complete`, `pruned`, `fail`, `running`, `refused` (drawn, but not worth running), or
+    `learnt` (from an earlier sweep)."""
     counted: bool
     """Whether it is one of n_trials."""
     values: list[float] | None
@@ -94,7 +95,7 @@ class Best:
     command: str | None
     """None if its run directories were removed."""
     learnt_from: str | None = None
-    """The earlier sweep that ran it, where the search has not."""
+    """The earlier sweep that ran it, if the search has not."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,13 +105,13 @@ class Results:
     name: str
     goals: list[Objective]
     n_trials: int
-    """Trials in all, as the study was asked for."""
+    """Trials in all, as asked for."""
     counts: dict[str, int]
-    """State -> trials that count."""
+    """State -> number of trials, of those that count."""
     trials: list[TrialRow]
-    """All that were drawn."""
+    """All that were drawn or learnt."""
     best: list[Best]
-    """One, or the Pareto front by its first objective; none if no trial is good."""
+    """One, or the Pareto front, best in the first objective first; none if no trial is good."""
     importances: dict[str, dict[str, float]]
     """Metric -> parameter -> share."""
     pruned_steps: int
@@ -118,7 +119,7 @@ class Results:
     saved_steps: int
     """... and those that they were spared."""
     notes: list[str]
-    """What its plan says, one line each."""
+    """Of its plan, one line each."""
 
     @property
     def all_failed(self) -> bool:
@@ -147,20 +148,17 @@ def read(folder: Path | str) -> tuple[Results, optuna.Study]:
 def collect(
     study: optuna.Study, config: SearchConfig, *, name: str, output_dir: Path | str
 ) -> Results:
-    """Collect all results of a study. Reads only."""
+    """The results of a study. Reads only."""
     goals: list[Objective] = config.objectives
     drawn = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     rows = [_row(trial, config, output_dir=output_dir) for trial in drawn]
-    counts: dict[str, int] = {}
-    for row in (row for row in rows if row.counted):
-        counts[row.state] = counts.get(row.state, 0) + 1
     chosen = best_rows(rows, directions=[goal.direction for goal in goals])
     pruned = [row for row in rows if row.state == "pruned"]
     return Results(
         name=name,
         goals=goals,
         n_trials=config.n_trials,
-        counts=counts,
+        counts=dict(Counter(row.state for row in rows if row.counted)),
         trials=rows,
         best=[_best(row, goals=goals, output_dir=output_dir) for row in chosen],
         importances=importances(study, goals=goals),
@@ -171,7 +169,7 @@ def collect(
 
 
 def _notes(name: str, *, output_dir: Path | str) -> list[str]:
-    """Of the plan, which the first trial begins."""
+    """Of the plan; the first trial writes it."""
     plans = read_sweeps(output_dir, [name])
     return plans[name].notes if plans else []
 
@@ -186,7 +184,7 @@ def _row(trial: FrozenTrial, config: SearchConfig, *, output_dir: Path | str) ->
         number=trial.number,
         state="learnt" if learnt else "refused" if "refused" in attrs else trial.state.name.lower(),
         counted=begun and attrs.get("counted", True),
-        # Of a pruned trial Optuna gives the newest report, which is of another metric.
+        # Of a pruned trial Optuna has the newest report, which may be of another metric.
         values=None if trial.state.name == "PRUNED" else trial.values,
         params=attrs.get("params", trial.params),
         feasible=all(excess <= 0 for excess in trial.constraints.values()),
@@ -266,7 +264,7 @@ def _best(row: TrialRow, *, goals: Sequence[Objective], output_dir: Path | str) 
 
 
 def config_of(row: TrialRow, *, output_dir: Path | str) -> RunConfig | None:
-    """What the trial's first seed ran."""
+    """The config of the trial's first run that is still there."""
     runs = [run_at(output_dir, run.run_id) for run in row.runs]
     return next((config for config in map(_config, runs) if config), None)
 
@@ -283,30 +281,30 @@ def importances(study: optuna.Study, *, goals: Sequence[Objective]) -> dict[str,
         return {}
     by_metric = {}
     for i, goal in enumerate(goals):
-        with warnings.catch_warnings():  # that a target is minimised: it is
+        with warnings.catch_warnings():  # that it takes the target to be minimised: it is
             warnings.simplefilter("ignore")
             by_metric[goal.metric] = optuna.importance.get_param_importances(
-                study, target=plots.less_is_better(goal, index=i)
+                study, target=plots.to_minimise(goal, index=i)
             )
     return by_metric
 
 
-# artifacts --------------------------------------------------------------------------------------
+# files ------------------------------------------------------------------------------------------
 def write_results(folder: Path | str) -> list[Path]:
-    """Write every artifact of the study in `folder`; the files that were written."""
+    """Write all files of the study in `folder`; those that were written."""
     results, study = read(folder)
     return write(results, study=study, folder=Path(folder))[0]
 
 
 def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[Path], list[str]]:
-    """Write the artifacts; the files, and a line for each plot that could not be made."""
+    """Write all files; those that were written, and a line for each plot that is left out."""
     written = write_data(results, folder=folder)
     drawn, left_out = plots.draw(study, goals=results.goals, folder=folder / "plots")
     return written + drawn, left_out
 
 
 def write_data(results: Results, *, folder: Path) -> list[Path]:
-    """Write the artifacts but the plots; the files."""
+    """Write all files but the plots; those that were written."""
     written = [folder / "best.json", folder / "trials.csv"]
     atomic.write_json(written[0], best_json(results))
     atomic.write_text(written[1], trials_csv(results))
@@ -325,14 +323,14 @@ def write_data(results: Results, *, folder: Path) -> list[Path]:
 
 
 def best_json(results: Results) -> dict[str, Any]:
-    """What best.json says: the results without the list of all trials."""
+    """The results without the list of all trials."""
     values = dataclasses.asdict(results)
     del values["trials"]
     return values
 
 
 def trials_csv(results: Results) -> str:
-    """A line per trial; parameters that a trial does not have are empty."""
+    """A row for each trial; parameters that it does not have are empty."""
     params = list(dict.fromkeys(key for row in results.trials for key in row.params))
     heads = ["number", "state", *(g.metric for g in results.goals), *params]
     heads += ["counted", "feasible", "step", "steps", "seconds", "run_ids", "reason"]
@@ -375,5 +373,5 @@ def experiment_text(
 
 
 def file_name(name: str) -> str:
-    """A study's name as that of an option of a config group."""
+    """A study's name with the characters that a config group's options may have."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)

@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners by name, their options checked against what they accept."""
+"""Optuna's samplers and pruners by name, with checked options, and its form of dimensions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PICKLED = {
     "cmaes": ("CMA", "SepCMA", "CMAwM"),
     "numpy": ("_reconstruct", "dtype", "ndarray", "scalar"),
 }
-"""What the state of cmaes's optimizers consists of, by package."""
+"""Classes and functions in the state of cmaes's optimizers, by package."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -43,7 +43,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class CmaEsSampler(optuna.samplers.CmaEsSampler):
-    """Optuna's, which would unpickle from a trial of the study whatever a stranger put there."""
+    """Optuna's would unpickle whatever a stranger has put into a trial."""
 
     def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
         key = self._attr_key_optimizer
@@ -56,8 +56,7 @@ class CmaEsSampler(optuna.samplers.CmaEsSampler):
 
 
 class GridSampler(optuna.samplers.GridSampler):
-    """Optuna's, which gives trial n the n-th point, though a grid that has grown, or that has
-    learnt, may have been there."""
+    """Optuna's gives trial n the n-th point, which a grid that grew or learnt may have tried."""
 
     def __init__(
         self,
@@ -66,24 +65,24 @@ class GridSampler(optuna.samplers.GridSampler):
         *,
         per_decade: int | None = None,
     ) -> None:
-        """`per_decade` has made the search space (`_grid`)."""
+        """`per_decade` is an option of `_grid`, which has made the search space."""
         super().__init__(search_space, seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         if trial.number not in self._get_unvisited_grid_ids(study):
             trial = copy.copy(trial)
-            trial.number = self._n_min_trials  # now it looks for one
+            trial.number = self._n_min_trials  # beyond the grid, it looks for a point that is left
         super().before_trial(study, trial)
 
     def ids(self, trial: FrozenTrial) -> list[int]:
-        """Grid points with the trial's parameters; several if it lacks some."""
+        """The grid points with the trial's parameters; several if it lacks some."""
         return [id_ for id_ in range(self._n_min_trials) if self._is_at(id_, trial)]
 
     def knows(self, trial: FrozenTrial) -> bool:
         """Whether the grid point stored with the trial is of this grid and has its parameters."""
-        noted = trial.system_attrs
-        same = self._same_search_space(noted["search_space"])
-        return same and self._is_at(noted["grid_id"], trial)
+        attrs = trial.system_attrs
+        same = self._same_search_space(attrs["search_space"])
+        return same and self._is_at(attrs["grid_id"], trial)
 
     def _is_at(self, id_: int, trial: FrozenTrial) -> bool:
         point = dict(zip(self._param_names, self._all_grids[id_], strict=True))
@@ -128,14 +127,14 @@ _NOT_TEXT = (
     "source_trials",
     "weights",
 )
-"""Options that are objects, or that the search sets itself."""
+"""Options that take objects, or that the search sets itself."""
 _SINGLE = ("cmaes",)
 """Samplers for one objective only."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:
-    """What Optuna calls a dimension."""
+    """The dimension as Optuna's."""
     if isinstance(dimension, Choice):
         return CategoricalDistribution([encode(value) for value in dimension.values])
     if isinstance(dimension, Int):
@@ -179,8 +178,10 @@ def decode(dimension: Dimension, stored: Any) -> Any:
 def make_sampler(
     config: SearchConfig, *, space: Mapping[str, Dimension], draw: int
 ) -> optuna.samplers.BaseSampler:
-    """The sampler for the draw of this number. Each draw has a seed of its own: processes that
-    began alike would all draw the same."""
+    """The sampler for the draw of this number.
+
+    Each draw has a seed of its own: processes that began alike would all draw the same.
+    """
     name, options = config.sampler["name"], _options(config.sampler)
     own = (config.seed * 1_000_003 + draw) % 2**32
     if name == "grid":
@@ -194,32 +195,31 @@ def make_sampler(
 def grid_points(
     trials: Sequence[FrozenTrial], config: SearchConfig, *, space: Mapping[str, Dimension]
 ) -> dict[int, dict[str, Any]]:
-    """Trial -> its note of the grid's point that it is at, for all of them; empty where the notes
-    are right as they are."""
+    """Number of a trial -> attributes with its point of the grid; empty if all are right."""
     if config.sampler["name"] != "grid":
         return {}
     grid = make_sampler(config, space=space, draw=0)
     assert isinstance(grid, GridSampler)
-    here = [t for t in trials if "grid_id" in t.system_attrs or ("learnt" in t.user_attrs)]
+    here = [t for t in trials if "grid_id" in t.system_attrs or "learnt" in t.user_attrs]
     if all(grid.knows(t) if "grid_id" in t.system_attrs else not grid.ids(t) for t in here):
         return {}
-    notes, taken = {}, set()
+    attrs, taken = {}, set()
     for trial in sorted(here, key=lambda t: ("params" not in t.user_attrs, t.number)):
         if ids := grid.ids(trial):
             id_ = next((id_ for id_ in ids if id_ not in taken), ids[0])
             taken.add(id_)
-            notes[trial.number] = {"grid_id": id_, "search_space": grid._search_space}
-    return notes
+            attrs[trial.number] = {"grid_id": id_, "search_space": grid._search_space}
+    return attrs
 
 
 def points_visited(
     trials: Sequence[FrozenTrial], config: SearchConfig, *, space: Mapping[str, Dimension]
 ) -> set[int]:
-    """Points of the grid, as it is now, that trials have been given."""
+    """Ids of the points of the grid, as it is now, that trials have."""
     grid = make_sampler(config, space=space, draw=0)
     assert isinstance(grid, GridSampler)
-    noted = [t.system_attrs for t in trials if "grid_id" in t.system_attrs]
-    return {one["grid_id"] for one in noted if grid._same_search_space(one["search_space"])}
+    attrs = [t.system_attrs for t in trials if "grid_id" in t.system_attrs]
+    return {one["grid_id"] for one in attrs if grid._same_search_space(one["search_space"])}
 
 
 def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
@@ -230,7 +230,7 @@ def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
 def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> None:
     """ConfigError if the sampler or pruner cannot be made, or cannot do this search."""
     name = config.sampler["name"]
-    _check_options("search.sampler", config.sampler, _SAMPLERS[name], given=("seed",))
+    _check_options("search.sampler", config.sampler, _SAMPLERS[name], hidden=("seed",))
     _check_options("search.pruner", config.pruner, _PRUNERS[config.pruner["name"]])
     if name in _SINGLE and len(config.objectives) > 1:
         raise ConfigError(
@@ -247,14 +247,14 @@ def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> Non
 
 
 def n_trials(config: SearchConfig, *, space: Mapping[str, Dimension]) -> int:
-    """Trials that the search will have: as asked for, but of a grid not more than its points."""
+    """How many trials the search will have: `config.n_trials`, of a grid at most all its points."""
     if config.sampler["name"] != "grid":
         return config.n_trials
     return min(config.n_trials, grid_size(config, space=space))
 
 
 def grid_size(config: SearchConfig, *, space: Mapping[str, Dimension]) -> int:
-    """Points of the full grid."""
+    """How many points the full grid has."""
     grid = _grid(space, per_decade=config.sampler.get("per_decade"))
     return math.prod(map(len, grid.values()))
 
@@ -286,8 +286,10 @@ def _grid(space: Mapping[str, Dimension], *, per_decade: Any = None) -> dict[str
 
 
 def lattice(dimension: Int | Float, *, per_decade: int) -> list[Any]:
-    """10 ** (k / per_decade), to three digits, for all k with a value in the interval: a wider one
-    has all of these, so that its grid goes on with theirs, and arms share what they try."""
+    """The values 10 ** (k / per_decade), k whole, to three digits, that lie in the interval.
+
+    They do not depend on its ends: a wider interval has all of them, and arms share theirs.
+    """
     low, high = dimension.low, dimension.high
     first = math.floor(math.log10(low) * per_decade)
     last = math.ceil(math.log10(high) * per_decade)
@@ -303,13 +305,13 @@ def _options(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(
-    key: str, named: Mapping[str, Any], cls: type, *, given: tuple[str, ...] = ()
+    key: str, named: Mapping[str, Any], cls: type, *, hidden: tuple[str, ...] = ()
 ) -> None:
-    """`given` are options that the search sets itself."""
+    """ConfigError if `cls` has no such option, or needs another; the search sets `hidden` ones."""
     options = {
         p.name: p
         for p in inspect.signature(cls.__init__).parameters.values()
-        if p.name not in ("self", *_NOT_TEXT, *given)
+        if p.name not in ("self", *_NOT_TEXT, *hidden)
         and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
     for option in named:

@@ -1,6 +1,6 @@
-"""The space that a search draws from, in a form that knows neither Hydra nor how to sample.
+"""The space that a search draws from: dimensions, conditions, and configs at its points.
 
-Hydra's grammar is parsed in `hydra_plugins`; `samplers.py` makes Optuna's distributions of these.
+Not for: Hydra's grammar (`hydra_plugins`), nor sampling (`samplers.py`).
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from relora_core.config import (
 )
 
 MAX_FINITE = 10_000
-"""More values than this are no grid."""
+"""Most values of a dimension that is listed in full."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Choice:
-    """One of these, in no order."""
+    """One of several values, which have no order."""
 
     values: list[Any]
 
     def finite(self) -> list[Any] | None:
+        """All values; None if there are too many or they are continuous."""
         return self.values
 
     def contains(self, value: Any) -> bool:
         return _plain(value) in map(_plain, self.values)
 
     def nearest(self, value: Any) -> Any:
-        """The value of this dimension closest to one that it does not contain; None: unclear."""
+        """The value that is closest to one outside; None if that is unclear."""
         return None
 
     def text(self) -> str:
         """As the user would write it."""
-        return f"choice({', '.join(map(_word, self.values))})"
+        return f"choice({', '.join(map(_spell, self.values))})"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,12 +130,12 @@ Dimension = Choice | Int | Float
 
 
 def _decimal(value: float | None) -> Decimal:
-    """The number that a person has written, not its nearest binary fraction."""
+    """The number as it was written, not the nearest binary fraction."""
     return Decimal(repr(value))
 
 
 def _number(value: float) -> str:
-    """The shortest text that is read as the same number."""
+    """The shortest text that reads as the same number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -145,7 +146,7 @@ def _plain(value: Any) -> str:
     return json.dumps(int(value) if is_integer else value)
 
 
-def _word(value: Any) -> str:
+def _spell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -161,13 +162,13 @@ def from_json(raw: Mapping[str, Any]) -> Dimension:
 
 # checks -----------------------------------------------------------------------------------------
 def check_dimension(key: str, dimension: Dimension) -> None:
-    """ConfigError, naming search.space.<key>, where nothing could be drawn from it."""
+    """ConfigError if nothing can be drawn from the dimension of this key."""
     name = f"search.space.{key}"
     if isinstance(dimension, Choice):
-        words = [_plain(value) for value in dimension.values]
-        if not words:
+        texts = [_plain(value) for value in dimension.values]
+        if not texts:
             raise ConfigError(f"{name} must have at least one value, got choice()")
-        if twice := [word for word in words if words.count(word) > 1]:
+        if twice := [text for text in texts if texts.count(text) > 1]:
             raise ConfigError(f"{name} must have different values, got {twice[0]} twice")
         return
     low, high, step = dimension.low, dimension.high, dimension.step
@@ -192,7 +193,8 @@ def check_space(
     when: Mapping[str, str],
     config: RunConfig,
 ) -> None:
-    """ConfigError at the first key that is no knob, or has values of another type."""
+    """ConfigError at the first key that is neither a knob nor a group, has values of another type,
+    or has a condition that cannot be met."""
     if not space:
         raise ConfigError("search.space must have at least one key, got nothing")
     for key, dimension in space.items():
@@ -253,7 +255,7 @@ def _check_type(key: str, dimension: Dimension) -> None:
 
 
 def convert(key: str, value: Any, *, name: str) -> Any:
-    """`value` in the type of the knob: a float 1 is 1.0, or runs of one setting would differ."""
+    """`value` in the knob's type: 1 as a float is 1.0, or one setting would have two run_ids."""
     types = _types(key)
     if float in types and type(value) in (int, float):
         return float(value) + 0.0  # -0.0 is 0.0
@@ -276,22 +278,22 @@ def _types(key: str) -> frozenset[type]:
 
 # conditions -------------------------------------------------------------------------------------
 def condition(key: str, text: str) -> tuple[str, list[str]]:
-    """`method=relora,lora` -> the key, and the values of which it must have one."""
+    """`method=relora,lora` -> the key that the condition depends on, and the values it may have."""
     needed, sign, values = str(text).partition("=")
-    words = [word.strip() for word in values.split(",")]
-    if not sign or not needed.strip() or not all(words):
+    allowed = [value.strip() for value in values.split(",")]
+    if not sign or not needed.strip() or not all(allowed):
         raise ConfigError(
             f"search.when.{key} must be KEY=VALUE[,VALUE], like method=relora,lora, got {text!r}"
         )
-    return needed.strip(), words
+    return needed.strip(), allowed
 
 
 def ordered(
     space: Mapping[str, Dimension], *, groups: Sequence[str], when: Mapping[str, str]
 ) -> list[str]:
-    """Keys in the order to draw them: groups first, each after what its condition asks for.
+    """Keys in the order to draw them: groups, then knobs that other knobs depend on, then the rest.
 
-    What the knobs themselves depend on comes right after the groups.
+    A key comes after the one that its condition depends on. ConfigError if conditions are circular.
     """
     early = [key for _, key, _ in SCOPES]
     left = sorted(space, key=lambda key: (key not in groups, key not in early))
@@ -322,11 +324,11 @@ def is_active(
 ) -> bool:
     """Whether `key` is to be drawn after `params`; `config` has them set."""
     if key in when:
-        needed, words = condition(key, when[key])
+        needed, allowed = condition(key, when[key])
         if needed in space:
-            if needed not in params or _word(params[needed]) not in words:
+            if needed not in params or _spell(params[needed]) not in allowed:
                 return False
-        elif _word(get(config, needed)) not in words:
+        elif _spell(get(config, needed)) not in allowed:
             return False
     return group or applies(knobs(config)[key], config)
 

@@ -1,4 +1,4 @@
-"""study.json: all that a worker must know of a search, so that no worker needs Hydra."""
+"""study.json: all that a worker needs of a search, so that no worker needs Hydra."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ class Spec:
     id: str = ""
     """Distinguishes studies of one name; made when the study is created."""
     notes: list[str] = field(default_factory=list)
-    """What planning learnt of data and settings, one line each."""
+    """What planning noted of data and settings, one line each."""
     added: list[str] = field(default_factory=list)
-    """Keys that have joined `space` since: `bases` and first options are what trials before ran."""
+    """Keys of `space` that joined later: earlier trials ran with their values in `bases`, or if the
+    key is a group with its first option."""
     learnt: list[dict[str, Any]] = field(default_factory=list)
-    """The first trials, which runs of earlier sweeps stand for (`learn.py`)."""
+    """The first trials, made of runs of earlier sweeps (`learn.py`)."""
 
     # disk ---------------------------------------------------------------------------------------
     def write(self, path: Path) -> None:
@@ -67,7 +68,7 @@ class Spec:
 
     @classmethod
     def read(cls, path: Path) -> Spec:
-        """ConfigError if the file is missing or is none."""
+        """ConfigError if the file is missing or damaged."""
         output_dir, name, arm = place_of_study(path.parent)
         try:
             raw = json_files.parse(path.read_bytes())
@@ -91,8 +92,8 @@ class Spec:
                 "begin anew"
             ) from None
 
-    def frozen(self) -> Spec:
-        """The same to be written: nothing in it depends on the folder of the command."""
+    def absolute(self) -> Spec:
+        """A copy in which nothing depends on the folder that the command was given in."""
         storage = self.config.storage and located(self.config.storage, [Path.cwd()], new=True)
         return dataclasses.replace(
             self,
@@ -102,7 +103,7 @@ class Spec:
 
     # checks -------------------------------------------------------------------------------------
     def check(self) -> None:
-        """ConfigError at the first thing that could not be searched; touches no disk."""
+        """ConfigError if it cannot be searched; touches no disk."""
         when = self.config.when
         for config in self.bases.values():
             check_space(self.space, groups=self.groups, when=when, config=config)
@@ -130,7 +131,7 @@ class Spec:
                 )
         missing = [key for key in self.space if key not in entry]
         if missing and self.config.sampler["name"] == "grid":
-            raise ConfigError(f"{name} must set {missing[0]} too where search.sampler is grid")
+            raise ConfigError(f"{name} must set {missing[0]}, too, if search.sampler is grid")
 
     def enqueued(self) -> list[dict[str, Any]]:
         """search.enqueue as Optuna stores values."""
@@ -140,23 +141,22 @@ class Spec:
         ]
 
     def own(self, key: str, value: Any) -> Any:
-        """A value of the space as the space has it: 8.0 is its 8."""
+        """A value that is in the space as the space has it: 8.0 is its 8."""
         dimension = self.space[key]
         if isinstance(dimension, Choice):
             return next(v for v in dimension.values if Choice(values=[v]).contains(value))
         return type(dimension.low)(value)
 
     def stored(self, key: str, value: Any) -> Any:
-        """The same as Optuna stores it."""
+        """The same, as Optuna stores it."""
         return samplers.encode(self.own(key, value))
 
     # continuing ---------------------------------------------------------------------------------
-    def named(self, id_: str) -> Spec:
-        return dataclasses.replace(self, id=id_)
+    def continue_with(self, new: Spec) -> Spec:
+        """`new` as the next command of this study; its space may have grown.
 
-    def continued(self, new: Spec) -> Spec:
-        """`new` as the next command of this study, the space of which may have grown; ConfigError
-        where it is another search."""
+        ConfigError if it is another search.
+        """
         space = {key: self._dimension(key, new) for key in dict.fromkeys([*new.space, *self.space])}
         for key in self.space:
             before, now = self.config.when.get(key), new.config.when.get(key)
@@ -165,14 +165,14 @@ class Spec:
         for f in fields(SearchConfig):
             before, now = getattr(self.config, f.name), getattr(new.config, f.name)
             if f.name not in (*CHANGEABLE, "space", "when") and before != now:
-                _refuse(f"search.{f.name}", _words(before), _words(now))
+                _refuse(f"search.{f.name}", _text(before), _text(now))
         new = growth.join(self, dataclasses.replace(new, space=space))
         texts = {key: dimension.text() for key, dimension in new.space.items()}
         config = dataclasses.replace(new.config, space=texts)
         return dataclasses.replace(new, config=config, id=self.id, learnt=self.learnt)
 
     def _dimension(self, key: str, new: Spec) -> Dimension:
-        """What the key is drawn from now; ConfigError if earlier values are missing from it."""
+        """What the key is drawn from now; ConfigError if that lacks earlier values."""
         before, now = self.space.get(key), new.space.get(key)
         wider = growth.widen(before, now) if before and now else now
         if wider is None or (self.config.storage and wider != before):
@@ -185,8 +185,8 @@ class Spec:
             )
         return wider
 
-    def grown_from(self, old: Spec) -> list[str]:
-        """In words: what the space has that `old`'s had not."""
+    def growth_since(self, old: Spec) -> list[str]:
+        """A line for each key that has another dimension than in `old`."""
         lines = []
         for key, now in self.space.items():
             before = old.space.get(key)
@@ -198,7 +198,7 @@ class Spec:
 def _located(
     config: SearchConfig, bases: Mapping[str, RunConfig], *, output_dir: Path
 ) -> SearchConfig:
-    """`config` with the path of its storage made absolute: earlier versions wrote it as typed."""
+    """`config` with an absolute path of its storage: earlier versions wrote it as it was typed."""
     typed = next((base.output_dir for base in bases.values()), str(output_dir))
     places = frozen.typed_in(typed, output_dir)
     storage = config.storage and located(config.storage, places)
@@ -212,7 +212,7 @@ def _refuse(key: str, before: Any, now: Any) -> None:
     )
 
 
-def _words(value: Any) -> Any:
+def _text(value: Any) -> Any:
     if isinstance(value, list):
         return [one.text() if isinstance(one, Objective) else one for one in value]
     return value

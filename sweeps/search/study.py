@@ -67,11 +67,12 @@ class Study:
             study._load()
             return study
         create.check()
-        create = create.frozen()
+        create = create.absolute()
         shared.make_folder(path.parent)
         with journal.only_one(path.parent / ".lock"):
             old = Spec.read(path) if path.exists() else None
-            spec = old.continued(create) if old else create.named(secrets.token_hex(4))
+            new = dataclasses.replace(create, id=secrets.token_hex(4))
+            spec = old.continue_with(create) if old else new
             spec.write(path)
             study = cls(folder, spec)
             with study._marked_locked():

@@ -1,6 +1,6 @@
-"""`sweep.from_search=NAME`: the best of each arm of a search, for a sweep over the same arms.
+"""`sweep.from_search=NAME`: a sweep takes the best settings of each arm of a search.
 
-Not for: what a sweep notes of it (`sweeps/planning/provenance.py`).
+Not for: what the sweep notes of that (`sweeps/planning/provenance.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ KEY = "sweep.from_search"
 
 
 def read_tuned(output_dir: Path | str, search: str, arms: Mapping[str, str]) -> dict[str, Tuned]:
-    """Arm of the sweep -> what it takes; `arms` maps it to the search's arm.
+    """Arm of the sweep -> what it takes; `arms` is arm of the sweep -> arm of the search.
 
-    ConfigError, which names what is missing, if the search lacks an arm, has not finished one, or
-    has not tried all as often.
+    ConfigError if the search lacks one of them, has not finished one, has no best for one, or has
+    not tried all as often.
     """
     folder = study_folder(output_dir, name=search)
     if not has_arms(folder):
@@ -35,31 +35,31 @@ def read_tuned(output_dir: Path | str, search: str, arms: Mapping[str, str]) -> 
             f"{KEY} must be a search with arms in {output_dir} ({some}), got {search!r}."
             f"{nearest(search, names)}"
         )
-    there = {arm.name: arm for arm in response.read(folder)}
-    if missing := [arm for arm in dict.fromkeys(arms.values()) if arm not in there]:
+    begun = {arm.name: arm for arm in response.read(folder)}
+    wanted = list(dict.fromkeys(arms.values()))
+    if missing := [arm for arm in wanted if arm not in begun]:
         raise ConfigError(
             f"{KEY} must be a search of all arms, but {search} has no {', '.join(missing)} (it has "
-            f"{', '.join(there)}); a line in its search.arms and its own command add one"
+            f"{', '.join(begun)}); a line in its search.arms and its own command add one"
         )
-    needed = {name: there[name] for name in dict.fromkeys(arms.values())}
     studies = {str(arm): Study.open(place) for arm, place in arm_folders(folder).items()}
-    _check_finished(search, {name: (arm, studies[name]) for name, arm in needed.items()})
+    _check_finished(search, {arm: (begun[arm], studies[arm]) for arm in wanted})
     return {
-        mine: _tuned(search, needed[name], studies[name], borrowed=mine != name)
-        for mine, name in arms.items()
+        own: _tuned(search, begun[arm], studies[arm], borrowed=own != arm)
+        for own, arm in arms.items()
     }
 
 
 def _check_finished(search: str, arms: Mapping[str, tuple[Arm, Study]]) -> None:
-    open_arms = [
+    unfinished = [
         f"{name} {arm.done} of {arm.n_trials}"
         for name, (arm, study) in arms.items()
         if not study.done()
     ]
-    if open_arms:
+    if unfinished:
         raise ConfigError(
-            f"{KEY} must be a finished search, but {search} has trials left ({', '.join(open_arms)}"
-            "); its own command goes on with it"
+            f"{KEY} must be a finished search, but {search} has trials left "
+            f"({', '.join(unfinished)}); its own command goes on with it"
         )
     if len({arm.done for arm, _ in arms.values()}) > 1:
         counts = ", ".join(f"{name} {arm.done}" for name, (arm, _) in arms.items())

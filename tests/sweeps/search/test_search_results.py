@@ -1,4 +1,4 @@
-"""What a search found: the best, ways to run it again, and the artifacts."""
+"""Results of a search: the best, ways to run it again, and the artifacts."""
 
 from __future__ import annotations
 
