@@ -197,15 +197,15 @@ def show_plan(
     all of it.
     """
     most = 20 if len(plan.cells) > 40 and (stored or console.is_terminal) else None
-    costs = {"states": states, "estimates": estimates, "unit": unit}
-    console.print(plan_table(plan, **costs, output_dir=output_dir, most=most))
+    common = {"states": states, "estimates": estimates, "unit": unit}
+    console.print(plan_table(plan, **common, output_dir=output_dir, most=most))
     if most:
         place = str(output_dir or "outputs")
         where = ["--output-dir", place] if place != "outputs" else []
         command = shlex.join(["python", "-m", "sweeps", "plan", plan.name, *where])
         hint = command if stored else "`| less` after the command shows all"
         say(console, f"... and {len(plan.cells) - most} more runs ({hint})")
-    for line in [totals_line(plan, **costs, max_hours=max_hours), *plan.collapsed]:
+    for line in [totals_line(plan, **common, max_hours=max_hours), *plan.collapsed]:
         console.print(line, markup=False, highlight=False)
 
 

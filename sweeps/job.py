@@ -104,14 +104,14 @@ def run(work: Work) -> int:
     stop = StopFlag(deadline=_deadline(work) if rank() == 0 else None)
     with stop.installed():
         if work.study is not None:
-            codes = [_search(work, work.study, stop)]
+            codes = [_run_trials(work, work.study, stop)]
         elif work.packed > 1:
-            codes = _packed(work, stop)
+            codes = _run_packed(work, stop)
         else:
-            codes = [_alone(work.runs[0], stop, max_stalled=work.max_stalled)]
+            codes = [_run_alone(work.runs[0], stop, max_stalled=work.max_stalled)]
         if INTERRUPTED in codes and rank() == 0:
             return _requeue(work, why=stop.reason or "stopped")
-    # A rank that leaves with an error would have srun kill rank 0, which is still at work.
+    # If another rank ended with an error, srun would kill rank 0, which is still at work.
     return max(codes) if rank() == 0 or INTERRUPTED not in codes else FINISHED
 
 
@@ -136,12 +136,12 @@ def _deadline(work: Work) -> float | None:
 
 
 def _evaluate(request: Path) -> int:
-    command = [sys.executable, "-P", "-m", "experiments.run.evaluate", str(request)]
-    return subprocess.call(command, env={**os.environ, **job_environment()})
+    words = [sys.executable, "-P", "-m", "experiments.run.evaluate", str(request)]
+    return subprocess.call(words, env={**os.environ, **job_environment()})
 
 
-def _search(work: Work, study: Path, stop: StopFlag) -> int:
-    """Run trials, one after another; the runs of an interrupted one become the work."""
+def _run_trials(work: Work, study: Path, stop: StopFlag) -> int:
+    """Run trials; if one is interrupted, its runs become those of the work. The exit code."""
     from sweeps.search import process  # Optuna, which no other job needs
 
     code = process.work(study, stop=stop, most=process.trials_per_job(study))
@@ -151,9 +151,9 @@ def _search(work: Work, study: Path, stop: StopFlag) -> int:
 
 
 # one run ----------------------------------------------------------------------------------------
-def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
-    """The job's only run, in this process. Rank 0 alone writes its log and decides."""
-    if rank():
+def _run_alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
+    """Run the job's only run in this process; the exit code."""
+    if rank():  # rank 0 writes the log and decides
         return worker.work(run_dir.path, stop=stop)
     if _give_up(run_dir, max_stalled=max_stalled):
         return FAILED
@@ -169,6 +169,7 @@ def _alone(run_dir: RunDir, stop: StopFlag, *, max_stalled: int) -> int:
 
 
 def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
+    """Whether the run makes no progress; then it is recorded as failed."""
     if run_dir.ended() or not is_stalled(run_dir, limit=max_stalled):
         return False
     again = command("retry", run_dir.run_id, output_dir=run_dir.path.parents[1])
@@ -181,8 +182,8 @@ def _give_up(run_dir: RunDir, *, max_stalled: int) -> bool:
 
 
 # several runs -----------------------------------------------------------------------------------
-def _packed(work: Work, stop: StopFlag) -> list[int]:
-    """Small runs that share the job, each in its own process with a share of the devices."""
+def _run_packed(work: Work, stop: StopFlag) -> list[int]:
+    """Run small runs together, each in a process with its share of the devices; exit codes."""
     runs = [r for r in _unfinished(work) if not _give_up(r, max_stalled=work.max_stalled)]
     children = []
     for slot, run_dir in enumerate(runs):
@@ -238,9 +239,9 @@ def share(slot: int, *, of: int) -> dict[str, str]:
 
 
 def _unfinished(work: Work) -> list[RunDir]:
-    """Runs that this job still has to bring to an end.
+    """The runs that this job has not brought to an end.
 
-    In a pack a failed run is left out: it would start again whenever the others are interrupted.
+    Of several, those that failed are left out: they would start again with each requeue.
     """
     left = [r for r in work.runs if not r.ended() and not r.cancel_path.exists()]
     return [r for r in left if len(work.runs) == 1 or not _failed_here(r)]
@@ -252,7 +253,7 @@ def _failed_here(run_dir: RunDir) -> bool:
 
 
 def _requeue(work: Work, *, why: str) -> int:
-    """Requeue this job, if it may be; all that it needs is on disk."""
+    """Requeue this job if SLURM allows it; all that it needs is on disk. The exit code."""
     job_id, left = current_job(), _unfinished(work)
     if not (left or work.study):
         return CANCELLED

@@ -120,7 +120,7 @@ class SweepOutlook(Outlook):
         plan, output_dir = self.plan, self.output_dir
         with refuse_unwritable(output_dir):
             code = self.launcher.launch(plan, output_dir=output_dir, console=console)
-        # Of SLURM there are no results yet; after Ctrl-C, or if nothing was run, none is wanted.
+        # With SLURM there are no results yet; after Ctrl-C, or if nothing was run, no new ones.
         if self.launcher.kind == "local" and len(plan.cells) > 1 and self.todo and code != 130:
             _report(plan, output_dir=output_dir, console=console)
         if plan.is_tracked:
@@ -133,7 +133,7 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
     shell.alone("a sweep")
     output_dir, console = Path(output_dir), display.make_console()
     launcher = load_launcher(plan_folder(output_dir, name=plan.name))
-    cells = [_frozen(output_dir, cell) for cell in plan.cells if cell.run_id in run_ids]
+    cells = [_as_stored(output_dir, cell) for cell in plan.cells if cell.run_id in run_ids]
     part = dataclasses.replace(plan, cells=cells, collapsed=[])
     launcher.check(part, estimates={})
     prepare_data(part, output_dir, console=console)
@@ -141,8 +141,8 @@ def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) ->
         return launcher.launch(part, output_dir=output_dir, console=console)
 
 
-def _frozen(output_dir: Path, cell: Cell) -> Cell:
-    """The cell with the config that is stored in its run: that one has the data's current paths."""
+def _as_stored(output_dir: Path, cell: Cell) -> Cell:
+    """The cell with the config of its run, if there is one: that has the data's current paths."""
     run_dir = run_at(output_dir, cell.run_id)
     stored = run_dir.config_path.exists()
     return dataclasses.replace(cell, config=run_dir.config()) if stored else cell

@@ -17,6 +17,17 @@ from experiments.tracking.tracker import Pass, Tracker
 from sweeps.planning.plan import Plan
 from sweeps.slurm.survey import survey
 
+LONGEST_S = 60.0
+"""Longest pause after an update with a problem."""
+INTERRUPTED_S = 10.0
+"""Longest wait for an update at work after Ctrl-C."""
+LOCAL_S = 5.0
+"""Pause between two updates while runs of this machine are at work."""
+STORE_S = 120.0
+"""Longest wait for MLflow's store when all runs have ended."""
+_REPORTED: set[str] = set()
+"""Problems that this process has printed."""
+
 
 def bring_up_to_date(
     output_dir: Path | str,
@@ -67,15 +78,12 @@ def problems(passes: Sequence[Pass]) -> list[str]:
 
 
 def new_problems(passes: Sequence[Pass]) -> Iterator[str]:
-    """Lines on what is wrong; each line once per process."""
+    """Lines on what is wrong, each once in this process."""
     for one in passes:
         for line in (one.problem, one.files):
             if line and line not in _REPORTED:
                 _REPORTED.add(line)
                 yield line
-
-
-_REPORTED: set[str] = set()
 
 
 def print_problems(passes: Sequence[Pass]) -> None:
@@ -103,11 +111,11 @@ def keep_up_to_date(
     asking the scheduler. The last update may take `last_s` seconds; after Ctrl-C there is none.
     """
     tracker = make_tracker(output_dir, servers=servers)
-    over, cut = threading.Event(), threading.Event()
+    over, interrupted = threading.Event(), threading.Event()
 
     def repeat() -> None:
         pause = every_s
-        while not cut.is_set():
+        while not interrupted.is_set():
             final, began = over.is_set(), time.monotonic()
             passes = try_to_update(tracker, sweeps, states=states(), final=final)
             if final or report_all:
@@ -122,24 +130,14 @@ def keep_up_to_date(
     try:
         yield
     except KeyboardInterrupt:
-        cut.set()
+        interrupted.set()
         raise
     finally:
         over.set()
-        thread.join(CUT_S if cut.is_set() else last_s)
-        if thread.is_alive() and not cut.is_set():
+        thread.join(INTERRUPTED_S if interrupted.is_set() else last_s)
+        if thread.is_alive() and not interrupted.is_set():
             line = f"tracking: not ready {last_s:.0f} s after the runs; `python -m sweeps sync` is"
             print(f"{line} what is left to do", file=sys.stderr)
-
-
-LONGEST_S = 60.0
-"""Longest pause after an update with a problem."""
-CUT_S = 10.0
-"""Longest wait for an update at work after Ctrl-C."""
-LOCAL_S = 5.0
-"""Pause between two updates while runs of this machine are at work."""
-STORE_S = 120.0
-"""Longest wait for MLflow's store when all runs have ended."""
 
 
 @contextlib.contextmanager

@@ -71,7 +71,9 @@ def test_each_pass_is_heard_of_meanwhile(passes: Passes, tmp_path: Path) -> None
 def test_after_ctrl_c_there_is_no_last_pass(
     passes: Passes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "CUT_S", 0.01)  # the pass at work does not end until it may
+    monkeypatch.setattr(
+        tracking, "INTERRUPTED_S", 0.01
+    )  # the pass at work does not end until it may
     before = set(threading.enumerate())
 
     def interrupted() -> None:
