@@ -64,7 +64,7 @@ class Verdict:
     """Why nothing of the run is removed, or how its checkpoints were ranked."""
 
 
-# checkpoints --------------------------------------------------------------------------------------
+# checkpoints ------------------------------------------------------------------------------------
 def judge(run: RunDir, *, state: State, policy: Policy) -> Verdict:
     """What `policy` says of a run in `state`; removes nothing."""
     checkpoints = {step_of(p): p for p in run.checkpoints.glob("step-*") if p.name[5:].isdigit()}
@@ -149,7 +149,7 @@ def check(policy: Policy, *, runs: Sequence[RunDir]) -> None:
         )
 
 
-# removal ------------------------------------------------------------------------------------------
+# removal ----------------------------------------------------------------------------------------
 def remove(verdict: Verdict, *, run: RunDir) -> None:
     """Remove what the verdict lists; BlockingIOError if the run is in use now."""
     if verdict.torn or verdict.remove:
@@ -198,7 +198,7 @@ def count_bytes(paths: Sequence[Path]) -> int:
     return sum(file.st_size for key, file in files.items() if links[key] >= file.st_nlink)
 
 
-# snapshots ----------------------------------------------------------------------------------------
+# snapshots --------------------------------------------------------------------------------------
 def old_snapshots(output_dir: Path | str, *, sweep: str, states: Mapping[str, State]) -> list[Path]:
     """Code snapshots of a sweep that no job can still read, and what is left of removed ones.
 

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-# what is asked for --------------------------------------------------------------------------------
+# what is asked for ------------------------------------------------------------------------------
 def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]:
     """From a run's config to the evals that `overrides` ask for; ConfigError for a typo."""
     from experiments import schema, typos  # Hydra: 0.1 s that no other command needs
@@ -222,7 +222,7 @@ def _check_changes(changes: Sequence[inputs.Change], *, name: str, accept: bool)
         )
 
 
-# doing it -----------------------------------------------------------------------------------------
+# doing it ---------------------------------------------------------------------------------------
 def _evaluate_here(todo: Sequence[tuple[Run, Request]]) -> int:
     """Evaluate one after another; print failures and go on."""
     failed = 0

@@ -1,17 +1,22 @@
-"""Studies without training: specs, and what running a trial would leave on disk."""
+"""Studies without training: specs, and what the runs of a trial would leave on disk."""
 
 from __future__ import annotations
 
 import math
 import os
 
+from experiments.disk.output_dir import study_folder
+from sweeps.search import arms
 from sweeps.search.config import normalise
 from sweeps.search.space import Float, Int
 from sweeps.search.spec import Spec
+from sweeps.search.study import Study
 from sweeps.search.trial import Worker
 from tests.sweeps.records import end_run
 
 LR = Float(low=1e-4, high=1e-1, log=True)
+DECADES = {"name": "grid", "per_decade": 1}
+"""A sampler that tries 1e-4, 1e-3, 1e-2 and 1e-1 of LR."""
 
 
 def spec_of(make, *, space=None, groups=(), bases=None, **search):
@@ -25,6 +30,15 @@ def spec_of(make, *, space=None, groups=(), bases=None, **search):
     )
 
 
+def begin_arms(output_dir, specs):
+    """The folder of a search called s with these arms."""
+    for arm, one in specs.items():
+        Study.open(study_folder(output_dir, name="s", arm=arm), create=one)
+    folder = study_folder(output_dir, name="s")
+    arms.write_arms(folder, list(specs))
+    return folder
+
+
 def taker(job=None, pid=None):
     return Worker(host="h", pid=pid or os.getpid(), job_id=job)
 
@@ -34,7 +48,7 @@ def loss_of(params):
 
 
 def leave_runs(trial, *, loss=None, state="finished"):
-    """What running the trial leaves on disk."""
+    """Make what running the trial would leave on disk."""
     loss = loss_of(trial.params) if loss is None else loss
     for seed, run in zip(trial.seeds, trial.runs, strict=True):
         run.create(trial.config(seed))
@@ -43,12 +57,17 @@ def leave_runs(trial, *, loss=None, state="finished"):
     trial.write_records()
 
 
+def finish(trial, **how):
+    """Run and end it; its verdict."""
+    leave_runs(trial, **how)
+    return trial.finish()
+
+
 def finish_all(study, **how):
-    """One worker does all that is left; the trials' numbers."""
+    """Take, run and end all trials that are left; their numbers."""
     numbers = []
     while trial := study.take(taker()):
-        leave_runs(trial, **how)
-        trial.finish()
+        finish(trial, **how)
         numbers.append(trial.number)
     return numbers
 

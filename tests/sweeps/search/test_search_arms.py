@@ -1,4 +1,4 @@
-"""A search with arms: each is tuned alone, as often as the others, and its edges are said."""
+"""A search with arms: each is tuned alone, as often as the others, and its edges are named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from studies import finish_all, leave_runs, taker
+from studies import DECADES, LR, begin_arms, finish, finish_all, taker
 
 from experiments import scheduler
 from experiments.disk.output_dir import jobs_folder, place_of_study, study_folder
@@ -28,39 +28,26 @@ from sweeps.slurm.submission import Submission
 from sweeps.worker import FAILED, FINISHED
 from tests.sweeps.records import end_run
 
-RATE = Float(low=1e-4, high=1e-1, log=True)
-GRID = {"name": "grid", "per_decade": 1}
-
 
 @pytest.fixture
 def begun(spec, tmp_path):
     """`begun(lora=spec, ...)`: the folder of a search with these arms."""
 
-    def go(**specs):
-        folder = study_folder(tmp_path / "out", name="s")
-        for arm, one in specs.items():
-            Study.open(study_folder(tmp_path / "out", name="s", arm=arm), create=one)
-        arms.write_arms(folder, list(specs))
-        return folder
-
-    return go
+    return lambda **specs: begin_arms(tmp_path / "out", specs)
 
 
 @pytest.fixture
 def grid(spec):
     """A spec that tries train.lr=1e-4, 1e-3, 1e-2 and 1e-1."""
-
-    def go(**search):
-        return spec(space={"train.lr": RATE}, **{"n_trials": 4, "sampler": GRID, **search})
-
-    return go
+    search = {"n_trials": 4, "sampler": DECADES}
+    return lambda **changes: spec(space={"train.lr": LR}, **(search | changes))
 
 
 def counts(folder):
     return [len(study.trials()) for study in arms.open_studies(folder)]
 
 
-# whose turn -------------------------------------------------------------------------------------
+# taking turns -----------------------------------------------------------------------------------
 def test_arms_are_tried_equally_often_at_every_moment(begun, grid):
     folder = begun(a=grid(), b=grid(), c=grid())
     seen = []
@@ -69,8 +56,7 @@ def test_arms_are_tried_equally_often_at_every_moment(begun, grid):
         trial = next((t for s in studies if (t := s.take(taker()))), None)
         if trial is None:
             break
-        leave_runs(trial)
-        trial.finish()
+        finish(trial)
         seen.append(counts(folder))
     assert all(max(now) - min(now) <= 1 for now in seen)
     assert seen[-1] == [4, 4, 4]
@@ -94,11 +80,10 @@ def test_a_job_of_slurm_takes_a_trial_of_the_arm_that_has_fewest(
     )
     base.eval.paloma.enabled = base.eval.blimp.enabled = False
     base.sweep.name = "s"
-    one = {"space": {"train.lr": RATE}, "bases": {"": base}, "n_trials": 2}
+    one = {"space": {"train.lr": LR}, "bases": {"": base}, "n_trials": 2}
     folder = begun(a=spec(**one), b=spec(**one))
     first = arms.open_studies(folder)[0]
-    leave_runs(trial := first.take(taker()))
-    trial.finish()
+    finish(first.take(taker()))
     slurm.add("12_0", name="s.0123abcd", state="RUNNING")
     monkeypatch.setattr(scheduler, "_job", "s.0123abcd/12_0")
     submission = Submission(
@@ -118,11 +103,10 @@ def test_an_arm_that_gives_up_leaves_the_others_to_go_on(begun, grid, monkeypatc
     folder = begun(a=grid(max_failures=1), b=grid())
     broken = arms.open_studies(folder)[0]
     trial = broken.take(taker())
-    trial.fail("of no use")
+    trial.fail("boom")
 
     def run_trial(trial, *, stop):
-        leave_runs(trial)
-        trial.finish()
+        finish(trial)
         return False
 
     monkeypatch.setattr(process, "run_trial", run_trial)
@@ -204,7 +188,7 @@ def test_a_grid_tries_each_rate_once_and_a_wider_one_the_others(begun, grid, spe
     assert study.left() == 0
     wider = Float(low=1e-6, high=1e-1, log=True)
     study = Study.open(
-        study.folder, create=spec(space={"train.lr": wider}, n_trials=6, sampler=GRID)
+        study.folder, create=spec(space={"train.lr": wider}, n_trials=6, sampler=DECADES)
     )
     numbers = finish_all(study)
     assert len(numbers) == 2
@@ -231,13 +215,13 @@ def test_a_grid_of_no_whole_number_a_decade_is_refused(grid, per_decade):
 def test_an_interval_without_a_value_of_the_grid_is_refused(spec):
     narrow = {"train.lr": Float(low=2e-3, high=3e-3, log=True)}
     with pytest.raises(ConfigError, match=r"^search.space.train.lr must hold one of 1 values"):
-        spec(space=narrow, sampler=GRID).check()
+        spec(space=narrow, sampler=DECADES).check()
 
 
 def test_other_samplers_have_no_such_option():
     search = normalise({"objectives": "train/loss", "sampler": {"name": "tpe", "per_decade": 3}})
     with pytest.raises(ConfigError, match="per_decade must be an option of tpe"):
-        samplers.check_search(search, space={"train.lr": RATE})
+        samplers.check_search(search, space={"train.lr": LR})
 
 
 # edges and tables -------------------------------------------------------------------------------
@@ -281,8 +265,7 @@ def test_a_choice_of_two_or_of_words_has_no_edge(begun, spec):
     folder = begun(a=spec(space=space, n_trials=12, sampler="grid"))
     [study] = arms.open_studies(folder)
     while trial := study.take(taker()):
-        leave_runs(trial, loss=trial.params["train.lr"] + trial.params["relora.r"])
-        trial.finish()
+        finish(trial, loss=trial.params["train.lr"] + trial.params["relora.r"])
     [arm] = response.read(folder)
     assert [words.split("=")[0] for words in arm.edges] == ["train.lr"]
 
@@ -294,8 +277,8 @@ def test_the_response_has_each_trial_with_the_interval_over_its_seeds(begun, gri
         finished(study, losses)
     out = folder.parents[2]
     assert main(["search", "s", "--output-dir", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "8 of 8 trials of 2 arms have ended" in said
+    shown = capsys.readouterr().out
+    assert "8 of 8 trials of 2 arms have ended" in shown
     rows = list(csv.DictReader(io.StringIO((folder / "response.csv").read_text())))
     assert [(row["arm"], float(row["train.lr"])) for row in rows].count(("b", 1e-3)) == 1
     for row in rows:
@@ -318,8 +301,8 @@ def test_arms_that_were_not_tuned_alike_are_named(begun, grid, capsys):
     for study in arms.open_studies(folder):
         finish_all(study)
     assert main(["search", "s", "--output-dir", str(folder.parents[2])]) == 0
-    said = capsys.readouterr().out
-    assert "arms are not tuned alike yet: a 4, b 2" in said
+    shown = capsys.readouterr().out
+    assert "arms are not tuned alike yet: a 4, b 2" in shown
 
 
 def test_one_arm_is_shown_as_a_search_and_others_are_refused(begun, grid, capsys):
@@ -337,6 +320,6 @@ def test_one_arm_is_shown_as_a_search_and_others_are_refused(begun, grid, capsys
         assert main(["search", "s", *words, *out]) == 2
         assert says in capsys.readouterr().err
     assert main(["search", "s", "--json", *out]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["arms"]) == {"a", "b"}
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer["arms"]) == {"a", "b"}
     assert main(["search", "s", "--rebuild", *out]) == 0

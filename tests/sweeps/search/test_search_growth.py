@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
-from studies import LR, contents, finish_all, leave_runs, taker
+from studies import LR, contents, finish, finish_all, taker
 
 from relora_core.config import ConfigError
 from sweeps.search import growth, journal, samplers
@@ -232,8 +232,7 @@ def test_a_key_joins_at_what_trials_ran_with_before(spec, folder):
         assert trial.params["train.beta1"] == trial.user_attrs["params"]["train.beta1"] == 0.9
     for handle in (running, *wide.running()):  # its worker knows it without the key
         assert handle.run_ids == before[handle.number]
-    leave_runs(running)
-    running.finish()
+    finish(running)
     assert wide.frozen(running.number).state == TrialState.COMPLETE
     finish_all(wide)
     drawn = [t.params["train.beta1"] for t in wide.trials()]
@@ -282,15 +281,14 @@ def test_a_group_joins_where_an_option_is_what_trials_ran(spec, folder, make):
         Study.open(folder, create=again)
 
 
-# whoever is at work -----------------------------------------------------------------------------
+# meanwhile --------------------------------------------------------------------------------------
 def test_a_worker_goes_on_with_its_trial_and_draws_from_the_wider_space(spec, folder):
     worker = Study.open(folder, create=spec(space={"relora.r": Choice(values=[4])}, n_trials=2))
     trial = worker.take(taker("1"))
     wider = {"relora.r": R248}
     Study.open(folder, create=spec(space=wider, n_trials=3))
     trial.report(1, 0.5)
-    leave_runs(trial, loss=1.0)
-    trial.finish()
+    finish(trial, loss=1.0)
     assert len(finish_all(worker, loss=1.0)) == 2  # it has read of the new total, too
     assert {t.params["relora.r"] for t in worker.trials()} == {2, 4, 8}
     assert worker.trials()[0].intermediate_values == {1: 0.5}
@@ -306,7 +304,7 @@ def test_a_worker_of_a_study_that_has_made_way_to_another_ends(spec, folder):
         worker.take(taker())
 
 
-def test_settings_in_the_queue_and_half_drawn_points_are_gone_on_with(spec, folder):
+def test_settings_in_the_queue_and_half_drawn_points_stay(spec, folder):
     queue = [{"relora.r": 8}]
     study = Study.open(folder, create=spec(space=NARROW, n_trials=2, enqueue=queue))
     half = study.optuna.ask()
@@ -364,8 +362,7 @@ def labour(folder):
     study = Study.open(folder)
     while trial := study.take(taker(str(os.getpid()))):
         trial.report(1, 1.0)
-        leave_runs(trial, loss=1.0)
-        trial.finish()
+        finish(trial, loss=1.0)
 
 
 def test_workers_lose_and_double_nothing_while_the_space_grows(spec, folder):

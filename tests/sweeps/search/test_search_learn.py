@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from optuna.trial import TrialState
-from studies import LR, contents, finish_all, leave_runs, spec_of, taker
+from studies import LR, contents, finish, finish_all, spec_of, taker
 
 from experiments.disk.output_dir import runs_folder, study_folder
 from experiments.disk.run_dir import RunDir
@@ -86,15 +86,15 @@ def test_runs_of_the_searchs_points_are_its_first_trials_and_run_no_more(spec, s
     assert len(finish_all(study, loss=3.0)) == 2
     assert study.counts() == {"COMPLETE": 2}
     assert study.optuna.best_value == 1.5
-    known = contents(study)
+    before = contents(study)
     again = spec(learn_from="x", n_trials=2, sampler="tpe")  # the same command later
-    assert contents(Study.open(study.folder, create=again)) == known
-    assert contents(rebuild(study.folder)) == known
+    assert contents(Study.open(study.folder, create=again)) == before
+    assert contents(rebuild(study.folder)) == before
     (study.folder / "journal.log").unlink()
-    assert contents(Study.open(study.folder)) == known
+    assert contents(Study.open(study.folder)) == before
 
 
-def test_a_point_that_is_known_is_drawn_in_vain(spec, sweep, out):
+def test_a_point_that_was_learnt_is_drawn_in_vain(spec, sweep, out):
     space = {"relora.r": Choice(values=[2, 4, 8])}
     sweep("x", {"r": 4, "loss": 2.0, "lr": 1e-3}, {"r": 8, "loss": 2.0, "lr": 1e-3})
     base = spec().bases[""]
@@ -185,7 +185,7 @@ def test_a_point_has_the_mean_over_the_searchs_seeds_or_none(spec, sweep, out):
     assert study.learnt()[0].user_attrs["by_seed"] == {"0": [1.0], "1": [2.0]}
 
 
-def test_what_diverged_and_what_breaks_a_constraint_is_known_as_such(spec, sweep, out):
+def test_what_diverged_and_what_breaks_a_constraint_is_learnt_as_such(spec, sweep, out):
     sweep(
         "x",
         {"lr": 0.01, "loss": 2.0},
@@ -255,11 +255,11 @@ def test_what_was_learnt_joins_a_space_that_grows_by_a_key(spec, sweep, out):
 def test_a_command_killed_before_the_journal_is_there_learns_all_the_same(spec, sweep, out):
     sweep("x", *({"lr": 0.01 * n, "loss": 2.0} for n in (1, 2, 3)))
     study, _ = learnt(spec, out, learn_from="x")
-    known = contents(study)
+    before = contents(study)
     for lines in (0, 3, 5):  # nothing, the study without a trial, some of the trials
         text = (study.folder / "journal.log").read_bytes().splitlines(keepends=True)
         (study.folder / "journal.log").write_bytes(b"".join(text[:lines]))
-        assert contents(Study.open(study.folder)) == known
+        assert contents(Study.open(study.folder)) == before
 
 
 def test_a_database_learns_too(spec, sweep, out, tmp_path):
@@ -280,8 +280,7 @@ def test_what_was_learnt_is_shown_as_such(spec, sweep, out, capsys, monkeypatch)
     (id_,) = sweep("x", {"lr": 0.01, "loss": 0.25})
     study, _ = learnt(spec, out, learn_from="x", n_trials=1)
     trial = study.take(taker())
-    leave_runs(trial, loss=2.0)
-    trial.finish()
+    finish(trial, loss=2.0)
     assert main(["search", "s", "--output-dir", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "s: 1 of 1 trials: 1 complete; 1 learnt from x"

@@ -1,4 +1,4 @@
-"""What runs are worth: against numbers worked out by hand."""
+"""The value of a trial: against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_a_metric_is_reduced_as_asked(direction, reduce, k, expected):
 def test_the_best_is_never_worse_than_the_last_or_a_mean(logged, direction):
     def of(reduce, k=1):
         objective = Objective(metric="x/y", direction=direction, reduce=reduce, k=k)
-        found = value(objective, events(*logged))
-        assert found is not None
-        return found if direction == "minimize" else -found
+        reduced = value(objective, events(*logged))
+        assert reduced is not None
+        return reduced if direction == "minimize" else -reduced
 
     assert of("best") <= of("last")
     assert of("best") <= of("mean", 3) + 1e-6
@@ -63,7 +63,7 @@ def test_nan_is_the_worst_and_what_was_never_logged_is_nothing():
 
 @pytest.fixture
 def ran(make, tmp_path):
-    """A run that has ended as told."""
+    """A run that has ended in this way."""
 
     def build(*, seed=0, losses=(2.0, 1.0), state="finished", seconds=7200.0, **changes):
         config = make(seed=seed, **changes)
@@ -82,7 +82,7 @@ def ran(make, tmp_path):
     return build
 
 
-def test_seeds_are_averaged_and_told_one_by_one(ran):
+def test_seeds_are_averaged_and_kept_one_by_one(ran):
     search = normalise({"objectives": "train/loss"})
     verdict = judge(search, [ran(seed=0), ran(seed=1, losses=[4.0])])
     assert verdict.values == [2.5]

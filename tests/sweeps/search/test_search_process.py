@@ -1,4 +1,4 @@
-"""Processes of a search: no trial lost or doubled, whatever becomes of them; pruning saves."""
+"""Processes of a search: no trial is lost or run twice, whatever happens; pruning saves steps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from experiments import scheduler
 from experiments.disk.output_dir import all_runs, jobs_folder, study_folder
 from experiments.disk.run_dir import RunDir
+from experiments.identity import run_id
 from experiments.run.complete import complete
 from experiments.run.runner import run_experiment
 from experiments.run.stopping import StopFlag
@@ -101,8 +102,6 @@ def test_a_run_that_a_grid_has_finished_is_not_trained_again(study, tmp_path):
     made = study(space={"train.lr": Choice(values=[1e-2])}, n_trials=1)
     config = made.spec.bases[""]
     config.train.lr = 1e-2
-    from experiments.identity import run_id
-
     run = RunDir(tmp_path / "out" / "runs" / run_id(config))
     assert run_experiment(config, run) == "finished"
     assert process.work(made.folder, stop=StopFlag()) == FINISHED
@@ -189,7 +188,7 @@ def test_a_job_takes_another_trial_only_after_one_that_ended_early(study, most, 
     assert made.left() == left
 
 
-# whose trial ------------------------------------------------------------------------------------
+# owners -----------------------------------------------------------------------------------------
 @pytest.fixture
 def slurm(slurm, monkeypatch):
     monkeypatch.setattr(job, "WAIT_S", 0.0)
@@ -197,19 +196,19 @@ def slurm(slurm, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("state", "gone"),
+    ("state", "over"),
     [("RUNNING", False), ("PENDING", False), ("COMPLETING", False), ("FAILED", True),
      ("CANCELLED", True), ("TIMEOUT", True), ("NODE_FAIL", True)],
 )  # fmt: skip
-def test_only_a_job_that_is_over_has_left_its_trial(study, slurm, state, gone):
+def test_only_a_job_that_is_over_has_left_its_trial(study, slurm, state, over):
     made = study()
     slurm.add("7_1", name="s.0123abcd", state=state)
     worker = Worker(host="node3", pid=1, job_id="7_1")
     assert made.take(worker) is not None
-    assert process.HasEnded(made)(worker) == gone
+    assert process.HasEnded(made)(worker) == over
 
 
-def test_a_process_of_this_host_is_gone_when_it_is_dead_or_another(study):
+def test_a_process_of_this_host_has_ended_when_it_is_dead_or_another(study):
     made, me = study(), process.this_process()
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -339,7 +338,7 @@ def test_processes_of_a_search_are_forks_and_outlive_their_parent(study, monkeyp
     [parent] = family
     assert parent.ppid() == os.getpid()
     assert "sweeps.local.warm" in parent.cmdline()
-    for fork in forks:  # whose end nobody is left to hear of: they are at work when it dies
+    for fork in forks:  # so that they are at work when their parent dies
         fork.suspend()
     parent.kill()
     for fork in forks:
@@ -375,7 +374,7 @@ def test_a_trial_at_its_last_step_is_complete(study, monkeypatch):
         assert stop() == ended
 
 
-def test_the_sink_says_a_curve_in_few_words(study):
+def test_a_curve_is_reported_in_few_points(study):
     made = study(train={"steps": 1000})
     trial = made.take(process.this_process())
     sink = process.SearchSink(trial, stop=StopFlag(), index=0)

@@ -92,15 +92,15 @@ FINITE = st.floats(-5, 5)
 def test_the_best_is_the_best_complete_feasible_finite_trial(rows, direction):
     goal = Objective(metric="train/loss", direction=direction)
     trials = [trial([v], state=state, excess=excess) for v, state, excess in rows]
-    found = collected(trials, goal)
+    summary = collected(trials, goal)
     allowed = [
         v for v, state, excess in rows if state == "COMPLETE" and (excess or 0) <= 0 and v < 9
     ]
     if not allowed:
-        assert found.best == []
+        assert summary.best == []
     else:
         want = min(allowed) if direction == "minimize" else max(allowed)
-        assert [b.values["train/loss"] for b in found.best] == [want]
+        assert [b.values["train/loss"] for b in summary.best] == [want]
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_the_best_is_the_best_complete_feasible_finite_trial(rows, direction):
 def test_the_front_is_optunas_and_that_of_brute_force(points, directions):
     points = [point[: len(directions)] for point in points]
     goals = [Objective(metric=f"m/{i}", direction=d) for i, d in enumerate(directions)]
-    found = collected([trial(point) for point in points], *goals)
-    front = {best.number for best in found.best}
+    summary = collected([trial(point) for point in points], *goals)
+    front = {best.number for best in summary.best}
     signs = [1 if d == "minimize" else -1 for d in directions]
     costs = [[s * v for s, v in zip(signs, point, strict=True)] for point in points]
     beaten = {
@@ -127,8 +127,8 @@ def test_the_front_is_optunas_and_that_of_brute_force(points, directions):
 
 
 def test_an_infeasible_trial_neither_wins_nor_dominates():
-    found = collected([trial([1, 1], excess=0.5), trial([2, 2], excess=-1)], LOSS, COST)
-    assert [best.number for best in found.best] == [1]
+    summary = collected([trial([1, 1], excess=0.5), trial([2, 2], excess=-1)], LOSS, COST)
+    assert [best.number for best in summary.best] == [1]
 
 
 # a run again ------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_one_failed_trial_among_others_is_no_failure(place):
     assert search(out, "--json") == 0
 
 
-def test_points_that_were_refused_are_told_and_do_not_count(place, capsys, no_plots):
+def test_points_that_were_refused_are_listed_and_do_not_count(place, capsys, no_plots):
     out, put = place
     refused = {"refused": True, "counted": False}
     put(

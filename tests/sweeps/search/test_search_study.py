@@ -1,4 +1,4 @@
-"""Studies: exactly n_trials whoever dies, one trial per job, and a journal that can be lost."""
+"""Studies: exactly n_trials whatever is killed, a trial per job, a journal that can be lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
-from studies import LR, contents, finish_all, leave_runs, loss_of, taker
+from studies import LR, contents, finish, finish_all, leave_runs, loss_of, taker
 
 from experiments.disk.output_dir import study_folder
 from experiments.identity import run_id
@@ -65,8 +65,7 @@ def test_a_failed_trial_counts_unless_it_is_given_up_uncounted(spec, folder):
 def test_a_run_that_diverged_is_a_result(spec, folder):
     study = Study.open(folder, create=spec(n_trials=2))
     first = study.take(taker())
-    leave_runs(first, state="diverged")
-    assert first.finish().values == [math.inf]
+    assert finish(first, state="diverged").values == [math.inf]
     finish_all(study)
     assert study.counts() == {"COMPLETE": 2}
     assert study.optuna.best_trial.number == 1
@@ -201,8 +200,8 @@ def test_every_sampler_serves_two_objectives_and_a_worst_value(spec, folder, mak
         constraints=[f"cost/trainable <= {bound}"],
     )
     study = Study.open(folder, create=search)
-    leave_runs(first := study.take(taker()), state="diverged")
-    first.finish()
+    first = study.take(taker())
+    finish(first, state="diverged")
     finish_all(study)
     assert study.counts() == {"COMPLETE": 7}
     assert len(study.optuna.best_trials) >= 1
@@ -210,7 +209,7 @@ def test_every_sampler_serves_two_objectives_and_a_worst_value(spec, folder, mak
     assert any("refused" in t.user_attrs for t in study.optuna.trials) or sampler != "qmc"
 
 
-# whose ------------------------------------------------------------------------------------------
+# owners -----------------------------------------------------------------------------------------
 def test_a_job_gets_its_own_trial_again_even_as_another_process(spec, folder):
     study = Study.open(folder, create=spec(n_trials=2))
     first, other = study.take(taker("7_1")), study.take(taker("7_2"))
@@ -225,8 +224,8 @@ def test_a_job_gets_its_own_trial_again_even_as_another_process(spec, folder):
 def test_an_orphan_is_adopted_before_anything_new_begins(spec, folder):
     study = Study.open(folder, create=spec(n_trials=3))
     dead, living = study.take(taker("1")), study.take(taker("2"))
-    heir = study.take(taker("3"), has_ended=lambda worker: worker.job_id == "1")
-    assert (heir.number, heir.params) == (dead.number, dead.params)
+    adopted = study.take(taker("3"), has_ended=lambda worker: worker.job_id == "1")
+    assert (adopted.number, adopted.params) == (dead.number, dead.params)
     assert not dead.belongs_to(taker("1"))
     fresh = study.take(taker("4"))
     assert fresh.number not in (dead.number, living.number)
@@ -245,7 +244,7 @@ def test_a_trial_whose_workers_all_vanish_fails_in_the_end(spec, folder):
     assert "vanished" in study.failures()[0]
 
 
-def test_a_point_whose_process_died_while_drawing_it_is_gone_on_with(spec, folder):
+def test_a_point_whose_process_died_while_drawing_it_is_drawn_to_its_end(spec, folder):
     search = spec(n_trials=1)
     study = Study.open(folder, create=search)
     half = study.optuna.ask()
@@ -259,8 +258,7 @@ def test_a_point_whose_process_died_while_drawing_it_is_gone_on_with(spec, folde
 def test_what_ended_stays_as_it_is(spec, folder):
     study = Study.open(folder, create=spec(n_trials=1))
     trial = study.take(taker())
-    leave_runs(trial)
-    trial.finish()
+    finish(trial)
     before = contents(study)
     trial.fail("too late")
     trial.prune()
@@ -277,8 +275,7 @@ def test_a_bad_trial_is_pruned_across_processes_and_a_repeated_step_changes_noth
         trial = study.take(taker())
         for step in range(3):
             trial.report(step, loss)
-        leave_runs(trial, loss=loss)
-        trial.finish()
+        finish(trial, loss=loss)
     bad = Study.open(folder).take(taker())
     bad.report(0, 5.0)
     bad.report(0, 0.0)
@@ -299,8 +296,7 @@ def test_every_pruner_answers(spec, folder, name):
         for step in range(1, 5):
             trial.report(step, float(trial.number))
             assert trial.should_prune() in (True, False)
-        leave_runs(trial)
-        trial.finish()
+        finish(trial)
     assert study.done()
 
 
@@ -416,7 +412,7 @@ def test_a_process_at_work_outlives_damage_and_another_ones_repair(mixed, folder
     assert (frozen.state, frozen.intermediate_values[8]) == (TrialState.COMPLETE, 0.25)
 
 
-def test_a_process_killed_in_telling_is_made_good(mixed, folder):
+def test_a_process_killed_before_it_wrote_its_record_is_made_good(mixed, folder):
     trial = mixed.take(taker("jobrun3"))
     mixed.tell(trial.number, state=TrialState.COMPLETE, values=[1.5])  # killed before its record
     before = contents(Study.open(folder))
@@ -446,8 +442,7 @@ def test_a_run_that_two_studies_meet_serves_the_rebuilding_of_both(spec, tmp_pat
         folder = study_folder(tmp_path / "out", name=name)
         study = Study.open(folder, create=spec(space=space, n_trials=1))
         trial = study.take(taker())
-        leave_runs(trial, loss=1.0)
-        trial.finish()
+        finish(trial, loss=1.0)
         studies.append((folder, trial.run_ids, contents(study)))
     assert studies[0][1] == studies[1][1]
     for folder, _, before in studies:
@@ -526,8 +521,7 @@ def labour(folder, *, pause=0.0):
         for step in range(3):
             trial.report(step, loss_of(trial.params) + step)
             time.sleep(pause)
-        leave_runs(trial)
-        trial.finish()
+        finish(trial)
 
 
 def check(folder, *, n):
@@ -586,13 +580,13 @@ def test_killed_processes_lose_and_double_nothing(spec, folder, monkeypatch):
     adopted = sum(t["user_attrs"].get("adoptions", 0) for t in before)
     print(f"{kills} kills, {adopted} adoptions")
     assert adopted >= 5
-    kept = [t["number"] for t in before if "refused" not in t["user_attrs"]]
+    counted = [t["number"] for t in before if "refused" not in t["user_attrs"]]
     again = contents(rebuild(folder))
-    assert [again[n] for n in kept] == [before[n] for n in kept]
+    assert [again[n] for n in counted] == [before[n] for n in counted]
 
 
 def test_optuna_still_cannot_stop_a_grid_outside_its_own_loop():
-    """Why telling is done with another sampler than drawing; if this fails, that can go."""
+    """Why a grid does not sample while trials are ended; if this fails, draws.py can be simpler."""
     study = optuna.create_study(sampler=optuna.samplers.GridSampler({"x": [1]}))
     trial = study.ask()
     trial.suggest_categorical("x", [1])

@@ -7,7 +7,7 @@ import json
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from studies import finish_all, leave_runs, taker
+from studies import DECADES, LR, begin_arms, finish, finish_all, taker
 
 from experiments.disk.output_dir import all_runs, study_folder
 from experiments.identity import run_id
@@ -16,13 +16,10 @@ from sweeps.local.slots import ROOT
 from sweeps.planning import provenance
 from sweeps.planning.plan import load, make_plan, store
 from sweeps.search import arms
-from sweeps.search.space import Choice, Float
+from sweeps.search.space import Choice
 from sweeps.search.study import Study
 from sweeps.search.tuned import read_tuned
 from tests import warm
-
-RATE = Float(low=1e-4, high=1e-1, log=True)
-GRID = {"name": "grid", "per_decade": 1}
 
 
 @pytest.fixture
@@ -33,16 +30,10 @@ def out(tmp_path):
 @pytest.fixture
 def search(spec, out):
     """`search(lora={...})`: a search with these arms, each with keywords of its spec."""
+    usual = {"space": {"train.lr": LR}, "n_trials": 4, "sampler": DECADES, "seeds": 2}
 
-    def go(**asked):
-        folder = study_folder(out, name="s")
-        for arm, words in asked.items():
-            one = spec(
-                **{"space": {"train.lr": RATE}, "n_trials": 4, "sampler": GRID, "seeds": 2, **words}
-            )
-            Study.open(study_folder(out, name="s", arm=arm), create=one)
-        arms.write_arms(folder, list(asked))
-        return folder
+    def go(**changes):
+        return begin_arms(out, {arm: spec(**(usual | own)) for arm, own in changes.items()})
 
     return go
 
@@ -51,8 +42,8 @@ def search(spec, out):
 def finished(search):
     """The same with all trials done; the best rate is 1e-2, and every first choice."""
 
-    def go(**asked):
-        folder = search(**asked)
+    def go(**changes):
+        folder = search(**changes)
         for study in arms.open_studies(folder):
             finish_all(study)
         return folder
@@ -93,8 +84,7 @@ def test_a_search_that_cannot_give_is_refused_by_what_it_lacks(search, finished,
     assert not b.left()
     with pytest.raises(ConfigError, match=r"but s has trials left \(b 3 of 4\)"):
         read_tuned(out, "s", {"a": "a", "b": "b"})
-    leave_runs(running)
-    running.finish()
+    finish(running)
     assert read_tuned(out, "s", {"a": "a", "b": "b"})
 
 
@@ -109,7 +99,7 @@ def test_an_arm_without_a_best_is_refused(search, out):
     a, b = arms.open_studies(folder)
     finish_all(a)
     while trial := b.take(taker()):
-        trial.fail("of no use")
+        trial.fail("boom")
     with pytest.raises(ConfigError, match=r"but s has none for b"):
         read_tuned(out, "s", {"a": "a", "b": "b"})
 
@@ -141,7 +131,7 @@ def cells(loader, monkeypatch, out):
     return go
 
 
-TWO = {"train.lr": RATE, "relora.scale": Choice(values=[0.5])}
+TWO = {"train.lr": LR, "relora.scale": Choice(values=[0.5])}
 
 
 def test_the_search_overrides_a_line_and_the_command_line_the_search(finished, cells):
