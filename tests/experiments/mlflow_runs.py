@@ -117,11 +117,11 @@ class Store:
 
     def run(self, run: RunDir) -> Any:
         """The one MLflow run that shows `run`."""
-        found = self.client.search_runs(
+        runs = self.client.search_runs(
             [self.experiment_id], filter_string=f"tags.run_id = '{run.run_id}'"
         )
-        assert len(found) == 1
-        return found[0]
+        assert len(runs) == 1
+        return runs[0]
 
     def status(self, run: RunDir) -> str | None:
         """None as long as no MLflow run shows `run`."""

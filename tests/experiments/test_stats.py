@@ -42,39 +42,39 @@ def seeded(values: object) -> dict[int, float]:
     return dict(enumerate(np.asarray(values, dtype=float).tolist()))
 
 
-def covers(found: Comparison, truth: float) -> bool:
-    assert found.low is not None
-    assert found.high is not None
-    return found.low <= truth <= found.high
+def covers(comparison: Comparison, truth: float) -> bool:
+    assert comparison.low is not None
+    assert comparison.high is not None
+    return comparison.low <= truth <= comparison.high
 
 
 # one arm ----------------------------------------------------------------------------------------
 def test_three_values_by_hand() -> None:
     # t(0.975, 2) = 4.30265 in any table; sd of 1, 2, 3 is 1.
-    found = mean_interval([1.0, 2.0, 3.0])
-    assert (found.mean, found.sd, found.n) == (2.0, 1.0, 3)
-    assert found.low == pytest.approx(2.0 - 4.30265 / 3**0.5, abs=1e-4)
-    assert found.high == pytest.approx(2.0 + 4.30265 / 3**0.5, abs=1e-4)
+    result = mean_interval([1.0, 2.0, 3.0])
+    assert (result.mean, result.sd, result.n) == (2.0, 1.0, 3)
+    assert result.low == pytest.approx(2.0 - 4.30265 / 3**0.5, abs=1e-4)
+    assert result.high == pytest.approx(2.0 + 4.30265 / 3**0.5, abs=1e-4)
 
 
 @given(spread_out)
 def test_agrees_with_scipy(values: list[float]) -> None:
-    found = mean_interval(values)
+    result = mean_interval(values)
     low, high = scipy_stats.t.interval(
         0.95, len(values) - 1, loc=np.mean(values), scale=scipy_stats.sem(values)
     )
-    assert found.low == pytest.approx(low, rel=1e-6, abs=1e-6)
-    assert found.high == pytest.approx(high, rel=1e-6, abs=1e-6)
+    assert result.low == pytest.approx(low, rel=1e-6, abs=1e-6)
+    assert result.high == pytest.approx(high, rel=1e-6, abs=1e-6)
 
 
 def test_one_value_has_no_interval() -> None:
-    found = mean_interval([2.5])
-    assert (found.mean, found.low, found.high, found.sd, found.n) == (2.5, None, None, None, 1)
+    result = mean_interval([2.5])
+    assert (result.mean, result.low, result.high, result.sd, result.n) == (2.5, None, None, None, 1)
 
 
 def test_equal_values_have_an_interval_of_no_width() -> None:
-    found = mean_interval([4.0, 4.0, 4.0])
-    assert found.low == found.mean == found.high == 4.0
+    result = mean_interval([4.0, 4.0, 4.0])
+    assert result.low == result.mean == result.high == 4.0
 
 
 @pytest.mark.parametrize("estimate", [mean_interval, geometric_interval])
@@ -85,25 +85,25 @@ def test_no_values_are_an_error(estimate) -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, 1.7e308])
 def test_what_is_not_finite_is_counted_and_changes_nothing_else(broken: float) -> None:
-    found, without = mean_interval([1.0, broken, 2.0, 3.0]), mean_interval([1.0, 2.0, 3.0])
-    assert (found.n, found.left_out) == (3, 1)
-    assert (found.mean, found.low, found.high) == (without.mean, without.low, without.high)
+    result, without = mean_interval([1.0, broken, 2.0, 3.0]), mean_interval([1.0, 2.0, 3.0])
+    assert (result.n, result.left_out) == (3, 1)
+    assert (result.mean, result.low, result.high) == (without.mean, without.low, without.high)
 
 
 def test_an_arm_of_which_nothing_is_finite_has_a_count_and_no_mean() -> None:
     for scale in ("linear", "log"):
-        found = interval([math.nan, math.inf], scale=scale)
-        assert math.isnan(found.mean)
-        assert (found.n, found.left_out, found.low, found.high) == (0, 2, None, None)
+        result = interval([math.nan, math.inf], scale=scale)
+        assert math.isnan(result.mean)
+        assert (result.n, result.left_out, result.low, result.high) == (0, 2, None, None)
 
 
 def test_geometric_mean_by_hand() -> None:
-    found = geometric_interval([math.exp(1), math.exp(2), math.exp(3)])
-    assert found.mean == pytest.approx(math.exp(2))
-    assert found.low == pytest.approx(math.exp(2 - 4.30265 / 3**0.5), rel=1e-5)
-    assert found.high == pytest.approx(math.exp(2 + 4.30265 / 3**0.5), rel=1e-5)
-    assert found.scale == "log"
-    assert "geometric" in found.assumes
+    result = geometric_interval([math.exp(1), math.exp(2), math.exp(3)])
+    assert result.mean == pytest.approx(math.exp(2))
+    assert result.low == pytest.approx(math.exp(2 - 4.30265 / 3**0.5), rel=1e-5)
+    assert result.high == pytest.approx(math.exp(2 + 4.30265 / 3**0.5), rel=1e-5)
+    assert result.scale == "log"
+    assert "geometric" in result.assumes
 
 
 @given(st.lists(st.floats(1, 1e5), min_size=2, max_size=9), st.floats(1e-3, 1e3))
@@ -117,41 +117,41 @@ def test_geometric_intervals_have_no_unit(values: list[float], unit: float) -> N
 
 
 def test_perplexities_that_are_not_positive_or_overflowed_are_counted() -> None:
-    found = geometric_interval([20.0, math.inf, 0.0, -3.0, 30.0])
-    assert (found.n, found.left_out) == (2, 3)
-    assert found.mean == pytest.approx(math.sqrt(600))
+    result = geometric_interval([20.0, math.inf, 0.0, -3.0, 30.0])
+    assert (result.n, result.left_out) == (2, 3)
+    assert result.mean == pytest.approx(math.sqrt(600))
 
 
 # two arms ---------------------------------------------------------------------------------------
 def test_paired_by_hand() -> None:
     # Student's t with 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2); here t = 2 / (1 / sqrt(3)).
-    found = compare({0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0})
-    assert (found.kind, found.n, found.difference) == ("paired", 3, 2.0)
-    assert found.p == pytest.approx(1 - 12**0.5 / 14**0.5)
-    assert found.low == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
+    result = compare({0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+    assert (result.kind, result.n, result.difference) == ("paired", 3, 2.0)
+    assert result.p == pytest.approx(1 - 12**0.5 / 14**0.5)
+    assert result.low == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
     # J(2) = gamma(1) / (sqrt(1) gamma(1/2)) = 1 / sqrt(pi), of d = 2.
-    assert found.effect == pytest.approx(2 / math.pi**0.5)
-    assert found.note == ""
+    assert result.effect == pytest.approx(2 / math.pi**0.5)
+    assert result.note == ""
 
 
 @given(spread_out, st.integers(0, 99))
 def test_paired_agrees_with_scipy(values: list[float], seed: int) -> None:
     others = (np.array(values) + SEEDED(seed).normal(size=len(values))).tolist()
-    found = compare(seeded(values), seeded(others))
+    result = compare(seeded(values), seeded(others))
     scipys = scipy_stats.ttest_rel(values, others)
-    assert found.p == pytest.approx(scipys.pvalue, rel=1e-6)
+    assert result.p == pytest.approx(scipys.pvalue, rel=1e-6)
     low, high = scipys.confidence_interval()
-    assert (found.low, found.high) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+    assert (result.low, result.high) == pytest.approx((low, high), rel=1e-5)
 
 
 @given(spread_out, spread_out)
 def test_welch_agrees_with_scipy(a: list[float], b: list[float]) -> None:
-    found = compare(seeded(a), {100 + s: v for s, v in seeded(b).items()})
+    result = compare(seeded(a), {100 + s: v for s, v in seeded(b).items()})
     scipys = scipy_stats.ttest_ind(a, b, equal_var=False)
-    assert (found.kind, found.n) == ("welch", 0)
-    assert found.p == pytest.approx(scipys.pvalue, rel=1e-6, abs=1e-12)
+    assert (result.kind, result.n) == ("welch", 0)
+    assert result.p == pytest.approx(scipys.pvalue, rel=1e-6, abs=1e-12)
     low, high = scipys.confidence_interval()
-    assert (found.low, found.high) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+    assert (result.low, result.high) == pytest.approx((low, high), rel=1e-5)
 
 
 def test_what_a_seed_does_to_both_arms_cancels() -> None:
@@ -172,13 +172,13 @@ def test_exchanging_the_arms_exchanges_the_sign() -> None:
 
 
 def test_on_the_log_scale_the_difference_is_a_ratio() -> None:
-    found = compare({0: 200.0, 1: 330.0}, {0: 100.0, 1: 110.0}, scale="log")
-    assert found.difference == pytest.approx(6**0.5)
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low < 1 < found.high
-    assert found.p is not None
-    assert found.p > 0.05
+    result = compare({0: 200.0, 1: 330.0}, {0: 100.0, 1: 110.0}, scale="log")
+    assert result.difference == pytest.approx(6**0.5)
+    assert result.low is not None
+    assert result.high is not None
+    assert result.low < 1 < result.high
+    assert result.p is not None
+    assert result.p > 0.05
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
@@ -188,9 +188,9 @@ def test_paired_intervals_cover_the_truth_as_often_as_they_say(scale) -> None:
     a, b = luck + random.normal(0.2, 0.3, luck.shape), luck + random.normal(0, 0.3, luck.shape)
     if scale == "log":
         a, b = np.exp(a), np.exp(b)
-    found = [compare(seeded(x), seeded(y), scale=scale) for x, y in zip(a, b, strict=True)]
+    results = [compare(seeded(x), seeded(y), scale=scale) for x, y in zip(a, b, strict=True)]
     truth = 0.2 if scale == "linear" else math.exp(0.2)
-    assert 0.93 < np.mean([covers(c, truth) for c in found]) < 0.97
+    assert 0.93 < np.mean([covers(c, truth) for c in results]) < 0.97
 
 
 @pytest.mark.parametrize(("n", "stated"), [(3, 0.75), (5, 0.84), (10, 0.90), (20, 0.93)])
@@ -210,45 +210,45 @@ def test_the_bootstrap_gives_the_same_twice_and_stays_inside_the_data() -> None:
 
 # what cannot be said ----------------------------------------------------------------------------
 def test_one_common_seed_gives_a_difference_and_no_more() -> None:
-    found = compare({0: 3.0}, {0: 1.0, 1: 2.0})
-    assert (found.kind, found.difference, found.n) == ("paired", 2.0, 1)
-    assert found.low is found.high is found.p is found.bootstrap is found.effect is None
-    assert "one common seed" in found.note
-    assert found.unmatched == [1]
-    assert found.needed.text == "not known"
+    result = compare({0: 3.0}, {0: 1.0, 1: 2.0})
+    assert (result.kind, result.difference, result.n) == ("paired", 2.0, 1)
+    assert result.low is result.high is result.p is result.bootstrap is result.effect is None
+    assert "one common seed" in result.note
+    assert result.unmatched == [1]
+    assert result.needed.text == "not known"
 
 
 def test_arms_without_common_seeds_are_compared_unpaired_and_it_says_so() -> None:
-    found = compare(seeded([1.0, 2.0]), {7: 4.0, 8: 6.0})
-    assert (found.kind, found.n, found.n_arm, found.n_reference) == ("welch", 0, 2, 2)
-    assert "not paired" in found.note
-    assert found.unmatched == [0, 1, 7, 8]
+    result = compare(seeded([1.0, 2.0]), {7: 4.0, 8: 6.0})
+    assert (result.kind, result.n, result.n_arm, result.n_reference) == ("welch", 0, 2, 2)
+    assert "not paired" in result.note
+    assert result.unmatched == [0, 1, 7, 8]
 
 
 def test_one_common_seed_of_several_is_not_enough_to_pair() -> None:
-    found = compare({0: 1.0, 1: 2.0, 2: 1.5}, {2: 4.0, 3: 6.0})
-    assert (found.kind, found.n, found.unmatched) == ("welch", 0, [0, 1, 3])
-    assert "not paired" in found.note
+    result = compare({0: 1.0, 1: 2.0, 2: 1.5}, {2: 4.0, 3: 6.0})
+    assert (result.kind, result.n, result.unmatched) == ("welch", 0, [0, 1, 3])
+    assert "not paired" in result.note
 
 
 def test_one_seed_against_another_is_no_test() -> None:
-    found = compare({0: 1.0}, {1: 3.0})
-    assert (found.kind, found.difference, found.p) == ("none", -2.0, None)
-    assert "no test" in found.note
+    result = compare({0: 1.0}, {1: 3.0})
+    assert (result.kind, result.difference, result.p) == ("none", -2.0, None)
+    assert "no test" in result.note
 
 
 @pytest.mark.parametrize("arm", [{}, {0: math.nan, 1: math.inf}])
 def test_an_arm_without_a_value_has_no_difference(arm: Mapping[int, float]) -> None:
-    found = compare(arm, {0: 1.0, 1: 2.0})
-    assert (found.kind, found.difference, found.p) == ("none", None, None)
-    assert "no finite value" in found.note
-    assert found.not_finite == sorted(arm)
+    result = compare(arm, {0: 1.0, 1: 2.0})
+    assert (result.kind, result.difference, result.p) == ("none", None, None)
+    assert "no finite value" in result.note
+    assert result.not_finite == sorted(arm)
 
 
 def test_a_diverged_seed_is_named_and_its_pair_left_out() -> None:
-    found = compare({0: 1.0, 1: math.nan, 2: 3.0, 3: 2.0}, {0: 1.5, 1: 1.0, 2: 3.1, 3: 2.9})
-    assert (found.n, found.not_finite) == (3, [1])
-    assert "not finite at seed 1" in found.note
+    result = compare({0: 1.0, 1: math.nan, 2: 3.0, 3: 2.0}, {0: 1.5, 1: 1.0, 2: 3.1, 3: 2.9})
+    assert (result.n, result.not_finite) == (3, [1])
+    assert "not finite at seed 1" in result.note
 
 
 @pytest.mark.parametrize(
@@ -258,30 +258,30 @@ def test_a_diverged_seed_is_named_and_its_pair_left_out() -> None:
 def test_without_spread_there_is_no_test(a: list[float], note: str, scale) -> None:
     b = [1.0, 2.0, 3.0] if scale == "linear" else [v / a[0] for v in a]
     a = a if scale == "linear" or note == "same gap" else b
-    found = compare(seeded(a), seeded(b), scale=scale)
-    assert note in found.note
-    assert found.difference == pytest.approx(a[0] / b[0] if scale == "log" else a[0] - b[0])
-    assert found.low is found.p is found.bootstrap is None
+    result = compare(seeded(a), seeded(b), scale=scale)
+    assert note in result.note
+    assert result.difference == pytest.approx(a[0] / b[0] if scale == "log" else a[0] - b[0])
+    assert result.low is result.p is result.bootstrap is None
 
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(anything, anything, st.sampled_from(["linear", "log"]))
 def test_no_numbers_break_it_and_none_invent_an_interval(a, b, scale) -> None:
-    found = compare(a, b, scale=scale)
-    if found.low is None:
-        assert found.p is None
-        assert found.note
+    result = compare(a, b, scale=scale)
+    if result.low is None:
+        assert result.p is None
+        assert result.note
         return
-    assert found.difference is not None
-    assert found.high is not None
-    assert found.p is not None
-    assert found.low <= found.difference <= found.high
-    assert 0 <= found.p <= 1
-    assert found.n >= 2 or found.kind == "welch"
-    assert found.assumes
+    assert result.difference is not None
+    assert result.high is not None
+    assert result.p is not None
+    assert result.low <= result.difference <= result.high
+    assert 0 <= result.p <= 1
+    assert result.n >= 2 or result.kind == "welch"
+    assert result.assumes
     no_difference = 0 if scale == "linear" else 1
-    assume(abs(found.p - 0.05) > 1e-6)
-    assert (found.p > 0.05) == (found.low <= no_difference <= found.high)
+    assume(abs(result.p - 0.05) > 1e-6)
+    assert (result.p > 0.05) == (result.low <= no_difference <= result.high)
 
 
 # families ---------------------------------------------------------------------------------------
@@ -336,9 +336,9 @@ def test_seeds_needed_unpaired_agree_with_statsmodels() -> None:
     from statsmodels.stats.power import TTestIndPower
 
     a, b = [1.0, 1.4, 0.7, 1.1], [0.8, 0.9, 0.3, 0.6]
-    found = compare(seeded(a), {9 + s: v for s, v in seeded(b).items()})
+    result = compare(seeded(a), {9 + s: v for s, v in seeded(b).items()})
     effect = (np.mean(a) - np.mean(b)) / math.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 2)
-    assert found.needed.n == math.ceil(TTestIndPower().solve_power(effect, power=0.8, alpha=0.05))
+    assert result.needed.n == math.ceil(TTestIndPower().solve_power(effect, power=0.8, alpha=0.05))
 
 
 def test_seeds_needed_says_when_it_is_hopeless_or_unknown() -> None:

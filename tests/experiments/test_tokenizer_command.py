@@ -61,9 +61,9 @@ def test_the_same_text_gives_the_same_file(tmp_path):
 def test_too_little_text_says_so(texts, tmp_path, capsys):
     command = ["tokenizer", str(texts), str(tmp_path / "bpe"), "--vocab", "9999", "--json"]
     assert main(command) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["vocab_size"] == HFTokenizer(told["path"]).vocab_size < 9999
-    assert "9999" in told["notes"][0]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["vocab_size"] == HFTokenizer(answer["path"]).vocab_size < 9999
+    assert "9999" in answer["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ def test_what_else_ends_a_run_leaves_the_checkpoint_that_was_begun(config, tmp_p
 def test_not_writing_what_did_not_change_changes_no_checkpoint(
     config, tmp_path, monkeypatch, changes
 ):
-    kept = {"every_steps": 1, "keep_last": 99}
-    run(config(checkpoint=kept, **changes), tmp_path / "linked")
+    policy = {"every_steps": 1, "keep_last": 99}
+    run(config(checkpoint=policy, **changes), tmp_path / "linked")
     monkeypatch.setattr(checkpoint.Writer, "_same", lambda self, versions: None)
-    run(config(checkpoint=kept, **changes), tmp_path / "written")
+    run(config(checkpoint=policy, **changes), tmp_path / "written")
     assert digests(tmp_path / "linked") == digests(tmp_path / "written")
     assert not [p for p in checkpoints(tmp_path / "linked") if checkpoint.damage(p)]
 
@@ -194,7 +194,7 @@ FILES = (MODEL, FROZEN, "optimizer.pt", "rng.pt", "progress.json")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def finished(tmp_path_factory):
     """A run with all of its checkpoints."""
     from tests.conftest import nano_config
 
@@ -210,9 +210,9 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*FILES, "checksums.json"])
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=lambda f: f.__name__)
-def test_damage_is_noticed(whole, tmp_path, name, damage):
+def test_damage_is_noticed(finished, tmp_path, name, damage):
     path = tmp_path / "step-00000002"
-    shutil.copytree(checkpoints(whole[1])[0], path)
+    shutil.copytree(checkpoints(finished[1])[0], path)
     assert checkpoint.damage(path) is None
     damage(path / name)
     if name != "checksums.json":
@@ -221,8 +221,8 @@ def test_damage_is_noticed(whole, tmp_path, name, damage):
         assert checkpoint.damage(path) is not None
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys):
-    setting, folder, metrics = whole
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys):
+    setting, folder, metrics = finished
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     flip(checkpoints(tmp_path)[-1] / "optimizer.pt")
     truncate(checkpoints(tmp_path)[-2] / FROZEN)
@@ -237,8 +237,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
-def test_a_checkpoint_from_before_checksums_still_loads(whole, tmp_path):
-    setting, folder, metrics = whole
+def test_a_checkpoint_from_before_checksums_still_loads(finished, tmp_path):
+    setting, folder, metrics = finished
     path = tmp_path / "checkpoints" / "step-00000006"
     shutil.copytree(checkpoints(folder)[2], path)
     weights = checkpoint.load_weights(path)

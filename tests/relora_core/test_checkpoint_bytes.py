@@ -12,8 +12,8 @@ from relora_core.train import train
 def written(config, folder) -> int:
     """Bytes of the largest checkpoint that the run leaves."""
     train(config, checkpoints=folder / "checkpoints", cache_dir=folder, sink=NullSink())
-    found = checkpoint.complete(folder / "checkpoints")
-    return max(sum(file.stat().st_size for file in path.iterdir()) for path in found)
+    paths = checkpoint.complete(folder / "checkpoints")
+    return max(sum(file.stat().st_size for file in path.iterdir()) for path in paths)
 
 
 @pytest.mark.parametrize("layers", [2, 5])
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_as_large_as_its_shapes_say(nano, tmp_path, method, laye
 )
 def test_what_a_procedure_keeps_beside_weights_is_counted(nano, tmp_path, changes):
     model = {"vocab_size": VOCAB_SIZE}
-    kept = {"every_steps": 1, "keep_last": 3}
+    policy = {"every_steps": 1, "keep_last": 3}
     train = {"steps": 3, **changes.get("train", {})}
-    config = nano(**{**changes, "model": model, "train": train, "checkpoint": kept})
+    config = nano(**{**changes, "model": model, "train": train, "checkpoint": policy})
     assert costs.checkpoint_bytes(config) == pytest.approx(written(config, tmp_path), rel=0.02)

@@ -71,9 +71,9 @@ def test_links_to_folders_are_followed_and_circles_are_said(tmp_path):
     (data / "all").symlink_to(tmp_path)
     (data / "lost.jsonl").symlink_to(tmp_path / "nowhere")
     assert sorted(texts(data)) == ["deeper", "linked", "own"]
-    said = notes(data)
-    assert "not followed: again/up, all, link" in said  # the first way by name is taken
-    assert "links that lead nowhere: lost.jsonl" in said
+    listed = notes(data)
+    assert "not followed: again/up, all, link" in listed  # the first way by name is taken
+    assert "links that lead nowhere: lost.jsonl" in listed
 
 
 def test_a_folder_goes_by_its_own_name_where_a_link_leads_to_it_too(tmp_path):
@@ -185,8 +185,8 @@ def test_pieces_of_any_size_are_the_same_documents(tmp_path, monkeypatch, long):
     file = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(parts).encode())
     monkeypatch.setattr(documents, "LONG", 2 * long)
     assert texts(file) == parts
-    whole = write(tmp_path / "b.txt", "".join(parts).encode())
-    pieces = [d if isinstance(d, str) else list(d) for d in documents.read(whole, text_field="")]
+    path = write(tmp_path / "b.txt", "".join(parts).encode())
+    pieces = [d if isinstance(d, str) else list(d) for d in documents.read(path, text_field="")]
     assert "".join(pieces[0]) == "".join(parts)
     if long < 1000:
         assert max(map(len, pieces[0])) <= 2 * long
@@ -290,10 +290,10 @@ def test_null_texts_are_left_out_and_counted(tmp_path):
     write(tmp_path / "data" / "a.jsonl", jsonl("the cat", None, "sat", None))
     data = DataConfig(kind="text", path=str(tmp_path / "data"), seq_len=4)
     data.tokenizer = str(tokenizer)
-    said = "2 records without a text (null) are left out"
-    assert said in inspect(data).notes
+    note = "2 records without a text (null) are left out"
+    assert note in inspect(data).notes
     prepare(data, cache_dir=tmp_path / "cache")
-    assert said in inspect(data, cache_dir=tmp_path / "cache").notes
+    assert note in inspect(data, cache_dir=tmp_path / "cache").notes
     info: DataInfo = inspect(data)
     assert info.fingerprint
     tokens = text.Tokens(text.cache_folder(tmp_path / "cache", info.fingerprint))
@@ -390,9 +390,9 @@ def test_hub_layouts_are_read_and_two_splits_refused(tmp_path, names):
 def test_many_small_files_take_no_time_to_find(tmp_path):
     for i in range(3000):
         write(tmp_path / f"{i % 50}" / f"{i}.txt", b"x")
-    found = documents.find(str(tmp_path))
-    assert len(found.files) == 3000
-    assert found.notes == []
+    listing = documents.find(str(tmp_path))
+    assert len(listing.files) == 3000
+    assert listing.notes == []
 
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="no zstd command")

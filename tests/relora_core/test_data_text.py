@@ -203,11 +203,11 @@ def test_ids_take_two_bytes_while_they_fit(tmp_path, config, words, dtype):
 
 
 def test_text_is_tokenised_once_and_only_in_prepare(config, tmp_path, monkeypatch):
-    said: list[str] = []
+    lines: list[str] = []
     monkeypatch.setattr(text.time, "monotonic", iter(range(0, 10**6, 3)).__next__)
     data = config()
-    prepare(data, cache_dir=tmp_path, progress=said.append)
-    assert any("part3.jsonl.zst (5/5)" in line for line in said)
+    prepare(data, cache_dir=tmp_path, progress=lines.append)
+    assert any("part3.jsonl.zst (5/5)" in line for line in lines)
     monkeypatch.setattr(HFTokenizer, "encode_batch", None)
     prepare(data, cache_dir=tmp_path)
     data.fingerprint = inspect(data, cache_dir=tmp_path).fingerprint

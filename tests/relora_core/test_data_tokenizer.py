@@ -71,8 +71,8 @@ def test_eos_is_what_is_configured_then_what_the_folder_says_then_a_usual_name(t
     folder = write_bpe(tmp_path)
     assert HFTokenizer(str(folder)).eos_id == 0  # <|endoftext|> is trained as the first id
     (folder / "tokenizer_config.json").write_text('{"eos_token": "b"}')
-    said = HFTokenizer(str(folder)).eos_id
-    assert HFTokenizer(str(folder)).encode("b") == [said]
+    eos = HFTokenizer(str(folder)).eos_id
+    assert HFTokenizer(str(folder)).encode("b") == [eos]
     assert HFTokenizer(str(folder), eos_id=7).eos_id == 7
 
 
@@ -348,12 +348,12 @@ def test_a_long_text_takes_the_memory_of_a_window_wherever_it_is_encoded(
 ):
     """An eval's, too: a document of 30 MB would take 3.5 GB."""
     text = "the dog sat on the mat " * 400
-    whole, sizes, encoding = any_tokenizer.encode(text), [], HFTokenizer._encoding
+    ids, sizes, encoding = any_tokenizer.encode(text), [], HFTokenizer._encoding
     monkeypatch.setattr(
         HFTokenizer, "_encoding", lambda self, text: sizes.append(len(text)) or encoding(self, text)
     )
     monkeypatch.setattr(tokenizer, "LONG", 2000)
-    assert any_tokenizer.encode_batch([text]) == [any_tokenizer.encode(text)] == [whole]
+    assert any_tokenizer.encode_batch([text]) == [any_tokenizer.encode(text)] == [ids]
     assert max(sizes) < len(text) / 2
 
 

@@ -73,11 +73,11 @@ def test_singular_values_of_many_are_those_of_each(shape, threads):
     sigma = torch.logspace(0, -14, 20, dtype=torch.float64)
     try:
         torch.set_num_threads(threads)
-        found = spectra.singular_values(u * sigma @ v.mT)
+        computed = spectra.singular_values(u * sigma @ v.mT)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(found[..., :20], sigma.expand(5, 2, 20), atol=1e-15, rtol=0)
+    torch.testing.assert_close(computed[..., :20], sigma.expand(5, 2, 20), atol=1e-15, rtol=0)
 
 
 def test_a_zero_matrix_and_a_broken_one_have_defined_values():
@@ -171,8 +171,8 @@ def test_the_published_condition_number_of_a_product_is_the_noise_of_its_precisi
     assert low < spectra.condition_number(sigma).item() < high
     exact = torch.linalg.svdvals(b @ a)
     true = (exact[0] / exact[15]).item()
-    found = spectra.condition_number(sigma, noise=noise).item()
-    assert found == pytest.approx(true, rel=0.02)
+    computed = spectra.condition_number(sigma, noise=noise).item()
+    assert computed == pytest.approx(true, rel=0.02)
 
 
 def test_rounding_is_always_below_the_noise_floor():
@@ -416,20 +416,20 @@ def test_singular_matrices_left_out_of_a_mean_are_counted(nano):
     sigma = torch.tensor([[4.0, 2.0], [3.0, 0.0], [0.0, 0.0], [6.0, 1.0]], dtype=torch.float64)
     spectrum = dynamics.Spectrum(sigma=sigma, noise=torch.zeros(4), layers=[0, 1, 2, 3])
     values = spectrum.values(d_inter=2)
-    found = dynamics.summary(values)
-    assert found["condition_number_all"] == 4.0  # of 2 and 6; a zero matrix has none
-    assert found["condition_number_all_infinite"] == 1
+    summary = dynamics.summary(values)
+    assert summary["condition_number_all"] == 4.0  # of 2 and 6; a zero matrix has none
+    assert summary["condition_number_all_infinite"] == 1
     rows = dynamics.table(values, what="weight", kind="w_2", layers=[0, 1, 2, 3])
     all_of_them = [(r["condition_number_all"], r["condition_number_all_infinite"]) for r in rows]
     assert all_of_them == [(2.0, 0), (None, 1), (None, 0), (6.0, 0)]
     heads = dynamics.Spectrum(sigma=sigma[None], noise=torch.zeros(1, 4), layers=[0])
-    found = dynamics.summary(heads.values(d_inter=2))
-    assert found["condition_number_all"] == 4.0
-    assert found["condition_number_all_infinite"] == 1
+    summary = dynamics.summary(heads.values(d_inter=2))
+    assert summary["condition_number_all"] == 4.0
+    assert summary["condition_number_all_infinite"] == 1
     single = dynamics.Spectrum(sigma=sigma[1:2], noise=torch.zeros(1), layers=[0])
-    found = dynamics.summary(single.values(d_inter=2))
-    assert "condition_number_all" not in found
-    assert found["condition_number_all_infinite"] == 1
+    summary = dynamics.summary(single.values(d_inter=2))
+    assert "condition_number_all" not in summary
+    assert summary["condition_number_all_infinite"] == 1
 
 
 def test_each_metric_is_the_mean_of_its_table_rows(nano):

@@ -145,10 +145,10 @@ def test_a_diverged_model_gets_nothing_right():
 @pytest.mark.parametrize("tokens", [8, 100])
 def test_decisions_do_not_depend_on_the_batches(monkeypatch, tokens):
     pairs, model = make_pairs(), make_model()
-    whole = run(model, pairs)
+    result = run(model, pairs)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": tokens})
-    assert run(model, pairs) == whole
-    assert run(model, pairs[::-1]).metrics == pytest.approx(whole.metrics)
+    assert run(model, pairs) == result
+    assert run(model, pairs[::-1]).metrics == pytest.approx(result.metrics)
 
 
 def test_two_ranks_together_equal_one():
@@ -272,8 +272,8 @@ def test_zip_archives_and_the_hubs_files_give_the_same_pairs(tmp_path):
 
 def test_max_pairs_keeps_the_first_of_each_paradigm(tmp_path):
     write(tmp_path, FILES)
-    kept = blimp.load(BlimpConfig(path=str(tmp_path), max_pairs=1))
-    assert [(p.uid, p.pair_id) for p in kept] == [("island", "0"), ("passive_1", "0")]
+    loaded = blimp.load(BlimpConfig(path=str(tmp_path), max_pairs=1))
+    assert [(p.uid, p.pair_id) for p in loaded] == [("island", "0"), ("passive_1", "0")]
 
 
 def test_spellings_of_phenomenon_and_field_are_joined(tmp_path):
@@ -314,9 +314,9 @@ def test_a_bad_file_is_one_line_that_names_file_and_line(tmp_path, content, mess
 def test_a_bad_path_or_archive_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar.xz").write_text("no archive")
-    whole = pack(tmp_path / "whole.tar.xz", FILES).read_bytes()
-    (tmp_path / "cut.tar.xz").write_bytes(whole[:-60])  # all members are there, the end is not
-    (tmp_path / "half.tar.xz").write_bytes(whole[: len(whole) // 2])
+    packed = pack(tmp_path / "whole.tar.xz", FILES).read_bytes()
+    (tmp_path / "cut.tar.xz").write_bytes(packed[:-60])  # all members are there, the end is not
+    (tmp_path / "half.tar.xz").write_bytes(packed[: len(packed) // 2])
     damaged = bytearray(pack(tmp_path / "whole.tar.gz", FILES).read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "damaged.tar.gz").write_bytes(damaged)

@@ -71,7 +71,7 @@ def test_perplexities_equal_those_computed_by_hand():
     result = evaluate(Bigram(), texts)
     # Each document starts from EOS = 0; no end token is scored.
     x, y, b = [0.5, 0.25, 0.25], [0.15, 0.4, 0.5], [0.5]
-    found = {name.removeprefix("eval/paloma/"): v for name, v in result.metrics.items()}
+    metrics = {name.removeprefix("eval/paloma/"): v for name, v in result.metrics.items()}
     expected = {
         "perplexity": perplexity(*x, *y, *b),
         "bits_per_byte": math.log2(perplexity(*x, *y, *b)),  # one byte per token
@@ -82,9 +82,9 @@ def test_perplexities_equal_those_computed_by_hand():
         "macro_perplexity": ((perplexity(*x) + perplexity(*y)) / 2 + 2.0) / 2,
         "macro_domains_perplexity": (perplexity(*x) + perplexity(*y) + 2.0) / 3,
         "macro_sources_perplexity": (perplexity(*x, *y) + 2.0) / 2,
-        "paper_perplexity": found["paper_perplexity"],
+        "paper_perplexity": metrics["paper_perplexity"],
     }
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert metrics == pytest.approx(expected, rel=1e-5)
     rows = [(r["source"], r["domain"], r["documents"], r["tokens"]) for r in _table(result)]
     assert rows == [("a", "x", 2, 3), ("a", "y", 1, 3), ("b", "b", 1, 1)]
     assert [r["perplexity"] for r in _table(result)] == pytest.approx(
@@ -240,8 +240,8 @@ def test_plain_jsonl_and_other_packings_are_sources_too_and_what_is_left_out_is_
 def test_max_documents_keeps_the_first_of_each_domain(tmp_path):
     lines = [record(f"{d}{i}", subdomain=d) for i in range(3) for d in "ab"]
     write(tmp_path, lines)
-    kept = paloma.load(PalomaConfig(path=str(tmp_path), max_documents=2))
-    assert [d.text for d in kept] == ["a0", "b0", "a1", "b1"]
+    loaded = paloma.load(PalomaConfig(path=str(tmp_path), max_documents=2))
+    assert [d.text for d in loaded] == ["a0", "b0", "a1", "b1"]
 
 
 def test_the_digest_follows_content_and_not_place(tmp_path):

@@ -64,10 +64,10 @@ def test_on_the_grammar_both_evals_run_on_its_own_texts():
     assert evals.inspect(config) == {"paloma": None, "blimp": None}
     torch.manual_seed(0)
     model = Decoder(config.model)
-    found = {e.name: e for e in evals.prepare(config, GrammarTokenizer())}
-    assert {name: e.every_steps for name, e in found.items()} == {"paloma": None, "blimp": 5}
+    prepared = {e.name: e for e in evals.prepare(config, GrammarTokenizer())}
+    assert {name: e.every_steps for name, e in prepared.items()} == {"paloma": None, "blimp": 5}
 
-    paloma = found["paloma"].run(model)
+    paloma = prepared["paloma"].run(model)
     rows = paloma.tables["paloma_domains"]
     assert {(row["source"], row["documents"]) for row in rows} == {(r, 3) for r in REGISTERS}
     # Fresh weights know nothing: perplexity is near the vocabulary's size.
@@ -75,7 +75,7 @@ def test_on_the_grammar_both_evals_run_on_its_own_texts():
     assert 0.5 * vocab_size < paloma.metrics["eval/paloma/perplexity"] < 2 * vocab_size
     assert 0.5 * vocab_size < paloma.metrics["eval/paloma/paper_perplexity"] < 2 * vocab_size
 
-    pairs = found["blimp"].run(model)
+    pairs = prepared["blimp"].run(model)
     assert {row["pairs"] for row in pairs.tables["blimp_paradigms"]} == {4}
     phenomena = {n.split("/")[-1] for n in pairs.metrics if "/no_bos/" in n} - {"accuracy"}
     assert len(phenomena) == 12
@@ -101,11 +101,11 @@ def test_texts_are_tokenised_once_however_often_a_run_evaluates():
     config = make_config()
     config.eval.paloma.max_documents = config.eval.blimp.max_pairs = 2
     model = Decoder(config.model)
-    found = evals.prepare(config, Counting())
+    prepared = evals.prepare(config, Counting())
     assert calls == []
-    first = [e.run(model) for e in found]
+    first = [e.run(model) for e in prepared]
     once = len(calls)
-    assert [e.run(model) for e in found] == first
+    assert [e.run(model) for e in prepared] == first
     assert len(calls) == once > 0
 
 
@@ -253,8 +253,8 @@ def test_reduced_precision_is_another_run_and_reaches_the_eval(name):
         config = make_config()
         config.eval.paloma.max_documents, config.eval.blimp.max_pairs = 2, 200
         getattr(config.eval, name).precision = precision
-        told = scientific(config).get(f"eval.{name}.precision")
-        assert told == (None if precision == "fp32" else "bf16")  # older runs keep their names
+        entry = scientific(config).get(f"eval.{name}.precision")
+        assert entry == (None if precision == "fp32" else "bf16")  # older runs keep their names
         torch.manual_seed(0)
         model = Decoder(config.model)
         (evaluation,) = (e for e in evals.prepare(config, GrammarTokenizer()) if e.name == name)

@@ -76,8 +76,8 @@ def test_sums_do_not_depend_on_the_batches(model, seed, batch_tokens, shared, sh
     cases = windows(count=30, seed=seed, alphabet=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "SHORT", short)
-        found = scoring.score(model, cases, batch_tokens=batch_tokens, share_prefixes=shared)
-    np.testing.assert_allclose(found, scoring.score(model, cases), atol=2e-5)
+        scores = scoring.score(model, cases, batch_tokens=batch_tokens, share_prefixes=shared)
+    np.testing.assert_allclose(scores, scoring.score(model, cases), atol=2e-5)
 
 
 @settings(max_examples=30, deadline=None)

@@ -138,9 +138,9 @@ def test_config_says_what_transformers_would(nano, tmp_path):
         dtype="float32",
         architectures=["LlamaForCausalLM"],
     )
-    found, expected = read.to_dict(), want.to_dict()
-    found.pop("rope_theta", None)  # for older readers
-    assert found == expected
+    written, expected = read.to_dict(), want.to_dict()
+    written.pop("rope_theta", None)  # for older readers
+    assert written == expected
 
 
 @given(
@@ -359,13 +359,13 @@ def test_relora_picos_adapters_are_merged(tmp_path, trained_scale):
     if trained_scale:
         state[f"pico_decoder.{linear}.s"] = torch.tensor([0.3])
     source = save_pico(tmp_path / "pico", state, relora={"r": 3, "lora_alpha": 12})
-    _, found = export.read_model(source)
+    _, tensors = export.read_model(source)
     x = torch.randn(5, 40, generator=generator)
     scale = torch.tanh(torch.tensor(0.3)).item() if trained_scale else 4.0
     want = x @ plain[f"{linear}.weight"].T + scale * (x @ a.T) @ b.T
-    torch.testing.assert_close(x @ found[f"{linear}.weight"].T, want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(x @ tensors[f"{linear}.weight"].T, want, atol=1e-4, rtol=0)
     others = {n: t for n, t in plain.items() if n != f"{linear}.weight"}
-    assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in others.items())
 
 
 def test_transformers_own_llama_loads_here(tmp_path):

@@ -72,9 +72,9 @@ def test_updates_are_those_of_the_papers_algorithm(shape, policy, r):
     given = gradients(shape, 9)
     start, given = given[0], given[1:]
     weight = torch.nn.Parameter(start.clone())
-    found = trajectory(optimizer_of(weight, policy=policy, **setting), weight, given)
+    moved = trajectory(optimizer_of(weight, policy=policy, **setting), weight, given)
     want = torch.stack(list(published(start, given, policy=policy, **setting)))
-    torch.testing.assert_close(found, want, atol=1e-9, rtol=0)
+    torch.testing.assert_close(moved, want, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,10 +113,10 @@ def test_the_first_update_at_full_rank_depends_on_singular_vectors_alone(shape):
 @pytest.mark.parametrize("r", [1, 2, 4])
 def test_one_update_has_rank_r_and_two_projectors_more(shape, r):
     weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    found = trajectory(optimizer_of(weight, r=r, gap=3), weight, gradients(shape, 4))
-    assert [int(torch.linalg.matrix_rank(w)) for w in found[:3]] == [r, r, r]
-    assert int(torch.linalg.matrix_rank(found[2] - found[1])) == r
-    assert int(torch.linalg.matrix_rank(found[3])) == min(2 * r, *shape)
+    moved = trajectory(optimizer_of(weight, r=r, gap=3), weight, gradients(shape, 4))
+    assert [int(torch.linalg.matrix_rank(w)) for w in moved[:3]] == [r, r, r]
+    assert int(torch.linalg.matrix_rank(moved[2] - moved[1])) == r
+    assert int(torch.linalg.matrix_rank(moved[3])) == min(2 * r, *shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -77,7 +77,7 @@ def all_registers() -> dict[str, list[g.Rule]]:
     for register in g.REGISTERS:
         for left, alternatives in g.grammar(register).rules.items():
             rights[left] |= dict.fromkeys(right for _, right in alternatives)
-    return {left: [(1.0, right) for right in found] for left, found in rights.items()}
+    return {left: [(1.0, right) for right in symbols] for left, symbols in rights.items()}
 
 
 def derivable(text: str) -> bool:
@@ -105,9 +105,9 @@ def is_ambiguous(rules: dict[str, list[g.Rule]], start: str) -> bool:
                 if symbol not in rules:
                     alike[symbol].add((left, tuple("_" if s == symbol else s for s in right)))
     chosen = {frozenset(places): word for word, places in alike.items()}
-    kept = set(chosen.values())
+    allowed = set(chosen.values())
     small = {
-        left: [right for _, right in alternatives if all(s in rules or s in kept for s in right)]
+        left: [right for _, right in alternatives if all(s in rules or s in allowed for s in right)]
         for left, alternatives in rules.items()
     }
 

@@ -120,16 +120,16 @@ def as_other(look: Callable[[], object]) -> str:
             os.setgroups([LAB])
             os.setegid(OTHER)
             os.seteuid(OTHER)
-            said = str(look())
+            text = str(look())
         except BaseException as error:
-            said = repr(error)
-        os.write(writing, said.encode())
+            text = repr(error)
+        os.write(writing, text.encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as answer:
-        said = answer.read()
+        text = answer.read()
     os.waitpid(pid, 0)
-    return said
+    return text
 
 
 def tried(path: Path) -> str | None:
@@ -172,10 +172,10 @@ def test_what_is_closed_is_said_with_its_owner(place: Path, mode: int, line: str
     (folder / "file").write_text("")
     os.chown(folder, -1, LAB)
     folder.chmod(mode)
-    said = as_other(lambda: tried(folder / "file"))
-    assert said.startswith(line.format(f=folder))
-    assert "\n" not in said
-    assert said.endswith("look without writing")
+    shown = as_other(lambda: tried(folder / "file"))
+    assert shown.startswith(line.format(f=folder))
+    assert "\n" not in shown
+    assert shown.endswith("look without writing")
 
 
 def test_what_is_ones_own_is_no_mystery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,9 +37,9 @@ def relative(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def errors(got, want, found, grads):
+def errors(got, want, got_grads, grads):
     """Relative errors of an output and of the gradients."""
-    return [relative(got, want), *(relative(g, w) for g, w in zip(found, grads, strict=True))]
+    return [relative(got, want), *(relative(g, w) for g, w in zip(got_grads, grads, strict=True))]
 
 
 LENGTHS = [1, 23, 300]
@@ -56,23 +56,23 @@ def test_attention_equals_float64(kernels, length, heads, kv, size):
     for scale in (1.0, 6.0):  # nearly uniform and nearly one-hot rows
         given = [inputs[0] * scale, *inputs[1:]]
         want, grads = gradients(plain_attention, [x.double() for x in given], upstream)
-        got, found = gradients(causal_attention, given, upstream)
+        got, got_grads = gradients(causal_attention, given, upstream)
         assert relative(got, want) < 1e-6
-        for one, other in zip(found, grads, strict=True):
+        for one, other in zip(got_grads, grads, strict=True):
             assert (one - other).norm() < 3e-6 * max(other.norm(), upstream.norm())
 
 
 def test_attention_does_not_depend_on_threads(kernels):
     shapes = (3, 130, 6, 8), (3, 130, 2, 8), (3, 130, 2, 8)
     *inputs, upstream = draw(*shapes, shapes[0])
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
         try:
-            found.append(gradients(causal_attention, inputs, upstream))
+            results.append(gradients(causal_attention, inputs, upstream))
         finally:
             torch.set_num_threads(threads)
-    (first, d_first), (second, d_second) = found
+    (first, d_first), (second, d_second) = results
     assert all(map(torch.equal, (first, *d_first), (second, *d_second)))
 
 
@@ -82,10 +82,10 @@ def test_attention_of_bf16_is_as_near_as_its_inputs(kernels, size):
     shapes = (1, 256, 6, size), (1, 256, 2, size), (1, 256, 2, size)
     *inputs, upstream = (x.bfloat16() for x in draw(*shapes, shapes[0], seed=1))
     want, grads = gradients(plain_attention, [x.double() for x in inputs], upstream)
-    got, found = gradients(causal_attention, inputs, upstream)
+    got, got_grads = gradients(causal_attention, inputs, upstream)
     assert got.dtype == torch.bfloat16
     assert relative(got, want) < 6e-3
-    assert max(relative(g, w) for g, w in zip(found, grads, strict=True)) < 1.2e-2
+    assert max(relative(g, w) for g, w in zip(got_grads, grads, strict=True)) < 1.2e-2
 
 
 def test_attention_survives_scores_beyond_exp(kernels):
@@ -117,16 +117,16 @@ def test_swiglu_equals_float64(kernels, scale):
     *inputs, upstream = draw((5, 7), (5, 7), (5, 7))
     inputs[0] *= scale
     want, grads = gradients(lambda a, b: F.silu(a) * b, [x.double() for x in inputs], upstream)
-    got, found = gradients(swiglu, inputs, upstream)
-    assert max(errors(got, want, found, grads)) < 1e-6
+    got, got_grads = gradients(swiglu, inputs, upstream)
+    assert max(errors(got, want, got_grads, grads)) < 1e-6
 
 
 def test_swiglu_of_bf16_is_as_near_as_its_inputs(kernels):
     *inputs, upstream = (x.bfloat16() for x in draw((9, 70), (9, 70), (9, 70)))
     want, grads = gradients(lambda a, b: F.silu(a) * b, [x.double() for x in inputs], upstream)
-    got, found = gradients(swiglu, inputs, upstream)
+    got, got_grads = gradients(swiglu, inputs, upstream)
     assert got.dtype == torch.bfloat16
-    assert max(errors(got, want, found, grads)) < 6e-3
+    assert max(errors(got, want, got_grads, grads)) < 6e-3
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 7), (150, 96)])  # more than one piece of rows, and one
@@ -138,8 +138,8 @@ def test_rms_norm_equals_float64(kernels, shape):
         return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
 
     want, grads = gradients(plain, [x.double(), weight.double()], upstream)
-    got, found = gradients(lambda x, w: rms_norm(x, w, eps=1e-6), [x, weight], upstream)
-    assert max(errors(got, want, found, grads)) < 1e-6
+    got, got_grads = gradients(lambda x, w: rms_norm(x, w, eps=1e-6), [x, weight], upstream)
+    assert max(errors(got, want, got_grads, grads)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -154,9 +154,9 @@ def test_rotation_equals_float64(kernels, kind):
         return torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2)
 
     want, grads = gradients(plain, [x.double()], upstream)
-    got, found = gradients(lambda x: rotate(x, table), [x], upstream)
+    got, got_grads = gradients(lambda x: rotate(x, table), [x], upstream)
     assert got.dtype == torch.float32
-    assert max(errors(got, want, found, grads)) < (1e-6 if kind == torch.float32 else 4e-3)
+    assert max(errors(got, want, got_grads, grads)) < (1e-6 if kind == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("dropout", [None, Dropout(0.3, seed=1, first=5, stride=3)])
@@ -174,22 +174,22 @@ def test_adapted_linear_equals_float64(kernels, columns, out, rank, dropout):
         return adapted_linear(x, weight, a, b, scale=1.5, dropout=dropout)
 
     want, grads = gradients(plain, [x.double(), a.double(), b.double()], upstream)
-    got, found = gradients(fast, [x, a, b], upstream)
-    assert max(errors(got, want, found, grads)) < 2e-6
+    got, got_grads = gradients(fast, [x, a, b], upstream)
+    assert max(errors(got, want, got_grads, grads)) < 2e-6
 
 
 @pytest.mark.parametrize("share", [1e-7, 0.1, 0.5, 0.999])
 def test_dropout_keeps_the_share_that_it_says(share):
     """Each lane of the 64-bit words alike, entries and draws independent of each other."""
     first, second = (Dropout(share, seed=seed).mask(torch.empty(501, 403)) for seed in (3, 4))
-    kept = 1 / Dropout(share, seed=0).gain
-    assert kept == pytest.approx(1 - share, abs=2**-16)
-    flat, variance = first.flatten().double(), kept * (1 - kept)
+    rate = 1 / Dropout(share, seed=0).gain
+    assert rate == pytest.approx(1 - share, abs=2**-16)
+    flat, variance = first.flatten().double(), rate * (1 - rate)
     for lane in range(4):
-        assert flat[lane::4].mean().item() == pytest.approx(kept, abs=5 * variance**0.5 / 224)
-    neighbours = ((flat[1:] - kept) * (flat[:-1] - kept)).mean().item()
-    rows = ((first[1:] - kept) * (first[:-1] - kept)).mean().item()
-    draws = ((flat - kept) * (second.flatten() - kept)).mean().item()
+        assert flat[lane::4].mean().item() == pytest.approx(rate, abs=5 * variance**0.5 / 224)
+    neighbours = ((flat[1:] - rate) * (flat[:-1] - rate)).mean().item()
+    rows = ((first[1:] - rate) * (first[:-1] - rate)).mean().item()
+    draws = ((flat - rate) * (second.flatten() - rate)).mean().item()
     assert [neighbours, rows, draws] == pytest.approx([0] * 3, abs=5 * variance / 449)
 
 
@@ -206,17 +206,17 @@ def test_dropout_draws_the_numbers_of_split_mix():
 def test_dropout_is_the_same_however_a_batch_is_divided(shape):
     """Into passes of four or two, over two processes that take rows in turn, on other devices."""
     x = torch.empty(shape)
-    whole = Dropout(0.4, seed=9).mask(x)
+    mask = Dropout(0.4, seed=9).mask(x)
     for first in range(0, 12, 4):
         part = Dropout(0.4, seed=9, first=first).mask(x[first : first + 4])
-        assert part.equal(whole[first : first + 4])
+        assert part.equal(mask[first : first + 4])
     for rank in (0, 1):
         for index in range(3):
             first = rank + 2 * 2 * index
             part = Dropout(0.4, seed=9, first=first, stride=2).mask(x[:2])
-            assert part.equal(whole[[first, first + 2]])
+            assert part.equal(mask[[first, first + 2]])
     if torch.cuda.is_available():
-        assert Dropout(0.4, seed=9).mask(x.cuda()).cpu().equal(whole)
+        assert Dropout(0.4, seed=9).mask(x.cuda()).cpu().equal(mask)
 
 
 def test_adapted_linear_under_autocast_is_near_float64(kernels):
@@ -231,11 +231,11 @@ def test_adapted_linear_under_autocast_is_near_float64(kernels):
         [x.double(), a.double(), b.double()],
         upstream,
     )
-    got, found = gradients(fast, [x, a, b], upstream)
+    got, got_grads = gradients(fast, [x, a, b], upstream)
     assert got.dtype == torch.bfloat16
-    assert [g.dtype for g in found] == [torch.float32] * 3
+    assert [g.dtype for g in got_grads] == [torch.float32] * 3
     assert relative(got, want) < 6e-3
-    assert max(relative(g, w) for g, w in zip(found, grads, strict=True)) < 1e-2
+    assert max(relative(g, w) for g, w in zip(got_grads, grads, strict=True)) < 1e-2
 
 
 @pytest.mark.parametrize("changes", [{"scaling": "trainable"}, {"nested_rank": True}, {}])

@@ -87,13 +87,13 @@ def harness(folder: Path, pairs: list[Pair]) -> dict[tuple[str, str], Decision]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what third parties deprecate is not ours to answer for
         samples = evaluate(folder, [task(folder, uid, pairs) for uid in UIDS])
-    found = {}
+    decisions = {}
     for uid in UIDS:
         for sample in samples[f"blimp_{uid}"]:
             (good, _), (bad, _) = sample["filtered_resps"]
             key = (uid, sample["doc"]["pairID"])
-            found[key] = Decision(float(good), float(bad), bool(sample["acc"]))
-    return found
+            decisions[key] = Decision(float(good), float(bad), bool(sample["acc"]))
+    return decisions
 
 
 def task(folder: Path, uid: str, pairs: list[Pair]) -> dict[str, Any]:

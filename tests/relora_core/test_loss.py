@@ -125,5 +125,5 @@ def test_log_probs_of_what_is_not_finite_are_not_a_number(kernels, problem):
     hidden, weight, targets = problem
     hidden = hidden.clone()
     hidden[1] = float("nan")
-    found = target_log_probs(hidden, weight, targets)
-    assert found.isnan().nonzero().flatten().tolist() == [1]
+    log_probs = target_log_probs(hidden, weight, targets)
+    assert log_probs.isnan().nonzero().flatten().tolist() == [1]

@@ -81,7 +81,7 @@ def test_restart_prunes_adapter_state_only(nano):
     adapters = {id(p) for _, m in method.adapters(model) for p in (m.lora_A, m.lora_B)}
     before = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
     metrics = method.after_step(4, model, optimizer)
-    kept = total = 0
+    nonzero = total = 0
     for parameter, state in optimizer.state.items():
         if id(parameter) in adapters:
             assert state["step"] == 0
@@ -89,11 +89,11 @@ def test_restart_prunes_adapter_state_only(nano):
                 alive = state[moment] != 0
                 assert torch.equal(state[moment][alive], before[parameter][moment][alive])
             assert torch.equal(state["exp_avg"] == 0, state["exp_avg_sq"] == 0)  # one mask for both
-            kept += int((state["exp_avg"] != 0).sum())
+            nonzero += int((state["exp_avg"] != 0).sum())
             total += state["exp_avg"].numel()
         else:
             assert all(torch.equal(state[k], v) for k, v in before[parameter].items())
-    assert kept / total == pytest.approx(0.1, abs=0.03)
+    assert nonzero / total == pytest.approx(0.1, abs=0.03)
     assert metrics["restart/state_zeroed"] == pytest.approx(0.9, abs=0.03)
 
 

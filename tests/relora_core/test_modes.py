@@ -92,8 +92,8 @@ def test_published_adapters_are_inert_in_the_first_cycle(trained, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_first_restart_comes_where_the_mode_says(trained, mode):
     _, _, _, history = trained(9, mode=mode)
-    found = [step + 1 for step, metrics in enumerate(history) if "restart/count" in metrics]
-    assert found == ([4, 8] if mode in ("corrected", "as_described") else [5, 9])
+    restarts = [step + 1 for step, metrics in enumerate(history) if "restart/count" in metrics]
+    assert restarts == ([4, 8] if mode in ("corrected", "as_described") else [5, 9])
 
 
 @pytest.mark.parametrize(("mode", "coefficient"), [("corrected", 2.0), ("as_coded", 1.0)])
@@ -296,8 +296,8 @@ def test_why_the_step_counter_is_reset(reset_step, expected):
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         moved.append(before - parameter.item())
-    found = {k: moved[2000 + k - 1] for k in expected}
-    assert found == pytest.approx(expected, abs=0.06)
+    measured = {k: moved[2000 + k - 1] for k in expected}
+    assert measured == pytest.approx(expected, abs=0.06)
 
 
 # extensions -------------------------------------------------------------------------------------
@@ -469,13 +469,13 @@ def test_an_adapter_that_has_learnt_nothing_keeps_its_rank(trained):
 def test_adaptive_ranks_begin_anew_where_the_schedule_rises(trained):
     settings = {"adaptive_rank_energy": 0.9, "rank_schedule": [[8, 6], [16, 2]]}
     model, method, optimizer, _ = trained(0, relora=settings, train={"steps": 24})
-    found = []
+    ranks = []
     for step in (4, 8, 12, 16, 20):
         for _, adapter in method.adapters(model):
             set_singular_values_(adapter, [4.0, 3.0, 1.0, 0.5, 0.1, 0.1][: adapter.rank])
         method.after_step(step, model, optimizer)
-        found.append({m.rank for _, m in method.adapters(model)})
-    assert found == [{2}, {6}, {2}, {2}, {2}]  # 16 of 26.27 is 0.61, 25 is 0.95
+        ranks.append({m.rank for _, m in method.adapters(model)})
+    assert ranks == [{2}, {6}, {2}, {2}, {2}]  # 16 of 26.27 is 0.61, 25 is 0.95
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("standard", 8 / 2), ("rslora", 8 / 2**0.5)])
@@ -517,11 +517,11 @@ def test_nested_ranks_train_the_leading_ones_most_and_score_with_all(trained):
 
 def test_nested_ranks_are_drawn_for_each_layer_and_step_evenly(trained):
     model, method, _, _ = trained(0, relora={"nested_rank": True})
-    found = []
+    draws = []
     for step in range(100):
         method.before_pass(step, first=0, stride=1)
-        found += [m._seed("nested") % m.rank for _, m in method.adapters(model)]
-    counts = torch.tensor(found).bincount(minlength=4) / len(found)
+        draws += [m._seed("nested") % m.rank for _, m in method.adapters(model)]
+    counts = torch.tensor(draws).bincount(minlength=4) / len(draws)
     assert counts.tolist() == pytest.approx([0.25] * 4, abs=0.05)
 
 

@@ -60,10 +60,10 @@ def test_fifty_updates_are_those_of_the_published_algorithm(nano, shape, nestero
     matrix = torch.nn.Parameter(start.clone())
     own = {"momentum": 0.9, "nesterov": nesterov, "adjust_lr": adjust_lr}
     optimizer = optimizer_of(matrix, nano, muon=own, train={"lr": LR, "weight_decay": 0.1})
-    found = trajectory(optimizer, matrix, given).double()
+    moved = trajectory(optimizer, matrix, given).double()
     want = torch.stack(list(published(start, given, lr=LR, weight_decay=0.1, **own)))
     way = (want - start.double()).flatten(1).norm(dim=1)
-    error = (found - want).flatten(1).norm(dim=1)
+    error = (moved - want).flatten(1).norm(dim=1)
     assert (error < 0.02 * way).all()
 
 
@@ -172,11 +172,11 @@ def test_state_has_the_size_that_costs_says(nano, method):
     one_step(model, optimizer)
     one_step(model, optimizer, seed=1)
     values = [s for state in optimizer.state.values() for k, s in state.items() if k != "step"]
-    held = sum(4 * tensor.numel() for tensor in values)
-    assert costs.memory_bytes(config)["moments"] == held
+    size = sum(4 * tensor.numel() for tensor in values)
+    assert costs.memory_bytes(config)["moments"] == size
     matrices = sum(math.prod(shape) for shape in muon_shapes(config).values())
     plain = nano(method=method, relora={"scaling": "trainable"}, train={"optimizer": "adamw"})
-    assert costs.memory_bytes(plain)["moments"] == held + 4 * matrices
+    assert costs.memory_bytes(plain)["moments"] == size + 4 * matrices
 
 
 # restarts and phases ----------------------------------------------------------------------------

@@ -41,11 +41,11 @@ def test_built_once_then_found_and_built_again_if_damaged(copier, tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": copier}
     assert ask(**environment) == "native None"
     (built,) = (tmp_path / "relora-sweeps").iterdir()  # nothing else is left
-    whole = built.read_bytes()
+    content = built.read_bytes()
     assert ask(**environment | {"PATH": "", "CXX": "none"}) == "native None"  # by nobody else
-    built.write_bytes(whole[:1000])
+    built.write_bytes(content[:1000])
     assert ask(**environment) == "native None"
-    assert built.read_bytes() == whole
+    assert built.read_bytes() == content
 
 
 @pytest.mark.slow

@@ -76,15 +76,15 @@ def test_the_state_has_the_size_that_costs_says(nano, name):
     config = nano(**SETTINGS[name])
     model, _, optimizer = build(config)
     one_step(model, optimizer)
-    held = sum(
+    size = sum(
         4 * tensor.numel()
         for state in optimizer.state.values()
         for key, tensor in state.items()
         if key != "step"
     )
-    assert costs.memory_bytes(config)["moments"] == held
+    assert costs.memory_bytes(config)["moments"] == size
     full_rank = nano(method="full_rank")
-    assert held < costs.memory_bytes(full_rank)["moments"]
+    assert size < costs.memory_bytes(full_rank)["moments"]
     assert costs.parameters(config) == costs.parameters(full_rank)
     assert costs.flops_per_token(config) == costs.flops_per_token(full_rank)
 
@@ -126,8 +126,8 @@ def config(nano):
 
     def make(name, **changes):
         setting = SETTINGS[name]
-        model, kept = {"vocab_size": VOCAB_SIZE}, {"every_steps": 3}
-        return nano(**setting, **changes, model=model, checkpoint=kept)
+        model, policy = {"vocab_size": VOCAB_SIZE}, {"every_steps": 3}
+        return nano(**setting, **changes, model=model, checkpoint=policy)
 
     return make
 

@@ -173,10 +173,10 @@ def test_a_long_warm_up_may_wait_for_a_late_first_restart(nano):
 def test_what_cannot_learn_is_said_before_it_runs(nano, changes, words):
     config = nano(**changes)
     validate(config)
-    found = [line for line in notices(config) if "never restart" not in line]
-    found = [line for line in found if not line.startswith("no restart")]
-    assert len(found) == bool(words)
-    assert not words or words in found[0]
+    lines = [line for line in notices(config) if "never restart" not in line]
+    lines = [line for line in lines if not line.startswith("no restart")]
+    assert len(lines) == bool(words)
+    assert not words or words in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,6 @@ def test_what_cannot_learn_is_said_before_it_runs(nano, changes, words):
 def test_what_lies_beyond_the_end_is_said(nano, changes, line):
     config = nano(**changes)
     validate(config)
-    found = notices(config)
-    assert len(found) == bool(line)
-    assert not line or line in found[0]
+    lines = notices(config)
+    assert len(lines) == bool(line)
+    assert not line or line in lines[0]

@@ -95,7 +95,7 @@ def test_half_a_group_is_refused_in_one_line(environment, line):
 
 
 @pytest.mark.parametrize(
-    ("environment", "left", "said"),
+    ("environment", "left", "named"),
     [
         ({"RANK": "8"}, {}, "RANK=8 (no group of processes: this one is alone)"),
         ({"RANK": ""}, {}, ""),
@@ -115,13 +115,13 @@ def test_half_a_group_is_refused_in_one_line(environment, line):
         ),
     ],
 )
-def test_what_decides_nothing_is_removed_and_named_once(capsys, environment, left, said):
+def test_what_decides_nothing_is_removed_and_named_once(capsys, environment, left, named):
     environment, other = dict(environment), {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
     environment |= other
     first = shell.settle(environment)
     assert environment == left | other
     assert shell.settle(environment) == first
-    line = f"warning: set aside from the environment: {said}\n" if said else ""
+    line = f"warning: set aside from the environment: {named}\n" if named else ""
     assert capsys.readouterr().err == line
 
 

@@ -291,9 +291,9 @@ def test_counts_are_those_of_the_model_and_its_optimizer(nano, knobs, optimizer_
     assert counted.by_group["adapters"] == sum(
         p.numel() for linear in targets.values() for p in linear.parameters()
     )
-    held = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
+    size = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
     memory = costs.memory_bytes(config)
-    assert memory["moments"] == held
+    assert memory["moments"] == size
     of_model = [*model.parameters(), *(t.places for t in targets.values() if t.places is not None)]
     assert memory["weights"] == sum(t.nbytes for t in of_model)
     assert memory["total"] < costs.memory_bytes(nano(method="full_rank"))["total"]
@@ -391,11 +391,11 @@ def config(nano):
     """Refactorisations, if any, after 5 and 10 updates; checkpoints at 3, 6, 9 and 12."""
 
     def make(name, **changes):
-        model, kept = {"vocab_size": VOCAB_SIZE}, {"every_steps": 3}
+        model, policy = {"vocab_size": VOCAB_SIZE}, {"every_steps": 3}
         knobs = SETTINGS[name]
         if name == "muon":
             changes["train"] = {"optimizer": "muon", **changes.get("train", {})}
-        return nano(method="sltrain", sltrain=knobs, model=model, checkpoint=kept, **changes)
+        return nano(method="sltrain", sltrain=knobs, model=model, checkpoint=policy, **changes)
 
     return make
 

@@ -63,7 +63,7 @@ def optimizer_of(
 def published(start, given, *, density, gap, select, keep, bias_correction, betas, weight_decay):
     """Mrabah et al. 2025, an entry at a time: moments in a dict by place, as (m, v, age)."""
     w, (beta1, beta2) = start.flatten().tolist(), betas
-    k, kept = int(density * len(w)), {}
+    k, state = int(density * len(w)), {}
     for t, gradient in enumerate(given):
         g = gradient.flatten().tolist()
         if t == 0 or (gap and t % gap == 0):
@@ -72,16 +72,16 @@ def published(start, given, *, density, gap, select, keep, bias_correction, beta
                 drawn = set(torch.randperm(len(w), generator=generator)[:k].tolist())
             else:
                 drawn = set(sorted(range(len(w)), key=lambda i: -abs(g[i]))[:k])
-        for i in {*kept, *drawn}:
-            m, v, age = kept.get(i, (0.0, 0.0, 0))
+        for i in {*state, *drawn}:
+            m, v, age = state.get(i, (0.0, 0.0, 0))
             new = g[i] if i in drawn else 0.0
             m, v, age = beta1 * m + (1 - beta1) * new, beta2 * v + (1 - beta2) * new**2, age + 1
             steps = t + 1 if bias_correction == "global" else age
             adam = (m / (1 - beta1**steps)) / (math.sqrt(v / (1 - beta2**steps)) + OPTIONS["eps"])
             w[i] -= OPTIONS["lr"] * (adam + weight_decay * w[i])
-            kept[i] = m, v, age
-        largest = sorted(kept, key=lambda i: -abs(kept[i][0]))[:k]
-        kept = {i: kept[i] for i in (largest if keep == "importance" else drawn)}
+            state[i] = m, v, age
+        largest = sorted(state, key=lambda i: -abs(state[i][0]))[:k]
+        state = {i: state[i] for i in (largest if keep == "importance" else drawn)}
         yield torch.tensor(w, dtype=torch.float64).view_as(start)
 
 
@@ -193,15 +193,15 @@ def test_its_state_is_as_large_as_costs_say(nano, correction):
     config = nano(method="sparse", sparse={"density": 0.2, "bias_correction": correction})
     model, _, optimizer = build(config)
     one_step(model, optimizer)
-    held = sum(
+    size = sum(
         tensor.nbytes
         for state in optimizer.state.values()
         for name, tensor in state.items()
         if name != "step"
     )
-    assert costs.memory_bytes(config)["moments"] == held
+    assert costs.memory_bytes(config)["moments"] == size
     full_rank = nano(method="full_rank")
-    assert held < costs.memory_bytes(full_rank)["moments"]
+    assert size < costs.memory_bytes(full_rank)["moments"]
     assert costs.parameters(config) == costs.parameters(full_rank)
     assert costs.flops_per_token(config) == costs.flops_per_token(full_rank)
 

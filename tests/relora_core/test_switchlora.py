@@ -597,8 +597,8 @@ def test_costs_are_those_of_the_model(config, knobs):
     counted = costs.parameters(setting)
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert counted.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = {n: t.numel() for n, t in model.state_dict().items() if "pool" in n}
-    pools = sum(held.values())
+    sizes = {n: t.numel() for n, t in model.state_dict().items() if "pool" in n}
+    pools = sum(sizes.values())
     if "interval" in knobs:
         assert pools == 0
     memory = costs.memory_bytes(setting)

@@ -60,11 +60,11 @@ def test_resuming_around_a_restart_is_exact_in_every_mode(
     knobs |= {"alpha": 8.0, "dropout": 0.2, "reset_frequency": 4, "restart_warmup_steps": 1}
     setting = config(relora=knobs, checkpoint=EVERY_STEP)
     second = 8 if mode in ("corrected", "as_described") else 9
-    whole, expected = undisturbed(setting)
-    assert [e.step for e in whole.events if e.kind == "restart" and e.step == second]
-    again = resumed(setting, tmp_path, whole=expected, at=second + offset)
+    full, expected = undisturbed(setting)
+    assert [e.step for e in full.events if e.kind == "restart" and e.step == second]
+    again = resumed(setting, tmp_path, source=expected, at=second + offset)
     assert again.events[0].step == second + offset
-    assert again.metrics() == whole.metrics(after=second + offset)
+    assert again.metrics() == full.metrics(after=second + offset)
     assert_same_state(tmp_path, expected)
 
 
@@ -85,16 +85,16 @@ def test_resuming_around_a_restart_is_exact_in_every_mode(
 )
 def test_resuming_is_exact_with_the_extensions(config, undisturbed, tmp_path, knobs):
     setting = config(relora=knobs, checkpoint=EVERY_STEP)
-    whole, expected = undisturbed(setting)
+    full, expected = undisturbed(setting)
     for step in (5, 6, 8):
-        again = resumed(setting, tmp_path / f"{step}", whole=expected, at=step)
-        assert again.metrics() == whole.metrics(after=step)
+        again = resumed(setting, tmp_path / f"{step}", source=expected, at=step)
+        assert again.metrics() == full.metrics(after=step)
         assert_same_state(tmp_path / f"{step}", expected)
 
 
 def test_a_kill_inside_an_accumulation_window_costs_the_window_alone(config, tmp_path, monkeypatch):
     setting = config(train={"micro_batch_size": 1}, checkpoint={"every_steps": 1})
-    whole = run(setting, tmp_path / "whole")
+    full = run(setting, tmp_path / "full")
     backward, calls = Accelerator.backward, []
 
     def dying(self, loss, **options):
@@ -107,17 +107,17 @@ def test_a_kill_inside_an_accumulation_window_costs_the_window_alone(config, tmp
     first = run(setting, tmp_path / "killed", die_at=("never", 0))
     again = run(setting, tmp_path / "killed")
     assert again.events[0].step == 6
-    assert first.metrics() | again.metrics() == whole.metrics()
+    assert first.metrics() | again.metrics() == full.metrics()
 
 
 def test_every_restart_says_what_it_did(config, tmp_path):
-    found = run(config(relora={"dropout": 0.0}), tmp_path).metrics()
+    metrics = run(config(relora={"dropout": 0.0}), tmp_path).metrics()
     for step in (4, 8):
-        assert found[step, "restart/logit_change_max"] < 1e-5
-        before, after = found[step, "restart/loss_before"], found[step, "restart/loss_after"]
+        assert metrics[step, "restart/logit_change_max"] < 1e-5
+        before, after = metrics[step, "restart/loss_before"], metrics[step, "restart/loss_after"]
         assert after == pytest.approx(before, abs=1e-6)
-        assert found[step + 1, "restart/loss_next"] == pytest.approx(after, abs=1e-4)
-        assert found[step, "restart/state_zeroed"] == 1.0
+        assert metrics[step + 1, "restart/loss_next"] == pytest.approx(after, abs=1e-4)
+        assert metrics[step, "restart/state_zeroed"] == 1.0
 
 
 def test_adapters_that_begin_at_a_multiple_of_f_are_no_restart(config, tmp_path):
@@ -225,28 +225,28 @@ def _on(name, **fields):
 def test_accumulation_changes_nothing_but_rounding(config, tmp_path, knobs):
     """Dropout's draws are those of a sequence's place in the whole batch, nested ranks a step's."""
     setting = {"relora": {"dropout": 0.2, **knobs}}
-    whole = run(config(**setting), tmp_path / "1").metrics()
+    full = run(config(**setting), tmp_path / "1").metrics()
     parts = run(config(train={"micro_batch_size": 1}, **setting), tmp_path / "2").metrics()
-    for key, value in whole.items():
+    for key, value in full.items():
         assert parts[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
 
 
 def test_dropout_differs_between_steps_layers_sequences_and_seeds(config, monkeypatch, tmp_path):
     """8 steps of 2 passes through 14 adapters draw 224 masks, no two of them alike."""
-    found, mask = [], Dropout.mask
+    masks, mask = [], Dropout.mask
 
     def heard(self, x):
-        found.append(mask(self, x))
-        return found[-1]
+        masks.append(mask(self, x))
+        return masks[-1]
 
     monkeypatch.setattr(Dropout, "mask", heard)
     for seed in (0, 1):
         setting = {"kernels": "torch", "log_every_steps": 1, "threads": 1, "device": "cpu"}
         train_knobs = {"steps": 8, "micro_batch_size": 2}
         run(config(seed=seed, train=train_knobs, runtime=setting), tmp_path / f"{seed}")
-    sequences = [bytes(one.numpy()) for pass_ in found for one in pass_]
-    assert len(found) == 2 * 8 * 2 * 14
-    assert len(set(sequences)) == 2 * len(found)
+    sequences = [bytes(one.numpy()) for pass_ in masks for one in pass_]
+    assert len(masks) == 2 * 8 * 2 * 14
+    assert len(set(sequences)) == 2 * len(masks)
 
 
 def test_restarts_happen_where_the_schedule_says(config, tmp_path):
@@ -285,13 +285,13 @@ def test_what_is_outside_the_identity_moves_no_final_number(config, undisturbed,
 @pytest.mark.slow
 def test_the_final_loss_survives_a_kill_and_an_older_checkpoint(config, tmp_path):
     setting = config(runtime={"log_every_steps": 7}, checkpoint=EVERY_STEP)
-    whole = run(setting, tmp_path / "whole")
+    full = run(setting, tmp_path / "full")
     for step in (1, 2, 5, 7, 11):
-        again = resumed(setting, tmp_path / f"{step}", whole=tmp_path / "whole", at=step)
-        assert again.metrics() == whole.metrics(after=step)
-    for step, known in ((2, 10), (5, 7)):  # of steps 3 to 12 it knows those from here on
+        again = resumed(setting, tmp_path / f"{step}", source=tmp_path / "full", at=step)
+        assert again.metrics() == full.metrics(after=step)
+    for step, since in ((2, 10), (5, 7)):  # of steps 3 to 12 it knows those from here on
         name = f"old{step}/checkpoints/step-{step:08d}"
-        shutil.copytree(tmp_path / "whole" / name.partition("/")[2], tmp_path / name)
+        shutil.copytree(tmp_path / "full" / name.partition("/")[2], tmp_path / name)
         file = tmp_path / name / "progress.json"
         progress = json.loads(file.read_text())
         assert len(progress.pop("losses")) == step
@@ -299,8 +299,8 @@ def test_the_final_loss_survives_a_kill_and_an_older_checkpoint(config, tmp_path
         (file.parent / "checksums.json").unlink()
         again = run(setting, tmp_path / f"old{step}")
         *_, last = (e for e in again.events if e.kind == "train")
-        assert last.data == {"loss_steps": known}
-        assert (again.metrics() == whole.metrics(after=step)) == (known == 10)
+        assert last.data == {"loss_steps": since}
+        assert (again.metrics() == full.metrics(after=step)) == (since == 10)
 
 
 @pytest.mark.parametrize("every", [1, 7, 1000])
@@ -351,29 +351,29 @@ def changing(name: str) -> dict:
 
 def types(monkeypatch) -> list[torch.dtype]:
     """Of w_2's output in every training pass from now on."""
-    found, forward = [], SwiGLU.forward
+    dtypes, forward = [], SwiGLU.forward
 
     def heard(self, x):
         y = forward(self, x)
         if self.training:
-            found.append(y.dtype)
+            dtypes.append(y.dtype)
         return y
 
     monkeypatch.setattr(SwiGLU, "forward", heard)
-    return found
+    return dtypes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_bf16_lasts_through_every_change_and_a_kill(config, tmp_path, monkeypatch, name):
     """12 steps of two passes through two layers; resumed after the first change, bit for bit."""
-    setting, found = config(**changing(name)), types(monkeypatch)
-    whole = run(setting, tmp_path / "whole")
-    assert found == [torch.bfloat16] * 12 * 2 * 2
-    again = resumed(setting, tmp_path / "again", whole=tmp_path / "whole", at=6)
-    assert again.metrics(after=6) == whole.metrics(after=6)
-    assert_same_state(tmp_path / "again", tmp_path / "whole")
-    assert found[48:] == [torch.bfloat16] * 6 * 2 * 2
+    setting, dtypes = config(**changing(name)), types(monkeypatch)
+    full = run(setting, tmp_path / "full")
+    assert dtypes == [torch.bfloat16] * 12 * 2 * 2
+    again = resumed(setting, tmp_path / "again", source=tmp_path / "full", at=6)
+    assert again.metrics(after=6) == full.metrics(after=6)
+    assert_same_state(tmp_path / "again", tmp_path / "full")
+    assert dtypes[48:] == [torch.bfloat16] * 6 * 2 * 2
 
 
 @pytest.mark.parametrize("limit", [None, 1.0, 1e35, 1e38])

@@ -53,7 +53,7 @@ def test_stopped_and_resumed_equals_undisturbed(
 ):
     """Bit for bit, at any step, several times; restarts are at 4 and 8, a warm-up after each."""
     setting, folder = config(method=method), tmp_path_factory.mktemp("stopped")
-    whole, expected = undisturbed(setting)
+    full, expected = undisturbed(setting)
     seen, done = {}, 0
     for after in stops:
         left = STEPS - done
@@ -69,19 +69,19 @@ def test_stopped_and_resumed_equals_undisturbed(
     record = run(setting, folder)
     assert record.state == "finished"
     assert record.events[0].step == done
-    assert seen | record.metrics() == whole.metrics()
+    assert seen | record.metrics() == full.metrics()
     assert_same_state(folder, expected)
 
 
 @pytest.mark.parametrize("step", [4, 5])
 def test_around_a_restart(config, undisturbed, tmp_path, step):
     setting = config(method="relora")
-    whole, expected = undisturbed(setting)
-    assert whole.of("restart") == [4, 8]
+    full, expected = undisturbed(setting)
+    assert full.of("restart") == [4, 8]
     first = run(setting, tmp_path, stop=at_look(step))
     second = run(setting, tmp_path)
     assert first.of("restart") + second.of("restart") == [4, 8]
-    assert first.metrics() | second.metrics() == whole.metrics()
+    assert first.metrics() | second.metrics() == full.metrics()
     assert_same_state(tmp_path, expected)
 
 
@@ -93,8 +93,8 @@ def evaluations(record):
 def test_a_stop_during_an_eval(config, tmp_path, step):
     """The checkpoint is there already; the resumed run begins with the evals of that step."""
     setting = config(eval=EVALS)
-    whole = run(setting, tmp_path / "whole")
-    assert evaluations(whole) == [0, 4, 8, STEPS]
+    full = run(setting, tmp_path / "full")
+    assert evaluations(full) == [0, 4, 8, STEPS]
     begun = []
 
     def seen(event):
@@ -107,20 +107,20 @@ def test_a_stop_during_an_eval(config, tmp_path, step):
     second = run(setting, tmp_path / "run")
     assert second.state == "finished"
     assert second.events[0].step == step
-    assert evaluations(first) + evaluations(second) == evaluations(whole)
-    assert first.metrics() | second.metrics() == whole.metrics()
-    assert_same_state(tmp_path / "run", tmp_path / "whole")
+    assert evaluations(first) + evaluations(second) == evaluations(full)
+    assert first.metrics() | second.metrics() == full.metrics()
+    assert_same_state(tmp_path / "run", tmp_path / "full")
 
 
 @pytest.mark.parametrize("die_at", [("checkpoint", STEPS), ("phase", STEPS), ("eval", STEPS)])
 def test_a_kill_between_the_last_checkpoint_and_the_result(config, tmp_path, die_at):
     setting = config(eval=EVALS)
-    whole = run(setting, tmp_path / "whole")
+    full = run(setting, tmp_path / "full")
     first = run(setting, tmp_path / "run", die_at=die_at)
     second = run(setting, tmp_path / "run")
     assert second.state == "finished"
     assert (second.events[0].step, evaluations(second)) == (STEPS, [STEPS])
-    assert first.metrics() | second.metrics() == whole.metrics()
+    assert first.metrics() | second.metrics() == full.metrics()
 
 
 def test_evals_that_are_in_the_record_are_not_repeated(config, tmp_path):
@@ -259,5 +259,5 @@ def test_one_rank_that_is_told_stops_all_at_the_same_step(config, tmp_path):
     newest = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]
     assert json.loads((newest / "progress.json").read_text())["step"] == 5
     assert two_processes(tmp_path / "run") == ["finished"] * 2
-    assert two_processes(tmp_path / "whole") == ["finished"] * 2
-    assert_same_state(tmp_path / "run", tmp_path / "whole")
+    assert two_processes(tmp_path / "full") == ["finished"] * 2
+    assert_same_state(tmp_path / "run", tmp_path / "full")

@@ -80,10 +80,10 @@ def run(config, folder: Path, *, stop=lambda: False, seen=lambda event: None, di
     return record
 
 
-def resumed(config, folder: Path, *, whole: Path, at: int) -> Record:
+def resumed(config, folder: Path, *, source: Path, at: int) -> Record:
     """Go on from what a kill right after the checkpoint of step `at` leaves."""
     name = f"checkpoints/step-{at:08d}"
-    shutil.copytree(whole / name, folder / name)
+    shutil.copytree(source / name, folder / name)
     return run(config, folder)
 
 
@@ -130,12 +130,12 @@ def resumes_exactly(
 
     False where no checkpoint had been written, so that it began anew.
     """
-    whole, expected = undisturbed(config)
+    full, expected = undisturbed(config)
     first = run(config, folder, die_at=die_at)
     second = run(config, folder)
     start = second.events[0]
     before = {key: value for key, value in first.metrics().items() if key[0] <= start.step}
-    assert before | second.metrics() == whole.metrics()
+    assert before | second.metrics() == full.metrics()
     assert_same_state(folder, expected)
     return start.data["resumed"]
 

@@ -217,21 +217,21 @@ def own_blimp(run_dir):
 
 def evaluated(run_dir, *words):
     code = sweeps(["eval", run_dir.run_id, *words, "--output-dir", str(run_dir.path.parents[1])])
-    found = evaluations(run_dir)
-    return code, {k.partition("/")[2]: v for k, v in found.get(4, {}).items()}
+    by_step = evaluations(run_dir)
+    return code, {k.partition("/")[2]: v for k, v in by_step.get(4, {}).items()}
 
 
 def test_eval_scores_with_the_tokenizer_that_the_run_kept(copied):
     _, run_dir = copied
-    code, found = evaluated(run_dir, "--as", "again")
+    code, metrics = evaluated(run_dir, "--as", "again")
     assert code == 0
-    assert found == own_blimp(run_dir)
+    assert metrics == own_blimp(run_dir)
 
 
 def test_export_writes_the_tokenizer_that_the_run_kept(copied, tmp_path):
     world, run_dir = copied
-    told = command.export(run_dir, folder=tmp_path / "llama", step=None)
-    assert told["notes"] == []
+    answer = command.export(run_dir, folder=tmp_path / "llama", step=None)
+    assert answer["notes"] == []
     ids = HFTokenizer(str(tmp_path / "llama")).encode(TEXT)
     assert ids == HFTokenizer(str(world.folder / "original")).encode(TEXT)
     assert ids != HFTokenizer(str(world.tokenizer)).encode(TEXT)
@@ -239,16 +239,16 @@ def test_export_writes_the_tokenizer_that_the_run_kept(copied, tmp_path):
 
 def test_a_damaged_copy_is_made_again_from_the_original_only(copied, tmp_path):
     world, run_dir = copied
-    (kept,) = world.out.glob("inputs/*/tokenizer.json")
-    whole = kept.read_bytes()
-    permute(kept.parent)
+    (copy,) = world.out.glob("inputs/*/tokenizer.json")
+    content = copy.read_bytes()
+    permute(copy.parent)
     with pytest.raises(ConfigError, match=r"data\.tokenizer=.* has changed"):
         command.export(run_dir, folder=tmp_path / "a", step=None)
     config = run_dir.config()
     config.data.tokenizer = str(world.folder / "original")
-    found = inputs.check(config, output_dir=world.out, only=("tokenizer",))
-    assert found.changes == []
-    assert kept.read_bytes() == whole
+    checked = inputs.check(config, output_dir=world.out, only=("tokenizer",))
+    assert checked.changes == []
+    assert copy.read_bytes() == content
 
 
 @pytest.mark.parametrize("how", ["ids", "eos"])
@@ -273,14 +273,14 @@ def test_a_changed_tokenizer_taken_on_purpose_is_in_the_record(copied, tmp_path,
     forget(world)
     assert evaluated(run_dir, "--accept-changed")[0] == 2  # not under training's names
     assert "--as NAME" in capsys.readouterr().err
-    code, found = evaluated(run_dir, "--accept-changed", "--as", "other")
+    code, metrics = evaluated(run_dir, "--accept-changed", "--as", "other")
     assert code == 0
-    assert found.keys() == own_blimp(run_dir).keys()
+    assert metrics.keys() == own_blimp(run_dir).keys()
     (stored,) = results(run_dir)
     (change,) = stored["changes"]
     assert change["planned"] == run_dir.config().data.fingerprint != change["now"]
-    told = command.export(run_dir, folder=tmp_path / "llama", step=None, accept_changed=True)
-    assert "data.tokenizer" in told["notes"][0]
+    answer = command.export(run_dir, folder=tmp_path / "llama", step=None, accept_changed=True)
+    assert "data.tokenizer" in answer["notes"][0]
     (written,) = command.show(run_dir)["changes"]
     assert (written["by"], written["now"]) == ("export", change["now"])
     ids = HFTokenizer(str(tmp_path / "llama")).encode(TEXT)
@@ -290,16 +290,16 @@ def test_a_changed_tokenizer_taken_on_purpose_is_in_the_record(copied, tmp_path,
 def test_export_takes_a_named_tokenizer_if_it_is_the_runs(copied, tmp_path):
     world, run_dir = copied
     original = str(world.folder / "original")
-    for kept in (True, False):
+    for has_copy in (True, False):
         with pytest.raises(ConfigError, match=r"--tokenizer=.* is not the tokenizer"):
             command.export(
                 run_dir, folder=tmp_path / "no", step=None, tokenizer=str(world.tokenizer)
             )
-        folder = tmp_path / f"llama-{kept}"
-        told = command.export(run_dir, folder=folder, step=None, tokenizer=original)
-        assert told["notes"] == []
+        folder = tmp_path / f"llama-{has_copy}"
+        answer = command.export(run_dir, folder=folder, step=None, tokenizer=original)
+        assert answer["notes"] == []
         assert HFTokenizer(str(folder)).encode(TEXT) == HFTokenizer(original).encode(TEXT)
-        if kept:
+        if has_copy:
             forget(world)
 
 
@@ -312,8 +312,8 @@ def test_export_without_the_data_asks_for_the_tokenizer(copied, tmp_path):
     with pytest.raises(ConfigError, match="--tokenizer PATH names the one"):
         command.export(run_dir, folder=tmp_path / "llama", step=None)
     original = str(world.folder / "original")
-    told = command.export(run_dir, folder=tmp_path / "llama", step=None, tokenizer=original)
-    assert told["notes"][0].startswith("--tokenizer could not be checked")
+    answer = command.export(run_dir, folder=tmp_path / "llama", step=None, tokenizer=original)
+    assert answer["notes"][0].startswith("--tokenizer could not be checked")
 
 
 def test_export_works_where_the_tokenizer_is_gone(copied, tmp_path):
@@ -579,8 +579,8 @@ def test_a_replaced_archive_is_evaluated_on_purpose_only(tmp_path, capsys):
     write_archive(write_pairs(tmp_path / "pairs"), archive)
     world.eval.blimp = BlimpConfig(enabled=True, path=str(archive))
     _, run_dir = world.train()
-    found = inputs.check(run_dir.config(), output_dir=world.out)
-    queued = Request(name="q", eval=complete_eval(found.config, eval=run_dir.config().eval))
+    checked = inputs.check(run_dir.config(), output_dir=world.out)
+    queued = Request(name="q", eval=complete_eval(checked.config, eval=run_dir.config().eval))
 
     write_archive(write_pairs(tmp_path / "pairs", bad=TEXT), archive)
     assert evaluated(run_dir, "--as", "again")[0] == 2
@@ -603,8 +603,8 @@ def test_the_files_are_read_once_while_they_look_the_same(world, monkeypatch):
     world.half_way()
     config = world.config()
     for file in world.out.glob("inputs/*/files.json"):  # as if the files were older
-        known = json.loads(file.read_text())
-        file.write_text(json.dumps(known | {"read": known["read"] + 10**10}))
+        facts = json.loads(file.read_text())
+        file.write_text(json.dumps(facts | {"read": facts["read"] + 10**10}))
     monkeypatch.setattr(data, "fingerprint", None)
     assert inputs.check(config, output_dir=world.out).changes == []
 

@@ -33,8 +33,8 @@ def test_the_config_is_frozen_once(run, nano, tmp_path):
 def test_the_newest_attempt_counts_from_its_first_step_on(run):
     log(run, 1, ("start", 0, {"resumed": False}), *(("train", s, {}) for s in range(1, 6)))
     log(run, 2, ("start", 3, {"resumed": True}), *(("train", s, {}) for s in range(4, 7)))
-    kept = [(e["attempt"], e["step"]) for e in run.events() if e["kind"] == "train"]
-    assert kept == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
+    counted = [(e["attempt"], e["step"]) for e in run.events() if e["kind"] == "train"]
+    assert counted == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
 
 
 def test_an_attempt_that_starts_afresh_counts_alone(run):

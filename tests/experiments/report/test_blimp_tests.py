@@ -24,8 +24,8 @@ accuracies = st.dictionaries(
 )
 
 
-def named(found: list[BlimpTest]) -> dict[tuple[str, str], BlimpTest]:
-    return {(test.unit, test.name): test for test in found}
+def named(tests: list[BlimpTest]) -> dict[tuple[str, str], BlimpTest]:
+    return {(test.unit, test.name): test for test in tests}
 
 
 def scores(rows: object) -> dict[int, dict[str, float]]:
@@ -36,11 +36,11 @@ def scores(rows: object) -> dict[int, dict[str, float]]:
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_papers_p_values_from_its_accuracies(model: str) -> None:
     decoder, relora, p = PUBLISHED[model]
-    found = [
+    tests = [
         proportion_test(relora + a * ROUNDED, decoder + b * ROUNDED)
         for a, b in product((-1, 1), repeat=2)
     ]
-    ends = sorted(test.p for test in found if test.p is not None)
+    ends = sorted(test.p for test in tests if test.p is not None)
     assert ends[0] < p < ends[-1]
     # Half a digit of an accuracy is worth this much of so small a p, and no more.
     assert ends[-1] / ends[0] < (2 if model == "tiny" else 5) ** 2
@@ -70,20 +70,20 @@ def test_the_papers_p_values_from_its_paradigms(shared_data, model: str) -> None
 
 def test_with_paradigms_as_unit_the_papers_tiny_gap_is_weak(shared_data) -> None:
     relora, decoder, _ = published(shared_data)["tiny"]
-    found = named(blimp_tests({0: relora}, {0: decoder}))
+    tests = named(blimp_tests({0: relora}, {0: decoder}))
     # One-sided .015, so twice that; 40 of 67 favour the decoder, 25 ReLoRA, 2 neither.
-    assert found["paradigm", "paired t"].p == pytest.approx(2 * 0.0152687, rel=1e-4)
-    assert found["paradigm", "Wilcoxon signed rank"].p == pytest.approx(2 * 0.0109912, rel=1e-3)
-    assert found["paradigm", "sign test"].note == "25 better, 40 worse, 2 equal"
-    assert found["paradigm", "bootstrap"].low == pytest.approx(-0.052, abs=0.002)
-    assert found["seed", "paired t"].p is None
+    assert tests["paradigm", "paired t"].p == pytest.approx(2 * 0.0152687, rel=1e-4)
+    assert tests["paradigm", "Wilcoxon signed rank"].p == pytest.approx(2 * 0.0109912, rel=1e-3)
+    assert tests["paradigm", "sign test"].note == "25 better, 40 worse, 2 equal"
+    assert tests["paradigm", "bootstrap"].low == pytest.approx(-0.052, abs=0.002)
+    assert tests["seed", "paired t"].p is None
 
 
 def test_proportions_by_hand() -> None:
     # z = (.6 - .7) / sqrt(.65 * .35 * 2 / 100) = -1.48250, below which a normal is .06911.
-    found = proportion_test(0.6, 0.7, trials=100)
-    assert found.statistic == pytest.approx(-1.48250, abs=1e-5)
-    assert found.p == pytest.approx(0.06911, abs=1e-5)
+    test = proportion_test(0.6, 0.7, trials=100)
+    assert test.statistic == pytest.approx(-1.48250, abs=1e-5)
+    assert test.p == pytest.approx(0.06911, abs=1e-5)
     assert proportion_test(0.7, 0.6, trials=100).p == pytest.approx(0.93089, abs=1e-5)
 
 
@@ -91,9 +91,9 @@ def test_proportions_by_hand() -> None:
     ("arm", "other"), [(0.0, 0.0), (1.0, 1.0), (0.0, 5e-324), (1.0, 1 - 1e-16)]
 )
 def test_no_variance_is_no_test(arm: float, other: float) -> None:
-    found = proportion_test(arm, other)
-    assert found.p is None
-    assert found.note
+    test = proportion_test(arm, other)
+    assert test.p is None
+    assert test.note
 
 
 # paradigms and seeds ----------------------------------------------------------------------------
@@ -102,16 +102,16 @@ def test_sign_test_by_hand() -> None:
         scores([[0.7] * 8 + [0.5]]),
         scores([[*np.linspace(0.1, 0.6, 8), 0.5]]),
     )
-    found = named(blimp_tests(arm, reference))["paradigm", "sign test"]
-    assert found.p == pytest.approx(2 / 2**8)
-    assert found.note == "8 better, 0 worse, 1 equal"
+    test = named(blimp_tests(arm, reference))["paradigm", "sign test"]
+    assert test.p == pytest.approx(2 / 2**8)
+    assert test.note == "8 better, 0 worse, 1 equal"
 
 
 def test_the_last_bit_of_a_mean_over_seeds_breaks_no_tie() -> None:
     arm, reference = scores([[0.3, 0.3, 0.6, 0.8]]), scores([[0.1 + 0.2, 0.2, 0.5, 0.7]])
     assert arm[0]["p0"] != reference[0]["p0"]
-    found = named(blimp_tests(arm, reference))
-    assert found["paradigm", "sign test"].note == "3 better, 0 worse, 1 equal"
+    tests = named(blimp_tests(arm, reference))
+    assert tests["paradigm", "sign test"].note == "3 better, 0 worse, 1 equal"
 
 
 def test_more_sentences_of_a_paradigm_move_only_the_papers_test() -> None:
@@ -124,26 +124,26 @@ def test_more_sentences_of_a_paradigm_move_only_the_papers_test() -> None:
 def test_over_seeds_it_is_the_paired_t_of_the_means_over_paradigms() -> None:
     random = np.random.default_rng(0)
     a, b = random.uniform(0.4, 0.9, (5, 8)), random.uniform(0.4, 0.9, (5, 8))
-    found = named(blimp_tests(scores(a), scores(b)))["seed", "paired t"]
+    test = named(blimp_tests(scores(a), scores(b)))["seed", "paired t"]
     plain = compare(dict(enumerate(a.mean(axis=1))), dict(enumerate(b.mean(axis=1))))
-    assert (found.p, found.n) == (pytest.approx(plain.p), 5)
-    assert (found.low, found.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
+    assert (test.p, test.n) == (pytest.approx(plain.p), 5)
+    assert (test.low, test.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
 
 
 def test_seeds_are_paired_by_name_not_by_order() -> None:
     a = {0: {"p": 0.5, "q": 0.6}, 1: {"p": 0.8, "q": 0.9}, 2: {"p": 0.6, "q": 0.7}}
     b = {2: {"q": 0.66, "p": 0.55}, 0: {"q": 0.57, "p": 0.48}, 1: {"q": 0.84, "p": 0.79}}
-    found = named(blimp_tests(a, b))["seed", "paired t"]
-    assert found.difference == pytest.approx((0.025 + 0.035 + 0.045) / 3)
-    assert found.p is not None
-    assert found.p < 0.05
+    test = named(blimp_tests(a, b))["seed", "paired t"]
+    assert test.difference == pytest.approx((0.025 + 0.035 + 0.045) / 3)
+    assert test.p is not None
+    assert test.p < 0.05
 
 
 def test_arms_without_common_seeds_are_not_paired() -> None:
     a, b = scores([[0.5, 0.6], [0.55, 0.7]]), scores([[0.4, 0.5], [0.6, 0.6]])
-    found = named(blimp_tests(a, {s + 5: row for s, row in b.items()}))
-    assert ("seed", "Welch's t") in found
-    assert ("seed and paradigm", "t, seeds and paradigms crossed") not in found
+    tests = named(blimp_tests(a, {s + 5: row for s, row in b.items()}))
+    assert ("seed", "Welch's t") in tests
+    assert ("seed and paradigm", "t, seeds and paradigms crossed") not in tests
 
 
 def test_what_is_left_out_is_counted() -> None:
@@ -167,9 +167,9 @@ def test_percentages_are_refused() -> None:
 
 def test_crossed_by_hand() -> None:
     # Rows differ by 2, columns by 1, nothing else: MS_seed = 4, MS_paradigm = 1, MS_residual = 0.
-    found = crossed_test(np.array([[0.0, 1.0], [2.0, 3.0]]))
-    assert (found.difference, found.n) == (1.5, 4)
-    assert found.statistic == pytest.approx(1.5 / math.sqrt(5 / 4))
+    test = crossed_test(np.array([[0.0, 1.0], [2.0, 3.0]]))
+    assert (test.difference, test.n) == (1.5, 4)
+    assert test.statistic == pytest.approx(1.5 / math.sqrt(5 / 4))
 
 
 def simulated(seed: int, *, by_seed: float, by_paradigm: float) -> np.ndarray:
@@ -185,15 +185,15 @@ def simulated(seed: int, *, by_seed: float, by_paradigm: float) -> np.ndarray:
 
 @pytest.mark.parametrize(("by_seed", "by_paradigm"), [(0.03, 0.1), (0.02, 0.02), (0.05, 0.0)])
 def test_crossed_intervals_cover_the_truth(by_seed: float, by_paradigm: float) -> None:
-    found = [crossed_test(d) for d in simulated(1, by_seed=by_seed, by_paradigm=by_paradigm)]
-    covered = np.mean([t.low <= 0.02 <= t.high for t in found if t.low is not None and t.high])
+    intervals = [crossed_test(d) for d in simulated(1, by_seed=by_seed, by_paradigm=by_paradigm)]
+    covered = np.mean([t.low <= 0.02 <= t.high for t in intervals if t.low is not None and t.high])
     assert 0.93 < covered < 0.985  # the variance is rounded up where its estimate falls short
 
 
 def test_paradigms_alone_cover_too_little_where_seeds_differ() -> None:
     draws = simulated(2, by_seed=0.03, by_paradigm=0.03)
-    found = [mean_interval(d.mean(axis=0).tolist()) for d in draws]
-    covered = np.mean([t.low <= 0.02 <= t.high for t in found if t.low is not None and t.high])
+    intervals = [mean_interval(d.mean(axis=0).tolist()) for d in draws]
+    covered = np.mean([t.low <= 0.02 <= t.high for t in intervals if t.low is not None and t.high])
     assert covered < 0.85  # what "silent on other seeds" warns of
 
 

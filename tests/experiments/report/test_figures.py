@@ -103,7 +103,7 @@ def run_of(
         curves["restart/loss_after"] = points(dict.fromkeys(restarts, 4.6))
         curves["restart/loss_next"] = points({s + 1: 4.55 for s in restarts})
         curves["restart/merged_norm"] = points({s: 5 - s / 60 for s in restarts})
-    final = {name: found[-1].value for name, found in curves.items()}
+    final = {name: values[-1].value for name, values in curves.items()}
     for index, name in enumerate(("binding", "ellipsis", "island_effects", "npi_licensing")):
         final[f"eval/blimp/no_bos/{name}"] = 0.4 + 0.1 * index + noise.gauss(0, 0.05)
     final["eval/blimp/eos_prefix/accuracy"] = final["eval/blimp/no_bos/accuracy"] - 0.02
@@ -159,8 +159,8 @@ def drawn(sweep: Sweep, folder: Path, *names: str, **options: Any) -> dict[str, 
 def sketched(sweep: Sweep, *names: str, **options: Any) -> dict[str, canvas.Drawing]:
     """The figures of these names, in memory: files take ten times as long."""
     with canvas.style():
-        found = catalogue(sweep, **options)
-        return {name: found[name][1]() for name in names}
+        drawings = catalogue(sweep, **options)
+        return {name: drawings[name][1]() for name in names}
 
 
 def write_paper(path: Path) -> Path:
@@ -217,8 +217,8 @@ def texts(figure: Figure) -> str:
 
 
 def words(drawing: canvas.Drawing) -> str:
-    found: list[Any] = drawing.canvas.findobj(Text)
-    return "\n".join(text.get_text() for text in found)
+    texts: list[Any] = drawing.canvas.findobj(Text)
+    return "\n".join(text.get_text() for text in texts)
 
 
 def test_svg_text_is_text_and_at_least_nine_points(complete: dict[str, Figure]) -> None:
@@ -253,9 +253,9 @@ def test_the_looks_of_other_figures_in_the_process_are_left_alone(tmp_path: Path
 
 @pytest.mark.parametrize("x", ["steps", "tokens", "gpu_hours"])
 def test_curves_are_against_the_axis_that_was_asked_for(x: str) -> None:
-    said = {"steps": "optimizer steps", "tokens": "tokens (thousands)", "gpu_hours": "device-min"}
+    labels = {"steps": "optimizer steps", "tokens": "tokens (thousands)", "gpu_hours": "device-min"}
     shown = words(sketched(sweep_of([0]), "learning_curves", x=x)["learning_curves"])
-    assert [axis for axis, label in said.items() if label in shown] == [x]
+    assert [axis for axis, label in labels.items() if label in shown] == [x]
 
 
 def test_an_unknown_axis_is_one_line_with_the_nearest_choice(tmp_path: Path) -> None:
@@ -268,20 +268,20 @@ def test_an_unknown_axis_is_one_line_with_the_nearest_choice(tmp_path: Path) -> 
 @pytest.mark.parametrize("scale", ["linear", "log"])
 def test_a_band_is_the_interval_of_the_statistics(scale: stats.Scale) -> None:
     runs = [run_of("lora", seed=s) for s in range(4)]
-    found = curve(runs, "train/loss", axis=STEP, scale=scale)
-    assert found is not None
-    for index, step in enumerate(found.x):
+    drawn = curve(runs, "train/loss", axis=STEP, scale=scale)
+    assert drawn is not None
+    for index, step in enumerate(drawn.x):
         values = [p.value for run in runs for p in run.curves["train/loss"] if p.step == step]
         expected = stats.interval(values, scale=scale)
-        assert found.mean[index] == pytest.approx(expected.mean)
-        assert found.low[index] == pytest.approx(expected.low)
-        assert found.high[index] == pytest.approx(expected.high)
+        assert drawn.mean[index] == pytest.approx(expected.mean)
+        assert drawn.low[index] == pytest.approx(expected.low)
+        assert drawn.high[index] == pytest.approx(expected.high)
 
 
 def test_a_single_run_has_no_band_and_says_so() -> None:
-    found = curve([run_of("lora", seed=0)], "train/loss", axis=STEP, scale="linear")
-    assert found is not None
-    assert np.isnan(found.low).all()
+    drawn = curve([run_of("lora", seed=0)], "train/loss", axis=STEP, scale="linear")
+    assert drawn is not None
+    assert np.isnan(drawn.low).all()
     caption = sketched(sweep_of([0]), "learning_curves")["learning_curves"].caption
     assert "no band" in caption
     assert "95 %" not in caption
@@ -289,9 +289,9 @@ def test_a_single_run_has_no_band_and_says_so() -> None:
 
 def test_a_mean_is_over_the_same_runs_at_every_step() -> None:
     short, long = run_of("lora", seed=0, steps=120), run_of("lora", seed=1)
-    found = curve([short, long], "train/loss", axis=STEP, scale="linear")
-    assert found is not None
-    assert found.x.max() == 120
+    drawn = curve([short, long], "train/loss", axis=STEP, scale="linear")
+    assert drawn is not None
+    assert drawn.x.max() == 120
 
 
 def test_steps_with_values_that_are_not_finite_are_left_out_of_the_mean() -> None:
@@ -300,10 +300,10 @@ def test_steps_with_values_that_are_not_finite_are_left_out_of_the_mean() -> Non
     runs[0].curves["train/loss"] = [
         p._replace(value=math.nan) if p.step in (40, 240) else p for p in broken
     ]
-    found = curve(runs, "train/loss", axis=STEP, scale="linear")
-    assert found is not None
-    assert set(found.x) == {s for s in range(0, 241, 20) if s not in (40, 240)}
-    assert np.isfinite(found.mean).all()
+    drawn = curve(runs, "train/loss", axis=STEP, scale="linear")
+    assert drawn is not None
+    assert set(drawn.x) == {s for s in range(0, 241, 20) if s not in (40, 240)}
+    assert np.isfinite(drawn.mean).all()
 
 
 def test_a_wide_band_does_not_set_the_scale() -> None:
@@ -320,9 +320,9 @@ def test_runs_that_did_not_finish_are_drawn_and_counted() -> None:
     sweep = sweep_of([0, 1])
     sweep.arms[1].runs.append(run_of("relora", seed=2, state="diverged", steps=100))
     sweep.arms[1].runs.append(run_of("relora", seed=3, state="running", steps=100))
-    found = sketched(sweep, "learning_curves", "arms")
-    assert "the 2 runs that have not finished" in found["learning_curves"].caption
-    assert "n = 2 of 4: 1 diverged, 1" in words(found["arms"])
+    drawings = sketched(sweep, "learning_curves", "arms")
+    assert "the 2 runs that have not finished" in drawings["learning_curves"].caption
+    assert "n = 2 of 4: 1 diverged, 1" in words(drawings["arms"])
 
 
 # what cannot be drawn ---------------------------------------------------------------------------
@@ -457,8 +457,8 @@ def test_the_cap_of_a_low_rank_update_follows_the_settings(
     config = config_of(method, seed=0)
     for key, value in knobs.items():
         setattr(config.relora, key, value)
-    found = figures_paper.largest_per(config, what=what, kind="w_2", steps=[30, 60, 90, 130, 170])
-    assert found == pytest.approx([SHARE * cap for cap in caps])
+    largest = figures_paper.largest_per(config, what=what, kind="w_2", steps=[30, 60, 90, 130, 170])
+    assert largest == pytest.approx([SHARE * cap for cap in caps])
 
 
 def test_caps_are_a_level_where_they_are_one_and_else_a_line() -> None:
@@ -509,15 +509,15 @@ def test_published_curves_are_labelled_and_the_swap_is_told(tmp_path: Path) -> N
     paper = write_paper(tmp_path / "paper.json")
     names = "learning_curves", "weights_rank", "weights_condition", "updates_rank"
     names = *names, "updates_condition"
-    found = sketched(sweep_of([0]), *names, x="steps", published=paper)
+    drawings = sketched(sweep_of([0]), *names, x="steps", published=paper)
     label = "published (Weiss et al. 2025): ReLoRA tiny"
     for name in ("learning_curves", "weights_rank", "updates_condition"):
-        assert label in words(found[name]), name
-    assert "exchanged" in found["weights_rank"].caption
-    assert "exchanged" in found["weights_condition"].caption
-    assert "exchanged" not in found["updates_rank"].caption
-    assert "BA formed in bf16" in found["updates_condition"].caption
-    assert "BA formed in bf16" not in found["updates_rank"].caption
+        assert label in words(drawings[name]), name
+    assert "exchanged" in drawings["weights_rank"].caption
+    assert "exchanged" in drawings["weights_condition"].caption
+    assert "exchanged" not in drawings["updates_rank"].caption
+    assert "BA formed in bf16" in drawings["updates_condition"].caption
+    assert "BA formed in bf16" not in drawings["updates_rank"].caption
     alone = sketched(sweep_of([0]), "learning_curves", x="steps")
     assert label not in words(alone["learning_curves"])
 
@@ -526,8 +526,8 @@ def test_decoder_curves_of_weights_change_labels_and_no_others(tmp_path: Path) -
     paper = published.load(write_paper(tmp_path / "paper.json"), models={"tiny"})
 
     def values(group: str, what: str) -> dict[str, float]:
-        found = paper._dynamics(group, what, "w_2", "per")
-        return {series.method: series.points[0][1] for series in found}
+        curves = paper._dynamics(group, what, "w_2", "per")
+        return {series.method: series.points[0][1] for series in curves}
 
     assert values("weights", "base") == {"relora": 0.1, "decoder": 0.2}
     assert values("updates", "gradient") == {"decoder": 0.1}
@@ -536,10 +536,9 @@ def test_decoder_curves_of_weights_change_labels_and_no_others(tmp_path: Path) -
 
 def test_published_curves_beyond_our_runs_are_said_to_be_absent(tmp_path: Path) -> None:
     paper = write_paper(tmp_path / "paper.json")
-    found = sketched(sweep_of([0]), "learning_curves", x="tokens", published=paper)
-    found = found["learning_curves"]
-    assert "No published curve" in found.caption
-    assert "published (Weiss" not in words(found)
+    drawings = sketched(sweep_of([0]), "learning_curves", x="tokens", published=paper)
+    assert "No published curve" in drawings["learning_curves"].caption
+    assert "published (Weiss" not in words(drawings["learning_curves"])
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"models": {}, "gpu_hours": {}}'])

@@ -95,33 +95,33 @@ def test_what_a_kill_took_back_is_in_no_curve_and_in_the_cost(tmp_path: Path) ->
     attempt(run, 1, start=0, stop=30, loss=9.0)  # killed; its checkpoint is of step 20
     attempt(run, 2, start=20, stop=40, loss=1.0)
     expected = [e for e in run.events() if "train/loss" in e["metrics"]]
-    (found,) = gather(tmp_path, "mine").runs
-    points = [(p.step, p.value) for p in found.curves["train/loss"]]
+    (gathered,) = gather(tmp_path, "mine").runs
+    points = [(p.step, p.value) for p in gathered.curves["train/loss"]]
     assert points == [(e["step"], e["metrics"]["train/loss"]) for e in expected]
     assert [step for step, _ in points] == [10, 20, 30, 40]
-    assert found.restarts == [20, 40]
-    assert found.cost.gpu_hours == pytest.approx(SECONDS * 40 / 3600)
-    assert found.cost.all_hours == pytest.approx((30 + 20) * 100 / 3600)
+    assert gathered.restarts == [20, 40]
+    assert gathered.cost.gpu_hours == pytest.approx(SECONDS * 40 / 3600)
+    assert gathered.cost.all_hours == pytest.approx((30 + 20) * 100 / 3600)
 
 
 def test_processes_of_each_attempt_count_for_its_steps(tmp_path: Path) -> None:
     run = one_run(tmp_path)
     attempt(run, 1, start=0, stop=20, loss=1.0, world=1)
     attempt(run, 2, start=20, stop=40, loss=1.0, world=4)
-    (found,) = gather(tmp_path, "mine").runs
-    assert found.cost.gpu_hours == pytest.approx((20 + 4 * 20) * SECONDS / 3600)
+    (gathered,) = gather(tmp_path, "mine").runs
+    assert gathered.cost.gpu_hours == pytest.approx((20 + 4 * 20) * SECONDS / 3600)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40, 150])
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, cut: int) -> None:
     run = one_run(tmp_path)
     attempt(run, 1, start=0, stop=40, loss=1.0)
-    whole = run.events_path.read_bytes()
-    run.events_path.write_bytes(whole[:-cut])
-    (found,) = gather(tmp_path, "mine").runs
-    assert found.state != "unreadable"
-    assert [p.step for p in found.curves["train/loss"]] == [10, 20, 30, 40]
-    assert found.tables["blimp_paradigms"]  # the newest whole one
+    content = run.events_path.read_bytes()
+    run.events_path.write_bytes(content[:-cut])
+    (gathered,) = gather(tmp_path, "mine").runs
+    assert gathered.state != "unreadable"
+    assert [p.step for p in gathered.curves["train/loss"]] == [10, 20, 30, 40]
+    assert gathered.tables["blimp_paradigms"]  # the newest whole one
 
 
 def test_a_table_that_a_kill_tore_is_replaced_by_the_one_before(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_a_table_that_a_kill_tore_is_replaced_by_the_one_before(tmp_path: Path) 
     lines = run.events_path.read_text().splitlines(keepends=True)
     torn = lines[-1][: lines[-1].index("}") + 1]
     run.events_path.write_text("".join([*lines[:-1], torn + "\n"]))
-    (found,) = gather(tmp_path, "mine").runs
-    assert len(found.tables["blimp_paradigms"]) == 6
+    (gathered,) = gather(tmp_path, "mine").runs
+    assert len(gathered.tables["blimp_paradigms"]) == 6
 
 
 def test_runs_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
@@ -171,13 +171,13 @@ def test_an_evaluation_apart_from_training_is_part_of_the_run(tmp_path: Path) ->
         (run.evals / "later").mkdir(parents=True, exist_ok=True)
         path = run.evals / "later" / f"step-{step:08d}-blimp.json"
         path.write_text(json.dumps(content))
-    (found,) = gather(tmp_path, "mine").runs
-    points = found.curves["later/blimp/no_bos/accuracy"]
+    (gathered,) = gather(tmp_path, "mine").runs
+    points = gathered.curves["later/blimp/no_bos/accuracy"]
     assert [(p.step, p.tokens) for p in points] == [(20, 20 * TOKENS), (STEPS, STEPS * TOKENS)]
     assert points[0].gpu_hours == pytest.approx(SECONDS * 20 / 3600)
-    assert found.metrics["later/blimp/no_bos/accuracy"] == 0.75
-    assert found.tables["later/blimp_paradigms"] == [{"uid": "a"}]
-    assert len(found.tables["blimp_paradigms"]) == 6
+    assert gathered.metrics["later/blimp/no_bos/accuracy"] == 0.75
+    assert gathered.tables["later/blimp_paradigms"] == [{"uid": "a"}]
+    assert len(gathered.tables["blimp_paradigms"]) == 6
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_a_question_may_take_several_lines(tmp_path: Path, monkeypatch: pytest.M
 
 def test_floors_are_told_of_the_grammar_alone(tmp_path: Path) -> None:
     a_sweep(tmp_path, [a_config()])
-    found = data.floor(gather(tmp_path, "mine"))
-    assert found is not None
-    assert 0 < found.entropy < found.unigram < math.log(10_000)
+    floor = data.floor(gather(tmp_path, "mine"))
+    assert floor is not None
+    assert 0 < floor.entropy < floor.unigram < math.log(10_000)
 
 
 def test_load_of_the_machine_is_no_curve(tmp_path: Path) -> None:

@@ -84,11 +84,11 @@ def test_every_run_is_counted_and_those_that_did_not_finish_are_named(tmp_path: 
     runs = a_sweep(tmp_path, arms(2))
     for run, state in zip(runs, ["finished", "finished", "diverged", "failed"], strict=False):
         record(run, state=state)
-    said = text(report.write(tmp_path, "mine"))
-    assert "2 of 6 runs finished (2 planned, 1 diverged, 1 failed)" in said
-    assert "diverged at step 40 of 40: `method=full_rank seed=2`" in said
-    assert "flatters an arm that diverges" in said
-    assert "| all | 2 | 2 | 1 | 1 |" in said
+    shown = text(report.write(tmp_path, "mine"))
+    assert "2 of 6 runs finished (2 planned, 1 diverged, 1 failed)" in shown
+    assert "diverged at step 40 of 40: `method=full_rank seed=2`" in shown
+    assert "flatters an arm that diverges" in shown
+    assert "| all | 2 | 2 | 1 | 1 |" in shown
 
 
 def test_means_are_of_finished_runs_alone(tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_different_code_is_said(tmp_path: Path) -> None:
 def test_losses_that_are_means_over_other_numbers_of_updates_are_named(tmp_path: Path) -> None:
     """Earlier versions took those since the last log; at the default those are the ten, too."""
     one, _ = finished(tmp_path, arms(4, seeds=(0,)))
-    told = f"The loss of {one.run_id} is a mean over the last 20 updates, as an earlier version"
+    caution = f"The loss of {one.run_id} is a mean over the last 20 updates, as an earlier version"
     assert one.result()["loss_steps"] is None
     assert not tables.other_losses(gather.gather(tmp_path, "mine").runs)
     lines = one.events_path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if '"kind": "train", "step": 30' not in line]
-    assert len(kept) == len(lines) - 1
-    one.events_path.write_text("".join(kept))
-    assert told in text(report.write(tmp_path, "mine"))
+    rest = [line for line in lines if '"kind": "train", "step": 30' not in line]
+    assert len(rest) == len(lines) - 1
+    one.events_path.write_text("".join(rest))
+    assert caution in text(report.write(tmp_path, "mine"))
     one.write_result(one.result() | {"loss_steps": 10})
     assert not tables.other_losses(gather.gather(tmp_path, "mine").runs)
 
@@ -250,10 +250,10 @@ def test_an_odd_sweep_has_a_whole_report(
 ) -> None:
     make(a_sweep(tmp_path, arms(2, seeds=seeds)))
     page = report.write(tmp_path, "mine")
-    said = text(page)
-    assert "could not be made" not in said
-    assert f"of {2 * len(seeds)} runs finished" in said
-    assert not re.search(r"\bnan\b|\[[^\]]*inf", said)  # an infinite interval is none
+    shown = text(page)
+    assert "could not be made" not in shown
+    assert f"of {2 * len(seeds)} runs finished" in shown
+    assert not re.search(r"\bnan\b|\[[^\]]*inf", shown)  # an infinite interval is none
 
 
 def test_a_section_that_fails_leaves_the_others(
@@ -261,9 +261,9 @@ def test_a_section_that_fails_leaves_the_others(
 ) -> None:
     a_sweep(tmp_path, arms(2))
     monkeypatch.setattr(tables, "cost", lambda sweep: 1 / 0)
-    said = text(report.write(tmp_path, "mine"))
-    assert "could not be made (ZeroDivisionError" in said
-    assert "## Runs" in said
+    shown = text(report.write(tmp_path, "mine"))
+    assert "could not be made (ZeroDivisionError" in shown
+    assert "## Runs" in shown
 
 
 def test_figures_that_fail_leave_the_report(
@@ -285,13 +285,13 @@ def test_page_and_markdown_show_the_same_and_every_figure_is_there(
     monkeypatch.setattr(report, "draw", draw)
     finished(tmp_path, arms(2))
     page = report.write(tmp_path, "mine")
-    content, said = page.read_text(), text(page)
-    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", said)
+    content, shown = page.read_text(), text(page)
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", shown)
     assert links
     assert all((page.parent / link).exists() for link in links)
     assert content.count("<figure>") == len(links) == content.count("data:image/svg+xml;base64,")
     assert not re.search(r'(src|href)="(?!data:|#)', content)
-    headings = re.findall(r"^## (.*)", said, flags=re.MULTILINE)
+    headings = re.findall(r"^## (.*)", shown, flags=re.MULTILINE)
     assert headings == re.findall(r"<h2[^>]*>(.*?)</h2>", content)
 
 
@@ -300,14 +300,14 @@ def test_the_data_are_there_point_by_point(tmp_path: Path) -> None:
 
     runs = finished(tmp_path, arms(2))
     rows = pq.read_table(report.write(tmp_path, "mine").parent / "data.parquet").to_pylist()
-    found = {(r["run_id"], r["metric"], r["step"]): r["value"] for r in rows}
+    values = {(r["run_id"], r["metric"], r["step"]): r["value"] for r in rows}
     wanted = {
         (run.run_id, key, e["step"]): v
         for run in runs
         for e in run.events()
         for key, v in e["metrics"].items()
     }
-    assert found == wanted
+    assert values == wanted
 
 
 def test_a_report_that_is_written_again_keeps_no_old_table(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_front_is_beaten_by_none_and_beats_all_others(pairs, metric):
             and sign * other.value.mean <= sign * one.value.mean
             and (other.cost.mean, other.value.mean) != (one.cost.mean, one.value.mean)
         ]
-        assert any(one is kept for kept in front) == (not rivals)
+        assert any(one is best for best in front) == (not rivals)
     assert [one.cost.mean for one in front] == sorted(one.cost.mean for one in front)
     values = [sign * one.value.mean for one in front]
     assert values == sorted(values, reverse=True)  # what costs more on the front is better

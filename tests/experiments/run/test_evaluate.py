@@ -39,10 +39,10 @@ def trained(tmp_path_factory):
     """Trains each setting once; tests work on copies."""
     from tests.conftest import nano_config
 
-    kept = {}
+    runs = {}
 
     def train(key="plain", **changes):
-        if key not in kept:
+        if key not in runs:
             folder = tmp_path_factory.mktemp(key)
             sections = {
                 "model": {"vocab_size": VOCAB_SIZE},
@@ -54,8 +54,8 @@ def trained(tmp_path_factory):
             config.output_dir = str(folder)
             run_dir = RunDir(folder / "runs" / "a")
             run_experiment(config, run_dir)
-            kept[key] = run_dir
-        return kept[key]
+            runs[key] = run_dir
+        return runs[key]
 
     return train
 
@@ -78,12 +78,12 @@ def request_of(run_dir, *, steps="last", name="eval", **sections):
 
 
 def in_training(run_dir):
-    found = {}
+    by_step = {}
     for event in run_dir.events():
         if event["kind"] == "eval":
-            found.setdefault(event["step"], {}).update(event["metrics"])
-    found.pop(0)
-    return found
+            by_step.setdefault(event["step"], {}).update(event["metrics"])
+    by_step.pop(0)
+    return by_step
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_rerun_does_what_is_missing_and_nothing_else(run):
 
 
 def test_a_checkpoint_that_vanishes_meanwhile_is_left_out_with_a_line(run, monkeypatch):
-    run_dir, said = run(), []
+    run_dir, lines = run(), []
     load = module._load
 
     def rotating(config, checkpoint):
@@ -152,15 +152,15 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_left_out_with_a_line(run, monke
         return load(config, checkpoint)
 
     monkeypatch.setattr(module, "_load", rotating)
-    evaluate(run_dir, request=request_of(run_dir, steps="all"), say=said.append)
+    evaluate(run_dir, request=request_of(run_dir, steps="all"), say=lines.append)
     assert list(evaluations(run_dir)) == [8, 12]
-    assert "a step 4: the checkpoint was removed: left out" in said
+    assert "a step 4: the checkpoint was removed: left out" in lines
 
 
 def test_steps_without_a_checkpoint_are_said(run):
-    run_dir, said = run(), []
-    evaluate(run_dir, request=request_of(run_dir, steps=[5, 8]), say=said.append)
-    assert said[0] == "a has no checkpoint of step 5: left out"
+    run_dir, lines = run(), []
+    evaluate(run_dir, request=request_of(run_dir, steps=[5, 8]), say=lines.append)
+    assert lines[0] == "a has no checkpoint of step 5: left out"
     assert list(evaluations(run_dir)) == [8]
 
 

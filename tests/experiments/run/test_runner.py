@@ -60,10 +60,9 @@ def test_going_on_with_other_code_is_said(begun, capsys):
 def test_a_hash_of_an_older_kind_proves_no_change(begun, capsys):
     config, run_dir = begun(code="0123")
     assert run_experiment(config, run_dir) == "finished"
-    said = capsys.readouterr().err
-    assert (
-        "may have begun with other code of relora_core: its hash 0123 is of an older kind" in said
-    )
+    printed = capsys.readouterr().err
+    line = "may have begun with other code of relora_core: its hash 0123 is of an older kind"
+    assert line in printed
 
 
 def test_going_on_with_other_code_can_be_refused(begun):

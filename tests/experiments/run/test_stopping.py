@@ -118,7 +118,7 @@ def test_a_run_that_was_given_away_is_left_at_once(run):
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "gone", "taken"),
+    ("mine", "theirs", "dead", "taken"),
     [
         ("7_1", "7_1", False, True),  # an earlier life of this job
         ("7_1", "7_2", False, False),
@@ -127,12 +127,12 @@ def test_a_run_that_was_given_away_is_left_at_once(run):
         (None, None, True, True),
     ],
 )
-def test_who_may_take_a_lock_over(run, monkeypatch, mine, theirs, gone, taken):
+def test_who_may_take_a_lock_over(run, monkeypatch, mine, theirs, dead, taken):
     monkeypatch.setattr(scheduler, "_job", mine and f"s.0123abcd/{mine}")
     holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "job_id": theirs}
     (run.path / "lock").write_text(json.dumps(holder))
     refused = pytest.raises(RunLocked, match="process 1 on elsewhere")
-    with contextlib.nullcontext() if taken else refused, run.lock(is_dead=lambda holder: gone):
+    with contextlib.nullcontext() if taken else refused, run.lock(is_dead=lambda holder: dead):
         assert run.is_mine()
     assert run.lock_holder() == (None if taken else holder)
 
@@ -219,6 +219,6 @@ def test_a_shielded_process_that_listens_hears_them(early):
     if not early:
         assert process.stdout.readline() == "ready\n"
     process.terminate()
-    told, _ = process.communicate(timeout=240)
-    assert told.splitlines()[-1] == "SIGTERM"
+    output, _ = process.communicate(timeout=240)
+    assert output.splitlines()[-1] == "SIGTERM"
     assert process.returncode == 0

@@ -115,18 +115,18 @@ def test_a_folder_of_a_server_on_another_machine_is_not_made_here(tmp_path: Path
 
 def test_a_folder_of_a_server_that_this_machine_shares_is_written_to(tmp_path: Path) -> None:
     (tmp_path / "mlruns").mkdir()
-    said = []
+    calls = []
 
     class Client:
         def get_experiment(self, _: str) -> Any:
             return SimpleNamespace(artifact_location=(tmp_path / "mlruns" / "1").as_uri())
 
         def log_text(self, *words: str) -> None:
-            said.append(words)
+            calls.append(words)
 
     files = artifacts(Client(), tmp_path)
     assert files.text("abc", "{}", "x.json")
-    assert said == [("abc", "{}", "x.json")]
+    assert calls == [("abc", "{}", "x.json")]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ImportError("boto3"), KeyError()])

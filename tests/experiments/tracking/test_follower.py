@@ -31,23 +31,22 @@ from tests.ports import free_port
 from tests.waiting import wait_for
 
 
-def quick_follower(run: RunDir, said: list[str], *, uri: str, experiment: str) -> Follower:
+def quick_follower(run: RunDir, warnings: list[str], *, uri: str, experiment: str) -> Follower:
     """It looks all the time; `said` gets its warnings."""
-    options = {"output_dir": run.path.parents[1], "every_s": 0.05, "warn": said.append}
+    options = {"output_dir": run.path.parents[1], "every_s": 0.05, "warn": warnings.append}
     return Follower([run], uri=uri, experiment=experiment, **options)
 
 
 @pytest.mark.slow
 def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path: Path) -> None:
-    run, said = a_run(tmp_path), []
+    run, warnings = a_run(tmp_path), []
     train(run, attempt=1, start=0, stop=20)
-    with quick_follower(
-        run, said, uri=store.uri, experiment=store.client.get_experiment(store.experiment_id).name
-    ) as follower:
+    experiment = store.client.get_experiment(store.experiment_id).name
+    with quick_follower(run, warnings, uri=store.uri, experiment=experiment) as follower:
         assert follower.wait_ready(300) == store.experiment_id
         wait_for(lambda: store.status(run) == "RUNNING")
         train(run, attempt=2, start=20, stop=60, state="finished")
-    assert said == []
+    assert warnings == []
     assert store.points(run) == expected(run)
     assert store.run(run).info.run_name == run_view.default_name(run.config())
     assert store.run(run).info.status == "FINISHED"
@@ -55,12 +54,12 @@ def test_a_follower_shows_runs_while_they_work_and_after(store: Store, tmp_path:
 
 @pytest.mark.slow
 def test_a_dead_server_costs_one_line_and_no_time_at_the_start(tmp_path: Path) -> None:
-    run, said = a_run(tmp_path), []
+    run, warnings = a_run(tmp_path), []
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
-    with quick_follower(run, said, uri=uri, experiment="x") as follower:
+    with quick_follower(run, warnings, uri=uri, experiment="x") as follower:
         train(run, attempt=1, start=0, stop=20)
         assert follower.wait_ready(60) is None
-    (line,) = said
+    (line,) = warnings
     assert line.startswith(f"tracking: {uri.replace('secret', '***')} unreachable")
     assert "python -m sweeps sync" in line
     assert "secret" not in line + (tmp_path / "logs" / "mlflow-sync.log").read_text()
@@ -210,10 +209,10 @@ def shown(proxy: Proxy, experiment: str, run: RunDir) -> dict[str, list[tuple[in
 
     proxy.mode, proxy.delay_s = "up", 0.0
     client = MlflowClient(tracking_uri=proxy.uri)
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
+    stored = client.get_experiment_by_name(experiment)
+    assert stored is not None
     (there,) = client.search_runs(
-        [found.experiment_id], filter_string=f"tags.run_id = '{run.run_id}'"
+        [stored.experiment_id], filter_string=f"tags.run_id = '{run.run_id}'"
     )
     histories = {
         key: client.get_metric_history(there.info.run_id, key) for key in there.data.metrics
@@ -251,10 +250,10 @@ def test_a_server_that_dies_at_any_request_loses_and_doubles_nothing(
 def test_a_follower_outlasts_a_server_that_is_down_at_the_start_and_again_later(
     proxy: Proxy, tmp_path: Path
 ) -> None:
-    run, said, experiment = a_run(tmp_path), [], "comes and goes"
+    run, warnings, experiment = a_run(tmp_path), [], "comes and goes"
     train(run, attempt=1, start=0, stop=20)
     proxy.mode = "down"
-    with quick_follower(run, said, uri=proxy.uri, experiment=experiment):
+    with quick_follower(run, warnings, uri=proxy.uri, experiment=experiment):
         log = tmp_path / "logs" / "mlflow-sync.log"
         wait_for(lambda: log.exists() and log.read_text().count("Traceback") > 1)
         proxy.mode = "up"
@@ -265,16 +264,16 @@ def test_a_follower_outlasts_a_server_that_is_down_at_the_start_and_again_later(
         wait_for(lambda: log.read_text().count("Traceback") > refused)
         proxy.mode = "up"
         train(run, attempt=1, start=60, stop=80, state="finished")
-    assert said == []
+    assert warnings == []
     assert shown(proxy, experiment, run) == expected(run)
 
 
 @pytest.mark.slow
 def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path: Path) -> None:
-    run, said, experiment = a_run(tmp_path), [], "slow"
+    run, warnings, experiment = a_run(tmp_path), [], "slow"
     proxy.delay_s = 0.5
     proxy.gate.acquire()
-    with quick_follower(run, said, uri=proxy.uri, experiment=experiment) as follower:
+    with quick_follower(run, warnings, uri=proxy.uri, experiment=experiment) as follower:
         assert follower.wait_ready(60) is None
         train(run, attempt=1, start=0, stop=2000)
         assert proxy.answered == 0
@@ -286,7 +285,7 @@ def test_a_slow_server_delays_no_event_and_gets_them_all(proxy: Proxy, tmp_path:
         train(run, attempt=1, start=2000, stop=4000, state="finished")
         assert proxy.answered == before
         proxy.gate.release()
-    assert said == []
+    assert warnings == []
     assert shown(proxy, experiment, run) == expected(run)
 
 

@@ -61,14 +61,12 @@ class Exported:
         return MlflowClient(tracking_uri=self.uri)
 
     def experiments(self) -> list[str]:
-        return [found.experiment_id for found in self.client().search_experiments()]
+        return [one.experiment_id for one in self.client().search_experiments()]
 
     def shown(self) -> Any:
-        found = self.client().search_runs(
-            self.experiments(), filter_string=f"tags.run_id = '{RUN}'"
-        )
-        assert len(found) == 1
-        return found[0]
+        runs = self.client().search_runs(self.experiments(), filter_string=f"tags.run_id = '{RUN}'")
+        assert len(runs) == 1
+        return runs[0]
 
     def models(self, status: str = "READY") -> list[Any]:
         return [
@@ -115,9 +113,11 @@ def log_probabilities(model: Decoder, ids: list[int]) -> torch.Tensor:
         return model.logits(row[None, :-1])[0].log_softmax(-1).gather(1, row[1:, None])[:, 0]
 
 
-def assert_same_numbers(found: list[dict[str, Any]], rows: list[list[int]], model: Decoder) -> None:
-    assert [row["ids"] for row in found] == rows
-    for row in found:
+def assert_same_numbers(
+    answers: list[dict[str, Any]], rows: list[list[int]], model: Decoder
+) -> None:
+    assert [row["ids"] for row in answers] == rows
+    for row in answers:
         expected = log_probabilities(model, row["ids"])
         shown = torch.tensor(row["log_probabilities"])
         torch.testing.assert_close(shown, expected, atol=1e-5, rtol=0)
@@ -162,10 +162,10 @@ def test_it_loads_in_a_fresh_process_and_gives_the_runs_numbers(
 ) -> None:
     """Ids and texts, with the code that came with the model and not the checkout's."""
     assert export(without_models.output, tmp_path / "a 'b' é", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     text = GrammarTokenizer().decode(random_ids(VOCAB_SIZE)[0].clamp(min=1).tolist())
     rows = [random_ids(VOCAB_SIZE)[1].tolist(), GrammarTokenizer().encode(text)]
-    answer = elsewhere(told["tracking_uri"], told["mlflow_model"], [rows[0], text])
+    answer = elsewhere(printed["tracking_uri"], printed["mlflow_model"], [rows[0], text])
     assert_same_numbers(answer["found"], rows, without_models.model)
     assert str(without_models.output / "mlartifacts") in answer["code"]
 
@@ -181,8 +181,8 @@ def test_it_goes_and_comes_through_a_server(
         run_dir = RunDir(tmp_path / "runs" / RUN)
         track(tmp_path, run_dir, uri=uri)
         assert export(tmp_path, tmp_path / "llama") == 0
-        found = mlflow_model.find_tracked(run_dir)
-        (logged,) = found.store.client.search_logged_models([found.run.info.experiment_id])
+        tracked = mlflow_model.find_tracked(run_dir)
+        (logged,) = tracked.store.client.search_logged_models([tracked.run.info.experiment_id])
         row = random_ids(VOCAB_SIZE)[0].tolist()
         answer = elsewhere(uri, logged.model_uri, [row])
     assert_same_numbers(answer["found"], [row], model)

@@ -178,11 +178,11 @@ def test_database_and_artifacts_lie_in_the_output_folder(
     (id_,) = {store.experiment_id for store in stores}
     assert not Syncer(stores[0]).sync([run]).errors
     client = MlflowClient(uri)
-    (found,) = client.search_runs([id_])
+    (tracked,) = client.search_runs([id_])
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
     assert [path.name for path in (tmp_path / "here").iterdir()] == [name]
-    listed = {one.path for one in client.list_artifacts(found.info.run_id)}
-    folder = out / "mlartifacts" / found.info.run_id / "artifacts"
+    listed = {one.path for one in client.list_artifacts(tracked.info.run_id)}
+    folder = out / "mlartifacts" / tracked.info.run_id / "artifacts"
     assert listed == {path.name for path in folder.iterdir()} != set()
     assert addresses.sqlite_path(uri) == out / "mlflow.db"
 
@@ -205,8 +205,8 @@ def test_a_database_that_an_earlier_version_misplaced_is_said_and_left(
     shutil.copy(migrated, out / "mlflow.db")
     there = open_store(uri, **shown)
     Syncer(there).sync([run])
-    (found,) = MlflowClient(uri).search_runs([there.experiment_id])
-    assert found.data.metrics["train/loss"]
+    (tracked,) = MlflowClient(uri).search_runs([there.experiment_id])
+    assert tracked.data.metrics["train/loss"]
     assert (tmp_path / "a b" / "mlflow.db").read_bytes() == before
 
 

@@ -83,10 +83,10 @@ def show(store: Store) -> Callable[[SweepView], str]:
 
 
 def shown(store: Store, kind: str) -> list[Any]:
-    found = store.client.search_runs(
+    runs = store.client.search_runs(
         [store.experiment_id], filter_string=f"tags.kind = '{kind}'", order_by=["run_name ASC"]
     )
-    return list(found)
+    return list(runs)
 
 
 def everything(store: Store) -> Any:
@@ -145,9 +145,9 @@ def test_only_finished_runs_with_finite_numbers_count() -> None:
         a_run("a", 1, train__loss=3.0, eval__x=float("inf")),
         a_run("a", 2, train__loss=99.0, eval__x=1.0, state="diverged"),
     ]
-    found = summary(an_arm(8, *runs))
-    assert found[LOSS].mean == 2.0
-    assert "eval/x" not in found  # a mean of some of the finished seeds would look like all
+    means = summary(an_arm(8, *runs))
+    assert means[LOSS].mean == 2.0
+    assert "eval/x" not in means  # a mean of some of the finished seeds would look like all
 
 
 def test_repeating_it_changes_nothing(store: Store, show: Any) -> None:
@@ -294,8 +294,9 @@ def test_the_views_are_in_the_format_of_this_mlflow(store: Store, show: Any) -> 
         sections = {section["uuid"] for section in state["compareRunSections"]}
         assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
         # The filter finds what it is meant to.
-        found = store.client.search_runs([store.experiment_id], filter_string=state["searchFilter"])
-        assert len(found) == (2 if "kind = 'arm'" in state["searchFilter"] else 0)
+        query = state["searchFilter"]
+        listed = store.client.search_runs([store.experiment_id], filter_string=query)
+        assert len(listed) == (2 if "kind = 'arm'" in query else 0)
 
 
 def test_curves_can_be_drawn_against_tokens_and_gpu_hours() -> None:
