@@ -252,7 +252,7 @@ def two_processes(folder: Path, *words: str) -> list[str]:
 @pytest.mark.slow
 def test_one_rank_that_is_told_stops_all_at_the_same_step(config, tmp_path):
     setting = config()
-    for name in ("whole", "run"):
+    for name in ("full", "run"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config_to_json(setting))
     assert two_processes(tmp_path / "run", "stop") == ["interrupted"] * 2
