@@ -207,7 +207,7 @@ def estimates(
 
 @dataclass(kw_only=True)
 class SearchOutlook(Outlook):
-    """A search. Its plan has the configs that it starts from; its trials are not known yet."""
+    """A search. Its plan has the configs that it starts from; its trials are drawn later."""
 
     parts: list[Part]
 

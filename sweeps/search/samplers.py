@@ -286,7 +286,7 @@ def _grid(space: Mapping[str, Dimension], *, per_decade: Any = None) -> dict[str
 
 
 def lattice(dimension: Int | Float, *, per_decade: int) -> list[Any]:
-    """The values 10 ** (k / per_decade), k whole, to three digits, that lie in the interval.
+    """The values 10 ** (k / per_decade), k an integer, to three digits, that lie in the interval.
 
     They do not depend on its ends: a wider interval has all of them, and arms share theirs.
     """

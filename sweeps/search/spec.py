@@ -181,7 +181,7 @@ class Spec:
             raise ConfigError(
                 f"search.space.{key} must {most} {before.text() if before else 'as it was'} in a "
                 f"study that has begun{where}, got {now.text() if now else 'nothing'}; another "
-                "sweep.name begins a new study, and search.learn_from=OLD_NAME tells it of this one"
+                "sweep.name begins a new study, and search.learn_from=OLD_NAME learns from this one"
             )
         return wider
 
