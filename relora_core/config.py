@@ -109,6 +109,10 @@ class ModelConfig:
     """RMSNorm's epsilon."""
     vocab_size: int | None = knob(None, ge=2)
     """Rows of embedding and head; None: the data's vocabulary, padded as the data says."""
+    init_std: float | None = knob(None, gt=0, as_before=None)
+    """Standard deviation of embedding, head and linears at the start, as in Hugging Face's Llama
+    (0.02). None: pico-decoder's, which are torch's: N(0, 1) for the embedding, U(-1, 1) / sqrt(in)
+    for the others."""
 
 
 def adapter_scale(alpha: float, *, rank: int, rslora: bool) -> float:

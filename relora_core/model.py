@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model. Weights are drawn by torch's defaults from the global generator."""
+    """The language model. Weights are drawn from the global generator, as `init_std` says."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,6 +109,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.output_norm = RMSNorm(config.d_model, config.norm_eps)
         self.de_embedding_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.init_std is not None:
+            for weight in self.parameters():
+                if weight.ndim == 2:  # not the norms'
+                    nn.init.normal_(weight, std=config.init_std)
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C) after the final norm, ready for the head."""
