@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import schema
 from experiments.errors import reporting
 from experiments.run.single import run_here
+from hydra_plugins.relora_sweeps._habits import translate
 
 schema.register()
 
@@ -41,7 +42,11 @@ if __name__ == "__main__":
     if len(arguments) < len(sys.argv) - 1:
         arguments = ["-m", *(text for text in arguments if text not in ("-m", "--multirun"))]
         arguments.append("hydra.sweeper.plan_only=true")
-    # Hydra's parser wants -m before or after all overrides, not among them.
-    sys.argv[1:] = sorted(arguments, key=lambda text: text not in ("-m", "--multirun"))
-    with reporting(), schema.explaining(sys.argv[1:]):
-        main()
+    with reporting():
+        arguments, notes = translate(arguments)
+        for note in notes:
+            print(note)
+        # Hydra's parser wants -m before or after all overrides, not among them.
+        sys.argv[1:] = sorted(arguments, key=lambda text: text not in ("-m", "--multirun"))
+        with schema.explaining(sys.argv[1:]):
+            main()

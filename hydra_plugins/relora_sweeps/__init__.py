@@ -3,5 +3,6 @@
 plugins.py   Hydra's sweepers and launchers, which call `sweeps`
 _axes.py     Hydra's grammar of axes -> points of a grid, dimensions of a search
 _compose.py  composes many points quickly
+_habits.py   names of the stock plugins for submitit and Optuna, in ours
 _guards.py   our changes to Hydra's own code, and why
 """

@@ -2,6 +2,7 @@
 
     best.json             best trial, or Pareto front, with the commands that run it again
     best.yaml             the same as an experiment file (several objectives: best-<trial>.yaml)
+    optimization_results.yaml  the same as Hydra's own sweeper for Optuna writes it
     trials.csv            every trial
     plots/                Optuna's own (plots.py)
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.disk.output_dir import place_of_study, run_at
@@ -34,6 +36,11 @@ from relora_core.config import RunConfig
 from sweeps.search import plots, recipe
 from sweeps.search.config import Objective, SearchConfig
 from sweeps.search.study import Study
+
+STOCK_HEAD = (
+    "# In the form of Hydra's own sweeper for Optuna. best.json has intervals and commands,\n"
+    "# trials.csv every trial.\n"
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -305,9 +312,11 @@ def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[
 
 def write_data(results: Results, *, folder: Path) -> list[Path]:
     """Write all files but the plots; those that were written."""
-    written = [folder / "best.json", folder / "trials.csv"]
+    written = [folder / "best.json", folder / "trials.csv", folder / "optimization_results.yaml"]
     atomic.write_json(written[0], best_json(results))
     atomic.write_text(written[1], trials_csv(results))
+    stock = yaml.safe_dump(stock_results(results), sort_keys=False)
+    atomic.write_text(written[2], f"{STOCK_HEAD}{stock}")
     for best in results.best:
         text = experiment_text(
             results, number=best.number, name=None, output_dir=place_of_study(folder).output_dir
@@ -326,6 +335,19 @@ def best_json(results: Results) -> dict[str, Any]:
     """The results without the list of all trials."""
     values = dataclasses.asdict(results)
     del values["trials"]
+    return values
+
+
+def stock_results(results: Results) -> dict[str, Any]:
+    """The best as Hydra's own sweeper for Optuna writes it; no best: only the name."""
+    rows = {row.number: row for row in results.trials}
+    best = [rows[one.number] for one in results.best]
+    if len(results.goals) > 1:
+        solutions = [{"params": dict(row.params), "values": list(row.values or [])} for row in best]
+        return {"name": "optuna", "solutions": solutions}
+    values: dict[str, Any] = {"name": "optuna"}
+    for row in best:
+        values |= {"best_params": dict(row.params), "best_value": (row.values or [None])[0]}
     return values
 
 

@@ -260,7 +260,7 @@ def test_a_file_may_choose_the_search(ask):
         (("-m", "hydra.sweeper.direction=min"), "Did you mean 'search.objectives' with"),
         (("-m", "hydra.sweeper.n_jobs=2"), "Did you mean 'hydra.launcher.max_parallel'?"),
         (("experiment=trials",), "(in experiment/trials). Did you mean 'search.n_trials' with"),
-        (("-m", "hydra/sweeper=optuna"), "Did you mean 'search'?"),
+        (("-m", "hydra/sweeper=ax"), "Did you mean 'search'?"),
         (("-m", "hydra/launcher=joblib"), "Did you mean 'local'?"),
         (("-m", "train.grad_clip=sort(null,1)"), "sort(null,1)' cannot be evaluated: "),
         (

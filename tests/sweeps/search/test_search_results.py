@@ -12,6 +12,7 @@ import types
 
 import optuna
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -257,6 +258,12 @@ def test_the_best_can_be_run_again_from_the_artifacts(place, capsys, no_plots):
     assert best["command"] in printed
     assert run_id(complete(schema.compose(shlex.split(best["command"])[2:]))) == seeds[0]
     assert "lr: 0.02" in (folder / "best.yaml").read_text()
+    stock = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert stock == {
+        "name": "optuna",
+        "best_params": {"train.lr": 0.02, "relora.r": 4},
+        "best_value": 1.5,
+    }
     rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
     assert [float(row["train/loss"]) for row in rows] == [1.5, 2.5]
     assert rows[0]["run_ids"].split() == seeds

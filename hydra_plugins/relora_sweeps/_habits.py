@@ -1,0 +1,253 @@
+"""What users of the stock plugins for submitit and Optuna type, in our names.
+
+Arguments are translated before Hydra reads them: whatever follows (plans, run_ids, the recorded
+command) is that of our own names, and other plugins beside ours are never asked for.
+
+Not for: names in config files, which `experiments/typos.py` explains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from experiments.typos import option_folders, overrides_among
+from relora_core.config import ConfigError
+from sweeps.search.config import SAMPLERS, SHORT
+from sweeps.slurm.options import minutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Habit:
+    """What becomes of one name of a stock plugin. Without a reason it is only renamed."""
+
+    ours: str = ""
+    """The key that does the same; a dot at the end takes the rest of a dotted key."""
+    ignored: str = ""
+    """Why it has no effect here."""
+    refused: str = ""
+    """Why it cannot be had."""
+
+
+SAME = Habit()
+OWN_FOLDER = Habit(ignored="output_dir says where everything goes")
+RUNS_HAVE_LOGS = Habit(ignored="each run's folder has its logs")
+ONE_NAME = Habit(ignored="jobs are named after their sweep")
+LOCAL_SHAPE = Habit(ignored="local runs share the GPUs and cores of this machine")
+
+
+def _extra(*names: str) -> dict[str, Habit]:
+    return {name: Habit(ours=f"++hydra.launcher.extra.{name}") for name in names}
+
+
+SLURM = {
+    "timeout_min": Habit(ours="hydra.launcher.time"),
+    "array_parallelism": Habit(ours="hydra.launcher.max_parallel"),
+    "additional_parameters": Habit(ours="++hydra.launcher.extra."),
+    "max_num_timeout": Habit(ignored="jobs resume until hydra.launcher.max_stalled ends them"),
+    "submitit_folder": OWN_FOLDER,
+    "stderr_to_stdout": RUNS_HAVE_LOGS,
+    "name": ONE_NAME,
+    **_extra("comment", "exclude", "gres", "mem_per_gpu", "mem_per_cpu"),
+    **_extra("cpus_per_gpu", "gpus_per_task"),
+}
+"""`hydra.launcher.KEY` with hydra/launcher=submitit_slurm; other names are ours as well."""
+LOCAL = {
+    "array_parallelism": Habit(ours="hydra.launcher.max_parallel"),
+    "timeout_min": Habit(ignored="local runs have no time limit"),
+    "submitit_folder": OWN_FOLDER,
+    "stderr_to_stdout": RUNS_HAVE_LOGS,
+    "name": ONE_NAME,
+    **dict.fromkeys(("cpus_per_task", "gpus_per_node", "mem_gb"), LOCAL_SHAPE),
+    **dict.fromkeys(
+        ("nodes", "tasks_per_node"),
+        Habit(refused="runs of several processes need hydra/launcher=slurm"),
+    ),
+}
+"""Likewise with hydra/launcher=submitit_local."""
+OPTUNA = {
+    "n_trials": Habit(ours="search.n_trials"),
+    "n_jobs": Habit(ours="hydra.launcher.max_parallel"),
+    "study_name": Habit(ours="sweep.name"),
+    "storage": Habit(ours="search.storage"),
+    "params": Habit(ours="."),
+    "search_space": Habit(ours="."),
+    "sampler.seed": Habit(ours="search.seed"),
+    "sampler": Habit(ours="++search.sampler."),
+    "direction": SAME,  # `_objectives`: here a direction stands with its metric
+    "custom_search_space": Habit(
+        refused="it is code, and a config calls none; search.space and search.when do the same"
+    ),
+    "max_failure_rate": Habit(
+        refused="it is a share of a batch; search.max_failures counts failed trials in a row"
+    ),
+}
+"""`hydra.sweeper.KEY` with hydra/sweeper=optuna."""
+OPTIONS = {
+    ("hydra/launcher", "submitit_slurm"): ("slurm", SLURM),
+    ("hydra/launcher", "submitit_local"): ("local", LOCAL),
+    ("hydra/sweeper", "optuna"): ("search", OPTUNA),
+}
+"""(group, a stock plugin's option) -> ours, and its keys."""
+SAMPLER = "hydra/sweeper/sampler"
+PLUS = ("experiment", "search", "sweep")
+"""Groups that have an option already, where many repositories want a plus."""
+
+
+def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments in our names, and a line for each that changed.
+
+    ConfigError for two names that disagree, and for what cannot be had.
+    """
+    overrides = {text: _parsed(text) for text in overrides_among(arguments)}
+    tables: dict[str, dict[str, Habit]] = {}
+    for one in overrides.values():
+        if one is not None and (option := OPTIONS.get((one.key_or_group, _value(one)))):
+            tables[one.key_or_group.replace("/", ".")] = option[1]
+    made: list[tuple[str, list[str]]] = []
+    notes: list[str] = []
+    for text in arguments:
+        one = overrides.get(text)
+        ours, note = ([text], None) if one is None else _one(text, one, tables, arguments)
+        made.append((text, ours))
+        notes += [note] if note else []
+    return _without_doubles(made), notes
+
+
+def _one(
+    text: str, one: Override, tables: dict[str, dict[str, Habit]], arguments: Sequence[str]
+) -> tuple[list[str], str | None]:
+    """One argument in our names, and its line if that is a change."""
+    key, value = one.key_or_group, text.partition("=")[2]
+    section = ".".join(key.split(".")[:2])
+    table = tables.get(section)
+    if option := OPTIONS.get((key, _value(one))):
+        return _renamed(text, f"{key}={option[0]}")
+    if key in PLUS and one.is_add() and one.package is None:
+        return _renamed(text, f"{key}={value}")
+    if key == SAMPLER and "hydra.sweeper" in tables:
+        if value not in SAMPLERS:
+            raise ConfigError(f"{key} must be one of {', '.join(SAMPLERS)}, got {value!r}")
+        return _renamed(text, f"search.sampler.name={value}")
+    if table is None or one.is_delete():
+        return [text], None
+    name = key.removeprefix(f"{section}.")
+    if table is OPTUNA and name == "direction":
+        return _renamed(text, _objectives(one, text, arguments))
+    habit, rest = table.get(name, SAME), ""
+    if name not in table:
+        name, _, rest = name.partition(".")
+        habit = table.get(name, SAME)
+    if habit.refused and value not in ("1", "null"):
+        raise ConfigError(f"{text} cannot be had: {habit.refused}")
+    if habit.ignored or habit.refused or (value == "null" and habit.ours):
+        reason = habit.ignored or "that is so without it"
+        return [], f"{text} has no effect: {reason}"
+    if not habit.ours:
+        return [text], None
+    if not habit.ours.endswith("."):
+        return _renamed(text, f"{habit.ours}={value}")
+    start = habit.ours if habit.ours != "." else ""
+    if rest:
+        return _renamed(text, f"{start}{rest}={value}")
+    entries = one.value()
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{key} must be {{key: value, ...}}, got {text!r}")
+    return _renamed(text, *(f"{start}{k}={_quoted(v, bare=not start)}" for k, v in entries.items()))
+
+
+def _quoted(value: Any, *, bare: bool) -> str:
+    """A value of a dict as it stands behind `=`; `bare`: an axis, in Hydra's grammar."""
+    if not isinstance(value, str):
+        return {True: "true", False: "false", None: "null"}.get(value, str(value))
+    return str(value) if bare or value.isalnum() else '"' + value.replace('"', '\\"') + '"'
+
+
+def _renamed(text: str, *ours: str) -> tuple[list[str], str | None]:
+    return [*ours], f"{text} is {' '.join(ours)}"
+
+
+def _objectives(one: Override, text: str, arguments: Sequence[str]) -> str:
+    """`search.objectives=[...]`: those of the command line, or its search, in this direction."""
+    value = one.value()
+    given = [str(v) for v in (value if isinstance(value, list) else [value])]
+    goals: Any = None
+    for other in map(_parsed, overrides_among(arguments)):
+        if other is not None and other.key_or_group == "search":
+            files = [f / "search" / f"{_value(other)}.yaml" for f in option_folders(arguments)]
+            loaded = [OmegaConf.load(file) for file in files if file.is_file()]
+            goals = OmegaConf.to_container(loaded[-1]).get("objectives") if loaded else None  # type: ignore[union-attr]
+    for other in map(_parsed, overrides_among(arguments)):
+        if other is not None and other.key_or_group == "search.objectives":
+            typed = [
+                SHORT.get(word, word) for goal in _list(other.value()) for word in goal.split()
+            ]
+            said = [word for word in typed if word in SHORT.values()]
+            if said and said != [SHORT.get(way, way) for way in given]:
+                raise ConfigError(f"{text} and {other.input_line} disagree: leave one out")
+            goals = other.value()
+    goals = _list(goals)
+    if len(goals) != len(given) or not all(isinstance(goal, str) for goal in goals):
+        raise ConfigError(
+            f"{text} must have a metric for each direction: "
+            f"search.objectives='[\"METRIC {given[0]}\"]'"
+        )
+    words = [goal.split() for goal in goals]
+    lines = [" ".join([w[0], SHORT.get(d, d), *w[2:]]) for w, d in zip(words, given, strict=True)]
+    return "search.objectives=[" + ",".join(f'"{line}"' for line in lines) + "]"
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _without_doubles(made: list[tuple[str, list[str]]]) -> list[str]:
+    """All arguments in order, each key once where a translation gave it; ConfigError for two
+    names with different values."""
+    first: dict[str, tuple[str, str]] = {}
+    translated = {_key(new) for old, ours in made for new in ours if new != old}
+    replaced = {key for key in translated if key == "search.objectives"}
+    kept: list[str] = []
+    for old, ours in made:
+        for new in ours:
+            key, value = _key(new), new.partition("=")[2]
+            if key in replaced and new == old:
+                continue  # `_objectives` has read it
+            if key not in translated or key.startswith("-"):
+                kept.append(new)
+            elif key not in first:
+                first[key] = (old, value)
+                kept.append(new)
+            elif not _same(key, first[key][1], value):
+                raise ConfigError(f"{first[key][0]} and {old} disagree: leave one out")
+    return kept
+
+
+def _key(text: str) -> str:
+    """A key by which spellings of the same option are compared: sbatch has dashes."""
+    key = text.partition("=")[0].lstrip("+")
+    return key.replace("-", "_") if key.startswith("hydra.launcher.extra.") else key
+
+
+def _same(key: str, one: str, two: str) -> bool:
+    if key == "hydra.launcher.time":
+        return minutes(one.strip("'\"")) == minutes(two.strip("'\""))
+    return one.strip("'\"") == two.strip("'\"")
+
+
+def _parsed(text: str) -> Override | None:
+    """The override; None for what Hydra will refuse."""
+    with contextlib.suppress(HydraException):
+        return OverridesParser.create().parse_override(text)
+    return None
+
+
+def _value(one: Override) -> str:
+    return "" if one.is_delete() or one.is_sweep_override() else str(one.value())
