@@ -34,6 +34,8 @@ class Habit:
     """Why it has no effect here."""
     refused: str = ""
     """Why it cannot be had."""
+    only: str = "null"
+    """The one value that is so anyway, where others are refused."""
 
 
 SAME = Habit()
@@ -68,7 +70,7 @@ LOCAL = {
     **dict.fromkeys(("cpus_per_task", "gpus_per_node", "mem_gb"), LOCAL_SHAPE),
     **dict.fromkeys(
         ("nodes", "tasks_per_node"),
-        Habit(refused="runs of several processes need hydra/launcher=slurm"),
+        Habit(refused="runs of several processes need hydra/launcher=slurm", only="1"),
     ),
 }
 """Likewise with hydra/launcher=submitit_local."""
@@ -145,7 +147,7 @@ def _one(
     if name not in table:
         name, _, rest = name.partition(".")
         habit = table.get(name, SAME)
-    if habit.refused and value not in ("1", "null"):
+    if habit.refused and value not in (habit.only, "null"):
         raise ConfigError(f"{text} cannot be had: {habit.refused}")
     if habit.ignored or habit.refused or (value == "null" and habit.ours):
         reason = habit.ignored or "that is so without it"

@@ -119,7 +119,7 @@ def test_each_translation_is_one_line(words, line):
          "hydra.sweeper.direction=minimize and search.objectives="),
         ([*OPTUNA, "hydra.sweeper.direction=[minimize,maximize]"], "a metric for each direction"),
         ([*OPTUNA, "+hydra.sweeper.custom_search_space=a.b"], "cannot be had: it is code"),
-        ([*OPTUNA, "hydra.sweeper.max_failure_rate=0.5"], "cannot be had: it is a share"),
+        ([*OPTUNA, "hydra.sweeper.max_failure_rate=1"], "cannot be had: it is a share"),
         ([*OPTUNA, "hydra/sweeper/sampler=motpe"], "hydra/sweeper/sampler must be one of tpe"),
         ([LOCAL, "hydra.launcher.nodes=2"], "need hydra/launcher=slurm"),
     ],
