@@ -7,6 +7,7 @@ config.py        every knob: type, unit, default, bounds; rules across knobs
 model.py         the complete decoder
 train.py         the training loop
 schedule.py      learning-rate factors and restart steps, as functions of the step
+seeds.py         draws that depend on seed, step and name alone
 redraws.py       when adapters are drawn anew, and which never learn
 dropout.py       dropout of the adapters' inputs, alike on any device
 optim.py         AdamW, and pruning of its state

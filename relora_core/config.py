@@ -200,12 +200,15 @@ _NO_DECAY = {"schedule.warmup_steps": _never_decays}
 
 
 Shape = tuple[int, ...]
+Matrix = tuple[int, int]
+"""Shape of a linear's weight, (out, in)."""
 
 
 class MethodConfig:
     """A section of knobs for a method or several, and what planning asks of them without torch.
 
-    By default: every weight of the decoder is trained by AdamW, and nothing else.
+    By default: every weight of the decoder is trained by AdamW, and nothing else. Linears and
+    tensors are given as qualified name -> shape, linears' being (out, in).
     """
 
     __slots__ = ()
@@ -213,41 +216,72 @@ class MethodConfig:
     def check(self, config: RunConfig) -> None:
         """ConfigError where knobs are at odds with each other, or with the model."""
 
-    def frozen(self, config: RunConfig) -> dict[str, Shape]:
-        """Linears whose weight is not trained; of `phases`, in those that are not full rank."""
+    def targets(self, config: RunConfig) -> dict[str, Matrix]:
+        """Linears that the method treats in its own way."""
         return {}
 
-    def replaced(self, config: RunConfig) -> dict[str, tuple[int, int]]:
-        """Linears without a weight: each pass builds it of what is `added`, and keeps it until its
-        backward pass."""
+    def frozen_linears(self, config: RunConfig) -> dict[str, Matrix]:
+        """Linears whose weight is not trained; with phases, not in those at low rank."""
         return {}
 
-    def added(self, config: RunConfig) -> dict[str, Shape]:
+    def replaced_linears(self, config: RunConfig) -> dict[str, Matrix]:
+        """Linears without a weight: each forward pass builds it from `added_parameters`, and keeps
+        it for the backward pass."""
+        return {}
+
+    def added_parameters(self, config: RunConfig) -> dict[str, Shape]:
         """Tensors that the method adds to the model and trains, as they are at the start."""
         return {}
 
-    def pass_flops(self, config: RunConfig) -> int:
-        """Of the matmuls that build weights, in a forward pass of any number of tokens."""
-        return 0
-
-    def phases(self, config: RunConfig) -> bool:
-        """Whether in some phase the decoder alone is trained, all of it."""
-        return False
-
-    def kept(self, config: RunConfig) -> dict[str, Shape]:
-        """Tensors that a checkpoint holds besides weights and the optimizer's state."""
+    def buffers(self, config: RunConfig) -> dict[str, Shape]:
+        """Tensors that the method adds to the model and does not train."""
         return {}
 
+    def has_phases(self, config: RunConfig) -> bool:
+        """Whether there are phases at full rank, which train the decoder's weights alone."""
+        return False
+
+    def pass_flops(self, config: RunConfig) -> int:
+        """FLOPs of the matmuls that build weights in a forward pass of any number of tokens."""
+        return 0
+
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """Of the optimizer's state in float32: AdamW has two moments per trained parameter, Muon
-        one."""
-        frozen = {f"{name}.weight" for name in self.frozen(config)}
+        """Bytes of the optimizer's state, which is float32: two moments per trained parameter with
+        AdamW, one with Muon."""
+        frozen = {f"{name}.weight" for name in self.frozen_linears(config)}
         one = [shape for name, shape in muon_shapes(config).items() if name not in frozen]
         return 8 * trainable - 4 * sum(map(math.prod, one))
 
     def state_tensors(self, config: RunConfig) -> int:
         """Tensors of the optimizer's state besides each parameter's moments and step count."""
         return 0
+
+
+class TargetedConfig(MethodConfig):
+    """What methods have in common whose knobs name the linears that they treat."""
+
+    __slots__ = ()
+    target_modules: list[str]
+    """Parts of names of these linears."""
+
+    def targets(self, config: RunConfig) -> dict[str, Matrix]:
+        return named_shapes(config.model, self.target_modules)
+
+
+def targets_knob() -> Any:
+    """A `target_modules`: by default every linear of the blocks."""
+    return knob(
+        factory=lambda: ["attention", "swiglu"],
+        same_as=lambda c: list(method_config(c).targets(c)),
+    )
+
+
+def factor_shapes(targets: dict[str, Matrix], *, r: int) -> dict[str, Shape]:
+    """A (r, in) and B (out, r) of each target; none with rank 0."""
+    shapes: dict[str, Shape] = {}
+    for name, (rows, columns) in targets.items() if r else ():
+        shapes |= {f"{name}.lora_A": (r, columns), f"{name}.lora_B": (rows, r)}
+    return shapes
 
 
 _METHODS_OF: dict[type, tuple[str, ...]] = {}
@@ -259,8 +293,8 @@ Section = TypeVar("Section", bound=MethodConfig)
 def of_methods(*names: str, muon: bool = False) -> Callable[[type[Section]], type[Section]]:
     """Declare a section's methods: they can be chosen, and its knobs apply to them alone.
 
-    A knob that names some of them itself applies to those. `muon`: they take `train.optimizer=muon`
-    as they take AdamW; the others are refused with it.
+    A knob with `methods` of its own applies to those alone. `muon`: the methods can be combined
+    with `train.optimizer=muon`, which the others refuse.
     """
 
     def declare(section: type[Section]) -> type[Section]:
@@ -276,7 +310,7 @@ def of_methods(*names: str, muon: bool = False) -> Callable[[type[Section]], typ
 
 @of_methods(*ADAPTERS, muon=True)
 @dataclass(kw_only=True, slots=True)
-class ReLoRAConfig(MethodConfig):
+class ReLoRAConfig(TargetedConfig):
     """Adapters and restarts (Lialin et al. 2023); `lora` has the adapter knobs alone.
 
     The options of conf/relora combine these into the published procedures; each can be ablated.
@@ -307,10 +341,7 @@ class ReLoRAConfig(MethodConfig):
     adapter's own rank: where a restart lowers that, s rises."""
     dropout: float = knob(0.0, ge=0, lt=1, moot=_FROZEN)
     """Dropout on the adapter's input only."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(adapted_shapes(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
     full_rank_modules: list[str] = knob(factory=list, same_as=lambda c: None)
     """Targets that stay full rank: parts of names, or `last:n` for the last n layers."""
@@ -439,52 +470,53 @@ class ReLoRAConfig(MethodConfig):
         if config.method == "relora":
             _check_restarts(config)
 
-    def frozen(self, config: RunConfig) -> dict[str, Shape]:
-        return dict(adapted_shapes(config))
+    def targets(self, config: RunConfig) -> dict[str, Matrix]:
+        left_out = named_shapes(config.model, self.full_rank_modules)
+        named = named_shapes(config.model, self.target_modules)
+        return {name: shape for name, shape in named.items() if name not in left_out}
 
-    def added(self, config: RunConfig) -> dict[str, Shape]:
+    def frozen_linears(self, config: RunConfig) -> dict[str, Matrix]:
+        return self.targets(config)
+
+    def added_parameters(self, config: RunConfig) -> dict[str, Shape]:
         """A, B and a trained s of each adapter; with rank `r`, whatever a schedule makes of it."""
-        tensors: dict[str, Shape] = {}
-        for name, (rows, columns) in adapted_shapes(config).items() if self.r else ():
-            tensors |= {f"{name}.lora_A": (self.r, columns), f"{name}.lora_B": (rows, self.r)}
-            if self.scaling == "trainable":
-                tensors[f"{name}.scalar"] = ()
-        return tensors
+        targets = self.targets(config)
+        trained = self.scaling == "trainable" and self.r > 0
+        scales: dict[str, Shape] = {f"{name}.scalar": () for name in targets} if trained else {}
+        return factor_shapes(targets, r=self.r) | scales
 
-    def phases(self, config: RunConfig) -> bool:
+    def has_phases(self, config: RunConfig) -> bool:
         return self.warm_start_steps > 0 or self.full_rank_steps > 0
 
-    def kept(self, config: RunConfig) -> dict[str, Shape]:
-        """The optimizer's masters, which outlive a merge."""
+    def buffers(self, config: RunConfig) -> dict[str, Shape]:
+        """The masters of A, B and s, which a merge keeps."""
         masters = config.method == "relora" and self.after_merge == "restore"
-        return self.added(config) if masters else {}
+        return self.added_parameters(config) if masters else {}
 
 
-class ProjectedConfig(MethodConfig):
+class ProjectedConfig(TargetedConfig):
     """What methods with moments of a projected gradient have in common."""
 
     __slots__ = ()
     r: int
     """Rank of a projected gradient."""
-    target_modules: list[str]
-    """Parts of names of the linears that are projected."""
     norm_growth: float | None = None
     """Of a norm-growth limiter; None: there is none."""
 
     def check(self, config: RunConfig) -> None:
         _check_names(config, f"{config.method}.target_modules")
-        _check_rank(config, f"{config.method}.r", projected_shapes(config))
+        _check_rank(config, f"{config.method}.r", self.targets(config))
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
         """Moments of a target are r x longer side, its projector is r x shorter side."""
-        shapes = projected_shapes(config).values()
+        shapes = self.targets(config).values()
         low = sum(8 * self.r * max(shape) + 4 * self.r * min(shape) for shape in shapes)
         norms = 0 if self.norm_growth is None else 4 * len(shapes)
         return 8 * (trainable - sum(math.prod(shape) for shape in shapes)) + low + norms
 
     def state_tensors(self, config: RunConfig) -> int:
         """A projector and, of a limiter, a norm for each target."""
-        return len(projected_shapes(config)) * (1 if self.norm_growth is None else 2)
+        return len(self.targets(config)) * (1 if self.norm_growth is None else 2)
 
 
 @of_methods("galore")
@@ -509,10 +541,7 @@ class GaLoreConfig(ProjectedConfig):
         moot={"galore.update_gap": lambda c: c.galore.update_gap >= c.train.steps},
     )
     """At a new projector: `keep` moments and step counter (as published) or `reset` both."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(projected_shapes(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
@@ -538,10 +567,7 @@ class FiraConfig(ProjectedConfig):
     """What counts as discarded: G - P P^T G; or, as published code has it, G - scale P P^T G."""
     norm_growth: float | None = knob(1.01, ge=1)
     """The discarded part's norm over the last update's, at most (the paper's gamma); None: any."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(projected_shapes(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
@@ -563,10 +589,7 @@ class ApolloConfig(ProjectedConfig):
     by about sqrt(r / m); published: 1 at r = d_model / 4, 128 at r = 1."""
     norm_growth: float | None = knob(1.01, ge=1)
     """An update's norm over the last one's, at most (the paper's gamma); None: any."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(projected_shapes(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is projected where its qualified name contains one of these (case-insensitive)."""
 
 
@@ -579,7 +602,7 @@ _NO_SWITCH = {"switchlora.interval": _never_switches}
 
 @of_methods("switchlora")
 @dataclass(kw_only=True, slots=True)
-class SwitchLoRAConfig(MethodConfig):
+class SwitchLoRAConfig(TargetedConfig):
     """Adapters that exchange a few vectors at a time (SwitchLoRA, Zhou et al. 2024,
     arXiv 2406.06564); defaults as published."""
 
@@ -598,51 +621,45 @@ class SwitchLoRAConfig(MethodConfig):
     """Updates for which the gradient of a switched vector's counterpart is taken as 0."""
     order: str = knob("sequential", choices=("sequential", "random"), moot=_NO_SWITCH)
     """Which spare vector comes in: that which has been out longest, or any."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(switched_shapes(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is adapted where its qualified name contains one of these (case-insensitive)."""
 
     def check(self, config: RunConfig) -> None:
         _check_names(config, "switchlora.target_modules")
         _check_switches(config)
 
-    def frozen(self, config: RunConfig) -> dict[str, Shape]:
-        return dict(switched_shapes(config))
+    def frozen_linears(self, config: RunConfig) -> dict[str, Matrix]:
+        return self.targets(config)
 
-    def added(self, config: RunConfig) -> dict[str, Shape]:
+    def added_parameters(self, config: RunConfig) -> dict[str, Shape]:
         """A and B of each adapter."""
-        tensors: dict[str, Shape] = {}
-        for name, (rows, columns) in switched_shapes(config).items():
-            tensors |= {f"{name}.lora_A": (self.r, columns), f"{name}.lora_B": (rows, self.r)}
-        return tensors
+        return factor_shapes(self.targets(config), r=self.r)
 
-    def kept(self, config: RunConfig) -> dict[str, Shape]:
+    def buffers(self, config: RunConfig) -> dict[str, Shape]:
         """The pools: spare vectors, each a row."""
-        tensors: dict[str, Shape] = {}
-        for name, shape in switched_shapes(config).items():
-            spare = self.spare(shape)
-            tensors |= {f"{name}.pool_A": (spare, shape[1]), f"{name}.pool_B": (spare, shape[0])}
-        return tensors
+        pools: dict[str, Shape] = {}
+        for name, (rows, columns) in self.targets(config).items():
+            spare = self.spare_vectors((rows, columns))
+            pools |= {f"{name}.pool_A": (spare, columns), f"{name}.pool_B": (spare, rows)}
+        return pools
 
-    def spare(self, shape: tuple[int, int]) -> int:
-        """Vectors of A, and of B, that a linear's adapter does not use at a time."""
+    def spare_vectors(self, shape: Matrix) -> int:
+        """How many vectors of A, and of B, wait in the pools of a linear."""
         return min(shape) - self.r if self.interval is not None else 0
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """Beside two moments: a step count and what is left of its freeze for each vector."""
+        """Besides two moments, a step count and the rest of its freeze for each vector."""
         return 8 * trainable + 8 * self.r * self.state_tensors(config)
 
     def state_tensors(self, config: RunConfig) -> int:
-        """What is left of freezes, of each factor: from its first switch on, if any is likely."""
-        shapes = switched_shapes(config).values() if schedule.switches(config) >= 1 else ()
-        return 2 * sum(self.spare(shape) > 0 for shape in shapes)
+        """The rest of the freezes of each factor, if it is likely to have a vector switched."""
+        shapes = self.targets(config).values() if schedule.expected_switches(config) >= 1 else ()
+        return 2 * sum(self.spare_vectors(shape) > 0 for shape in shapes)
 
 
 @of_methods("sparse")
 @dataclass(kw_only=True, slots=True)
-class SparseConfig(MethodConfig):
+class SparseConfig(TargetedConfig):
     """Updates of few entries at a time (Sparse Optimization, Mrabah et al. 2025, arXiv 2504.12436).
 
     Both betas are those of `train`; the published code's default for the first is 0.4.
@@ -679,32 +696,26 @@ class SparseConfig(MethodConfig):
     )
     """Whether Adam's step is the run's (as published: an entry drawn late begins with an update of
     (1 - beta1) / sqrt(1 - beta2) learning rates) or each `entry` counts its own."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(c.sparse.entries(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is a target where its qualified name contains one of these (case-insensitive)."""
 
     def entries(self, config: RunConfig) -> dict[str, int]:
         """Target -> how many of its entries are drawn, and have moments."""
-        return share_of_entries(self.density, named_shapes(config.model, self.target_modules))
+        return share_of_entries(self.density, self.targets(config))
 
     def check(self, config: RunConfig) -> None:
         _check_names(config, "sparse.target_modules")
-        _check_share(
-            "sparse.density", self.density, named_shapes(config.model, self.target_modules)
-        )
+        _check_share("sparse.density", self.density, self.targets(config))
 
     def moment_bytes(self, config: RunConfig, *, trainable: int) -> int:
-        """Of an entry two moments, its place, the place drawn with it, and its age if it has one.
+        """For each of the k entries two moments, its place, a place of the support, and its age if
+        it has one.
 
         Beyond a density of a half that is more than AdamW's 8 bytes of every entry.
         """
         each = 20 if self.bias_correction == "entry" else 16
-        targets = self.entries(config)
-        shapes = linear_shapes(config.model)
-        dense = trainable - sum(math.prod(shapes[name]) for name in targets)
-        return 8 * dense + each * sum(targets.values())
+        dense = trainable - sum(map(math.prod, self.targets(config).values()))
+        return 8 * dense + each * sum(self.entries(config).values())
 
     def state_tensors(self, config: RunConfig) -> int:
         return (3 if self.bias_correction == "entry" else 2) * len(self.entries(config))
@@ -715,7 +726,7 @@ _NO_FACTORS = {"sltrain.r": lambda c: c.sltrain.r == 0}
 
 @of_methods("sltrain", muon=True)
 @dataclass(kw_only=True, slots=True)
-class SLTrainConfig(MethodConfig):
+class SLTrainConfig(TargetedConfig):
     """Low rank plus sparse from scratch (SLTrain, Han et al. 2024, arXiv 2406.02214)."""
 
     r: int = knob(16, ge=0, label="r", main=True)
@@ -746,19 +757,16 @@ class SLTrainConfig(MethodConfig):
     )
     """`balance` A and B by the SVD of their product and drop their moments (Glentis et al. 2025),
     or drop the `moments` alone."""
-    target_modules: list[str] = knob(
-        factory=lambda: ["attention", "swiglu"],
-        same_as=lambda c: list(c.sltrain.entries(c)),
-    )
+    target_modules: list[str] = targets_knob()
     """A linear is replaced where its qualified name contains one of these (case-insensitive)."""
 
     def entries(self, config: RunConfig) -> dict[str, int]:
         """Target -> entries of its sparse part."""
-        return share_of_entries(self.delta, self.replaced(config))
+        return share_of_entries(self.delta, self.targets(config))
 
     def check(self, config: RunConfig) -> None:
         _check_names(config, "sltrain.target_modules")
-        targets = self.replaced(config)
+        targets = self.targets(config)
         _check_rank(config, "sltrain.r", targets, least=0)
         if self.delta:
             _check_share("sltrain.delta", self.delta, targets)
@@ -773,23 +781,21 @@ class SLTrainConfig(MethodConfig):
                 "nothing in a block has a gradient), got 'published'; nearest valid: spectral"
             )
 
-    def replaced(self, config: RunConfig) -> dict[str, tuple[int, int]]:
-        return named_shapes(config.model, self.target_modules)
+    def replaced_linears(self, config: RunConfig) -> dict[str, Matrix]:
+        return self.targets(config)
 
-    def added(self, config: RunConfig) -> dict[str, Shape]:
-        """A, B and the values of each sparse part."""
-        tensors: dict[str, Shape] = {}
-        for name, (rows, columns) in self.replaced(config).items() if self.r else ():
-            tensors |= {f"{name}.lora_A": (self.r, columns), f"{name}.lora_B": (rows, self.r)}
-        return tensors | {f"{name}.values": (k,) for name, k in self.entries(config).items() if k}
+    def added_parameters(self, config: RunConfig) -> dict[str, Shape]:
+        """A and B, and the values of each sparse part."""
+        values = {f"{name}.values": (k,) for name, k in self.entries(config).items() if k}
+        return factor_shapes(self.targets(config), r=self.r) | values
 
-    def kept(self, config: RunConfig) -> dict[str, Shape]:
+    def buffers(self, config: RunConfig) -> dict[str, Shape]:
         """The places of each sparse part, in int32."""
         return {f"{name}.places": (k,) for name, k in self.entries(config).items() if k}
 
     def pass_flops(self, config: RunConfig) -> int:
-        """B A of every target."""
-        return sum(2 * self.r * math.prod(shape) for shape in self.replaced(config).values())
+        """Of B A of every target."""
+        return sum(2 * self.r * math.prod(shape) for shape in self.targets(config).values())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1203,7 +1209,7 @@ ALPHA = cast(float, next(f.default for f in fields(ReLoRAConfig) if f.name == "a
 """Where none is given."""
 
 
-def linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: ModelConfig) -> dict[str, Matrix]:
     """(out, in) of every linear of the blocks, by the qualified name `model.Decoder` gives it."""
     head_dim = model.d_model // model.n_heads
     kv = model.n_kv_heads * head_dim
@@ -1227,7 +1233,7 @@ def names_part(key: str, name: str, *, n_layers: int) -> bool:
     return key.lower() in name.lower()
 
 
-def named_shapes(model: ModelConfig, keys: list[str]) -> dict[str, tuple[int, int]]:
+def named_shapes(model: ModelConfig, keys: list[str]) -> dict[str, Matrix]:
     """Those of `linear_shapes` that one of the keys names."""
     return {
         name: shape
@@ -1236,26 +1242,14 @@ def named_shapes(model: ModelConfig, keys: list[str]) -> dict[str, tuple[int, in
     }
 
 
-def share_of_entries(share: float, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+def share_of_entries(share: float, shapes: dict[str, Matrix]) -> dict[str, int]:
     """How many entries of each matrix that share is, rounded down as published code does."""
     return {name: int(share * math.prod(shape)) for name, shape in shapes.items()}
 
 
-def adapted_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """The linears that carry an adapter; none for methods without adapters."""
-    if config.method not in ADAPTERS:
-        return {}
-    left_out = named_shapes(config.model, config.relora.full_rank_modules)
-    targets = named_shapes(config.model, config.relora.target_modules)
-    return {name: shape for name, shape in targets.items() if name not in left_out}
-
-
-def projected_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """The linears whose moments are projected; none for methods that project nothing."""
-    section = method_config(config)
-    if not isinstance(section, ProjectedConfig):
-        return {}
-    return named_shapes(config.model, section.target_modules)
+def adapted_shapes(config: RunConfig) -> dict[str, Matrix]:
+    """The linears with an adapter of `lora` or `relora`; none for other methods."""
+    return config.relora.targets(config) if config.method in ADAPTERS else {}
 
 
 def muon_shapes(config: RunConfig) -> dict[str, Shape]:
@@ -1264,17 +1258,12 @@ def muon_shapes(config: RunConfig) -> dict[str, Shape]:
     if config.train.optimizer != "muon":
         return {}
     method = method_config(config)
-    others = method.replaced(config) | ({} if method.phases(config) else method.frozen(config))
+    others = method.replaced_linears(config) | (
+        {} if method.has_phases(config) else method.frozen_linears(config)
+    )
     linears = linear_shapes(config.model).items()
     own = {f"{name}.weight": shape for name, shape in linears if name not in others}
-    return own | {name: s for name, s in method.added(config).items() if len(s) == 2}
-
-
-def switched_shapes(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """The linears that switch vectors; none for methods other than switchlora."""
-    if config.method != "switchlora":
-        return {}
-    return named_shapes(config.model, config.switchlora.target_modules)
+    return own | {name: s for name, s in method.added_parameters(config).items() if len(s) == 2}
 
 
 def validate(config: RunConfig) -> None:
@@ -1429,9 +1418,7 @@ def _check_names(config: RunConfig, key: str, *, some: bool = True) -> None:
             )
 
 
-def _check_rank(
-    config: RunConfig, key: str, targets: dict[str, tuple[int, int]], *, least: int = 1
-) -> None:
+def _check_rank(config: RunConfig, key: str, targets: dict[str, Matrix], *, least: int = 1) -> None:
     """The rank fits the smallest target."""
     name, shape = min(targets.items(), key=lambda item: min(item[1]))
     if get(config, key) > min(shape):
@@ -1442,7 +1429,7 @@ def _check_rank(
         )
 
 
-def _check_share(key: str, share: float, targets: dict[str, tuple[int, int]]) -> None:
+def _check_share(key: str, share: float, targets: dict[str, Matrix]) -> None:
     """The share is at least an entry of the smallest target."""
     name, shape = min(targets.items(), key=lambda item: math.prod(item[1]))
     least = math.ceil(1e9 / math.prod(shape)) / 1e9
@@ -1454,7 +1441,7 @@ def _check_share(key: str, share: float, targets: dict[str, tuple[int, int]]) ->
 
 def _check_switches(config: RunConfig) -> None:
     """Vectors to spare, and time for a counterpart to thaw before it is switched itself."""
-    switch, shapes = config.switchlora, switched_shapes(config)
+    switch, shapes = config.switchlora, config.switchlora.targets(config)
     _check_rank(config, "switchlora.r", shapes, least=2)
     if switch.interval is None:
         return

@@ -33,7 +33,7 @@ def _entries(shapes: Iterable[Shape]) -> int:
 def parameters(config: RunConfig) -> Parameters:
     """Exact counts; weights that the method freezes are not trainable."""
     model, method = config.model, method_config(config)
-    replaced = method.replaced(config)
+    replaced = method.replaced_linears(config)
     linears = {n: s for n, s in linear_shapes(model).items() if n not in replaced}
     table = _vocab(config) * model.d_model
     groups = {
@@ -42,10 +42,10 @@ def parameters(config: RunConfig) -> Parameters:
         "norms": (2 * model.n_layers + 1) * model.d_model,
         "attention": _entries(s for n, s in linears.items() if ".attention." in n),
         "swiglu": _entries(s for n, s in linears.items() if ".swiglu." in n),
-        "adapters": _entries(method.added(config).values()),
+        "adapters": _entries(method.added_parameters(config).values()),
     }
     total = sum(groups.values())
-    frozen = _entries(method.frozen(config).values())
+    frozen = _entries(method.frozen_linears(config).values())
     return Parameters(total=total, trainable=total - frozen, by_group=groups)
 
 
@@ -61,17 +61,17 @@ class Flops:
 def flops_per_token(config: RunConfig) -> Flops:
     """Matmuls only; attention over the whole sequence as is customary (causality not deducted)."""
     method = method_config(config)
-    replaced = method.replaced(config)
+    replaced = method.replaced_linears(config)
     matrices = [
         shape
-        for name, shape in method.added(config).items()
+        for name, shape in method.added_parameters(config).items()
         if len(shape) == 2 and name.rpartition(".")[0] not in replaced
     ]
     head = _vocab(config) * config.model.d_model
     used = head + _entries([*linear_shapes(config.model).values(), *matrices])
     attention = 4 * config.data.seq_len * config.model.d_model * config.model.n_layers
     forward = 2 * used + attention + method.pass_flops(config) // _pass_tokens(config)
-    weight_gradients = 2 * (used - _entries(method.frozen(config).values()))
+    weight_gradients = 2 * (used - _entries(method.frozen_linears(config).values()))
     activation_gradients = 2 * used + 2 * attention
     activation_gradients += 2 * method.pass_flops(config) // _pass_tokens(config)
     return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
@@ -91,9 +91,9 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
     method = method_config(config)
     # Saved for backward: per block norms, q, k, v rotated and not, attention, SwiGLU's three.
     saved = tokens * model.n_layers * (9 * model.d_model + 4 * kv + 4 * model.d_ff) * width
-    saved += _entries(method.replaced(config).values()) * width
+    saved += _entries(method.replaced_linears(config).values()) * width
     estimate = {
-        "weights": 4 * (counted.total + _entries(method.kept(config).values())),
+        "weights": 4 * (counted.total + _entries(method.buffers(config).values())),
         "gradients": 4 * counted.trainable,
         "moments": method.moment_bytes(config, trainable=counted.trainable),
         "activations": saved,
@@ -117,14 +117,18 @@ GENERATORS_BYTES = 14_200
 def checkpoint_bytes(config: RunConfig) -> int:
     """One checkpoint on disk at its largest: weights, moments, dynamics' reference weights."""
     counted, method = parameters(config), method_config(config)
-    added, buffers, frozen = method.added(config), method.kept(config), method.frozen(config)
-    plain = 3 + 9 * config.model.n_layers - len(method.replaced(config))
+    added, buffers, frozen = (
+        method.added_parameters(config),
+        method.buffers(config),
+        method.frozen_linears(config),
+    )
+    plain = 3 + 9 * config.model.n_layers - len(method.replaced_linears(config))
     muon = muon_shapes(config)
     states = method.moment_bytes(config, trainable=counted.trainable)
     states += STATE_BYTES * (plain - len(frozen) + len(added))
     states += STATE_TENSOR_BYTES * method.state_tensors(config)
     states -= MUON_SAVES * len(muon.keys() - {f"{name}.weight" for name in frozen})
-    if method.phases(config):
+    if method.has_phases(config):
         alone = 8 * (counted.total - _entries(added.values())) + STATE_BYTES * plain
         alone -= sum(4 * math.prod(muon[name]) + MUON_SAVES for name in muon.keys() - added.keys())
         states = max(states, alone)

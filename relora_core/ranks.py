@@ -185,6 +185,16 @@ def _check_equal(store: Any, place: Group, *, own: Facts, other: Facts, rank: in
     )
 
 
+def take_from_rank_0_(*tensors: torch.Tensor) -> None:
+    """Set tensors to those of rank 0, where there is a group of processes.
+
+    All compute them from the same values, but an SVD, say, may round differently on each.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
 def spread(accelerator: Accelerator, model: nn.Module) -> float:
     """Largest difference between ranks of the sum of all parameters; 0 where they agree."""
     total = sum(p.detach().double().sum() for p in model.parameters())

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from relora_core.config import (
-    ADAPTERS,
-    RunConfig,
-    adapted_shapes,
-    linear_shapes,
-    switched_shapes,
-)
+from relora_core.config import ADAPTERS, RunConfig, adapted_shapes, linear_shapes
 from relora_core.schedule import (
+    expected_switches,
     is_full_rank,
     lr_factor,
     redraws,
     restart_steps,
     scheduled_rank,
-    switches,
 )
 
 
@@ -172,16 +166,16 @@ def notices(config: RunConfig) -> list[str]:
 
 def _hardly_switches(config: RunConfig) -> list[str]:
     """Of switchlora in a short run, and where its rank is that of the weight."""
-    switch, shapes = config.switchlora, switched_shapes(config).values()
-    if not shapes or switch.interval is None:
+    switch = config.switchlora
+    if config.method != "switchlora" or switch.interval is None:
         return []
-    lines = []
-    if full := sum(not switch.spare(shape) for shape in shapes):
+    lines, shapes = [], switch.targets(config).values()
+    if full := sum(not switch.spare_vectors(shape) for shape in shapes):
         lines.append(
             f"{full} of {len(shapes)} adapters switch nothing: with switchlora.r={switch.r} their "
             "B·A has full rank, and no vector is left to switch"
         )
-    if (expected := switches(config)) < 1:
+    if (expected := expected_switches(config)) < 1:
         decay = "null" if switch.decay is None else f"{switch.decay:g}"
         lines.append(
             f"method=switchlora does nearly what method=lora does: of an adapter's {switch.r} "

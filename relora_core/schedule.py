@@ -143,7 +143,7 @@ def switch_rate(step: int, *, config: RunConfig) -> float:
     return first * 0.3 ** ((step + 1) / (switch.decay * config.train.steps))
 
 
-def switches(config: RunConfig) -> float:
+def expected_switches(config: RunConfig) -> float:
     """Vectors of B, and as many of A, that `switchlora` switches in an adapter over the run, on
     average: the sum of `switch_rate` after 1, 2, ... train.steps - 1 updates."""
     n, decay = config.train.steps, config.switchlora.decay

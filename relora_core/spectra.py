@@ -118,6 +118,11 @@ def heads(v: Tensor, o: Tensor, *, n_heads: int) -> tuple[Tensor, Tensor]:
     return per_head, o.unflatten(-1, (n_heads, head_dim)).movedim(-2, 1)
 
 
+def column_signs(matrix: Tensor) -> Tensor:
+    """Sign of the largest entry of each column, (m, n) -> (1, n): what an SVD leaves open."""
+    return matrix.gather(0, matrix.abs().argmax(dim=0, keepdim=True)).sign()
+
+
 def concatenated(left: Tensor, right: Tensor) -> Tensor:
     """Matrix (L, m, H * k') with the singular values of [left_1 right_1, ..., left_H right_H].
 

@@ -49,7 +49,7 @@ def _fixed(value: float) -> Interval:
 def _largest(arm: Arm) -> RunConfig:
     """The arm's config; one of full rank if it has phases of that, which then take the most."""
     config = arm.runs[0].config
-    phases = method_config(config).phases(config)
+    phases = method_config(config).has_phases(config)
     return dataclasses.replace(config, method="full_rank") if phases else config
 
 

@@ -1,8 +1,10 @@
-"""The adapted linear, how it is drawn and merged, and what its methods share. Not for: when."""
+"""The linear with an adapter: its forward pass, how it is drawn and merged.
+
+Not for: when that happens (`relora.py`, `switchlora.py`).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,22 +18,12 @@ from relora_core.config import ReLoRAConfig, adapter_scale
 from relora_core.dropout import Dropout
 from relora_core.kernels import adapted_linear
 from relora_core.methods.base import Method
-
-
-def named_seed(seed: int, step: int, name: str) -> int:
-    """63 bits that depend on the arguments alone: every rank and every resume draws the same."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def named_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator of `named_seed`."""
-    return torch.Generator().manual_seed(named_seed(seed, step, name))
+from relora_core.seeds import named_seed
 
 
 @dataclass(slots=True)
-class Pass:
-    """Which pass is made: with a layer's name, all that its dropout and its nested rank follow."""
+class ForwardPass:
+    """A forward pass's place in the run: with a layer's name it decides dropout and nested rank."""
 
     seed: int = 0
     """The run's."""
@@ -39,7 +31,7 @@ class Pass:
     """Updates complete."""
     first: int = 0
     stride: int = 1
-    """See `kernels.Dropout`."""
+    """See `dropout.Dropout`."""
 
 
 class ReLoRALinear(nn.Module):
@@ -51,11 +43,17 @@ class ReLoRALinear(nn.Module):
     master_scalar: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, relora: ReLoRAConfig, *, name: str = "", now: Pass | None = None
+        self,
+        linear: nn.Linear,
+        relora: ReLoRAConfig,
+        *,
+        name: str = "",
+        place: ForwardPass | None = None,
     ) -> None:
-        """`now` is shared by a model's adapters; the loop keeps it up to date."""
+        """In the place of `linear`; A and B are not drawn yet. A model's adapters share `place`,
+        which `LoRA.before_pass` keeps up to date."""
         super().__init__()
-        self.name, self.now = name, now or Pass()
+        self.name, self.place = name, place or ForwardPass()
         out_features, in_features = linear.weight.shape
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.dropout, self.base_dtype = relora.dropout, getattr(torch, relora.base_dtype)
@@ -66,7 +64,7 @@ class ReLoRALinear(nn.Module):
         self.nested = relora.nested_rank
         trainable = relora.scaling == "trainable"
         self.scalar = nn.Parameter(torch.ones((), **like)) if trainable else None
-        # What the optimizer's masters hold between a merge and the next update, in that mode only.
+        # What the optimizer's masters hold between a merge and the next update.
         masters = relora.after_merge == "restore"
         self.register_buffer("master_A", torch.zeros_like(self.lora_A) if masters else None)
         self.register_buffer("master_B", torch.zeros_like(self.lora_B) if masters else None)
@@ -74,7 +72,7 @@ class ReLoRALinear(nn.Module):
         self.register_buffer("master_scalar", scalar)
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        """The nearest values that `base_dtype` holds, kept as float32."""
+        """The nearest values in `base_dtype`, stored as float32."""
         return weight.to(self.base_dtype).to(weight.dtype)
 
     @property
@@ -84,34 +82,35 @@ class ReLoRALinear(nn.Module):
 
     @property
     def scale(self) -> float | Tensor:
-        """s."""
+        """s; a scalar tensor where it is trained."""
         if self.scalar is not None:
             return self.scalar.tanh()
         return adapter_scale(self.alpha, rank=self.rank, rslora=self.rslora)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         a, b = self.lora_A, self.lora_B
         if self.nested and self.training:
             rank = 1 + self._seed("nested") % self.rank
             a, b = a[:rank], b[:, :rank]
-        scale, dropout = self.scale, self._draw()
+        scale, dropout = self.scale, self._dropout()
         if not self.weight.requires_grad and not isinstance(scale, Tensor):
             return adapted_linear(x, self.weight, a, b, scale=scale, dropout=dropout)
         low = F.linear(x * dropout.mask(x) * dropout.gain if dropout else x, a)
         return F.linear(x, self.weight) + F.linear(low * scale, b)
 
     def _seed(self, what: str) -> int:
-        return named_seed(self.now.seed, self.now.step, f"{self.name}/{what}")
+        return named_seed(self.place.seed, self.place.step, f"{self.name}/{what}")
 
-    def _draw(self) -> Dropout | None:
-        """This pass's dropout; None: nothing is dropped."""
+    def _dropout(self) -> Dropout | None:
+        """This pass's dropout; None where nothing is dropped."""
         if not self.dropout or not self.training:
             return None
-        seed, now = self._seed("dropout"), self.now
-        return Dropout(self.dropout, seed=seed, first=now.first, stride=now.stride)
+        seed, place = self._seed("dropout"), self.place
+        return Dropout(self.dropout, seed=seed, first=place.first, stride=place.stride)
 
     def resize_(self, rank: int) -> None:
-        """Change the rank before any pass: the parameters stay the same objects, all 0."""
+        """Change the rank before the first pass: A and B stay the same objects, and become 0."""
         self.lora_A.data = self.lora_A.data.new_zeros(rank, self.lora_A.shape[1])
         self.lora_B.data = self.lora_B.data.new_zeros(self.lora_B.shape[0], rank)
 
@@ -121,7 +120,7 @@ class ReLoRALinear(nn.Module):
         if saved is not None and saved.shape[0] != self.rank:
             self.resize_(saved.shape[0])
         if self.master_scalar is not None and f"{prefix}scalar" in state_dict:
-            # Earlier versions let s go at a restart; their checkpoints go on as they began.
+            # Checkpoints of earlier versions, which did not restore s at a restart, go on so.
             state_dict.setdefault(f"{prefix}master_scalar", state_dict[f"{prefix}scalar"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -142,9 +141,9 @@ class ReLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge_(self, *, scaled: bool = True) -> Tensor:
-        """W += s B A, or B A; in `base_dtype`. Gives the squared Frobenius norm of the update."""
-        factors = self.lora_B.to(self.base_dtype), self.lora_A.to(self.base_dtype)
-        update = (factors[0] @ factors[1]).to(self.weight.dtype)
+        """W += s B A, or B A; in `base_dtype`. Returns the squared Frobenius norm of the update."""
+        product = self.lora_B.to(self.base_dtype) @ self.lora_A.to(self.base_dtype)
+        update = product.to(self.weight.dtype)
         update *= self.scale if scaled else 1.0
         self.weight.copy_(self._rounded(self.weight + update))
         return update.square().sum()
@@ -156,17 +155,18 @@ class ReLoRALinear(nn.Module):
 
     @torch.no_grad()
     def keep_masters_(self) -> None:
-        """Remember A, B and s as the optimizer's masters would, through a re-initialisation."""
+        """Copy A, B and s to the masters, as the optimizer of the published run kept them."""
         for master, parameter in self._masters():
             master.copy_(parameter)
 
     @torch.no_grad()
     def restore_masters_(self) -> None:
-        """Restore the remembered values; the gradients stay those of the new adapter."""
+        """Set A, B and s to the masters; the gradients stay those of the new adapter."""
         for master, parameter in self._masters():
             parameter.copy_(master)
 
     def _masters(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        """(master, parameter) of A, B and a trained s."""
         assert self.master_A is not None
         assert self.master_B is not None
         yield self.master_A, self.lora_A
@@ -176,7 +176,7 @@ class ReLoRALinear(nn.Module):
             yield self.master_scalar, self.scalar
 
 
-class Adapted(Method):
+class AdapterMethod(Method):
     """What methods with a `ReLoRALinear` have in common."""
 
     def adapters(self, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
@@ -184,10 +184,3 @@ class Adapted(Method):
         for name, module in model.named_modules():
             if isinstance(module, ReLoRALinear):
                 yield name, module
-
-    def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, module in model.named_modules():
-            if isinstance(module, ReLoRALinear):
-                yield name, module.effective_weight()
-            elif isinstance(module, nn.Linear) and name.startswith("layers."):
-                yield name, module.weight.detach()

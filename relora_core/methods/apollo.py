@@ -8,16 +8,16 @@ With R = P G, G (m, n), m <= n, P (r, m) of entries N(0, 1 / r) that are drawn a
 
 where limit lets the norm be at most `norm_growth` times that of the last update. APOLLO-Mini
 (conf/method/apollo_mini.yaml) is the second with r = 1. The update has the gradient's direction,
-column by column: there is no momentum in it, and R only gives sizes. Moments are kept when P
+column by column: there is no momentum in it, and R gives its size alone. Moments are kept when P
 changes.
 
-With rows > columns, R = G P^T and each row has a factor. Whether `scale` comes before or after the
-limiter makes no difference, as a constant factor passes through it.
+With rows > columns, R = G P^T and each row has a factor. `scale` may come before or after the
+limiter: the results are the same.
 
 Written from these equations, with nothing of the published code, which is licensed for
 non-commercial use. The paper keeps a seed and draws P again at every step. Here P is kept between
-draws, in memory and in checkpoints, and so costs what GaLore's projector does (r x shorter side; of
-APOLLO-Mini, a vector): no step waits for a draw, and what is resumed on another device has the same
+draws, in memory and in checkpoints, at the cost of GaLore's projector (r x shorter side; a vector
+for APOLLO-Mini): no step waits for a draw, and a run that is resumed on another device has the same
 P. It is drawn on the CPU from seed, updates done and layer name, the same on every rank.
 
 Not for: the limiter and Adam's step (projected.py).
@@ -31,19 +31,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_core.config import projected_shapes
-from relora_core.methods.adapter import named_generator
+from relora_core.methods.base import SplitMethod, index_in_group, updates_done
 from relora_core.methods.projected import (
-    Projected,
     adam_direction_,
     begin_moments_,
     limit_growth,
     norm_ratio,
     project,
     projected_axis,
-    updates_done,
 )
 from relora_core.optim import SplitAdamW
+from relora_core.seeds import named_generator
 
 
 def random_basis(size: int, *, r: int, generator: torch.Generator) -> Tensor:
@@ -78,12 +76,12 @@ class ApolloAdamW(SplitAdamW):
         weight.add_(update, alpha=-group["lr"] * math.sqrt(group["apollo_scale"]))
 
     def _draw(self, weight: Tensor, done: int, group: dict[str, Any]) -> Tensor:
-        index = next(i for i, parameter in enumerate(group["params"]) if parameter is weight)
-        draws = named_generator(group["apollo_seed"], done, group["apollo_names"][index])
-        return random_basis(min(weight.shape), r=group["apollo_r"], generator=draws).to(weight)
+        name = group["apollo_names"][index_in_group(weight, group)]
+        generator = named_generator(group["apollo_seed"], done, name)
+        return random_basis(min(weight.shape), r=group["apollo_r"], generator=generator).to(weight)
 
 
-class Apollo(Projected):
+class Apollo(SplitMethod):
     """The scaled gradient is the update."""
 
     optimizer = ApolloAdamW
@@ -97,5 +95,5 @@ class Apollo(Projected):
             "apollo_scale": apollo.scale,
             "apollo_norm_growth": apollo.norm_growth,
             "apollo_seed": self.config.seed,
-            "apollo_names": list(projected_shapes(self.config)),
+            "apollo_names": self.targets(),
         }

@@ -4,19 +4,19 @@ With R = P^T G, G (m, n), m <= n, and Adam's step psi(R), a target's update is
 
     scale P psi(R) + limit(S),    S_:,j = phi_j (G - P R)_:,j,    phi_j = ||psi(R)_:,j|| / ||R_:,j||
 
-so that it has full rank: what Adam has no moments for is scaled as Adam scales what it has some
-for. limit(S) lets ||S|| be at most `norm_growth` times that of the last update. As in the published
-code, `scale` is not a factor of S.
+so that it has full rank: the part without moments is scaled as Adam scales the other. limit(S) lets
+||S|| be at most `norm_growth` times that of the last update. As in the published code, `scale` is
+not a factor of S.
 
-A "column" runs along the axis that is projected, so that each phi comes of r numbers: with rows
-> columns it is a row, as in the published code. (A square matrix has columns here, as in `galore`;
-the code projects its rows.) Where that code differs otherwise, the text is followed:
+Each phi is computed from r numbers: where rows > columns, the columns j above are rows, as in the
+published code. (In a square matrix they are columns here, as in `galore`; the code takes its rows.)
+Where that code differs otherwise, the paper is followed:
 
-- Its way back carries the factor `scale`, so that it takes G - scale P R for G - P R. To repeat
-  that there is `fira.residual=code`.
+- It multiplies by `scale` when it projects back, and so takes G - scale P R for G - P R;
+  `fira.residual=code` repeats that.
 - It corrects Adam's bias after the limiter; here that is part of psi. The factor is one for the
   whole update, so only the growth that the limiter permits differs, in the first steps.
-- Of R = 0, for which phi is not defined, it divides by 1e-8; here phi is 0.
+- Where R = 0 and phi is not defined, it divides by 1e-8; here phi is 0.
 
 Not for: the projector (galore.py) and the limiter (projected.py).
 """
@@ -27,14 +27,9 @@ from typing import Any
 
 from torch import Tensor
 
+from relora_core.methods.base import SplitMethod
 from relora_core.methods.galore import GaLoreAdamW
-from relora_core.methods.projected import (
-    Projected,
-    limit_growth,
-    norm_ratio,
-    project_back,
-    projected_axis,
-)
+from relora_core.methods.projected import limit_growth, norm_ratio, project_back, projected_axis
 
 
 class FiraAdamW(GaLoreAdamW):
@@ -45,7 +40,7 @@ class FiraAdamW(GaLoreAdamW):
     """
 
     def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        low, direction = self._advance_(weight, gradient, group)
+        low, direction = self._advance_moments_(weight, gradient, group)
         self._move_(weight, direction, group)
         state = self.state[weight]
         share = group["galore_scale"] if group["fira_residual"] == "code" else 1.0
@@ -57,7 +52,7 @@ class FiraAdamW(GaLoreAdamW):
         weight.add_(residual, alpha=-group["lr"])
 
 
-class Fira(Projected):
+class Fira(SplitMethod):
     """GaLore's update and the scaled residual."""
 
     optimizer = FiraAdamW

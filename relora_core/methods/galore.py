@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from relora_core.methods.base import SplitMethod, updates_done
 from relora_core.methods.projected import (
-    Projected,
     adam_direction_,
     begin_moments_,
     project,
     project_back,
-    updates_done,
 )
 from relora_core.optim import SplitAdamW
+from relora_core.ranks import take_from_rank_0_
+from relora_core.spectra import column_signs
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def projector(gradient: Tensor, *, r: int) -> Tensor:
     """Orthonormal columns (shorter side of the gradient, r): its leading singular vectors.
 
     Left ones where rows <= columns (Algorithm 2 of the paper; its code takes the right ones of a
-    square matrix). Every vector's largest entry is made positive: a sign that the SVD leaves open
-    would turn into the sign of a kept moment. A non-finite gradient, which has no SVD, gives unit
+    square matrix). Every vector's largest entry is positive: the SVD leaves signs open, and another
+    sign would change that of a kept moment. A non-finite gradient, which has no SVD, gives unit
     vectors and so a non-finite update: the run reports divergence, as it would under AdamW.
     """
     rows, columns = gradient.shape
@@ -37,11 +37,8 @@ def projector(gradient: Tensor, *, r: int) -> Tensor:
         return torch.eye(min(rows, columns), r, dtype=gradient.dtype, device=gradient.device)
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     vectors = left[:, :r] if rows <= columns else right[:r].T
-    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    vectors = (vectors * largest.sign()).contiguous()
-    if dist.is_available() and dist.is_initialized():
-        # Ranks hold equal gradients, but an SVD may round differently on each.
-        dist.broadcast(vectors, src=0)
+    vectors = (vectors * column_signs(vectors)).contiguous()
+    take_from_rank_0_(vectors)
     return vectors
 
 
@@ -57,13 +54,13 @@ class GaLoreAdamW(SplitAdamW):
     own = "galore_r"
 
     def _update_(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        _, direction = self._advance_(weight, gradient, group)
+        _, direction = self._advance_moments_(weight, gradient, group)
         self._move_(weight, direction, group)
 
-    def _advance_(
+    def _advance_moments_(
         self, weight: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Projector and moments move on; the projected gradient and Adam's step on it."""
+        """Update projector and moments; (R, Adam's step psi(R))."""
         state = self.state[weight]
         done = updates_done(state)
         if done % group["galore_update_gap"] == 0:
@@ -74,13 +71,13 @@ class GaLoreAdamW(SplitAdamW):
         return low, adam_direction_(state, low, group)
 
     def _move_(self, weight: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
-        """The weight's decay, then the step, projected back."""
+        """Decay the weight, then add the step, projected back."""
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         back = project_back(direction, basis=self.state[weight]["projector"], like=weight)
         weight.add_(back, alpha=-group["lr"] * group["galore_scale"])
 
 
-class GaLore(Projected):
+class GaLore(SplitMethod):
     """The projected step is the update."""
 
     optimizer = GaLoreAdamW

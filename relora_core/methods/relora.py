@@ -1,8 +1,8 @@
 """LoRA and ReLoRA: frozen base, trained adapters, and the restart that merges them.
 
-With the knobs of `corrected`, the effective weight W + s B A is the same before and after a
-restart, the new adapter agrees on every rank, and no moment of the old adapter moves the new one.
-The other options of conf/relora are the published procedures, a knob at a time.
+With the knobs of conf/relora/corrected.yaml the effective weight W + s B A is the same before and
+after a restart, every rank draws the same adapter, and no moment of the old adapter moves the new
+one. The other options there are the published procedures.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from relora_core.config import RunConfig, adapted_shapes
-from relora_core.methods.adapter import Adapted, Pass, ReLoRALinear, named_generator
+from relora_core.methods.adapter import AdapterMethod, ForwardPass, ReLoRALinear
 from relora_core.optim import MOMENTS, prune_state_
+from relora_core.ranks import take_from_rank_0_
 from relora_core.redraws import Draws
 from relora_core.schedule import is_full_rank, scheduled_rank
+from relora_core.seeds import named_generator
 from relora_core.spectra import product_singular_values
 
 
-class LoRA(Adapted):
+class LoRA(AdapterMethod):
     """Adapters on a frozen base (Hu et al. 2021), at full rank in the phases that ask for it."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self._now = Pass(seed=config.seed)
+        self._place = ForwardPass(seed=config.seed)
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap target linears. Adapters are drawn after all base weights, which stay unchanged."""
@@ -37,34 +38,33 @@ class LoRA(Adapted):
         if self.config.method != "relora":  # without restarts their knobs have no effect
             relora = replace(relora, base_dtype="float32", after_merge="reinit", nested_rank=False)
         for name in adapted_shapes(self.config):
-            parent, _, child = name.rpartition(".")
-            owner = model.get_submodule(parent)
+            linear: Any = model.get_submodule(name)
             if relora.r == 0:
-                owner.get_submodule(child).requires_grad_(False)
+                linear.requires_grad_(False)
                 continue
-            target: Any = owner.get_submodule(child)
-            linear = ReLoRALinear(target, relora, name=name, now=self._now)
+            adapted = ReLoRALinear(linear, relora, name=name, place=self._place)
             zero_a = relora.init_a == "zero"
-            linear.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
-            setattr(owner, child, linear)
+            adapted.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
+            model.set_submodule(name, adapted)
         self.set_phase(0, model)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """All that is trained in some phase; B in a group of its own where its rate differs."""
+        """All parameters that some phase trains; B in a group of its own where its rate differs."""
         relora = self.config.relora
         adapters = [module for _, module in self.adapters(model)]
         phases = relora.warm_start_steps or relora.full_rank_steps
-        own = {id(m.lora_B) for m in adapters} if relora.lr_ratio_b != 1.0 else set()
-        used = (p for p in model.parameters() if phases or p.requires_grad)
-        rest = [p for p in used if id(p) not in own]
-        groups: list[dict[str, Any]] = [{"params": rest}]
-        if own:
-            fast = [m.lora_B for m in adapters]
-            groups.append({"params": fast, "lr_ratio": relora.lr_ratio_b})
-        return groups
+        trained = [p for p in model.parameters() if phases or p.requires_grad]
+        if relora.lr_ratio_b == 1.0 or not adapters:
+            return [{"params": trained}]
+        factors = [adapter.lora_B for adapter in adapters]
+        chosen = {id(factor) for factor in factors}
+        return [
+            {"params": [p for p in trained if id(p) not in chosen]},
+            {"params": factors, "lr_ratio": relora.lr_ratio_b},
+        ]
 
     def set_phase(self, step: int, model: nn.Module) -> bool:
-        """Let update `step` train the base or the adapters; whether anything changed."""
+        """Let update `step` train the base or the adapters; True if it was the other before."""
         full = is_full_rank(step, config=self.config)
         changed = False
         for _, adapter in self.adapters(model):
@@ -77,10 +77,10 @@ class LoRA(Adapted):
 
     def before_pass(self, step: int, *, first: int, stride: int) -> None:
         """Dropout and nested ranks are drawn for the place of each sequence in the whole batch."""
-        self._now.step, self._now.first, self._now.stride = step, first, stride
+        self._place.step, self._place.first, self._place.stride = step, first, stride
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """Between phases: fold adapters into the base, or draw them anew on the trained base."""
+        """Between phases: merge adapters into the base, or draw them anew on the trained base."""
         before = is_full_rank(step - 1, config=self.config)
         if before == is_full_rank(step, config=self.config):
             return {}
@@ -112,10 +112,10 @@ class ReLoRA(LoRA):
         return super().set_phase(step, model) or resized
 
     def _next_ranks(self, step: int, due: list[tuple[int, str, ReLoRALinear]]) -> list[int]:
-        """The schedule's rank at `step`, or a smaller one that keeps the energy of the product.
+        """The schedule's rank at `step`, or the fewest ranks that hold the energy of B A.
 
-        An adapter that has learnt nothing, or nothing finite, gives no evidence and keeps its rank;
-        a rank that the schedule has raised since the last draw applies to every adapter.
+        An adapter with B A = 0, or not finite, keeps its rank; one that the schedule has raised
+        since the last draw applies to every adapter.
         """
         most = scheduled_rank(step, config=self.config)
         share = self.config.relora.adaptive_rank_energy
@@ -127,12 +127,9 @@ class ReLoRA(LoRA):
             else min(most, _needed_rank(adapter, share=share) or adapter.rank)
             for index, _, adapter in due
         ]
-        if dist.is_available() and dist.is_initialized():
-            # Processes hold equal adapters, but an SVD may round differently on each.
-            decided = torch.tensor(ranks, device=due[0][2].weight.device)
-            dist.broadcast(decided, src=0)
-            ranks = decided.tolist()
-        return ranks
+        agreed = torch.tensor(ranks, device=due[0][2].weight.device)
+        take_from_rank_0_(agreed)
+        return agreed.tolist()
 
     def restarts(self, step: int) -> bool:
         return self._draws.redraws.get(step) is not None
@@ -141,13 +138,13 @@ class ReLoRA(LoRA):
         return step in self._draws.redraws
 
     def before_update(self, step: int, model: nn.Module) -> None:
-        """The masters overwrite what the restart drew, after one pass with it."""
+        """Set A and B back to the masters, after one pass with what the restart drew."""
         if self.config.relora.after_merge == "restore" and self.redraws(step):
             for _, _, adapter in self._due(step, model):
                 adapter.restore_masters_()
 
     def _due(self, step: int, model: nn.Module) -> list[tuple[int, str, ReLoRALinear]]:
-        """(index, name, adapter) of those that are drawn anew at this step."""
+        """(index, name, adapter) of the adapters that are drawn anew at this step."""
         named = enumerate(self.adapters(model))
         return [(i, name, a) for i, (name, a) in named if self._draws.due(step, i)]
 
@@ -195,7 +192,8 @@ class ReLoRA(LoRA):
 
 
 def _needed_rank(adapter: ReLoRALinear, *, share: float) -> int | None:
-    """The fewest ranks that hold this share of BA's squared singular values; None of nothing."""
+    """The fewest ranks that hold this share of BA's squared singular values; None where they are 0
+    or not finite."""
     sigma = product_singular_values(adapter.lora_B.detach(), adapter.lora_A.detach())
     energy = sigma.square().cumsum(dim=0)
     if not 0 < float(energy[-1]) < math.inf:
@@ -204,10 +202,10 @@ def _needed_rank(adapter: ReLoRALinear, *, share: float) -> int | None:
 
 
 def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:
-    """New parameters of another rank, in the old ones' places in module and optimizer.
+    """Put parameters of another rank, all 0, in the place of A and B in module and optimizer.
 
-    Gives the number of entries of moments that were dropped with the old ones. Autograd
-    remembers a parameter's shape while DDP refers to it, so replacing its data is not enough.
+    Returns how many entries of moments were dropped with the old ones. Autograd remembers a
+    parameter's shape while DDP refers to it, so replacing its data is not enough.
     """
     shapes = {"lora_A": (rank, adapter.lora_A.shape[1]), "lora_B": (adapter.lora_B.shape[0], rank)}
     dropped = 0

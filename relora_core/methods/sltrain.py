@@ -1,38 +1,42 @@
 """SLTrain (Han et al. 2024, arXiv 2406.02214): W = (alpha / r) B A + S, and no frozen base.
 
 S is sparse: int(delta n) of a target's n entries, drawn once and trained. delta = 0 leaves s B A,
-low rank from scratch; r = 0 leaves S, random static sparse training. Each pass builds W and takes
-y = W x, so that weights and the optimizer's state are those of A, B and S alone.
+low rank from scratch; r = 0 leaves S, random static sparse training. Each forward pass builds W, so
+that weights and the optimizer's state are those of A, B and S alone.
 
 As published A ~ U(±1/sqrt(in)) (Kaiming uniform, a = sqrt 5), B = 0, S ~ U(±1/sqrt(in)). The
 published code (splora_linear.py) refuses r = 0 and delta = 0. With B = 0 the latter cannot learn:
 every block gives 0, and no factor has a gradient. `init=spectral` begins with the best
-approximation of rank r of the dense draw instead (Khodak et al. 2021). The published backward pass
-builds W anew; here autograd keeps it from the forward pass, which `costs` counts.
+approximation of rank r of a dense linear's draw instead (Khodak et al. 2021). The published
+backward pass builds W anew; here autograd keeps it from the forward pass, which `costs` counts.
 
 `refactor_every` is the weight refactorisation of Glentis et al. 2025 (arXiv 2505.22922): with the
 SVD B A = U D V^T, B becomes U sqrt(D) and A sqrt(D) V^T, and Adam's moments of both are dropped.
-The function stays, so it is what a restart does to momentum, without its merge. S is left alone.
+The function stays: this is what a restart does to the optimizer, without its merge. S stays as it
+is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.config import SLTrainConfig
-from relora_core.methods.adapter import named_generator
+from relora_core.config import SLTrainConfig, linear_shapes
 from relora_core.methods.base import Method
+from relora_core.ranks import take_from_rank_0_
+from relora_core.seeds import named_generator
+from relora_core.spectra import column_signs
 
 
 class SLTrainLinear(nn.Module):
-    """y = (s B A + S) x; A (r, in), B (out, r), and values (k,) of S at `places` of W."""
+    """y = (s B A + S) x; A (r, in), B (out, r), and the k entries of S: `values` (k,) at `places`
+    (k,) of the flattened matrix. A part without entries is None."""
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
@@ -40,7 +44,7 @@ class SLTrainLinear(nn.Module):
     places: Tensor | None
 
     def __init__(self, linear: nn.Linear, sltrain: SLTrainConfig, *, entries: int) -> None:
-        """In the place of `linear`; all is 0 until it is drawn. A part without size is None."""
+        """In the place of `linear`; everything is 0 until `draw_`."""
         super().__init__()
         weight, r = linear.weight.detach(), sltrain.r
         self.shape = (rows, columns) = weight.shape
@@ -53,7 +57,7 @@ class SLTrainLinear(nn.Module):
 
     @torch.no_grad()
     def draw_(self, seed: int, name: str, *, dense: Tensor | None) -> None:
-        """As published, but where `dense` (out, in) is given s B A is its best approximation."""
+        """Initialise as published; with `dense` (out, in), s B A is its best approximation."""
         bound = 1 / math.sqrt(self.shape[1])
         if self.lora_A is not None and self.lora_B is not None:
             if dense is None:
@@ -69,19 +73,20 @@ class SLTrainLinear(nn.Module):
             self.values.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         with torch.autocast(x.device.type, enabled=False):
-            weight = self._weight()
+            weight = self._build_weight()
         return F.linear(x, weight)
 
-    def _weight(self) -> Tensor:
+    def _build_weight(self) -> Tensor:
         if self.lora_A is None or self.lora_B is None:
-            return self._sparse()
+            return self._build_sparse()
         product = self.lora_B @ self.lora_A * self.scale
         if self.values is None or self.places is None:
             return product
         return product.view(-1).index_add(0, self.places, self.values).view(self.shape)
 
-    def _sparse(self) -> Tensor:
+    def _build_sparse(self) -> Tensor:
         if self.values is None or self.places is None:
             assert self.lora_A is not None
             return self.lora_A.new_zeros(self.shape)
@@ -91,19 +96,20 @@ class SLTrainLinear(nn.Module):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """s B A + S, (out, in)."""
-        return self._weight()
+        return self._build_weight()
 
     @torch.no_grad()
     def sparse_weight(self) -> Tensor:
         """S, (out, in)."""
-        return self._sparse()
+        return self._build_sparse()
 
     @torch.no_grad()
     def balance_(self) -> float:
-        """Of the same product, U sqrt(D) and sqrt(D) V^T; the ratio of norms, B's to A's, before.
+        """Set B and A to U sqrt(D) and sqrt(D) V^T of the SVD of their product; returns the norm of
+        B over that of A before.
 
-        A product of 0 has no such factors that could learn, one that is not finite none at all:
-        then both stay.
+        Both stay as they are where the product is 0, whose factors would have no gradient, or not
+        finite.
         """
         assert self.lora_A is not None
         assert self.lora_B is not None
@@ -113,18 +119,15 @@ class SLTrainLinear(nn.Module):
             (left, upper), (right, lower) = torch.linalg.qr(b), torch.linalg.qr(a.T)
             u, d, v = torch.linalg.svd(upper @ lower.T)
             self._set_factors_(left @ u, d, v @ right.T)
-            if dist.is_available() and dist.is_initialized():
-                # Processes hold equal factors, but an SVD may round differently on each.
-                dist.broadcast(self.lora_B.data, src=0)
-                dist.broadcast(self.lora_A.data, src=0)
+            take_from_rank_0_(self.lora_B.data, self.lora_A.data)
         return ratio
 
     def _set_factors_(self, left: Tensor, d: Tensor, right: Tensor) -> None:
-        """B = U sqrt(D), A = sqrt(D) V^T; every column of U has a positive largest entry."""
+        """B = U sqrt(D), A = sqrt(D) V^T, with signs that make each column's largest entry of U
+        positive."""
         assert self.lora_A is not None
         assert self.lora_B is not None
-        largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
-        root = d.sqrt() * largest[0].sign()
+        root = d.sqrt() * column_signs(left)[0]
         self.lora_B.copy_(left * root)
         self.lora_A.copy_(root[:, None] * right)
 
@@ -136,16 +139,15 @@ class SLTrain(Method):
         """Replace target linears. They are drawn after all other weights, which stay unchanged."""
         sltrain = self.config.sltrain
         for name, entries in sltrain.entries(self.config).items():
-            parent, _, child = name.rpartition(".")
             dense = model.get_submodule(name)
             assert isinstance(dense, nn.Linear)
             linear = SLTrainLinear(dense, sltrain, entries=entries)
             spectral = dense.weight.detach() if sltrain.init == "spectral" else None
             linear.draw_(self.config.seed, name, dense=spectral)
-            setattr(model.get_submodule(parent), child, linear)
+            model.set_submodule(name, linear)
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-        """Between updates: refactor where that is due."""
+        """Refactor B A of every target at multiples of `refactor_every`."""
         if not self.refactors(step):
             return {}
         ratios = []
@@ -170,17 +172,9 @@ class SLTrain(Method):
             if isinstance(module, SLTrainLinear):
                 yield name, module
 
-    def effective_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, module in model.named_modules():
-            if isinstance(module, SLTrainLinear):
-                yield name, module.effective_weight()
-            elif isinstance(module, nn.Linear) and name.startswith("layers."):
-                yield name, module.weight.detach()
-
     def base_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """S of a target."""
-        for name, module in model.named_modules():
-            if isinstance(module, SLTrainLinear):
-                yield name, module.sparse_weight()
-            elif isinstance(module, nn.Linear) and name.startswith("layers."):
-                yield name, module.weight.detach()
+        """(name, (out, in) matrix) of every block linear; S of a target."""
+        for name in linear_shapes(self.config.model):
+            linear: Any = model.get_submodule(name)
+            sparse = isinstance(linear, SLTrainLinear)
+            yield name, linear.sparse_weight() if sparse else linear.weight.detach()

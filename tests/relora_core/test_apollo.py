@@ -12,8 +12,8 @@ from training import build, one_step
 from experiments.schema import compose
 from relora_core.config import ConfigError, get, validate
 from relora_core.methods import apollo
-from relora_core.methods.adapter import named_generator
 from relora_core.methods.apollo import ApolloAdamW, random_basis
+from relora_core.seeds import named_generator
 
 NAME = "layers.0.some.linear"
 

@@ -20,10 +20,10 @@ from experiments.identity import run_id
 from relora_core import checkpoint, costs, export
 from relora_core.config import ConfigError, SLTrainConfig, linear_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
-from relora_core.methods.adapter import named_generator
 from relora_core.methods.sltrain import SLTrain, SLTrainLinear
 from relora_core.model import Decoder
 from relora_core.optim import build_adamw
+from relora_core.seeds import named_generator
 
 ROWS, COLUMNS = 5, 7
 LOW_RANK = {"delta": 0.0, "init": "spectral"}

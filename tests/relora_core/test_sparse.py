@@ -21,9 +21,9 @@ from relora_core import costs, export
 from relora_core.checkpoint import complete
 from relora_core.config import ConfigError, validate
 from relora_core.data.grammar import VOCAB_SIZE
-from relora_core.methods.adapter import named_generator
 from relora_core.methods.sparse import SparseAdamW
 from relora_core.model import Decoder
+from relora_core.seeds import named_generator
 
 SHAPE = (6, 10)
 OPTIONS = {"lr": 0.03, "eps": 1e-8}

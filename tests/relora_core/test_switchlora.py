@@ -11,13 +11,13 @@ from training import assert_processes_equal_one, batch, build, resumes_exactly, 
 
 from experiments.identity import essential, run_id
 from relora_core import checkpoint, costs, export
-from relora_core.config import ConfigError, linear_shapes, switched_shapes, validate
+from relora_core.config import ConfigError, linear_shapes, validate
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.methods import build_method
-from relora_core.methods.adapter import named_generator, named_seed
 from relora_core.model import Decoder
 from relora_core.redraws import notices
-from relora_core.schedule import switch_rate, switches
+from relora_core.schedule import expected_switches, switch_rate
+from relora_core.seeds import named_generator, named_seed
 from tests.conftest import nano_config
 
 BUSY = {"r": 6, "alpha": 3.0, "interval": 7, "decay": None, "freeze_steps": 3}
@@ -487,12 +487,12 @@ def test_the_frequency_falls_as_published(config):
     assert switch_rate(-1, config=setting) == pytest.approx(8 / 40)
     assert switch_rate(99, config=setting) == pytest.approx(0.3 * 8 / 40)
     assert switch_rate(999, config=setting) == pytest.approx(0.3**10 * 8 / 40)
-    assert switches(setting) == pytest.approx(
+    assert expected_switches(setting) == pytest.approx(
         sum(switch_rate(k, config=setting) for k in range(1, 1000))
     )
     steady = config(switchlora={"r": 8, "interval": 40, "decay": None}, train={"steps": 1000})
     assert {switch_rate(k, config=steady) for k in (0, 500, 999)} == {8 / 40}
-    assert switches(steady) == pytest.approx(999 * 8 / 40)
+    assert expected_switches(steady) == pytest.approx(999 * 8 / 40)
 
 
 @pytest.mark.parametrize("decay", [None, 0.3, 1000.0])
@@ -507,9 +507,9 @@ def test_as_many_are_switched_as_the_frequency_says(config, decay):
     counts = [
         method._count(step, name, adapter)
         for step in range(1, 600)
-        for name in switched_shapes(setting)
+        for name in setting.switchlora.targets(setting)
     ]
-    expected = 14 * switches(setting)
+    expected = 14 * expected_switches(setting)
     assert abs(sum(counts) - expected) < 3 * math.sqrt(expected)
 
 
