@@ -49,12 +49,13 @@ def find_arm(sweep: Sweep, word: str | None, *, option: str = "--reference") -> 
 
 
 def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
-    """Each arm with its reference, by default a full-rank arm.
+    """Each arm with its reference, by default a full-rank arm, of AdamW if there is one.
 
-    Of several full-rank arms it is the one with the most settings of SAME_TASK in common. If there
-    is none, or if all arms are full-rank, it is the sweep's first arm.
+    Of several it is the one with the most settings of SAME_TASK in common. If there is none, or if
+    all arms are full-rank, it is the sweep's first arm.
     """
     full = [arm for arm in sweep.arms if arm.runs[0].config.method == "full_rank"]
+    full = [a for a in full if a.runs[0].config.train.optimizer == "adamw"] or full
     if reference is None and 0 < len(full) < len(sweep.arms):
         ids = {arm.arm_id for arm in full}
         others = [arm for arm in sweep.arms if arm.arm_id not in ids]

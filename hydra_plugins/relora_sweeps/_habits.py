@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from experiments.addresses import redacted
 from experiments.typos import option_folders, overrides_among
 from relora_core.config import ConfigError
 from sweeps.search.config import SAMPLERS, SHORT
@@ -173,7 +174,7 @@ def _quoted(value: Any, *, bare: bool) -> str:
 
 
 def _renamed(text: str, *ours: str) -> tuple[list[str], str | None]:
-    return [*ours], f"{text} is {' '.join(ours)}"
+    return [*ours], redacted(f"{text} is {' '.join(ours)}")
 
 
 def _objectives(one: Override, text: str, arguments: Sequence[str]) -> str:

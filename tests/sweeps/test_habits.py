@@ -206,3 +206,11 @@ def test_configs_outside_the_checkout_are_options_like_ours(asked, tmp_path_fact
         "train.steps=50",
     ]
     assert sorted(asked("relora.r=4,8", "seed=0,1", *same)[0][0]) == sorted(ids)
+
+
+def test_a_password_in_an_address_is_not_repeated():
+    address = "hydra.sweeper.storage=postgresql://me:hush@host/db"
+    arguments, lines = translate(["hydra/sweeper=optuna", address])
+    assert arguments[-1] == "search.storage=postgresql://me:hush@host/db"  # and is refused there
+    assert "me:***@host" in lines[-1]
+    assert "hush" not in "".join(lines)

@@ -188,6 +188,19 @@ def test_each_arm_is_compared_with_the_full_rank_arm_of_its_model(tmp_path: Path
     assert steps == [[20, 20], [40, 40]]
 
 
+def test_the_reference_of_full_rank_arms_is_that_of_adamw(tmp_path: Path) -> None:
+    """Muon's may share more with the others: here the weight decay."""
+    adamw = TrainConfig(steps=20, batch_size=4, weight_decay=0.1)
+    muon = TrainConfig(steps=20, batch_size=4, optimizer="muon")
+    low = TrainConfig(steps=20, batch_size=4)
+    trains = {"full_rank": [muon, adamw], "relora": [low]}
+    a_sweep(tmp_path, [a_config(method=m, train=t) for m, ts in trains.items() for t in ts])
+    pairs = tables.against(gather.gather(tmp_path, "mine"), reference=None)
+    references = [reference.runs[0].config.train for _, reference in pairs]
+    assert len(pairs) == 2  # Muon's arm is one of those compared
+    assert {train.optimizer for train in references} == {"adamw"}
+
+
 # odd sweeps -------------------------------------------------------------------------------------
 def nothing(runs: list[Any]) -> None:
     pass
