@@ -72,17 +72,21 @@ def rng_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": [str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
         "python": [version, list(internal), gauss],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Inverse of `rng_state`."""
+    """Inverse of `rng_state`, on this process's GPU, whatever its index and that of the one before.
+
+    Older checkpoints have a generator for every GPU that was visible.
+    """
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        index = min(torch.cuda.current_device(), len(state["cuda"]) - 1)
+        torch.cuda.set_rng_state(state["cuda"][index])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]

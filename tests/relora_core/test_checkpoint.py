@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from training import Record, run
 
@@ -248,3 +249,43 @@ def test_a_checkpoint_from_before_checksums_still_loads(finished, tmp_path):
     record = run(setting, tmp_path)
     assert record.events[0].step == 6
     assert {k: v for k, v in metrics.items() if k[0] > 6} == record.metrics()
+
+
+def _see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, current: int) -> list[torch.Tensor]:
+    """Generators of GPUs that torch is made to see; the process is on the one at `current`."""
+    generators = [torch.tensor([0]) for _ in range(count)]
+
+    def set_state(state: torch.Tensor) -> None:
+        generators[current] = state
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: generators[current])
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(generators))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state_all", lambda states: [generators[i] for i in range(len(states))]
+    )
+    return generators
+
+
+def test_a_rank_resumes_its_generator_on_a_gpu_of_another_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = _see_gpus(monkeypatch, 4, current=3)
+    before[3] = torch.tensor([42])
+    state = checkpoint.rng_state()
+    after = _see_gpus(monkeypatch, 1, current=0)
+    checkpoint.set_rng_state(state)
+    assert after[0].item() == 42
+
+
+@pytest.mark.parametrize(("count", "current", "expected"), [(1, 0, 0), (4, 2, 2), (8, 6, 3)])
+def test_a_checkpoint_with_a_generator_of_every_gpu_resumes_on_fewer_or_more(
+    monkeypatch: pytest.MonkeyPatch, count: int, current: int, expected: int
+) -> None:
+    _see_gpus(monkeypatch, 4, current=0)
+    state = {**checkpoint.rng_state(), "cuda": [torch.tensor([index]) for index in range(4)]}
+    after = _see_gpus(monkeypatch, count, current=current)
+    checkpoint.set_rng_state(state)
+    assert after[current].item() == expected
