@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import schema, typos
-from relora_core.config import walk
+from relora_core.config import validate, walk
 
 OPTIONS = [
     (group, option)
@@ -65,6 +65,12 @@ def test_every_option_says_what_it_is_for(group, option):
     text = (typos.CONF / group / f"{option}.yaml").read_text()
     comments = [line for line in text.splitlines() if line.startswith("#")]
     assert any("@package" not in line for line in comments)
+
+
+@pytest.mark.parametrize("option", typos.options("experiment"))
+def test_every_experiment_is_valid_as_it_stands(option):
+    """On data that is there: its model and its knobs fit each other."""
+    validate(schema.compose([f"experiment={option}"]))
 
 
 @pytest.mark.parametrize("option", typos.options("experiment"))

@@ -9,6 +9,7 @@ import torch
 
 from experiments import schema, typos
 from relora_core import costs
+from relora_core.config import validate
 from relora_core.model import Decoder
 
 PUBLISHED = {  # parameters in all with the vocabulary of the source
@@ -23,6 +24,8 @@ PUBLISHED = {  # parameters in all with the vocabulary of the source
 }
 """Weiss et al. 2025 and pico (to 0.1 M); GaLore (to 0.01 M)."""
 LLAMAS = [name for name in PUBLISHED if name.startswith("llama")]
+OF_GALORE = ["full_rank", "relora", "lora", "galore", "fira", "apollo", "apollo_mini", "switchlora"]
+OF_GALORE += ["sltrain", "low_rank"]
 
 
 def config(name: str, *words: str):
@@ -93,3 +96,31 @@ def test_without_the_knob_weights_are_picos():
     assert float(model.embedding_proj.weight.detach().std()) == pytest.approx(1, rel=0.02)
     q_proj = model.layers[0].attention.q_proj.weight
     assert float(q_proj.detach().abs().max()) <= 1 / math.sqrt(q_proj.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "tokens_per_batch", "methods"),
+    [
+        ("lialin_60m", "llama_60m", 122_880, ["full_rank", "lora", "relora"]),
+        ("lialin_130m", "llama_130m", 153_600, ["full_rank", "lora", "relora"]),
+        ("galore_60m", "llama_60m", 512 * 256, OF_GALORE),
+        ("galore_130m", "llama_130m", 512 * 256, OF_GALORE),
+    ],
+)
+def test_a_published_recipe_has_its_model_and_batch_with_each_method(
+    name, model, tokens_per_batch, methods
+):
+    for method in methods:
+        run = schema.compose([f"experiment={name}", f"method={method}"])
+        validate(run)
+        assert run.model.name == model
+        assert run.train.batch_size * run.data.seq_len == tokens_per_batch
+    other = schema.compose([f"experiment={name}", "model=llama_350m"])
+    assert other.model.name == "llama_350m"
+
+
+@pytest.mark.parametrize("name", ["lialin_60m", "lialin_130m", "galore_60m", "galore_130m"])
+def test_a_published_recipe_says_what_it_gave_and_what_differs(name):
+    text = (typos.CONF / "experiment" / f"{name}.yaml").read_text()
+    for field in ("Source:", "Published:", "Cost:", "Here not there:"):
+        assert f"# {field}" in text
