@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = [
     (
         ["model=tny"],
-        "model must be one of micro, nano, small, tiny, got 'tny'. Did you mean 'tiny'?",
+        "model must be one of large, llama_130m, llama_1b, llama_350m, llama_60m, medium, micro, "
+        "nano, pico_192, pico_288, small, tiny, got 'tny'. Did you mean 'tiny'?",
     ),
     (["relora.rr=8"], "relora.rr is not a known key (relora.rr=8). Did you mean 'relora.r'?"),
     (["relora.r=eight"], "relora.r must be an integer, got 'eight'"),
@@ -136,7 +137,8 @@ WORDS = {
     "type in a grid": "relora.r must be an integer, got 'eight'",
     "launcher": "Did you mean 'hydra.launcher.max_parallel'?",
     "value": "relora.r must be >= 0",
-    "option": "model must be one of micro, nano, small, tiny, got 'tny'. Did you mean 'tiny'?",
+    "option": "model must be one of large, llama_130m, llama_1b, llama_350m, llama_60m, medium, "
+    "micro, nano, pico_192, pico_288, small, tiny, got 'tny'. Did you mean 'tiny'?",
     "several values": "relora.r=8,16 gives several values: expected one, or -m to run all of them",
     "flag among overrides": "seed must be >= 0",
     "launcher option": "Did you mean 'local'?",

@@ -26,7 +26,7 @@ from tests.fuzz import command_line
 SEARCH = ("--plan", "hydra/sweeper=search", "search=lr_and_rank")
 REFUSED = {
     "option that is a number": (["relora=3"], "relora must be one of as_coded"),
-    "option that is null": (["model=null"], "model must be one of micro"),
+    "option that is null": (["model=null"], "model must be one of large"),
     "option that is a list": (["relora=[1,2]"], "relora must be one of as_coded"),
     "options that are numbers": (["-m", "relora=1,2"], "relora must be one of as_coded"),
     "no key": (["=1"], "is not an override"),

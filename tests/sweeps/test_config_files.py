@@ -52,6 +52,7 @@ MARKED = {"experiment/marked": "\ufeff# @package _global_\ndefaults: [demo]\nsee
 MINE = {"model/mine": "d_model: 48\nd_ff: 96\n", "hydra/launcher/mine": "defaults: [slurm]\n"}
 BARE = {"experiment/bare": "seed: 4", "sweep/bare": "hydra: {sweeper: {params: {seed: '0,1'}}}"}
 SLURM_Q = ("hydra/launcher=slurm", "hydra.launcher.partition=q")
+MODELS = ", ".join(sorted([*typos.options("model"), "mine"]))
 SEARCH = ("hydra/sweeper=search", "search=lr_and_rank", "model=nano")
 
 
@@ -225,13 +226,13 @@ def test_a_file_may_choose_the_search(ask):
         (("-m", *SEARCH, "experiment=a,other"), "hydra.launcher.partition must be the same"),
         (("-m", *SEARCH, "sweep=s1"), "hydra.sweeper.params needs hydra/sweeper=relora_grid (in s"),
         # With options of one's own, mistakes elsewhere are named as before.
-        (("experiment=a", "model=tny"), "model must be one of micro, mine, nano, small, tiny, got"),
+        (("experiment=a", "model=tny"), f"model must be one of {MODELS}, got"),
         (("experiment=aa",), "got 'aa'. Did you mean 'a'?"),
         (("model=mine", "relora.rr=8"), "Did you mean 'relora.r'?"),
         (("model=mine", "relora.r=8,16"), "relora.r=8,16 gives several values: expected one"),
         (("-m", "model=mine,nano", "eval=nine"), "eval must be one of none, paloma_blimp, got"),
         (("-m", "hydra/launcher=mime"), "Did you mean 'mine'?"),
-        (("experiment=typo",), "model must be one of micro, mine, nano, small, tiny, got 'tny'"),
+        (("experiment=typo",), f"model must be one of {MODELS}, got 'tny'"),
         (("experiment=float",), "train.steps must be an integer, got '1.5' (in experiment/float)"),
         (("experiment=key",), "train.stepz is not a known key (in experiment/key). Did you mean"),
         (("experiment=unset",), "train.steps: ${train.stepz} is none, since there is no such key."),
