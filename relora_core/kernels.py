@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from relora_core import native
+from relora_core.config import ConfigError, RunConfig
 from relora_core.dropout import GOLDEN, KEEP_ALL, Dropout
 from relora_core.native_check import LANES
 
@@ -42,6 +44,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Query head h reads key head h // (H / KV). The result has v's type; on a CPU bf16 is computed
     in float32, as casts of scores cost what products in bf16 save.
     """
+    if q.device.type == "cuda":
+        return fused_attention(q, k, v)
     kind = v.dtype
     if q.device.type == "cpu" and kind == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()
@@ -52,6 +56,70 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return y.transpose(1, 2).to(kind)
+
+
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""torch's kernels on a GPU that hold no T x T scores; the one left out takes GBs at T = 2048."""
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """As `causal_attention`, on a GPU; `mask` (B, 1, T, T) is added in the place of the causal one.
+
+    RuntimeError where no kernel of `FUSED` takes these: `attention_names` says so before a run.
+    """
+    if not _takes_groups(q.dtype, masked=mask is not None):
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped, causal = q.shape[1] != k.shape[1], mask is None
+    with sdpa_kernel(FUSED):
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+    return y.transpose(1, 2)
+
+
+def _takes_groups(kind: torch.dtype, *, masked: bool = False) -> bool:
+    """Whether a fused kernel reads a key head for several query heads: in 16 bits, without a mask.
+
+    With `enable_gqa` in float32 torch 2.13 has none left but the one that writes all scores.
+    """
+    return kind in (torch.bfloat16, torch.float16) and not masked
+
+
+def attention_names(config: RunConfig, *, device: torch.device) -> dict[str, str]:
+    """Precision -> kernel that torch takes for the run's attention on this GPU; empty on a CPU.
+
+    float32 is always among them: evals and the probe of restarts compute in it. ConfigError where
+    every fused kernel refuses the shape.
+    """
+    if device.type != "cuda":
+        return {}
+    kinds = {"fp32": torch.float32}
+    if config.train.precision == "bf16":
+        kinds["bf16"] = torch.bfloat16
+    return {name: _attention_name(config, kind, device=device) for name, kind in kinds.items()}
+
+
+def _attention_name(config: RunConfig, kind: torch.dtype, *, device: torch.device) -> str:
+    model = config.model
+    size, n_kv = model.d_model // model.n_heads, model.n_kv_heads
+    n_kv = n_kv if _takes_groups(kind) else model.n_heads
+    q, k = (
+        torch.empty(1, n, config.data.seq_len, size, dtype=kind, device=device, requires_grad=True)
+        for n in (model.n_heads, n_kv)
+    )
+    with sdpa_kernel(FUSED):
+        grouped = n_kv != model.n_heads
+        choice = torch._fused_sdp_choice(  # type: ignore[attr-defined]
+            q, k, k, is_causal=True, enable_gqa=grouped
+        )
+    chosen = SDPBackend(choice)
+    if chosen not in FUSED:
+        raise ConfigError(
+            f"model.d_model / model.n_heads must be a head that a fused attention kernel of this "
+            f"GPU takes, got {size} columns in {kind}; a multiple of 8, at most 128, fits all"
+        )
+    return chosen.name.removesuffix("_ATTENTION").lower()
 
 
 class _Attention(torch.autograd.Function):

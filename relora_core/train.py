@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from relora_core import checkpoint, native, ranks, shell
+from relora_core import checkpoint, kernels, native, ranks, shell
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -82,6 +82,7 @@ def _train(
     rank, world = accelerator.process_index, accelerator.num_processes
     sink = sink if accelerator.is_main_process else NullSink()
     micro_batches = split_batch(config, world=world)
+    attention = kernels.attention_names(config, device=accelerator.device)
 
     torch.manual_seed(config.seed)  # the weights: the same on every rank and for every method
     model = Decoder(config.model)
@@ -114,6 +115,8 @@ def _train(
     begun = {"resumed": resumed, "world": world, "kernels": progress.kernels, **damaged}
     if progress.kernels == "native":
         begun["kernels_build"] = native.build()
+    if attention:
+        begun["attention"] = attention
     if stream.notes:
         begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))

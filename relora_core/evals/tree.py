@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora_core.evals.base import Window, padded
+from relora_core.kernels import fused_attention
 from relora_core.loss import target_log_probs
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def _attend(attention: Attention, x: Tensor, *, rotation: Tensor, mask: Tensor) 
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     q, k = _rotated(q, rotation), _rotated(k, rotation)
+    if q.device.type == "cuda":
+        return attention.o_proj(fused_attention(q, k, v, mask=mask).flatten(-2))
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
     )

@@ -1,0 +1,213 @@
+"""The training loop on a GPU that is not there: shapes without values, on a CPU build of torch.
+
+As a program (`python fake_cuda.py GUARD FOLDER`, a config on stdin) it trains and prints as JSON
+what made the host wait for the device: {"STEP what": places}, and the calls of attention. A read
+answers 1. Not for: what is computed, and how fast.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import json
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":  # before torch asks for the first time which devices there are
+    GUARD = ctypes.CDLL(sys.argv[1])
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from experiments.identity import config_from_json
+from relora_core import kernels, train
+
+aten = torch.ops.aten
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device, by the step that the loop is at; `step` is set from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = "start"
+        self.places: dict[str, collections.Counter[str]] = {}
+        self.launches: collections.Counter[str] = collections.Counter()
+        self.pinned: set[int] = set()
+
+    def add(self, what: str) -> None:
+        frames = [f for f in traceback.extract_stack() if "/relora_core/" in f.filename]
+        own = [f for f in frames if "/tests/" not in f.filename]
+        at = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "?"
+        self.places.setdefault(self.step, collections.Counter())[f"{what} {at}"] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.launches[self.step] += 1
+        where = _device(args)
+        if func is aten._local_scalar_dense.default:
+            if where == "cuda":
+                self.add("read")
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            args = (args[0], [self._plain(i) for i in args[1]], *args[2:])
+        if func is aten._to_copy.default and "device" in kwargs:
+            self._moved(args[0], str(torch.device(kwargs["device"]).type), kwargs)
+        if func is aten.copy_.default:
+            self._moved(args[1], args[0].device.type, {"non_blocking": (*args, False)[2]} | kwargs)
+        return func(*args, **kwargs)
+
+    def _moved(self, source: Tensor, target: str, kwargs: Any) -> None:
+        if {source.device.type, target} != {"cpu", "cuda"} or not source.numel():
+            return
+        if target == "cpu" or not kwargs.get("non_blocking") or id(source) not in self.pinned:
+            self.add("read" if target == "cpu" else "upload")
+
+    def _plain(self, index: Any) -> Any:
+        """How many entries of a mask are true a device would have to say: take all."""
+        if not isinstance(index, Tensor) or index.dtype != torch.bool:
+            return index
+        if index.device.type == "cuda":
+            self.add("read")
+        return torch.zeros(index.numel(), dtype=torch.int64, device=index.device)
+
+
+def _device(args: Any) -> str:
+    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+
+
+def _accelerator() -> Any:
+    """One process on a GPU, as accelerate would hand it out."""
+    return SimpleNamespace(
+        device=torch.device("cuda", 0),
+        process_index=0,
+        num_processes=1,
+        is_main_process=True,
+        prepare=lambda model: model,
+        unwrap_model=lambda model, **_: model,
+        no_sync=lambda _: contextlib.nullcontext(),
+        backward=lambda loss: loss.backward(),
+        reduce=lambda tensor, **_: tensor,
+        wait_for_everyone=lambda: None,
+    )
+
+
+@contextlib.contextmanager
+def fake_gpu(waits: Waits) -> Any:
+    """torch's own questions about a GPU answered as one with bf16 would."""
+    GUARD.install()
+    tolist, numpy = Tensor.tolist, Tensor.numpy
+
+    def as_list(self: Tensor) -> Any:
+        if not isinstance(self, FakeTensor):
+            return tolist(self)
+        if self.device.type == "cuda":
+            waits.add("read")
+        return np.ones(tuple(self.shape)).tolist()
+
+    def as_numpy(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fake = isinstance(self, FakeTensor)
+        return np.ones(tuple(self.shape)) if fake else numpy(self, *args, **kwargs)
+
+    def pinned(self: Tensor) -> Tensor:
+        waits.pinned.add(id(self))
+        waits.__dict__.setdefault("alive", []).append(self)
+        return self
+
+    def moved(self: torch.nn.Module, device: Any) -> torch.nn.Module:
+        """`Module.to` swaps the contents of parameters, which fake ones do not allow."""
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    there = parameter.detach().to(device)
+                    new = torch.nn.Parameter(there, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = new
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        return self
+
+    common = torch.cuda.amp.common
+    with (
+        mock.patch.object(Tensor, "tolist", as_list),
+        mock.patch.object(Tensor, "numpy", as_numpy),
+        mock.patch.object(Tensor, "pin_memory", pinned),
+        mock.patch.object(common, "amp_definitely_not_available", return_value=False),
+        mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
+        mock.patch.object(torch.cuda, "synchronize", return_value=None),
+        mock.patch.object(torch.nn.Module, "to", moved),
+    ):
+        yield
+
+
+def main(folder: str) -> None:
+    config = config_from_json(sys.stdin.read())
+    waits, calls = Waits(), []
+    events: list[Any] = []
+
+    def attention(*args: Tensor, **kwargs: Any) -> Tensor:
+        q, k = args[:2]
+        mask = kwargs.get("attn_mask") is not None
+        calls.append([str(q.dtype), q.shape[1] != k.shape[1], mask, {x.dtype for x in args}])
+        return scores(*args, **kwargs)
+
+    def counted(step: int) -> float:
+        waits.step = str(step + 1)
+        return rate(step)
+
+    scores = F.scaled_dot_product_attention
+    build = train.build_method
+
+    def build_method(config: Any) -> Any:
+        nonlocal rate
+        method = build(config)
+        rate, method.lr_multiplier = method.lr_multiplier, counted
+        return method
+
+    rate = float
+    patches = {
+        "make_accelerator": lambda _: _accelerator(),
+        "build_method": build_method,
+        "newest_intact": lambda *_: (None, {}),
+        "save": lambda *_, **__: None,
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fake_gpu(waits))
+        for name, value in patches.items():
+            stack.enter_context(mock.patch.object(train, name, value))
+        fused = mock.patch.object(kernels, "attention_names", return_value={"fp32": "efficient"})
+        stack.enter_context(fused)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
+        stack.enter_context(waits)
+        ended = train.train(
+            config,
+            checkpoints=Path(folder) / "checkpoints",
+            cache_dir=Path(folder),
+            sink=SimpleNamespace(emit=events.append),
+        )
+    print(
+        json.dumps(
+            {
+                "ended": ended,
+                "events": [[event.kind, event.step] for event in events],
+                "waits": waits.places,
+                "launches": waits.launches,
+                "attention": [[*call[:3], len(call[3])] for call in calls],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[2])
