@@ -1,4 +1,4 @@
-"""`python -m experiments`: describe a run before training, show or export one; make a tokenizer."""
+"""`python -m experiments`: describe, show or export a run; tokenizers; published checkpoints."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ EPILOG = """examples:
   python -m experiments export tiny-relora-r16 exported/
   python -m experiments export tiny-relora-r16 exported/ --mlflow
   python -m experiments tokenizer texts/ bpe4k/ --vocab 4096
+  python -m experiments published yuvalw/pico-relora-tiny-v2-sn --restart 4000
 """
 
 
@@ -166,6 +167,19 @@ def make_tokenizer(
     }
 
 
+def published(source: str, *, restart: int, revision: str | None) -> dict[str, Any]:
+    """What published checkpoints around a restart show, as docs/published.md describes it."""
+    from experiments.published.verdicts import judge  # torch
+
+    return judge(source, restart=restart, revision=revision)
+
+
+def _print_published(result: dict[str, Any]) -> None:
+    from experiments.published.table import lines
+
+    print("\n".join(lines(result)))
+
+
 def _print_description(description: dict[str, Any]) -> None:
     counted = description["parameters"]
     print(f"run_id      {description['run_id']}")
@@ -261,6 +275,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="DIR", type=Path, help="gets tokenizer.json")
     command.add_argument("--vocab", type=int, default=4096, help="entries (default: %(default)s)")
     command.add_argument("--text-field", default="text", help="as data.text_field (default: text)")
+    help_published = "what published checkpoints show of a restart: merge, re-initialisation"
+    command = commands.add_parser("published", help=help_published, description=help_published)
+    help_repo = "OWNER/NAME on the hub, a git clone, or a folder with a folder a checkpoint"
+    command.add_argument("source", metavar="REPO", help=help_repo)
+    help_restart = "its step, for example 4000"
+    command.add_argument("--restart", metavar="N", type=int, required=True, help=help_restart)
+    help_revision = "the run's branch (default: named as REPO, or the only one with checkpoints)"
+    command.add_argument("--revision", metavar="BRANCH", help=help_revision)
     where = "where everything is (default: outputs)"
     parser.add_argument("--output-dir", help=where)
     for command in commands.choices.values():  # before or after the command
@@ -307,6 +329,11 @@ def main(argv: list[str] | None = None) -> int:
                 text_field=arguments.text_field,
             )
             printer = _print_export
+        elif arguments.command == "published":
+            result = published(
+                arguments.source, restart=arguments.restart, revision=arguments.revision
+            )
+            printer = _print_published
         else:
             result = show(find_run(arguments.output_dir or "outputs", word=arguments.run))
             printer = _print_run
