@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from hydra.types import RunMode
 
 from experiments import schema, typos
@@ -213,8 +214,9 @@ def one_value(composer: Composer, seed: int) -> bool:
             [config] = composer.all([[word]])
             validate(config)
             name, frozen = run_id(config), config_to_json(config)
-    except ConfigError as error:
-        line = str(error)
+    except (ConfigError, HydraException) as error:
+        refused = isinstance(error, ConfigError)  # a key that is no key to Hydra's grammar is not
+        line = str(error) if refused else typos.diagnose([word], error)
         assert line == printable(line), word
         assert len(line) > 10, word
         return False
