@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_core.config import RunConfig, linear_shapes
+from relora_core.overlap import read_arrays
 from relora_core.spectra import (
     concatenated,
     condition_number,
@@ -234,8 +235,10 @@ class Recorder:
         """
         metrics: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
+        spectra = {what: self.spectra(what) for what in self.what}
+        _move_to_host([spectrum for kinds in spectra.values() for spectrum in kinds.values()])
         for what in self.what:
-            for kind, spectrum in self.spectra(what).items():
+            for kind, spectrum in spectra[what].items():
                 values = spectrum.values(d_inter=self.config.model.d_ff)
                 means = summary(values)
                 metrics |= {f"dynamics/{what}/{kind}/{name}": v for name, v in means.items()}
@@ -328,6 +331,13 @@ class Recorder:
                 "vo": (singular_values(row), per_layer),
             }
         return {k: Spectrum(sigma=s, noise=n, layers=layers) for k, (s, n) in spectra.items()}
+
+
+def _move_to_host(spectra: list[Spectrum]) -> None:
+    """Singular values and noise floors of them all, in one copy: dozens of measures read them."""
+    arrays = read_arrays([array for s in spectra for array in (s.sigma, s.noise)])
+    for spectrum, sigma, noise in zip(spectra, arrays[::2], arrays[1::2], strict=True):
+        spectrum.sigma, spectrum.noise = sigma, noise
 
 
 def _norm(matrices: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from relora_core.config import RunConfig, TrainConfig
+from relora_core.overlap import read, upload
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """Entries of a parameter's state that are shaped as it is: AdamW's two, Muon's one."""
@@ -155,23 +156,24 @@ def prune_state_(
 
     Of Muon's state, one moment without a counter, `policy` and `ratio` alone decide.
     """
-    zeroed, total = dropped, dropped
+    zeroed: list[Tensor] = []
+    total = dropped
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
             continue  # no update yet, so nothing to prune
-        draws, before = generator(name), zeroed
+        draws, before = generator(name), len(zeroed)
         moments = [state[moment] for moment in MOMENTS if moment in state]
         keep = _kept(moments[0], policy=policy, ratio=ratio, generator=draws)
         for number, moment in enumerate(moments):
             if number and not joint_mask:
                 keep = _kept(moment, policy=policy, ratio=ratio, generator=draws)
             moment.mul_(keep)
-            zeroed += int((~keep).sum())
+            zeroed.append((~keep).sum())
             total += keep.numel()
-        if reset_step and zeroed > before and "step" in state:
-            state["step"].zero_()
-    return zeroed / total if total else 0.0
+        if reset_step and "step" in state:
+            state["step"].mul_(sum(zeroed[before:]) == 0)
+    return (dropped + sum(read(*zeroed))) / total if total else 0.0
 
 
 def _kept(moment: Tensor, *, policy: str, ratio: float, generator: torch.Generator) -> Tensor:
@@ -180,7 +182,7 @@ def _kept(moment: Tensor, *, policy: str, ratio: float, generator: torch.Generat
         return torch.full_like(moment, policy == "keep", dtype=torch.bool)
     if policy == "random":
         keep = torch.rand(moment.shape, generator=generator) >= ratio
-        return keep.to(moment.device)
+        return upload(keep, moment.device)
     size = moment.abs().flatten()
     largest = size.topk(size.numel() - round(ratio * size.numel())).indices
     return torch.zeros_like(size, dtype=torch.bool).index_fill_(0, largest, True).view_as(moment)

@@ -34,6 +34,8 @@ LEAVE_S = 5.0
 """Time for the others to read why they are refused, if this process serves the store."""
 _meetings = itertools.count()
 _store: Any = None
+_turns: Any = None
+"""Keys of the run under way, in the same store."""
 
 
 class RanksDisagree(RuntimeError):
@@ -62,7 +64,7 @@ def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) ->
 
     Raises ConfigError on every rank present if two of them differ in their facts.
     """
-    global _store
+    global _store, _turns
     if place.world == 1:
         return True
     waiting = _Waiting(place, stop=stop)
@@ -71,6 +73,7 @@ def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) ->
         if _store is None:
             return False
     store = distributed.PrefixStore(f"relora/{next(_meetings)}", _store)
+    _turns = distributed.PrefixStore("turns", store)
     try:
         if not _compare(store, place, own, waiting):
             return False
@@ -193,6 +196,20 @@ def take_from_rank_0_(*tensors: torch.Tensor) -> None:
     if distributed.is_available() and distributed.is_initialized():
         for tensor in tensors:
             distributed.broadcast(tensor, src=0)
+
+
+def wait_for_rank_0(turn: str) -> None:
+    """Wait until rank 0 calls `end_turn`, for as long as it takes.
+
+    A collective operation would fail after its timeout, which is there to notice a rank that hangs.
+    """
+    while not _turns.check([turn]):  # raises where rank 0, which serves the store, has ended
+        time.sleep(LOOK_EVERY_S)
+
+
+def end_turn(turn: str) -> None:
+    """On rank 0: let the others go on."""
+    _turns.set(turn, "")
 
 
 def spread(accelerator: Accelerator, model: nn.Module) -> float:

@@ -32,10 +32,11 @@ from relora_core.data import load_tokenizer, open_stream
 from relora_core.dynamics import Recorder
 from relora_core.evals import Eval
 from relora_core.evals import prepare as prepare_evals
-from relora_core.events import LOSS_STEPS, Event, NullSink, Sink
+from relora_core.events import Event, NullSink, Sink
 from relora_core.methods import build_method
 from relora_core.model import Decoder
 from relora_core.optim import set_lr_
+from relora_core.overlap import Batches, Losses, Votes, read, upload
 
 Stop = Callable[[], bool]
 """Read between steps: whether this process has been asked to end. May raise, to end at once."""
@@ -124,6 +125,7 @@ def _train(
         config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
     )
     measure.stop = stop
+    losses, votes = Losses(progress, accelerator=accelerator), Votes(accelerator)
     if not resumed:
         measure.dynamics(0)
     if not checkpoint.is_evaluated(checkpoints, step=progress.step):
@@ -131,31 +133,40 @@ def _train(
             return "interrupted"
         checkpoint.mark_evaluated(checkpoints, step=progress.step, rank=rank)
 
+    batches = Batches(
+        stream,
+        rows=config.train.batch_size // world,
+        steps=config.train.steps - progress.step,
+        device=accelerator.device,
+    )
     clock = Clock(progress.seconds, step=progress.step)
     timer = Timer(config.checkpoint.every_minutes)
     for step in range(progress.step, config.train.steps):
         set_lr_(optimizer, config.train.lr * method.lr_multiplier(step))
-        rows = stream.next_rows(config.train.batch_size // world)
         with recorder.gradients(step + 1):
             loss = accumulate_gradients(
                 accelerator,
                 wrapped,
                 before_pass=partial(method.before_pass, step),
-                rows=rows,
+                ids=batches.next(),
                 micro_batches=micro_batches,
                 precision=config.train.precision,
             )
-        log = (step + 1) % config.runtime.log_every_steps == 0 or step + 1 == config.train.steps
-        log |= not math.isfinite(loss)  # so that it ends there, however seldom it logs
+        losses.add(loss)
+        last = step + 1 == config.train.steps
+        log = (step + 1) % config.runtime.log_every_steps == 0 or last
+        regular = last or (step + 1) % config.checkpoint.every_steps == 0
+        if log or regular or measure.evals_due(step + 1):
+            losses.read()
+        log |= not losses.finite  # so that it ends there, however seldom it logs
         grad_norm = clip(model, limit=config.train.grad_clip, measured=log)
         method.before_update(step, model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         progress.step = step + 1
-        progress.loss_sum += loss
-        progress.loss_count += 1
-        progress.losses = [*progress.losses, loss][-LOSS_STEPS:]
+        if recorder.due(step + 1) and accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # or the time of training so far would count as measuring
         with clock.paused():
             measure.dynamics(step + 1)  # before a restart, which may end what is to be measured
         kind = "restart" if method.restarts(step + 1) else "method"
@@ -169,7 +180,7 @@ def _train(
                 spread = ranks.require_equal(accelerator, model, step=step + 1)
                 changes["restart/rank_spread"] = spread
         if method.restarts(step):
-            changes["restart/loss_next"] = probe.look()[1]
+            changes["restart/loss_next"] = probe.look()[1].item()
         if changes:
             sink.emit(Event(kind=kind, step=step + 1, metrics=changes))
         if method.set_phase(step + 1, model):
@@ -183,13 +194,13 @@ def _train(
                 settle(accelerator, writer, sink)
                 sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
                 return "diverged"
-        last = step + 1 == config.train.steps
-        regular = last or (step + 1) % config.checkpoint.every_steps == 0
-        stopping, overdue = agreed(accelerator, stop(), timer.due())
+        stopping, overdue = votes.count(stop(), timer.due())
         if regular or overdue or stopping or measure.evals_due(step + 1):
             # Before the evals, which may take longer than a grace period lasts.
             progress.seconds = clock.seconds
-            progress.stream, progress.method = stream.state_dict(), method.state_dict()
+            losses.read()
+            votes.forget()
+            progress.stream, progress.method = batches.state_dict(), method.state_dict()
             reference = recorder.state_dict()
             save(accelerator, writer, sink, model, optimizer, progress, reference=reference)
             timer.restart()
@@ -259,14 +270,6 @@ def split_batch(config: RunConfig, *, world: int) -> int:
     return share // micro
 
 
-def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Of each flag, whether any rank has it: the same answer on every rank, at the same step."""
-    if accelerator.num_processes == 1:
-        return list(flags)
-    votes = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
-    return [bool(vote) for vote in accelerator.reduce(votes, reduction="sum")]  # type: ignore[union-attr]
-
-
 class Timer:
     """When the next checkpoint is due by the clock; never, without an interval."""
 
@@ -334,17 +337,16 @@ def accumulate_gradients(
     wrapped: nn.Module,
     *,
     before_pass: Callable[..., None],
-    rows: Any,
+    ids: Tensor,
     micro_batches: int,
     precision: str,
-) -> float:
-    """Forward and backward over this rank's rows (n, T + 1); returns the mean loss of all ranks.
+) -> Tensor:
+    """Forward and backward over this rank's ids (n, T + 1); returns its mean loss, a scalar.
 
     Autocast is opened here: accelerate's, which it puts into the model, does not come back when a
     model is unwrapped and prepared again, as it is after a change of phase or rank.
     """
     half = precision == "bf16"
-    ids = torch.from_numpy(rows).to(accelerator.device, non_blocking=True)
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     rank, world = accelerator.process_index, accelerator.num_processes
     for index, chunk in enumerate(ids.chunk(micro_batches)):
@@ -355,18 +357,24 @@ def accumulate_gradients(
                 loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:])
             accelerator.backward(loss / micro_batches)
         total += loss.detach() / micro_batches
-    return accelerator.reduce(total, reduction="mean").item()  # type: ignore[union-attr]
+    return total
 
 
-def clip(model: nn.Module, *, limit: float | None, measured: bool) -> float | None:
+def clip(model: nn.Module, *, limit: float | None, measured: bool) -> float | Tensor | None:
     """Global gradient norm before clipping; None if it is neither limited nor logged.
 
     Without a limit no gradient is changed. If the squares overflow float32 the norm is computed
-    on scaled gradients, so that finite gradients stay finite.
+    on scaled gradients, so that finite gradients stay finite. A GPU adds them up in float64
+    instead, which asks for no decision of the host: there the norm is a tensor.
     """
     if limit is None and not measured:
         return None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if gradients and gradients[0].device.type == "cuda":
+        norm = wide_norm(gradients)
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        return norm
     norm = nn.utils.get_total_norm(gradients)
     largest = nn.utils.get_total_norm(gradients, math.inf) if norm.isinf() else norm
     if norm.isfinite() or not largest.isfinite():
@@ -381,6 +389,12 @@ def clip(model: nn.Module, *, limit: float | None, measured: bool) -> float | No
     return total
 
 
+def wide_norm(gradients: list[Tensor]) -> Tensor:
+    """Global norm in float64, a scalar; nothing is read by the host."""
+    norms = torch._foreach_norm(gradients, 2, torch.float64)  # type: ignore[attr-defined]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 class RestartProbe:
     """The model's function on one fixed batch: the run's first row, at most 64 tokens of it."""
 
@@ -391,35 +405,34 @@ class RestartProbe:
 
     @cached_property
     def ids(self) -> Tensor:
-        """(1, T + 1), read at the first restart: most methods have none."""
+        """(1, T + 1) on the model's device, read at the first restart: most methods have none."""
         stream = open_stream(
             self.config.data,
             seed=self.config.seed,
             vocab_size=self.model.embedding_proj.num_embeddings,
             cache_dir=self.cache_dir,
         )
-        return torch.from_numpy(stream.next_rows(1))[:, : self.TOKENS + 1]
+        rows = torch.from_numpy(stream.next_rows(1))[:, : self.TOKENS + 1].contiguous()
+        return upload(rows, self.model.embedding_proj.weight.device)
 
     @torch.no_grad()
-    def look(self) -> tuple[Tensor, float]:
-        """Logits (1, T, V) without dropout in float32, and the loss in nats per token."""
+    def look(self) -> tuple[Tensor, Tensor]:
+        """Logits (1, T, V) without dropout in float32, and the loss in nats per token, a scalar."""
         training = self.model.training
         self.model.eval()
-        ids = self.ids.to(self.model.embedding_proj.weight.device)
+        ids = self.ids
         with torch.autocast(ids.device.type, enabled=False):
             logits = self.model.logits(ids[:, :-1])
         self.model.train(training)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        return logits, loss.item()
+        return logits, loss
 
-    def compare(self, before: tuple[Tensor, float]) -> dict[str, float]:
+    def compare(self, before: tuple[Tensor, Tensor]) -> dict[str, float]:
         """Changes by a restart since `before`: 0 up to rounding if the merge is right."""
         logits, loss = self.look()
-        return {
-            "restart/logit_change_max": (logits - before[0]).abs().max().item(),
-            "restart/loss_before": before[1],
-            "restart/loss_after": loss,
-        }
+        names = ("logit_change_max", "loss_before", "loss_after")
+        values = read((logits - before[0]).abs().max(), before[1], loss)
+        return {f"restart/{name}": value for name, value in zip(names, values, strict=True)}
 
 
 class Clock:
@@ -454,7 +467,7 @@ def log_train(
     config: RunConfig,
     clock: Clock,
     lr: float,
-    norm: float | None,
+    norm: float | Tensor | None,
 ) -> float:
     """Emit the train event since the last one and return its mean loss, nats per token.
 
@@ -474,7 +487,7 @@ def log_train(
         "perf/train_seconds": clock.seconds,
     }
     if norm is not None:
-        metrics["train/grad_norm"] = norm
+        metrics["train/grad_norm"] = float(norm)
     data = {"loss_steps": count}
     sink.emit(Event(kind="train", step=progress.step, metrics=metrics, data=data))
     return mean
@@ -529,9 +542,13 @@ class Measures:
             return
         start = time.perf_counter()
         self.recorder.average_gradients_(lambda g: self.accelerator.reduce(g, reduction="mean"))  # type: ignore[arg-type,return-value]
+        turn = f"dynamics/{step}"
         if not self.accelerator.is_main_process:
+            ranks.wait_for_rank_0(turn)
             return
         metrics, rows = self.recorder.measure()
+        if self.accelerator.num_processes > 1:
+            ranks.end_turn(turn)
         metrics["perf/dynamics_seconds"] = time.perf_counter() - start
         self.sink.emit(Event(kind="dynamics", step=step, metrics=metrics))
         self.sink.emit(Event(kind="table", step=step, data={"name": "dynamics", "rows": rows}))

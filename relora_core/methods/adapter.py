@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_core.config import ReLoRAConfig, adapter_scale
+from relora_core.config import ReLoRAConfig, RunConfig, adapter_scale
 from relora_core.dropout import Dropout
 from relora_core.kernels import adapted_linear
 from relora_core.methods.base import Method
+from relora_core.overlap import upload
 from relora_core.seeds import named_seed
 
 
@@ -64,6 +65,8 @@ class ReLoRALinear(nn.Module):
         self.nested = relora.nested_rank
         trainable = relora.scaling == "trainable"
         self.scalar = nn.Parameter(torch.ones((), **like)) if trainable else None
+        self.weight_bf16: Tensor | None = None
+        self._cast_version: int | None = None
         # What the optimizer's masters hold between a merge and the next update.
         masters = relora.after_merge == "restore"
         self.register_buffer("master_A", torch.zeros_like(self.lora_A) if masters else None)
@@ -93,11 +96,30 @@ class ReLoRALinear(nn.Module):
         if self.nested and self.training:
             rank = 1 + self._seed("nested") % self.rank
             a, b = a[:rank], b[:, :rank]
-        scale, dropout = self.scale, self._dropout()
+        scale, dropout, weight = self.scale, self._dropout(), self.weight
+        if self.weight_bf16 is not None and torch.is_autocast_enabled(x.device.type):
+            weight = self.weight_bf16
         if not self.weight.requires_grad and not isinstance(scale, Tensor):
-            return adapted_linear(x, self.weight, a, b, scale=scale, dropout=dropout)
+            return adapted_linear(x, weight, a, b, scale=scale, dropout=dropout)
         low = F.linear(x * dropout.mask(x) * dropout.gain if dropout else x, a)
-        return F.linear(x, self.weight) + F.linear(low * scale, b)
+        return F.linear(x, weight) + F.linear(low * scale, b)
+
+    def cast_frozen_(self) -> None:
+        """On a GPU let `weight_bf16` be W in bf16 while W is frozen; cast it where W has changed.
+
+        Autocast would cast it in every pass, which a frozen W outlives by thousands.
+        """
+        weight = self.weight
+        if weight.device.type != "cuda":
+            return
+        version = None if weight.requires_grad else weight._version
+        if version is None:
+            self.weight_bf16 = None
+        elif self.weight_bf16 is None:
+            self.weight_bf16 = weight.detach().bfloat16()
+        elif version != self._cast_version:
+            self.weight_bf16.copy_(weight.detach())
+        self._cast_version = version
 
     def _seed(self, what: str) -> int:
         return named_seed(self.place.seed, self.place.step, f"{self.name}/{what}")
@@ -129,7 +151,7 @@ class ReLoRALinear(nn.Module):
         """A ~ U(±1/sqrt(in)) (Kaiming uniform, a = sqrt 5) or 0, B = 0: nothing is added yet."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        self.lora_A.copy_(torch.zeros_like(drawn) if zero_a else drawn)
+        self.lora_A.copy_(upload(torch.zeros_like(drawn) if zero_a else drawn, self.lora_A.device))
         self.lora_B.zero_()
         if self.scalar is not None:
             self.scalar.fill_(1.0)
@@ -178,6 +200,21 @@ class ReLoRALinear(nn.Module):
 
 class AdapterMethod(Method):
     """What methods with a `ReLoRALinear` have in common."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self._adapters: list[ReLoRALinear] = []
+
+    def put_(self, model: nn.Module, name: str, adapter: ReLoRALinear) -> None:
+        """Put an adapter in the place of a linear."""
+        model.set_submodule(name, adapter)
+        self._adapters.append(adapter)
+
+    def before_pass(self, step: int, *, first: int, stride: int) -> None:
+        """Cast frozen weights that have changed, where products are in bf16."""
+        if self.config.train.precision == "bf16":
+            for adapter in self._adapters:
+                adapter.cast_frozen_()
 
     def adapters(self, model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
         """(qualified name, module) of every adapted linear."""

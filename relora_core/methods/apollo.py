@@ -41,6 +41,7 @@ from relora_core.methods.projected import (
     projected_axis,
 )
 from relora_core.optim import SplitAdamW
+from relora_core.overlap import upload
 from relora_core.seeds import named_generator
 
 
@@ -78,7 +79,8 @@ class ApolloAdamW(SplitAdamW):
     def _draw(self, weight: Tensor, done: int, group: dict[str, Any]) -> Tensor:
         name = group["apollo_names"][index_in_group(weight, group)]
         generator = named_generator(group["apollo_seed"], done, name)
-        return random_basis(min(weight.shape), r=group["apollo_r"], generator=generator).to(weight)
+        basis = random_basis(min(weight.shape), r=group["apollo_r"], generator=generator)
+        return upload(basis.to(weight.dtype), weight.device)
 
 
 class Apollo(SplitMethod):

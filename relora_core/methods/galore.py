@@ -33,11 +33,11 @@ def projector(gradient: Tensor, *, r: int) -> Tensor:
     vectors and so a non-finite update: the run reports divergence, as it would under AdamW.
     """
     rows, columns = gradient.shape
-    if not gradient.isfinite().all():
-        return torch.eye(min(rows, columns), r, dtype=gradient.dtype, device=gradient.device)
-    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    finite = gradient.isfinite().all()
+    left, _, right = torch.linalg.svd(torch.where(finite, gradient, 0.0), full_matrices=False)
     vectors = left[:, :r] if rows <= columns else right[:r].T
-    vectors = (vectors * column_signs(vectors)).contiguous()
+    unit = torch.eye(min(rows, columns), r, dtype=gradient.dtype, device=gradient.device)
+    vectors = torch.where(finite, vectors * column_signs(vectors), unit).contiguous()
     take_from_rank_0_(vectors)
     return vectors
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core.config import RunConfig, adapted_shapes
 from relora_core.methods.adapter import AdapterMethod, ForwardPass, ReLoRALinear
 from relora_core.optim import MOMENTS, prune_state_
+from relora_core.overlap import read
 from relora_core.ranks import take_from_rank_0_
 from relora_core.redraws import Draws
 from relora_core.schedule import is_full_rank, scheduled_rank
@@ -45,7 +46,7 @@ class LoRA(AdapterMethod):
             adapted = ReLoRALinear(linear, relora, name=name, place=self._place)
             zero_a = relora.init_a == "zero"
             adapted.draw_(named_generator(self.config.seed, 0, name), zero_a=zero_a)
-            model.set_submodule(name, adapted)
+            self.put_(model, name, adapted)
         self.set_phase(0, model)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -77,6 +78,7 @@ class LoRA(AdapterMethod):
 
     def before_pass(self, step: int, *, first: int, stride: int) -> None:
         """Dropout and nested ranks are drawn for the place of each sequence in the whole batch."""
+        super().before_pass(step, first=first, stride=stride)
         self._place.step, self._place.first, self._place.stride = step, first, stride
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
@@ -121,13 +123,14 @@ class ReLoRA(LoRA):
         share = self.config.relora.adaptive_rank_energy
         if share is None:
             return [most for _ in due]
-        ranks = [
-            most
-            if most > self._draws.rank(step, index)
-            else min(most, _needed_rank(adapter, share=share) or adapter.rank)
-            for index, _, adapter in due
-        ]
-        agreed = torch.tensor(ranks, device=due[0][2].weight.device)
+        raised = [most > self._draws.rank(step, index) for index, _, _ in due]
+        highest = torch.full((), most, device=due[0][2].weight.device)
+        agreed = torch.stack(
+            [
+                highest if up else _needed_rank(adapter, most=most, share=share)
+                for up, (_, _, adapter) in zip(raised, due, strict=True)
+            ]
+        )
         take_from_rank_0_(agreed)
         return agreed.tolist()
 
@@ -153,12 +156,12 @@ class ReLoRA(LoRA):
         if not self.redraws(step):
             return metrics
         relora, seed = self.config.relora, self.config.seed
-        merged, dropped, pruned = 0.0, 0, {}
+        merged, dropped, pruned = [], 0, {}
         due = self._due(step, model)
         for (_, name, adapter), rank in zip(due, self._next_ranks(step, due), strict=True):
             if relora.after_merge == "restore":
                 adapter.keep_masters_()
-            merged += adapter.merge_(scaled=relora.merge == "scaled").item()
+            merged.append(adapter.merge_(scaled=relora.merge == "scaled"))
             if rank != adapter.rank:
                 dropped += _change_rank(adapter, rank, optimizer)
                 self._resized = True
@@ -186,19 +189,19 @@ class ReLoRA(LoRA):
             return metrics
         return metrics | {
             "restart/count": float(number + 1),
-            "restart/merged_norm": math.sqrt(merged),
+            "restart/merged_norm": math.sqrt(sum(read(*merged))),
             "restart/state_zeroed": zeroed,
         }
 
 
-def _needed_rank(adapter: ReLoRALinear, *, share: float) -> int | None:
-    """The fewest ranks that hold this share of BA's squared singular values; None where they are 0
-    or not finite."""
+def _needed_rank(adapter: ReLoRALinear, *, most: int, share: float) -> Tensor:
+    """The fewest ranks that hold this share of BA's squared singular values, an int64 scalar; the
+    adapter's own where they are 0 or not finite."""
     sigma = product_singular_values(adapter.lora_B.detach(), adapter.lora_A.detach())
     energy = sigma.square().cumsum(dim=0)
-    if not 0 < float(energy[-1]) < math.inf:
-        return None
-    return int((energy < share * energy[-1]).sum()) + 1
+    measured = (energy[-1] > 0) & (energy[-1] < math.inf)
+    rank = torch.where(measured, (energy < share * energy[-1]).sum() + 1, adapter.rank)
+    return rank.clamp(max=most)
 
 
 def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:

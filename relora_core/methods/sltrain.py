@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from relora_core.config import SLTrainConfig, linear_shapes
 from relora_core.methods.base import Method
+from relora_core.overlap import read
 from relora_core.ranks import take_from_rank_0_
 from relora_core.seeds import named_generator
 from relora_core.spectra import column_signs
@@ -104,18 +105,25 @@ class SLTrainLinear(nn.Module):
         return self._build_sparse()
 
     @torch.no_grad()
-    def balance_(self) -> float:
+    def norm_ratio(self) -> Tensor:
+        """The norm of B over that of A, a float64 scalar."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return self.lora_B.double().norm() / self.lora_A.double().norm()
+
+    @torch.no_grad()
+    def balance_(self, ratio: float | None = None) -> float:
         """Set B and A to U sqrt(D) and sqrt(D) V^T of the SVD of their product; returns the norm of
-        B over that of A before.
+        B over that of A before, which may be given.
 
         Both stay as they are where the product is 0, whose factors would have no gradient, or not
         finite.
         """
         assert self.lora_A is not None
         assert self.lora_B is not None
-        b, a = self.lora_B.double(), self.lora_A.double()
-        ratio = (b.norm() / a.norm()).item()
+        ratio = self.norm_ratio().item() if ratio is None else ratio
         if 0 < ratio < math.inf:
+            b, a = self.lora_B.double(), self.lora_A.double()
             (left, upper), (right, lower) = torch.linalg.qr(b), torch.linalg.qr(a.T)
             u, d, v = torch.linalg.svd(upper @ lower.T)
             self._set_factors_(left @ u, d, v @ right.T)
@@ -150,10 +158,12 @@ class SLTrain(Method):
         """Refactor B A of every target at multiples of `refactor_every`."""
         if not self.refactors(step):
             return {}
-        ratios = []
-        for _, linear in self.targets(model):
-            if self.config.sltrain.refactor == "balance":
-                ratios.append(linear.balance_())
+        linears = [linear for _, linear in self.targets(model)]
+        balances = self.config.sltrain.refactor == "balance"
+        ratios = read(*(linear.norm_ratio() for linear in linears)) if balances else []
+        for linear, ratio in zip(linears, ratios, strict=False):
+            linear.balance_(ratio)
+        for linear in linears:
             for factor in (linear.lora_A, linear.lora_B):
                 if factor is not None:
                     optimizer.state.pop(factor, None)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from relora_core.methods.base import SplitMethod, index_in_group, updates_done
 from relora_core.optim import SplitAdamW
+from relora_core.overlap import upload
 from relora_core.seeds import named_generator
 
 PLACES = ("support", "indices")
@@ -117,7 +118,8 @@ def _draw_support(weight: Tensor, gradient: Tensor, group: dict[str, Any], done:
         drawn = gradient.flatten().abs().topk(k, sorted=False).indices
     else:
         generator = named_generator(group["sparse_seed"], done, f"{name}/support")
-        drawn = torch.randperm(weight.numel(), generator=generator)[:k].to(weight.device)
+        places = torch.randperm(weight.numel(), generator=generator)[:k]
+        drawn = upload(places, weight.device)
     return drawn.sort().values.int()
 
 

@@ -48,6 +48,7 @@ from torch.optim import Optimizer
 from relora_core.config import ReLoRAConfig, RunConfig, SwitchLoRAConfig
 from relora_core.methods.adapter import AdapterMethod, ReLoRALinear
 from relora_core.optim import SplitAdamW, build_adamw
+from relora_core.overlap import upload
 from relora_core.schedule import switch_rate
 from relora_core.seeds import named_generator, named_seed
 
@@ -155,7 +156,7 @@ class SwitchLoRA(AdapterMethod):
             linear: Any = model.get_submodule(name)
             adapted = SwitchLinear(linear, self.config.switchlora)
             adapted.initialize_(named_generator(self.config.seed, 0, name))
-            model.set_submodule(name, adapted)
+            self.put_(model, name, adapted)
 
     def build_optimizer(self, model: nn.Module) -> SwitchAdamW:
         optimizer = build_adamw(self.param_groups(model), train=self.config.train, kind=SwitchAdamW)
@@ -203,7 +204,7 @@ class SwitchLoRA(AdapterMethod):
         if self.config.switchlora.order == "sequential":
             return turn % spare
         generator = named_generator(self.config.seed, step, name)
-        return torch.randperm(spare, generator=generator)[: len(turn)].to(turn.device)
+        return upload(torch.randperm(spare, generator=generator)[: len(turn)], turn.device)
 
     def state_dict(self) -> dict[str, Any]:
         """By adapter: how many vectors of A have been switched, and the newest counts c_k."""

@@ -1,7 +1,7 @@
 """The training loop on a GPU that is not there: shapes without values, on a CPU build of torch.
 
-As a program (`python fake_cuda.py GUARD FOLDER`, a config on stdin) it trains and prints as JSON
-what made the host wait for the device: {"STEP what": places}, and the calls of attention. A read
+As a program (`python fake_cuda.py GUARD FOLDER`, configs on stdin, one a line) it trains each and
+prints a line of JSON: what made the host wait for the device, by step and place, and more. A read
 answers 1. Not for: what is computed, and how fast.
 """
 
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.identity import config_from_json
 from relora_core import kernels, train
+from relora_core.config import RunConfig
 
 aten = torch.ops.aten
 
@@ -44,6 +45,8 @@ class Waits(TorchDispatchMode):
         self.places: dict[str, collections.Counter[str]] = {}
         self.launches: collections.Counter[str] = collections.Counter()
         self.pinned: set[int] = set()
+        self.casts: dict[str, list[list[int]]] = {}
+        """Shapes of what was cast to bf16 on the device, by step."""
 
     def add(self, what: str) -> None:
         frames = [f for f in traceback.extract_stack() if "/relora_core/" in f.filename]
@@ -63,6 +66,10 @@ class Waits(TorchDispatchMode):
             args = (args[0], [self._plain(i) for i in args[1]], *args[2:])
         if func is aten._to_copy.default and "device" in kwargs:
             self._moved(args[0], str(torch.device(kwargs["device"]).type), kwargs)
+        cast = func is aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        cast |= func is aten.copy_.default and args[0].dtype == torch.bfloat16
+        if cast and where == "cuda":
+            self.casts.setdefault(self.step, []).append(list(args[0].shape))
         if func is aten.copy_.default:
             self._moved(args[1], args[0].device.type, {"non_blocking": (*args, False)[2]} | kwargs)
         return func(*args, **kwargs)
@@ -106,14 +113,13 @@ def _accelerator() -> Any:
 def fake_gpu(waits: Waits) -> Any:
     """torch's own questions about a GPU answered as one with bf16 would."""
     GUARD.install()
-    tolist, numpy = Tensor.tolist, Tensor.numpy
+    numpy = Tensor.numpy
 
-    def as_list(self: Tensor) -> Any:
-        if not isinstance(self, FakeTensor):
-            return tolist(self)
+    def as_list(self: FakeTensor) -> Any:
         if self.device.type == "cuda":
             waits.add("read")
-        return np.ones(tuple(self.shape)).tolist()
+        kind = float if self.dtype.is_floating_point else int
+        return np.ones(tuple(self.shape), dtype=kind).tolist()
 
     def as_numpy(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         fake = isinstance(self, FakeTensor)
@@ -139,7 +145,7 @@ def fake_gpu(waits: Waits) -> Any:
 
     common = torch.cuda.amp.common
     with (
-        mock.patch.object(Tensor, "tolist", as_list),
+        mock.patch.object(FakeTensor, "tolist", as_list),
         mock.patch.object(Tensor, "numpy", as_numpy),
         mock.patch.object(Tensor, "pin_memory", pinned),
         mock.patch.object(common, "amp_definitely_not_available", return_value=False),
@@ -150,8 +156,8 @@ def fake_gpu(waits: Waits) -> Any:
         yield
 
 
-def main(folder: str) -> None:
-    config = config_from_json(sys.stdin.read())
+def measure(config: RunConfig, folder: str) -> dict[str, Any]:
+    """One run, to its end."""
     waits, calls = Waits(), []
     events: list[Any] = []
 
@@ -196,18 +202,16 @@ def main(folder: str) -> None:
             cache_dir=Path(folder),
             sink=SimpleNamespace(emit=events.append),
         )
-    print(
-        json.dumps(
-            {
-                "ended": ended,
-                "events": [[event.kind, event.step] for event in events],
-                "waits": waits.places,
-                "launches": waits.launches,
-                "attention": [[*call[:3], len(call[3])] for call in calls],
-            }
-        )
-    )
+    return {
+        "ended": ended,
+        "events": [[event.kind, event.step] for event in events],
+        "waits": waits.places,
+        "launches": waits.launches,
+        "casts": waits.casts,
+        "attention": [[*call[:3], len(call[3])] for call in calls],
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[2])
+    for line in sys.stdin:
+        print(json.dumps(measure(config_from_json(line), sys.argv[2])), flush=True)

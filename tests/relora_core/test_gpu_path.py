@@ -2,59 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.identity import config_to_json
 from relora_core import kernels
 from relora_core.config import ConfigError, RunConfig
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
-
-@pytest.fixture(scope="session")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fake_guard.cpp as a library."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ here to build a guard for fake CUDA tensors")
-    library, home = tmp_path_factory.mktemp("guard") / "guard.so", Path(torch.__file__).parent
-    include = home / "include"
-    words = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{include}"]
-    words += [f"-I{include}/torch/csrc/api/include", str(HERE / "fake_guard.cpp"), "-o"]
-    words += [str(library), f"-L{home}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home}/lib"]
-    subprocess.run(words, check=True)
-    return library
-
-
-@pytest.fixture
-def fake_run(guard: Path, nano: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., Any]:
-    """Config's changes -> what `fake_cuda.py` prints."""
-
-    def run(**changes: Any) -> Any:
-        config = nano(**{"model": {"vocab_size": 301}, **changes})
-        done = subprocess.run(
-            [sys.executable, HERE / "fake_cuda.py", guard, tmp_path],
-            input=config_to_json(config),
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
 
 
 # attention ---------------------------------------------------------------------------------------
@@ -115,10 +71,10 @@ def test_the_kernel_of_a_run_is_named_before_it_begins(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_on_a_gpu_asks_for_kernels_that_are_there(
-    fake_run: Callable[..., Any], precision: str
+    fake_run: Callable[[RunConfig], Any], nano: Callable[..., RunConfig], precision: str
 ) -> None:
     """In training and around restarts; 4 query heads read 2 key heads."""
-    run = fake_run(train={"steps": 5, "precision": precision})
+    run = fake_run(nano(model={"vocab_size": 301}, train={"steps": 5, "precision": precision}))
     assert run["ended"] == "finished"
     kinds = {kind for kind, *_ in run["attention"]}
     assert kinds == {"torch.float32"} | ({"torch.bfloat16"} if precision == "bf16" else set())
