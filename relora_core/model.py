@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
 from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu, to_product_type
-from relora_core.loss import head_loss
+from relora_core.loss import head_loss, target_log_probs
 
 
 class RMSNorm(nn.Module):
@@ -126,6 +126,29 @@ class Decoder(nn.Module):
     def logits(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, V) in float32, all at once: for tests and small inputs only."""
         return self.de_embedding_proj(self.hidden_states(ids)).float()
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.config.max_seq_len
+
+    @property
+    def device(self) -> torch.device:
+        return self.de_embedding_proj.weight.device
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return True
+
+    def head(self, precision: str) -> Tensor:
+        """The head's weight (V, C) for matmuls in `precision`, fp32 or bf16."""
+        weight = self.de_embedding_proj.weight.detach()
+        return weight.bfloat16() if precision == "bf16" else weight
+
+    def log_probs(
+        self, ids: Tensor, at: Tensor, targets: Tensor, *, precision: str = "fp32"
+    ) -> Tensor:
+        """As `evals.base.LanguageModel`: only positions that are asked for reach the head."""
+        return target_log_probs(self.hidden_states(ids)[at], self.head(precision), targets)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats of labels (B, T) given ids (B, T): a float32 scalar."""

@@ -32,6 +32,7 @@ from relora_core.data import load_tokenizer, open_stream
 from relora_core.dynamics import Recorder
 from relora_core.evals import Eval
 from relora_core.evals import prepare as prepare_evals
+from relora_core.evals.base import LanguageModel
 from relora_core.events import Event, NullSink, Sink
 from relora_core.methods import build_method
 from relora_core.model import Decoder
@@ -507,7 +508,7 @@ class Measures:
         config: RunConfig,
         *,
         accelerator: Accelerator,
-        model: Decoder,
+        model: LanguageModel,
         evals: list[Eval],
         recorder: Recorder,
         sink: Sink,

@@ -16,17 +16,13 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from relora_core.config import EVALS, ConfigError, RunConfig, runs_eval
 from relora_core.data import load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
 from relora_core.evals import blimp, paloma
-from relora_core.evals.base import EvalResult, EvalSpec, Item, Work
-
-if TYPE_CHECKING:
-    from relora_core.model import Decoder
-
+from relora_core.evals.base import EvalResult, EvalSpec, Item, LanguageModel, Work
 
 SPECS = (
     paloma.SPEC,
@@ -47,7 +43,7 @@ class Eval:
     build: Callable[[], Callable[..., EvalResult]]
     """Loads and tokenises; gives the function of (model, **Work)."""
 
-    def run(self, model: Decoder, **work: Unpack[Work]) -> EvalResult:
+    def run(self, model: LanguageModel, **work: Unpack[Work]) -> EvalResult:
         """Evaluate `model` as it is: no RNG is used, and train/eval modes are put back."""
         return self._evaluate(model, **work)
 
@@ -56,8 +52,9 @@ class Eval:
         return self.build()
 
 
-def inspect(config: RunConfig) -> dict[str, str | None]:
-    """Eval -> digest of its texts, for the evals that this run has.
+def inspect(config: RunConfig, *, tokenizer: Tokenizer | None = None) -> dict[str, str | None]:
+    """Eval -> digest of its texts, for the evals that this run has; `tokenizer` in place of
+    data.tokenizer.
 
     None stands for the grammar's own texts. Every record is read; the first bad one raises
     ConfigError, one line with file and line number.
@@ -69,7 +66,7 @@ def inspect(config: RunConfig) -> dict[str, str | None]:
         if section.path is not None and config.data.kind == "grammar":
             _check_words(REGISTRY[name].load(section), key=f"eval.{name}.path", path=section.path)
         elif config.data.kind != "grammar":
-            _check_tokens(config, name)
+            _check_tokens(config, name, tokenizer=tokenizer)
     return digests
 
 
@@ -84,10 +81,10 @@ def notes(config: RunConfig) -> list[str]:
     ]
 
 
-def _check_tokens(config: RunConfig, name: str) -> None:
+def _check_tokens(config: RunConfig, name: str, *, tokenizer: Tokenizer | None) -> None:
     """ConfigError if the eval cannot score the texts' tokens: raised here, not after hours of
     training. A tokenizer that knows every character needs no pass over all of them."""
-    tokenizer = load_tokenizer(config.data)
+    tokenizer = tokenizer or load_tokenizer(config.data)
     if tokenizer is None:
         raise _no_tokenizer(name)
     section = getattr(config.eval, name)

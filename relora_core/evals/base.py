@@ -20,7 +20,8 @@ from relora_core.data.places import missing
 from relora_core.events import Metric
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 PORTION = 2**20
 """Characters encoded at a time; a longer text alone, in windows."""
@@ -45,6 +46,39 @@ class Work(TypedDict, total=False):
     """Sum of a float64 tensor over the ranks; needed where world > 1."""
     progress: Callable[[int, int], None] | None
     """Called with (done, total) sequences."""
+
+
+class LanguageModel(Protocol):
+    """What an eval asks of a model: anything that maps ids to logits can give it.
+
+    A torch module, so that its modes can be put back after an eval. `model.Decoder` is one, and so
+    is any causal model of transformers behind `foreign.ForeignModel`.
+    """
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest input in tokens."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether it has `prefix_states` and `head`, of which `tree.sums` makes scores."""
+        ...
+
+    def log_probs(
+        self, ids: Tensor, at: Tensor, targets: Tensor, *, precision: str = "fp32"
+    ) -> Tensor:
+        """log p(targets) in nats, (N,), of the N next tokens at the positions `at` (B, T) of ids
+        (B, T), row by row. Ids beyond a sequence's end are 0, and no such position is asked for.
+        """
+        ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
 
 
 class Item(Protocol):
@@ -98,6 +132,12 @@ class Window(NamedTuple):
     ids: np.ndarray
     """(n,) int32; scored < n."""
     scored: int
+
+
+def start_id(tokenizer: Tokenizer) -> int:
+    """The id that a text begins after where nothing precedes it: as in lm-eval the BOS, of a
+    tokenizer that has one (`foreign.ForeignTokenizer`), else the id that ends a document."""
+    return getattr(tokenizer, "start_id", tokenizer.eos_id)
 
 
 def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:

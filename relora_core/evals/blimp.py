@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -33,18 +33,17 @@ from relora_core.data.places import SPLITS, Look, first_line, looks, some, split
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
+    LanguageModel,
     Window,
     Work,
     digest,
     encode,
     existing,
     records,
+    start_id,
 )
 from relora_core.evals.scoring import score
 from relora_core.events import Metric
-
-if TYPE_CHECKING:
-    from relora_core.model import Decoder
 
 KEY = "eval.blimp.path"
 ACCURACY = Metric(
@@ -69,6 +68,8 @@ MAX_BYTES = 1 << 30
 """Of an archive's files in memory; BLiMP has 40 MB."""
 _MEMBER = r"(.*/)?[^./][^/]*\.jsonl"
 _ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError)  # the last: encrypted
+RULES = {"no_bos": np.greater, "eos_prefix": np.greater_equal}
+"""Variant -> whether a pair is right, of log p(good) and log p(bad)."""
 GRAMMAR_SEED = 0
 """Pairs of the grammar."""
 
@@ -311,7 +312,7 @@ def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
 def windows(pairs: Sequence[Pair], *, tokenizer: Tokenizer) -> dict[str, list[Window]]:
     """Variant -> the sequences of good and bad in turn, 2 * len(pairs) of them."""
     texts = [text for pair in pairs for text in pair.texts()]
-    start = np.array([tokenizer.eos_id], dtype=np.int32)
+    start = np.array([start_id(tokenizer)], dtype=np.int32)
     return {
         "no_bos": [Window(ids, max(0, len(ids) - 1)) for ids in encode(texts, tokenizer)],
         "eos_prefix": [
@@ -322,24 +323,27 @@ def windows(pairs: Sequence[Pair], *, tokenizer: Tokenizer) -> dict[str, list[Wi
 
 
 def evaluate(
-    model: Decoder,
+    model: LanguageModel,
     *,
     pairs: Sequence[Pair],
     windows: Mapping[str, Sequence[Window]],
     precision: str = "fp32",
     **work: Unpack[Work],
 ) -> EvalResult:
-    """Accuracy of both variants on `pairs`, from the `windows` that the function above makes.
+    """Accuracy of each variant on `pairs`, from the `windows` that the function above makes, or
+    from those of one variant.
 
     `eval/blimp/<variant>/accuracy` is the unweighted mean over paradigms, and
     `eval/blimp/<variant>/<phenomenon>` that over the phenomenon's paradigms. Table
-    `blimp_paradigms`: both accuracies of each paradigm; `ties` counts equal scores in eos_prefix.
+    `blimp_paradigms`: the accuracies of each paradigm; `ties` counts equal scores in eos_prefix,
+    or in the only variant.
     """
-    _check_lengths(windows, max_seq_len=model.config.max_seq_len)
-    both = [*windows["no_bos"], *windows["eos_prefix"]]
-    scores = score(model, both, share_prefixes=True, precision=precision, **work)
-    (bare_good, bare_bad), (good, bad) = scores.reshape(2, len(pairs), 2).transpose(0, 2, 1)
-    right = {"no_bos": bare_good > bare_bad, "eos_prefix": good >= bad}
+    _check_lengths(windows, max_seq_len=model.max_seq_len)
+    every = [window for own in windows.values() for window in own]
+    scores = score(model, every, share_prefixes=True, precision=precision, **work)
+    good, bad = scores.reshape(len(windows), len(pairs), 2).transpose(2, 0, 1)
+    right = {name: RULES[name](good[i], bad[i]) for i, name in enumerate(windows)}
+    ties = (good == bad)[-1]
     places: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
         places[pair.uid].append(i)
@@ -350,7 +354,7 @@ def evaluate(
             "field": pairs[at[0]].field,
             "pairs": len(at),
             **{variant: float(r[at].mean()) for variant, r in right.items()},
-            "ties": int((good == bad)[at].sum()),
+            "ties": int(ties[at].sum()),
         }
         for uid, at in places.items()
     ]

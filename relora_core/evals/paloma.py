@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
@@ -40,18 +40,17 @@ from relora_core.data.places import Look, looks, some, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
+    LanguageModel,
     Window,
     Work,
     digest,
     encode,
     existing,
     records,
+    start_id,
 )
 from relora_core.evals.scoring import score
 from relora_core.events import Metric
-
-if TYPE_CHECKING:
-    from relora_core.model import Decoder
 
 KEY = "eval.paloma.path"
 PERPLEXITY = Metric(
@@ -68,6 +67,13 @@ PAPER_PERPLEXITY = Metric(
     scale="log",
     charted=False,
 )
+BITS_PER_BYTE = Metric(
+    key="eval/paloma/bits_per_byte",
+    title="bits per byte",
+    label="Paloma, bits per byte",
+    charted=False,
+)
+"""Shown where models of different tokenizers are compared."""
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".json.gz")
 """Of the files that are read."""
 MAX_LEN = 2048
@@ -246,6 +252,7 @@ def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
         documents=documents,
         ids=encode([d.text for d in documents], tokenizer),
         eos_id=tokenizer.eos_id,
+        prefix=start_id(tokenizer),
         max_len=max_len,
         precision=section.precision,
     )
@@ -310,11 +317,12 @@ def _total(sums: Iterable[_Sum]) -> _Sum:
 
 
 def evaluate(
-    model: Decoder,
+    model: LanguageModel,
     *,
     documents: Sequence[Document],
     ids: Sequence[np.ndarray],
     eos_id: int,
+    prefix: int | None = None,
     max_len: int | None = None,
     precision: str = "fp32",
     **work: Unpack[Work],
@@ -329,10 +337,12 @@ def evaluate(
     macro_sources_perplexity: mean of the sources' pooled perplexities.
     paper_perplexity: see the module; absent where no source fills one row of max_len >= 2.
 
+    prefix: id that documents begin after; None: eos_id.
     max_len: longest input; None: the model's max_seq_len, 2048 at most. Table `paloma_domains`.
     """
-    max_len = max_len or min(model.config.max_seq_len, MAX_LEN)
-    cut = [list(document_windows(x, prefix=eos_id, max_len=max_len)) for x in ids]
+    prefix = eos_id if prefix is None else prefix
+    max_len = max_len or min(model.max_seq_len, MAX_LEN)
+    cut = [list(document_windows(x, prefix=prefix, max_len=max_len)) for x in ids]
     by_source = defaultdict(list)
     for document, tokens in zip(documents, ids, strict=True):
         by_source[document.source].append(tokens)

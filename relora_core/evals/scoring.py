@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from relora_core.evals.base import Window, Work, padded
+from relora_core.evals.base import LanguageModel, Window, Work, padded
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from relora_core.model import Decoder
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
 """Tokens per forward pass; a CPU wants activations that stay in its caches."""
@@ -25,7 +23,7 @@ SHORT = 64
 
 
 def score(
-    model: Decoder,
+    model: LanguageModel,
     windows: Sequence[Window],
     *,
     batch_tokens: int | None = None,
@@ -36,21 +34,20 @@ def score(
     """Sum of log p(scored tokens) of each window in nats, float64, shape (len(windows),).
 
     Equal windows are scored once, so they get equal sums; `share_prefixes` of short ones are
-    computed once, too. With precision bf16 the head's matmuls are. Batches are the same for any
-    number of ranks; rank r takes batches r, r + world, ..., and `reduce` brings the sums together.
+    computed once, too, by a model that can. With precision bf16 the head's matmuls are. Batches are
+    the same for any number of ranks; rank r takes batches r, r + world, ..., and `reduce` brings
+    the sums together.
     """
     import torch
 
     # Longest first, so that there is hardly any padding; short ones by content, which brings
     # together what begins alike.
-    short = SHORT if share_prefixes else 0
+    short = SHORT if share_prefixes and model.shares_prefixes else 0
     keys = [(min(short - len(w.ids), 0), w.ids.tobytes(), w.scored) for w in windows]
     index = {key: i for i, key in enumerate(keys)}
     order = sorted(index)
     unique = [windows[index[key]] for key in order]
-    weight = model.de_embedding_proj.weight.detach()
-    head = weight.bfloat16() if precision == "bf16" else weight
-    device = weight.device
+    device = model.device
     budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     batches = _plan(unique, budget=budget, short=short)
     rank, world = work.get("rank", 0), work.get("world", 1)
@@ -59,7 +56,7 @@ def score(
     # no_grad and not inference_mode: what a module caches here must still serve training.
     with _evaluating(model), torch.no_grad():
         for start, stop, sums_of in batches[rank::world]:
-            sums[start:stop] = sums_of(model, unique[start:stop], head)
+            sums[start:stop] = sums_of(model, unique[start:stop], precision=precision)
             if progress is not None:
                 progress(stop, len(unique))
     if reduce is not None:
@@ -94,7 +91,7 @@ def _batches(lengths: Sequence[int], *, budget: int) -> Iterator[tuple[int, int]
 
 
 @contextlib.contextmanager
-def _evaluating(model: Decoder) -> Iterator[None]:
+def _evaluating(model: LanguageModel) -> Iterator[None]:
     """Dropout off, and every module back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -105,16 +102,14 @@ def _evaluating(model: Decoder) -> Iterator[None]:
             module.training = training
 
 
-def _padded_sums(model: Decoder, batch: Sequence[Window], head: Tensor) -> Tensor:
-    """(B,) float64 sums. Only positions that are scored reach the head."""
+def _padded_sums(model: LanguageModel, batch: Sequence[Window], *, precision: str) -> Tensor:
+    """(B,) float64 sums."""
     import torch
 
-    from relora_core.loss import target_log_probs
-
     ids, scored = padded(batch)
-    own, tokens = torch.from_numpy(scored).to(head.device), torch.from_numpy(ids).to(head.device)
-    sums = torch.zeros(own.shape, dtype=torch.float64, device=head.device)
+    own, tokens = torch.from_numpy(scored).to(model.device), torch.from_numpy(ids).to(model.device)
+    sums = torch.zeros(own.shape, dtype=torch.float64, device=model.device)
     if scored.any():
-        hidden = model.hidden_states(tokens[:, :-1])[own]  # (N, C)
-        sums[own] = target_log_probs(hidden, head, tokens[:, 1:][own]).double()
+        targets = tokens[:, 1:][own]
+        sums[own] = model.log_probs(tokens[:, :-1], own, targets, precision=precision).double()
     return sums.sum(dim=1)

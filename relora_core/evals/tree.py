@@ -5,10 +5,11 @@ In BLiMP the distinct prefixes are 56 % of all positions. Not for: long texts, w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from relora_core.evals.base import Window, padded
 from relora_core.kernels import fused_attention
 from relora_core.loss import target_log_probs
+from relora_core.model import Decoder
 
 if TYPE_CHECKING:
-    from relora_core.model import Attention, Block, Decoder
+    from relora_core.model import Attention, Block
 
 NODES = 64
 """Nodes of a tree: larger ones share more, but each node attends over a mask of as many."""
@@ -51,6 +53,22 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else length
 
 
+class Sharing(Protocol):
+    """Any other model whose states can be computed over prefix trees."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def head(self, precision: str) -> Tensor:
+        """Weight (V, C) of the head, for matmuls in `precision`."""
+        ...
+
+    def prefix_states(self, ids: Tensor, *, depth: Tensor, mask: Tensor) -> Tensor:
+        """(G, N, C), ready for the head: of each node at position `depth` (G, N), which looks at
+        the nodes that `mask` (G, N, N) says and no others."""
+        ...
+
+
 @dataclass(kw_only=True, slots=True)
 class Trees:
     """G prefix trees of at most N nodes, and where each sequence runs through them."""
@@ -65,16 +83,22 @@ class Trees:
     """(B, T) int64: g * N + node of each input of each sequence; -1 beyond its end."""
 
 
-def sums(model: Decoder, batch: Sequence[Window], head: Tensor) -> Tensor:
+def sums(model: Decoder | Sharing, batch: Sequence[Window], *, precision: str) -> Tensor:
     """(B,) float64 sums of log p of the scored tokens of each window; sorted ones share most."""
     ids, scored = padded(batch)
+    head = model.head(precision)
     trees = build([w.ids for w in batch])
     at = trees.path[scored]
     nodes, rows = np.unique(at, return_inverse=True)
     own = torch.from_numpy(scored).to(head.device)
     table = torch.zeros(own.shape, dtype=torch.float64, device=head.device)
     if len(at):
-        hidden = hidden_states(model, trees).flatten(0, 1)[torch.from_numpy(nodes).to(head.device)]
+        parts = (trees.ids, trees.depth, trees.mask)
+        ids_in, depth, mask = (torch.from_numpy(part).to(head.device) for part in parts)
+        ours = isinstance(model, Decoder)
+        of = functools.partial(hidden_states, model) if ours else model.prefix_states
+        states = of(ids_in, depth=depth, mask=mask).flatten(0, 1)
+        hidden = states[torch.from_numpy(nodes).to(head.device)]
         targets = torch.from_numpy(ids[:, 1:][scored]).to(head.device)
         log_probs = target_log_probs(
             hidden, head, targets, rows=torch.from_numpy(rows).to(head.device)
@@ -124,22 +148,22 @@ def build(sequences: Sequence[np.ndarray]) -> Trees:
     )
 
 
-def hidden_states(model: Decoder, trees: Trees) -> Tensor:
+def hidden_states(model: Decoder, ids: Tensor, *, depth: Tensor, mask: Tensor) -> Tensor:
     """(G, N, C) after the final norm: `model.hidden_states` at the end of each prefix.
 
-    It reads the model's modules, so adapters and the like count as they do there.
+    Arguments as of `Sharing.prefix_states`. It reads the model's modules, so adapters and the like
+    count as they do there.
     """
     device = model.embedding_proj.weight.device
     config = model.config
     head_dim = config.d_model // config.n_heads
     frequency = config.rope_theta ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angle = torch.from_numpy(trees.depth).to(device)[..., None] * frequency
+    angle = depth[..., None] * frequency
     rotation = torch.polar(torch.ones_like(angle), angle)[:, :, None]  # (G, N, 1, head_dim / 2)
-    x = model.embedding_proj(torch.from_numpy(trees.ids).to(device))
-    barred = torch.from_numpy(~trees.mask).to(device)[:, None]
-    mask = torch.zeros(barred.shape, dtype=x.dtype, device=device).masked_fill_(barred, -math.inf)
+    x = model.embedding_proj(ids)
+    added = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[:, None]
     for block in cast("Iterable[Block]", model.layers):
-        x = x + _attend(block.attention, block.attention_norm(x), rotation=rotation, mask=mask)
+        x = x + _attend(block.attention, block.attention_norm(x), rotation=rotation, mask=added)
         x = x + block.swiglu(block.swiglu_norm(x))
     return model.output_norm(x)
 

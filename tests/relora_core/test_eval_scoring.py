@@ -182,9 +182,9 @@ def test_dropout_is_off_and_modes_return_after_a_failure():
     class Failing(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.de_embedding_proj = torch.nn.Linear(1, 1)
+            self.device = torch.device("cpu")
 
-        def hidden_states(self, ids):
+        def log_probs(self, ids, at, targets, *, precision):
             assert not self.training
             raise RuntimeError("broken")
 
