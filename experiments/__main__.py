@@ -1,8 +1,10 @@
-"""`python -m experiments`: describe, show or export a run; tokenizers; published checkpoints."""
+"""`python -m experiments`: describe, show or export a run; evaluate any model; make a tokenizer;
+read published checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,6 +22,7 @@ from experiments.disk.state import state_of
 from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
 from experiments.run.complete import complete
+from experiments.run.foreign import Wanted, evaluate
 from experiments.tracking.model import find_tracked, log_model
 from relora_core import costs, schedule
 from relora_core.config import ConfigError, RunConfig, validate
@@ -32,8 +35,14 @@ EPILOG = """examples:
   python -m experiments show tiny-relora-r16 --json
   python -m experiments export tiny-relora-r16 exported/
   python -m experiments export tiny-relora-r16 exported/ --mlflow
+  python -m experiments evaluate gpt2 eval.blimp.path=blimp.zip eval.paloma.path=paloma/
   python -m experiments tokenizer texts/ bpe4k/ --vocab 4096
   python -m experiments published yuvalw/pico-relora-tiny-v2-sn --restart 4000
+"""
+EVALUATE = """BLiMP both ways (eval.blimp.path), Paloma's perplexity, the paper's and bits per byte
+(eval.paloma.path), ranks and condition numbers of the weights. The run is in `python -m sweeps
+status` and MLflow (tracking.experiment=NAME puts it beside a sweep's), and in a sweep's report with
+`python -m sweeps report SWEEP --beside NAME`. What is finished is not repeated.
 """
 
 
@@ -126,6 +135,27 @@ def export(
         exported["mlflow_model"] = log_model(tracked, folder=folder, step=step)
         exported["tracking_uri"] = redacted(tracked.store.uri)
     return exported
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate a model from elsewhere; with --json only its facts are printed."""
+    extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
+    wanted = Wanted(
+        source=arguments.model,
+        name=arguments.name,
+        overrides=arguments.overrides + extra,
+        revision=arguments.revision,
+        remote_code=arguments.trust_remote_code,
+        max_length=arguments.max_length,
+        config_dir=arguments.config_dir,
+    )
+    if not arguments.json:
+        return evaluate(wanted)[0]
+    with contextlib.redirect_stdout(sys.stderr):
+        code, run_dir = evaluate(wanted)
+    json.dump(show(run_dir), sys.stdout, indent=2, default=str)
+    print(flush=True)
+    return code
 
 
 def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[str, Any]:
@@ -264,6 +294,25 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", metavar="PATH", help=help_own)
     help_changed = "export with a tokenizer that has changed since, and write that down"
     command.add_argument("--accept-changed", action="store_true", help=help_changed)
+    help_evaluate = "evaluate any causal language model of transformers, as a run beside ours"
+    command = commands.add_parser(
+        "evaluate",
+        help=help_evaluate,
+        description=help_evaluate,
+        epilog=EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("model", metavar="MODEL", help="a folder, or a name on the hub")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of eval and tracking")
+    command.add_argument("--as", dest="name", help="its name (default: the last part of MODEL)")
+    command.add_argument("--revision", help="branch, tag or commit of the hub")
+    help_length = "tokens of Paloma's windows (default: the model's longest input, at most 2048)"
+    command.add_argument("--max-length", metavar="N", type=int, help=help_length)
+    help_code = "run code that MODEL brings along: only for sources that you trust"
+    command.add_argument("--trust-remote-code", action="store_true", help=help_code)
+    command.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="options of your own, as for run.py"
+    )
     help_import = "write a pico-decoder or relora-pico checkpoint as a LlamaForCausalLM folder"
     command = commands.add_parser("import-pico", help=help_import, description=help_import)
     command.add_argument("source", metavar="SOURCE", type=Path, help="config.json, *.safetensors")
@@ -295,7 +344,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line. The exit code: 0, 2 for the user's mistake, 1 for anything else."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "describe" and not any(word.startswith("-") for word in rest):
+    if arguments.command in ("describe", "evaluate") and not any(
+        word.startswith("-") for word in rest
+    ):
         arguments.overrides += rest  # argparse takes positionals before the options only
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -305,6 +356,8 @@ def main(argv: list[str] | None = None) -> int:
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
             result = describe(config, at_steps=arguments.at_steps)
             printer = _print_description
+        elif arguments.command == "evaluate":
+            return _evaluate(arguments)
         elif arguments.command == "export":
             run_dir = find_run(arguments.output_dir or "outputs", word=arguments.run)
             result = export(

@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from experiments import json_files
-from relora_core.config import RunConfig, applies, get, runs_eval, walk
+from relora_core.config import (
+    EvaluatedConfig,
+    RunConfig,
+    applies,
+    concerns,
+    get,
+    runs_eval,
+    walk,
+)
 
 SCHEMA_VERSION = 1
 """Part of every digest; raised when the meaning of an existing knob changes."""
@@ -26,14 +34,15 @@ def scientific(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of every knob that a run's identity depends on.
 
     Left out: knobs marked `scientific=False`, knobs of methods and data kinds that are not
-    selected, evals that are off, and later-added knobs at the value that means "as before".
+    selected, evals that are off, later-added knobs at the value that means "as before", and those
+    that say nothing of a model that was not trained here.
     """
     chosen = {}
     for key, f, value in walk(config):
         meta = f.metadata
         if not meta.get("scientific", True) or not applies(meta, config):
             continue
-        if _as_before(meta, value):
+        if _as_before(meta, value) or not concerns(config, key):
             continue
         if key.startswith("eval.") and key not in DIGESTED_WHEN_OFF:
             section = key.rsplit(".", 1)[0]
@@ -94,7 +103,8 @@ def label(config: RunConfig) -> str:
         meta = f.metadata
         if "label" in meta and applies(meta, config) and not _as_before(meta, value):
             parts.append(f"{meta['label']}{value}")
-    parts.append(config.data.kind)
+    if not isinstance(config, EvaluatedConfig):
+        parts.append(config.data.kind)
     safe = "-".join(parts)
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in safe)
     return safe[:60].lstrip(".-")
@@ -124,7 +134,8 @@ def config_to_json(config: RunConfig) -> str:
 
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`; ValueError if it does not fit. Newer knobs take defaults."""
-    return _build(RunConfig, json_files.parse(text), "")
+    values = json_files.parse(text)
+    return _build(EvaluatedConfig if "foreign" in values else RunConfig, values, "")
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -24,6 +24,7 @@ dynamics.py      which matrices of a run are measured, and the metrics of them
 spectra.py       singular values, effective rank and condition number of matrices
 costs.py         parameters, FLOPs and memory from shapes
 events.py        what a run reports: Event and Sink
+foreign.py       models of transformers, evaluated like our own
 export.py        a run as a plain `LlamaForCausalLM`, and pico's or Llama's weights back
 sources.py       the digest of this package's code
 atomic.py        files that are never half-written

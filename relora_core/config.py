@@ -1135,6 +1135,48 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+EVALUATED = "evaluated"
+"""Method of a model that was not trained here, and its experiment where none is named."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ForeignConfig:
+    """Where a model that was not trained here comes from, and what it is."""
+
+    source: str = knob(scientific=False)
+    """Folder or hub name."""
+    revision: str | None = knob(None, scientific=False)
+    """Branch, tag or commit of the hub."""
+    remote_code: bool = knob(False, scientific=False)
+    """Whether code of its own ran."""
+    architecture: str = knob(scientific=False, main=True)
+    """Class of transformers, such as GPT2LMHeadModel."""
+    parameters: int = knob(scientific=False, main=True)
+    """Tied ones once."""
+    start_id: int = knob()
+    """Id that texts begin after."""
+    fingerprint: str = knob()
+    """Digest of weights, architecture and tokenizer; stands for the source."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluatedConfig(RunConfig):
+    """What is frozen of a model that was not trained here (`foreign.py`); no one types it.
+
+    Most of a run's knobs say nothing of it: see `concerns`.
+    """
+
+    foreign: ForeignConfig
+
+
+def concerns(config: RunConfig, key: str) -> bool:
+    """Whether the knob can say anything of the run: of a model from elsewhere few do."""
+    own = ("foreign.", "eval.", "dynamics.kinds", "experiment", "output_dir", "tracking.")
+    sizes = ("name", "d_model", "d_ff", "n_layers", "n_heads", "vocab_size", "max_seq_len")
+    own += ("method", "data.seq_len", "runtime.", "seed", *(f"model.{name}" for name in sizes))
+    return not isinstance(config, EvaluatedConfig) or key.startswith(own)
+
+
 def method_config(config: RunConfig) -> MethodConfig:
     """The section of the run's method; of one without knobs, what any method does by default."""
     for f in fields(RunConfig):

@@ -188,7 +188,8 @@ class Recorder:
         wanted |= set(self.kinds)
         names = [n for n in linear_shapes(config.model) if n.rpartition(".")[2] in wanted]
         self._names = names
-        self._tap = GradientTap({name: model.get_submodule(name) for name in names})
+        tapped = names if "gradient" in self.what else []
+        self._tap = GradientTap({name: model.get_submodule(name) for name in tapped})
         on = config.dynamics.every_steps is not None
         self._initial = self._copy() if on and "update_total" in self.what else {}
         self._restarted = self._copy() if on and "update_restart" in self.what else {}

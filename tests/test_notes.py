@@ -93,9 +93,8 @@ def test_a_plan_says_it_once_for_all_its_runs(cut: RunConfig) -> None:
 
 
 def test_a_report_says_it() -> None:
-    run = SimpleNamespace(
-        notes=[CUT], state="finished", config=nano_config(), code=[], changed=[], seed=0
-    )
+    facts = {"state": "finished", "trained": True, "code": [], "changed": [], "seed": 0}
+    run = SimpleNamespace(notes=[CUT], config=nano_config(), **facts)
     arm = SimpleNamespace(finished=[run, run], runs=[run, run], name="a")
     sweep = SimpleNamespace(runs=[run, run], arms=[arm], varies={}, notes=[f"data: {CUT}", "x"])
     assert _cautions(sweep) == [f"Data: {CUT}.", "X."]  # type: ignore[arg-type]

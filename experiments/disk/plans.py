@@ -20,7 +20,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.identity import arm_id
 from experiments.json_files import Damaged, fits, names_folder, parse
 from experiments.labels import spell
-from relora_core.config import ConfigError
+from relora_core.config import ConfigError, EvaluatedConfig
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def single_run(run: RunDir) -> PlannedRun:
     arm = arm_id(config)
     return replace(
         bare,
-        arm=arm,
+        arm=config.model.name if isinstance(config, EvaluatedConfig) else arm,
         arm_id=arm,
         seed=config.seed,
         steps=config.train.steps,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments.disk.states import State
 from experiments.identity import scientific
-from relora_core.config import RunConfig, get
+from relora_core.config import EvaluatedConfig, RunConfig, get
 from relora_core.data import grammar
 
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
@@ -87,6 +87,11 @@ class RunData:
     @property
     def finished(self) -> bool:
         return self.state == State.FINISHED
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained here; else it is a model from elsewhere."""
+        return not isinstance(self.config, EvaluatedConfig)
 
     @property
     def code(self) -> list[str]:

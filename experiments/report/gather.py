@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from experiments import colours
 from experiments.colours import Look
 from experiments.disk import frozen, inputs
 from experiments.disk.evaluations import results
+from experiments.disk.named import find_run
 from experiments.disk.output_dir import plan_folder
-from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweep, sweep_names
+from experiments.disk.plans import (
+    PlannedRun,
+    SweepRecord,
+    question,
+    read_sweep,
+    single_run,
+    sweep_names,
+)
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.identity import config_from_json
@@ -37,14 +46,22 @@ _TABLE = re.compile(
 
 
 def gather(
-    output_dir: Path | str, sweep: str, *, states: Mapping[str, RunState] | None = None
+    output_dir: Path | str,
+    sweep: str,
+    *,
+    states: Mapping[str, RunState] | None = None,
+    beside: Sequence[str] = (),
 ) -> Sweep:
     """The sweep with all data of its runs; ConfigError if there is no such plan.
 
     `states` are those that a scheduler gave, by run_id; other runs' states are read from their
-    files.
+    files. `beside` names models from elsewhere, which are further arms.
     """
     record, configs = _plan(output_dir, sweep)
+    for word in beside:
+        run = _evaluated(output_dir, word)
+        record.runs.append(run)
+        configs.append(run.dir.config())
     runs = [
         _run(planned, config, states=states or {})
         for planned, config in zip(record.runs, configs, strict=True)
@@ -61,6 +78,17 @@ def gather(
             looks=colours.looks(record.runs),
         ),
     )
+
+
+def _evaluated(output_dir: Path | str, word: str) -> PlannedRun:
+    """The run of a model from elsewhere that `word` names; ConfigError for any other."""
+    run = single_run(find_run(output_dir, word=word))
+    if "foreign" not in run.config:
+        raise ConfigError(
+            f"--beside must name models that `python -m experiments evaluate` has evaluated, got "
+            f"{word!r}, the run {run.run_id} that was trained here"
+        )
+    return replace(run, name=run.config["model"]["name"], arm=run.config["model"]["name"])
 
 
 def _plan(output_dir: Path | str, sweep: str) -> tuple[SweepRecord, list[RunConfig]]:

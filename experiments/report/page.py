@@ -71,15 +71,16 @@ def write(
     published: Path | None = None,
     comparisons: Path | None = None,
     states: Mapping[str, RunState] | None = None,
+    beside: Sequence[str] = (),
 ) -> Path:
     """Write the report of a sweep as it is now, and return the path of its HTML page.
 
     `arms` are patterns of names of arms to show, all by default; `reference` names an arm, or is
-    `previous`; `comparisons` is a file for `registered.read`; `states` as for `gather`. ConfigError
-    for a sweep, arm or file that does not exist.
+    `previous`; `comparisons` is a file for `registered.read`; `states` and `beside` as for
+    `gather`. ConfigError for a sweep, arm, run or file that does not exist.
     """
     named = registered.read(comparisons) if comparisons else []
-    data = gather.gather(output_dir, sweep, states=states)
+    data = gather.gather(output_dir, sweep, states=states, beside=beside)
     named_section = registered.section(data, named)  # of all arms, whichever are shown
     select_arms(data, arms)
     if reference == PREVIOUS:
@@ -150,7 +151,7 @@ def _lead(sweep: Sweep) -> list[Block]:
     done = counts.get(State.FINISHED, 0)
     rest = [f"{n} {state}" for state, n in counts.items() if state != State.FINISHED]
     seeds = sorted({run.seed for run in runs})
-    steps = sorted({run.config.train.steps for run in runs})
+    steps = sorted({run.config.train.steps for run in runs if run.trained})
     many = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     hours = sum(run.cost.gpu_hours for run in runs)
     blocks: list[Block] = [f"Question: {sweep.question}"] if sweep.question else []
@@ -201,7 +202,12 @@ def _cautions(sweep: Sweep) -> list[str]:
             f"{plural(len(changed), 'run')} went on with other {keys} than planned, on purpose "
             f"(--accept-changed): {joined([run.run_id for run in changed], most=5)}."
         )
-    if len({run.config.train.steps for run in runs}) > 1:
+    if foreign := [arm.name for arm in sweep.arms if not arm.runs[0].trained]:
+        lines.append(
+            f"Not trained here, and with tokenizers of their own: {joined(foreign)}. Perplexities "
+            "are per token and must not be compared across tokenizers; bits per byte may be."
+        )
+    if len({run.config.train.steps for run in runs if run.trained}) > 1:
         lines.append(
             "Arms differ in their number of steps: their final numbers are not at one budget."
         )

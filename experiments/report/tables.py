@@ -18,6 +18,7 @@ from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
 from experiments.stats import Comparison, Interval, compare, holm, interval
 from relora_core.config import ConfigError, nearest
+from relora_core.evals.paloma import BITS_PER_BYTE
 from relora_core.events import LOSS_STEPS, Metric
 
 Pair = tuple[Arm, Arm]
@@ -28,8 +29,12 @@ SAME_TASK = ("model.", "data.", "train.", "eval.")
 
 
 def shown(sweep: Sweep) -> list[Metric]:
-    """The metrics that a finished run has."""
-    return [m for m in headline() if any(arm.values(m.key) for arm in sweep.arms)]
+    """The metrics that a finished run has; beside models from elsewhere also bits per byte, which
+    compares across tokenizers."""
+    every = list(headline())
+    if not all(run.trained for run in sweep.runs):
+        every.append(BITS_PER_BYTE)
+    return [m for m in every if any(arm.values(m.key) for arm in sweep.arms)]
 
 
 def find_arm(sweep: Sweep, word: str | None, *, option: str = "--reference") -> Arm | None:

@@ -16,7 +16,7 @@ from experiments.report.document import Block, Table, number
 from experiments.report.tables import hours_per_run, mean_cell, shown, value_text
 from experiments.stats import Interval, interval
 from relora_core import costs
-from relora_core.config import RunConfig, method_config
+from relora_core.config import EvaluatedConfig, RunConfig, method_config
 from relora_core.events import Metric
 
 SAME = 1e-3
@@ -64,6 +64,8 @@ def _moments(arm: Arm) -> Interval | None:
 def _counted(arm: Arm, count: Callable[[RunConfig], float]) -> Interval | None:
     """None for a config that does not say its vocabulary, as a planned one does."""
     config = _largest(arm)
+    if isinstance(config, EvaluatedConfig):  # how it was trained is not known
+        return None
     return None if config.model.vocab_size is None else _fixed(count(config))
 
 

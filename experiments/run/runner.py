@@ -30,6 +30,9 @@ from relora_core.config import ConfigError, RunConfig
 from relora_core.events import Event, NullSink, Sink
 from relora_core.sources import code_hash, comparable
 
+Work = Callable[..., str]
+"""What a run does instead of training, as a function of (*, sink, stop); it returns as `train`."""
+
 
 def run_experiment(
     config: RunConfig,
@@ -39,13 +42,14 @@ def run_experiment(
     stop: StopFlag | None = None,
     is_dead: Callable[[dict[str, Any]], bool] = lambda holder: False,
     extra_sinks: Sequence[Sink] = (),
+    work: Work | None = None,
 ) -> Outcome:
     """Run, or resume, one run in this process: begin an attempt, train, record how it ended.
 
     `stop` asks it to end early; then everything is on disk when this returns. `is_dead` is that of
-    `RunDir.lock`. `extra_sinks` get events after the record. Raises RunLocked while another process
-    is at work on the run. Any other failure is recorded in its folder (status.json, error.txt) and
-    raised.
+    `RunDir.lock`. `extra_sinks` get events after the record; `work` takes the place of training.
+    Raises RunLocked while another process is at work on the run. Any other failure is recorded in
+    its folder (status.json, error.txt) and raised.
     """
     stop, place = stop or StopFlag(), shell.settle()
     if place.rank:
@@ -66,6 +70,7 @@ def run_experiment(
                 stop=stop,
                 extra_sinks=extra_sinks,
                 world=place.world,
+                work=work,
             )
         except RunLocked:  # another process has the lock now, and alone may write the run's files
             raise
@@ -123,6 +128,7 @@ def _train(
     stop: StopFlag,
     extra_sinks: Sequence[Sink],
     world: int,
+    work: Work | None,
 ) -> Outcome:
     """Train to the last step or an earlier end; write the result unless it was interrupted."""
     from relora_core.train import train  # torch
@@ -137,13 +143,17 @@ def _train(
         if config.tracking.system_metrics:
             sinks.append(stack.enter_context(contextlib.closing(SystemSink(log))))
         with stop.ending() if world > 1 else contextlib.nullcontext():
-            ending = train(
-                config,
-                checkpoints=run_dir.checkpoints,
-                cache_dir=cache_dir(config.output_dir),
-                sink=Fanout([*sinks, *extra_sinks]),
-                stop=stop,
-            )
+            sink = Fanout([*sinks, *extra_sinks])
+            if work is not None:
+                ending = work(sink=sink, stop=stop)
+            else:
+                ending = train(
+                    config,
+                    checkpoints=run_dir.checkpoints,
+                    cache_dir=cache_dir(config.output_dir),
+                    sink=sink,
+                    stop=stop,
+                )
         outcome = Outcome(ending)
         if outcome is not Outcome.INTERRUPTED:
             seconds = time.time() - started

@@ -14,7 +14,7 @@ from experiments.disk.states import Outcome, State
 from experiments.errors import RunLocked, fail, one_line
 from experiments.identity import run_id
 from experiments.run.complete import complete, prepared_notes
-from experiments.run.runner import run_experiment
+from experiments.run.runner import Work, run_experiment
 from experiments.run.stopping import SIGNALS, StopFlag
 from experiments.tracking import follower as mlflow_follower
 from experiments.tracking import store
@@ -53,6 +53,14 @@ def run_here(config: RunConfig) -> int:
     for note in prepared_notes(opened):
         if note not in notes:
             _say(f"note: {note}")
+    return carry_out(config, run_dir, typed=typed)
+
+
+def carry_out(config: RunConfig, run_dir: RunDir, *, typed: str, work: Work | None = None) -> int:
+    """Run, or resume, a checked run with MLflow beside it; the exit code.
+
+    `typed` is its output_dir as the user wrote it; `work` as of `run_experiment`.
+    """
     run_dir.create(config)
     with contextlib.ExitStack() as stack:
         if config.tracking.enabled:
@@ -62,7 +70,7 @@ def run_here(config: RunConfig) -> int:
         stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
         run_dir.cancel_path.unlink(missing_ok=True)
         try:
-            outcome = run_experiment(config, run_dir, console=True, stop=stop)
+            outcome = run_experiment(config, run_dir, console=True, stop=stop, work=work)
         except (ConfigError, DataError, RunLocked, OSError):
             raise
         except Exception as error:

@@ -23,7 +23,7 @@ from experiments.disk.event_log import parse_event
 from experiments.disk.run_dir import RunDir, Status
 from experiments.identity import arm_id, label, scientific
 from relora_core import atomic
-from relora_core.config import EVALS, RunConfig, applies, get, walk
+from relora_core.config import EVALS, RunConfig, applies, concerns, get, walk
 
 CHOICES = ("method", "model.name", "relora.name", "data.kind")
 """Settings that decide many others."""
@@ -247,7 +247,7 @@ def params(config: RunConfig, *, varying: Sequence[str]) -> dict[str, str]:
     wanted, chosen = {*MAIN, *varying}, {}
     for key, f, value in walk(config):
         shown = key in wanted or f.metadata.get("main")
-        if shown and value is not None and applies(f.metadata, config):
+        if shown and value is not None and applies(f.metadata, config) and concerns(config, key):
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             chosen[key] = text[:MAX_PARAM]
     return chosen

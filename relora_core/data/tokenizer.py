@@ -62,16 +62,20 @@ class HFTokenizer:
     """
 
     def __init__(self, source: str, *, eos_id: int | None = None) -> None:
+        file, config = files(source)
+        vocabulary = self._take(file.read_bytes(), source=source, name=file.name)
+        self.eos_id = _eos_id(source, config, vocabulary, eos_id=eos_id, size=self.vocab_size)
+
+    def _take(self, raw: bytes, *, source: str, name: str = "tokenizer.json") -> dict[str, int]:
+        """Take over the content of a tokenizer.json; returns its vocabulary."""
         import tokenizers
 
         _allow_forks()
-        file, config = files(source)
-        raw = file.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(
-                f"data.tokenizer must be {_EXPECTED}, got {source!r}: {file.name} cannot be read: "
+                f"data.tokenizer must be {_EXPECTED}, got {source!r}: {name} cannot be read: "
                 f"{places.first_line(error)}"
             ) from None
         self._tokenizer.no_truncation()
@@ -82,7 +86,7 @@ class HFTokenizer:
         self.digest = hashlib.sha256(raw).hexdigest()
         self.unknown = _unknown(json.loads(raw), vocabulary)
         self.vocab_size = max(vocabulary.values()) + 1  # not len(): ids may have holes
-        self.eos_id = _eos_id(source, config, vocabulary, eos_id=eos_id, size=self.vocab_size)
+        return vocabulary
 
     def encode(self, text: str) -> list[int]:
         if len(text) <= LONG:

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   python -m sweeps report audit --reference full_rank --x gpu_hours
   python -m sweeps report audit --arms '[0-9]_*' --reference previous --output audit_steps
   python -m sweeps report audit_10m --comparisons docs/audit/comparisons.yaml
+  python -m sweeps report model-relora.r --beside gpt2
   python -m sweeps report paper --published paper_results.json --output paper_report
 
 Means over finished seeds with 95 % intervals, arms compared on common seeds, every figure as SVG
@@ -34,6 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--x", choices=page.AXES, default="tokens", help="what curves are drawn against"
     )
+    help_beside = "models that `python -m experiments evaluate` has evaluated, with commas"
+    parser.add_argument("--beside", metavar="NAMES", help=help_beside)
     help_comparisons = "YAML of comparisons named before the runs, tested together"
     parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
     help_published = "JSON of published curves to lay under ours"
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         published=args.published,
         comparisons=args.comparisons,
         states=selection.survey(runs),
+        beside=args.beside.split(",") if args.beside else (),
     )
     print(path)
     return 0

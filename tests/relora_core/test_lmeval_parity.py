@@ -1,4 +1,4 @@
-"""An exported model through lm-evaluation-harness: the same BLiMP decisions, pair for pair."""
+"""Exported models, and others, through lm-evaluation-harness: the same BLiMP decisions by pair."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from relora_core import foreign
 from relora_core.config import BlimpConfig
 from relora_core.data import load_tokenizer
 from relora_core.evals import blimp
 from relora_core.evals.blimp import Pair
 from relora_core.evals.scoring import score
 from tests.conftest import SHARED, nano_config
+from tests.foreign_models import save
 from tests.relora_core.test_export import RUN, main, save_run
 
 UIDS = {
@@ -28,6 +30,7 @@ UIDS = {
     "distractor_agreement_relational_noun": range(40),
 }
 TIES = {"324", "810"}
+LONGEST = "max_position_embeddings"
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,7 +75,8 @@ def compared(tmp_path_factory) -> Compared:
         (p.uid, p.pair_id): Decision(g, b, bool(g >= b))
         for p, g, b in zip(pairs, good, bad, strict=True)
     }
-    return Compared(ours, harness(folder, pairs), pairs, table)
+    theirs = harness(folder, pairs, model=folder / "llama", prefix=50279, max_length=2048)
+    return Compared(ours, theirs, pairs, table)
 
 
 def chosen_pairs(archive: Path) -> list[Pair]:
@@ -82,11 +86,15 @@ def chosen_pairs(archive: Path) -> list[Pair]:
     return [of_uid[uid][at] for uid, chosen in UIDS.items() for at in chosen]
 
 
-def harness(folder: Path, pairs: list[Pair]) -> dict[tuple[str, str], Decision]:
+def harness(
+    folder: Path, pairs: list[Pair], *, model: Path, prefix: int, max_length: int
+) -> dict[tuple[str, str], Decision]:
     """lm-eval's own task definitions and its model class, on the pairs as a jsonl per paradigm."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what third parties deprecate is not ours to answer for
-        samples = evaluate(folder, [task(folder, uid, pairs) for uid in UIDS])
+        lm = read_model(model)
+        assert (lm.prefix_token_id, lm.max_length) == (prefix, max_length)
+        samples = evaluate(lm, [task(folder, uid, pairs) for uid in UIDS])
     decisions = {}
     for uid in UIDS:
         for sample in samples[f"blimp_{uid}"]:
@@ -116,14 +124,16 @@ def task(folder: Path, uid: str, pairs: list[Pair]) -> dict[str, Any]:
     return config
 
 
-def evaluate(folder: Path, tasks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    import lm_eval
+def read_model(folder: Path) -> Any:
     from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=16)
+
+
+def evaluate(lm: Any, tasks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=str(folder / "llama"), dtype="float32", device="cpu", batch_size=16)
-    assert lm.prefix_token_id == 50279
-    assert lm.max_length == 2048
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -173,3 +183,35 @@ def test_exact_ties_are_one_sentence_twice_and_count_as_right(compared):
     for decisions in (compared.ours, compared.theirs):
         assert {key for key, d in decisions.items() if d.good == d.bad} >= same
         assert all(decisions[key].right for key in same)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("gpt2", "n_positions"), ("llama", LONGEST)])
+def test_models_from_elsewhere_have_the_harness_own_numbers(
+    kind: str, length: str, tmp_path: Path, shared_data: Path
+) -> None:
+    """A GPT-2 whose texts begin after its EOS, and a Llama whose texts begin after its BOS."""
+    folder = save(tmp_path / "model", kind, **{length: 128})
+    one = foreign.load(str(folder), name=kind)
+    pairs = chosen_pairs(shared_data / "blimp" / "blimp_data.tar.xz")
+    windows = blimp.windows(pairs, tokenizer=one.tokenizer)
+    table = blimp.evaluate(one.model, pairs=pairs, windows=windows).tables["blimp_paradigms"]
+    ours = score(one.model, windows["eos_prefix"]).reshape(len(pairs), 2)
+    start = one.tokenizer.start_id
+    decisions = harness(tmp_path, pairs, model=folder, prefix=start, max_length=128)
+    theirs = [decisions[pair.uid, pair.pair_id] for pair in pairs]
+    np.testing.assert_allclose(ours, [d[:2] for d in theirs], atol=2e-4, rtol=2e-6)
+    assert np.abs(ours).min() > 20  # sums over whole sentences
+    clear = [abs(d.good - d.bad) > 4e-3 for d in theirs]
+    right = [d.right for d in theirs]
+    assert [bool(g >= b) for (g, b), c in zip(ours, clear, strict=True) if c] == [
+        r for r, c in zip(right, clear, strict=True) if c
+    ]
+    assert len(pairs) - sum(clear) <= len(TIES) + 3
+    for row in table:
+        own = [
+            (d.right, c)
+            for p, d, c in zip(pairs, theirs, clear, strict=True)
+            if p.uid == row["uid"]
+        ]
+        unclear = sum(not c for _, c in own)
+        assert abs(row["eos_prefix"] * len(own) - sum(r for r, _ in own)) <= unclear + 1e-9

@@ -201,7 +201,7 @@ def schedules(sweep: Sweep) -> Drawing:
     """Each arm's learning rate by its settings, and the rates that a run recorded."""
     groups: dict[Any, list[Arm]] = {}
     for arm in sweep.arms:
-        if arm.runs:
+        if arm.runs and arm.runs[0].trained:
             groups.setdefault(_schedule_key(arm.runs[0].config), []).append(arm)
     if not groups:
         raise NoData("the sweep has no runs")
