@@ -8,6 +8,7 @@ and compared (`python -m experiments evaluate`).
 
 import os
 import statistics
+from typing import Any, cast
 
 try:
     import evaluate as library
@@ -33,7 +34,7 @@ Returns accuracy (mean over paradigms), by_uid and by_phenomenon: shares between
 """
 
 
-class Blimp(library.Metric if library else object):
+class Blimp(cast(Any, library.Metric if library else object)):
     """Share of minimal pairs whose grammatical sentence a language model prefers."""
 
     def _info(self):

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -49,12 +50,26 @@ def accuracies(folder: Path, scoring: str) -> dict[str, float]:
     return {row["uid"]: row[scoring] for row in table}
 
 
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What our eval is called with from now on."""
+    seen: list[dict[str, Any]] = []
+    real = blimp.evaluate
+    monkeypatch.setattr(
+        blimp, "evaluate", lambda model, **kw: (seen.append(kw), real(model, **kw))[1]
+    )
+    return seen
+
+
 @pytest.mark.parametrize("scoring", ["no_bos", "eos_prefix"])
-def test_it_gives_what_our_eval_gives(folder, alone, scoring):
+def test_it_gives_what_our_eval_gives(folder, alone, scoring, monkeypatch):
+    seen = spied(monkeypatch)
     common = {"model_id": str(folder / "tiny"), "data": str(folder / "blimp"), "scoring": scoring}
     got = alone.Blimp().compute(predictions=["*"], **common)
     want = accuracies(folder, scoring)
     assert got["by_uid"] == want
+    [(name, windows)] = seen[0]["windows"].items()
+    assert name == scoring
+    assert (windows[0].ids[0] == 0) == (scoring == "eos_prefix")  # <s>
     assert got["accuracy"] == pytest.approx(sum(want.values()) / len(want))
     [(phenomenon, share)] = got["by_phenomenon"].items()
     assert (phenomenon, share) == ("argument_structure", pytest.approx(got["accuracy"]))
@@ -63,14 +78,10 @@ def test_it_gives_what_our_eval_gives(folder, alone, scoring):
 
 
 def test_the_first_pairs_of_each_paradigm_are_scored(folder, alone, monkeypatch):
-    seen = []
-    real = blimp.evaluate
-    monkeypatch.setattr(
-        blimp, "evaluate", lambda model, **kw: (seen.append(kw["pairs"]), real(model, **kw))[1]
-    )
+    seen = spied(monkeypatch)
     monkeypatch.setenv("RELORA_BLIMP", str(folder / "blimp"))
     alone.Blimp().compute(predictions=["*"], model_id=str(folder / "tiny"), samples_per_set=1)
-    assert [pair.good for pair in seen[0]] == [pairs[0][0] for pairs in PAIRS.values()]
+    assert [pair.good for pair in seen[0]["pairs"]] == [pairs[0][0] for pairs in PAIRS.values()]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,10 @@ def test_texts_begin_after_the_bos_and_documents_end_with_the_eos(loaded):
     assert (llama.start_id, llama.eos_id) == (llama.encode("<s>")[0], llama.encode("</s>")[0])
     assert llama.start_id != llama.eos_id
     assert gpt2.start_id == gpt2.eos_id == gpt2.encode("</s>")[0]
+    pair = blimp.Pair("u", "p", "f", "the cat", "the dog", "0")
+    for window in blimp.windows([pair], tokenizer=llama)["eos_prefix"]:
+        assert window.ids[0] == llama.start_id
+        assert window.scored == len(window.ids) - 1
 
 
 # weights ----------------------------------------------------------------------------------------
