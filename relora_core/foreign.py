@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from relora_core import native
 from relora_core.config import ConfigError, EvaluatedConfig, ModelConfig
-from relora_core.data.places import first_line, hub_commit, missing
+from relora_core.data.places import commit_of, first_line, missing
 from relora_core.data.tokenizer import EOS_NAMES, HFTokenizer
 from relora_core.dynamics import Recorder
 from relora_core.evals import prepare, tree
@@ -269,8 +269,8 @@ def _place(source: str, *, revision: str | None) -> dict[str, Any]:
         "pretrained_model_name_or_path": source,
         "revision": revision or "main",
     }
-    try:
-        hub_commit(f"{source}@{revision}" if revision else source, repo_type="model")
+    try:  # one commit for all files
+        place["revision"] = commit_of(source, revision, repo_type="model")
     except LookupError as error:
         from huggingface_hub import try_to_load_from_cache
 

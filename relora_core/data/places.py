@@ -117,7 +117,15 @@ def hub_name(source: str) -> tuple[str, str | None] | None:
 
 
 def hub_commit(source: str, *, repo_type: str) -> str:
-    """Commit that a hub name stands for now. Raises LookupError, one line, where there is none.
+    """Commit that a hub name stands for now. Raises LookupError, one line, where there is none."""
+    parts = hub_name(source)
+    if parts is None:
+        raise LookupError("it is no hub name (owner/name) either")
+    return commit_of(*parts, repo_type=repo_type)
+
+
+def commit_of(name: str, revision: str | None, *, repo_type: str) -> str:
+    """`hub_commit` of a name and a revision; old names of models have no owner.
 
     Asked before anything is downloaded: the download helpers retry for half a minute when the hub
     cannot be reached, this answers at once.
@@ -125,10 +133,6 @@ def hub_commit(source: str, *, repo_type: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    parts = hub_name(source)
-    if parts is None:
-        raise LookupError("it is no hub name (owner/name) either")
-    name, revision = parts
     try:
         info = HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=10)
     except (RepositoryNotFoundError, RevisionNotFoundError):

@@ -222,6 +222,23 @@ def test_bad_input_is_one_clear_line(case, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_hub_name_is_pinned_to_a_commit_or_says_why_not(monkeypatch):
+    asked = []
+
+    def commit(name, revision, *, repo_type):
+        asked.append((name, revision, repo_type))
+        if name != "gpt2":
+            raise LookupError("the hub has none of that name")
+        return "c0ffee"
+
+    monkeypatch.setattr(foreign, "commit_of", commit)
+    place = foreign._place("gpt2", revision="v1")
+    assert place == {"pretrained_model_name_or_path": "gpt2", "revision": "c0ffee"}
+    assert asked == [("gpt2", "v1", "model")]
+    with pytest.raises(ConfigError, match=r"got 'gtp2': no such local path, and the hub has none"):
+        foreign._place("gtp2", revision=None)
+
+
 def test_without_transformers_the_line_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(foreign, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "relora-sweeps\[transformers\]"'):
