@@ -14,6 +14,7 @@ dropout.py       dropout of the adapters' inputs, alike on any device
 optim.py         AdamW, and pruning of its state
 loss.py          the head's loss and log-probabilities without full logits
 kernels.py       attention, norms, SwiGLU and the adapted linear, with their backward passes
+graphs.py        compiled training passes, on a GPU
 native.cpp       the same for a CPU, in C++
 native.py        builds and loads `native.cpp`, where there is a compiler
 native_check.py  each of its functions against float64, on every load

@@ -62,6 +62,8 @@ class Progress:
     """CPU threads: another number would round differently, so a resumed run keeps it."""
     kernels: str | None = None
     """Those of `runtime.kernels` in use: kept for the same reason. None: an older checkpoint."""
+    compile: str | None = None
+    """What of `runtime.compile` is in use, which is kept, too. None: an older checkpoint."""
     stream: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
 
@@ -459,6 +461,8 @@ def read_progress(path: Path) -> Progress:
                 raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")
         if progress.kernels not in (None, "native", "torch"):
             raise ValueError(f"progress.json holds {progress.kernels!r:.60} as kernels")
+        if progress.compile not in (None, "off", "blocks", "cudagraphs"):
+            raise ValueError(f"progress.json holds {progress.compile!r:.60} as compile")
         for name in ("loss_sum", "loss_count", "seconds"):
             if type(getattr(progress, name)) not in (int, float):
                 raise TypeError(f"progress.json holds {getattr(progress, name)!r:.60} as {name}")

@@ -1064,6 +1064,9 @@ class RuntimeConfig:
     """CPU threads of a run; None: the cores, shared between the runs at work."""
     kernels: str = knob("auto", choices=("auto", "native", "torch"), scientific=False)
     """Of a CPU. `native`: C++ built on first use (needs a compiler); `auto`: that if possible."""
+    compile: str = knob("auto", choices=("auto", "off", "blocks", "cudagraphs"), scientific=False)
+    """`blocks`: torch compiles the blocks of a training pass (the first one takes longer); `auto`:
+    that on a GPU, where it can. `cudagraphs`: that, launched together, for small batches."""
     log_every_steps: int = knob(10, ge=1, scientific=False)
     """Cadence of train/loss events (each the mean since the last; a run's final one is that of the
     last ten updates) and of the heartbeat."""

@@ -53,13 +53,33 @@ class Dropout:
         return keep.view(torch.uint8).reshape(x.shape)
 
 
+def mask_in_graph(x: Tensor, *, share: float, numbers: Tensor, stride: int) -> Tensor:
+    """As `Dropout.mask`, bool, of x (sequences, ..., columns) and plain operations on each entry.
+
+    `numbers` holds the seed and the place of the first sequence, int64: a graph that held them as
+    Python numbers would be compiled anew for each pass.
+    """
+    each, device = x[0].numel(), x.device
+    place = torch.arange(each, device=device)
+    row = torch.arange(len(x), device=device)[:, None]
+    index = place // 4 + 1 + -(-each // 4) * (numbers[1] + stride * row)
+    z = index * _signed(GOLDEN) + numbers[0]
+    for shift, factor in STEPS:
+        z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * _signed(factor)
+    z = z ^ ((z >> 31) & ((1 << 33) - 1))
+    bits = (z >> place % 4 * 16) & 0xFFFF
+    return (bits < Dropout(share, seed=0).cut).view(x.shape)
+
+
 GOLDEN = 0x9E3779B97F4A7C15
+STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Of SplitMix64: shift and factor."""
 
 
 def _split_mix(index: Tensor, *, seed: int) -> Tensor:
     """The numbers of SplitMix64 (Steele et al. 2014) at `index`, int64, which is overwritten."""
     z = index.mul_(_signed(GOLDEN)).add_(_signed(seed))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in STEPS:
         z ^= (z >> shift).bitwise_and_((1 << 64 - shift) - 1)  # no sign to the right
         z *= _signed(factor)
     z ^= (z >> 31).bitwise_and_((1 << 33) - 1)

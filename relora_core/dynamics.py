@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from relora_core import graphs
 from relora_core.config import RunConfig, linear_shapes
 from relora_core.overlap import read_arrays
 from relora_core.spectra import (
@@ -209,7 +210,12 @@ class Recorder:
     def gradients(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Around the forward and backward passes of the update that completes `step`."""
         wanted = self.due(step) and "gradient" in self.what
-        return self._tap.open() if wanted else contextlib.nullcontext()
+        return self._tapped() if wanted else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _tapped(self) -> Iterator[None]:
+        with self._tap.open(), graphs.without(self.model):
+            yield
 
     def after_restart(self) -> None:
         """From now on measure `update_restart` relative to the current weights."""

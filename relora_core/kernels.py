@@ -28,10 +28,11 @@ HEAD_SIZES = (8, 16, 32, 64)
 
 
 def is_native(*tensors: Tensor, types: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether native code can take these tensors, all of one type."""
+    """Whether native code can take these tensors, all of one type; no graph can hold it."""
     kind = tensors[0].dtype
     return (
         kind in types
+        and not torch.compiler.is_compiling()
         and all(x.device.type == "cpu" and x.dtype == kind for x in tensors)
         and native.available()
     )
@@ -182,9 +183,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     if is_native(table) and x.dtype in (torch.float32, torch.bfloat16):
         return _Rotate.apply(x.float().contiguous(), table)  # type: ignore[return-value]
-    rotation = torch.view_as_complex(table.float())[:, None]
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * rotation).flatten(-2)
+    pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
+    if torch.compiler.is_compiling():  # no compiler fuses complex numbers
+        (cos, sin), (one, two) = table.float()[:, None].unbind(-1), pairs.unbind(-1)
+        turned = torch.stack((one * cos - two * sin, one * sin + two * cos), dim=-1).flatten(-2)
+    else:
+        rotation = torch.view_as_complex(table.float())[:, None]
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2)
     return turned if x.device.type == "cpu" and x.dtype == torch.bfloat16 else turned.type_as(x)
 
 
@@ -207,6 +212,8 @@ class _Rotate(torch.autograd.Function):
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate) * value
     return _SwiGLU.apply(gate, value)  # type: ignore[return-value]
 
 

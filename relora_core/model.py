@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
+from relora_core.graphs import Graphs
 from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu, to_product_type
 from relora_core.loss import head_loss, target_log_probs
 
@@ -109,6 +110,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.output_norm = RMSNorm(config.d_model, config.norm_eps)
         self.de_embedding_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.graphs: Graphs | None = None
         if config.init_std is not None:
             for weight in self.parameters():
                 if weight.ndim == 2:  # not the norms'
@@ -119,6 +121,8 @@ class Decoder(nn.Module):
         if ids.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{ids.shape[1]} tokens exceed max_seq_len={self.config.max_seq_len}")
         x = self.embedding_proj(ids)
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            return self.output_norm(self.graphs.run(self.layers, x))
         for block in self.layers:
             x = block(x)
         return self.output_norm(x)

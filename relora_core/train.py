@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from relora_core import checkpoint, kernels, native, ranks, shell
+from relora_core import checkpoint, graphs, kernels, native, ranks, shell
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -108,6 +108,11 @@ def _train(
     progress = resume(newest, model=model, optimizer=optimizer, rank=rank, config=config)
     resumed = newest is not None
     choose_kernels(progress, config=config, device=accelerator.device, resumed=resumed)
+    compiling = (progress.compile or "off") if resumed else config.runtime.compile
+    progress.compile = graphs.choose(compiling, device=accelerator.device, resumed=resumed)
+    if progress.compile != "off":
+        method.prepare_graphs(model)
+        model.graphs = graphs.Graphs(progress.compile)
     if resumed:
         stream.load_state_dict(progress.stream)
         method.load_state_dict(progress.method)
@@ -119,6 +124,8 @@ def _train(
         begun["kernels_build"] = native.build()
     if attention:
         begun["attention"] = attention
+    if progress.compile != "off":
+        begun["compile"] = progress.compile
     if stream.notes:
         begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
@@ -437,10 +444,11 @@ class RestartProbe:
 
 
 class Clock:
-    """Training seconds of all attempts, without the time that evals and dynamics take."""
+    """Training seconds of all attempts, without those of evals, dynamics and compiling."""
 
     def __init__(self, seconds: float, *, step: int) -> None:
         self._before, self._start = seconds, time.perf_counter()
+        self._compiled = graphs.seconds()
         self._logged_seconds, self._logged_step = seconds, step
 
     @property
@@ -452,6 +460,13 @@ class Clock:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+    def leave_out_compiling(self) -> float:
+        """Seconds of it since the last call, which are taken off."""
+        total = graphs.seconds()
+        self._compiled, seconds = total, total - self._compiled
+        self._start += seconds
+        return seconds
 
     def lap(self, step: int) -> float:
         """Steps per second since the last lap."""
@@ -479,6 +494,7 @@ def log_train(
     if progress.step == config.train.steps:
         mean, count = sum(progress.losses) / len(progress.losses), len(progress.losses)
     progress.loss_sum, progress.loss_count = 0.0, 0
+    compiled = clock.leave_out_compiling()
     tokens_per_step = config.train.batch_size * config.data.seq_len
     metrics = {
         "train/loss": mean,
@@ -487,6 +503,8 @@ def log_train(
         "perf/tokens_per_s": clock.lap(progress.step) * tokens_per_step,
         "perf/train_seconds": clock.seconds,
     }
+    if compiled:
+        metrics["perf/compile_seconds"] = compiled
     if norm is not None:
         metrics["train/grad_norm"] = float(norm)
     data = {"loss_steps": count}

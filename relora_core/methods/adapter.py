@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_core.config import ReLoRAConfig, RunConfig, adapter_scale
-from relora_core.dropout import Dropout
+from relora_core.dropout import Dropout, mask_in_graph
 from relora_core.kernels import adapted_linear
 from relora_core.methods.base import Method
 from relora_core.overlap import upload
@@ -65,6 +65,8 @@ class ReLoRALinear(nn.Module):
         self.nested = relora.nested_rank
         trainable = relora.scaling == "trainable"
         self.scalar = nn.Parameter(torch.ones((), **like)) if trainable else None
+        self.numbers: Tensor | None = None
+        """(4,) int64 on the device, for graphs: the pass's seed and first sequence, nested rank."""
         self.weight_bf16: Tensor | None = None
         self._cast_version: int | None = None
         # What the optimizer's masters hold between a merge and the next update.
@@ -92,6 +94,8 @@ class ReLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if torch.compiler.is_compiling():
+            return self._forward_in_graph(x)
         a, b = self.lora_A, self.lora_B
         if self.nested and self.training:
             rank = 1 + self._seed("nested") % self.rank
@@ -103,6 +107,27 @@ class ReLoRALinear(nn.Module):
             return adapted_linear(x, weight, a, b, scale=scale, dropout=dropout)
         low = F.linear(x * dropout.mask(x) * dropout.gain if dropout else x, a)
         return F.linear(x, weight) + F.linear(low * scale, b)
+
+    def _forward_in_graph(self, x: Tensor) -> Tensor:
+        """As `forward` in training, in plain operations that a compiler fuses."""
+        numbers, weight, dropped = self.numbers, self.weight, x
+        assert numbers is not None
+        if self.weight_bf16 is not None and torch.is_autocast_enabled(x.device.type):
+            weight = self.weight_bf16
+        if self.dropout:
+            draws = Dropout(self.dropout, seed=0)
+            stride = self.place.stride
+            keep = mask_in_graph(x, share=self.dropout, numbers=numbers, stride=stride)
+            dropped = x * keep * draws.gain
+        low = F.linear(dropped, self.lora_A)
+        if self.nested:
+            low = low * (torch.arange(self.rank, device=x.device) < numbers[2])
+        return F.linear(x, weight) + F.linear(low * self.scale, self.lora_B)
+
+    def pass_numbers(self) -> list[int]:
+        """What `numbers` holds in this pass."""
+        rank = 1 + self._seed("nested") % self.rank if self.nested else self.rank
+        return [self._seed("dropout") if self.dropout else 0, self.place.first, rank, 0]
 
     def cast_frozen_(self) -> None:
         """On a GPU let `weight_bf16` be W in bf16 while W is frozen; cast it where W has changed.
@@ -204,14 +229,27 @@ class AdapterMethod(Method):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self._adapters: list[ReLoRALinear] = []
+        self._numbers: Tensor | None = None
 
     def put_(self, model: nn.Module, name: str, adapter: ReLoRALinear) -> None:
         """Put an adapter in the place of a linear."""
         model.set_submodule(name, adapter)
         self._adapters.append(adapter)
 
+    def prepare_graphs(self, model: nn.Module) -> None:
+        """Give each adapter its row of a table that `before_pass` fills."""
+        if not self._adapters:
+            return
+        device = self._adapters[0].weight.device
+        self._numbers = torch.zeros(len(self._adapters), 4, dtype=torch.int64, device=device)
+        for adapter, row in zip(self._adapters, self._numbers, strict=True):
+            adapter.numbers = row
+
     def before_pass(self, step: int, *, first: int, stride: int) -> None:
-        """Cast frozen weights that have changed, where products are in bf16."""
+        """Cast frozen weights that have changed, where products are in bf16; fill the table."""
+        if self._numbers is not None:
+            rows = torch.tensor([adapter.pass_numbers() for adapter in self._adapters])
+            self._numbers.copy_(upload(rows, self._numbers.device))
         if self.config.train.precision == "bf16":
             for adapter in self._adapters:
                 adapter.cast_frozen_()

@@ -58,6 +58,10 @@ class Method:
         merge."""
         return False
 
+    def prepare_graphs(self, model: nn.Module) -> None:
+        """Called before blocks are compiled: what changes from pass to pass, and would be part of
+        the graph as a number, must be a tensor from now on."""
+
     def before_pass(self, step: int, *, first: int, stride: int) -> None:
         """Called before each forward pass of update `step` (0-based), which takes the sequences
         `first`, `first + stride`, ... of the step's batch over all processes."""

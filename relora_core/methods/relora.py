@@ -78,8 +78,8 @@ class LoRA(AdapterMethod):
 
     def before_pass(self, step: int, *, first: int, stride: int) -> None:
         """Dropout and nested ranks are drawn for the place of each sequence in the whole batch."""
-        super().before_pass(step, first=first, stride=stride)
         self._place.step, self._place.first, self._place.stride = step, first, stride
+        super().before_pass(step, first=first, stride=stride)
 
     def after_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         """Between phases: merge adapters into the base, or draw them anew on the trained base."""
