@@ -13,6 +13,7 @@ redraws.py       when adapters are drawn anew, and which never learn
 dropout.py       dropout of the adapters' inputs, alike on any device
 optim.py         AdamW, and pruning of its state
 loss.py          the head's loss and log-probabilities without full logits
+head.py          the head's loss on a GPU, its softmax compiled
 kernels.py       attention, norms, SwiGLU and the adapted linear, with their backward passes
 graphs.py        compiled training passes, on a GPU
 native.cpp       the same for a CPU, in C++

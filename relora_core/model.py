@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
 from relora_core.graphs import Graphs
+from relora_core.head import fused_head_loss
 from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu, to_product_type
 from relora_core.loss import head_loss, target_log_probs
 
@@ -154,7 +155,12 @@ class Decoder(nn.Module):
         """As `evals.base.LanguageModel`: only positions that are asked for reach the head."""
         return target_log_probs(self.hidden_states(ids)[at], self.head(precision), targets)
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of labels (B, T) given ids (B, T): a float32 scalar."""
-        hidden = self.hidden_states(ids)
-        return head_loss(hidden.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten())
+    def forward(self, ids: Tensor, labels: Tensor, parts: int = 1) -> Tensor:
+        """Mean cross-entropy in nats of labels (B, T) given ids (B, T), a float32 scalar.
+
+        Over `parts`, the passes of a step, so that the loss of the step is their sum.
+        """
+        hidden, weight = self.hidden_states(ids).flatten(0, 1), self.de_embedding_proj.weight
+        if self.graphs is not None and hidden.device.type == "cuda" and hidden.requires_grad:
+            return fused_head_loss(hidden, weight, labels.flatten(), parts=parts)
+        return head_loss(hidden, weight, labels.flatten()) / parts

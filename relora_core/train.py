@@ -362,9 +362,9 @@ def accumulate_gradients(
         before_pass(first=rank + world * index * len(chunk), stride=world)  # as a stream deals them
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
             with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
-                loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:])
-            accelerator.backward(loss / micro_batches)
-        total += loss.detach() / micro_batches
+                loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:], micro_batches)
+            accelerator.backward(loss)
+        total += loss.detach()
     return total
 
 

@@ -62,7 +62,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fake_run(
     guard: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[RunConfig], Any]]:
-    """Config -> what `fake_cuda.py` prints of it, in one process for all; each config once."""
+    """Config, or sizes of a head -> what `fake_cuda.py` prints, in one process; each once."""
     words = [sys.executable, HERE / "fake_cuda.py", guard, tmp_path_factory.mktemp("fake")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
@@ -71,8 +71,9 @@ def fake_run(
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def run(config: RunConfig) -> Any:
-            text = json.dumps(json.loads(config_to_json(config)))
+        def run(config: RunConfig | str) -> Any:
+            sizes = isinstance(config, str)
+            text = config if sizes else json.dumps(json.loads(config_to_json(config)))
             if text not in done:
                 process.stdin.write(f"{text}\n")
                 process.stdin.flush()

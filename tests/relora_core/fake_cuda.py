@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.identity import config_from_json
-from relora_core import kernels, train
+from relora_core import head, kernels, train
 from relora_core.config import RunConfig
 
 aten = torch.ops.aten
@@ -44,6 +44,7 @@ class Waits(TorchDispatchMode):
         self.step = "start"
         self.places: dict[str, collections.Counter[str]] = {}
         self.launches: collections.Counter[str] = collections.Counter()
+        self.operations: collections.Counter[str] = collections.Counter()
         self.pinned: set[int] = set()
         self.casts: dict[str, list[list[int]]] = {}
         """Shapes of what was cast to bf16 on the device, by step."""
@@ -57,6 +58,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.launches[self.step] += 1
+        self.operations[str(func)] += 1
         where = _device(args)
         if func is aten._local_scalar_dense.default:
             if where == "cuda":
@@ -212,6 +214,35 @@ def measure(config: RunConfig, folder: str) -> dict[str, Any]:
     }
 
 
+def measure_head(tokens: int, width: int, vocabulary: int) -> dict[str, Any]:
+    """The operator's own steps in bf16 at any size, as eager as they are here; and its autograd."""
+    waits = Waits()
+    with (
+        fake_gpu(waits),
+        mock.patch.object(head, "_compiled", return_value=head.exponentials_),
+        FakeTensorMode(),
+        waits,
+    ):
+        hidden = torch.empty(tokens, width, device="cuda", requires_grad=True)
+        weight = torch.empty(vocabulary, width, device="cuda", requires_grad=True)
+        targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        waits.step = "head"
+        with torch.no_grad():
+            made = head.head_loss._init_fn(hidden, weight, targets, 4, True, True, True)
+        head.fused_head_loss(hidden, weight, targets, parts=4).backward()
+    gradients = [g for g in (*made[1:], hidden.grad, weight.grad) if g is not None]
+    return {
+        "gradients": [[str(g.device), str(g.dtype), list(g.shape)] for g in gradients],
+        "waits": waits.places,
+        "operations": waits.operations,
+    }
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(measure(config_from_json(line), sys.argv[2])), flush=True)
+        sizes = line.split()
+        if len(sizes) == 3 and line[0] != "{":
+            answer = measure_head(*map(int, sizes))
+        else:
+            answer = measure(config_from_json(line), sys.argv[2])
+        print(json.dumps(answer), flush=True)
