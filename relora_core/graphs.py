@@ -77,7 +77,7 @@ class Graphs:
         shapes = [(p.shape, p.requires_grad) for p in blocks.parameters()]
         if shapes != self._shapes:
             if self._shapes:
-                torch.compiler.reset()  # whatever its guards would have noticed
+                _drop_all()  # whatever guards would have noticed
             self._shapes = shapes
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
@@ -101,10 +101,21 @@ def without(model: Any) -> Iterator[None]:
         model.graphs = graphs
 
 
+_dropped_seconds = 0.0
+"""Spent on compiling what was dropped since, which torch forgets."""
+
+
+def _drop_all() -> None:
+    global _dropped_seconds
+    before = seconds()
+    torch.compiler.reset()
+    _dropped_seconds += before - seconds()
+
+
 def seconds() -> float:
     """What this process has spent on compiling so far."""
     if "torch._dynamo" not in sys.modules:
         return 0.0
     from torch._dynamo.utils import calculate_time_spent
 
-    return float(calculate_time_spent().get("total_wall_time", 0.0))
+    return _dropped_seconds + float(calculate_time_spent().get("total_wall_time", 0.0))

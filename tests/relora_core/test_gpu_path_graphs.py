@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from training import batch, build, resumed, run, weights
+from training import batch, build, resumed, run, run_in_processes, weights
 
 from relora_core import dropout, graphs, kernels, native
 from relora_core.config import ConfigError, RunConfig
@@ -199,8 +199,23 @@ def test_a_compiled_run_learns_what_another_does(nano: Nano, tmp_path: Path) -> 
         if e.kind == "train"
         if "perf/compile_seconds" in e.metrics
     ]
+    assert min(times) > 0
     assert len(times) == 2  # the first step's and the new phase's
     assert not any("perf/compile_seconds" in e.metrics for e in plain.events)
+
+
+@pytest.mark.slow
+def test_processes_share_a_compiled_run(nano: Nano, tmp_path: Path) -> None:
+    """Blocks are compiled inside DDP's forward pass, which is wrapped anew for a phase."""
+    changes = {"model": {"vocab_size": 301}, "train": {"steps": 5}}
+    changes["relora"] = {"dropout": 0.1, "warm_start_steps": 2}
+    alone = run(nano(**changes), tmp_path / "alone").metrics()
+    config = nano(**changes, runtime={"compile": "blocks"})
+    events = run_in_processes(config, tmp_path / "two", processes=2)
+    losses = {step: metrics["train/loss"] for kind, step, metrics in events if kind == "train"}
+    assert set(losses) == {1, 2, 3, 4, 5}
+    for step, value in losses.items():
+        assert value == pytest.approx(alone[step, "train/loss"], rel=1e-4)
 
 
 def test_a_resumed_run_stays_compiled_or_not(
