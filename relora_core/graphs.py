@@ -55,8 +55,8 @@ def _problem(device: torch.device, *, cuda_graphs: bool) -> str | None:
 
 
 class Graphs:
-    """Runs a decoder's blocks as compiled graphs. They are compiled in the first pass, anew in the
-    first after a parameter's shape or `requires_grad` has changed, and in no other."""
+    """Runs a decoder's blocks as compiled graphs. They are compiled in the first pass, and again
+    only in the first one after a parameter's shape or `requires_grad` has changed."""
 
     def __init__(self, mode: str, *, backend: Any = "inductor") -> None:
         import torch._dynamo.config

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ from experiments.metrics import headline
 from experiments.report import blimp
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined, plural
-from experiments.report.tables import Pair, between, find_arm, p_value
-from experiments.stats import Comparison, compare, holm
+from experiments.report.tables import (
+    Pair,
+    adjusted,
+    between,
+    comparison_row,
+    find_arm,
+    p_value,
+    seeds_cell,
+)
+from experiments.stats import Comparison, compare
 from relora_core.config import ConfigError, nearest
 from relora_core.evals.blimp import ACCURACY, ACCURACY_EOS
 from relora_core.events import Metric
@@ -137,13 +145,13 @@ def _arm(sweep: Sweep, name: str, *, key: str) -> Arm:
 
 def compare_all(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Comparison]:
     """A test of each comparison, adjusted by Holm over all of them."""
-    outcomes = [
-        compare(_values(arm, one), _values(reference, one), scale=one.metric.scale)
-        for one, (arm, reference) in zip(comparisons, pair(sweep, comparisons), strict=True)
-    ]
-    for outcome, p in zip(outcomes, holm([outcome.p for outcome in outcomes]), strict=True):
-        outcome.p_holm = p
-    return outcomes
+    pairs = pair(sweep, comparisons)
+    return adjusted(
+        [
+            compare(_values(arm, one), _values(reference, one), scale=one.metric.scale)
+            for one, (arm, reference) in zip(comparisons, pairs, strict=True)
+        ]
+    )
 
 
 def _values(arm: Arm, one: Registered) -> dict[int, float]:
@@ -164,20 +172,17 @@ def section(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
     outcomes = compare_all(sweep, comparisons)
     rows, data = [], []
     for one, c in zip(comparisons, outcomes, strict=True):
-        seeds = str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
         rows.append(
             [
-                *(one.question, one.arm, one.reference, one.metric_title, seeds),
+                *(one.question, one.arm, one.reference, one.metric_title, seeds_cell(c)),
                 between(one.metric, c.difference, c.low, c.high),
                 *(p_value(c.p), p_value(c.p_holm), c.needed.text if c.p is not None else "-"),
                 c.note,
             ]
         )
-        numbers = {k: v for k, v in asdict(c).items() if isinstance(v, int | float | str | None)}
         data.append(
             {"question": one.question, "arm": one.arm, "reference": one.reference}
-            | {"metric": one.metric.key, "paradigms": " ".join(one.paradigms)}
-            | numbers
+            | {"paradigms": " ".join(one.paradigms), **comparison_row(one.metric, c)}
         )
     untested = sum(c.p is None for c in outcomes)
     late = f" {plural(untested, 'comparison')} could not be tested yet." if untested else ""

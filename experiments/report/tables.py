@@ -197,10 +197,16 @@ def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
 
 def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
     """A comparison of each pair; Holm's adjustment is over all of them."""
-    outcomes = [
-        compare(arm.values(metric.key), other.values(metric.key), scale=metric.scale)
-        for arm, other in pairs
-    ]
+    return adjusted(
+        [
+            compare(arm.values(metric.key), other.values(metric.key), scale=metric.scale)
+            for arm, other in pairs
+        ]
+    )
+
+
+def adjusted(outcomes: list[Comparison]) -> list[Comparison]:
+    """The same, with Holm's adjustment over all of them."""
     for comparison, p in zip(outcomes, holm([c.p for c in outcomes]), strict=True):
         comparison.p_holm = p
     return outcomes
@@ -219,11 +225,10 @@ def difference_table(
     against_what, one = (f" to {to}", True) if to else title_end(pairs)
     rows, data = [], []
     for (arm, reference), c in zip(pairs, tests, strict=True):
-        seeds = str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
         rows.append(
             [
                 *([arm.name] if one else [arm.name, reference.name]),
-                seeds,
+                seeds_cell(c),
                 between(metric, c.difference, c.low, c.high),
                 p_value(c.p),
                 p_value(c.p_holm),
@@ -233,12 +238,7 @@ def difference_table(
                 c.note,
             ]
         )
-        flat = asdict(c) | {"needed": c.needed.text, "metric": metric.key}
-        flat["unmatched"], flat["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
-        low, high = c.bootstrap or (None, None)
-        del flat["bootstrap"]
-        flat |= {"bootstrap_low": low, "bootstrap_high": high}
-        data.append({"arm": arm.name, "reference": reference.name} | flat)
+        data.append({"arm": arm.name, "reference": reference.name, **comparison_row(metric, c)})
     what = "ratio" if metric.scale == "log" else "difference"
     return Table(
         name=f"compare_{slug(metric)}",
@@ -251,6 +251,20 @@ def difference_table(
         rows=rows,
         data=data,
     )
+
+
+def seeds_cell(c: Comparison) -> str:
+    """Pairs, or values of arm and reference."""
+    return str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
+
+
+def comparison_row(metric: Metric, c: Comparison) -> dict[str, Any]:
+    """The CSV row of a comparison, without the names of arm and reference."""
+    row = asdict(c) | {"needed": c.needed.text, "metric": metric.key}
+    row["unmatched"], row["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
+    low, high = c.bootstrap or (None, None)
+    del row["bootstrap"]
+    return row | {"bootstrap_low": low, "bootstrap_high": high}
 
 
 def _seeds(seeds: Sequence[int]) -> str:

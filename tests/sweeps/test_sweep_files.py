@@ -240,6 +240,25 @@ def test_beyond_spans_its_axes_at_one_step_size(planned):
     assert all(schedule.restart_steps(config) for config in tried)
 
 
+# methods ----------------------------------------------------------------------------------------
+def test_the_short_study_has_the_arms_of_the_long_one(loader):
+    """Its arms differ in nothing but whose rate they take, and that search tunes it."""
+    long, short = (
+        loader.load_configuration("config", [f"sweep={name}"], run_mode=RunMode.MULTIRUN)
+        for name in ("methods", "methods_short")
+    )
+    search = loader.load_configuration(
+        "config", ["search=method_lr_short"], run_mode=RunMode.MULTIRUN
+    )
+    assert short.hydra.sweeper.params == long.hydra.sweeper.params
+    assert list(short.hydra.sweeper.arms) == list(long.hydra.sweeper.arms)
+    for name, words in short.hydra.sweeper.arms.items():
+        own = [word for word in words if not word.startswith("sweep.tuned_as=")]
+        assert own == list(long.hydra.sweeper.arms[name])
+        source = dict(word.split("=", 1) for word in words).get("sweep.tuned_as", name)
+        assert source in search.search.arms
+
+
 # how arms are taken -----------------------------------------------------------------------------
 def test_the_command_line_wins_over_an_arm_and_an_arm_over_the_files_axes(loader):
     cells = plugins.expand_arms(
