@@ -4,7 +4,7 @@ figures/        The pictures of a report
 data.py         a sweep's runs as tidy data
 gather.py       reads that from plan and records
 tables.py       tables: means, comparisons, restarts, cost
-registered.py   comparisons named before the runs, tested together
+registered.py   comparisons that a file names, tested together
 tradeoffs.py    metrics against costs, and Pareto fronts
 blimp.py        tables of BLiMP
 blimp_tests.py  tests of BLiMP: the paper's own, and those that account for paradigms and seeds

@@ -121,7 +121,7 @@ def _document(
         "Settings": lambda: _settings(sweep),
         "Runs": lambda: _runs(sweep),
         "Results": lambda: report_tables.results(sweep),
-        "Comparisons named beforehand": lambda: named,
+        "Named comparisons": lambda: named,
         "Comparisons": lambda: report_tables.comparisons(sweep, pairs),
         "BLiMP": lambda: blimp.blimp(sweep, pairs),
         "Figures": lambda: pictures,

@@ -1,4 +1,4 @@
-"""Comparisons that were named before the runs: a file of them, and their table in a report.
+"""Comparisons that a file names, for a study before its runs, and their table in a report.
 
     comparisons:
       - {arm: corrected, reference: lora, metric: eval/paloma/perplexity, question: do restarts pay}
@@ -194,7 +194,7 @@ def section(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
     sets = "".join(f" {name}: {joined(list(names))}." for name, names in groups.items())
     table = Table(
         name="registered",
-        title="Named comparisons",
+        title="Arm against reference",
         columns=[
             *("question", "arm", "reference", "metric", "seeds", "difference or ratio [95 %]"),
             *("p", "p (Holm)", "seeds needed", "note"),

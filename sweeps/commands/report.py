@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     help_beside = "models that `python -m experiments evaluate` has evaluated, with commas"
     parser.add_argument("--beside", metavar="NAMES", help=help_beside)
-    help_comparisons = "YAML of comparisons named before the runs, tested together"
+    help_comparisons = "YAML of comparisons, as a study names them before its runs; tested together"
     parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
     help_published = "JSON of published curves to lay under ours"
     parser.add_argument("--published", metavar="FILE", type=Path, help=help_published)

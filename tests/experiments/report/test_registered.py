@@ -58,7 +58,7 @@ def test_each_line_is_tested_and_all_are_one_family(finished, write):
     )
     assert (rows[0]["question"], rows[1]["reference"]) == ("why", R2)
     text = (report.parent / "report.md").read_text()
-    assert text.index("## Comparisons named beforehand") < text.index("## Comparisons\n")
+    assert text.index("## Named comparisons") < text.index("## Comparisons\n")
 
 
 def test_a_set_of_paradigms_stands_for_all_of_them(finished, write):
@@ -83,7 +83,7 @@ def test_a_set_of_paradigms_stands_for_all_of_them(finished, write):
 def test_arms_that_are_not_shown_are_compared_all_the_same(finished, write):
     path = write(f"arm: {R4}, reference: {R2}, metric: {LOSS}")
     report = page.write(finished, "mine", comparisons=path, arms=["*full*"])
-    assert "Named comparisons" in (report.parent / "report.md").read_text()
+    assert "## Named comparisons" in (report.parent / "report.md").read_text()
 
 
 def test_comparisons_without_runs_are_said_to_be_untested(tmp_path, write):
