@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from relora_core import kernels
 from relora_core.config import ConfigError, RunConfig
 
+pytestmark = pytest.mark.slow
+
 
 # attention ---------------------------------------------------------------------------------------
 def heads(kind: torch.dtype, *, n_kv: int = 2) -> tuple[torch.Tensor, ...]:

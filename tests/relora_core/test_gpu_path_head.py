@@ -15,6 +15,8 @@ from torch.library import opcheck
 
 from relora_core import head, loss, native
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -18,6 +18,8 @@ from relora_core.config import RunConfig
 from relora_core.overlap import Batches, Losses, Votes
 from tests.conftest import nano_config
 
+pytestmark = pytest.mark.slow
+
 Fake = Callable[[RunConfig], Any]
 
 

@@ -162,6 +162,7 @@ ConfigStore.instance().store(
 """
 
 
+@pytest.mark.slow
 def test_stock_plugins_installed_beside_ours_do_not_clash(tmp_path):
     for package, kind, name in (
         ("hydra_submitit_launcher", "launcher", "submitit_local"),

@@ -17,6 +17,8 @@ from sweeps.search import samplers
 from sweeps.search.space import Choice, Float, Int, check_space, with_values
 from tests import warm
 
+pytestmark = pytest.mark.slow
+
 BASE = ["hydra/sweeper=search", "search=lr_and_rank", "model=nano"]
 SMALL = ["relora.r=4,8", "search.enqueue=[]"]
 
@@ -109,7 +111,6 @@ def test_the_command_line_widens_replaces_and_fixes_the_files_space(searched):
     assert given["name"] == "lr_and_rank"
 
 
-@pytest.mark.slow
 def test_every_combination_of_searched_groups_is_composed(searched):
     given = searched(*SMALL, "model=nano,tiny", "method=choice(lora,relora)")
     configs = {(c["model"], c["method"]): config for c, config in given["bases"]}
@@ -173,7 +174,6 @@ def test_a_search_without_the_sweeper_that_searches_is_refused(words, tmp_path):
     assert "hydra/sweeper=search" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("option", [o for o in typos.options("search") if o != "none"])
 def test_every_search_of_the_project_can_be_planned(option, tmp_path):
     done = command("--plan", "hydra/sweeper=search", f"search={option}", cwd=tmp_path)
@@ -182,7 +182,6 @@ def test_every_search_of_the_project_can_be_planned(option, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_in_a_search_alpha_follows_the_rank_at_a_fixed_or_searched_scale(searched):
     given = searched(*SMALL, "relora.scale=2")
     ((_, base),) = given["bases"]

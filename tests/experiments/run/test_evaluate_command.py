@@ -96,6 +96,7 @@ def test_its_id_stands_for_weights_and_evals_not_for_places_and_names(place) -> 
     assert changed(eval__blimp={"enabled": False}) != own
 
 
+@pytest.mark.slow
 def test_a_report_shows_it_beside_the_arms_of_a_sweep(place, tmp_path, monkeypatch) -> None:
     for run in a_sweep(place["out"], [a_config(r=4, seed=seed) for seed in (0, 1)], name="mine"):
         record(run)
