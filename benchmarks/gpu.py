@@ -39,7 +39,7 @@ from experiments.disk.output_dir import all_runs
 from experiments.run.complete import complete
 from relora_core import costs
 from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
-from sweeps.display import A100_FLOPS
+from relora_core.devices import find_device
 from sweeps.local.launcher import launch_local
 from sweeps.local.slots import visible_gpus
 from sweeps.planning.plan import make_plan
@@ -52,22 +52,6 @@ VARIANTS = {
     "hf sdpa bf16": "LlamaForCausalLM of the same shape, fused AdamW, eager",
     "hf sdpa bf16 compiled": "the same under torch.compile",
 }
-DEVICES = {
-    "A100-SXM4-80GB": (A100_FLOPS, 2039e9),
-    "A100 80GB PCIe": (A100_FLOPS, 1935e9),
-    "A100": (A100_FLOPS, 1555e9),
-    "H100 PCIe": (756e12, 2000e9),
-    "H100 NVL": (835e12, 3900e9),
-    "H100": (989e12, 3350e9),
-    "H200 NVL": (835e12, 4800e9),
-    "H200": (989e12, 4800e9),
-    "L40S": (362e12, 864e9),
-    "L4": (121e12, 300e9),
-    "RTX 3090": (71e12, 936e9),
-    "RTX 4090": (165e12, 1008e9),
-}
-"""Part of the name -> dense bf16 FLOPs and bytes of memory per second, from NVIDIA's data sheets.
-The first that fits counts."""
 LARGEST = 1024
 """Largest micro-batch that is tried: the paper's batch."""
 
@@ -228,7 +212,8 @@ def peaks_of(name: str, args: argparse.Namespace) -> tuple[float, float] | None:
     """(FLOPs/s, bytes/s); None if neither the table nor the command line gives them."""
     if args.peak_tflops and args.bandwidth_gb:
         return args.peak_tflops * 1e12, args.bandwidth_gb * 1e9
-    return next((peaks for part, peaks in DEVICES.items() if part in name), None)
+    device = find_device(name)
+    return None if device is None else (device.bf16, device.memory)
 
 
 # packed runs --------------------------------------------------------------------------------------

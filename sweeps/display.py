@@ -26,6 +26,7 @@ from experiments.metrics import LOSS, columns
 from experiments.run.sinks import clock
 from relora_core import costs
 from relora_core.config import RunConfig
+from relora_core.devices import A100
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, tokens
 from sweeps.planning.plan import Cell, Plan
@@ -41,9 +42,8 @@ COLOURS: dict[str, str] = {
     State.CANCELLED: "yellow",
     State.PRUNED: "yellow",
 }
-A100_FLOPS, A100_SHARE = 312e12, 0.1
-"""Peak FLOP/s in bf16 (NVIDIA's data sheet), and the share that we assume if nothing was measured:
-small models do not use all of it."""
+A100_SHARE = 0.1
+"""Of an A100's peak, if nothing was measured: small models do not use all of it."""
 
 
 def make_console() -> Console:
@@ -174,7 +174,7 @@ def _unmeasured(cells: Sequence[Cell]) -> str:
     """The cost before any run has finished on such a device: FLOPs, and hours of an A100."""
     flops = sum(budget.training_flops(cell.config) for cell in cells)
     text = f"no finished run on such a device; {flops:.2g} training FLOPs"
-    hours = flops / (A100_FLOPS * A100_SHARE) / 3600
+    hours = flops / (A100.bf16 * A100_SHARE) / 3600
     if hours < 1:
         return text
     return f"{text}: {hours:,.0f} hours of an A100 at {A100_SHARE:.0%} of its peak"
