@@ -37,6 +37,7 @@ from sweeps.planning.plan import (
     store,
 )
 from sweeps.planning.provenance import Tuned
+from sweeps.planning.rates import read_rates
 from sweeps.slurm.survey import survey
 
 
@@ -77,7 +78,7 @@ def run_sweep(
         plan.cells,
         states=states,
         output_dir=output_dir,
-        rates=budget.read_rates(output_dir),
+        rates=read_rates(output_dir),
         place=launcher.place,
     )
     outlook = SweepOutlook(

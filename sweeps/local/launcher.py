@@ -24,7 +24,7 @@ from sweeps.local import warm
 from sweeps.local.pool import Pool
 from sweeps.local.processes import Workers, open_processes, stop_requested
 from sweeps.local.progress import Progress
-from sweeps.local.slots import Slots, visible_gpus
+from sweeps.local.slots import Slots, gpu_names, visible_gpus
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, Place
 from sweeps.planning.plan import Plan
@@ -66,7 +66,9 @@ class LocalLauncher:
         return "GPU" if visible_gpus() else "CPU"
 
     def place(self, config: RunConfig) -> Place:
-        return Place(gpus=int(config.runtime.device != "cpu" and bool(visible_gpus())))
+        if config.runtime.device == "cpu" or not visible_gpus():
+            return Place()
+        return Place(gpus=1, kinds=gpu_names())
 
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
         check_parallel(self.max_parallel)

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,11 +89,47 @@ def _is_gpu(name: str, installed: Sequence[str] | None) -> bool:
     return any(one.startswith((name, gpu)) for one in installed)
 
 
-@cache  # asked for every run of a plan
+def gpu_names() -> tuple[str, ...]:
+    """What the visible GPUs are called, each name once; none where no tool says."""
+    names = _names(_listed() or "")
+    return tuple(sorted({name for id_ in visible_gpus() if (name := _name_of(id_, names))}))
+
+
+def _names(listed: str) -> dict[str, str]:
+    """Index, and UUID of each GPU and slice -> its name, as torch gives it."""
+    names: dict[str, str] = {}
+    gpu = ""
+    for line in listed.splitlines():
+        uuid = re.search(r"\(UUID: ([^)]+)\)", line)
+        if whole := re.match(r"GPU (\d+): (.*?) \(UUID", line):
+            gpu = names[whole[1]] = whole[2]
+        slice_ = re.match(r"\s+MIG (\S+)", line)
+        if uuid:
+            names[uuid[1]] = f"{gpu} MIG {slice_[1]}" if slice_ else gpu
+    return names
+
+
+def _name_of(id_: str, names: Mapping[str, str]) -> str | None:
+    """Of a GPU by its index or its UUID, which may be cut short."""
+    if id_.isdigit():
+        return names.get(id_)
+    return next((name for one, name in names.items() if one.startswith(id_)), None)
+
+
 def _installed_gpus() -> list[str] | None:
     """Indices, and UUIDs of GPUs and their slices; None if there are GPUs but no nvidia-smi."""
+    listed = _listed()
+    if listed is not None:
+        return re.findall(r"(?<=^GPU )\d+(?=:)|(?<=UUID: )[^)]+", listed, re.MULTILINE)
+    return None if any(Path("/dev").glob(pattern) for pattern in GPU_FILES) else []
+
+
+@cache  # asked for every run of a plan
+def _listed() -> str | None:
+    """What `nvidia-smi -L` prints; None if there is none, or it fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "-L"]
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return re.findall(r"(?<=^GPU )\d+(?=:)|(?<=UUID: )[^)]+", listed.stdout, re.MULTILINE)
-    return None if any(Path("/dev").glob(pattern) for pattern in GPU_FILES) else []
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    return None

@@ -7,46 +7,33 @@ evals and dynamics. Not for: memory and disk (`relora_core/costs.py`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from experiments.disk.output_dir import all_runs, runs_folder
+from experiments.disk.output_dir import runs_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
-from experiments.disk.states import State
 from relora_core import costs
-from relora_core.config import EVALS, ConfigError, RunConfig, runs_eval
+from relora_core.config import ConfigError, RunConfig
+from sweeps.planning.kinds import is_kind, peak_ratio
 from sweeps.planning.plan import Cell
+from sweeps.planning.rates import CPU, Rate, count_pauses, shape
 
-CPU = "cpu"
 SPREAD = 0.3
 """Margin of one measured run: equal runs on one machine were 0.75 to 1.3 times as fast as their
 median, depending on its load. Of n runs it is this over the root of n."""
 SCALED = 3.0
 """Margin, as a factor up and down, for a run of another shape: a model of 11 M parameters reached
 half the FLOP/s of one of 65 M, and one of 40 k a fifth."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Rate:
-    """How fast a finished run was."""
-
-    run_id: str
-    label: str
-    """Name of its model."""
-    device: str
-    """Name of the GPU, or `cpu`."""
-    shape: str
-    forward_flops: int
-    """Per token."""
-    flops_per_s: float
-    """Training FLOPs of each process in a second of training."""
-    overhead_s: float | None
-    """Process-seconds of each pause (start, eval, dynamics); None: unknown."""
+OTHER_KIND = 2.0
+"""Likewise for a GPU of another kind than was measured, scaled by their peaks: a small model
+reaches less of a faster GPU's."""
+NO_PEAK = 5.0
+"""Likewise where one of the peaks is not known: those of GPUs in use differ so much."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,6 +58,10 @@ class Place:
     """A fraction of one if runs are packed."""
     time_limit_h: float | None = None
     """Of one attempt."""
+    kinds: tuple[str, ...] = ()
+    """Names of the GPUs that it may get, or what a scheduler calls them; empty: not known."""
+    partition: str | None = None
+    """SLURM's, empty for the default one; None: no job."""
 
 
 ONE_PROCESS = Place()
@@ -86,114 +77,108 @@ def training_flops(config: RunConfig) -> float:
     return float(costs.flops_per_token(config).train * tokens(config))
 
 
-# what was measured ------------------------------------------------------------------------------
-def read_rates(output_dir: Path | str) -> list[Rate]:
-    """Of runs below `output_dir` that have ended and recorded what they ran on."""
-    return [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
-
-
-def _rate(run_dir: RunDir) -> Rate | None:
-    result = run_dir.result() or {}
-    if result.get("state") not in (State.FINISHED, State.DIVERGED):
-        return None
-    try:
-        config, records = run_dir.config(), run_dir.attempt_records()
-        places = {(_device(record, config), int(record["world"])) for record in records}
-        trained = result["metrics"]["train/tokens"]
-        seconds = result["metrics"]["perf/train_seconds"]
-    except (KeyError, TypeError, ValueError):  # an earlier version did not record it
-        return None
-    if len(places) != 1 or not seconds > 0:  # attempts on different machines have no one speed
-        return None
-    device, world = places.pop()
-    flops = costs.flops_per_token(config)
-    overhead = None
-    if result["attempts"] == 1 and result["state"] == State.FINISHED:
-        overhead = max(result["attempt_seconds"] - seconds, 0.0) * world / count_pauses(config)
-    return Rate(
-        run_id=run_dir.run_id,
-        label=config.model.name,
-        device=device,
-        shape=shape(config, processes=world),
-        forward_flops=flops.forward,
-        flops_per_s=flops.train * trained / seconds / world,
-        overhead_s=overhead,
-    )
-
-
-def _device(record: Mapping[str, Any], config: RunConfig) -> str:
-    """The device of an attempt; KeyError if it is not recorded."""
-    gpus = record["gpus"]
-    return CPU if config.runtime.device == "cpu" or not gpus else str(gpus[0])
-
-
-def shape(config: RunConfig, *, processes: int) -> str:
-    """Model, method, lengths, evals and dynamics: where equal, so is the speed in FLOP/s."""
-    model = dataclasses.replace(config.model, name="")
-    evals = [getattr(config.eval, name) for name in EVALS]
-    evals = [dataclasses.replace(section, every_steps=None, path=None) for section in evals]
-    dynamics = config.dynamics if config.dynamics.every_steps else None
-    kinds = dynamics and (dynamics.what, dynamics.kinds)
-    micro = config.train.micro_batch_size or config.train.batch_size // processes
-    train = (config.method, config.data.seq_len, micro, config.train.precision, processes)
-    return repr((model, train, *evals, kinds))
-
-
-def count_pauses(config: RunConfig, *, done: int = 0) -> int:
-    """How often a run stops training after step `done`: its start, evals, measures of dynamics."""
-    steps, count = config.train.steps, 1
-
-    def times(every: int) -> int:
-        return steps // every - done // every + (done == 0)
-
-    for name in EVALS:
-        if runs_eval(config, name):
-            every = getattr(config.eval, name).every_steps
-            count += times(every) + bool(steps % every) if every else 1
-    if every := config.dynamics.every_steps:
-        count += times(every)
-    return count
-
-
 # what is to come --------------------------------------------------------------------------------
+@dataclass(kw_only=True, slots=True)
+class _Group:
+    """Rates of one kind of device and one shape, by which a run is priced."""
+
+    rates: list[Rate]
+    basis: str
+    factor: float = 1.0
+    """Margin, as a factor up and down."""
+
+
 def estimate(
     config: RunConfig, *, rates: Sequence[Rate], place: Place = ONE_PROCESS, done: int = 0
 ) -> Estimate | None:
     """Device-hours of a run from step `done` on: GPU-hours if it has GPUs, else process-hours.
 
-    Without a measured run on such a device it is what the time limit allows; None without a limit.
+    Where it may get one of several kinds of GPU, the interval covers each. Without a measured run
+    on such a device it is what the time limit allows; None without a limit.
     """
     devices = place.gpus or place.processes
-    similar, basis, factor = _similar_rates(config, rates=rates, place=place)
-    if not similar:
+    groups, note = _similar_rates(config, rates=rates, place=place)
+    if not groups:
         if place.time_limit_h is None:
             return None
         hours = place.time_limit_h * devices
         return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
-    seconds = _predict_seconds(config, similar, done=done)
+    parts = [_interval(_predict_seconds(config, g.rates, done=done), g.factor) for g in groups]
+    lows, middles, highs = zip(*parts, strict=True)
+    hours = devices / place.processes / 3600
+    return Estimate(
+        hours=statistics.median(middles) * hours,
+        low=min(lows) * hours,
+        high=max(highs) * hours,
+        basis=" and ".join(dict.fromkeys(group.basis for group in groups)) + note,
+    )
+
+
+def _interval(seconds: Sequence[float], factor: float) -> tuple[float, float, float]:
+    """(low, middle, high) of predictions by one group."""
     middle = statistics.median(seconds)
     margin = SPREAD / math.sqrt(len(seconds))
     tenths = statistics.quantiles([*seconds, *seconds], n=10, method="inclusive")
     low = min(tenths[0], middle * (1 - margin)) / factor
-    high = max(tenths[-1], middle * (1 + margin)) * factor
-    hours = devices / place.processes / 3600
-    return Estimate(hours=middle * hours, low=low * hours, high=high * hours, basis=basis)
+    return low, middle, max(tenths[-1], middle * (1 + margin)) * factor
 
 
 def _similar_rates(
     config: RunConfig, *, rates: Sequence[Rate], place: Place
-) -> tuple[list[Rate], str, float]:
-    """Rates of the most similar runs, their description, and the margin as a factor."""
+) -> tuple[list[_Group], str]:
+    """A group for each kind of device that it may get, and what to say of all.
+
+    Rates of that kind come first, even those of another shape.
+    """
     candidates = [rate for rate in rates if (rate.device != CPU) == (place.gpus > 0)]
     if not candidates:
-        return [], "", 1.0
+        return [], ""
+    if not place.gpus:
+        return [_nearest(config, candidates, place=place)], ""
+    if place.kinds:
+        return [_of_kind(config, candidates, kind, place=place) for kind in place.kinds], ""
+    seen = [rate for rate in candidates if place.partition and rate.partition == place.partition]
+    by_device = itertools.groupby(
+        sorted(seen or candidates, key=lambda rate: rate.device), key=lambda rate: rate.device
+    )
+    groups = [_nearest(config, list(group), place=place) for _, group in by_device]
+    where = (
+        "GPUs here may be others" if place.partition is None else "the partition may have others"
+    )
+    return groups, f"; {where}"
+
+
+def _nearest(config: RunConfig, candidates: Sequence[Rate], *, place: Place) -> _Group:
+    """Those of the most similar runs."""
     own = shape(config, processes=place.processes)
     if same := [rate for rate in candidates if rate.shape == own]:
-        return same, _describe(same), 1.0
+        return _Group(rates=same, basis=_describe(same))
     flops = costs.flops_per_token(config).forward
     nearest = min(candidates, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
     group = [rate for rate in candidates if rate.shape == nearest.shape]
-    return group, f"{_describe(group)}, scaled by FLOPs", SCALED
+    return _Group(rates=group, basis=f"{_describe(group)}, scaled by FLOPs", factor=SCALED)
+
+
+def _of_kind(config: RunConfig, candidates: Sequence[Rate], kind: str, *, place: Place) -> _Group:
+    """Those of this kind of GPU; where nothing was measured on it, of another kind, scaled."""
+    if own := [rate for rate in candidates if is_kind(kind, rate.device)]:
+        return _nearest(config, own, place=place)
+    precision = config.train.precision
+    ratios = {
+        rate.device: peak_ratio(kind, rate.device, precision=precision) for rate in candidates
+    }
+    with_peak = [rate for rate in candidates if ratios[rate.device]]
+    group = _nearest(config, with_peak or candidates, place=place)
+    scaled = [
+        dataclasses.replace(rate, flops_per_s=rate.flops_per_s * (ratios[rate.device] or 1.0))
+        for rate in group.rates
+    ]
+    how = "scaled by peaks" if with_peak else "as if it were as fast, since a peak is not known"
+    return _Group(
+        rates=scaled,
+        basis=f"{group.basis}, none on {kind}: {how}",
+        factor=group.factor * (OTHER_KIND if with_peak else NO_PEAK),
+    )
 
 
 def _describe(rates: Sequence[Rate]) -> str:

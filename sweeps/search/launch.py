@@ -25,9 +25,10 @@ from sweeps import display, tracking
 from sweeps.launchers import Launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir
 from sweeps.planning import budget
-from sweeps.planning.budget import Estimate, Rate
+from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import Point, check_name
 from sweeps.planning.plan import Cell, command, make_plan
+from sweeps.planning.rates import Rate, read_rates
 from sweeps.search import arms, reads, samplers
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
@@ -89,7 +90,7 @@ def run_search(
     name = check_name(configs[0].sweep.name or name)
     output_dir = Path(configs[0].output_dir)
     arms.check_begun(study_folder(output_dir, name=name), arms=drafts[0].arm is not None)
-    rates = budget.read_rates(output_dir)
+    rates = read_rates(output_dir)
     named = (dataclasses.replace(c, sweep=dataclasses.replace(c.sweep, name=name)) for c in configs)
     parts: list[Part] = []
     costs: dict[str, Estimate | None] = {}

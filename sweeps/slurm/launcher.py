@@ -31,7 +31,15 @@ from sweeps.planning.plan import Cell, Plan, command
 from sweeps.slurm import cluster
 from sweeps.slurm.batches import Batch, batches
 from sweeps.slurm.cluster import SlurmError
-from sweeps.slurm.options import Shape, SlurmOptions, check_cell, check_options, shape_of
+from sweeps.slurm.options import (
+    Shape,
+    SlurmOptions,
+    check_cell,
+    check_options,
+    gpu_kinds,
+    partition_of,
+    shape_of,
+)
 from sweeps.slurm.queue import Queue
 from sweeps.slurm.sbatch import Sbatch, Unsure, options_of_environment, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
@@ -55,10 +63,13 @@ class SlurmLauncher:
 
     def place(self, config: RunConfig) -> Place:
         shape = shape_of(config, self.options)
+        options = dataclasses.replace(self.options, **options_of_environment(self.options))
         return Place(
             processes=shape.processes,
             gpus=shape.nodes * shape.gpus_per_node / self.options.runs_per_job,
             time_limit_h=shape.minutes / 60,
+            kinds=gpu_kinds(options),
+            partition=partition_of(options),
         )
 
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
@@ -114,7 +125,7 @@ class SlurmLauncher:
         options = dataclasses.replace(self.options, **options_of_environment(self.options))
         if options.qos or "qos" in options.extra:  # a QOS may allow more
             return
-        partition = str(options.extra.get("partition") or options.partition or "")
+        partition = partition_of(options)
         limit = cluster.time_limit(partition)
         if limit is not None and shape.minutes > limit[0]:
             raise ConfigError(

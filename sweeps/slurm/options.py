@@ -11,6 +11,7 @@ from typing import Any
 
 from relora_core import costs
 from relora_core.config import ConfigError, RunConfig
+from sweeps.planning.kinds import kinds_in
 
 # The metadata of an option, by which the other modules know what to do with it.
 SBATCH = {"sbatch": True}
@@ -132,6 +133,24 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
         mem_gb=pick("mem_gb"),
         minutes=minutes(pick("time")),
     )
+
+
+def partition_of(options: SlurmOptions) -> str:
+    """Empty: the default one."""
+    return str(options.extra.get("partition") or options.partition or "")
+
+
+def gpu_kinds(options: SlurmOptions) -> tuple[str, ...]:
+    """Kinds of GPU that jobs ask for, by gres (`gpu:a100:1`) or else by constraint or partition;
+    none if these say nothing."""
+    extra = {key.replace("_", "-"): str(value) for key, value in options.extra.items()}
+    typed = re.findall(r"\bgpu:([A-Za-z][\w.-]*)", extra.get("gres", ""))
+    for key in ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"):
+        typed += re.findall(r"([A-Za-z][\w.-]*):\d+", extra.get(key, ""))
+    if typed:
+        return tuple(dict.fromkeys(typed))
+    constraint = str(extra.get("constraint") or options.constraint or "")
+    return kinds_in(constraint) or kinds_in(partition_of(options))
 
 
 # checks, before anything is written -------------------------------------------------------------

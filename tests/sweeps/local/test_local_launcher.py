@@ -29,7 +29,7 @@ from sweeps.local import launcher
 from sweeps.local import slots as slots_module
 from sweeps.local.launcher import LocalLauncher, launch_local
 from sweeps.local.processes import Workers
-from sweeps.local.slots import Slots, visible_gpus
+from sweeps.local.slots import Slots, gpu_names, visible_gpus
 from sweeps.planning.budget import training_flops
 from sweeps.planning.plan import make_plan, store
 from tests.sweeps.conftest import planned
@@ -165,6 +165,7 @@ GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)
   MIG 3g.40gb     Device  0: (UUID: MIG-0d1232cf-9a0e-5ffb-9e5c-7ea6e5ba1b8a)
 GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-e2a3a19c-1b1e-11ee-be56-0242ac120002)
 """
+A100 = "NVIDIA A100-SXM4-80GB"
 
 
 @pytest.mark.parametrize(
@@ -190,9 +191,9 @@ GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-e2a3a19c-1b1e-11ee-be56-0242ac120002)
         ("MIG-GPU-0000/1/0", []),
     ],
 )
-def test_gpus_are_those_that_cuda_would_see(monkeypatch, chosen, ids):
+def test_gpus_are_those_that_cuda_would_see(make, monkeypatch, chosen, ids):
     ids = [ids] if isinstance(ids, str) else ids
-    slots_module._installed_gpus.cache_clear()
+    slots_module._listed.cache_clear()
     monkeypatch.setattr(
         slots_module.subprocess, "run", lambda *a, **b: SimpleNamespace(stdout=LISTED)
     )
@@ -201,8 +202,12 @@ def test_gpus_are_those_that_cuda_would_see(monkeypatch, chosen, ids):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     try:
         assert visible_gpus() == ids
+        slices = [f"{A100} MIG 3g.40gb" for id_ in ids if id_.startswith("MIG-0")]
+        others = [A100 for id_ in ids if not id_.startswith("MIG-")]
+        assert gpu_names() == tuple(sorted({*slices, *others}))
+        assert LocalLauncher().place(make()).kinds == gpu_names()
     finally:
-        slots_module._installed_gpus.cache_clear()
+        slots_module._listed.cache_clear()
 
 
 @pytest.mark.parametrize("chosen", ["NoDevFiles", "0"])

@@ -29,15 +29,8 @@ from relora_core.config import (
 )
 from sweeps import display
 from sweeps.planning import budget
-from sweeps.planning.budget import (
-    Estimate,
-    Place,
-    check_budget,
-    count_pauses,
-    estimate,
-    estimates,
-    read_rates,
-)
+from sweeps.planning.budget import Estimate, Place, check_budget, estimate, estimates
+from sweeps.planning.rates import Rate, count_pauses, read_rates, shape
 from tests.sweeps.conftest import planned
 
 GPU = "NVIDIA A100"
@@ -52,13 +45,24 @@ def out(tmp_path):
 def finish(out):
     """Leave a finished run behind that trained at `speed` FLOP/s and lost `beside` seconds."""
 
-    def leave(config, *, speed=1e6, beside=0.0, gpus=(), world=1, attempts=1, state="finished"):
+    def leave(
+        config,
+        *,
+        speed=1e6,
+        beside=0.0,
+        gpus=(),
+        world=1,
+        attempts=1,
+        state="finished",
+        partition=None,
+    ):
         tokens = config.train.steps * config.train.batch_size * config.data.seq_len
         seconds = costs.flops_per_token(config).train * tokens / speed
         run_dir = RunDir(runs_folder(out) / run_id(config))
         run_dir.create(config)
         for attempt in range(1, attempts + 1):
-            run_dir.write_attempt(attempt, {"gpus": list(gpus), "world": world})
+            where = {"slurm": {"partition": partition} if partition else {}}
+            run_dir.write_attempt(attempt, {"gpus": list(gpus), "world": world, **where})
         metrics = {"train/tokens": float(tokens), "perf/train_seconds": seconds}
         took = {"attempts": attempts, "attempt_seconds": seconds + beside}
         run_dir.write_result({"state": state, "metrics": metrics, **took})
@@ -90,8 +94,8 @@ def rate_of(config=None, *, processes=1, **changes):
     config = config or nano()
     facts = {"device": "cpu", "flops_per_s": 1e6, "overhead_s": 0.0, "label": "nano"}
     forward = costs.flops_per_token(config).forward
-    where = budget.shape(config, processes=processes)
-    return budget.Rate(run_id="x", forward_flops=forward, shape=where, **{**facts, **changes})
+    facts |= {"shape": shape(config, processes=processes), "forward_flops": forward}
+    return Rate(run_id="x", **{**facts, **changes})
 
 
 # rates and estimates
@@ -160,21 +164,85 @@ def test_runs_of_the_same_shape_are_preferred_then_those_of_the_nearest_size():
     ids=str,
 )
 def test_what_changes_the_speed_is_another_shape(change):
-    assert budget.shape(nano(**change), processes=1) != budget.shape(nano(), processes=1)
+    assert shape(nano(**change), processes=1) != shape(nano(), processes=1)
     assert "scaled" in estimate(nano(**change), rates=[rate_of()]).basis
 
 
 def test_seed_steps_rate_and_rank_are_not():
-    before = budget.shape(nano(), processes=1)
+    before = shape(nano(), processes=1)
     config = dataclasses.replace(nano(steps=99, lr=1.0), seed=5, output_dir="elsewhere")
     config.relora.r, config.eval.paloma.every_steps, config.model.name = 2, 7, "other"
-    assert budget.shape(config, processes=1) == before
+    assert shape(config, processes=1) == before
 
 
 def test_a_gpu_says_nothing_of_a_cpu_nor_the_reverse(make, finish, out):
     finish(make(), gpus=[GPU])
     assert estimate(make(seed=1), rates=read_rates(out)) is None
     assert GPU in estimate(make(seed=1), rates=read_rates(out), place=Place(gpus=1)).basis
+
+
+H100, RTX = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 9999"
+
+
+def on(*kinds, **changes):
+    return Place(gpus=1, kinds=kinds, **changes)
+
+
+def test_the_kind_that_a_run_gets_prices_it_whatever_was_measured_on_others():
+    rates = [rate_of(device=GPU, flops_per_s=1e6), rate_of(device=H100, flops_per_s=3e6)]
+    slow, fast = (estimate(nano(), rates=rates, place=on(kind)) for kind in (GPU, H100))
+    assert slow.hours == pytest.approx(3 * fast.hours)
+    assert slow.basis == f"1 finished run of nano on {GPU}"
+    alone = estimate(nano(), rates=rates[:1], place=on(GPU))
+    assert (alone.low, alone.hours, alone.high) == (slow.low, slow.hours, slow.high)
+
+
+def test_another_shape_on_its_kind_comes_before_its_shape_on_another_kind():
+    near = nano()
+    near.model.d_model = 48
+    rates = [rate_of(near, device=H100, label="near"), rate_of(device=GPU)]
+    basis = estimate(nano(), rates=rates, place=on("h100")).basis
+    assert basis == f"1 finished run of near on {H100}, scaled by FLOPs"
+
+
+@pytest.mark.parametrize(("precision", "ratio"), [("bf16", 989 / 312), ("fp32", 67 / 19.5)])
+def test_a_rate_of_another_kind_is_scaled_by_peaks_with_doubt_and_named(precision, ratio):
+    config = nano(precision=precision)
+    rates = [rate_of(config, device=GPU), rate_of(config, device=RTX, flops_per_s=9e9)]
+    own, other = (estimate(config, rates=rates, place=on(kind)) for kind in (GPU, "h100"))
+    assert own.hours / other.hours == pytest.approx(ratio)
+    assert other.high / other.hours == pytest.approx(2 * own.high / own.hours)
+    assert other.low / other.hours == pytest.approx(own.low / own.hours / 2)
+    assert other.basis == f"1 finished run of nano on {GPU}, none on h100: scaled by peaks"
+
+
+def test_without_a_peak_another_kind_counts_as_equally_fast_with_more_doubt_still():
+    own, other = (estimate(nano(), rates=[rate_of(device=GPU)], place=on(k)) for k in (GPU, RTX))
+    assert other.hours == pytest.approx(own.hours)
+    assert other.high / other.hours == pytest.approx(5 * own.high / own.hours)
+    assert "a peak is not known" in other.basis
+
+
+def test_a_run_that_may_get_either_kind_has_an_interval_for_both():
+    rates = [rate_of(device=GPU, flops_per_s=1e6), rate_of(device=H100, flops_per_s=3e6)]
+    slow, fast = (estimate(nano(), rates=rates, place=on(kind)) for kind in (GPU, H100))
+    for place in (on("a100", "h100"), on(partition="gpu"), on()):
+        either = estimate(nano(), rates=rates, place=place)
+        assert (either.low, either.high) == (fast.low, slow.high)
+        assert fast.hours < either.hours < slow.hours
+        assert f"on {GPU} and 1 finished run of nano on {H100}" in either.basis
+
+
+def test_a_job_of_no_named_kind_gets_what_its_partition_gave_before(make, finish, out):
+    finish(make(), gpus=[GPU], partition="old", speed=1e6)
+    finish(make(seed=1), gpus=[H100], partition="new", speed=3e6)
+    rates = read_rates(out)
+    for partition, device in (("old", GPU), ("new", H100)):
+        one = estimate(make(seed=2), rates=rates, place=on(partition=partition))
+        assert one.hours == estimate(make(seed=2), rates=rates, place=on(device)).hours
+        assert one.basis == f"1 finished run of nano on {device}; the partition may have others"
+    assert GPU in estimate(make(), rates=rates, place=on(partition="other")).basis
+    assert H100 in estimate(make(), rates=rates, place=on(partition="other")).basis
 
 
 def test_packed_runs_are_charged_their_share_of_the_gpu():
