@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slurm check fast format ui clean
+.PHONY: help install demo test test-slurm check fast format docs ui clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,6 +39,10 @@ check: $(READY)  ## format, lint, types, import rules, fast tests
 format: $(READY)  ## put the code into its one format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)  ## the documentation as a site, in build/site
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/site
+	@echo build/site/index.html
 
 ui: $(READY)  ## MLflow's pages over outputs/mlflow.db on loopback, and links into them
 	$(BIN)/python -m sweeps ui $(if $(PORT),--port $(PORT))
