@@ -23,6 +23,21 @@ from relora_core.config import ConfigError, RunConfig
 from relora_core.sources import code_hash
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "relora_sweeps"
+"""The folder that a wheel has run.py and conf/ in."""
+
+
+def is_installed(root: Path = ROOT) -> bool:
+    """Whether pip has put a wheel's files at `root`, among those of other projects.
+
+    True of a frozen copy of them, too, and False of a checkout.
+    """
+    return (root / PACKAGE / "conf").is_dir()
+
+
+CONF = (ROOT / PACKAGE if is_installed() else ROOT) / "conf"
+RUN = "relora-sweeps run" if is_installed() else "python run.py"
+"""What a user types."""
 SNAPSHOT = "SNAPSHOT.json"
 """Marks a frozen copy of the code and says what it is a copy of."""
 PACKAGES = (
@@ -94,7 +109,8 @@ def notes(root: Path = ROOT) -> tuple[str, ...]:
 
     Git may be missing, or the checkout may be another user's and no `safe.directory`.
     """
-    if frozen(root) or not any((folder / ".git").exists() for folder in (root, *root.parents)):
+    around = any((folder / ".git").exists() for folder in (root, *root.parents))
+    if frozen(root) or is_installed(root) or not around:
         return ()
     try:
         done = _run(root, "rev-parse", "HEAD")
@@ -109,7 +125,12 @@ def notes(root: Path = ROOT) -> tuple[str, ...]:
 
 
 def git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
-    """git's output at `root`, None if it fails. Git takes no locks and leaves its index alone."""
+    """git's output at `root`, None if it fails. Git takes no locks and leaves its index alone.
+
+    None, too, where a wheel is installed: a checkout around it is another project's.
+    """
+    if is_installed(root):
+        return None
     try:
         done = _run(root, *arguments)
     except (OSError, subprocess.TimeoutExpired):

@@ -33,9 +33,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from experiments.environment import CONF
 from relora_core.config import ConfigError, RunConfig, nearest
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA = ("launcher", "sweeper", "searchpath", "verbose", "help", "hydra_help")
 """Sections of `hydra` that have an effect here."""
 WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")

@@ -30,7 +30,8 @@ PARTS = (
     "relora_core",
     "experiments",
     "sweeps",
-    "hydra_plugins",
+    "hydra_plugins/relora_sweeps",
+    "relora_sweeps",
 )
 """What is copied of the project if there is no git to say it."""
 SECRETS = (
@@ -265,7 +266,7 @@ def _put(path: Path, entry: Entry) -> None:
 def _check_apart(root: Path, *, output_dir: Path | str) -> None:
     """ConfigError if results would lie among the code that is copied."""
     within = os.path.relpath(os.path.realpath(output_dir), os.path.realpath(root))
-    if within.split(os.sep)[0] in (".", *PARTS):
+    if within.split(os.sep)[0] in (".", *(part.split("/")[0] for part in PARTS)):
         raise ConfigError(
             f"output_dir must be apart from the code that is to be frozen, got "
             f"{str(output_dir)!r}; nearest valid: 'outputs'"

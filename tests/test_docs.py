@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("relora_core", "experiments", "sweeps", "hydra_plugins")
+CODE = ("relora_core", "experiments", "sweeps", "hydra_plugins", "relora_sweeps")
 PACKAGES = sorted(
     file.parent.relative_to(ROOT).as_posix()
     for top in CODE
@@ -80,11 +80,7 @@ def test_every_promise_names_a_test():
             assert path.is_file() or (path.is_dir() and any(path.glob("test_*.py"))), test
 
 
-SOURCES = sorted(
-    path
-    for package in ("relora_core", "experiments", "sweeps", "hydra_plugins")
-    for path in (ROOT / package).rglob("*.py")
-)
+SOURCES = sorted(path for package in CODE for path in (ROOT / package).rglob("*.py"))
 
 
 def test_every_file_that_a_docstring_names_exists():

@@ -17,6 +17,7 @@ from experiments.addresses import located
 from experiments.disk import frozen
 from experiments.disk.output_dir import plan_folder, run_at
 from experiments.disk.run_dir import RunDir
+from experiments.environment import CONF
 from experiments.identity import arm_id
 from experiments.json_files import Damaged, fits, names_folder, parse
 from experiments.labels import spell
@@ -246,9 +247,6 @@ def overrides_of(command: str) -> list[str]:
 
 
 # questions --------------------------------------------------------------------------------------
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
 def question(
     sweep: str, overrides: Iterable[Sequence[str]], experiments: Iterable[str]
 ) -> str | None:

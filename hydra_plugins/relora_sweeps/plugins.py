@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from experiments import schema
+from experiments.environment import RUN, is_installed
 from hydra_plugins.relora_sweeps._axes import (
     arms_taken,
     as_list,
@@ -465,4 +466,5 @@ def _refuse_added(values: Mapping[str, Any], *, keys: list[str]) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["python", *sys.argv])
+    first = RUN if is_installed() else shlex.join(["python", sys.argv[0]])
+    return f"{first} {shlex.join(sys.argv[1:])}"

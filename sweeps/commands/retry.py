@@ -11,6 +11,7 @@ from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState
 from experiments.disk.states import State
+from experiments.environment import RUN
 from relora_core import shell
 from sweeps import launch
 from sweeps.commands import selection
@@ -110,7 +111,7 @@ def _print_choice(
         what = "from step 0" if fresh else f"had reached step {state.step}"
         why = f" ({state.reason.partition('; `')[0]})" if state.reason else ""  # without the advice
         print(f"retry {run.name}: {state.state}, {what}{why}")
-    of_no_sweep = "of no sweep: `python run.py` with its settings resumes it"
+    of_no_sweep = f"of no sweep: `{RUN}` with its settings resumes it"
     rest = Counter(_state(run, states) for run in chosen if run not in again)
     for state, n in rest.items():
         print(f"not {n} {state}: {NOT_RETRIED.get(state, of_no_sweep)}")

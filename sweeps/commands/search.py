@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.disk.output_dir import plan_folder
+from experiments.environment import RUN
 from experiments.run.sinks import clock
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
@@ -162,7 +163,7 @@ def write_experiment(
         raise ConfigError(f"--write-experiment needs the run directories of trial {numbers[0]}")
     shared.make_folder(path.parent)
     atomic.write_text(path, text)
-    print(f"trial {numbers[0]} is {path}: python run.py experiment={path.stem}")
+    print(f"trial {numbers[0]} is {path}: {RUN} experiment={path.stem}")
 
 
 # arms -------------------------------------------------------------------------------------------

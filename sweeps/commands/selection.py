@@ -17,6 +17,7 @@ from experiments.disk.named import find_run, named, several
 from experiments.disk.output_dir import all_runs
 from experiments.disk.plans import PlannedRun, read_sweeps, single_run, sweep_names
 from experiments.disk.state import RunState, state_of
+from experiments.environment import RUN
 from relora_core.config import ConfigError, nearest
 from sweeps.slurm import survey as scheduler
 
@@ -193,7 +194,7 @@ def counts(states: Sequence[RunState]) -> str:
 
 
 def no_runs(output_dir: Path | str) -> str:
-    return f"no runs in {output_dir} yet: `python run.py` makes one"
+    return f"no runs in {output_dir} yet: `{RUN}` makes one"
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:

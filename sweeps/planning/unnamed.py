@@ -14,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from experiments.environment import ROOT
+from experiments.environment import CONF
 from experiments.identity import essential
 from experiments.labels import OPTIONS
 from relora_core.config import RunConfig, get, walk
 
-CONF = ROOT / "conf"
 GROUPS = {group: key for group, key in OPTIONS.items() if group != "experiment"}
 """Not an experiment: what its file sets is to be mentioned."""
 IMPLIED = ("model.vocab_size", "data.vocab_size", "data.tokenizer", "data.eos_id", "seed")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import schema, typos
+from experiments.environment import RUN
 from experiments.labels import OPTIONS
 from relora_core import data
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, walk
@@ -103,7 +104,7 @@ def overrides(config: RunConfig) -> list[str]:
 
 def command(config: RunConfig) -> str:
     """Ready to paste into a shell."""
-    return shlex.join(["python", "run.py", *overrides(config)])
+    return f"{RUN} {shlex.join(overrides(config))}"
 
 
 def _texts(choices: Mapping[str, str]) -> list[str]:
@@ -138,7 +139,7 @@ def experiment_yaml(config: RunConfig, *, name: str, question: str, source: list
     lines = [
         "# @package _global_",
         f"# Question: {question}",
-        f"# Command:  python run.py experiment={quoted(name)}",
+        f"# Command:  {RUN} experiment={quoted(name)}",
         *(f"# {'Source:' if i == 0 else '':<9} {line}" for i, line in enumerate(source)),
         "defaults:",
         *([f"  - {base}"] if base else []),
