@@ -184,6 +184,13 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in rows.items() if key != "seed"}
 
 
+def differing_texts(sweep: Sweep) -> list[str]:
+    """Settings that give arms other texts or vocabularies, whose losses must not be compared."""
+    keys = [key for key in sweep.varies if key.startswith(("data.", "model.vocab_size"))]
+    evals = [key for key in sweep.varies if key.startswith("eval.")]
+    return keys + [key for key in evals if key.endswith("fingerprint")]
+
+
 # floors -----------------------------------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Floor:

@@ -17,9 +17,9 @@ from experiments import notices
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.errors import one_line
-from experiments.report import blimp, gather, registered, tradeoffs
+from experiments.report import answers, blimp, gather, registered, tradeoffs
 from experiments.report import tables as report_tables
-from experiments.report.data import Arm, Sweep
+from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import (
     Block,
     Bullets,
@@ -81,7 +81,8 @@ def write(
     """
     named = registered.read(comparisons) if comparisons else []
     data = gather.gather(output_dir, sweep, states=states, beside=beside)
-    named_section = registered.section(data, named)  # of all arms, whichever are shown
+    # Of all arms, whichever are shown.
+    named_section, named_answers = registered.section(data, named), answers.of_named(data, named)
     select_arms(data, arms)
     if reference == PREVIOUS:
         pairs = list(zip(data.arms[1:], data.arms, strict=False))
@@ -94,7 +95,8 @@ def write(
             data, folder / "figures", x=x, published=published, pairs=pairs
         ),
     )
-    return save(_document(data, pairs, pictures, named_section), [data], folder=folder)
+    document = _document(data, pairs, pictures, named_section, named_answers)
+    return save(document, [data], folder=folder)
 
 
 def select_arms(sweep: Sweep, patterns: Sequence[str]) -> None:
@@ -116,17 +118,21 @@ def _document(
     pairs: Sequence[tuple[Arm, Arm]],
     pictures: list[Block],
     named: list[Block],
+    named_answers: list[Block],
 ) -> Document:
     made: dict[str, Callable[[], list[Block]]] = {
-        "Settings": lambda: _settings(sweep),
-        "Runs": lambda: _runs(sweep),
+        "Answer": lambda: answers.answer(sweep, pairs, named_answers),
         "Results": lambda: report_tables.results(sweep),
         "Named comparisons": lambda: named,
+        "Figures": lambda: pictures,
         "Comparisons": lambda: report_tables.comparisons(sweep, pairs),
         "BLiMP": lambda: blimp.blimp(sweep, pairs),
-        "Figures": lambda: pictures,
         "Restarts": lambda: report_tables.restarts(sweep),
         "Cost": lambda: [*report_tables.cost(sweep), *tradeoffs.tradeoffs(sweep)],
+        "Settings": lambda: _settings(sweep),
+        "Runs": lambda: _runs(sweep),
+        "Notes": lambda: _notes(sweep),
+        "Statistics": lambda: report_tables.methods(sweep, pairs),
         "Code and environment": lambda: _environment(sweep),
         "Files": _files,
     }
@@ -189,18 +195,10 @@ def _cautions(sweep: Sweep) -> list[str]:
             f"{plural(diverged, 'run')} diverged and {verb} in no mean: the means are of the runs "
             "that survived, which flatters an arm that diverges."
         )
-    differing = [k for k in sweep.varies if k.startswith(("data.", "model.vocab_size"))]
-    differing += [k for k in sweep.varies if k.startswith("eval.") and k.endswith("fingerprint")]
-    if differing:
+    if differing := differing_texts(sweep):
         lines.append(
             f"Arms differ in what they read ({', '.join(differing)}): losses and perplexities of "
             "different texts or vocabularies must not be compared."
-        )
-    if changed := [run for run in runs if run.changed]:
-        keys = joined(sorted({key for run in changed for key in run.changed}))
-        lines.append(
-            f"{plural(len(changed), 'run')} went on with other {keys} than planned, on purpose "
-            f"(--accept-changed): {joined([run.run_id for run in changed], most=5)}."
         )
     if foreign := [arm.name for arm in sweep.arms if not arm.runs[0].trained]:
         lines.append(
@@ -211,9 +209,6 @@ def _cautions(sweep: Sweep) -> list[str]:
         lines.append(
             "Arms differ in their number of steps: their final numbers are not at one budget."
         )
-    planned = [*notices.across([run.config for run in runs]), *sweep.notes]
-    read = [f"data: {note}" for run in runs for note in run.notes]
-    lines += dict.fromkeys(f"{n[:1].upper()}{n[1:]}." for n in [*planned, *read])
     codes = {tuple(sorted({c for run in arm.runs for c in run.code})) for arm in sweep.arms}
     codes.discard(())
     if len({code for arm_codes in codes for code in arm_codes}) > 1:
@@ -225,6 +220,21 @@ def _cautions(sweep: Sweep) -> list[str]:
             "difference between them may be the code's."
         )
     return lines
+
+
+def _notes(sweep: Sweep) -> list[Block]:
+    """What planning and reading noted on settings and data."""
+    runs, lines = sweep.runs, list[str]()
+    if changed := [run for run in runs if run.changed]:
+        keys = joined(sorted({key for run in changed for key in run.changed}))
+        lines.append(
+            f"{plural(len(changed), 'run')} went on with other {keys} than planned, on purpose "
+            f"(--accept-changed): {joined([run.run_id for run in changed], most=5)}."
+        )
+    planned = [*notices.across([run.config for run in runs]), *sweep.notes]
+    read = [f"data: {note}" for run in runs for note in run.notes]
+    lines += dict.fromkeys(f"{n[:1].upper()}{n[1:]}." for n in [*planned, *read])
+    return [Bullets(lines)] if lines else []
 
 
 def _settings(sweep: Sweep) -> list[Block]:

@@ -24,6 +24,8 @@ from relora_core.events import LOSS_STEPS, Metric
 Pair = tuple[Arm, Arm]
 """An arm and its reference."""
 HOURS = "device-hours"
+SIGNIFICANT = 0.05
+"""Largest p, adjusted, of a difference that is stated as one."""
 SAME_TASK = ("model.", "data.", "train.", "eval.")
 """Prefixes of settings that should be the same in an arm and its reference."""
 
@@ -97,10 +99,6 @@ def results(sweep: Sweep) -> list[Block]:
         if several
         else "One value per arm: no interval. "
     )
-    if several:
-        note += "".join(
-            f"{line[:1].upper()}{line[1:]}. " for line in fixed_order(r.config for r in sweep.runs)
-        )
     note += f"Loss: training loss of the last {LOSS_STEPS} updates, nats per token. "
     note += "Tokens and device-hours are those of training. A mean of fewer values than runs that "
     note += "finished says so (n)."
@@ -177,22 +175,43 @@ def mean_row(arm: Arm, metric: Metric, estimate: Interval | None) -> dict[str, A
 def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     """For each metric a table of arms against their references on common seeds."""
     blocks: list[Block] = []
-    assumed: dict[str, None] = {}
     for metric in shown(sweep):
         outcomes = compared(pairs, metric)
         if any(c.difference is not None for c in outcomes):
             blocks.append(difference_table(metric, pairs, outcomes))
-            assumed |= dict.fromkeys(c.assumes for c in outcomes if c.p is not None)
     if not blocks:
         return ["There is nothing to compare: fewer than two arms have finished runs."]
-    text = (
-        "Arm minus reference on the seeds that both have; of perplexities the ratio of the two. "
-        "p (Holm) is adjusted for all comparisons of its table. Seeds needed: with so many of each "
-        "arm a test at 5 % would find the gap seen here four times in five, if gap and spread are "
-        "the true ones."
-    )
+    return ["Arm minus reference on the seeds that both have; of perplexities the ratio.", *blocks]
+
+
+def methods(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
+    """How the numbers of Results and Comparisons come about, and what their tests assume."""
+    metrics = shown(sweep)
+    if not metrics:
+        return []
+    lines = []
+    if any(len(arm.finished) > 1 for arm in sweep.arms):
+        lines += [
+            "Means have a 95 % interval over seeds (Student's t); those of perplexities are "
+            "geometric, with the interval of the logarithms.",
+            *(
+                f"{line[:1].upper()}{line[1:]}."
+                for line in fixed_order(r.config for r in sweep.runs)
+            ),
+        ]
+    outcomes = [c for metric in metrics for c in compared(pairs, metric)]
+    if any(c.difference is not None for c in outcomes):
+        lines += [
+            "Comparisons: arm minus reference on the seeds that both have; of perplexities the "
+            "ratio of the two.",
+            "p (Holm) is adjusted for all comparisons of its table. The answer states a difference "
+            f"as one where that p is below {SIGNIFICANT}.",
+            "Seeds needed: with so many of each arm a test at 5 % would find the gap seen here "
+            "four times in five, if gap and spread are the true ones.",
+        ]
+    assumed = dict.fromkeys(c.assumes for c in outcomes if c.p is not None)
     assumptions = ["What the tests assume:", Bullets(list(assumed))] if assumed else []
-    return [text, *blocks, *assumptions]
+    return [Bullets(lines), *assumptions] if lines else []
 
 
 def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
