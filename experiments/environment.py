@@ -207,7 +207,8 @@ def check_gpu(config: RunConfig) -> None:
         return
     import torch  # a second, which a run on a CPU need not wait for here
 
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    mps = config.runtime.device != "cuda" and torch.backends.mps.is_available()
+    if not (torch.cuda.is_available() or mps):
         raise no_gpu(config, asked)
 
 

@@ -59,10 +59,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) -> bool:
+def meet(
+    place: Group, own: Facts, *, backend: str, stop: Callable[[], bool], gpu: str | None = None
+) -> bool:
     """Wait for all ranks and begin their process group; False if `stop` is true meanwhile.
 
-    Raises ConfigError on every rank present if two of them differ in their facts.
+    Raises ConfigError on every rank present if two of them differ in their facts, or have the
+    same `gpu` (as of `gpu.take`), with which NCCL would fail or hang.
     """
     global _store, _turns
     if place.world == 1:
@@ -75,7 +78,7 @@ def meet(place: Group, own: Facts, *, backend: str, stop: Callable[[], bool]) ->
     store = distributed.PrefixStore(f"relora/{next(_meetings)}", _store)
     _turns = distributed.PrefixStore("turns", store)
     try:
-        if not _compare(store, place, own, waiting):
+        if not _compare(store, place, own, waiting, gpu=gpu):
             return False
         if not distributed.is_initialized():
             distributed.init_process_group(
@@ -148,44 +151,50 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
-def _compare(store: Any, place: Group, own: Facts, waiting: _Waiting) -> bool:
-    own = {"number of processes": place.world, **own}
+def _compare(
+    store: Any, place: Group, own: Facts, waiting: _Waiting, *, gpu: str | None = None
+) -> bool:
+    own = json.loads(json.dumps({"number of processes": place.world, **own}, default=str))
     if store.add(f"came/{place.rank}", 1) > 1:
         raise ConfigError(f"each process must have its own RANK, got two of {place}")
-    store.set(f"facts/{place.rank}", json.dumps(own, default=str))
+    store.set(f"facts/{place.rank}", json.dumps([own, gpu]))
     missing = set(range(place.world)) - {place.rank}
     while missing:
         for rank in sorted(missing):
             if store.check([f"facts/{rank}"]):
                 missing.remove(rank)
-                other = json.loads(store.get(f"facts/{rank}"))
-                _check_equal(
-                    store,
-                    place,
-                    own=json.loads(json.dumps(own, default=str)),
-                    other=other,
-                    rank=rank,
-                )
+                other, its_gpu = json.loads(store.get(f"facts/{rank}"))
+                if problem := _difference(place.rank, own, rank, other):
+                    raise _refused(store, place, problem)
+                if gpu is not None and gpu == its_gpu:
+                    one, two = sorted((place.rank, rank))
+                    problem = f"each process must have a GPU of its own, got {gpu} on rank {one} "
+                    problem += f"and on rank {two}; nearest valid: as many processes as GPUs"
+                    raise _refused(store, place, problem)
         if missing and not waiting.goes_on(f"rank {', '.join(map(str, sorted(missing)))}"):
             return False
     return True
 
 
-def _check_equal(store: Any, place: Group, *, own: Facts, other: Facts, rank: int) -> None:
+def _difference(rank: int, own: Facts, other_rank: int, other: Facts) -> str | None:
     different = [key for key in own | other if own.get(key) != other.get(key)]
     if not different:
-        return
+        return None
+    key, more = different[0], len(different) - 1
+    (one, a), (two, b) = sorted(((rank, own), (other_rank, other)), key=lambda pair: pair[0])
+    return (
+        f"all processes of a run must have the same {key}, got {a.get(key)!r} on rank {one} and "
+        f"{b.get(key)!r} on rank {two}{f' (and {more} more that differ)' if more else ''}"
+    )
+
+
+def _refused(store: Any, place: Group, problem: str) -> ConfigError:
+    """The error, once the others had time to see why."""
     store.add("refused", 1)
     deadline = time.monotonic() + LEAVE_S
     while place.rank == 0 and store.add("refused", 0) < 2 and time.monotonic() < deadline:
         time.sleep(LOOK_EVERY_S)
-    key, more = different[0], len(different) - 1
-    mine, theirs = ((place.rank, own), (rank, other))
-    (one, a), (two, b) = sorted((mine, theirs), key=lambda pair: pair[0])
-    raise ConfigError(
-        f"all processes of a run must have the same {key}, got {a.get(key)!r} on rank {one} and "
-        f"{b.get(key)!r} on rank {two}{f' (and {more} more that differ)' if more else ''}"
-    )
+    return ConfigError(problem)
 
 
 def take_from_rank_0_(*tensors: torch.Tensor) -> None:

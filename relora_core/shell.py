@@ -54,6 +54,9 @@ class Group:
 
     rank: int = 0
     world: int = 1
+    local_rank: int = 0
+    """Among those on the same node."""
+    local_world: int = 1
     address: str = ""
     """host:port of rank 0."""
     served: bool = False
@@ -125,6 +128,8 @@ def group(environment: Mapping[str, str]) -> Group:
     return Group(
         rank=place["RANK"],
         world=world,
+        local_rank=place["LOCAL_RANK"],
+        local_world=place["LOCAL_WORLD_SIZE"],
         address=f"{given['MASTER_ADDR']}:{port}",
         served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )

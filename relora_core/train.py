@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from relora_core import checkpoint, graphs, kernels, native, ranks, shell
+from relora_core import checkpoint, gpu, graphs, kernels, native, ranks, shell
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -78,7 +78,8 @@ def _train(
 ) -> str:
     place = shell.settle()
     own = ranks.facts(config, run=checkpoints.absolute().parent.name)
-    if not ranks.meet(place, own, backend=backend(config), stop=stop):
+    taken = gpu.take(config, place)
+    if not ranks.meet(place, own, backend=backend(config), stop=stop, gpu=taken):
         return "interrupted"
     accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -246,8 +247,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
     if accelerator.num_processes != place.world:
         raise RuntimeError(f"{place} was started, {accelerator.num_processes} processes share it")
-    if config.runtime.device == "cuda" and accelerator.device.type != "cuda":
-        raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
     return accelerator
 
 

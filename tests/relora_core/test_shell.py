@@ -26,7 +26,7 @@ DEFAULTS = {  # of `accelerate launch` of one process
 }
 ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 ALONE = Group()
-BOTH = Group(rank=1, world=2, address="127.0.0.1:29500")
+BOTH = Group(rank=1, world=2, local_rank=1, local_world=2, address="127.0.0.1:29500")
 
 
 @pytest.mark.parametrize(
