@@ -1,0 +1,141 @@
+"""Every command that README and docs show is carried out as it stands, or named here with a reason.
+
+Those of `run.py` are planned (`--plan`): composed, checked, named and priced. Names in capitals
+stand for what a user has; `prepare` makes it.
+"""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from relora_core.data.grammar import REGISTERS, documents, minimal_pairs
+from tests import warm
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
+PROGRAMS = ("python", "make", "pip", "torchrun", "relora-sweeps")
+NANO = [
+    *("model=nano", "relora.r=4", "train.steps=6", "train.batch_size=2", "data.seq_len=16"),
+    *("relora.reset_frequency=3", "schedule.warmup_steps=1", "relora.restart_warmup_steps=1"),
+    *("eval.blimp.max_pairs=1", "eval.paloma.max_documents=1", "tracking=none"),
+    *("runtime.threads=1", "runtime.device=cpu"),
+]
+STUDY = "a study of hours: its files are planned here, the rest is tests/sweeps/search"
+OTHERS = {
+    "make ": "Makefile: this suite runs by it",
+    "pip install": "tests/test_installed.py installs the package",
+    "torchrun ": "tests/test_journey.py",
+    "hydra/launcher=slurm": "needs a cluster: tests/slurm",
+    "python -m sweeps watch": "never ends: tests/sweeps/commands/test_watch.py",
+    "python -m sweeps ui": "a server: tests/sweeps/commands/test_ui_command.py",
+    "python -m experiments evaluate gpt2": "a hub's model: tests/relora_core/test_foreign.py",
+    "python -m experiments evaluate DIR/my-model": "tests/relora_core/test_foreign.py",
+    "python -m sweeps report SWEEP --beside gpt2,mine": "tests/relora_core/test_foreign.py",
+    "python -m experiments published": "a hub's checkpoints: tests/experiments/published",
+    "python -m experiments import-pico SOURCE": "tests/relora_core/test_export.py",
+    "python run.py -m --config-dir ~/mine": "tests/sweeps/test_config_files.py",
+    'python run.py -m "hydra.searchpath': "tests/sweeps/test_config_files.py",
+    "python -m sweeps report audit": "an hour of runs: tests/sweeps/commands",
+    "python -m sweeps report methods_short": STUDY,
+    "python -m sweeps search method_lr": STUDY,
+    "python run.py -m sweep=methods sweep.from_search": STUDY,
+    "python run.py -m sweep=methods_short sweep.from_search": STUDY,
+}
+"""Part of a command -> where else it is tested, or why not at all."""
+
+
+def commands(page: str) -> list[str]:
+    """Those in the blocks of a page, joined where they go on, without what follows on the line."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^(?:    |)(?=(?:" + "|".join(PROGRAMS) + r") )(.*)$", text, flags=re.M)
+    blocks += re.findall(r"`(python run\.py -m [^`]*=[^`]*)`", text)
+    cut = (re.split(r"\s+# |(?<=[\w\]'\"/])\s{6,}(?=\w+ )", line)[0] for line in blocks)
+    return [" ".join(line.split()) for line in cut]
+
+
+ALL = [(page, command) for page in PAGES for command in commands(page)]
+HERE = [(page, c) for page, c in ALL if not any(part in c for part in OTHERS)]
+
+
+def test_commands_are_found_on_the_pages():
+    assert len(ALL) > 40
+    assert {page for page, _ in ALL} >= {"README.md", "docs/data.md", "docs/slurm.md"}
+
+
+def test_no_reason_is_left_over():
+    unused = [part for part in OTHERS if not any(part in command for _, command in ALL)]
+    assert unused == []
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user's folder: text, data, a sweep called SWEEP with its runs, a search."""
+    folder = tmp_path_factory.mktemp("user")
+    prepare(folder)
+    return folder
+
+
+def prepare(folder: Path) -> None:
+    texts = [text for name in REGISTERS for text in documents(name, 60, seed=1)]
+    (folder / "TEXTS").mkdir()
+    (folder / "TEXTS" / "all.txt").write_text("\n<|endoftext|>\n".join(texts))
+    data = folder / "DIR"
+    paloma = data / "paloma" / "wiki" / "val" / "wiki.jsonl.gz"
+    paloma.parent.mkdir(parents=True)
+    paloma.write_bytes(gzip.compress(json.dumps({"text": texts[0]}).encode() + b"\n"))
+    for pair in minimal_pairs(pairs_per_paradigm=1):
+        (data / f"{pair['UID']}.jsonl").write_text(json.dumps(pair) + "\n")
+    rows = [[(7 * i + j) % 300 for j in range(2049)] for i in range(4)]
+    (data / "dolma-mini").mkdir()
+    pq.write_table(pa.table({"input_ids": rows}), data / "dolma-mini" / "rows.parquet")
+    with tarfile.open(data / "blimp_data.tar.xz", "w:xz") as archive:
+        for file in data.glob("*.jsonl"):
+            archive.add(file, f"data/{file.name}")
+    carry_out(
+        folder, ["python", "-m", "experiments", "tokenizer", "TEXTS", "made", "--vocab", "512"]
+    )
+    shutil.copytree(folder / "made", data / "tokenizer")
+    shutil.copytree(folder / "made", folder / "bpe4k")
+    carry_out(folder, ["python", "run.py", "-m", *NANO, "seed=0,1", "sweep.name=SWEEP"])
+    carry_out(folder, ["python", "run.py", "-m", *NANO, "seed=0,1", "sweep.name=OTHER"])
+    searched = ["hydra/sweeper=search", "search=lr_and_rank", "search.n_trials=1"]
+    carry_out(folder, ["python", "run.py", "-m", *NANO, *searched])
+
+
+def carry_out(folder: Path, words: list[str]) -> str:
+    """stdout of a command in a user's folder; it must succeed."""
+    words = [str(ROOT / word) if word == "run.py" else word for word in words[1:]]
+    done = warm.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, figures=False)
+    assert done.returncode == 0, (words, done.stdout, done.stderr)
+    return done.stdout
+
+
+DATA = (
+    "data=text data.path=TEXTS data.tokenizer=bpe4k eval.paloma.path=DIR/paloma eval.blimp.path=DIR"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), HERE)
+def test_a_command_works_as_it_stands(home, page, command):
+    words = shlex.split(command.replace(" DATA", f" {DATA}"))
+    if words[1] == "run.py":
+        words += ["output_dir=planned", *([] if "--plan" in words else ["--plan"])]
+    run, other = sorted(path.name for path in (home / "outputs" / "runs").iterdir())[:2]
+    names = iter([run, other])
+    words = [next(names) if word == "RUN" else word for word in words]
+    if "export" in words:
+        words = ["exported" if word == "DIR" else word for word in words]
+    if "tokenizer" in words:
+        words = ["another" if word == "bpe4k" else word for word in words]
+        shutil.rmtree(home / "another", ignore_errors=True)
+    assert carry_out(home, words) or "logs" in words  # these runs print nothing
