@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 
 from relora_core.data.grammar import REGISTERS, documents, minimal_pairs
 from tests import warm
+from tests.sweeps.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
@@ -34,7 +36,6 @@ OTHERS = {
     "make ": "Makefile: this suite runs by it",
     "pip install": "tests/test_installed.py installs the package",
     "torchrun ": "tests/test_journey.py",
-    "hydra/launcher=slurm": "needs a cluster: tests/slurm",
     "python -m sweeps watch": "never ends: tests/sweeps/commands/test_watch.py",
     "python -m sweeps ui": "a server: tests/sweeps/commands/test_ui_command.py",
     "python -m experiments evaluate gpt2": "a hub's model: tests/relora_core/test_foreign.py",
@@ -69,6 +70,14 @@ HERE = [(page, c) for page, c in ALL if not any(part in c for part in OTHERS)]
 def test_commands_are_found_on_the_pages():
     assert len(ALL) > 40
     assert {page for page, _ in ALL} >= {"README.md", "docs/data.md", "docs/slurm.md"}
+
+
+@pytest.mark.parametrize(("page", "command"), ALL)
+def test_a_shell_takes_the_command_as_it_stands(page, command):
+    done = subprocess.run(
+        ["bash", "-n", "-c", command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_reason_is_left_over():
@@ -126,7 +135,10 @@ DATA = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), HERE)
-def test_a_command_works_as_it_stands(home, page, command):
+def test_a_command_works_as_it_stands(home, page, command, tmp_path, monkeypatch):
+    if "hydra/launcher=" in command:
+        slurm = FakeSlurm.install(tmp_path / "slurm", monkeypatch)
+        slurm.config(partitions=["main", "gpu", "preempt", "ampere"])
     words = shlex.split(command.replace(" DATA", f" {DATA}"))
     if words[1] == "run.py":
         words += ["output_dir=planned", *([] if "--plan" in words else ["--plan"])]
