@@ -20,7 +20,7 @@ native.cpp       the same for a CPU, in C++
 native.py        builds and loads `native.cpp`, where there is a compiler
 native_check.py  each of its functions against float64, on every load
 checkpoint.py    atomic checkpoints, and back
-gpu.py           which GPU a process takes, what it cannot do
+gpu.py           which GPU a process takes, what it cannot do, how it rounds
 ranks.py         processes of one run: they meet, are compared, stay equal
 shell.py         a process's place in a group, from its environment
 dynamics.py      which matrices of a run are measured, and the metrics of them

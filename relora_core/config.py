@@ -851,8 +851,9 @@ class TrainConfig:
     """AdamW's epsilon."""
     grad_clip: float | None = knob(None, gt=0)
     """Largest global gradient norm; None: no clipping (as published)."""
-    precision: str = knob("fp32", choices=("fp32", "bf16"))
-    """`bf16`: matmuls under autocast; weights, moments, softmax and loss stay float32."""
+    precision: str = knob("fp32", choices=("fp32", "bf16", "tf32"))
+    """`bf16`: matmuls under autocast; weights, moments, softmax and loss stay float32. `tf32`: the
+    matmuls of training passes round their inputs to 10 bits, on a GPU alone; all else as fp32."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1067,6 +1068,9 @@ class RuntimeConfig:
     compile: str = knob("auto", choices=("auto", "off", "blocks", "cudagraphs"), scientific=False)
     """`blocks`: torch compiles the blocks of a training pass (the first one takes longer); `auto`:
     that on a GPU, where it can. `cudagraphs`: that, launched together, for small batches."""
+    deterministic: bool = knob(False, scientific=False)
+    """A GPU's kernels add up in one order, so that the same run there gives the same bits; slower,
+    by how much is not measured. A CPU's do so anyway."""
     log_every_steps: int = knob(10, ge=1, scientific=False)
     """Cadence of train/loss events (each the mean since the last; a run's final one is that of the
     last ten updates) and of the heartbeat."""
@@ -1584,6 +1588,11 @@ def _check_train(config: RunConfig) -> None:
             f"{config.schedule.warmup_steps}; nearest valid: {total}"
         )
     _check_optimizer(config)
+    if train.precision == "tf32" and config.runtime.device == "cpu":
+        raise ConfigError(
+            "train.precision must be fp32 or bf16 with runtime.device=cpu (tf32 is a GPU's), got "
+            "'tf32'; nearest valid: fp32"
+        )
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
         small = (n for n in range(1, math.isqrt(train.batch_size) + 1) if train.batch_size % n == 0)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_core import native
+from relora_core import gpu, native
 from relora_core.config import ConfigError, EvaluatedConfig, ModelConfig
 from relora_core.data.places import commit_of, first_line, missing
 from relora_core.data.tokenizer import EOS_NAMES, HFTokenizer
@@ -411,6 +411,11 @@ def _parts(
 def evaluate(config: EvaluatedConfig, *, loaded: Loaded, sink: Sink, stop: Stop) -> str:
     """Dynamics of the weights and the config's evals, as training emits them at its end:
     `finished`, or `interrupted` if `stop` was true between two batches."""
+    with gpu.settings(config):
+        return _evaluate(config, loaded=loaded, sink=sink, stop=stop)
+
+
+def _evaluate(config: EvaluatedConfig, *, loaded: Loaded, sink: Sink, stop: Stop) -> str:
     accelerator = make_accelerator(config)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)

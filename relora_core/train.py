@@ -56,7 +56,10 @@ def train(
     that a checkpoint of this step is on disk. Bad settings raise ConfigError before the
     first step, bad data DataError.
     """
-    with checkpoint.Writer(checkpoints, keep_last=config.checkpoint.keep_last) as writer:
+    with (
+        gpu.settings(config),
+        checkpoint.Writer(checkpoints, keep_last=config.checkpoint.keep_last) as writer,
+    ):
         return _train(
             config,
             checkpoints=checkpoints,
@@ -127,6 +130,8 @@ def _train(
         begun["attention"] = attention
     if progress.compile != "off":
         begun["compile"] = progress.compile
+    if taken and config.runtime.deterministic:
+        begun["deterministic"] = True
     if stream.notes:
         begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
@@ -353,17 +358,20 @@ def accumulate_gradients(
     Autocast is opened here: accelerate's, which it puts into the model, does not come back when a
     model is unwrapped and prepared again, as it is after a change of phase or rank.
     """
-    half = precision == "bf16"
+    half, products = precision == "bf16", contextlib.nullcontext()
+    if precision == "tf32":
+        products = gpu.products("high")
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for index, chunk in enumerate(ids.chunk(micro_batches)):
-        last = index == micro_batches - 1
-        before_pass(first=rank + world * index * len(chunk), stride=world)  # as a stream deals them
-        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
-                loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:], micro_batches)
-            accelerator.backward(loss)
-        total += loss.detach()
+    with products:  # of both directions
+        for index, chunk in enumerate(ids.chunk(micro_batches)):
+            last, first = index == micro_batches - 1, rank + world * index * len(chunk)
+            before_pass(first=first, stride=world)  # as a stream deals them
+            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
+                    loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:], micro_batches)
+                accelerator.backward(loss)
+            total += loss.detach()
     return total
 
 

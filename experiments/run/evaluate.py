@@ -191,7 +191,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
 
     `say` gets lines for the user, such as when a running trainer removes a checkpoint meanwhile.
     """
-    from relora_core import evals, native  # torch
+    from relora_core import evals, gpu, native  # torch
 
     check(run_dir, request=request)
     if not run_dir.checkpoint_steps():
@@ -205,7 +205,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
         return
     config = _opened(run_dir, config, request=request)
     prepared = evals.prepare(config, load_tokenizer(config.data))
-    with _restoring_threads(), native.kept():
+    with _restoring_threads(), native.kept(), gpu.settings(config):
         for step in steps:
             model = _load(config, run_dir.checkpoints / f"step-{step:08d}")
             if model is None:

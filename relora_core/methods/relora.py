@@ -198,10 +198,17 @@ def _needed_rank(adapter: ReLoRALinear, *, most: int, share: float) -> Tensor:
     """The fewest ranks that hold this share of BA's squared singular values, an int64 scalar; the
     adapter's own where they are 0 or not finite."""
     sigma = product_singular_values(adapter.lora_B.detach(), adapter.lora_A.detach())
-    energy = sigma.square().cumsum(dim=0)
+    energy = running_sums(sigma.square(), gpu=sigma.device.type == "cuda")
     measured = (energy[-1] > 0) & (energy[-1] < math.inf)
     rank = torch.where(measured, (energy < share * energy[-1]).sum() + 1, adapter.rank)
     return rank.clamp(max=most)
+
+
+def running_sums(values: Tensor, *, gpu: bool) -> Tensor:
+    """Sums of the first 1, 2, ... of values (r,); a GPU's cumsum adds up in any order."""
+    if gpu:
+        return values.expand(len(values), -1).tril().sum(dim=1)
+    return values.cumsum(dim=0)
 
 
 def _change_rank(adapter: ReLoRALinear, rank: int, optimizer: Optimizer) -> int:

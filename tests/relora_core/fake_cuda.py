@@ -210,6 +210,7 @@ def measure(config: RunConfig, folder: str) -> dict[str, Any]:
         "waits": waits.places,
         "launches": waits.launches,
         "casts": waits.casts,
+        "operations": waits.operations,
         "attention": [[*call[:3], len(call[3])] for call in calls],
     }
 

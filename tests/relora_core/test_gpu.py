@@ -1,21 +1,29 @@
-"""Which GPU a process takes, and what is refused there.
+"""Which GPU a process takes, what is refused there, and how torch rounds during a run and after it.
 
 Without a GPU: torch's answers about one are made up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_gpu_path_graphs import Compared
+from test_gpu_path_waits import short
+from training import run
 
 from experiments import environment
-from relora_core import gpu
+from relora_core import gpu, native
+from relora_core import train as train_module
 from relora_core.config import ConfigError, RunConfig, validate
+from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.methods.relora import running_sums
 from relora_core.shell import Group
 from tests import warm
 
@@ -36,6 +44,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(one, "taken", index))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     return one
+
+
+@pytest.fixture(autouse=True)
+def unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process without a product on a GPU so far."""
+    monkeypatch.setattr(gpu, "_fixed", None)
+    monkeypatch.delenv(gpu.WORKSPACE, raising=False)
 
 
 def on_gpu(nano: Nano, **changes: Any) -> RunConfig:
@@ -118,7 +133,7 @@ def test_an_apple_gpu_is_none_of_cuda(nano: Nano, monkeypatch: pytest.MonkeyPatc
 
 
 # what it cannot do -------------------------------------------------------------------------------
-@pytest.mark.parametrize("precision", ["bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("major", [7, 8])
 def test_a_format_that_the_gpu_lacks_is_one_line(
     nano: Nano, card: SimpleNamespace, precision: str, major: int
@@ -133,3 +148,208 @@ def test_a_format_that_the_gpu_lacks_is_one_line(
     line = f"on this GPU \\(NVIDIA Made Up has no {precision}; .* nearest valid: fp32$"
     with pytest.raises(ConfigError, match=line):
         gpu.take(config, Group())
+
+
+def test_tf32_is_no_format_of_a_cpu(nano: Nano, tmp_path: Path) -> None:
+    """Where the config leaves the device open, too: it would be fp32 under another name."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    config = nano(train={"precision": "tf32"}, runtime={"device": "auto"})
+    validate(config)
+    with pytest.raises(ConfigError, match=r"fp32 or bf16 here .*, got 'tf32'; nearest valid: fp32"):
+        run(config, tmp_path)
+
+
+# how it rounds -----------------------------------------------------------------------------------
+@pytest.fixture
+def ours(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Config of a run on a CPU that takes itself for one on a GPU."""
+    monkeypatch.setattr(gpu, "wanted", lambda config: True)
+    monkeypatch.setattr(gpu, "take", lambda config, place: "NVIDIA Made Up 0")
+
+    def make(**changes: Any) -> RunConfig:
+        runtime = {"compile": "off", "kernels": "torch", **changes.pop("runtime", {})}
+        return nano(runtime=runtime, model={"vocab_size": VOCAB_SIZE}, **changes)
+
+    return make
+
+
+class Seen:
+    """float32's precision in products: at passes forward and back, at updates and measures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes: set[str] = set()
+        self.others: set[str] = set()
+        accumulate, probe = train_module.accumulate_gradients, train_module.RestartProbe.look
+
+        def accumulated(accelerator: Any, wrapped: torch.nn.Module, **settings: Any) -> Any:
+            self.others.add(torch.get_float32_matmul_precision())
+            weight = next(p for p in wrapped.parameters() if p.requires_grad)
+            hooks = [
+                wrapped.register_forward_hook(lambda *_: self._add()),
+                weight.register_post_accumulate_grad_hook(lambda _: self._add()),
+            ]
+            total = accumulate(accelerator, wrapped, **settings)
+            for hook in hooks:
+                hook.remove()
+            self.others.add(torch.get_float32_matmul_precision())
+            return total
+
+        def looked(probe_: Any) -> Any:
+            self.others.add(torch.get_float32_matmul_precision())
+            return probe(probe_)
+
+        monkeypatch.setattr(train_module, "accumulate_gradients", accumulated)
+        monkeypatch.setattr(train_module.RestartProbe, "look", looked)
+
+    def _add(self) -> None:
+        self.passes.add(torch.get_float32_matmul_precision())
+
+
+@pytest.fixture
+def inherited() -> Iterator[None]:
+    """What a notebook, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 of a container, leaves set."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("precision", "passes"), [("fp32", "highest"), ("tf32", "high")])
+def test_tf32_is_that_of_training_passes_alone(
+    ours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    inherited: None,
+    precision: str,
+    passes: str,
+) -> None:
+    seen, train = Seen(monkeypatch), {"precision": precision, "micro_batch_size": 2}
+    assert run(ours(train=train), tmp_path).state == "finished"
+    assert (seen.passes, seen.others) == ({passes}, {"highest"})
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def flags() -> list[Any]:
+    return [
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_float32_matmul_precision(),
+        os.environ.get(gpu.WORKSPACE),
+    ]
+
+
+def test_a_deterministic_run_sets_torch_and_sets_it_back(
+    ours: Callable[..., Any], tmp_path: Path
+) -> None:
+    before, during = flags(), []
+    config = ours(runtime={"deterministic": True})
+    record = run(config, tmp_path / "1", seen=lambda event: during.append(flags()))
+    assert record.events[0].data["deterministic"]
+    assert all(one == [True, False, False, "highest", ":4096:8"] for one in during)
+    assert flags() == before
+    run(config, tmp_path / "2", die_at=("train", 3))  # and where it ends early
+    assert flags() == before
+    plain = run(ours(), tmp_path / "3")  # after one with, one without may follow
+    assert "deterministic" not in plain.events[0].data
+    assert plain.metrics() == record.metrics()
+
+
+def test_a_workspace_that_cannot_be_had_is_one_line(
+    ours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS reads the variable at its first product in a process."""
+    before, config = flags(), ours(runtime={"deterministic": True})
+    monkeypatch.setenv(gpu.WORKSPACE, ":4096:2")
+    with pytest.raises(ConfigError, match=r"must be :4096:8 or :16:8 with .*, got ':4096:2'"):
+        run(config, tmp_path)
+    monkeypatch.delenv(gpu.WORKSPACE)
+    run(ours(), tmp_path / "plain")
+    with pytest.raises(ConfigError, match="false after a run without it in the same process"):
+        run(config, tmp_path)
+    assert flags() == before
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_blocks_are_made_anew_for_another_way_to_round(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And stay one graph within a run, whose gradients are those of eager blocks."""
+    monkeypatch.setattr(gpu, "wanted", lambda config: True)
+    with native.kept():
+        native.choose("torch")
+        torch.compiler.reset()
+        one = Compared(nano(relora={"dropout": 0.1}))
+        for deterministic, graphs in ((True, 1), (False, 2), (True, 2)):
+            with gpu.settings(nano(runtime={"deterministic": deterministic})):
+                for step in range(3):
+                    one.check(step)
+            assert one.counter.frame_count == graphs
+        torch.compiler.reset()
+
+
+RAISE = re.compile(
+    r"aten\.(cumsum|put|histc|bincount|kthvalue|median|nll_loss2d|grid_sampler|resize_as|"
+    r"embedding_bag|_embedding_bag|upsample|max_unpool|avg_pool|adaptive|reflection|ctc)"
+)
+"""Operations that torch lists as without a deterministic kernel on a GPU
+(torch.use_deterministic_algorithms), and those of their names that are fine there."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "full_rank"},
+        {"method": "full_rank", "train": {"optimizer": "muon", "micro_batch_size": 2}},
+        {"method": "galore", "galore": {"r": 4, "update_gap": 3}},
+        {"method": "fira", "fira": {"r": 4, "update_gap": 3}},
+        {"method": "apollo", "apollo": {"r": 4, "update_gap": 3}},
+        {"method": "switchlora"},
+        {"method": "sparse"},
+        {"method": "sltrain"},
+        {"relora": {"reset_frequency": 4, "restart_warmup_steps": 1, "adaptive_rank_energy": 0.9}},
+        {
+            "relora": {
+                "reset_frequency": 4,
+                "restart_warmup_steps": 1,
+                "optimizer_state": "magnitude",
+                "prune_ratio": 0.9,
+            }
+        },
+    ],
+    ids=[
+        "full",
+        "muon",
+        "galore",
+        "fira",
+        "apollo",
+        "switch",
+        "sparse",
+        "sltrain",
+        "adapt",
+        "prune",
+    ],
+)
+def test_no_operation_of_a_run_lacks_a_deterministic_kernel(
+    fake_run: Callable[[RunConfig], Any], changes: dict[str, Any]
+) -> None:
+    used = fake_run(short(**changes))["operations"]
+    assert not [name for name in used if RAISE.match(name)]
+    assert "aten.mm.default" in used
+
+
+@pytest.mark.slow
+def test_no_operation_of_the_head_lacks_a_deterministic_kernel(
+    fake_run: Callable[[str], Any],
+) -> None:
+    used = fake_run("100 32 301")["operations"]
+    assert not [name for name in used if RAISE.match(name)]
+
+
+def test_running_sums_of_a_gpu_are_those_of_a_cpu() -> None:
+    values = torch.rand(7, generator=torch.Generator().manual_seed(0))
+    sums = [sum(values[: n + 1].tolist()) for n in range(7)]
+    for there in (False, True):
+        torch.testing.assert_close(running_sums(values, gpu=there), torch.tensor(sums))
