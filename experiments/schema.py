@@ -229,6 +229,7 @@ def compose(overrides: list[str], *, config_dir: str | None = None) -> RunConfig
     """
     started = GlobalHydra.instance().is_initialized()  # by run.py, with the same conf/
     context = nullcontext() if started else initialized()
+    overrides = [typos.PLUS.sub(r"\1", text) for text in overrides]
     with context, _with_folder(config_dir), explaining(overrides):
         return to_run_config(hydra_compose("config", overrides), overrides=overrides)
 

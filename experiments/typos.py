@@ -49,6 +49,8 @@ OTHERS = {
     "submitit_slurm": "slurm",
 }
 """Other projects' launchers and sweepers for Hydra -> ours that does the same."""
+PLUS = re.compile(r"^\+((?:experiment|search|sweep)=)")
+"""Groups that have an option already, where many repositories want a plus."""
 SWEEPERS = {
     "n_jobs": "hydra.launcher.max_parallel",
     "max_batch_size": "hydra.launcher.max_parallel",

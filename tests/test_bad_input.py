@@ -206,6 +206,14 @@ def test_describe_says_all_about_a_run_without_training_it(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_describe_takes_an_experiment_with_a_plus_as_run_py_does(capsys):
+    ids = []
+    for word in ("+experiment=demo", "experiment=demo"):
+        assert main(["describe", word, "--json"]) == 0
+        ids.append(json.loads(capsys.readouterr().out)["run_id"])
+    assert ids[0] == ids[1]
+
+
 def test_describe_knows_options_of_ones_own(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("d_model: 48\nd_ff: 96\n")

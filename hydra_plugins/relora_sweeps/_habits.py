@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiments.addresses import redacted
-from experiments.typos import option_folders, overrides_among
+from experiments.typos import PLUS, option_folders, overrides_among
 from relora_core.config import ConfigError
 from sweeps.search.config import SAMPLERS, SHORT
 from sweeps.slurm.options import minutes
@@ -100,8 +100,6 @@ OPTIONS = {
 }
 """(group, a stock plugin's option) -> ours, and its keys."""
 SAMPLER = "hydra/sweeper/sampler"
-PLUS = ("experiment", "search", "sweep")
-"""Groups that have an option already, where many repositories want a plus."""
 
 
 def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -133,7 +131,7 @@ def _one(
     table = tables.get(section)
     if option := OPTIONS.get((key, _value(one))):
         return _renamed(text, f"{key}={option[0]}")
-    if key in PLUS and one.is_add() and one.package is None:
+    if PLUS.match(text):
         return _renamed(text, f"{key}={value}")
     if key == SAMPLER and "hydra.sweeper" in tables:
         if value not in SAMPLERS:
