@@ -836,7 +836,11 @@ class TrainConfig:
     batch_size: int = knob(ge=1)
     """Sequences per optimizer step, over all processes and accumulation."""
     micro_batch_size: int | None = knob(None, ge=1, scientific=False)
-    """Sequences per process and forward pass; None: batch_size / processes (no accumulation)."""
+    """Sequences per process and forward pass; None: as micro_batch_tokens says."""
+    micro_batch_tokens: int | None = knob(None, ge=1, scientific=False)
+    """Tokens of a forward pass that suffice: it has the fewest sequences with so many, on a GPU not
+    more than its memory holds (by costs.py); a resumed run keeps them. Above 32,768 a GPU gains
+    nothing. None: batch_size / processes (no accumulation)."""
     optimizer: str = knob("adamw", choices=OPTIMIZERS, as_before="adamw", label="")
     """`muon`: Muon for the matrices of the blocks and of adapters, AdamW for all else."""
     lr: float = knob(3e-4, gt=0)

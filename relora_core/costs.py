@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from relora_core.config import RunConfig, Shape, linear_shapes, method_config, muon_shapes
 
@@ -77,9 +77,43 @@ def flops_per_token(config: RunConfig) -> Flops:
     return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
 
 
+MEMORY_SHARE = 0.8
+"""Of a GPU's memory, for what `memory_bytes` counts; kernels and their context need the rest."""
+
+
+def micro_batch(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> int:
+    """Sequences of a forward pass in each process.
+
+    By train.micro_batch_tokens it is the smallest divisor of the process's share of a batch that
+    has so many tokens, or all of it; where that does not fit into `memory` (bytes of a GPU; None:
+    no limit), the largest that does, and at least 1.
+    """
+    share = max(config.train.batch_size // processes, 1)
+    if not chooses_micro_batch(config):
+        return config.train.micro_batch_size or share
+    suffices = config.train.micro_batch_tokens or 0
+    small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+    divisors = sorted({*small, *(share // n for n in small)})
+    enough = next((n for n in divisors if n * config.data.seq_len >= suffices), share)
+    fitting = [n for n in divisors if n <= enough and _fits(config, n, memory)]
+    return max(fitting, default=1)
+
+
+def chooses_micro_batch(config: RunConfig) -> bool:
+    """Whether train.micro_batch_tokens decides."""
+    train = config.train
+    return train.micro_batch_size is None and train.micro_batch_tokens is not None
+
+
+def _fits(config: RunConfig, micro: int, memory: int | None) -> bool:
+    train = replace(config.train, micro_batch_size=micro)
+    needed = memory_bytes(replace(config, train=train))["total"] if memory is not None else 0
+    return memory is None or needed <= MEMORY_SHARE * memory
+
+
 def _pass_tokens(config: RunConfig) -> int:
     """Tokens of a forward pass; a run in one process is supposed where nothing else is said."""
-    return (config.train.micro_batch_size or config.train.batch_size) * config.data.seq_len
+    return micro_batch(config) * config.data.seq_len
 
 
 def memory_bytes(config: RunConfig) -> dict[str, int]:

@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from relora_core import checkpoint, gpu, graphs, kernels, native, ranks, shell
+from relora_core import checkpoint, costs, gpu, graphs, kernels, native, ranks, shell
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -117,6 +117,8 @@ def _train(
     if progress.compile != "off":
         method.prepare_graphs(model)
         model.graphs = graphs.Graphs(progress.compile)
+    if costs.chooses_micro_batch(config):
+        micro_batches = choose_micro_batch(progress, config=config, accelerator=accelerator)
     if resumed:
         stream.load_state_dict(progress.stream)
         method.load_state_dict(progress.method)
@@ -132,6 +134,8 @@ def _train(
         begun["compile"] = progress.compile
     if taken and config.runtime.deterministic:
         begun["deterministic"] = True
+    if progress.micro_batch_size:
+        begun["micro_batch_size"] = progress.micro_batch_size
     if stream.notes:
         begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
@@ -265,14 +269,13 @@ def backend(config: RunConfig) -> str:
 
 def split_batch(config: RunConfig, *, world: int) -> int:
     """Forward passes per optimizer step on each process."""
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    batch = config.train.batch_size
     if batch % world:
         raise ConfigError(
             f"train.batch_size must be divisible by the {world} processes, got {batch}; nearest "
             f"valid: {max(world, round(batch / world) * world)}"
         )
-    share = batch // world
-    micro = share if micro is None else micro
+    share, micro = batch // world, costs.micro_batch(config, processes=world)
     if share % micro:
         good = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
         raise ConfigError(
@@ -280,6 +283,29 @@ def split_batch(config: RunConfig, *, world: int) -> int:
             f"processes, got {micro}; nearest valid: {good}"
         )
     return share // micro
+
+
+def choose_micro_batch(progress: Progress, *, config: RunConfig, accelerator: Accelerator) -> int:
+    """Forward passes per optimizer step by train.micro_batch_tokens, the same on all ranks.
+
+    A resumed run goes on with the sequences of a pass that it began with, as another number would
+    round differently, unless another number of processes leaves no such share.
+    """
+    world, kept = accelerator.num_processes, progress.micro_batch_size
+    share = config.train.batch_size // world
+    if kept is None or share % kept:
+        sizes: list[int | None] = gather_object([memory_of(accelerator.device)])
+        memory = min((size for size in sizes if size is not None), default=None)
+        kept = costs.micro_batch(config, processes=world, memory=memory)
+    progress.micro_batch_size = kept
+    return share // kept
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU, which is not limited here."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 class Timer:

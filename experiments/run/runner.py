@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments import environment
@@ -25,7 +26,7 @@ from experiments.errors import RunLocked, one_line
 from experiments.run.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.run.stopping import StopFlag
 from experiments.scheduler import current_job
-from relora_core import atomic, shell
+from relora_core import atomic, costs, shell
 from relora_core.config import ConfigError, RunConfig
 from relora_core.events import Event, NullSink, Sink
 from relora_core.sources import code_hash, comparable
@@ -55,6 +56,7 @@ def run_experiment(
     if place.rank:
         return _join(config, run_dir, stop)
     run_dir.create(config)
+    config = _with_begun_batch(config, run_dir)
     with run_dir.lock(is_dead=is_dead):
         if ended := _ended_before(run_dir):
             return ended
@@ -78,6 +80,15 @@ def run_experiment(
             _record_failure(run_dir, error)
             raise
         return _settle(run_dir, outcome, reason=stop.reason or "asked to end")
+
+
+def _with_begun_batch(config: RunConfig, run_dir: RunDir) -> RunConfig:
+    """With the micro-batch of the run's own config where tokens decide: the experiment may have
+    named one when the run began, and another one would round differently."""
+    if not costs.chooses_micro_batch(config) or not run_dir.config_path.exists():
+        return config
+    begun, names = run_dir.config().train, ("micro_batch_size", "micro_batch_tokens")
+    return replace(config, train=replace(config.train, **{n: getattr(begun, n) for n in names}))
 
 
 def _ended_before(run_dir: RunDir) -> Outcome | None:
@@ -209,7 +220,7 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
         return Outcome(ended)
     from relora_core.train import train  # torch
 
-    config = inputs.open_for_training(run_dir, config)
+    config = inputs.open_for_training(run_dir, _with_begun_batch(config, run_dir))
     folder = cache_dir(config.output_dir)
     with stop.ending():
         ending = train(

@@ -86,7 +86,7 @@ def shape(config: RunConfig, *, processes: int) -> str:
     evals = [dataclasses.replace(section, every_steps=None, path=None) for section in evals]
     dynamics = config.dynamics if config.dynamics.every_steps else None
     kinds = dynamics and (dynamics.what, dynamics.kinds)
-    micro = config.train.micro_batch_size or config.train.batch_size // processes
+    micro = costs.micro_batch(config, processes=processes)
     train = (config.method, config.data.seq_len, micro, config.train.precision, processes)
     return repr((model, train, *evals, kinds))
 
