@@ -64,6 +64,8 @@ class Progress:
     """Those of `runtime.kernels` in use: kept for the same reason. None: an older checkpoint."""
     compile: str | None = None
     """What of `runtime.compile` is in use, which is kept, too. None: an older checkpoint."""
+    head: str | None = None
+    """Likewise, of `runtime.head`."""
     micro_batch_size: int | None = None
     """What followed from train.micro_batch_tokens at the start: kept, too. None: nothing did."""
     stream: dict[str, Any] = field(default_factory=dict)

@@ -1072,6 +1072,10 @@ class RuntimeConfig:
     compile: str = knob("auto", choices=("auto", "off", "blocks", "cudagraphs"), scientific=False)
     """`blocks`: torch compiles the blocks of a training pass (the first one takes longer); `auto`:
     that on a GPU, where it can. `cudagraphs`: that, launched together, for small batches."""
+    head: str = knob("chunked", choices=("chunked", "cce"), scientific=False)
+    """The loss of training. `cce`: on a GPU in bf16 by Apple's cut-cross-entropy, which writes no
+    logits. It must be installed apart (pip install cut-cross-entropy), under a licence of its own;
+    it rounds otherwise, and waits for the GPU once a pass. Its speed here is not measured."""
     deterministic: bool = knob(False, scientific=False)
     """A GPU's kernels add up in one order, so that the same run there gives the same bits; slower,
     by how much is not measured. A CPU's do so anyway."""
@@ -1592,6 +1596,7 @@ def _check_train(config: RunConfig) -> None:
             f"{config.schedule.warmup_steps}; nearest valid: {total}"
         )
     _check_optimizer(config)
+    _check_head(config)
     if train.precision == "tf32" and config.runtime.device == "cpu":
         raise ConfigError(
             "train.precision must be fp32 or bf16 with runtime.device=cpu (tf32 is a GPU's), got "
@@ -1604,6 +1609,20 @@ def _check_train(config: RunConfig) -> None:
         raise ConfigError(
             f"train.micro_batch_size must divide train.batch_size={train.batch_size}, got {micro}; "
             f"nearest valid: {good}"
+        )
+
+
+def _check_head(config: RunConfig) -> None:
+    runtime, bf16 = config.runtime, config.train.precision == "bf16"
+    against = {
+        "runtime.device=cpu": runtime.device == "cpu",
+        f"train.precision={config.train.precision}": not bf16,
+        "runtime.deterministic=true": runtime.deterministic,
+    }
+    if runtime.head == "cce" and (reason := next((k for k in against if against[k]), None)):
+        raise ConfigError(
+            f"runtime.head must be chunked with {reason} (cce computes in bf16 on a GPU, and adds "
+            "up in any order), got 'cce'"
         )
 
 

@@ -10,6 +10,9 @@ losses without gradients.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_core.config import ConfigError
+
+CCE = "cut_cross_entropy"
+"""Module of the package cut-cross-entropy: a user's own install, under Apple's licence."""
 CHUNK_ROWS = 8192
 """Rows of logits in memory at a time: 0.8 GB at 50,304 ids in bf16."""
 
@@ -29,6 +36,40 @@ def fused_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, parts: i
         hidden, weight, targets, parts, half, hidden.requires_grad, weight.requires_grad
     )
     return loss
+
+
+def choose(asked: str, *, device: torch.device, resumed: bool = False) -> str:
+    """`chunked` or `cce`, as asked for. ConfigError where that is impossible; a resumed run goes on
+    without, as a line on stderr says."""
+    if asked == "chunked":
+        return asked
+    problem = None if device.type == "cuda" else "no GPU"
+    if torch.are_deterministic_algorithms_enabled():
+        problem = "runtime.deterministic=true"
+    if importlib.util.find_spec(CCE) is None:
+        problem = "not installed: pip install cut-cross-entropy, whose licence is Apple's own"
+    if problem is None:
+        return asked
+    if not resumed:
+        raise ConfigError(f"runtime.head must be chunked here ({problem}), got {asked!r}")
+    print(
+        f"warning: the last digits will differ without runtime.head=cce: {problem}", file=sys.stderr
+    )
+    return "chunked"
+
+
+def cce_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, parts: int = 1) -> Tensor:
+    """As `fused_head_loss`, in bf16, by cut-cross-entropy (Wijmans et al. 2025, arXiv 2411.09009).
+
+    Of its ways the one for pretraining: compensated sums, and no gradient of the weight left out as
+    too small. It reads the device once a pass.
+    """
+    half = (x.bfloat16() for x in (hidden, weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss = importlib.import_module(CCE).linear_cross_entropy(
+            *half, targets, impl="cce_kahan_full_c"
+        )
+    return loss.float() / parts
 
 
 @torch.library.custom_op("relora::head_loss", mutates_args=())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from relora_core.config import ModelConfig
 from relora_core.graphs import Graphs
-from relora_core.head import fused_head_loss
+from relora_core.head import cce_loss, fused_head_loss
 from relora_core.kernels import causal_attention, rms_norm, rotate, swiglu, to_product_type
 from relora_core.loss import head_loss, target_log_probs
 
@@ -112,6 +112,7 @@ class Decoder(nn.Module):
         self.output_norm = RMSNorm(config.d_model, config.norm_eps)
         self.de_embedding_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.graphs: Graphs | None = None
+        self.cce = False
         if config.init_std is not None:
             for weight in self.parameters():
                 if weight.ndim == 2:  # not the norms'
@@ -161,6 +162,8 @@ class Decoder(nn.Module):
         Over `parts`, the passes of a step, so that the loss of the step is their sum.
         """
         hidden, weight = self.hidden_states(ids).flatten(0, 1), self.de_embedding_proj.weight
+        if self.cce and hidden.requires_grad:
+            return cce_loss(hidden, weight, labels.flatten(), parts=parts)
         if self.graphs is not None and hidden.device.type == "cuda" and hidden.requires_grad:
             return fused_head_loss(hidden, weight, labels.flatten(), parts=parts)
         return head_loss(hidden, weight, labels.flatten()) / parts

@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from relora_core import checkpoint, costs, gpu, graphs, kernels, native, ranks, shell
+from relora_core import checkpoint, costs, gpu, graphs, head, kernels, native, ranks, shell
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -114,6 +114,9 @@ def _train(
     choose_kernels(progress, config=config, device=accelerator.device, resumed=resumed)
     compiling = (progress.compile or "off") if resumed else config.runtime.compile
     progress.compile = graphs.choose(compiling, device=accelerator.device, resumed=resumed)
+    asked = (progress.head or "chunked") if resumed else config.runtime.head
+    progress.head = head.choose(asked, device=accelerator.device, resumed=resumed)
+    model.cce = progress.head == "cce"
     if progress.compile != "off":
         method.prepare_graphs(model)
         model.graphs = graphs.Graphs(progress.compile)
@@ -132,6 +135,8 @@ def _train(
         begun["attention"] = attention
     if progress.compile != "off":
         begun["compile"] = progress.compile
+    if model.cce:
+        begun["head"] = progress.head
     if taken and config.runtime.deterministic:
         begun["deterministic"] = True
     if progress.micro_batch_size:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
+from training import resumed, run
 
-from relora_core import head, loss, native
+from relora_core import head, loss, native, train
+from relora_core.config import ConfigError, RunConfig, validate
 
 pytestmark = pytest.mark.slow
 
@@ -165,3 +171,91 @@ def test_a_gpu_is_asked_for_no_wait_and_no_sum_in_any_order(
     assert not [name for name in operations if any(word in name for word in atomic)]
     assert operations["aten.mm.dtype"] == 2 * 8  # two gradients of eight chunks, not rounded
     assert operations["aten.mm.default"] == 8
+
+
+# somebody else's head -----------------------------------------------------------------------------
+@pytest.fixture
+def cce(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A module with the interface of cut-cross-entropy; the ways that it was asked for."""
+    asked = []
+
+    def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, *, impl: str) -> Tensor:
+        assert e.dtype == c.dtype == torch.bfloat16
+        asked.append(impl)
+        return F.cross_entropy(e.float() @ c.float().T, targets)
+
+    module = ModuleType(head.CCE)
+    module.__dict__.update(linear_cross_entropy=linear_cross_entropy)
+    module.__spec__ = ModuleSpec(head.CCE, None)
+    monkeypatch.setitem(sys.modules, head.CCE, module)
+    return asked
+
+
+def test_the_head_of_cut_cross_entropy_is_the_same_loss(cce: list[str]) -> None:
+    hidden, weight, targets = problem()
+    rounded = exact(hidden.bfloat16(), weight.bfloat16(), targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = gradients(lambda h, w: head.cce_loss(h, w, targets, parts=4), hidden, weight)
+    for own, other in zip(made, rounded, strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(4 * own.double(), other, rtol=1e-2, atol=1e-4)
+    assert cce == ["cce_kahan_full_c"]
+
+
+def test_where_cut_cross_entropy_cannot_be_had(
+    cce: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu, there = torch.device("cpu"), torch.device("cuda")
+    assert head.choose("chunked", device=cpu) == "chunked"
+    assert head.choose("cce", device=there) == "cce"
+    with pytest.raises(ConfigError, match=r"runtime\.head must be chunked here \(no GPU\)"):
+        head.choose("cce", device=cpu)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert head.choose("cce", device=there, resumed=True) == "chunked"
+    assert "without runtime.head=cce: runtime.deterministic=true" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, head.CCE, None)
+    with pytest.raises(ConfigError, match="not installed: pip install cut-cross-entropy"):
+        head.choose("cce", device=there)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"runtime": {"device": "cpu"}}, "runtime.device=cpu"),
+        ({"train": {"precision": "fp32"}}, "train.precision=fp32"),
+        ({"runtime": {"deterministic": True}}, "runtime.deterministic=true"),
+    ],
+)
+def test_what_cut_cross_entropy_does_not_go_with_is_refused_before_a_run(
+    nano: Callable[..., RunConfig], changes: dict[str, dict[str, Any]], reason: str
+) -> None:
+    train = {"precision": "bf16", **changes.get("train", {})}
+    runtime = {"device": "auto", "head": "cce", **changes.get("runtime", {})}
+    with pytest.raises(ConfigError, match=f"must be chunked with {re.escape(reason)}"):
+        validate(nano(train=train, runtime=runtime))
+    validate(nano(train={"precision": "bf16"}, runtime={"device": "auto", "head": "cce"}))
+
+
+def test_a_resumed_run_keeps_its_head(
+    cce: list[str],
+    nano: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "head", SimpleNamespace(choose=lambda asked, **_: asked))
+
+    def config(kind: str) -> RunConfig:
+        return nano(
+            model={"vocab_size": 301},
+            train={"steps": 4, "precision": "bf16"},
+            checkpoint={"every_steps": 2},
+            runtime={"head": kind},
+        )
+
+    for began, then in (("cce", "chunked"), ("chunked", "cce")):
+        cce.clear()
+        run(config(began), tmp_path / began)
+        (tmp_path / f"{began}-on" / "checkpoints").mkdir(parents=True)
+        again = resumed(config(then), tmp_path / f"{began}-on", source=tmp_path / began, at=2)
+        assert again.events[0].data.get("head", "chunked") == began
+        assert len(cce) == (6 if began == "cce" else 0)
