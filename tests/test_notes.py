@@ -32,7 +32,7 @@ from sweeps.__main__ import main
 from sweeps.launch import run_sweep
 from sweeps.local.launcher import LocalLauncher
 from sweeps.planning.budget import Place
-from sweeps.planning.plan import Plan, load
+from sweeps.planning.plan import Plan, load, make_plan
 from sweeps.search.space import with_values
 from sweeps.slurm.options import SlurmOptions, check_cell
 from tests.conftest import nano_config
@@ -249,7 +249,11 @@ RESOURCES = "runtime.device must be cpu here (no GPU found), got 'auto' with res
     ],
 )
 def test_a_gpu_asked_for_and_not_there_is_one_line_before_anything_is_written(
-    cut: RunConfig, no_gpu: None, changes: dict[str, Any], line: str
+    cut: RunConfig,
+    no_gpu: None,
+    changes: dict[str, Any],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = with_values(cut, changes)
     for go in (
@@ -259,6 +263,10 @@ def test_a_gpu_asked_for_and_not_there_is_one_line_before_anything_is_written(
     ):
         with pytest.raises(ConfigError, match=f"^{re.escape(line)}$"):
             go()
+    if config.runtime.device == "cuda":  # an Apple GPU is another
+        monkeypatch.setattr("sys.platform", "darwin")
+        with pytest.raises(ConfigError, match=f"^{re.escape(line)}$"):
+            LocalLauncher().check(make_plan([({}, config)]), estimates={})
     assert not Path(cut.output_dir).exists()
     assert environment.gpu_asked(with_values(config, {"runtime.device": "cpu"})) is None
 
