@@ -27,6 +27,7 @@ dynamics.py      which matrices of a run are measured, and the metrics of them
 spectra.py       singular values, effective rank and condition number of matrices
 costs.py         parameters, FLOPs and memory from shapes
 devices.py       peaks of GPUs by their names
+utilisation.py   a run's FLOP/s as a share of its GPUs' peak (MFU)
 events.py        what a run reports: Event and Sink
 foreign.py       models of transformers, evaluated like our own
 export.py        a run as a plain `LlamaForCausalLM`, and pico's or Llama's weights back

@@ -58,8 +58,12 @@ class Flops:
     """Forward, gradients of activations, gradients of the trainable weights."""
 
 
-def flops_per_token(config: RunConfig) -> Flops:
-    """Matmuls only; attention over the whole sequence as is customary (causality not deducted)."""
+def flops_per_token(config: RunConfig, *, full_rank: bool = False) -> Flops:
+    """Matmuls only; attention over the whole sequence as is customary (causality not deducted).
+
+    Adapters count at their first rank. `full_rank`: in a phase that trains the weights of adapted
+    linears, not their adapters, which take part in its passes all the same.
+    """
     method = method_config(config)
     replaced = method.replaced_linears(config)
     matrices = [
@@ -71,10 +75,23 @@ def flops_per_token(config: RunConfig) -> Flops:
     used = head + _entries([*linear_shapes(config.model).values(), *matrices])
     attention = 4 * config.data.seq_len * config.model.d_model * config.model.n_layers
     forward = 2 * used + attention + method.pass_flops(config) // _pass_tokens(config)
-    weight_gradients = 2 * (used - _entries(method.frozen_linears(config).values()))
+    frozen = _entries(matrices if full_rank else method.frozen_linears(config).values())
+    weight_gradients = 2 * (used - frozen)
     activation_gradients = 2 * used + 2 * attention
     activation_gradients += 2 * method.pass_flops(config) // _pass_tokens(config)
     return Flops(forward=forward, train=forward + activation_gradients + weight_gradients)
+
+
+def flops_per_token_6n(config: RunConfig) -> int:
+    """6 N + 12 L d T of training, whatever the method: Chowdhery et al. 2022 (PaLM), appendix B.
+
+    N are the plain decoder's parameters without the embedding table, but with the head, as nanoGPT
+    and nanochat count them; 12 L d T is attention over all T tokens of each sequence.
+    """
+    model = config.model
+    n = _entries(linear_shapes(model).values()) + _vocab(config) * model.d_model
+    n += (2 * model.n_layers + 1) * model.d_model  # norms
+    return 6 * n + 12 * model.n_layers * model.d_model * config.data.seq_len
 
 
 MEMORY_SHARE = 0.8

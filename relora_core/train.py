@@ -25,7 +25,18 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from relora_core import checkpoint, costs, gpu, graphs, head, kernels, native, ranks, shell
+from relora_core import (
+    checkpoint,
+    costs,
+    gpu,
+    graphs,
+    head,
+    kernels,
+    native,
+    ranks,
+    shell,
+    utilisation,
+)
 from relora_core.checkpoint import Progress
 from relora_core.config import ConfigError, RunConfig
 from relora_core.data import load_tokenizer, open_stream
@@ -141,6 +152,8 @@ def _train(
         begun["deterministic"] = True
     if progress.micro_batch_size:
         begun["micro_batch_size"] = progress.micro_batch_size
+    use = utilisation.measure(accelerator, config=config, micro_batches=micro_batches)
+    begun |= use.facts()
     if stream.notes:
         begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
@@ -212,7 +225,9 @@ def _train(
             )
         if log:
             lr = optimizer.param_groups[0]["lr"]
-            mean = log_train(sink, progress, config=config, clock=clock, lr=lr, norm=grad_norm)
+            mean = log_train(
+                sink, progress, config=config, clock=clock, use=use, lr=lr, norm=grad_norm
+            )
             if not math.isfinite(mean):
                 settle(accelerator, writer, sink)
                 sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
@@ -487,7 +502,7 @@ class Clock:
     def __init__(self, seconds: float, *, step: int) -> None:
         self._before, self._start = seconds, time.perf_counter()
         self._compiled = graphs.seconds()
-        self._logged_seconds, self._logged_step = seconds, step
+        self._logged_seconds, self.logged_step = seconds, step
 
     @property
     def seconds(self) -> float:
@@ -509,8 +524,8 @@ class Clock:
     def lap(self, step: int) -> float:
         """Steps per second since the last lap."""
         seconds = self.seconds
-        rate = (step - self._logged_step) / max(seconds - self._logged_seconds, 1e-9)
-        self._logged_seconds, self._logged_step = seconds, step
+        rate = (step - self.logged_step) / max(seconds - self._logged_seconds, 1e-9)
+        self._logged_seconds, self.logged_step = seconds, step
         return rate
 
 
@@ -520,6 +535,7 @@ def log_train(
     *,
     config: RunConfig,
     clock: Clock,
+    use: utilisation.Utilisation,
     lr: float,
     norm: float | Tensor | None,
 ) -> float:
@@ -534,13 +550,17 @@ def log_train(
     progress.loss_sum, progress.loss_count = 0.0, 0
     compiled = clock.leave_out_compiling()
     tokens_per_step = config.train.batch_size * config.data.seq_len
+    steps = range(clock.logged_step, progress.step)
+    rate = clock.lap(progress.step) * tokens_per_step
     metrics = {
         "train/loss": mean,
         "train/lr": lr,
         "train/tokens": float(progress.step * tokens_per_step),
-        "perf/tokens_per_s": clock.lap(progress.step) * tokens_per_step,
+        "perf/tokens_per_s": rate,
         "perf/train_seconds": clock.seconds,
     }
+    if mfu := use.mfu(rate, steps=steps):
+        metrics |= {"perf/mfu": mfu.executed, "perf/mfu_6n": mfu.six_n}
     if compiled:
         metrics["perf/compile_seconds"] = compiled
     if norm is not None:

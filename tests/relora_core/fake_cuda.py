@@ -152,6 +152,7 @@ def fake_gpu(waits: Waits) -> Any:
         mock.patch.object(Tensor, "pin_memory", pinned),
         mock.patch.object(common, "amp_definitely_not_available", return_value=False),
         mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA A100-SXM4-40GB"),
         mock.patch.object(torch.cuda, "synchronize", return_value=None),
         mock.patch.object(torch.nn.Module, "to", moved),
     ):
@@ -207,6 +208,8 @@ def measure(config: RunConfig, folder: str) -> dict[str, Any]:
     return {
         "ended": ended,
         "events": [[event.kind, event.step] for event in events],
+        "peak": events[0].data["peak"],
+        "logged": [sorted(event.metrics) for event in events if event.kind == "train"],
         "waits": waits.places,
         "launches": waits.launches,
         "casts": waits.casts,

@@ -82,3 +82,17 @@ def test_a_run_on_a_gpu_asks_for_kernels_that_are_there(
     assert kinds == {"torch.float32"} | ({"torch.bfloat16"} if precision == "bf16" else set())
     for kind, grouped, masked, types in run["attention"]:
         assert (grouped, masked, types) == (kind == "torch.bfloat16", False, 1)
+
+
+@pytest.mark.parametrize(("precision", "peak"), [("fp32", 19.5e12), ("bf16", 312e12)])
+def test_every_log_of_a_run_on_a_gpu_has_both_mfus(
+    fake_run: Callable[[RunConfig], Any],
+    nano: Callable[..., RunConfig],
+    precision: str,
+    peak: float,
+) -> None:
+    run = fake_run(nano(model={"vocab_size": 301}, train={"steps": 5, "precision": precision}))
+    names = {"NVIDIA A100-SXM4-40GB": 1}
+    assert run["peak"] == {"flops_per_s": peak, "precision": precision, "gpus": names}
+    assert len(run["logged"]) == 5
+    assert all({"perf/mfu", "perf/mfu_6n"} <= set(names) for names in run["logged"])
