@@ -90,6 +90,19 @@ def _run_block(block: nn.Module, x: Tensor) -> Tensor:
     return block(x)
 
 
+def keep_gradients_(model: Any) -> None:
+    """After a step's first pass, before its second: CUDA graphs write their gradients to the same
+    place again. A model wrapped for DDP is looked through; without such graphs nothing is copied.
+    """
+    model = getattr(model, "module", model)
+    made = getattr(model, "graphs", None)
+    if made is None or not made.cuda_graphs:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
+
+
 @contextlib.contextmanager
 def without(model: Any) -> Iterator[None]:
     """No graphs: they call no hooks of modules inside a block."""

@@ -417,6 +417,8 @@ def accumulate_gradients(
                 with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
                     loss: Tensor = wrapped(chunk[:, :-1], chunk[:, 1:], micro_batches)
                 accelerator.backward(loss)
+            if index == 0 and not last:
+                graphs.keep_gradients_(wrapped)
             total += loss.detach()
     return total
 

@@ -5,6 +5,7 @@ Mostly with the backend `aot_eager`, which differs from a GPU's in the code made
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from training import batch, build, resumed, run, run_in_processes, weights
 
-from relora_core import dropout, graphs, kernels, native
+from relora_core import dropout, graphs, kernels, native, train
 from relora_core.config import ConfigError, RunConfig
 from relora_core.graphs import Graphs
 
@@ -131,6 +132,55 @@ def test_no_graph_outlives_what_it_was_made_for(
         one.check(1)
         assert (name in one.gradients(1)) is change
         assert len(dropped) == count
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_gradients_in_the_memory_of_cuda_graphs_are_kept_from_the_next_pass(
+    nano: Nano, cuda_graphs: bool
+) -> None:
+    """Which writes its own there: here other numbers lie where the first pass's were."""
+    model, _, _ = build(nano(method="full_rank"))
+    expected, overwritten = {}, False
+
+    def backward(loss: torch.Tensor) -> None:
+        nonlocal first
+        loss.backward()
+        first = first or [p.grad for p in model.parameters() if p.grad is not None]
+
+    def before_pass(**_: int) -> None:
+        for gradient in first if overwritten else []:
+            gradient.fill_(torch.nan)
+
+    accelerator = SimpleNamespace(
+        device=CPU,
+        process_index=0,
+        num_processes=1,
+        no_sync=lambda _: contextlib.nullcontext(),
+        backward=backward,
+    )
+    ids = torch.cat((batch()[0], batch(1)[0]))
+    for overwritten in (False, True):
+        first: list[torch.Tensor] = []
+        model.zero_grad(set_to_none=True)
+        model.graphs = SimpleNamespace(cuda_graphs=cuda_graphs, run=run_blocks)
+        train.accumulate_gradients(
+            accelerator,
+            model,
+            before_pass=before_pass,
+            ids=ids,
+            micro_batches=4,
+            precision="fp32",
+        )
+        made = {name: p.grad for name, p in model.named_parameters()}
+        expected = expected or made
+        same = all(torch.equal(made[name], gradient) for name, gradient in expected.items())
+        assert same is (cuda_graphs or not overwritten)
+
+
+def run_blocks(blocks: Any, x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 def test_evals_and_measured_gradients_run_without_graphs(nano: Nano) -> None:
