@@ -1,379 +1,437 @@
-"""Training on one GPU at the paper's shapes, and short runs packed on it: `benchmarks/gpu.py`.
+"""Training on one GPU against others' decoders and what the GPU can do: `benchmarks/gpu.py`.
 
-Steps of `train_step.py` in bf16, with the largest micro-batch that fits; each variant in a process
-of its own, its first steps timed apart. MFU is model FLOPs (`relora_core/costs.py`) over the peak.
-The roof is the speed of a step that takes only the longer of two times: its FLOPs at the peak, and
-at the memory's bandwidth the bytes that every step moves:
+Every variant has a process of its own. They work by turns (A B C, A B C, ...), so that clocks and
+neighbours hit all alike; medians over the turns count, and ratios are those of the same turn. A
+variant that does not fit is tried with half the batch, and its row says so. The table is written to
+`--into` as Markdown and JSON after each part, so that a run which is ended keeps what it has.
+
+MFU is FLOPs over the peak of data sheets (`relora_core/devices.py`): *executed*, what
+`relora_core/costs.py` counts for the method; *6N*, 6 N + 12 L d T whatever the method. The roof
+of a training step is the longer of two times, its FLOPs at the peak and at the memory's bandwidth
 
     8 per weight               read as float32 in the forward and in the backward pass
     32 per trainable weight    gradient written and read, weight and both moments read and written
     2 x what is saved          activations (costs.memory_bytes) written, and read in the backward
 
-Not counted are logits, which a fused head keeps on the chip. Not for: CPUs (`train_step.py`);
-`--device cpu` only tries every path.
+bytes. The roof of the head likewise: three products, 12 bytes per logit (`relora_core/head.py`).
+Where no data sheet is known both peaks are measured, by a product and a copy that take turns, too.
+
+Not for: CPUs (`train_step.py`); `--device cpu` only tries every path.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_step
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.gpu_table import DEVICE, Row, add_roof, find_peaks, write
+from benchmarks.gpu_work import Variant, serve
 from experiments import schema
 from experiments.disk.output_dir import all_runs
+from experiments.environment import cpu
 from experiments.run.complete import complete
-from relora_core import costs
-from relora_core.config import DataConfig, ModelConfig, ReLoRAConfig, RunConfig, TrainConfig
-from relora_core.devices import find_device
+from relora_core.config import (
+    DataConfig,
+    ModelConfig,
+    ReLoRAConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
 from sweeps.local.launcher import launch_local
 from sweeps.local.slots import visible_gpus
 from sweeps.planning.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTHS = {**train_step.WIDTHS, "nano": 24}
-VARIANTS = {
-    "full_rank bf16": "ours",
-    "relora bf16": "ours, relora=corrected: rank 16, dropout 0.1",
-    "hf sdpa bf16": "LlamaForCausalLM of the same shape, fused AdamW, eager",
-    "hf sdpa bf16 compiled": "the same under torch.compile",
+VOCAB = 50304
+MODELS = {
+    "tiny": ModelConfig(name="tiny", d_model=96, d_ff=384, vocab_size=VOCAB),
+    "small": ModelConfig(name="small", d_model=384, d_ff=1536, vocab_size=VOCAB),
+    "medium": ModelConfig(name="medium", d_model=768, d_ff=3072, vocab_size=VOCAB),
+    "nano": ModelConfig(
+        name="nano", d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=304
+    ),
 }
-LARGEST = 1024
-"""Largest micro-batch that is tried: the paper's batch."""
+BATCHES = {"tiny": 32, "small": 16, "medium": 8, "nano": 2}
+"""Sequences of a step: at 2,048 tokens what `experiment=paper` would take, or half of that."""
+PARTS = {
+    "train": "a training step",
+    "small batches": "the same with 2 sequences, where launching kernels is what takes time",
+    "head": "the vocabulary head's loss and gradients alone",
+    "eval": "scoring windows as Paloma does",
+    "packed": "whole runs of tiny on one GPU at once: 1, 2, 4, 8",
+}
+FULL = ("full rank, eager", "full rank, blocks", "relora, eager", "relora, blocks")
+OTHERS = ("llama, eager", "llama, compiled", "simple, compiled")
+NAMES = {
+    "train": (*FULL, *OTHERS),
+    "small batches": (
+        *("full rank, blocks", "full rank, cudagraphs"),
+        *("relora, blocks", "relora, cudagraphs"),
+    ),
+    "head": ("head, ours", "head, compiled"),
+    "eval": ("eval, fp32", "eval, bf16 head"),
+}
+QUICK = ("full rank, blocks", "relora, blocks", "llama, compiled", "simple, compiled")
+SMALL_BATCH = 2
+WINDOWS = 64
+"""Of an eval."""
+RUNS = (1, 2, 4, 8)
+PACK_TURNS = 2
+ANSWER_S = 900
+"""Longest wait for a process: compiling takes a minute or two."""
+START = "spawn"
+"""Of processes: a fork of one that has asked for its GPUs cannot use them."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Measured:
-    """One variant."""
-
-    model: str
-    variant: str
-    batch: int
-    tokens_per_s: float
-    """Of the median step."""
-    step_s: float
-    warm_up_s: float
-    """Of the first steps, compilation included."""
-    peak_mb: float
-    loss: float
-    mfu: float | None = None
-    roof_tokens_per_s: float | None = None
-    roof_by: str | None = None
-
-
-# one variant, in its own process ------------------------------------------------------------------
-def measure(variant: str, *, model: str, args: argparse.Namespace) -> Measured:
-    """Find the micro-batch of a variant, then time its steps."""
-    made = _fitting if args.batch is None else _made
-    step, batch, warm_up = made(variant, model=model, args=args)
-    _forget_peak(args.device)
-    seconds, loss = [], 0.0
-    for _ in range(args.steps):
-        start = time.perf_counter()
-        loss = step()  # ends when the device has done it: the loss comes back to the host
-        seconds.append(time.perf_counter() - start)
-    middle = statistics.median(seconds)
-    return Measured(
-        model=model,
-        variant=variant,
-        batch=batch,
-        tokens_per_s=batch * args.length / middle,
-        step_s=middle,
-        warm_up_s=warm_up,
-        peak_mb=_peak_mb(args.device),
-        loss=loss,
+# what is asked for --------------------------------------------------------------------------------
+def make_variant(part: str, name: str, *, model: str, args: argparse.Namespace) -> Variant:
+    kind, _, how = name.partition(", ")
+    batch = args.batch or BATCHES[model]
+    batch = SMALL_BATCH if part == "small batches" else args.windows if part == "eval" else batch
+    config = RunConfig(
+        method="relora" if kind == "relora" else "full_rank",
+        model=replace(MODELS[model], max_seq_len=args.length),
+        relora=ReLoRAConfig(r=16, alpha=32, dropout=0.1),  # of conf/relora/corrected.yaml
+        train=TrainConfig(
+            steps=1, batch_size=batch, precision="fp32" if name == "eval, fp32" else "bf16"
+        ),
+        data=DataConfig(seq_len=args.length),
+        runtime=RuntimeConfig(
+            device=args.device,
+            compile={"eager": "off", "cudagraphs": "cudagraphs"}.get(how, "blocks"),
+        ),
     )
+    return Variant(part=part, name=name, model=model, config=config)
 
 
-Made = tuple[Callable[[], float], int, float]
-"""A warmed-up step, its micro-batch, and the seconds of warming up."""
+def groups(args: argparse.Namespace) -> Iterator[list[Variant]]:
+    """What takes turns with each other: a part at one model, with the GPU itself beside it."""
+    for part, names in NAMES.items():
+        for model in args.models:
+            if part == "small batches" and model == "medium":
+                continue  # a step is long enough there
+            chosen = [name for name in names if is_chosen(part, name, args=args)]
+            if chosen:
+                beside = () if part == "eval" else DEVICE
+                yield [make_variant(part, n, model=model, args=args) for n in chosen] + [
+                    make_variant("device", n, model=model, args=args) for n in beside
+                ]
 
 
-def _made(variant: str, *, model: str, args: argparse.Namespace) -> Made:
-    begun = time.perf_counter()
-    step = train_step.make_step(
-        variant,
-        width=WIDTHS[model],
-        batch=args.batch,
-        length=args.length,
-        device=args.device,
-        compiler=_compiler(args.device) if "compiled" in variant else None,
-    )
-    for _ in range(args.warm_up):
-        step()
-    return step, args.batch, time.perf_counter() - begun
+def is_chosen(part: str, name: str, *, args: argparse.Namespace) -> bool:
+    if args.only:
+        return any(word == part or name.startswith(word) for word in args.only)
+    if args.quick:
+        return part in ("head", "eval") or (part == "train" and name in QUICK)
+    return True
 
 
-def _compiler(device: str) -> str:
-    """Generating code for a smoke test on a CPU would take minutes."""
-    return "inductor" if device == "cuda" else "eager"
+# by turns -----------------------------------------------------------------------------------------
+class Process:
+    """A variant in its process, and what became of it in `row`."""
 
+    def __init__(self, variant: Variant) -> None:
+        self.variant, self.batch = variant, variant.config.train.batch_size
+        self.row = Row(
+            part=variant.part, model=variant.model, variant=variant.name, batch=self.batch
+        )
+        context: Any = multiprocessing.get_context(START)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, variant), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.made = False
+        self.too_large: list[int] = []
 
-def _fitting(variant: str, *, model: str, args: argparse.Namespace) -> Made:
-    """At the largest power of two that fits. Sizes are tried without compiling, a minute each."""
-    import torch
+    def ask(self, *question: Any) -> None:
+        with contextlib.suppress(OSError):  # it has ended, as `hear` will notice
+            self.pipe.send(question)
 
-    plain, batch = variant.removesuffix(" compiled"), 1
-    while 2 * batch <= args.largest and _fits(plain, model=model, batch=2 * batch, args=args):
-        batch *= 2
-    while True:
+    def hear(self) -> dict[str, Any]:
         try:
-            return _made(variant, model=model, args=_with(args, batch=batch))
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise SystemExit(f"error: {variant}: not even one sequence fits") from None
-            batch //= 2
-        _empty(args.device)
+            if self.pipe.poll(ANSWER_S):
+                return self.pipe.recv()
+            self.process.kill()
+            error = f"no answer in {ANSWER_S} s"
+        except (EOFError, OSError):
+            self.process.join(10)
+            error = f"its process ended with {self.process.exitcode}"
+        return {"ok": False, "memory": False, "error": error}
+
+    def hear_made(self) -> bool:
+        """Whether it can take turns; False also where it should be tried with a smaller batch."""
+        answer = self.hear()
+        self.made = answer["ok"]
+        if self.made:
+            self.row.batch = self.batch
+            self.row.loss, self.row.peak_mb = answer["loss"], answer["peak_mb"]
+            self.row.compile_s = answer["compile_s"]
+            self.row.note = self._too_large()
+        elif not answer["memory"]:
+            self._fail(answer["error"])
+        return self.made
+
+    def fit(self) -> None:
+        """Alone on the GPU, with half of what did not fit, and again."""
+        while not self.made and not self.row.note:
+            self.ask("make", self.batch)
+            if self.hear_made() or self.row.note:
+                break
+            self.too_large.append(self.batch)
+            self.batch //= 2
+            if not self.batch:
+                self._fail(self._too_large())
+
+    def _too_large(self) -> str:
+        return f"out of memory at batch {', '.join(map(str, self.too_large))}" * bool(
+            self.too_large
+        )
+
+    def _fail(self, note: str) -> None:
+        self.row.note, self.made = note, False
+        print(f"{self.variant.model}, {self.variant.name}: {note}", file=sys.stderr)
+
+    def turn(self, seconds: float) -> None:
+        if not self.made:
+            return
+        self.ask("turn", seconds)
+        answer = self.hear()
+        if answer["ok"]:
+            self.row.rates.append(answer["rate"])
+        else:
+            self._fail("out of memory beside the others" if answer["memory"] else answer["error"])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(30)
+        if self.process.is_alive():
+            self.process.kill()
 
 
-def _fits(variant: str, *, model: str, batch: int, args: argparse.Namespace) -> bool:
-    """Two steps: the optimizer's state is there from the second on."""
+def compare(variants: Sequence[Variant], *, turns: int, seconds: float, gpu: str) -> list[Row]:
+    """Make all, those that compile at the same time, then let them take turns."""
+    processes = [Process(variant) for variant in variants]
     try:
-        _made(variant, model=model, args=_with(args, batch=batch, warm_up=2))
-        fits = True
-    except RuntimeError as error:  # out of memory, or out of a kernel's range of indices
-        print(f"{variant}, batch {batch}: {str(error).splitlines()[0]}", file=sys.stderr)
-        fits = False
-    _empty(args.device)  # only now: the exception had a reference to the model
-    return fits
-
-
-def _with(args: argparse.Namespace, **changes: int) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **changes})
-
-
-def _empty(device: str) -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _forget_peak(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_mb(device: str) -> float:
-    """Peak memory of tensors on the GPU, or of the process on a CPU."""
-    if device != "cuda":
-        return train_step.peak_mb()
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
-# roof ---------------------------------------------------------------------------------------------
-def config_of(model: str, variant: str, *, batch: int, length: int) -> RunConfig:
-    """What `costs` counts for a variant; the Llama is our full rank."""
-    width, ours = WIDTHS[model], variant.split()[0]
-    return RunConfig(
-        method="relora" if ours == "relora" else "full_rank",
-        model=ModelConfig(d_model=width, d_ff=4 * width, vocab_size=train_step.VOCAB),
-        relora=ReLoRAConfig(r=train_step.RANK),
-        train=TrainConfig(steps=1, batch_size=batch, precision="bf16"),
-        data=DataConfig(seq_len=length),
-    )
-
-
-def add_roof(row: Measured, *, length: int, peaks: tuple[float, float]) -> None:
-    """Add MFU, the roof and what sets it; see the module's docstring."""
-    config = config_of(row.model, row.variant, batch=row.batch, length=length)
-    tokens, counted = row.batch * length, costs.parameters(config)
-    flops = costs.flops_per_token(config).train * tokens
-    saved = costs.memory_bytes(config)["activations"]
-    moved = 8 * counted.total + 32 * counted.trainable + 2 * saved
-    floors = {"FLOPs": flops / peaks[0], "bytes": moved / peaks[1]}
-    row.roof_by = max(floors, key=lambda name: floors[name])
-    row.roof_tokens_per_s = tokens / floors[row.roof_by]
-    row.mfu = flops / row.step_s / peaks[0]
-
-
-def peaks_of(name: str, args: argparse.Namespace) -> tuple[float, float] | None:
-    """(FLOPs/s, bytes/s); None if neither the table nor the command line gives them."""
-    if args.peak_tflops and args.bandwidth_gb:
-        return args.peak_tflops * 1e12, args.bandwidth_gb * 1e9
-    device = find_device(name)
-    return None if device is None else (device.bf16, device.memory)
+        quick = [p for p in processes if p.variant.config.runtime.compile == "off"]
+        slow = [p for p in processes if p not in quick]
+        for process in quick:
+            process.fit()
+        for process in slow:
+            process.ask("make", process.batch)
+        for process in slow:
+            process.hear_made()
+        for process in slow:
+            process.fit()
+        for _ in range(turns):
+            for process in processes:
+                process.turn(seconds)
+    finally:
+        for process in processes:
+            process.close()
+    rows = [process.row for process in processes]
+    if peaks := find_peaks(gpu, rows):
+        for variant, row in zip(variants, rows, strict=True):
+            variant.config.train.batch_size = row.batch
+            if row.part in ("train", "small batches", "head"):
+                add_roof(row, config=variant.config, peaks=peaks)
+    return rows
 
 
 # packed runs --------------------------------------------------------------------------------------
-def packed(runs: int, *, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of short runs by the local launcher, all at once and one after another: from the
-    first start to the last end in their records."""
-    seconds = {
-        name: round(_launched(runs, parallel=parallel, device=args.device), 2)
-        for name, parallel in (("packed_s", runs), ("in_turn_s", 1))
-    }
-    return {"runs": runs, **seconds, "ratio": round(seconds["in_turn_s"] / seconds["packed_s"], 3)}
+def pack(args: argparse.Namespace) -> list[Row]:
+    """Short runs by the local launcher, as with `hydra.launcher.max_parallel`."""
+    rows = [
+        Row(part="packed", model=args.packed_model, variant=f"{runs} runs", batch=args.packed_batch)
+        for runs in args.runs
+    ]
+    seconds: dict[int, list[float]] = {runs: [] for runs in args.runs}
+    try:
+        if args.device == "cuda":
+            launch(1, args=args)  # compiles, for all that follow
+        for _ in range(min(PACK_TURNS, args.turns)):
+            for runs, row in zip(args.runs, rows, strict=True):
+                taken, rate = launch(runs, args=args)
+                seconds[runs].append(taken)
+                row.rates.append(rate)
+    except RuntimeError as error:
+        for row in rows:
+            row.note = str(error)
+        return rows
+    one = statistics.median(seconds[1])
+    for runs, row in zip(args.runs, rows, strict=True):
+        packed = statistics.median(seconds[runs])
+        row.note = f"{packed:.1f} s, one after another {runs * one:.1f} s: "
+        row.note += f"{runs * one / packed:.2f}x"
+    return rows
 
 
-def _launched(runs: int, *, parallel: int, device: str) -> float:
-    smoke = device == "cpu"
-    words = [f"model={'nano' if smoke else 'tiny'}", f"train.steps={2 if smoke else 500}"]
-    words += ["schedule.warmup_steps=1", "train.precision=bf16", f"runtime.device={device}"]
+def launch(runs: int, *, args: argparse.Namespace) -> tuple[float, float]:
+    """(seconds from the first start to the last end, tokens/s of all while they train)."""
+    words = [f"model={args.packed_model}", f"train.steps={args.packed_steps}"]
+    words += [f"train.batch_size={args.packed_batch}", f"data.seq_len={args.packed_length}"]
+    words += ["schedule.warmup_steps=1", "train.precision=bf16", f"runtime.device={args.device}"]
+    words += ["relora.dropout=0.1", "checkpoint.every_steps=100000", "runtime.log_every_steps=50"]
     words += ["eval=none", "tracking=none", "sweep.name=packed"]
     with tempfile.TemporaryDirectory(prefix="packed-") as folder:
         config = complete(schema.compose([*words, f"output_dir={folder}"]))
         plan = make_plan([({}, replace(config, seed=seed)) for seed in range(runs)])
         console = Console(quiet=True)
-        done = launch_local(plan, output_dir=folder, max_parallel=parallel, console=console)
+        done = launch_local(plan, output_dir=folder, max_parallel=runs, console=console)
         if done.exit_code:
             lines = [state.reason or state.state for state in done.states.values()]
-            raise SystemExit(f"error: the packed runs ended so: {lines}")
+            raise RuntimeError(f"they ended so: {lines}")
         records = [run.attempt_records()[0] for run in all_runs(folder)]
-        ends = [run.events()[-1]["time"] for run in all_runs(folder)]
-    return max(ends) - min(record["started"] for record in records)
+        events = [run.events() for run in all_runs(folder)]
+    taken = max(own[-1]["time"] for own in events) - min(r["started"] for r in records)
+    last = [[e["metrics"] for e in own if e["kind"] == "train"][-1] for own in events]
+    return taken, sum(m["train/tokens"] / m["perf/train_seconds"] for m in last)
 
 
-# all of them --------------------------------------------------------------------------------------
-def gpu_name() -> str | None:
-    """Name of the first GPU; asked in another process, so that this one takes no GPU memory."""
+# all of it ----------------------------------------------------------------------------------------
+GPU = """
+import json, torch
+from importlib.metadata import version
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    about = {"gpu": gpu.name, "memory GB": round(gpu.total_memory / 2**30, 1)}
+    about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}
+    about |= {name: version(name) for name in ("triton", "transformers")}
+    print(json.dumps(about))
+"""
+SMI = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the table is headed with; None without a GPU. torch is asked in another process, so
+    that this one takes no GPU memory."""
+    command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    about: dict[str, Any] = {"command": command, "date": time.strftime("%Y-%m-%d")}
+    if args.device == "cpu":
+        return {"gpu": "no GPU: these figures say nothing", "CPU": cpu(), **about}
     gpus = visible_gpus()
     if not gpus:
         return None
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # one, for all that follows
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    done = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True, check=False)
+    if not done.stdout.strip():
+        print(done.stderr, file=sys.stderr, end="")
+        return None
+    return {**json.loads(done.stdout.splitlines()[-1]), "driver": _driver(gpus[0]), **about}
 
 
-def collect(args: argparse.Namespace) -> list[Measured]:
-    rows = []
-    for model in args.models:
-        for variant in args.variants:
-            words = [sys.executable, __file__, *sys.argv[1:], "--serve", f"{model}/{variant}"]
-            done = subprocess.run(
-                words, stdout=subprocess.PIPE, text=True, env=_environment(), check=False
-            )
-            if done.returncode:
-                raise SystemExit(f"error: {model}, {variant} ended (its message is above)")
-            rows.append(Measured(**json.loads(done.stdout.splitlines()[-1])))
-            print(f"{model}, {variant}: {rows[-1].tokens_per_s:,.0f} tokens/s", file=sys.stderr)
-    return rows
+def _driver(gpu: str) -> str:
+    """Version and power limit."""
+    try:
+        done = subprocess.run([*SMI, f"--id={gpu}"], capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "TRANSFORMERS_OFFLINE": "1"}
-
-
-def show(rows: Sequence[Measured], *, pack: dict[str, float] | None, title: str) -> None:
-    names = ("model", "variant", "batch", "tokens/s", "MFU", "roof tokens/s", "of roof")
-    names += ("peak MB", "warm-up s", "loss")
-    table = Table(*names, title=title)
-    for row in rows:
-        roof = row.roof_tokens_per_s
-        cells = [row.model, row.variant, str(row.batch), f"{row.tokens_per_s:,.0f}"]
-        cells += ["-" if row.mfu is None else f"{row.mfu:.1%}"]
-        cells += ["-" if roof is None else f"{roof:,.0f} ({row.roof_by})"]
-        cells += ["-" if roof is None else f"{row.tokens_per_s / roof:.1%}"]
-        cells += [f"{row.peak_mb:,.0f}", f"{row.warm_up_s:.1f}", f"{row.loss:.3f}"]
-        table.add_row(*cells)
-    console = Console(width=140)
-    console.print(table)
-    if pack:
-        runs, packed_s, in_turn_s, ratio = pack.values()
-        console.print(f"{runs} runs: {packed_s} s packed, {in_turn_s} s in turn ({ratio}x)")
-
-
-def ratios(rows: Sequence[Measured]) -> dict[str, float]:
-    """Ratios of tokens per second: ours to the Llama's, ReLoRA to full rank."""
-    speed = {(row.model, row.variant): row.tokens_per_s for row in rows}
-    values = {}
-    for model in dict.fromkeys(row.model for row in rows):
-        for name, pair in {
-            "hf_ratio": ("full_rank bf16", "hf sdpa bf16"),
-            "hf_compiled_ratio": ("full_rank bf16", "hf sdpa bf16 compiled"),
-            "relora_ratio": ("relora bf16", "full_rank bf16"),
-        }.items():
-            ours, theirs = (speed.get((model, variant)) for variant in pair)
-            if ours and theirs:
-                values[f"{model}_{name}"] = round(ours / theirs, 3)
-    return values
-
-
-def parse() -> argparse.Namespace:
-    listing = "\n".join(f"  {name:22} {text}" for name, text in VARIANTS.items())
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    listing = "\n".join(
+        f"  {part:14} {text}" + (f": {'; '.join(NAMES[part])}" if part in NAMES else "")
+        for part, text in PARTS.items()
+    )
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nvariants:\n{listing}\n\nThe last line is JSON.",
+        description=f"{__doc__}\nparts and their variants:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", type=_some(WIDTHS), help="default: tiny,small; on a CPU nano")
-    parser.add_argument("--variants", type=_some(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--batch", type=int, help="micro-batch (default: the largest that fits)")
-    parser.add_argument("--largest", type=int, help=f"that is tried (default: {LARGEST})")
+    parser.add_argument("--models", help="default: tiny,small,medium; nano on a CPU")
+    parser.add_argument("--only", help="parts, or how names of variants begin; separated by ;")
+    parser.add_argument("--quick", action="store_true", help="minutes: tiny, without packed runs")
+    parser.add_argument("--turns", type=int, help="of each variant (default: 5; quick 3)")
+    parser.add_argument("--seconds", type=float, help="of a turn (default: 1)")
+    parser.add_argument("--batch", type=int, help=f"sequences of a step (default: {BATCHES})")
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: 2048)")
-    parser.add_argument("--steps", type=int, help="that are timed (default: 20)")
-    parser.add_argument("--warm-up", type=int, help="steps before them (default: 5)")
-    parser.add_argument("--packed", type=int, help="short runs on one GPU, 0 for none (default: 8)")
-    parser.add_argument("--peak-tflops", type=float, help="of a device that is not in the table")
-    parser.add_argument("--bandwidth-gb", type=float, help="likewise, GB/s")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--into", type=Path, default=ROOT / "outputs" / "gpu-benchmark")
+    parser.add_argument("--add", type=Path, help="a gpu.json of this GPU whose rows are kept")
+    args = parser.parse_args(words)
     smoke = args.device == "cpu"
     defaults = {
-        "models": ["nano"] if smoke else ["tiny", "small"],
-        "largest": 2 if smoke else LARGEST,
+        "models": "nano" if smoke else "tiny" if args.quick else "tiny,small,medium",
+        "turns": 2 if smoke else 3 if args.quick else 5,
+        "seconds": 0.0 if smoke else 1.0,
         "length": 16 if smoke else 2048,
-        "steps": 2 if smoke else 20,
-        "warm_up": 1 if smoke else 5,
-        "packed": 2 if smoke else 8,
     }
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    args.models = [name.strip() for name in args.models.split(",")]
+    args.only = [word.strip() for word in args.only.split(";")] if args.only else []
+    args.windows, args.runs = (2, RUNS[:2]) if smoke else (WINDOWS, RUNS)
+    args.packed_model, args.packed_steps = ("nano", 2) if smoke else ("tiny", 1000)
+    args.packed_batch, args.packed_length = (2, 16) if smoke else (8, 512)
+    _check(args, parser)
     return args
 
 
-def _some(choices: dict[str, Any]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        chosen = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in chosen if name not in choices]:
-            raise argparse.ArgumentTypeError(f"one of {', '.join(choices)}, got {unknown[0]!r}")
-        return chosen
-
-    return names
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name in args.models:
+        if name not in MODELS:
+            parser.error(f"--models must be of {', '.join(MODELS)}, got {name!r}")
+    names = [name for part in NAMES.values() for name in part]
+    for word in args.only:
+        if word not in PARTS and not any(name.startswith(word) for name in names):
+            parser.error(f"--only must be of {', '.join(PARTS)} or a variant's name, got {word!r}")
+    if args.turns < 1:
+        parser.error("--turns must be >= 1")
 
 
 def main() -> int:
     args = parse()
-    if args.serve:
-        model, _, variant = args.serve.partition("/")
-        print(json.dumps(asdict(measure(variant, model=model, args=args))))
-        return 0
-    name = "CPU" if args.device == "cpu" else gpu_name()
-    if name is None:
+    about = describe(args)
+    if about is None:
         print("error: no GPU is visible to torch; --device cpu tries the paths", file=sys.stderr)
         return 2
-    rows, peaks = collect(args), peaks_of(name, args)
-    if peaks:
-        for row in rows:
-            add_roof(row, length=args.length, peaks=peaks)
-    pack = packed(args.packed, args=args) if args.packed else None
-    show(rows, pack=pack, title=f"{name}, sequences of {args.length}, bf16")
-    about = {"device": name, "length": args.length, "peaks": peaks, **ratios(rows)}
-    print(json.dumps({**about, "packed": pack, "rows": [asdict(row) for row in rows]}))
+    earlier: list[Row] = []
+    if args.add:
+        content = json.loads(args.add.read_text())
+        if content["about"]["gpu"] != about["gpu"]:
+            print(f"error: {args.add} is of {content['about']['gpu']}", file=sys.stderr)
+            return 2
+        earlier = [Row(**row) for row in content["rows"]]
+    os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="compiled-") as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compiling takes what it takes
+        for made in measure(args, gpu=about["gpu"]):
+            rows += made
+            again = {(row.part, row.model, row.variant) for row in rows}
+            others = [r for r in earlier if (r.part, r.model, r.variant) not in again]
+            about["peaks"] = str(find_peaks(about["gpu"], rows))
+            text = write([*others, *rows], about=about, folder=args.into)
+    print(text if rows else "nothing is chosen")
     return 0
+
+
+def measure(args: argparse.Namespace, *, gpu: str) -> Iterator[list[Row]]:
+    """Rows of one group after the other."""
+    for variants in groups(args):
+        print(f"{variants[0].part}: {variants[0].model}", file=sys.stderr)
+        yield compare(variants, turns=args.turns, seconds=args.seconds, gpu=gpu)
+    if "packed" in args.only or not (args.only or args.quick):
+        print("packed runs", file=sys.stderr)
+        yield pack(args)
 
 
 if __name__ == "__main__":

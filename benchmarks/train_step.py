@@ -54,57 +54,25 @@ RATIOS = {  # name: (numerator, denominator), each the fastest variant that begi
 
 
 # one variant, in its own process ------------------------------------------------------------------
-def build_llama(width: int, *, attention: str, length: int, device: str = "cpu") -> Any:
-    """Hugging Face's model of our shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=length,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation=attention,
-    )
-    return LlamaForCausalLM(shape).to(device)
-
-
-def build_ours(width: int, *, method: str, dropout: float, length: int, device: str = "cpu") -> Any:
+def build_ours(width: int, *, method: str, dropout: float) -> Any:
     """(model, optimizer) as a run builds them."""
     from relora_core.methods import build_method  # torch, not for the process that starts variants
     from relora_core.model import Decoder
 
     config = RunConfig(
         method=method,
-        model=ModelConfig(d_model=width, d_ff=4 * width, vocab_size=VOCAB, max_seq_len=length),
+        model=ModelConfig(d_model=width, d_ff=4 * width, vocab_size=VOCAB, max_seq_len=LENGTH),
         relora=ReLoRAConfig(r=RANK, alpha=32, dropout=dropout),
         train=TrainConfig(steps=1, batch_size=BATCH),
-        data=DataConfig(seq_len=length),
+        data=DataConfig(seq_len=LENGTH),
     )
     model, chosen = Decoder(config.model), build_method(config)
     chosen.adapt(model)
-    model.to(device)
     return model, chosen.build_optimizer(model)
 
 
-def make_step(
-    variant: str,
-    *,
-    width: int,
-    batch: int = BATCH,
-    length: int = LENGTH,
-    device: str = "cpu",
-    compiler: str | None = None,
-) -> Callable[[], float]:
-    """A function that takes one training step and gives its loss.
-
-    `compiler` is a backend of torch.compile for the Llama; None leaves it eager.
-    """
+def make_step(variant: str, *, width: int) -> Callable[[], float]:
+    """A function that takes one training step and gives its loss."""
     import torch
 
     from relora_core import native  # torch
@@ -119,17 +87,17 @@ def make_step(
         model = PlainDecoder(sizes, r=RANK if "relora" in rest else 0, dropout=0.1)
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     elif kind == "hf":
-        model = build_llama(width, attention=rest.split()[0], length=length, device=device)
+        from llama import build_llama  # torch
+
+        sizes = ModelConfig(d_model=width, d_ff=4 * width, vocab_size=VOCAB, max_seq_len=LENGTH)
+        model = build_llama(sizes, attention=rest.split()[0])
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        model = torch.compile(model, backend=compiler) if compiler else model
     else:
         dropout = 0.0 if "p=0" in rest else 0.1
-        model, optimizer = build_ours(
-            width, method=kind, dropout=dropout, length=length, device=device
-        )
+        model, optimizer = build_ours(width, method=kind, dropout=dropout)
     model.train()
-    ids = torch.randint(0, VOCAB, (batch, length + 1)).to(device)
-    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled="bf16" in rest)
+    ids = torch.randint(0, VOCAB, (BATCH, LENGTH + 1))
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in rest)
 
     def step() -> float:
         with autocast:

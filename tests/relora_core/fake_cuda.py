@@ -2,7 +2,8 @@
 
 As a program (`python fake_cuda.py GUARD FOLDER`, configs on stdin, one a line) it trains each and
 prints a line of JSON: what made the host wait for the device, by step and place, and more. A read
-answers 1. Not for: what is computed, and how fast.
+answers 1. Other lines ask for a head, or a piece of benchmarks/gpu.py. Not for: what is computed,
+and how fast.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.identity import config_from_json
-from relora_core import head, kernels, train
+from relora_core import graphs, head, kernels, train
 from relora_core.config import RunConfig
 
 aten = torch.ops.aten
@@ -65,7 +66,7 @@ class Waits(TorchDispatchMode):
                 self.add("read")
             return 1.0 if args[0].dtype.is_floating_point else 1
         if func in (aten.index.Tensor, aten.index_put_.default):
-            args = (args[0], [self._plain(i) for i in args[1]], *args[2:])
+            args = (args[0], [one for i in args[1] for one in self._plain(i)], *args[2:])
         if func is aten._to_copy.default and "device" in kwargs:
             self._moved(args[0], str(torch.device(kwargs["device"]).type), kwargs)
         cast = func is aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
@@ -82,13 +83,14 @@ class Waits(TorchDispatchMode):
         if target == "cpu" or not kwargs.get("non_blocking") or id(source) not in self.pinned:
             self.add("read" if target == "cpu" else "upload")
 
-    def _plain(self, index: Any) -> Any:
+    def _plain(self, index: Any) -> list[Any]:
         """How many entries of a mask are true a device would have to say: take all."""
         if not isinstance(index, Tensor) or index.dtype != torch.bool:
-            return index
+            return [index]
         if index.device.type == "cuda":
             self.add("read")
-        return torch.zeros(index.numel(), dtype=torch.int64, device=index.device)
+        zeros = torch.zeros(index.numel(), dtype=torch.int64, device=index.device)
+        return [zeros] * index.ndim
 
 
 def _device(args: Any) -> str:
@@ -242,10 +244,36 @@ def measure_head(tokens: int, width: int, vocabulary: int) -> dict[str, Any]:
     }
 
 
+def measure_work(part: str, name: str, model: str) -> dict[str, Any]:
+    """A variant of benchmarks/gpu.py: made, and a turn of three calls."""
+    from benchmarks import gpu  # Hydra and more, for these alone
+    from benchmarks.gpu_work import Worker
+
+    waits, answers = Waits(), {}
+    variant = gpu.make_variant(part, name, model=model, args=gpu.parse([]))
+    worker = Worker(variant)
+    with (
+        fake_gpu(waits),
+        mock.patch.object(train, "make_accelerator", return_value=_accelerator()),
+        mock.patch.object(graphs, "choose", lambda asked, **_: asked),
+        mock.patch.object(torch.cuda, "reset_peak_memory_stats", return_value=None),
+        mock.patch.object(torch.cuda, "max_memory_reserved", return_value=1 << 30),
+        FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
+        waits,
+    ):
+        torch.compiler.set_stance("force_eager")
+        answers["make"] = worker.make(variant.config.train.batch_size)
+        waits.step, worker.seconds = "turn", 1.0
+        answers["turn"] = worker.turn(3.0)
+    return {**answers, "waits": waits.places.get("turn", {}), "operations": waits.operations}
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
         sizes = line.split()
-        if len(sizes) == 3 and line[0] != "{":
+        if line.startswith("work;"):
+            answer = measure_work(*line.strip().split(";")[1:])
+        elif len(sizes) == 3 and line[0] != "{":
             answer = measure_head(*map(int, sizes))
         else:
             answer = measure(config_from_json(line), sys.argv[2])
