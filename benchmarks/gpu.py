@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -85,7 +87,7 @@ NAMES = {
         *("full rank, blocks", "full rank, cudagraphs"),
         *("relora, blocks", "relora, cudagraphs"),
     ),
-    "head": ("head, ours", "head, compiled"),
+    "head": ("head, ours", "head, compiled", "head, cce"),
     "eval": ("eval, fp32", "eval, bf16 head"),
 }
 QUICK = ("full rank, blocks", "relora, blocks", "llama, compiled", "simple, compiled")
@@ -136,6 +138,8 @@ def groups(args: argparse.Namespace) -> Iterator[list[Variant]]:
 
 
 def is_chosen(part: str, name: str, *, args: argparse.Namespace) -> bool:
+    if name == "head, cce" and importlib.util.find_spec("cut_cross_entropy") is None:
+        return False  # its licence is not an open one: who wants it installs it
     if args.only:
         return any(word == part or name.startswith(word) for word in args.only)
     if args.quick:
@@ -308,13 +312,10 @@ def launch(runs: int, *, args: argparse.Namespace) -> tuple[float, float]:
 # all of it ----------------------------------------------------------------------------------------
 GPU = """
 import json, torch
-from importlib.metadata import version
 if torch.cuda.is_available():
     gpu = torch.cuda.get_device_properties(0)
     about = {"gpu": gpu.name, "memory GB": round(gpu.total_memory / 2**30, 1)}
-    about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}
-    about |= {name: version(name) for name in ("triton", "transformers")}
-    print(json.dumps(about))
+    print(json.dumps({**about, "torch": torch.__version__, "CUDA": torch.version.cuda}))
 """
 SMI = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
 
@@ -334,16 +335,22 @@ def describe(args: argparse.Namespace) -> dict[str, Any] | None:
     if not done.stdout.strip():
         print(done.stderr, file=sys.stderr, end="")
         return None
-    return {**json.loads(done.stdout.splitlines()[-1]), "driver": _driver(gpus[0]), **about}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    about = {**_versions("triton", "transformers"), **about}
+    return {**answer, "driver, power limit": _driver(gpus[0]), **about}
 
 
 def _driver(gpu: str) -> str:
-    """Version and power limit."""
     try:
         done = subprocess.run([*SMI, f"--id={gpu}"], capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    present = (name for name in packages if importlib.util.find_spec(name))
+    return {name: importlib.metadata.version(name) for name in present}
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -412,6 +419,7 @@ def main() -> int:
         earlier = [Row(**row) for row in content["rows"]]
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     rows: list[Row] = []
+    text = "nothing is chosen"
     with tempfile.TemporaryDirectory(prefix="compiled-") as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compiling takes what it takes
         for made in measure(args, gpu=about["gpu"]):
@@ -420,7 +428,7 @@ def main() -> int:
             others = [r for r in earlier if (r.part, r.model, r.variant) not in again]
             about["peaks"] = str(find_peaks(about["gpu"], rows))
             text = write([*others, *rows], about=about, folder=args.into)
-    print(text if rows else "nothing is chosen")
+    print(text)
     return 0
 
 

@@ -77,7 +77,8 @@ def find_peaks(name: str, rows: Sequence[Row]) -> Peaks | None:
     ]
     if not all(measured):
         return None
-    return Peaks(*map(statistics.median, measured), "measured here")
+    flops, memory = map(statistics.median, measured)
+    return Peaks(flops, memory, "measured here")
 
 
 def add_roof(row: Row, *, config: RunConfig, peaks: Peaks) -> None:

@@ -15,7 +15,7 @@ def build_llama(model: ModelConfig, *, attention: str) -> Any:
     """LlamaForCausalLM, freshly drawn; `attention` is transformers' name of it."""
     from transformers import LlamaConfig, LlamaForCausalLM  # seconds, which others need not wait
 
-    shape = LlamaConfig(
+    shape: Any = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=model.d_ff,
@@ -26,7 +26,7 @@ def build_llama(model: ModelConfig, *, attention: str) -> Any:
         max_position_embeddings=model.max_seq_len,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation=attention,
+        attn_implementation=attention,  # type: ignore[reportCallIssue]
     )
     return LlamaForCausalLM(shape)
 

@@ -71,7 +71,8 @@ def test_every_variant_of_a_part_takes_its_turns(
     monkeypatch.setattr(gpu_table, "find_device", lambda _: peaks)
     rows = run("--only", part)["rows"]
     beside = () if part == "eval" else DEVICE
-    assert [row["variant"] for row in rows] == [*gpu.NAMES[part], *beside]
+    own = [name for name in gpu.NAMES[part] if name != "head, cce"]
+    assert [row["variant"] for row in rows] == [*own, *beside]
     for row in rows:
         assert (row["note"], len(row["rates"])) == ("", 2)
         assert min(row["rates"]) > 0
@@ -285,16 +286,20 @@ def test_the_report_has_a_line_for_each_row_and_names_the_gpu() -> None:
     assert "| 100 | 40.0% | 12.3% | - | 25.0% | 400 (bytes) |" in relora
 
 
-def test_parts_and_variants_can_be_chosen() -> None:
+def test_parts_and_variants_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(*words: str) -> set[str]:
         groups = gpu.groups(gpu.parse(words))
         return {v.name for group in groups for v in group if v.part != "device"}
 
-    everything = {name for part in gpu.NAMES.values() for name in part}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    everything = {name for part in gpu.NAMES.values() for name in part} - {"head, cce"}
     assert names() == everything
     chosen = {"head, ours", "head, compiled", "llama, eager", "llama, compiled"}
     assert names("--only", "head;llama") == chosen
     assert names("--only", "packed") == set()
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: True)
+    assert names("--only", "head") == {"head, ours", "head, compiled", "head, cce"}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
     quick = names("--quick")
     assert set(gpu.QUICK) < quick < everything
     models = {v.model for group in gpu.groups(gpu.parse(["--quick"])) for v in group}
