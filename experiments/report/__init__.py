@@ -4,6 +4,7 @@ figures/        The pictures of a report
 data.py         a sweep's runs as tidy data
 gather.py       reads that from plan and records
 answers.py      what the comparisons say, in sentences
+responses.py    metrics over numeric axes
 tables.py       tables: means, comparisons, restarts, cost
 registered.py   comparisons that a file names, tested together
 tradeoffs.py    metrics against costs, and Pareto fronts

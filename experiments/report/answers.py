@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiments.disk.states import State
 from experiments.metrics import LOSS
-from experiments.report import registered
+from experiments.report import registered, responses
 from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import Block, Bullets, joined, plural
 from experiments.report.registered import Registered
@@ -18,19 +19,19 @@ from experiments.report.tables import SIGNIFICANT, Pair, compared, shown, title_
 from experiments.stats import Comparison, Interval, interval
 from relora_core.events import Metric
 
-MOST = 24
-"""Sentences on pairs of arms; further ones are in the tables."""
+MOST, MOST_BESIDE_EFFECTS = 24, 6
+"""Sentences on pairs of arms, alone and below some on axes; further ones are in the tables."""
+LONGEST = 40
+"""Letters of a reference's name that each sentence repeats."""
 EXACT = 4
 """Most decimals."""
 
 
-def answer(
-    sweep: Sweep, pairs: Sequence[Pair], named: Sequence[Block], *, effects: Sequence[str] = ()
-) -> list[Block]:
+def answer(sweep: Sweep, pairs: Sequence[Pair], named: Sequence[Block]) -> list[Block]:
     """The best arm, a sentence for each comparison, and one for each other metric.
 
-    `named` are sentences on comparisons that a file names, `effects` on numeric axes; they come
-    first. Empty where no run has finished.
+    `named` are sentences on comparisons that a file names, which come first, as do those on
+    numeric axes. Empty where no run has finished.
     """
     metrics = [metric for metric in shown(sweep) if metric.charted]
     if not metrics:
@@ -39,12 +40,13 @@ def answer(
     others = [metric for metric in metrics if metric is not main]
     blocks: list[Block] = [line] if (line := best(sweep, main)) else []
     blocks += named
-    if effects:
+    if effects := responses.effects(sweep, main):
         blocks.append(Bullets(effects))
     if pairs:
         against, _ = title_end(pairs)
         of = f"Compared{against} in {name(main)} ({main.better} is better):"
-        blocks += [of, Bullets(_sentences(pairs, main))]
+        most = MOST_BESIDE_EFFECTS if effects else MOST
+        blocks += [of, Bullets(_sentences(pairs, main, most=most))]
     if lines := [line for metric in others if (line := summary(pairs, metric))]:
         blocks.append(Bullets(lines))
     return blocks
@@ -229,14 +231,21 @@ def summary(pairs: Sequence[Pair], metric: Metric) -> str:
     )
 
 
-def _sentences(pairs: Sequence[Pair], metric: Metric) -> list[str]:
+def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]:
     outcomes = compared(pairs, metric)
-    lines = [
-        sentence(arm, reference, outcome, metric)
-        for (arm, reference), outcome in list(zip(pairs, outcomes, strict=True))[:MOST]
-    ]
-    left = len(pairs) - len(lines)
-    return lines + ([f"{plural(left, 'further comparison')}: see Comparisons"] if left else [])
+    _, one_reference = title_end(pairs)
+    lines = []
+    for (arm, reference), outcome in zip(pairs, outcomes, strict=True):
+        if outcome.difference is None and not reference.finished:
+            lines.append(f"{_missing([reference])}: nothing can be compared with it")
+            continue
+        if one_reference and len(reference.name) > LONGEST:  # the line above has its name
+            reference = replace(reference, name="the reference")
+        lines.append(sentence(arm, reference, outcome, metric))
+    lines = list(dict.fromkeys(lines))
+    left = len(lines) - most
+    more = [f"{plural(left, 'further comparison')}: see Comparisons"] if left > 0 else []
+    return lines[:most] + more
 
 
 def _estimate(arm: Arm, metric: Metric) -> Interval | None:

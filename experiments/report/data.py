@@ -108,6 +108,8 @@ class Arm:
     colour: str
     """`#rrggbb`, in MLflow, too (`experiments/colours.py`)."""
     style: str = "-"
+    axes: dict[str, str] = field(default_factory=dict)
+    """Its values of the axes of the plan without the seed, as on a command line."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Key -> value of settings that vary in the sweep and apply to the arm, without the seed."""
     runs: list[RunData] = field(default_factory=list)

@@ -75,6 +75,7 @@ def gather(
         arms=_arms(
             runs,
             names={run.arm_id: run.arm for run in reversed(record.runs)},
+            axes={run.arm_id: run.axes for run in reversed(record.runs)},
             looks=colours.looks(record.runs),
         ),
     )
@@ -116,7 +117,11 @@ def _plan(output_dir: Path | str, sweep: str) -> tuple[SweepRecord, list[RunConf
 
 # arms -------------------------------------------------------------------------------------------
 def _arms(
-    runs: Sequence[RunData], *, names: Mapping[str, str], looks: Mapping[str, Look]
+    runs: Sequence[RunData],
+    *,
+    names: Mapping[str, str],
+    axes: Mapping[str, Mapping[str, str]],
+    looks: Mapping[str, Look],
 ) -> list[Arm]:
     arms: dict[str, Arm] = {}
     for run in runs:
@@ -124,6 +129,7 @@ def _arms(
             arms[run.arm_id] = Arm(
                 arm_id=run.arm_id,
                 name=names[run.arm_id],
+                axes={key: value for key, value in axes[run.arm_id].items() if key != "seed"},
                 **looks[run.arm_id]._asdict(),
             )
         arms[run.arm_id].runs.append(run)

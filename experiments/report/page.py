@@ -17,7 +17,7 @@ from experiments import notices
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.errors import one_line
-from experiments.report import answers, blimp, gather, registered, tradeoffs
+from experiments.report import answers, blimp, gather, registered, responses, tradeoffs
 from experiments.report import tables as report_tables
 from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import (
@@ -122,7 +122,7 @@ def _document(
 ) -> Document:
     made: dict[str, Callable[[], list[Block]]] = {
         "Answer": lambda: answers.answer(sweep, pairs, named_answers),
-        "Results": lambda: report_tables.results(sweep),
+        "Results": lambda: [*report_tables.results(sweep), *responses.marginals(sweep)],
         "Named comparisons": lambda: named,
         "Figures": lambda: pictures,
         "Comparisons": lambda: report_tables.comparisons(sweep, pairs),

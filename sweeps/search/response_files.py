@@ -10,7 +10,6 @@ Not for: their numbers (`response.py`).
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from experiments import stats
 from experiments.colours import OKABE_ITO
 from experiments.errors import one_line
-from experiments.report.figures import canvas
+from experiments.report.figures import canvas, response
 from experiments.report.figures.canvas import Drawing
+from experiments.report.figures.response import Dot, draw_dots
 from relora_core import atomic
 from sweeps.search import results
 from sweeps.search.arms import arm_folders
@@ -32,6 +32,8 @@ from sweeps.search.results import TrialRow
 
 COLUMNS = 4
 LONGEST_NAME = 30
+REACH = 3.0
+"""Trials this many times as far from the best as the median are cut off: searches try bad ones."""
 MOST_LINES = 4
 """Most settings of the other keys that have a line each; more have dots only."""
 
@@ -69,12 +71,12 @@ def figure(arms: Sequence[Arm]) -> Drawing:
     lines = math.ceil(len(drawn) / columns)
     made = Canvas(figsize=(2.6 * columns + 0.6, 2.3 * lines + 0.5))
     goal = drawn[0].results.goals[0]
-    low, high = limits(drawn)
+    ends = limits(drawn)
     first: Axes | None = None
     for index, arm in enumerate(drawn):
         ax = made.add_subplot(lines, columns, index + 1, sharex=first, sharey=first)
         first = first or ax
-        _panel(ax, arm, low=low, high=high)
+        _panel(ax, arm, ends=ends)
         ax.label_outer()
         if index + columns >= len(drawn):
             ax.tick_params(axis="x", labelbottom=True, which="both")
@@ -86,30 +88,19 @@ def figure(arms: Sequence[Arm]) -> Drawing:
     first.xaxis.set_minor_formatter(NullFormatter())
     every = [rate for arm in drawn for rate in rates(arm)]
     first.set_xlim(min(every) / 1.4, max(every) * 1.4)
-    first.set_ylim(low, high)
+    first.set_ylim(*ends)
     made.supylabel(goal.metric, fontsize=10)
     return Drawing(canvas=made, caption="")
 
 
 def limits(arms: Sequence[Arm]) -> tuple[float, float]:
     """Ends of the common axis: from the best to well beyond the median, not to what diverged."""
+    values = [trial.values[0] for arm in arms for trial in arm.results.trials if trial.values]
     minimize = arms[0].results.goals[0].direction == "minimize"
-    values = [
-        trial.values[0]
-        for arm in arms
-        for trial in arm.results.trials
-        if trial.values and math.isfinite(trial.values[0])
-    ]
-    sign = 1.0 if minimize else -1.0
-    costs = sorted(sign * value for value in values) or [0.0]
-    best = costs[0]
-    worst = min(costs[-1], best + 3 * (statistics.median(costs) - best))
-    margin = 0.08 * (worst - best) or 0.05 * abs(best) or 1.0
-    ends = sorted((sign * (best - margin), sign * (worst + margin)))
-    return ends[0], ends[1]
+    return response.limits(values, better="lower" if minimize else "higher", reach=REACH)
 
 
-def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
+def _panel(ax: Axes, arm: Arm, *, ends: tuple[float, float]) -> None:
     groups: dict[str, list[TrialRow]] = {}
     for trial in sorted(arm.results.trials, key=_others):
         if trial.values and RATE in trial.params:
@@ -121,7 +112,7 @@ def _panel(ax: Axes, arm: Arm, *, low: float, high: float) -> None:
         colour = OKABE_ITO[index] if lined else canvas.GREY
         trials.sort(key=lambda trial: trial.params[RATE])
         line = lined and (len(trials) > 2 or len(groups) == 1)
-        _trials(ax, trials, colour=colour, line=line, low=low, high=high, label=label)
+        _trials(ax, trials, colour=colour, line=line, ends=ends, label=label)
     if best := arm.best:
         rate, value = best.params[RATE], best.values[arm.results.goals[0].metric]
         ax.plot([rate], [value], "*", color=canvas.DARK, markersize=11, zorder=5, clip_on=False)
@@ -149,28 +140,18 @@ def _trials(
     *,
     colour: str,
     line: bool,
-    low: float,
-    high: float,
+    ends: tuple[float, float],
     label: str,
 ) -> None:
     """One setting of the other keys: a line, dots with intervals, marks at what is off the axis."""
-    points = [(t, t.params[RATE], t.values[0]) for t in trials if t.values]
-    if line:
-        finite = [point[1:] for point in points if math.isfinite(point[2])]
-        ax.plot([x for x, _ in finite], [y for _, y in finite], "-", color=colour, linewidth=1.2)
-    ax.plot([], [], "o-" if line else "o", color=colour, markersize=4, label=label)
-    for trial, rate, value in points:
-        if not low <= value <= high:
-            end = low if value < low else high
-            shape = "x" if math.isinf(value) else "^" if end == high else "v"
-            ax.plot([rate], [end], shape, color=colour, markersize=5, clip_on=False)
-            continue
-        ax.plot([rate], [value], "o", color=colour, markersize=4)
+    dots = []
+    for trial in (trial for trial in trials if trial.values):
         values = seed_values(trial)
-        interval = stats.mean_interval(values) if values else None
-        if interval and interval.low is not None and interval.high is not None:
-            ends = [max(interval.low, low), min(interval.high, high)]
-            ax.plot([rate, rate], ends, "-", color=colour, linewidth=1.0, alpha=0.6)
+        one = stats.mean_interval(values) if values else None
+        low, high = (one.low, one.high) if one else (None, None)
+        dots.append(Dot(x=trial.params[RATE], y=trial.values[0], low=low, high=high))
+    style = "-" if line else None
+    draw_dots(ax, dots, colour=colour, ends=ends, lost=ends[1], line=style, label=label)
 
 
 def _others(trial: TrialRow) -> list[tuple[bool, Any]]:

@@ -2,6 +2,7 @@
 
 catalogue.py  all figures, and learning curves
 arms.py       final numbers, differences, BLiMP
+response.py   metrics over numeric axes
 fronts.py     what arms reach for what they take
 paper.py      the paper's figures, drawn from our runs
 curves.py     means and bands over seeds

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from experiments.metrics import LOSS
 from experiments.report import data
 from experiments.report.data import Arm, Sweep
-from experiments.report.figures import arms, canvas, fronts, published
+from experiments.report.figures import arms, canvas, fronts, published, response
 from experiments.report.figures import paper as figures_paper
 from experiments.report.figures.canvas import Drawing, Figure, NoData
 from experiments.report.figures.curves import Panel, Progress, progress, restart_ticks
@@ -47,6 +47,9 @@ def all_figures(
     (arm, reference). ConfigError for another axis or a bad file.
     """
     wanted = catalogue(sweep, x=x, published=published, pairs=pairs)
+    for stale in [*Path(folder).glob("response_*"), *Path(folder).glob("marginal.*")]:
+        if stale.stem not in wanted:  # of axes that the plan had, or arms that were shown
+            stale.unlink()
     return [
         canvas.produce(name, title=title, draw=draw, folder=Path(folder))
         for name, (title, draw) in wanted.items()
@@ -69,6 +72,7 @@ def catalogue(
             "Learning curves (paper's Figure 2)",
             partial(learning_curves, sweep, axis=axis, paper=paper),
         ),
+        **response.drawings(sweep),
         "arms": ("Final numbers by arm", partial(arms.arms_summary, sweep)),
         "differences": (
             "Differences on common seeds",

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.axis import Axis as MplAxis
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from experiments.disk.states import State
 from experiments.report.data import Arm, Point, RunData, Sweep
@@ -37,6 +38,8 @@ class Progress:
         return getattr(point, self.key) * self.factor
 
 
+STEPS = [1, 2, 2.5, 5, 10]
+"""Between ticks, times a power of ten."""
 AXES = {"steps": "step", "tokens": "tokens", "gpu_hours": "gpu_hours"}
 UNITS = {
     "steps": [(0.0, 1.0, "optimizer steps")],
@@ -175,7 +178,7 @@ class Panel:
         ax = self.ax
         if self.scale == "log":
             ax.set_yscale("log")
-            self._plain_ticks()
+            plain_ticks(ax.yaxis, *(self._limits() if self.lines else (1.0, 10.0)))
         if self.lines:
             ax.set_ylim(*self._limits())
         width = self.end - self.start
@@ -197,16 +200,19 @@ class Panel:
         margin = 0.06 * (high - low or span)
         return back(low - margin), back(high + margin)
 
-    def _plain_ticks(self) -> None:
-        """Label ticks between the powers of ten where a log axis spans at most three decades."""
-        low, high = self._limits() if self.lines else (1.0, 10.0)
-        decades = math.log10(high / low)
-        subs = (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
-        if decades > 3:
-            return
-        self.ax.yaxis.set_major_locator(LogLocator(subs=subs))
-        self.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        self.ax.yaxis.set_minor_formatter(NullFormatter())
+
+def plain_ticks(axis: MplAxis, low: float, high: float) -> None:
+    """Label ticks between the powers of ten where a log axis spans at most three decades."""
+    decades = math.log10(high / low)
+    subs = (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    if decades > 3:
+        return
+    few = high < 3 * low  # multiples of powers of ten would leave a tick or two
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=STEPS) if few else LogLocator(subs=subs))
+    if few:
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def restart_ticks(ax: Axes, arms: Sequence[Arm], *, axis: Progress) -> bool:
