@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined
@@ -21,6 +21,8 @@ from experiments.stats import Interval, finite, interval
 from relora_core.config import get
 from relora_core.events import Metric
 
+Cell = TypeVar("Cell", bound=Hashable)
+"""What tells means apart: a value of an axis, or one of each of two."""
 MOST_FACETS = 4
 """Combinations of further axes with panels of their own; of more, lines are means."""
 MOST_LEVELS = 6
@@ -191,9 +193,7 @@ def _words(arm: Arm, names: Sequence[str]) -> str:
 
 
 # estimates --------------------------------------------------------------------------------------
-def estimates(
-    cells: Mapping[Hashable, Sequence[Arm]], *, metric: Metric
-) -> dict[Hashable, Interval]:
+def estimates(cells: Mapping[Cell, Sequence[Arm]], *, metric: Metric) -> dict[Cell, Interval]:
     """The interval over seeds of each cell that has values.
 
     Where cells have several arms it is of the mean over arms, for those combinations of the other
@@ -225,7 +225,7 @@ def estimates(
     }
 
 
-def _shared_axes(cells: Mapping[Hashable, Sequence[Arm]]) -> list[str]:
+def _shared_axes(cells: Mapping[Any, Sequence[Arm]]) -> list[str]:
     """The axes that tell the arms of one cell apart."""
     names = dict.fromkeys(key for arms in cells.values() for arm in arms for key in arm.axes)
     return [
@@ -332,9 +332,9 @@ def effects(sweep: Sweep, metric: Metric) -> list[str]:
     return lines[:MOST_SENTENCES] + more
 
 
-def _along(sweep: Sweep, axis: Axis, names: Sequence[str]) -> dict[str, dict[Hashable, list[Arm]]]:
+def _along(sweep: Sweep, axis: Axis, names: Sequence[str]) -> dict[str, dict[float, list[Arm]]]:
     """Values of `names` -> place on the axis -> arms."""
-    groups: dict[str, dict[Hashable, list[Arm]]] = {}
+    groups: dict[str, dict[float, list[Arm]]] = {}
     for arm in sweep.arms:
         if (place := place_of(arm, axis.key)) is not None:
             groups.setdefault(_words(arm, names), {}).setdefault(place, []).append(arm)

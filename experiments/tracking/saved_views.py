@@ -162,11 +162,11 @@ def _curves(
     lines = [
         {
             "type": "LINE",
-            "metricKey": metric,
-            "selectedMetricKeys": [metric],
+            "metricKey": metric.key,
+            "selectedMetricKeys": [metric.key],
             "runsCountToCompare": max(20, sum(len(arm.runs) for arm in view.arms)),
             "lineSmoothness": 0,
-            "scaleType": "linear",
+            "scaleType": metric.scale,
             "xAxisScaleType": "linear",
             "range": {},
             **axis,
@@ -176,7 +176,7 @@ def _curves(
             "useGlobalXaxisKey": True,
             "useGlobalLineSmoothing": True,
         }
-        for metric in [shown.key for shown in charted()]
+        for metric in charted()
     ]
     columns = [f"params.`{key}`" for key in axis_keys(view.arms)]
     columns += ["tags.`seed`", "tags.`state`", *(f"metrics.`{m}`" for m in MAIN.values())]

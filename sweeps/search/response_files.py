@@ -145,7 +145,9 @@ def _trials(
 ) -> None:
     """One setting of the other keys: a line, dots with intervals, marks at what is off the axis."""
     dots = []
-    for trial in (trial for trial in trials if trial.values):
+    for trial in trials:
+        if not trial.values:
+            continue
         values = seed_values(trial)
         one = stats.mean_interval(values) if values else None
         low, high = (one.low, one.high) if one else (None, None)

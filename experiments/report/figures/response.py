@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
@@ -418,7 +418,7 @@ def _cells(
     ends = (usable.min(), usable.max()) if usable.size else (0.0, 1.0)
     norm = LogNorm(*ends) if log and ends[0] < ends[1] else Normalize(*ends)
     colours = colormaps[MAP if metric.better == "higher" else f"{MAP}_r"].with_extremes(bad="white")
-    image = ax.imshow(grid, cmap=colours, norm=norm, aspect="auto", origin="lower")
+    ax.imshow(grid, cmap=colours, norm=norm, aspect="auto", origin="lower")
     ax.grid(visible=False)
     for axis, side in ((across, ax.xaxis), (down, ax.yaxis)):
         side.set_ticks(range(len(axis.values)), [value_label(value) for value in axis.values])
@@ -433,7 +433,7 @@ def _cells(
             words = "diverged" if _diverged([arm]) else ""
             ax.text(*at, words, ha="center", va="center", fontsize=small, color=canvas.DARK)
             continue
-        red, green, blue = to_rgb(image.cmap(image.norm(one.mean)))
+        red, green, blue, _ = (float(part) for part in colours(float(norm(one.mean))))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         ax.text(
             *at,

@@ -308,6 +308,18 @@ def test_curves_can_be_drawn_against_tokens_and_gpu_hours() -> None:
             assert (place["xAxisKey"], place["selectedXAxisMetricKey"]) == ("metric", metric)
 
 
+def test_perplexity_has_a_log_axis_and_the_loss_has_not() -> None:
+    for name in ("curves", "by_arm", "tokens", "gpu_hours"):
+        tag = saved_views.saved_views(two_arms(), parent="p")[
+            f"mlflow.sharedViewState.model-relora.r.{name}"
+        ]
+        packed = json.loads(tag)["state"]
+        state = json.loads(zlib.decompress(base64.b64decode(packed.partition(";")[2])))
+        scales = {chart["metricKey"]: chart["scaleType"] for chart in state["compareRunCharts"]}
+        assert scales["eval/paloma/perplexity"] == "log"
+        assert scales["train/loss"] == "linear"
+
+
 def test_views_fit_into_a_tag_for_a_large_sweep() -> None:
     arms = [an_arm(r, a_run(f"r{r}", 0)) for r in range(400)]
     views = saved_views.saved_views(a_sweep(*arms), parent="p" * 32)
