@@ -149,7 +149,7 @@ def build_head(variant: Variant, *, device: torch.device) -> Work:
     model, tokens = config.model, _tokens(config)
     assert model.vocab_size is not None
     hidden = torch.randn(tokens, model.d_model, device=device, requires_grad=True)
-    weight = torch.randn(model.vocab_size, model.d_model, device=device) * model.d_model**-0.5
+    weight = torch.randn(model.vocab_size, model.d_model, device=device) * 0.02
     weight.requires_grad_()
     targets = draw_ids(config, device=device)[:, 1:].flatten()
     half = config.train.precision == "bf16"
@@ -235,9 +235,11 @@ def serve(pipe: Connection, variant: Variant) -> None:
         except Exception as error:
             traceback.print_exc()
             answer = {"ok": False, **explain(error)}
-        if not answer["ok"]:
-            worker.drop()  # here, where no exception refers to the model any more
-        pipe.send(answer)
+        try:
+            if not answer["ok"]:
+                worker.drop()  # here, where no exception refers to the model any more
+        finally:  # after some errors a GPU answers nothing any more
+            pipe.send(answer)
     pipe.close()
     os._exit(0)  # compilers' own processes and threads have nothing left to do
 
@@ -262,11 +264,9 @@ class Worker:
     def make(self, batch: int) -> dict[str, Any]:
         """Build it with this many sequences, compile it, and learn how long a call takes."""
         self.variant.config.train.batch_size = batch
-        begun = time.perf_counter()
         self.work = build(self.variant)
         losses = [self.work.call() for _ in range(WARM_UP if self.cuda else 1)]
         self.wait()
-        made_s = time.perf_counter() - begun
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -275,7 +275,6 @@ class Worker:
         peak = torch.cuda.max_memory_reserved() / 2**20 if self.cuda else None
         self.rest()
         return {
-            "made_s": made_s,
             "compile_s": self.dropped_s + graphs.seconds(),
             "peak_mb": peak,
             "loss": None if losses[0] is None else float(losses[0]),
