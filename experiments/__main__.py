@@ -69,6 +69,7 @@ def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
         "tokens": config.train.steps * config.train.batch_size * config.data.seq_len,
         "flops_per_token": flops.train,
         "flops_per_token_forward": flops.forward,
+        "flops_per_token_6n": costs.flops_per_token_6n(config),
         "micro_batch_size": costs.micro_batch(config),
         "memory_bytes": costs.memory_bytes(config),
         "lr_factor": {str(k): schedule.lr_factor(k, config=config) for k in at_steps},
@@ -219,6 +220,7 @@ def _print_description(description: dict[str, Any]) -> None:
         print(f"            {number:>14,} {group}")
     print(f"tokens      {description['tokens']:,}")
     print(f"FLOPs       {description['flops_per_token']:,} per token of training")
+    print(f"            {description['flops_per_token_6n']:,} by 6N + 12 L d T")
     print(f"pass        {description['micro_batch_size']} sequences in each process")
     print(f"memory      {description['memory_bytes']['total'] / 2**20:,.0f} MiB (estimate)")
     restarts = description["restarts"]

@@ -13,6 +13,14 @@ LOSS = Metric(
     key="train/loss", title="loss", label="training loss\n(nats per token)", column="loss"
 )
 
+MFU, MFU_6N = "perf/mfu", "perf/mfu_6n"
+"""Shares of the GPUs' peak (`relora_core/utilisation.py`): by the method's FLOPs, and by 6N."""
+
+
+def percent(share: float | None) -> str:
+    """`12.3 %`; `-` where nothing is known."""
+    return "-" if share is None else f"{100 * share:.3g} %"
+
 
 @cache
 def headline() -> tuple[Metric, ...]:

@@ -22,7 +22,7 @@ from experiments.disk.output_dir import run_at, runs_folder
 from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState
 from experiments.disk.states import State
-from experiments.metrics import LOSS, columns
+from experiments.metrics import LOSS, MFU, MFU_6N, columns, percent
 from experiments.run.sinks import clock
 from relora_core import costs
 from relora_core.config import RunConfig
@@ -42,6 +42,8 @@ COLOURS: dict[str, str] = {
     State.CANCELLED: "yellow",
     State.PRUNED: "yellow",
 }
+SHARES = {"MFU": MFU, "MFU by 6N": MFU_6N}
+"""Heading -> metric of what a run takes of its GPUs' peak."""
 A100_SHARE = 0.1
 """Of an A100's peak, if nothing was measured: small models do not use all of it."""
 
@@ -275,11 +277,14 @@ def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_di
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("state")
-    for name in ("steps", *columns(), "tokens/s", "time"):
+    runs = [run_at(output_dir, cell.run_id) for cell in cells]
+    results = [run_dir.result() or {} for run_dir in runs]
+    on_gpus = any(MFU in result.get("metrics", {}) for result in results)
+    shares = SHARES if on_gpus else {}
+    for name in ("steps", *columns(), "tokens/s", *shares, "time"):
         table.add_column(name, justify="right")
-    for cell in cells:
-        run_dir = run_at(output_dir, cell.run_id)
-        result, status = run_dir.result() or {}, run_dir.status()
+    for cell, run_dir, result in zip(cells, runs, results, strict=True):
+        status = run_dir.status()
         rate = result.get("metrics", {}).get("perf/tokens_per_s", status.tokens_per_s)
         table.add_row(
             Text(cell.name),
@@ -287,6 +292,7 @@ def closing_table(cells: Sequence[Cell], *, states: Mapping[str, str], output_di
             f"{status.step}/{cell.config.train.steps}",
             *_metric_cells(result, status),
             "-" if rate is None else abbreviate(rate),
+            *(percent(result.get("metrics", {}).get(key)) for key in shares.values()),
             clock(result.get("attempt_seconds")),
         )
     return table

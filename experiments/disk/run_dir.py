@@ -62,6 +62,10 @@ class Status:
     loss: float | None = None
     """Newest logged training loss, nats per token."""
     tokens_per_s: float | None = None
+    mfu: float | None = None
+    """Share of the GPUs' peak, by the FLOPs of the method; None: no GPU, or its peak is unknown."""
+    mfu_6n: float | None = None
+    """The same by 6N + 12 L d T FLOPs per token."""
     eta_s: float | None = None
     """Seconds of training left at the newest rate."""
     phase: str = ""

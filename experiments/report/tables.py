@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from experiments.metrics import headline
+from experiments.metrics import MFU, MFU_6N, headline, percent
 from experiments.notices import fixed_order
 from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
@@ -371,14 +371,17 @@ def cost(sweep: Sweep) -> list[Block]:
         training = sum(run.cost.gpu_hours for run in arm.runs)
         everything = sum(run.cost.all_hours for run in arm.runs)
         attempts = sum(run.cost.attempts for run in arm.runs)
-        rates = _all_values(arm.finished, "perf/tokens_per_s")
-        rate = statistics.median(rates) if rates else None
+        rate, mfu, mfu_6n = (
+            statistics.median(values) if (values := _all_values(arm.finished, key)) else None
+            for key in ("perf/tokens_per_s", MFU, MFU_6N)
+        )
         rows.append(
             [
                 arm.name,
                 tokens_per_run(arm),
                 hours_cell(arm),
                 "-" if rate is None else f"{rate:,.0f}",
+                "-" if mfu is None else f"{percent(mfu)} ({percent(mfu_6n)})",
                 *(number(training, digits=3), number(everything, digits=3), str(attempts)),
             ]
         )
@@ -388,6 +391,8 @@ def cost(sweep: Sweep) -> list[Block]:
                 "tokens_per_run": tokens_per_run(arm).replace(",", ""),
                 "gpu_hours_per_run": hours.mean if hours else None,
                 "tokens_per_s": rate,
+                "mfu": mfu,
+                "mfu_6n": mfu_6n,
                 "gpu_hours": training,
                 "all_hours": everything,
                 "attempts": attempts,
@@ -398,12 +403,15 @@ def cost(sweep: Sweep) -> list[Block]:
         Table(
             name="cost",
             title="Cost",
-            columns=["arm", "tokens per run", "device-hours per run", "tokens/s", *names],
+            columns=["arm", "tokens per run", "device-hours per run", "tokens/s", "MFU", *names],
             rows=rows,
             data=data,
             note="A device-hour is an hour of one process, on a GPU or a CPU. Per run: training of "
             "the finished runs, without evals; in all: of every run and attempt, from its first to "
-            "its last event. Speeds of runs that shared a machine cannot be compared.",
+            "its last event. Speeds of runs that shared a machine cannot be compared. MFU: model "
+            "FLOPs utilisation, as a share of the peak of the run's GPUs: by the FLOPs that the "
+            "method takes, and in brackets by 6N + 12 L d T per token, as most others publish it. "
+            "Both are medians; on a CPU, or where the peak is not known, there is none.",
         )
     ]
 

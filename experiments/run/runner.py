@@ -23,6 +23,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.states import Outcome, State
 from experiments.environment import attempt_record
 from experiments.errors import RunLocked, one_line
+from experiments.metrics import MFU, MFU_6N
 from experiments.run.sinks import ConsoleSink, Fanout, StatusSink, SystemSink
 from experiments.run.stopping import StopFlag
 from experiments.scheduler import current_job
@@ -236,6 +237,8 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
     for event in run_dir.events():
         if event["kind"] == "train":
             loss_steps = event["data"].get("loss_steps")
+            for share in (MFU, MFU_6N):  # of another GPU, if this one's peak is not known
+                metrics.pop(share, None)
         if event["kind"] != "system":
             metrics.update(event["metrics"])
         step = max(step, event["step"])

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from experiments.disk.run_dir import RunDir
-from experiments.metrics import LOSS
+from experiments.metrics import LOSS, MFU, MFU_6N, percent
 from relora_core.events import Event, Sink
 
 HEARTBEAT_S = 0.5
@@ -58,6 +58,8 @@ class StatusSink:
                 step=event.step,
                 loss=event.metrics[LOSS.key],
                 tokens_per_s=event.metrics["perf/tokens_per_s"],
+                mfu=event.metrics.get(MFU),
+                mfu_6n=event.metrics.get(MFU_6N),
                 eta_s=seconds_left(event, steps=self.steps),
                 phase="train",
             )
@@ -139,6 +141,13 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
+def _mfu(event: Event) -> str:
+    """`MFU 12.3 % (by 6N 14.1 %)  `; empty where the peak is not known."""
+    if MFU not in event.metrics:
+        return ""
+    return f"MFU {percent(event.metrics[MFU])} (by 6N {percent(event.metrics[MFU_6N])})  "
+
+
 class ConsoleSink:
     """A progress bar on a terminal; elsewhere a plain line every few seconds."""
 
@@ -161,7 +170,7 @@ class ConsoleSink:
         if event.kind == "train":
             info = (
                 f"loss {event.metrics[LOSS.key]:.3f}  "
-                f"{event.metrics['perf/tokens_per_s']:,.0f} tokens/s  "
+                f"{event.metrics['perf/tokens_per_s']:,.0f} tokens/s  {_mfu(event)}"
                 f"{clock(seconds_left(event, steps=self.steps))} left"
             )
             self._show(event.step, info, urgent=event.step == self.steps)

@@ -9,7 +9,7 @@ from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.stats import Interval, mean_interval
 
-NOT_AVERAGED = ("train/lr", "train/grad_norm", "restart/", "perf/tokens_per_s")
+NOT_AVERAGED = ("train/lr", "train/grad_norm", "restart/", "perf/tokens_per_s", "perf/mfu")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -129,9 +129,8 @@ def begin_anew(run_dir: RunDir) -> None:
         if checkpoints.exists():
             checkpoints.rename(checkpoints.with_name(f"checkpoints-{n}"))
         result.rename(result.with_name(f"result-{n}.json"))  # last: until then it is as it was
-        run_dir.update_status(
-            state=State.PLANNED, step=0, loss=None, tokens_per_s=None, eta_s=None, error=None
-        )
+        measured = ("loss", "tokens_per_s", "mfu", "mfu_6n", "eta_s", "error")
+        run_dir.update_status(state=State.PLANNED, step=0, **dict.fromkeys(measured))
 
 
 def _relaunch(runs: Sequence[Run], *, output_dir: str) -> int:

@@ -18,7 +18,7 @@ from rich.text import Text
 from experiments.disk.plans import read_sweep
 from experiments.disk.state import RunState
 from experiments.disk.states import State
-from experiments.metrics import LOSS, columns
+from experiments.metrics import LOSS, columns, percent
 from experiments.run.sinks import clock
 from sweeps import display
 from sweeps.commands import selection
@@ -186,11 +186,13 @@ def _text(cell: str | Text, *, nothing: str) -> Text:
 
 
 def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> RenderableType:
-    heads = ("<run", "<state", "<job", "attempts", "step", "loss", "tokens/s", "left", "<note")
+    heads = ("<run", "<state", "<job", "attempts", "step", "loss", "tokens/s", *display.SHARES)
+    heads = (*heads, "left", "<note")
     rows = []
     for run in runs:
         state = states[run.run_id]
-        rate = state.tokens_per_s if state.state is State.RUNNING else None
+        running = state.state is State.RUNNING
+        rate = state.tokens_per_s if running else None
         cells = [
             run.name,
             Text(state.state, style=display.COLOURS.get(state.state, "")),
@@ -199,6 +201,7 @@ def _run_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
             f"{state.step}/{state.steps}",
             "" if state.loss is None else f"{state.loss:.3f}",
             display.abbreviate(rate) if rate else "",
+            *(percent(mfu) if running and mfu else "" for mfu in (state.mfu, state.mfu_6n)),
             _left([state]),
             state.reason or "",
         ]

@@ -84,12 +84,14 @@ def record(
     loss: Callable[[RunConfig], float] = loss_of,
     code: str = "c0de",
     world: int = 1,
+    perf: dict[str, float] | None = None,
 ) -> None:
-    """One attempt, from the first step to the last."""
+    """One attempt, from the first step to the last; each train event says `perf`, too."""
     config = run.config()
     run.write_attempt(1, {"host": "here", "code_hash": code, "packages": {"torch": "2"}})
     log = EventLog(run, 1)
-    emit(log, config, start=0, stop=STEPS, loss=loss(config), state=state, world=world)
+    ends = {"loss": loss(config), "state": state}
+    emit(log, config, start=0, stop=STEPS, **ends, world=world, perf=perf)
     if state in ("finished", "diverged"):
         log.emit(Event(kind="end", step=STEPS, data={"state": state}, time=T0 + 9000))
         run.write_result(make_result(run, state=state, attempt=1, seconds=1.0))
@@ -113,6 +115,7 @@ def emit(
     loss: float,
     state: str = "running",
     world: int = 1,
+    perf: dict[str, float] | None = None,
 ) -> None:
     """The events of an attempt; the loss falls to `loss` at the last step."""
     data = {"resumed": start > 0, "world": world}
@@ -122,7 +125,7 @@ def emit(
         if state == "diverged" and step == STEPS:
             value = math.nan
         now = T0 + 100 * step
-        metrics = {"train/loss": value, "perf/train_seconds": SECONDS * step}
+        metrics = {"train/loss": value, "perf/train_seconds": SECONDS * step, **(perf or {})}
         if config.method == "relora" and step % config.relora.reset_frequency == 0:
             changes = {"restart/loss_before": value, "restart/loss_after": value}
             log.emit(Event(kind="restart", step=step, metrics=changes, time=now))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,12 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from experiments.disk.output_dir import all_runs, jobs_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 from experiments.identity import arm_id
-from sweeps import launch
+from sweeps import display, launch
 from sweeps.__main__ import main
 from sweeps.planning.plan import make_plan, store
 from sweeps.slurm import cluster
@@ -122,6 +124,44 @@ def test_columns_without_a_word_are_left_out(out, capsys):
     assert "loss" in text
     assert "tokens/s" not in text
     assert "job" not in text
+
+
+@pytest.mark.parametrize("mfus", [{"mfu": 0.123, "mfu_6n": 0.14}, {}], ids=["gpu", "earlier"])
+def test_a_running_run_has_its_mfu_by_both_conventions(out, capsys, mfus):
+    """Without it, as on CPUs and in status files of earlier versions, there are no columns."""
+    fields = {"state": "running", "host": "elsewhere", "step": 1, "steps": 4, "tokens_per_s": 2e6}
+    (out / "runs" / "alone" / "status.json").write_text(json.dumps(fields | mfus))
+    main(["status", "--output-dir", str(out)])
+    text = capsys.readouterr().out
+    assert ("MFU by 6N" in text) == bool(mfus)
+    assert lines(text, "alone")[0].split()[4:] == [
+        "2M",
+        *(("12.3", "%", "14", "%") if mfus else ()),
+    ]
+    main(["status", "--json", "--output-dir", str(out)])
+    runs = {run["name"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert (runs["alone"]["mfu"], runs["alone"]["mfu_6n"]) == tuple(mfus.values() or (None, None))
+    assert runs["seed=1"]["mfu"] is None
+
+
+@pytest.mark.parametrize("mfu", [0.25, None])
+def test_the_closing_table_has_mfus_where_a_run_has(make, tmp_path, mfu):
+    points = [({"seed": str(s)}, make(seed=s)) for s in (0, 1)]
+    runs = store_runs(points, output_dir=tmp_path)
+    rate = {"perf/tokens_per_s": 2e6}
+    more = {} if mfu is None else {"perf/mfu": mfu, "perf/mfu_6n": mfu / 2}
+    for run, metrics in zip(runs, (rate | more, rate), strict=True):
+        run.write_result({"state": "finished", "step": 4, "metrics": metrics})
+    console = Console(file=io.StringIO(), width=160)
+    states = {run.run_id: State.FINISHED for run in runs}
+    plan = make_plan(points)
+    console.print(display.closing_table(plan.cells, states=states, output_dir=tmp_path))
+    rows = [line.split() for line in console.file.getvalue().splitlines() if "seed=" in line]
+    assert [row[-6:] for row in rows] == (
+        [["2M", "25", "%", "12.5", "%", "-"], ["-", "-", "2M", "-", "-", "-"]]
+        if mfu
+        else [["0/4", "-", "-", "-", "2M", "-"]] * 2
+    )
 
 
 def test_looking_changes_nothing_on_disk(many):

@@ -72,6 +72,20 @@ def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
     assert f"{statistics.fmean(losses):.3f} [" in text(page)
 
 
+def test_the_cost_has_speed_and_both_mfus_of_runs_that_have_them(tmp_path: Path) -> None:
+    """Medians; runs on a CPU, and those of earlier versions, have none."""
+    runs = a_sweep(tmp_path, arms(2, seeds=[0, 1, 2]))
+    for run, mfu in zip(runs, [0.1, 0.2, 0.6, None, None, None], strict=True):
+        more = {} if mfu is None else {"perf/mfu": mfu, "perf/mfu_6n": 2 * mfu}
+        record(run, perf={"perf/tokens_per_s": 2000.0, **more})
+    page = report.write(tmp_path, "mine")
+    full, relora = table(page, "cost")
+    assert (full["mfu"], full["mfu_6n"], full["tokens_per_s"]) == ("0.2", "0.4", "2000.0")
+    assert (relora["mfu"], relora["mfu_6n"], relora["tokens_per_s"]) == ("", "", "2000.0")
+    assert "| 2,000 | 20 % (40 %) |" in text(page)
+    assert "| 2,000 | - |" in text(page)
+
+
 def test_a_perplexity_has_its_geometric_mean(tmp_path: Path) -> None:
     finished(tmp_path, arms(2))
     rows = table(report.write(tmp_path, "mine"), "arms")

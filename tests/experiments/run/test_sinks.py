@@ -9,7 +9,7 @@ from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.run import sinks
 from experiments.run.runner import make_result
-from experiments.run.sinks import SystemSink, gpu_load
+from experiments.run.sinks import ConsoleSink, StatusSink, SystemSink, gpu_load
 from relora_core.events import Event
 
 
@@ -32,6 +32,39 @@ def test_load_is_recorded_with_training_and_is_no_result(tmp_path: Path) -> None
     assert all(0.001 < event["metrics"]["system/rss_gb"] < 100 for event in recorded)
     result = make_result(run, state="finished", attempt=1, seconds=1.0)
     assert set(result["metrics"]) == {"train/loss"}
+
+
+PACE = {"train/loss": 1.0, "train/tokens": 64.0, "perf/tokens_per_s": 1e6}
+MFUS = {"perf/mfu": 0.123, "perf/mfu_6n": 0.14}
+
+
+def test_status_and_terminal_have_the_mfu_of_the_newest_event(tmp_path: Path, capsys) -> None:
+    """None where it has none: after a run has moved to a GPU whose peak is not known."""
+    status, console = StatusSink(RunDir(tmp_path), steps=1), ConsoleSink("run", steps=1)
+    seen = []
+    for more in (MFUS, {}):
+        event = Event(kind="train", step=1, metrics=PACE | more)
+        status.emit(event)
+        console.emit(event)
+        now = RunDir(tmp_path).status()
+        seen.append((now.mfu, now.mfu_6n))
+    assert seen == [(0.123, 0.14), (None, None)]
+    assert capsys.readouterr().err.splitlines() == [
+        "run  1/1  loss 1.000  1,000,000 tokens/s  MFU 12.3 % (by 6N 14 %)  0:00 left",
+        "run  1/1  loss 1.000  1,000,000 tokens/s  0:00 left",
+    ]
+
+
+def test_a_result_has_the_mfu_of_its_last_speed_or_none(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number, more in enumerate((MFUS, {}), start=1):
+        log = EventLog(run, number)
+        log.emit(Event(kind="start", step=number - 1, data={"resumed": number > 1}))
+        log.emit(Event(kind="train", step=number, metrics=PACE | more))
+        log.emit(Event(kind="eval", step=number, metrics={"eval/x": 1.0}))
+        log.close()
+        result = make_result(run, state="finished", attempt=number, seconds=1.0)
+        assert result["metrics"] == PACE | more | {"eval/x": 1.0}
 
 
 def test_the_load_of_each_visible_gpu_is_read(tmp_path: Path, monkeypatch) -> None:

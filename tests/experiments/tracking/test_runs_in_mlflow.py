@@ -300,6 +300,19 @@ def test_data_and_evals_are_inputs_by_name_and_digest(store: Store, tmp_path: Pa
     assert len(inputs) == 2
 
 
+def test_both_mfus_are_curves_of_their_own(store: Store, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    log = EventLog(run, 1)
+    log.emit(Event(kind="start", step=0, data={"resumed": False}, time=T0))
+    for step, share in ((10, 0.3), (20, 0.4)):
+        metrics = {"perf/mfu": share, "perf/mfu_6n": share / 2}
+        log.emit(Event(kind="train", step=step, metrics=metrics, time=T0 + step))
+    log.close()
+    store.sync(run)
+    assert store.points(run)["perf/mfu"] == [(10, 0.3), (20, 0.4)]
+    assert store.points(run)["perf/mfu_6n"] == [(10, 0.15), (20, 0.2)]
+
+
 def test_device_hours_follow_the_training_time_of_all_processes(
     store: Store, tmp_path: Path
 ) -> None:

@@ -137,6 +137,8 @@ def test_axes_are_params_and_numbers_are_metrics_too(store: Store, show: Any) ->
 
 def test_no_rate_is_averaged() -> None:
     assert set(summary(two_arms().arms[0])) == {LOSS}
+    shares = {"perf__mfu": 0.2, "perf__mfu_6n": 0.3, "perf__tokens_per_s": 10.0}
+    assert set(summary(an_arm(8, a_run("a", 0, train__loss=1.0, **shares)))) == {LOSS}
 
 
 def test_only_finished_runs_with_finite_numbers_count() -> None:
