@@ -23,7 +23,7 @@ from experiments.identity import run_id
 from experiments.notices import fixed_order, scales
 from experiments.report import data, document, gather, tables
 from experiments.report import page as report
-from experiments.report.page import _cautions
+from experiments.report.page import _notes
 from experiments.run.complete import complete
 from experiments.run.runner import run_experiment
 from experiments.run.single import run_here
@@ -93,11 +93,9 @@ def test_a_plan_says_it_once_for_all_its_runs(cut: RunConfig) -> None:
 
 
 def test_a_report_says_it() -> None:
-    facts = {"state": "finished", "trained": True, "code": [], "changed": [], "seed": 0}
-    run = SimpleNamespace(notes=[CUT], config=nano_config(), **facts)
-    arm = SimpleNamespace(finished=[run, run], runs=[run, run], name="a")
-    sweep = SimpleNamespace(runs=[run, run], arms=[arm], varies={}, notes=[f"data: {CUT}", "x"])
-    assert _cautions(sweep) == [f"Data: {CUT}.", "X."]  # type: ignore[arg-type]
+    run = SimpleNamespace(notes=[CUT], config=nano_config(), changed=[])
+    sweep = SimpleNamespace(runs=[run, run], notes=[f"data: {CUT}", "x"])
+    assert _notes(sweep) == [document.Bullets([f"Data: {CUT}.", "X."])]  # type: ignore[arg-type]
 
 
 # what planning knows of many runs ---------------------------------------------------------------

@@ -99,6 +99,10 @@ def results(sweep: Sweep) -> list[Block]:
         if several
         else "One value per arm: no interval. "
     )
+    if several:
+        note += "".join(
+            f"{line[:1].upper()}{line[1:]}. " for line in fixed_order(r.config for r in sweep.runs)
+        )
     note += f"Loss: training loss of the last {LOSS_STEPS} updates, nats per token. "
     note += "Tokens and device-hours are those of training. A mean of fewer values than runs that "
     note += "finished says so (n)."
@@ -194,10 +198,6 @@ def methods(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
         lines += [
             "Means have a 95 % interval over seeds (Student's t); those of perplexities are "
             "geometric, with the interval of the logarithms.",
-            *(
-                f"{line[:1].upper()}{line[1:]}."
-                for line in fixed_order(r.config for r in sweep.runs)
-            ),
         ]
     outcomes = [c for metric in metrics for c in compared(pairs, metric)]
     if any(c.difference is not None for c in outcomes):
