@@ -288,7 +288,11 @@ def pack(args: argparse.Namespace) -> list[Row]:
 
 
 def launch(runs: int, *, args: argparse.Namespace) -> tuple[float, float]:
-    """(seconds from the first start to the last end, tokens/s of all while they train)."""
+    """(seconds from the first one's first step to the last one's end, tokens/s of all in training).
+
+    What comes before is left out: several runs are forks of a process that has imported torch, a
+    single one imports it itself.
+    """
     words = [f"model={args.packed_model}", f"train.steps={args.packed_steps}"]
     words += [f"train.batch_size={args.packed_batch}", f"data.seq_len={args.packed_length}"]
     words += ["schedule.warmup_steps=1", "train.precision=bf16", f"runtime.device={args.device}"]
@@ -302,9 +306,9 @@ def launch(runs: int, *, args: argparse.Namespace) -> tuple[float, float]:
         if done.exit_code:
             lines = [state.reason or state.state for state in done.states.values()]
             raise RuntimeError(f"they ended so: {lines}")
-        records = [run.attempt_records()[0] for run in all_runs(folder)]
         events = [run.events() for run in all_runs(folder)]
-    taken = max(own[-1]["time"] for own in events) - min(r["started"] for r in records)
+    starts = [next(e["time"] for e in own if e["kind"] == "start") for own in events]
+    taken = max(own[-1]["time"] for own in events) - min(starts)
     last = [[e["metrics"] for e in own if e["kind"] == "train"][-1] for own in events]
     return taken, sum(m["train/tokens"] / m["perf/train_seconds"] for m in last)
 
