@@ -31,7 +31,7 @@ extensions = ["myst_parser"]
 html_theme = "furo"
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery/*.py"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 highlight_language = "none"  # most blocks are command lines with comments of their own
@@ -47,6 +47,7 @@ CONTENTS = """
 :caption: Using it
 
 Quick start <self>
+gallery
 concepts
 data
 SLURM <slurm>

@@ -31,6 +31,7 @@ NANO = [
     *("eval.blimp.max_pairs=1", "eval.paloma.max_documents=1", "tracking=none"),
     *("runtime.threads=1", "runtime.device=cpu"),
 ]
+GALLERY = "minutes of runs each: docs/gallery/make.py carries them out"
 STUDY = "a study of hours: its files are planned here, the rest is tests/sweeps/search"
 OTHERS = {
     "make ": "Makefile: this suite runs by it",
@@ -45,6 +46,11 @@ OTHERS = {
     "python -m experiments import-pico SOURCE": "tests/relora_core/test_export.py",
     "python run.py -m --config-dir ~/mine": "tests/sweeps/test_config_files.py",
     'python run.py -m "hydra.searchpath': "tests/sweeps/test_config_files.py",
+    **dict.fromkeys(
+        [f"python -m sweeps report {name}" for name in ("ranks", "procedures", "grid", "weights")],
+        GALLERY,
+    ),
+    "python -m sweeps search rates": GALLERY,
     "python -m sweeps report audit": "an hour of runs: tests/sweeps/commands",
     "python -m sweeps report methods_short": STUDY,
     "python -m sweeps search method_lr": STUDY,

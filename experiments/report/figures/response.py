@@ -36,7 +36,7 @@ from experiments.report.figures.canvas import Drawing, NoData
 from experiments.report.figures.curves import STEPS, plain_ticks
 from experiments.report.responses import Axis, Facet, Line, value_label
 from experiments.report.tables import shown, value_text
-from experiments.stats import Interval, Scale
+from experiments.stats import ROUNDING, Interval, Scale
 from relora_core.events import Metric
 
 MOST_TICKS = 8
@@ -457,6 +457,8 @@ def _cell_text(one: Interval, metric: Metric) -> str:
     if one.sd is None:
         return mean
     spread = one.mean * one.sd if metric.scale == "log" else one.sd
+    if spread <= ROUNDING * abs(one.mean):
+        return f"{mean}\n± 0"
     spread *= 100 if metric.percent else 1
     text = f"{spread:#.2g}".rstrip(".") if spread < 100 else f"{spread:,.0f}"
     return f"{mean}\n± {text}"

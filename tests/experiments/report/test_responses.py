@@ -20,6 +20,7 @@ from experiments.report.figures import response
 from experiments.report.responses import log_spaced
 from experiments.stats import interval
 from relora_core.config import RunConfig
+from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import PERPLEXITY
 
 SEEDS = (0, 1, 2)
@@ -222,3 +223,9 @@ def test_an_axis_leaves_out_what_is_far_off_but_not_the_median() -> None:
     low, high = response.limits([0.1, 0.6, 0.7], better="higher")
     assert low < 0.1
     assert high > 0.7
+
+
+def test_a_spread_that_is_rounding_is_shown_as_none() -> None:
+    equal = interval([0.6083333333333333, 0.6083333333333334], scale="linear")
+    assert equal.sd
+    assert response._cell_text(equal, ACCURACY) == "60.8\n± 0"
