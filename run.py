@@ -4,6 +4,7 @@ python run.py                                        the demo: minutes on a lapt
 python run.py model=small relora.r=32 seed=1         one run
 python run.py -m model=tiny,small relora.r=8,16,32   a sweep
 python run.py --plan model=tiny,small relora.r=8,16  what that sweep would do and cost; nothing else
+python run.py --plan --measure model=tiny,small      the same, with steps timed if no run was yet
 """
 
 import os
@@ -23,6 +24,7 @@ from experiments import schema
 from experiments.errors import reporting
 from experiments.run.single import run_here
 from hydra_plugins.relora_sweeps._habits import translate
+from relora_core.config import ConfigError
 
 schema.register()
 
@@ -38,11 +40,15 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [text for text in sys.argv[1:] if text != "--plan"]
-    if len(arguments) < len(sys.argv) - 1:
-        arguments = ["-m", *(text for text in arguments if text not in ("-m", "--multirun"))]
-        arguments.append("hydra.sweeper.plan_only=true")
+    arguments = [text for text in sys.argv[1:] if text not in ("--plan", "--measure")]
     with reporting():
+        if "--plan" in sys.argv[1:]:
+            arguments = ["-m", *(text for text in arguments if text not in ("-m", "--multirun"))]
+            arguments.append("hydra.sweeper.plan_only=true")
+        if "--measure" in sys.argv[1:] and "--plan" not in sys.argv[1:]:
+            raise ConfigError("--measure must come with --plan")
+        if "--measure" in sys.argv[1:]:
+            arguments.append("hydra.sweeper.measure=true")
         arguments, notes = translate(arguments)
         for note in notes:
             print(note)

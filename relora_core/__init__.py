@@ -6,6 +6,7 @@ evals/           Perplexity and minimal pairs
 config.py        every knob: type, unit, default, bounds; rules across knobs
 model.py         the complete decoder
 train.py         the training loop
+timing.py        how long some of its steps take
 overlap.py       what host and GPU do at the same time; on a CPU at once
 schedule.py      learning-rate factors and restart steps, as functions of the step
 seeds.py         draws that depend on seed, step and name alone

@@ -9,6 +9,8 @@ __main__.py   the command line of `python -m sweeps`
 launch.py     `run.py -m`: plans a grid and launches it; also launches runs again
 outlook.py    what a command is about to run: checked, written, shown, started
 launchers.py  what a launcher is, and the one a sweep was launched with
+measure.py    `run.py --plan --measure`: what is worth timing, and its rates
+timing.py     configs whose steps are timed, each in a process
 job.py        `python -m sweeps.job`: the body of a SLURM job
 worker.py     `python -m sweeps.worker RUN_DIR`: the body of one run
 attempt.py    around an attempt: its log, MLflow, its end

@@ -1,6 +1,6 @@
 """One SLURM job: its runs, their processes, and what happens when it must end.
 
-    python -m sweeps.job SUBMISSION                srun's task: trains, evaluates or searches
+    python -m sweeps.job SUBMISSION                srun's task: trains, evaluates, searches or times
     python -m sweeps.job --after CODE SUBMISSION   the batch script, once srun has ended
 
 SUBMISSION is a submission.json; the job's number in the array says which of its tasks is meant.
@@ -33,6 +33,7 @@ from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.sbatch import is_of_a_group
 from sweeps.slurm.submission import read_submission, record_job
+from sweeps.timing import time_each
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
 
 SIGNALLED = 128
@@ -53,6 +54,8 @@ class Work:
     runs: list[RunDir] = field(default_factory=list)
     requests: list[Path] = field(default_factory=list)
     """Evaluations."""
+    timings: list[Path] = field(default_factory=list)
+    """Configs whose steps are to be timed."""
     study: Path | None = None
     """The search that says what the job runs; `runs` are then those of its newest trial."""
     packed: int = 1
@@ -73,6 +76,8 @@ def read(file: Path, *, index: int) -> Work:
     )
     if one.kind == "eval":
         work.requests = [_inside(output_dir, name) for name in names]
+    elif one.kind == "timing":
+        work.timings = [_inside(output_dir, name) for name in names]
     elif one.kind == "search":
         work.study = _inside(output_dir, names[0])
     else:
@@ -101,6 +106,8 @@ def run(work: Work) -> int:
     if work.requests:
         return max(_evaluate(request) for request in work.requests)
     join_group(processes=int(os.environ.get("SLURM_NTASKS", "1")))
+    if work.timings:
+        return _time(work.timings)
     stop = StopFlag(deadline=_deadline(work) if rank() == 0 else None)
     with stop.installed():
         if work.study is not None:
@@ -133,6 +140,21 @@ def _deadline(work: Work) -> float | None:
     job_id = current_job()
     end = cluster.end_time(job_id) if job_id else None
     return None if end is None else end - work.signal_delay_s
+
+
+def _time(files: list[Path]) -> int:
+    """Time each; one that fails has its reason in a file. Each meets its ranks at another port."""
+
+    def environment(index: int) -> dict[str, str]:
+        own = {**os.environ, **job_environment()}
+        if port := own.get("MASTER_PORT"):
+            own["MASTER_PORT"] = str(int(port) + index)
+        return own
+
+    stop = StopFlag()
+    with stop.installed():
+        time_each(files, environments=environment, stop=stop)
+    return FINISHED
 
 
 def _evaluate(request: Path) -> int:
@@ -289,7 +311,9 @@ def after(work: Work, *, code: int) -> int:
 
     A task that was killed without warning (out of memory, kill -9) resumes from its checkpoint.
     """
-    if work.requests or code == INTERRUPTED:  # INTERRUPTED: it has requeued the job already
+    if (
+        work.requests or work.timings or code == INTERRUPTED
+    ):  # INTERRUPTED: it has requeued the job already
         return code
     if work.study is not None:
         return _after_search(work, work.study, code=code)

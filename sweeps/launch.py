@@ -23,6 +23,7 @@ from experiments.run.complete import prepared_notes
 from relora_core import shell
 from relora_core.config import RunConfig
 from sweeps import display, tracking
+from sweeps import measure as measuring
 from sweeps.launchers import Launcher, load_launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir, prepare_data
 from sweeps.planning import budget, provenance
@@ -47,11 +48,13 @@ def run_sweep(
     launcher: Launcher,
     command: str = "",
     plan_only: bool = False,
+    measure: bool = False,
     console: Console | None = None,
     tuned: Mapping[str, Tuned] | None = None,
 ) -> int:
     """Plan the points and hand them to the launcher; with `plan_only` show what would be done.
 
+    `measure` first times some steps of each shape whose speed is not known.
     `tuned` is what points already have from a search, by arm. Raises ConfigError or DataError for
     a user's mistake, before anything is queued.
     """
@@ -74,6 +77,11 @@ def run_sweep(
     plan.collapsed += same_elsewhere(plan, output_dir)
     check_tracking(plan)
     states = survey([run_at(output_dir, cell.run_id) for cell in plan.cells])
+    console = console or display.make_console()
+    if measure:
+        measuring.measure(
+            plan, states=states, launcher=launcher, output_dir=output_dir, console=console
+        )
     costs = budget.estimates(
         plan.cells,
         states=states,
@@ -84,7 +92,7 @@ def run_sweep(
     outlook = SweepOutlook(
         plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, states=states
     )
-    return outlook.carry_out(console or display.make_console(), plan_only=plan_only)
+    return outlook.carry_out(console, plan_only=plan_only)
 
 
 @dataclass(kw_only=True)

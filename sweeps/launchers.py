@@ -18,6 +18,7 @@ from sweeps.planning.budget import Estimate, Place
 from sweeps.planning.plan import Plan
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions
+from sweeps.timing import Timings
 
 
 class Launcher(Protocol):
@@ -43,6 +44,13 @@ class Launcher(Protocol):
 
     def launch(self, plan: Plan, *, output_dir: Path, console: Console) -> int:
         """Run, or queue, what is not done and not in flight; the exit code."""
+        ...
+
+    def time(self, work: Timings, *, name: str, output_dir: Path, console: Console) -> None:
+        """Time these configs where their runs would run, and report each as it is done.
+
+        `name` is the sweep's. KeyboardInterrupt after Ctrl-C, with nothing left at work.
+        """
         ...
 
     def check_search(self, plan: Plan) -> None:

@@ -63,6 +63,8 @@ class GridConf:
     its overrides names; `none`: nothing."""
     plan_only: bool = False
     """Show what would be done and what it costs; do nothing (`run.py --plan`)."""
+    measure: bool = False
+    """Time some steps of each shape whose speed is not known (`run.py --plan --measure`)."""
 
 
 @dataclass
@@ -72,6 +74,8 @@ class SearchConf:
     _target_: str = "hydra_plugins.relora_sweeps.plugins.SearchSweeper"
     plan_only: bool = False
     """Show the space, what is left to do and what it costs; do nothing (`run.py --plan`)."""
+    measure: bool = False
+    """Time some steps of each shape whose speed is not known (`run.py --plan --measure`)."""
 
 
 @dataclass
@@ -132,8 +136,10 @@ class GridSweeper(Sweeper):
         params: dict[str, Any] | None = None,
         arms: dict[str, Any] | None = None,
         plan_only: bool = False,
+        measure: bool = False,
     ) -> None:
         self.params, self.arms, self.plan_only = params or {}, arms or {}, plan_only
+        self.measure = measure
         self.config = None
 
     def setup(
@@ -146,12 +152,13 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         shell.alone("a sweep (-m)")
+        _check_measure(self.measure, plan_only=self.plan_only)
         texts = lines_of(self.params, of="hydra.sweeper.params")
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError(
                 "hydra/launcher must be local or slurm with hydra/sweeper=relora_grid"
             )
-        self.launcher.plan_only = self.plan_only
+        self.launcher.plan_only, self.launcher.measure = self.plan_only, self.measure
         arms = {name: list(overrides or []) for name, overrides in self.arms.items()}
         sources = {name: _tuned_as(name, lines) for name, lines in arms.items()}
         self.launcher.tuned = tuned = self._tuned(arms, sources, arguments)
@@ -194,6 +201,11 @@ class GridSweeper(Sweeper):
         return tuned
 
 
+def _check_measure(measure: bool, *, plan_only: bool) -> None:
+    if measure and not plan_only:
+        raise ConfigError("--measure must come with --plan")
+
+
 def _tuned_as(name: str, lines: list[str]) -> str:
     """The arm of a search with the settings of this arm; its `sweep.tuned_as` is taken out."""
     source = name
@@ -206,8 +218,8 @@ def _tuned_as(name: str, lines: list[str]) -> str:
 class SearchSweeper(Sweeper):
     """Parses the space, composes each choice of groups, and gives both to `sweeps.search`."""
 
-    def __init__(self, plan_only: bool = False) -> None:
-        self.plan_only = plan_only
+    def __init__(self, plan_only: bool = False, measure: bool = False) -> None:
+        self.plan_only, self.measure = plan_only, measure
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -223,6 +235,7 @@ class SearchSweeper(Sweeper):
         from sweeps.search.launch import run_search  # a single run need not wait for it
 
         shell.alone("a search (-m)")
+        _check_measure(self.measure, plan_only=self.plan_only)
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
         given = parse([as_list(text) for text in arguments], loader=self.loader)
@@ -260,6 +273,7 @@ class SearchSweeper(Sweeper):
             launcher=self._launcher(),
             command=_command(),
             plan_only=self.plan_only,
+            measure=self.measure,
         )
         if code:
             raise SystemExit(code)
@@ -376,7 +390,7 @@ class SearchSweeper(Sweeper):
 class OurLauncher(Launcher):
     """Composes all points and gives them to `sweeps`; exits with a code if something failed."""
 
-    plan_only = False
+    plan_only = measure = False
     tuned: "dict[str, Tuned] | None" = None
     """What arms have from a search."""
 
@@ -418,6 +432,7 @@ class OurLauncher(Launcher):
             launcher=launcher,
             command=_command(),
             plan_only=self.plan_only,
+            measure=self.measure,
             tuned=self.tuned,
         )
         if code:

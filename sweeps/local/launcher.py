@@ -18,16 +18,18 @@ from rich.console import Console
 from experiments import environment
 from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at
 from experiments.disk.state import RunState, state_of
+from experiments.run.stopping import stop_requested
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot
 from sweeps.local import warm
 from sweeps.local.pool import Pool
-from sweeps.local.processes import Workers, open_processes, stop_requested
+from sweeps.local.processes import Workers, open_processes
 from sweeps.local.progress import Progress
 from sweeps.local.slots import Slots, gpu_names, visible_gpus
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, Place
 from sweeps.planning.plan import Plan
+from sweeps.timing import Timings, time_each
 from sweeps.tracking import follow
 
 # -P: the current folder must not shadow our packages; an output folder holds a `sweeps`, too.
@@ -93,6 +95,21 @@ class LocalLauncher:
         )
         display.show_closing(plan, states=summary.states, output_dir=output_dir, console=console)
         return summary.exit_code
+
+    def time(self, work: Timings, *, name: str, output_dir: Path, console: Console) -> None:
+        """One at a time, with the share of the machine that each of the sweep's runs would get."""
+        device = work.configs[0].runtime.device
+        slots = Slots.of(self.max_parallel, runs=work.runs, device=device)
+        display.say(console, f"timing some steps here of {', '.join(work.names)}")
+        with stop_requested() as stop:
+            time_each(
+                work.files,
+                environments=lambda index: slots.environment(0),
+                stop=stop.is_set,
+                tick=work.collect,
+            )
+        if stop.is_set():
+            raise KeyboardInterrupt
 
     def check_search(self, plan: Plan) -> None:
         pass

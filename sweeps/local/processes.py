@@ -1,4 +1,4 @@
-"""Worker processes of this machine: started in slots, watched, stopped; and Ctrl-C.
+"""Worker processes of this machine: started in slots, watched, stopped.
 
 Not for: what they work on (`pool.py`, and `processes.py` of the search).
 """
@@ -6,14 +6,11 @@ Not for: what they work on (`pool.py`, and `processes.py` of the search).
 from __future__ import annotations
 
 import contextlib
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from experiments.environment import ROOT
@@ -101,22 +98,3 @@ def open_processes(
                 warm.open_parent(workers.parent, environment=slots.shared())
             )
         yield Processes(starter=Starter(command=workers.command, warm=forks, say=say), slots=slots)
-
-
-@contextlib.contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, and no more; outside the main thread nothing does."""
-    stop = threading.Event()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,7 +1,8 @@
-"""What a plan will cost in device-hours, by the speed of finished runs; and the check of a budget.
+"""What a plan will cost in device-hours, by measured speeds; and the check of a budget.
 
-A run takes its training FLOPs over the FLOP/s of finished runs, and what they took for start-up,
-evals and dynamics. Not for: memory and disk (`relora_core/costs.py`).
+A run takes its training FLOPs over the FLOP/s of finished runs, or else of timed steps, and what
+finished runs took for start-up, evals and dynamics. Not for: memory and disk
+(`relora_core/costs.py`).
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class _Group:
     basis: str
     factor: float = 1.0
     """Margin, as a factor up and down."""
+    pause_s: float = 0.0
+    """Process-seconds of a pause, over the forward FLOPs of a token, where a rate has none."""
 
 
 def estimate(
@@ -103,7 +106,7 @@ def estimate(
             return None
         hours = place.time_limit_h * devices
         return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
-    parts = [_interval(_predict_seconds(config, g.rates, done=done), g.factor) for g in groups]
+    parts = [_interval(_predict_seconds(config, g, done=done), g.factor) for g in groups]
     lows, middles, highs = zip(*parts, strict=True)
     hours = devices / place.processes / 3600
     return Estimate(
@@ -148,15 +151,40 @@ def _similar_rates(
     return groups, f"; {where}"
 
 
-def _nearest(config: RunConfig, candidates: Sequence[Rate], *, place: Place) -> _Group:
-    """Those of the most similar runs."""
+def is_measured(config: RunConfig, *, rates: Sequence[Rate], place: Place) -> bool:
+    """Whether there is a rate of its shape on every kind of device that it may get, as far as is
+    known which that is."""
     own = shape(config, processes=place.processes)
-    if same := [rate for rate in candidates if rate.shape == own]:
-        return _Group(rates=same, basis=_describe(same))
+    same = [r for r in rates if r.shape == own and (r.device != CPU) == (place.gpus > 0)]
+    if place.kinds and place.gpus:
+        return all(any(is_kind(kind, rate.device) for rate in same) for kind in place.kinds)
+    if place.gpus:
+        same = [rate for rate in same if rate.partition == place.partition]
+    return bool(same)
+
+
+def _nearest(config: RunConfig, candidates: Sequence[Rate], *, place: Place) -> _Group:
+    """Those of the most similar runs; of equally similar ones finished runs, not timed steps."""
+    own = shape(config, processes=place.processes)
     flops = costs.flops_per_token(config).forward
     nearest = min(candidates, key=lambda rate: abs(math.log(rate.forward_flops / flops)))
-    group = [rate for rate in candidates if rate.shape == nearest.shape]
-    return _Group(rates=group, basis=f"{_describe(group)}, scaled by FLOPs", factor=SCALED)
+    same = any(rate.shape == own for rate in candidates)
+    group = [r for r in candidates if r.shape == (own if same else nearest.shape)]
+    group = [rate for rate in group if rate.timed_steps is None] or group
+    how = "" if same else ", scaled by FLOPs"
+    factor = 1.0 if same else SCALED
+    pause_s = _typical_pause(group)
+    if pause_s is None and group[0].timed_steps is not None:
+        pause_s = _typical_pause(candidates)
+        how += ", start and evals not counted" if pause_s is None else ""
+    basis = _describe(group) + how
+    return _Group(rates=group, basis=basis, factor=factor, pause_s=pause_s or 0.0)
+
+
+def _typical_pause(rates: Sequence[Rate]) -> float | None:
+    """Seconds of a pause over the forward FLOPs of a token; None where no run has measured one."""
+    measured = [r.overhead_s / r.forward_flops for r in rates if r.overhead_s is not None]
+    return statistics.median(measured) if measured else None
 
 
 def _of_kind(config: RunConfig, candidates: Sequence[Rate], kind: str, *, place: Place) -> _Group:
@@ -178,28 +206,31 @@ def _of_kind(config: RunConfig, candidates: Sequence[Rate], kind: str, *, place:
         rates=scaled,
         basis=f"{group.basis}, none on {kind}: {how}",
         factor=group.factor * (OTHER_KIND if with_peak else NO_PEAK),
+        pause_s=group.pause_s,
     )
 
 
 def _describe(rates: Sequence[Rate]) -> str:
-    """`3 finished runs of tiny on cpu`."""
+    """`3 finished runs of tiny on cpu`, `10 timed steps of tiny on NVIDIA A100`."""
     runs = f"{len(rates)} finished run{'s' if len(rates) > 1 else ''}"
+    if rates[0].timed_steps is not None:
+        steps = sum(rate.timed_steps or 0 for rate in rates)
+        runs = f"{steps} timed step{'s' if steps > 1 else ''}"
     devices = " and ".join(sorted({rate.device for rate in rates}))
     return f"{runs} of {rates[0].label} on {devices}"
 
 
-def _predict_seconds(config: RunConfig, rates: Sequence[Rate], *, done: int) -> list[float]:
-    """Process-seconds of the run from step `done` on, by each of the rates."""
+def _predict_seconds(config: RunConfig, group: _Group, *, done: int) -> list[float]:
+    """Process-seconds of the run from step `done` on, by each of the group's rates."""
     flops = costs.flops_per_token(config)
     steps = max(config.train.steps - done, 0)
     work = flops.train * steps * config.train.batch_size * config.data.seq_len
-    overheads = [r.overhead_s and r.overhead_s / r.forward_flops for r in rates]
-    measured = [overhead for overhead in overheads if overhead is not None]
-    typical = statistics.median(measured) if measured else 0.0
-    rest = flops.forward * count_pauses(config, done=done)
+    pauses = flops.forward * count_pauses(config, done=done)
     return [
-        work / rate.flops_per_s + rest * (typical if overhead is None else overhead)
-        for rate, overhead in zip(rates, overheads, strict=True)
+        work / rate.flops_per_s
+        + pauses
+        * (group.pause_s if rate.overhead_s is None else rate.overhead_s / rate.forward_flops)
+        for rate in group.rates
     ]
 
 
@@ -275,7 +306,10 @@ def check_budget(
 
 def _how_to_measure(unit: str) -> str:
     """Advice: how to get an estimate."""
-    return f"finish one run on a {unit} first (fewer train.steps will do)"
+    return (
+        f"finish one run on a {unit} first (fewer train.steps will do), or time some steps with "
+        "--plan --measure"
+    )
 
 
 def _count_fitting(hours: Iterable[float], *, limit: float) -> int:

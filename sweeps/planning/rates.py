@@ -1,33 +1,42 @@
-"""How fast runs were: what is priced by. Not for: the price of a plan (`budget.py`)."""
+"""How fast runs were, or steps that were timed. Not for: the price of a plan (`budget.py`).
+
+OUTPUT_DIR/.measure/rates/*.json   the rates of `run.py --plan --measure`, one of each shape,
+                                   device and code; not runs, so no other command lists them
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import json_files
 from experiments.disk.output_dir import all_runs
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
-from relora_core import costs
+from relora_core import atomic, costs, shared
 from relora_core.config import EVALS, RunConfig, runs_eval
+from relora_core.sources import code_hash
 
 CPU = "cpu"
 
 
 @dataclass(kw_only=True, slots=True)
 class Rate:
-    """How fast a finished run was."""
+    """How fast a finished run was, or some steps that were timed."""
 
     run_id: str
+    """Empty of timed steps."""
     label: str
     """Name of its model."""
     device: str
     """Name of the GPU, or `cpu`."""
     partition: str | None = None
-    """SLURM's, if its attempts were jobs of one."""
+    """SLURM's, if its attempts were jobs of one; of timed steps as the launcher names it."""
     shape: str
     forward_flops: int
     """Per token."""
@@ -35,11 +44,43 @@ class Rate:
     """Training FLOPs of each process in a second of training."""
     overhead_s: float | None
     """Process-seconds of each pause (start, eval, dynamics); None: unknown."""
+    timed_steps: int | None = None
+    """How many were timed; None: a finished run's."""
 
 
 def read_rates(output_dir: Path | str) -> list[Rate]:
-    """Of runs below `output_dir` that have ended and recorded what they ran on."""
-    return [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
+    """Of runs below `output_dir` that have ended and recorded what they ran on; and timed ones."""
+    finished = [rate for run_dir in all_runs(output_dir) if (rate := _rate(run_dir))]
+    return finished + _read_timed(Path(output_dir))
+
+
+# timed steps ------------------------------------------------------------------------------------
+def timed_folder(output_dir: Path | str) -> Path:
+    return Path(output_dir) / ".measure"
+
+
+def store_timed(rate: Rate, *, output_dir: Path | str, code: str) -> None:
+    """In place of an older one of this shape, device and code."""
+    folder = shared.make_folder(timed_folder(output_dir) / "rates")
+    key = repr((rate.shape, rate.device, rate.partition, code))
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    atomic.write_json(folder / f"{name}.json", {"code": code, **dataclasses.asdict(rate)})
+
+
+def _read_timed(output_dir: Path) -> list[Rate]:
+    """Those that were timed with today's code of relora_core."""
+    files = sorted((timed_folder(output_dir) / "rates").glob("*.json"))
+    rates = []
+    code = code_hash() if files else ""
+    for file in files:
+        with contextlib.suppress(*json_files.READ_ERRORS):  # then it is timed again
+            raw = json_files.read(file)
+            if raw["code"] == code and raw["flops_per_s"] > 0 and raw["timed_steps"]:
+                rates.append(Rate(**json_files.read_fields(Rate, raw)))
+    return rates
+
+
+# finished runs ----------------------------------------------------------------------------------
 
 
 def _rate(run_dir: RunDir) -> Rate | None:

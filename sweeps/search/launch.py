@@ -22,6 +22,7 @@ from experiments.disk.output_dir import place_of_study, refuse_unwritable, study
 from experiments.notices import across
 from relora_core.config import ConfigError, RunConfig, validate
 from sweeps import display, tracking
+from sweeps import measure as measuring
 from sweeps.launchers import Launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir
 from sweeps.planning import budget
@@ -79,10 +80,12 @@ def run_search(
     launcher: Launcher,
     command: str = "",
     plan_only: bool = False,
+    measure: bool = False,
     console: Console | None = None,
 ) -> int:
     """Begin each study, or go on with it, until it has `search.n_trials` trials; the exit code.
 
+    `measure` first times some steps of each shape that it starts from, if its speed is not known.
     A search has a draft for each of its arms, else a single one. Raises ConfigError for a user's
     mistake, before anything is written.
     """
@@ -90,10 +93,8 @@ def run_search(
     name = check_name(configs[0].sweep.name or name)
     output_dir = Path(configs[0].output_dir)
     arms.check_begun(study_folder(output_dir, name=name), arms=drafts[0].arm is not None)
-    rates = read_rates(output_dir)
     named = (dataclasses.replace(c, sweep=dataclasses.replace(c.sweep, name=name)) for c in configs)
     parts: list[Part] = []
-    costs: dict[str, Estimate | None] = {}
     for draft in drafts:
         folder = study_folder(output_dir, name=name, arm=draft.arm)
         planned = reads.as_planned(itertools.islice(named, len(draft.bases)), folder)
@@ -101,16 +102,24 @@ def run_search(
         with _naming(draft.arm):
             part = _plan_part(draft, points, folder=folder, command=command, notes=notes)
         parts.append(part)
-        costs |= estimates(part, launcher=launcher, output_dir=output_dir, rates=rates)
     plan = make_plan([point for part in parts for point in part.points])
     output_dir = find_output_dir(plan)
     check_tracking(plan)
+    console = console or display.make_console()
+    if measure:
+        measuring.measure(
+            plan, states={}, launcher=launcher, output_dir=output_dir, console=console
+        )
+    rates = read_rates(output_dir)
+    costs: dict[str, Estimate | None] = {}
+    for part in parts:
+        costs |= estimates(part, launcher=launcher, output_dir=output_dir, rates=rates)
     more = [note for part in parts for note in part.notes]
     plan.notes = list(dict.fromkeys([*notes, *more, *uneven(parts)]))
     outlook = SearchOutlook(
         plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, parts=parts
     )
-    return outlook.carry_out(console or display.make_console(), plan_only=plan_only)
+    return outlook.carry_out(console, plan_only=plan_only)
 
 
 def _plan_part(

@@ -16,12 +16,13 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
+from experiments.run.stopping import stop_requested
 from relora_core import shared
 from relora_core.config import RunConfig
 from sweeps import snapshot, tracking
 from sweeps.launchers import Launcher
 from sweeps.local import warm
-from sweeps.local.processes import POLL_S, Processes, Workers, open_processes, stop_requested
+from sweeps.local.processes import POLL_S, Processes, Workers, open_processes
 from sweeps.local.slots import Slots
 from sweeps.local.warm import UNKNOWN
 from sweeps.search.arms import open_studies

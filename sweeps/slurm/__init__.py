@@ -10,4 +10,5 @@ cluster.py     questions to SLURM, and its answers
 survey.py      the state of runs, by their files and SLURM's answers
 evals.py       evaluations as jobs
 searches.py    a search's processes as jobs
+timings.py     steps that are timed, as one short job
 """

@@ -44,6 +44,8 @@ from sweeps.slurm.queue import Queue
 from sweeps.slurm.sbatch import Sbatch, Unsure, options_of_environment, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
 from sweeps.slurm.survey import survey
+from sweeps.slurm.timings import time_on_slurm
+from sweeps.timing import Timings
 
 T = TypeVar("T")
 WRITERS = 16
@@ -156,6 +158,9 @@ class SlurmLauncher:
                 raise ConfigError(
                     f"SLURM does not answer, nothing was submitted: {error}"
                 ) from None
+
+    def time(self, work: Timings, *, name: str, output_dir: Path, console: Console) -> None:
+        time_on_slurm(self.options, work, name=name, output_dir=output_dir, console=console)
 
     def check_search(self, plan: Plan) -> None:
         """ConfigError unless a job is for one trial in one process, and all need the same."""

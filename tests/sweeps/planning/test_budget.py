@@ -28,7 +28,7 @@ from relora_core.config import (
     TrainConfig,
 )
 from sweeps import display
-from sweeps.planning import budget
+from sweeps.planning import budget, rates
 from sweeps.planning.budget import Estimate, Place, check_budget, estimate, estimates
 from sweeps.planning.rates import Rate, count_pauses, read_rates, shape
 from tests.sweeps.conftest import planned
@@ -95,7 +95,7 @@ def rate_of(config=None, *, processes=1, **changes):
     facts = {"device": "cpu", "flops_per_s": 1e6, "overhead_s": 0.0, "label": "nano"}
     forward = costs.flops_per_token(config).forward
     facts |= {"shape": shape(config, processes=processes), "forward_flops": forward}
-    return Rate(run_id="x", **{**facts, **changes})
+    return Rate(**{"run_id": "x", **facts, **changes})
 
 
 # rates and estimates
@@ -483,3 +483,50 @@ def test_unmeasured_cost_is_told_by_arithmetic(make):
 def test_hours_have_two_digits_at_every_size(hours, words):
     one = Estimate(hours=hours, low=hours / 2, high=hours * 2, basis="")
     assert budget.interval(one) == words
+
+
+# timed steps
+def test_finished_runs_count_before_timed_steps_and_say_what_a_pause_takes():
+    timed = rate_of(timed_steps=10, overhead_s=None, flops_per_s=5e6, run_id="")
+    alone = estimate(nano(), rates=[timed])
+    assert alone.basis == "10 timed steps of nano on cpu, start and evals not counted"
+    assert alone.hours == pytest.approx(budget.training_flops(nano()) / 5e6 / 3600)
+    both = estimate(nano(), rates=[timed, rate_of(overhead_s=0.0)])
+    assert both.basis == "1 finished run of nano on cpu"
+    wide = nano()
+    wide.model.d_model = 48
+    forward = [costs.flops_per_token(c).forward for c in (nano(), wide)]
+    other = estimate(nano(), rates=[timed, rate_of(wide, overhead_s=30.0)])
+    assert other.basis == "10 timed steps of nano on cpu"
+    assert other.hours - alone.hours == pytest.approx(30 * forward[0] / forward[1] / 3600)
+
+
+@pytest.mark.parametrize(
+    ("place", "measured"),
+    [
+        (on(GPU), True),
+        (on("a100"), True),
+        (on(H100), False),
+        (on("a100", "h100"), False),
+        (on(partition="gpu"), True),
+        (on(partition="other"), False),
+        (on(partition=""), False),
+        (Place(), False),
+    ],
+    ids=str,
+)
+def test_a_shape_is_measured_only_on_every_kind_that_it_may_get(place, measured):
+    rates = [rate_of(device=GPU, partition="gpu")]
+    assert budget.is_measured(nano(), rates=rates, place=place) is measured
+    other = dataclasses.replace(nano(), method="lora")
+    assert not budget.is_measured(other, rates=rates, place=place)
+
+
+def test_a_timed_rate_is_read_back_until_the_code_changes(out, monkeypatch):
+    rate = rate_of(timed_steps=7, overhead_s=None, partition="")
+    rates.store_timed(rate, output_dir=out, code=rates.code_hash())
+    rates.store_timed(dataclasses.replace(rate, device="x"), output_dir=out, code="older")
+    assert read_rates(out) == [rate]
+    for file in (out / ".measure" / "rates").iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert read_rates(out) == []
