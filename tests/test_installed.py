@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,9 @@ from experiments import __main__ as of_one_run
 from relora_core.sources import code_hash
 from relora_sweeps.__main__ import OF_ONE_RUN
 from sweeps.__main__ import COMMANDS
-from tests.recipes import CODE, NANO, ROOT
+from tests.recipes import NANO, ROOT
+from tests.test_door import copied
 
-BUILT_FROM = (*(set(CODE) - {"tests"}), "relora_sweeps")
-FILES = ("run.py", "pyproject.toml", "setup.py", "README.md")
 TINY = [*NANO, "eval=none", "tracking=none"]
 
 
@@ -34,11 +34,11 @@ class Installed:
         git = ["git", "-C", folder, "-c", "user.name=t", "-c", "user.email=t@t"]
         subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
         source = folder / "source"
-        for name in BUILT_FROM:
-            leave = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, source / name, ignore=leave)
-        for name in FILES:
-            shutil.copy(ROOT / name, source / name)
+        leave = shutil.ignore_patterns("__pycache__")
+        source.mkdir()
+        for name in copied():  # into an image
+            copy = partial(shutil.copytree, ignore=leave) if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, source / name)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
         self.bin = folder / "venv" / "bin"
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
