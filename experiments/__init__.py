@@ -16,6 +16,7 @@ errors.py       an error as one line and an exit code
 addresses.py    addresses of tracking stores: checked, absolute, without passwords
 json_files.py   JSON of runs and sweeps, checked while it is read
 labels.py       short names of config keys
+model_card.py   the README.md of an exported model
 metrics.py      the metrics that tables, figures and MLflow's pages show
 notices.py      what to say of runs that are to be compared
 stats.py        means, intervals, comparisons on common seeds, seeds needed

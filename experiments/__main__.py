@@ -21,10 +21,11 @@ from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
 from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
+from experiments.model_card import model_card
 from experiments.run.complete import complete
 from experiments.run.foreign import Wanted, evaluate
 from experiments.tracking.model import find_tracked, log_model
-from relora_core import costs, schedule
+from relora_core import atomic, costs, schedule
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data import DataError, documents
 from relora_core.data.tokenizer import train_tokenizer
@@ -102,8 +103,8 @@ def export(
 ) -> dict[str, Any]:
     """Write a checkpoint of a run, by default the newest, as a merged LlamaForCausalLM folder.
 
-    With `mlflow` it is also logged as a model of the run that MLflow shows. The tokenizer is the
-    run's own copy; `tokenizer` names another, for a run without a copy.
+    A model card goes with it. With `mlflow` it is also logged as a model of the run that MLflow
+    shows. The tokenizer is the run's own copy; `tokenizer` names another, for a run without a copy.
     """
     from relora_core import checkpoint  # torch
     from relora_core.export import check_target, export_run
@@ -130,6 +131,8 @@ def export(
     notes += [f"taken as it is now: {change.what}" for change in opened.changes]
     tracked = find_tracked(run_dir) if mlflow else None  # raises before anything is written
     notes += export_run(opened.config, checkpoint=steps[step], folder=folder)
+    card = model_card(run_dir, opened.config, step=step)
+    atomic.write_text(folder.expanduser() / "README.md", card)
     if opened.changes:
         inputs.accept(run_dir, opened.changes, by="export")
     exported["notes"] = notes
