@@ -31,7 +31,7 @@ from sweeps.attempt import follow, is_stalled, redirect_output, settle
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
-from sweeps.slurm.sbatch import is_of_a_group
+from sweeps.slurm.sbatch import FOR_SCRIPT, is_of_a_group
 from sweeps.slurm.submission import read_submission, record_job
 from sweeps.timing import time_each
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
@@ -283,6 +283,8 @@ def _requeue(work: Work, *, why: str) -> int:
         return INTERRUPTED
     for run_dir in left:  # before the requeue: SLURM ends this process at once
         run_dir.update_status(state=State.QUEUED, phase=f"stopped: {why}", error=None)
+    if not cluster.reachable():
+        return FOR_SCRIPT
     until = time.monotonic() + max(WAIT_S, work.signal_delay_s)
     try:
         while True:
@@ -311,9 +313,8 @@ def after(work: Work, *, code: int) -> int:
 
     A task that was killed without warning (out of memory, kill -9) resumes from its checkpoint.
     """
-    if (
-        work.requests or work.timings or code == INTERRUPTED
-    ):  # INTERRUPTED: it has requeued the job already
+    # INTERRUPTED: it has requeued the job already.
+    if work.requests or work.timings or code in (INTERRUPTED, FOR_SCRIPT):
         return code
     if work.study is not None:
         return _after_search(work, work.study, code=code)

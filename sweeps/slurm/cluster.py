@@ -112,6 +112,11 @@ def available() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
+def reachable() -> bool:
+    """Whether this process may ask SLURM of its job; False in a container without its tools."""
+    return shutil.which("squeue") is not None and shutil.which("scontrol") is not None
+
+
 # asking -----------------------------------------------------------------------------------------
 def jobs(job_ids: Iterable[str]) -> dict[str, Job]:
     """What SLURM knows of these jobs; jobs that it does not know are left out.

@@ -30,6 +30,8 @@ TRIES = 4
 """At sbatch, if the controller is busy."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 """What SLURM sets for a job beside its own variables."""
+FOR_SCRIPT = 7
+"""Exit code of a job in a container without SLURM's tools: the script, outside, is to requeue."""
 SUBMITTED = re.compile(r"^Submitted batch job (\d+)(?: on cluster \S+)?\s*$", re.M)
 """The answer of an unwrapped sbatch. After any other answer we are not sure (`Unsure`)."""
 
@@ -213,6 +215,7 @@ class Sbatch:
                 "code=$?",
                 f'{python(options)} -m sweeps.job --after "$code" {file}',
                 "code=$?",
+                REQUEUE,
                 f"unset {JOB}",
                 *options.teardown,
                 "exit $code",
@@ -254,6 +257,14 @@ ON_ERROR = (
     '"error: hydra.launcher.setup failed with exit code $code: $BASH_COMMAND" >&2; '
     "exit $code; fi' ERR"
 )
+
+
+REQUEUE = (
+    f'[ "$code" != {FOR_SCRIPT} ] || '
+    f'case "$(squeue -h -t all -j "${{{JOB}##*/}}" -o "%T|%r")" in '
+    f'RUNNING*|"COMPLETING|TimeLimit"*) scontrol requeue "${{{JOB}##*/}}" ;; esac'
+)
+"""The shell line that requeues the job for its container, as `cluster.may_requeue` decides."""
 
 
 def _own_setup(lines: Sequence[str]) -> list[str]:

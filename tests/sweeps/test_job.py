@@ -21,6 +21,7 @@ from experiments.disk.output_dir import jobs_folder
 from experiments.disk.run_dir import RunDir
 from relora_core.data.grammar import VOCAB_SIZE
 from sweeps import attempt, job
+from sweeps.slurm.sbatch import FOR_SCRIPT
 from sweeps.slurm.submission import Submission, read_submissions, record_job
 from sweeps.slurm.survey import survey
 from sweeps.worker import CANCELLED, FAILED, FINISHED, INTERRUPTED, LOCKED
@@ -353,6 +354,18 @@ def test_an_early_end_requeues_the_job(alone, slurm):
     assert requeued(slurm) == [JOB]
     assert states(work) == ["queued"]
     assert survey(work.runs)["r0"].state == "queued"
+
+
+@pytest.mark.parametrize("end", ["run", "after"])
+def test_a_container_without_slurms_tools_leaves_the_requeue_to_the_script(
+    alone, slurm, monkeypatch, end
+):
+    work = alone(INTERRUPTED)
+    monkeypatch.setenv("PATH", "/nowhere")
+    code = job.run(work) if end == "run" else 137
+    assert job.after(work, code=code) == FOR_SCRIPT
+    assert states(work) == ["queued"]
+    assert requeued(slurm) == []
 
 
 @pytest.mark.parametrize("tool", ["squeue", "scontrol"])
