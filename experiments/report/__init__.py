@@ -12,5 +12,6 @@ blimp.py        tables of BLiMP
 blimp_tests.py  tests of BLiMP: the paper's own, and those that account for paradigms and seeds
 page.py         the report as a whole
 compare.py      two sweeps, arm by arm
+latex.py        tables for a paper
 document.py     sections, tables and pictures as HTML, Markdown and CSV
 """

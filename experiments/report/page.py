@@ -1,6 +1,7 @@
 """`python -m sweeps report`: the results of a sweep, for a reader who did not run it.
 
-    output_dir/sweeps/<name>/report/  report.html, report.md, figures/, tables/*.csv, data.parquet
+    output_dir/sweeps/<name>/report/  report.html, report.md, figures/, data.parquet,
+                                      tables/*.csv and *.tex
 
 Not for: reading records (`gather.py`), estimates (`stats.py`), layout (`document.py`).
 """
@@ -36,6 +37,7 @@ from experiments.report.document import (
     to_html,
     to_markdown,
 )
+from experiments.report.latex import to_latex
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
 from relora_core.sources import comparable
@@ -44,6 +46,8 @@ AXES = ("steps", "tokens", "gpu_hours")
 """What curves can be drawn against."""
 PREVIOUS = "previous"
 """Given as reference: each arm is compared with the one before it."""
+PRINTED = ("arms", "compare_", "registered", "marginal")
+"""How the names of tables begin that are written as LaTeX, too."""
 MOST_RUNS = 40
 """Unfinished runs that are listed one by one."""
 MEANINGS = {
@@ -341,6 +345,7 @@ def _files() -> list[Block]:
         Bullets(
             [
                 "`tables/*.csv`: every table here with unrounded numbers",
+                "`tables/*.tex`: results and comparisons for LaTeX with booktabs",
                 "`figures/*.svg` and `*.png`: every figure",
                 "`data.parquet`: each value of each metric of each run, a row each (sweep, run_id, "
                 "arm_id, arm, seed, state, metric, step, tokens, gpu_hours, value)",
@@ -378,10 +383,13 @@ def save(document: Document, sweeps: Sequence[Sweep], *, folder: Path) -> Path:
     tables = folder / "tables"
     shared.make_folder(tables)
     if (folder / "report.html").exists():
-        for old in tables.glob("*.csv"):
+        for old in [*tables.glob("*.csv"), *tables.glob("*.tex")]:
             old.unlink()
     for table in document.tables:
         atomic.write_text(tables / f"{table.name}.csv", to_csv(table))
+        if table.name.startswith(PRINTED):
+            label = f"{sweeps[-1].name}-{table.name}"
+            atomic.write_text(tables / f"{table.name}.tex", to_latex(table, label=label))
     write_parquet(sweeps, folder / "data.parquet")
     atomic.write_text(folder / "report.md", to_markdown(document))
     atomic.write_text(folder / "report.html", to_html(document))

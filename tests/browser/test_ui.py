@@ -72,6 +72,15 @@ def curves(page: Page) -> dict[str, dict[str, list[list[float]]]]:
     )
 
 
+def scales(page: Page) -> dict[str, str]:
+    """Metric -> scale of the y axis of its chart."""
+    return page.evaluate(
+        """() => Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')]
+            .filter(plot => plot.data?.[0]?.metricKey)
+            .map(plot => [plot.data[0].metricKey, plot.layout.yaxis.type]))"""
+    )
+
+
 def has(page: Page, text: str) -> None:
     page.get_by_text(text, exact=False).first.wait_for()
 
@@ -160,6 +169,7 @@ def test_curves_show_all_six_runs_as_they_were_recorded(
     eventually(lambda: sorted(curves(page).get(MAIN[0], {})), sorted(found))
     eventually(lambda: sorted(curves(page).get(MAIN[1], {})), sorted(found))
     window.shoot(page, "curves")
+    assert (scales(page)[MAIN[0]], scales(page)[MAIN[1]]) == ("linear", "log")
     for metric in MAIN[:2]:
         for run, points in curves(page)[metric].items():
             assert points[-1] == pytest.approx([30, found[run][metric]])

@@ -470,3 +470,17 @@ def test_the_report_needs_neither_torch_nor_mlflow(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_results_and_comparisons_are_there_for_latex(tmp_path: Path) -> None:
+    runs = finished(tmp_path, arms(2))
+    folder = report.write(tmp_path, "mine").parent / "tables"
+    assert r"method=relora relora.r=2 &" in (folder / "arms.tex").read_text()
+    assert (
+        r"\label{tab:mine-compare-paloma-perplexity}"
+        in (folder / "compare_paloma_perplexity.tex").read_text()
+    )
+    for run in runs:
+        run.result_path.unlink()
+    report.write(tmp_path, "mine")
+    assert not list(folder.glob("*.tex"))
