@@ -45,21 +45,21 @@ class RanksDisagree(RuntimeError):
 def facts(config: RunConfig, *, run: str) -> Facts:
     """What a rank is about to do: the run's name, every knob, the code."""
     own = {"run": run, "code of relora_core": code_hash(), "torch": torch.__version__}
-    own |= dict(_flat(dataclasses.asdict(config)))
+    own |= dict(_flatten(dataclasses.asdict(config)))
     if config.data.fingerprint:  # it identifies the tokenizer, wherever the file is
         del own["data.tokenizer"]
     return own
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def meet(
+def form_group(
     place: Group, own: Facts, *, backend: str, stop: Callable[[], bool], gpu: str | None = None
 ) -> bool:
     """Wait for all ranks and begin their process group; False if `stop` is true meanwhile.
@@ -70,15 +70,15 @@ def meet(
     global _store, _turns
     if place.world == 1:
         return True
-    waiting = _Waiting(place, stop=stop)
+    wait = _Wait(place, stop=stop)
     if _store is None:
-        _store = _open(place, waiting)
+        _store = _open_store(place, wait)
         if _store is None:
             return False
     store = distributed.PrefixStore(f"relora/{next(_meetings)}", _store)
     _turns = distributed.PrefixStore("turns", store)
     try:
-        if not _compare(store, place, own, waiting, gpu=gpu):
+        if not _compare(store, place, own, wait, gpu=gpu):
             return False
         if not distributed.is_initialized():
             distributed.init_process_group(
@@ -88,18 +88,18 @@ def meet(
                 world_size=place.world,
             )
     except distributed.DistError as error:
-        raise ConfigError(f"{place} cannot speak with the others: {_line(error)}") from None
+        raise ConfigError(f"{place} cannot speak with the others: {_first_line(error)}") from None
     return True
 
 
-class _Waiting:
+class _Wait:
     """Waits for the other ranks, until asked to stop or for too long."""
 
     def __init__(self, place: Group, *, stop: Callable[[], bool]) -> None:
         self.place, self.stop = place, stop
         self.start, self.announced = time.monotonic(), False
 
-    def goes_on(self, missing: str) -> bool:
+    def pause(self, missing: str) -> bool:
         """Sleep a moment; False if asked to stop. ConfigError after too long a wait."""
         if self.stop():
             return False
@@ -116,30 +116,30 @@ class _Waiting:
         return True
 
 
-def _open(place: Group, waiting: _Waiting) -> Any:
+def _open_store(place: Group, wait: _Wait) -> Any:
     """The store at rank 0's address, served by rank 0 where torchrun's agent does not."""
     host, _, port = place.address.rpartition(":")
-    serves = place.rank == 0 and not place.served
-    while not serves and not _listens(host, int(port)):
-        if not waiting.goes_on(f"rank 0 at {place.address}"):
+    is_server = place.rank == 0 and not place.served
+    while not is_server and not _listens(host, int(port)):
+        if not wait.pause(f"rank 0 at {place.address}"):
             return None
     try:
         return distributed.TCPStore(
             host,
             int(port),
-            is_master=serves,
+            is_master=is_server,
             wait_for_workers=False,
             multi_tenant=True,
-            timeout=timedelta(seconds=LONGEST_S if serves else 60),
+            timeout=timedelta(seconds=LONGEST_S if is_server else 60),
         )
     except distributed.DistError as error:
         raise ConfigError(
             f"MASTER_ADDR and MASTER_PORT must be free for this run's processes, got "
-            f"{place.address}: {_line(error)}"
+            f"{place.address}: {_first_line(error)}"
         ) from None
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
@@ -151,9 +151,7 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
-def _compare(
-    store: Any, place: Group, own: Facts, waiting: _Waiting, *, gpu: str | None = None
-) -> bool:
+def _compare(store: Any, place: Group, own: Facts, wait: _Wait, *, gpu: str | None = None) -> bool:
     own = json.loads(json.dumps({"number of processes": place.world, **own}, default=str))
     if store.add(f"came/{place.rank}", 1) > 1:
         raise ConfigError(f"each process must have its own RANK, got two of {place}")
@@ -165,13 +163,13 @@ def _compare(
                 missing.remove(rank)
                 other, its_gpu = json.loads(store.get(f"facts/{rank}"))
                 if problem := _difference(place.rank, own, rank, other):
-                    raise _refused(store, place, problem)
+                    raise _refusal(store, place, problem)
                 if gpu is not None and gpu == its_gpu:
                     one, two = sorted((place.rank, rank))
                     problem = f"each process must have a GPU of its own, got {gpu} on rank {one} "
                     problem += f"and on rank {two}; nearest valid: as many processes as GPUs"
-                    raise _refused(store, place, problem)
-        if missing and not waiting.goes_on(f"rank {', '.join(map(str, sorted(missing)))}"):
+                    raise _refusal(store, place, problem)
+        if missing and not wait.pause(f"rank {', '.join(map(str, sorted(missing)))}"):
             return False
     return True
 
@@ -188,7 +186,7 @@ def _difference(rank: int, own: Facts, other_rank: int, other: Facts) -> str | N
     )
 
 
-def _refused(store: Any, place: Group, problem: str) -> ConfigError:
+def _refusal(store: Any, place: Group, problem: str) -> ConfigError:
     """The error, once the others had time to see why."""
     store.add("refused", 1)
     deadline = time.monotonic() + LEAVE_S

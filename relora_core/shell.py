@@ -42,7 +42,7 @@ TASK_NAMES += ("MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_RANK"
 TASK_NAMES += ("MV2_COMM_WORLD_LOCAL_SIZE", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 START = "start one process, or several by torchrun"
 PRECISION, USE_CPU = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
-ASKED = (PRECISION, USE_CPU)
+OPTIONS = (PRECISION, USE_CPU)
 """Options of `accelerate launch`: left in the environment, compared with each config."""
 _QUIET = ("", "no", "false", "default", "0")
 """Values that `accelerate launch` sets where nothing was asked for."""
@@ -76,7 +76,7 @@ def is_accelerate(name: str) -> bool:
     return name.startswith(ACCELERATE_PREFIXES)
 
 
-def outside(environment: Mapping[str, str]) -> dict[str, str]:
+def strip_group(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a process of ours that is in no group: without every variable of one."""
     return {
         name: value
@@ -97,13 +97,13 @@ def group(environment: Mapping[str, str]) -> Group:
 
     An empty variable counts as none.
     """
-    given = {name: text for name in PLACE if (text := environment.get(name, "").strip())}
-    numbers = [name for name in NUMBERS if name in given]
+    texts = {name: text for name in PLACE if (text := environment.get(name, "").strip())}
+    numbers = [name for name in NUMBERS if name in texts]
     if len(numbers) < 2:
         _refuse_tasks(environment)
         return Group()
-    variables = " ".join(f"{name}={text}" for name, text in given.items())
-    place = {name: _whole(name, given[name], variables=variables) for name in numbers}
+    variables = " ".join(f"{name}={text}" for name, text in texts.items())
+    place = {name: _parse_number(name, texts[name], variables=variables) for name in numbers}
     world, local = place.get("WORLD_SIZE"), place.get("LOCAL_WORLD_SIZE")
     for name, size, of in (
         ("RANK", world, "WORLD_SIZE"),
@@ -118,24 +118,24 @@ def group(environment: Mapping[str, str]) -> Group:
     if world == 1:
         _refuse_tasks(environment)
         return Group()
-    if missing := [name for name in PLACE if name not in given]:
+    if missing := [name for name in PLACE if name not in texts]:
         raise ConfigError(
             f"a group of processes must be named by {', '.join(PLACE)}, got {variables} without "
             f"{', '.join(missing)}; {START}, or unset them"
         )
-    port = _whole("MASTER_PORT", given["MASTER_PORT"], variables=variables)
+    port = _parse_number("MASTER_PORT", texts["MASTER_PORT"], variables=variables)
     assert world is not None
     return Group(
         rank=place["RANK"],
         world=world,
         local_rank=place["LOCAL_RANK"],
         local_world=place["LOCAL_WORLD_SIZE"],
-        address=f"{given['MASTER_ADDR']}:{port}",
+        address=f"{texts['MASTER_ADDR']}:{port}",
         served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
-def _whole(name: str, text: str, *, variables: str) -> int:
+def _parse_number(name: str, text: str, *, variables: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"{name} must be a whole number, got {variables}; {START}, or unset them")
     return int(text)
@@ -154,7 +154,7 @@ def _refuse_tasks(environment: Mapping[str, str]) -> None:
             )
 
 
-def settle(environment: MutableMapping[str, str] | None = None) -> Group:
+def take_group(environment: MutableMapping[str, str] | None = None) -> Group:
     """The group that this process is in. Other variables of launchers are removed from its
     environment, so that nothing reads them, and named in one line on stderr."""
     environment = os.environ if environment is None else environment
@@ -172,32 +172,33 @@ def settle(environment: MutableMapping[str, str] | None = None) -> Group:
             f"{dynamo} must be no (a run is not compiled), got {environment[dynamo]!r}; unset it"
         )
     place = group(environment)
-    aside = {n: v for n, v in environment.items() if is_accelerate(n) and n not in ASKED}
+    others = {n: v for n, v in environment.items() if is_accelerate(n) and n not in OPTIONS}
     if place.world == 1:
-        aside |= {name: v for name, v in environment.items() if is_place(name)}
-    for name in aside:
+        others |= {name: v for name, v in environment.items() if is_place(name)}
+    for name in others:
         del environment[name]
-    if ignored := _worth_saying(aside):
+    if ignored := _list_effective(others):
         print(f"warning: set aside from the environment: {ignored}", file=sys.stderr)
     return place
 
 
-def _worth_saying(aside: Mapping[str, str]) -> str:
+def _list_effective(others: Mapping[str, str]) -> str:
     """The variables that could have an effect; those of one process, and defaults, could not."""
-    place = "" if aside.get("WORLD_SIZE") == "1" else _list(aside, [n for n in PLACE if n in aside])
-    settings = _list(aside, [n for n in aside if is_accelerate(n)])
+    is_one = others.get("WORLD_SIZE") == "1"
+    place = "" if is_one else _assignments(others, [n for n in PLACE if n in others])
+    settings = _assignments(others, [n for n in others if is_accelerate(n)])
     place += " (no group of processes: this one is alone)" if place else ""
     settings += " (settings are the config's)" if settings else ""
     return ", ".join(filter(None, (place, settings)))
 
 
-def _list(aside: Mapping[str, str], names: list[str]) -> str:
-    return " ".join(f"{n}={aside[n]}" for n in names if aside[n].strip().lower() not in _QUIET)
+def _assignments(others: Mapping[str, str], names: list[str]) -> str:
+    return " ".join(f"{n}={others[n]}" for n in names if others[n].strip().lower() not in _QUIET)
 
 
-def alone(what: str) -> None:
+def require_one_process(what: str) -> None:
     """ConfigError in a process of a group: each of them would do the same."""
-    place = settle()
+    place = take_group()
     if place.world > 1:
         raise ConfigError(
             f"{what} must be started as one process, got {place}: it starts processes of its own; "
@@ -205,7 +206,7 @@ def alone(what: str) -> None:
         )
 
 
-def check_asked(config: RunConfig, *, gpu: bool) -> None:
+def check_options(config: RunConfig, *, gpu: bool) -> None:
     """ConfigError where `accelerate launch` was asked for what the config does not say.
 
     `gpu`: whether the run would take one.
@@ -225,9 +226,9 @@ def check_asked(config: RunConfig, *, gpu: bool) -> None:
 
 
 @contextlib.contextmanager
-def unasked() -> Iterator[None]:
+def hide_options() -> Iterator[None]:
     """Inside the block the options of `accelerate launch` are not in the environment."""
-    asked = {name: os.environ.pop(name) for name in ASKED if name in os.environ}
+    asked = {name: os.environ.pop(name) for name in OPTIONS if name in os.environ}
     try:
         yield
     finally:

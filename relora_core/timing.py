@@ -47,7 +47,7 @@ def time_steps(config: RunConfig, *, folder: Path, cache_dir: Path) -> Timing:
 
     `folder` is for files of a run, none of which are made. Raises what `train` raises.
     """
-    world = shell.settle().world
+    world = shell.take_group().world
     config, watch = _shortened(config, world=world), _Watch(world)
     try:
         train(

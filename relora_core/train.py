@@ -90,10 +90,10 @@ def _train(
     sink: Sink,
     stop: Stop,
 ) -> str:
-    place = shell.settle()
+    place = shell.take_group()
     own = ranks.facts(config, run=checkpoints.absolute().parent.name)
     taken = gpu.take(config, place)
-    if not ranks.meet(place, own, backend=backend(config), stop=stop, gpu=taken):
+    if not ranks.form_group(place, own, backend=backend(config), stop=stop, gpu=taken):
         return "interrupted"
     accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -229,7 +229,7 @@ def _train(
                 sink, progress, config=config, clock=clock, use=use, lr=lr, norm=grad_norm
             )
             if not math.isfinite(mean):
-                settle(accelerator, writer, sink)
+                finish_save(accelerator, writer, sink)
                 sink.emit(Event(kind="diverged", step=step + 1, data={"loss": str(mean)}))
                 return "diverged"
         stopping, overdue = votes.count(stop(), timer.due())
@@ -243,7 +243,7 @@ def _train(
             save(accelerator, writer, sink, model, optimizer, progress, reference=reference)
             timer.restart()
         if stopping or measure.evals_due(step + 1):
-            settle(accelerator, writer, sink)
+            finish_save(accelerator, writer, sink)
         if stopping:
             return "interrupted"
         if measure.evals_due(step + 1):
@@ -251,16 +251,16 @@ def _train(
                 if not measure.evaluate(step + 1):
                     return "interrupted"
             checkpoint.mark_evaluated(checkpoints, step=step + 1, rank=rank)
-    settle(accelerator, writer, sink)
+    finish_save(accelerator, writer, sink)
     return "finished"
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Device, processes and precision; sharded optimizers are refused: a restart edits state."""
     AcceleratorState._reset_state()  # a second run in this process may want another precision
-    place, cpu = shell.settle(), backend(config) == "gloo"
-    shell.check_asked(config, gpu=not cpu)
-    with shell.unasked():  # bf16 is our own autocast: see `accumulate_gradients`
+    place, cpu = shell.take_group(), backend(config) == "gloo"
+    shell.check_options(config, gpu=not cpu)
+    with shell.hide_options():  # bf16 is our own autocast: see `accumulate_gradients`
         # Buffers are drawn and changed alike on every rank: no need to send them at every pass.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
@@ -664,7 +664,7 @@ def save(
     *,
     reference: dict[str, Tensor],
 ) -> None:
-    """Begin a checkpoint on rank 0 with every rank's generators; it is on disk once `settle`d."""
+    """Begin a checkpoint on rank 0 with every rank's generators; `finish_save` waits for it."""
     ranks.require_equal(accelerator, model, step=progress.step)
     states = gather_object([checkpoint.rng_state()])
     announce(writer, sink)
@@ -684,7 +684,7 @@ def announce(writer: checkpoint.Writer, sink: Sink) -> None:
         sink.emit(Event(kind="checkpoint", step=step, time=moment))
 
 
-def settle(accelerator: Accelerator, writer: checkpoint.Writer, sink: Sink) -> None:
+def finish_save(accelerator: Accelerator, writer: checkpoint.Writer, sink: Sink) -> None:
     """On every rank: wait until the checkpoint begun is on disk and its event sent."""
     announce(writer, sink)
     accelerator.wait_for_everyone()

@@ -42,7 +42,7 @@ def is_stalled(run_dir: RunDir, *, limit: int) -> bool:
 
 
 # the end ----------------------------------------------------------------------------------------
-def settle(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
+def record_end(run_dir: RunDir, *, code: int, reason: str | None = None) -> None:
     """Record how a run ended if its worker could not: it was killed, or died while starting."""
     status = run_dir.status()
     if run_dir.ended() or run_dir.lock_holder() is not None:

@@ -27,7 +27,7 @@ from experiments.scheduler import JOB, current_job, enter_job, job_environment
 from relora_core import shared
 from relora_core.config import ConfigError
 from sweeps import worker
-from sweeps.attempt import follow, is_stalled, redirect_output, settle
+from sweeps.attempt import follow, is_stalled, record_end, redirect_output
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
@@ -230,7 +230,7 @@ def _run_packed(work: Work, stop: StopFlag) -> list[int]:
     codes = [child.returncode for child in children]
     for run_dir, code in zip(runs, codes, strict=True):
         if code >= 0:  # one that was killed is resumed later
-            settle(run_dir, code=code)
+            record_end(run_dir, code=code)
     codes = [INTERRUPTED if code < 0 else code for code in codes]
     failed = any(run_dir.status().state is State.FAILED for run_dir in work.runs)
     return [*codes, FAILED if failed else FINISHED]
@@ -320,13 +320,13 @@ def after(work: Work, *, code: int) -> int:
         return _after_search(work, work.study, code=code)
     for run_dir in work.runs:
         if run_dir.cancel_path.exists():
-            settle(run_dir, code=code)
+            record_end(run_dir, code=code)
     if not (left := _unfinished(work)):
         return code
     killed = code - SIGNALLED if code > SIGNALLED else 0
     if not killed or all(is_stalled(run_dir, limit=work.max_stalled) for run_dir in left):
         for run_dir in left:
-            settle(run_dir, code=-killed if killed else code)
+            record_end(run_dir, code=-killed if killed else code)
         return code
     return _requeue(work, why=f"killed by signal {killed}")
 
@@ -340,7 +340,7 @@ def _after_search(work: Work, study: Path, *, code: int) -> int:
         return code
     work.runs = runs
     for run_dir in _unfinished(work):
-        settle(run_dir, code=SIGNALLED - code)
+        record_end(run_dir, code=SIGNALLED - code)
     return _requeue(work, why=f"killed by signal {code - SIGNALLED}")
 
 

@@ -139,7 +139,7 @@ class SweepOutlook(Outlook):
 
 def relaunch(plan: Plan, run_ids: Collection[str], *, output_dir: Path | str) -> int:
     """Launch runs of a stored plan again, with the launcher of the last time; the exit code."""
-    shell.alone("a sweep")
+    shell.require_one_process("a sweep")
     output_dir, console = Path(output_dir), display.make_console()
     launcher = load_launcher(plan_folder(output_dir, name=plan.name))
     cells = [_as_stored(output_dir, cell) for cell in plan.cells if cell.run_id in run_ids]

@@ -101,7 +101,7 @@ def complete_configs(
     notes: list[str] = []
     configs = complete_all(configs, notes=notes)
     for config in configs:
-        shell.check_asked(config, gpu=launcher.place(config).gpus > 0)
+        shell.check_options(config, gpu=launcher.place(config).gpus > 0)
     return configs, notes
 
 

@@ -39,7 +39,7 @@ def complete_all(
     configs = [store.fill_from_environment(config, notes=notes) for config in configs]
     for config in configs:
         validate(config)
-        shell.check_asked(config, gpu=False)
+        shell.check_options(config, gpu=False)
     inspected: dict[str, DataInfo] = {}
     prints: dict[str, dict[str, str | None]] = {}
     filled = []

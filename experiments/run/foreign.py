@@ -65,7 +65,7 @@ class Wanted:
 
 def evaluate(wanted: Wanted) -> tuple[int, RunDir]:
     """Evaluate the model, unless a finished run has; the exit code, and the run."""
-    shell.alone("an evaluation")
+    shell.require_one_process("an evaluation")
     name = _name(wanted)
     composed = _composed(wanted)
     store.check(composed)

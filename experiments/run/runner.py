@@ -53,7 +53,7 @@ def run_experiment(
     Raises RunLocked while another process is at work on the run. Any other failure is recorded in
     its folder (status.json, error.txt) and raised.
     """
-    stop, place = stop or StopFlag(), shell.settle()
+    stop, place = stop or StopFlag(), shell.take_group()
     if place.rank:
         return _join(config, run_dir, stop)
     run_dir.create(config)

@@ -25,7 +25,7 @@ from relora_core.data.base import DataError
 
 def run_here(config: RunConfig) -> int:
     """Run, or resume, the run of this config; the exit code."""
-    place = shell.settle()
+    place = shell.take_group()
     notes: list[str] = []
     config = complete(config, notes=notes)
     store.check(config)

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     enter_job()
     file = Path(words[0])
     result = measure(file)
-    if shell.settle().rank == 0 or result.error:
+    if shell.take_group().rank == 0 or result.error:
         write_result(file, result)
     return int(result.error is not None)
 

@@ -159,7 +159,7 @@ def follow(run: RunDir, *, config: RunConfig) -> Follower:
 
 def _child_environment() -> dict[str, str]:
     """Our environment, with this checkout first on the path, so that the child runs our code."""
-    return {**shell.outside(os.environ), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    return {**shell.strip_group(os.environ), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 def main() -> int:

@@ -63,7 +63,7 @@ class Server:
 
     def __enter__(self) -> Server:
         shared.make_folder(self.log.parent)
-        environment = shell.outside(os.environ) | {
+        environment = shell.strip_group(os.environ) | {
             # Not as an argument: everyone can read command lines, and it may hold a password.
             "MLFLOW_BACKEND_STORE_URI": with_password(self._uri),
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -151,7 +151,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        shell.alone("a sweep (-m)")
+        shell.require_one_process("a sweep (-m)")
         _check_measure(self.measure, plan_only=self.plan_only)
         texts = lines_of(self.params, of="hydra.sweeper.params")
         if not isinstance(self.launcher, OurLauncher):
@@ -234,7 +234,7 @@ class SearchSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from sweeps.search.launch import run_search  # a single run need not wait for it
 
-        shell.alone("a search (-m)")
+        shell.require_one_process("a search (-m)")
         _check_measure(self.measure, plan_only=self.plan_only)
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")

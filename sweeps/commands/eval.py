@@ -67,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    shell.alone("an evaluation")
+    shell.require_one_process("an evaluation")
     words = [w for w in args.words if "=" not in w or selection.is_named(args.output_dir, w)]
     settings = eval_settings([word for word in args.words if word not in words])
     steps = _steps(args.steps)

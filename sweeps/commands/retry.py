@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The launcher's exit code; 0 if there is nothing to do."""
-    shell.alone("retry")
+    shell.require_one_process("retry")
     where = args.output_dir
     chosen = selection.resolve(where, args.words) if args.words else selection.runs_of(where)
     states = selection.survey(chosen)

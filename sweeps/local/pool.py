@@ -14,7 +14,7 @@ from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState, state_of
 from experiments.disk.states import State
 from sweeps import display
-from sweeps.attempt import settle
+from sweeps.attempt import record_end
 from sweeps.local.processes import POLL_S, Processes
 from sweeps.local.progress import Progress
 from sweeps.planning.plan import Cell
@@ -100,7 +100,7 @@ class Pool:
             if code == LOCKED:
                 self.elsewhere.append(cell)
             else:
-                settle(self._dir(cell), code=code)
+                record_end(self._dir(cell), code=code)
                 self._record_end(cell, state_of(self._dir(cell)))
 
     def _check_elsewhere(self) -> None:
@@ -127,7 +127,7 @@ class Pool:
     def _stop_all(self) -> None:
         """End our own workers. The same command resumes their runs."""
         for cell, code in self.processes.stop():
-            settle(self._dir(cell), code=code, reason="stopped; the same command resumes it")
+            record_end(self._dir(cell), code=code, reason="stopped; the same command resumes it")
         for cell in self.pending:
             self._unqueue(cell)
         self.pending = []

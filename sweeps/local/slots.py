@@ -55,7 +55,7 @@ class Slots:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
             share[name] = str(min(self.threads, _parse_count(os.environ.get(name), self.threads)))
         inherited = {name: value for name, value in os.environ.items() if name != JOB}
-        return {**shell.outside(inherited), **share}
+        return {**shell.strip_group(inherited), **share}
 
 
 def _parse_count(text: str | None, default: int) -> int:

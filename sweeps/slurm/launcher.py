@@ -315,7 +315,7 @@ def sync_in_background(output_dir: Path | str, sweep: str) -> Path:
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
-                env={**shell.outside(os.environ), "PYTHONPATH": python_path()},
+                env={**shell.strip_group(os.environ), "PYTHONPATH": python_path()},
                 start_new_session=True,  # Ctrl-C, and the terminal's end, must not reach it
             )
         _BACKGROUND.append(process)

@@ -95,10 +95,10 @@ SHARED = """
 from relora_core import ranks, shell
 from relora_core.config import ConfigError
 
-place = shell.settle()
+place = shell.take_group()
 for gpu in ("B 7", f"A {place.rank}"):
     try:
-        print(ranks.meet(place, {}, backend="gloo", stop=lambda: False, gpu=gpu), flush=True)
+        print(ranks.form_group(place, {}, backend="gloo", stop=lambda: False, gpu=gpu), flush=True)
     except ConfigError as error:
         print(error, flush=True)
 """

@@ -41,13 +41,13 @@ from relora_core import ranks, shell
 from relora_core.config import ConfigError
 
 config = config_from_json((Path(sys.argv[1]) / "config.json").read_text())
-place, same = shell.settle(), ranks.facts(config, run="one")
+place, same = shell.take_group(), ranks.facts(config, run="one")
 other = place.rank == 1
 for change in ({"train.lr": 0.5, "seed": 3}, {"run": "two"}, {"code of relora_core": "new"},
                {"number of processes": 3}, {"data.text_field": "ä", "torch": None}, {}):
     own = same | (change if other else {})
     try:
-        print(ranks.meet(place, own, backend="gloo", stop=lambda: False), flush=True)
+        print(ranks.form_group(place, own, backend="gloo", stop=lambda: False), flush=True)
     except ConfigError as error:
         print(error, flush=True)
 """
@@ -82,7 +82,7 @@ def test_what_ranks_compare_is_every_knob(config):
 def test_a_rank_that_waits_is_asked_to_end(capsys, monkeypatch):
     monkeypatch.setattr(ranks, "SAY_AFTER_S", 0.0)
     looks = iter([False, False, True])
-    assert not ranks.meet(ALONE, {}, backend="gloo", stop=lambda: next(looks))
+    assert not ranks.form_group(ALONE, {}, backend="gloo", stop=lambda: next(looks))
     line = "waiting for rank 0 at 127.0.0.1:1: this is rank 1 of 2 processes at 127.0.0.1:1\n"
     assert capsys.readouterr().err == line
 
@@ -90,11 +90,11 @@ def test_a_rank_that_waits_is_asked_to_end(capsys, monkeypatch):
 def test_a_rank_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr(ranks, "LONGEST_S", 0.2)
     with pytest.raises(ConfigError, match="2 processes must share this run, got none of rank 0"):
-        ranks.meet(ALONE, {}, backend="gloo", stop=lambda: False)
+        ranks.form_group(ALONE, {}, backend="gloo", stop=lambda: False)
 
 
 def test_two_processes_cannot_have_one_rank():
-    store, come = ranks.distributed.HashStore(), ranks._Waiting(ALONE, stop=lambda: True)
+    store, come = ranks.distributed.HashStore(), ranks._Wait(ALONE, stop=lambda: True)
     assert not ranks._compare(store, ALONE, {}, come)
     with pytest.raises(ConfigError, match="each process must have its own RANK, got two of rank 1"):
         ranks._compare(store, ALONE, {}, come)

@@ -100,7 +100,7 @@ def test_half_a_group_is_refused_in_one_line(environment, line):
         ({"RANK": "8"}, {}, "RANK=8 (no group of processes: this one is alone)"),
         ({"RANK": ""}, {}, ""),
         (SIX | ONE, {}, ""),
-        (DEFAULTS, {n: DEFAULTS[n] for n in shell.ASKED}, ""),
+        (DEFAULTS, {n: DEFAULTS[n] for n in shell.OPTIONS}, ""),
         (TORCHRUN, TORCHRUN, ""),
         (
             TORCHRUN | {"ACCELERATE_TORCH_DEVICE": "meta"},
@@ -118,9 +118,9 @@ def test_half_a_group_is_refused_in_one_line(environment, line):
 def test_what_decides_nothing_is_removed_and_named_once(capsys, environment, left, named):
     environment, other = dict(environment), {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
     environment |= other
-    first = shell.settle(environment)
+    first = shell.take_group(environment)
     assert environment == left | other
-    assert shell.settle(environment) == first
+    assert shell.take_group(environment) == first
     line = f"warning: set aside from the environment: {named}\n" if named else ""
     assert capsys.readouterr().err == line
 
@@ -129,20 +129,20 @@ def test_what_decides_nothing_is_removed_and_named_once(capsys, environment, lef
 def test_what_keeps_weights_elsewhere_is_refused(kind):
     line = f"must be DDP or a single process, got ACCELERATE_USE_{kind}=true"
     with pytest.raises(ConfigError, match=line):
-        shell.settle(TORCHRUN | {f"ACCELERATE_USE_{kind}": "true"})
-    shell.settle({f"ACCELERATE_USE_{kind}": "False"})
+        shell.take_group(TORCHRUN | {f"ACCELERATE_USE_{kind}": "true"})
+    shell.take_group({f"ACCELERATE_USE_{kind}": "False"})
 
 
 def test_compiling_is_refused():
     with pytest.raises(ConfigError, match="ACCELERATE_DYNAMO_BACKEND must be no"):
-        shell.settle({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+        shell.take_group({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
 
 
 def test_a_process_that_we_start_is_in_no_group():
     ours = {"PATH": "/bin", "SLURM_JOB_ID": "1", "CUDA_VISIBLE_DEVICES": "0", "HF_HOME": "/x"}
     theirs = TORCHRUN | DEFAULTS | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     theirs |= {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
-    assert shell.outside(ours | theirs) == ours
+    assert shell.strip_group(ours | theirs) == ours
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_a_launchers_precision_is_that_of_the_config_or_refused(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     config = nano(train={"precision": precision})
     if not refused:
-        return shell.check_asked(config, gpu=True)
+        return shell.check_options(config, gpu=True)
     with pytest.raises(ConfigError, match=r"train\.precision must be what .* asks for") as caught:
-        shell.check_asked(config, gpu=False)
+        shell.check_options(config, gpu=False)
     assert ("nearest valid: train.precision=bf16" in str(caught.value)) == (asked == "bf16")
 
 
 def test_a_launchers_cpu_is_refused_where_a_gpu_would_be_taken(nano, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    shell.check_asked(nano(), gpu=False)
+    shell.check_options(nano(), gpu=False)
     with pytest.raises(ConfigError, match=r"runtime\.device must be cpu where ACCELERATE_USE_CPU"):
-        shell.check_asked(nano(), gpu=True)
+        shell.check_options(nano(), gpu=True)

@@ -173,8 +173,8 @@ from experiments.identity import config_from_json
 from relora_core import ranks, shell, train, utilisation
 
 config = config_from_json((Path(sys.argv[1]) / "config.json").read_text())
-place = shell.settle()
-assert ranks.meet(place, ranks.facts(config, run="one"), backend="gloo", stop=train.never)
+place = shell.take_group()
+assert ranks.form_group(place, ranks.facts(config, run="one"), backend="gloo", stop=train.never)
 world = train.make_accelerator(config).num_processes
 names = ["NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe"]
 torch.cuda.get_device_name = lambda device: names[place.rank]
