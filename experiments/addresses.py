@@ -96,7 +96,7 @@ def _check_sqlite(uri: str) -> None:
 
 def read_only(database: Path) -> str | None:
     """A line if we cannot write to a database, or make files beside it as SQLite does."""
-    return shared.closed(database) or shared.closed(database.parent)
+    return shared.find_obstacle(database) or shared.find_obstacle(database.parent)
 
 
 def rooted(path: Path) -> Path:

@@ -26,7 +26,7 @@ def one_line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command resumes it"
-    if isinstance(error, OSError) and (line := shared.explained(error)):
+    if isinstance(error, OSError) and (line := shared.explain(error)):
         return line
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""

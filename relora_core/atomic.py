@@ -32,7 +32,7 @@ def create_text(path: Path, text: str) -> None:
         except FileExistsError:
             raise
         except OSError:  # no links on this file system: a kill may leave it empty
-            with shared.opened(path, "x", encoding="utf-8") as file:
+            with shared.open_file(path, "x", encoding="utf-8") as file:
                 file.write(text)
         temporary.unlink()
     sync_folder(path.parent)

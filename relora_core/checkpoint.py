@@ -354,7 +354,7 @@ def _packed(value: Any) -> bytes:
 
 def _write(file: Path, content: bytes) -> None:
     """Write and flush to disk. Python writes, so that a full disk raises a clear OSError."""
-    with shared.opened(file, "wb") as handle:
+    with shared.open_file(file, "wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())

@@ -96,7 +96,7 @@ def available() -> bool:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def restore_choice() -> Iterator[None]:
     """Restore the choice of kernels afterwards."""
     global _native
     before = _native
@@ -130,17 +130,18 @@ def build() -> dict[str, Any]:
     if problem() is not None:
         return {}
     library, path = _library()
-    words, flags, _ = _wishes()
-    made = {"key": path.stem.removeprefix("kernels-"), "compiler": library.compiler().decode()}
-    return {**made, "flags": " ".join([*words[1:], *FLAGS, *flags]), "set_aside": " ".join(_left())}
+    words, flags, _ = _read_flags()
+    record = {"key": path.stem.removeprefix("kernels-"), "compiler": library.compiler().decode()}
+    record["flags"] = " ".join([*words[1:], *FLAGS, *flags])
+    return {**record, "set_aside": " ".join(_list_ignored())}
 
 
-def set_aside() -> str | None:
+def describe_ignored() -> str | None:
     """One line on the parts of CXX and CXXFLAGS that the build ignores; None: it uses all."""
-    left = _left()
-    if not left:
+    ignored = _list_ignored()
+    if not ignored:
         return None
-    return f"{' '.join(left)} (of CXX, CXXFLAGS) set aside: native kernels keep their values"
+    return f"{' '.join(ignored)} (of CXX, CXXFLAGS) set aside: native kernels keep their values"
 
 
 def kind(x: Tensor) -> str:
@@ -152,7 +153,7 @@ def kind(x: Tensor) -> str:
 def _library() -> tuple[Any, Path]:
     name = f"kernels-{key()}"
     if folder := _cache():
-        path = _found(folder, name) or _build(folder, name)
+        path = _find_build(folder, name) or _build(folder, name)
         return _load(path), path
     with tempfile.TemporaryDirectory() as passing:  # once loaded, a library does not need its file
         path = _build(Path(passing), name)
@@ -162,7 +163,7 @@ def _library() -> tuple[Any, Path]:
 def _load(path: Path) -> ctypes.CDLL:
     """The library, after a check that it computes correctly on this machine."""
     try:
-        library = _opened(path)
+        library = _open(path)
         library.lacks.restype = library.compiler.restype = ctypes.c_char_p
         if lacking := library.lacks():
             raise NativeError(f"{path} needs {lacking.decode()}, which this processor has not")
@@ -180,7 +181,7 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _opened(path: Path) -> ctypes.CDLL:
+def _open(path: Path) -> ctypes.CDLL:
     """Refuse a library that changes how this process computes, as one built with -Ofast does."""
     flushed = _flushes()
     library = ctypes.CDLL(str(path))
@@ -194,7 +195,7 @@ def _flushes() -> bool:
     return float.fromhex("0x1p-1074") * float(1) == 0.0
 
 
-def _found(folder: Path, name: str) -> Path | None:
+def _find_build(folder: Path, name: str) -> Path | None:
     """An earlier build, if its content matches its name: loading a torn file kills the process."""
     for path in sorted(folder.glob(f"{name}-*.so")):
         with contextlib.suppress(OSError):
@@ -209,14 +210,14 @@ def _digest(content: bytes) -> str:
 
 def key() -> str:
     """Of the source, how it is built, and the processor: machines may share a home."""
-    words, flags, _ = _wishes()
+    words, flags, _ = _read_flags()
     parts = repr((words[1:], FLAGS, flags, LAST, platform.machine(), _processor()))
     return _digest(SOURCE.read_bytes() + parts.encode())
 
 
-def _wishes() -> tuple[list[str], list[str], list[str]]:
+def _read_flags() -> tuple[list[str], list[str], list[str]]:
     """(compiler's words, flags taken, flags set aside) of CXX and CXXFLAGS."""
-    words, flags, left = [], [], []
+    words, flags, ignored = [], [], []
     for name in ("CXX", "CXXFLAGS"):
         rest = _split(os.environ.get(name, ""))
         while rest:
@@ -228,15 +229,15 @@ def _wishes() -> tuple[list[str], list[str], list[str]]:
             elif name == "CXX" and not word.startswith("-"):
                 words.append(word)
             elif not WITHOUT_EFFECT.fullmatch(word):
-                left.append(word)
-    return words, flags, left
+                ignored.append(word)
+    return words, flags, ignored
 
 
-def _left() -> list[str]:
+def _list_ignored() -> list[str]:
     """Parts of CXX and CXXFLAGS without effect on the build: flags, a missing compiler."""
-    words, _, left = _wishes()
+    words, _, ignored = _read_flags()
     absent = bool(words) and shutil.which(words[0]) is None
-    return [f"{words[0]} [no such compiler]", *left] if absent else left
+    return [f"{words[0]} [no such compiler]", *ignored] if absent else ignored
 
 
 def _split(text: str) -> list[str]:
@@ -273,7 +274,7 @@ def _cache() -> Path | None:
 
 def _build(folder: Path, name: str) -> Path:
     """Compile into `folder`. The file appears complete: other processes may build it as well."""
-    words, flags, _ = _wishes()
+    words, flags, _ = _read_flags()
     compiler = shutil.which((words or ["c++"])[0])
     if compiler is None:
         compiler, words = shutil.which("g++"), []
@@ -296,7 +297,7 @@ def _build(folder: Path, name: str) -> Path:
                 first = next((line for line in output if "error" in line), output[-1])
                 raise NativeError(f"{compiler} failed ({first.strip()})")
             path = folder / f"{name}-{_digest(out.read_bytes())}.so"
-            if _found(folder, name) != path:  # else keep it: others may have loaded it
+            if _find_build(folder, name) != path:  # else keep it: others may have loaded it
                 os.replace(out, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{compiler} failed ({error})") from error

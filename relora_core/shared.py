@@ -20,7 +20,7 @@ os.umask(UMASK)
 
 FILE, FOLDER = 0o060, 0o070
 """What a group needs of what it shares."""
-LOOK = "`status`, `ui` and `report SWEEP --output DIR` look without writing"
+HINT = "`status`, `ui` and `report SWEEP --output DIR` look without writing"
 
 
 def make_folder(path: Path) -> Path:
@@ -34,7 +34,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def opened(path: Path, mode: str, **options: Any) -> IO[Any]:
+def open_file(path: Path, mode: str, **options: Any) -> IO[Any]:
     """`open`, for files to write."""
     file = open(path, mode, **options)  # noqa: SIM115 (the caller's to close)
     share(path, descriptor=file.fileno())
@@ -43,12 +43,12 @@ def opened(path: Path, mode: str, **options: Any) -> IO[Any]:
 
 def touch(path: Path) -> None:
     """`path`, created empty if it is missing."""
-    opened(path, "ab").close()
+    open_file(path, "ab").close()
 
 
 def write_text(path: Path, text: str) -> None:
     """For a file that is read only when it is complete; for any other `atomic.write_text`."""
-    with opened(path, "w", encoding="utf-8") as file:
+    with open_file(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -103,7 +103,7 @@ def share_all(folder: Path) -> None:
 
 
 # what is closed -----------------------------------------------------------------------------------
-def closed(path: Path | str) -> str | None:
+def find_obstacle(path: Path | str) -> str | None:
     """One line on why nothing can be written at `path`, a file or a folder; None where it can."""
     path = Path(os.path.abspath(path))
     for place in (path, *path.parents):
@@ -113,11 +113,11 @@ def closed(path: Path | str) -> str | None:
             continue
         except PermissionError:
             continue  # the folder that may not be entered is above it
-        return _closed(place, status)
+        return _describe_obstacle(place, status)
     return None
 
 
-def _closed(place: Path, status: os.stat_result) -> str | None:
+def _describe_obstacle(place: Path, status: os.stat_result) -> str | None:
     if os.statvfs(place).f_flag & os.ST_RDONLY:
         return f"{place} is on a disk that is mounted read-only"
     is_folder = stat.S_ISDIR(status.st_mode)
@@ -133,7 +133,7 @@ def _closed(place: Path, status: os.stat_result) -> str | None:
     return None
 
 
-def _kept(path: Path) -> str | None:
+def _find_sticky_bit(path: Path) -> str | None:
     """In a folder with the sticky bit only a file's owner may replace it, whatever its mode."""
     with contextlib.suppress(OSError):
         own, above = path.lstat(), path.parent.stat()
@@ -145,15 +145,15 @@ def _kept(path: Path) -> str | None:
     return None
 
 
-def explained(error: OSError) -> str | None:
-    """`closed` of the file that an error names, where it is one of permissions, and a way out."""
+def explain(error: OSError) -> str | None:
+    """`find_obstacle` of the file that an error of permissions names, and a way out."""
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return None
     names = [n for n in (error.filename2, error.filename) if isinstance(n, str | Path)]
-    looks = (_kept, closed) if error.errno == errno.EPERM else (closed,)
-    lines = (look(Path(name)) for look in looks for name in names)
+    checks = (_find_sticky_bit, find_obstacle) if error.errno == errno.EPERM else (find_obstacle,)
+    lines = (check(Path(name)) for check in checks for name in names)
     line = next((line for line in lines if line), None)
-    return line and f"{line}; {LOOK}"
+    return line and f"{line}; {HINT}"
 
 
 def _user(number: int) -> str:

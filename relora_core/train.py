@@ -379,7 +379,7 @@ def choose_kernels(
         return
     asked = progress.kernels or config.runtime.kernels
     progress.kernels = native.choose(asked)
-    if asked != "torch" and (line := native.set_aside()):
+    if asked != "torch" and (line := native.describe_ignored()):
         print(f"warning: {line}", file=sys.stderr)
     if asked == "torch" or progress.kernels == "native":
         return

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (SlurmError, RunLocked, DataError, OSError) as error:
-        why = shared.explained(error) if isinstance(error, OSError) else None
+        why = shared.explain(error) if isinstance(error, OSError) else None
         print(f"error: {why or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -63,7 +63,7 @@ def redirect_output(run_dir: RunDir) -> Iterator[None]:
     """Send all output of this process, native code's too, to the log of the run's next attempt."""
     saved = [os.dup(stream) for stream in (1, 2)]
     _flush()
-    with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
+    with shared.open_file(run_dir.log_path(run_dir.next_attempt()), "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     try:

@@ -209,7 +209,7 @@ def _run_packed(work: Work, stop: StopFlag) -> list[int]:
     runs = [r for r in _unfinished(work) if not _give_up(r, max_stalled=work.max_stalled)]
     children = []
     for slot, run_dir in enumerate(runs):
-        with shared.opened(run_dir.log_path(run_dir.next_attempt()), "ab") as log, shielded():
+        with shared.open_file(run_dir.log_path(run_dir.next_attempt()), "ab") as log, shielded():
             children.append(
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "sweeps.worker", str(run_dir.path)],

@@ -254,7 +254,7 @@ def _put(path: Path, entry: Entry) -> None:
     if entry.mode == "120000":
         path.symlink_to(os.fsdecode(entry.content))
         return
-    with shared.opened(path, "wb") as file:
+    with shared.open_file(path, "wb") as file:
         file.write(entry.content)
         file.flush()
         os.fsync(file.fileno())  # later launches trust the copy by its name alone

@@ -64,7 +64,7 @@ def time_each(
     """
     for index, file in enumerate(files):
         log = file.with_suffix(f".{os.environ.get('SLURM_PROCID', '0')}.log")
-        with shared.opened(log, "ab") as output:
+        with shared.open_file(log, "ab") as output:
             process = subprocess.Popen(
                 [*COMMAND, str(file)],
                 stdin=subprocess.DEVNULL,

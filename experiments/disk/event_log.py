@@ -30,7 +30,7 @@ class EventLog:
 
     def __init__(self, run_dir: RunDir, attempt: int) -> None:
         self.attempt = attempt
-        self._file = shared.opened(run_dir.events_path, "a+", encoding="utf-8")
+        self._file = shared.open_file(run_dir.events_path, "a+", encoding="utf-8")
         self._end_torn_line()
 
     def _end_torn_line(self) -> None:

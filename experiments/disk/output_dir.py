@@ -91,7 +91,7 @@ def check_output_dir(output_dir: str | Path) -> None:
                 made.rmdir()
         raise ConfigError(
             f"output_dir must be a folder that can be written to, got {str(output_dir)!r} "
-            f"({shared.explained(error) or error.strerror})"
+            f"({shared.explain(error) or error.strerror})"
         ) from None
 
 
@@ -133,7 +133,7 @@ def refuse_unwritable(output_dir: Path) -> Iterator[None]:
         shared.make_folder(output_dir)
         yield
     except OSError as error:
-        why = shared.explained(error)
+        why = shared.explain(error)
         raise ConfigError(
             f"output_dir must be a folder with free space to write to, got {output_dir}: "
             f"{why or f'{error.strerror or error} ({error.filename or output_dir})'}"

@@ -205,7 +205,7 @@ def evaluate(run_dir: RunDir, *, request: Request, say: Callable[[str], None] = 
         return
     config = _opened(run_dir, config, request=request)
     prepared = evals.prepare(config, load_tokenizer(config.data))
-    with _restoring_threads(), native.kept(), gpu.settings(config):
+    with _restoring_threads(), native.restore_choice(), gpu.settings(config):
         for step in steps:
             model = _load(config, run_dir.checkpoints / f"step-{step:08d}")
             if model is None:

@@ -104,7 +104,7 @@ class Artifacts:
     def _set_problem(self, error: Exception) -> None:
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, OSError):
-            line = shared.explained(error) or line
+            line = shared.explain(error) or line
         web = self._store.uri.startswith(("http://", "https://"))
         way = "start the server with --artifacts-destination; " if web else ""
         self.problem = (

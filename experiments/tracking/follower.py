@@ -71,7 +71,7 @@ class Follower:
         logs = self._output_dir / "logs"
         try:
             shared.make_folder(logs)
-            with shared.opened(logs / "mlflow-sync.log", "a", encoding="utf-8") as log:
+            with shared.open_file(logs / "mlflow-sync.log", "a", encoding="utf-8") as log:
                 self._child = subprocess.Popen(
                     [sys.executable, "-m", "experiments.tracking.follower"],
                     stdin=subprocess.PIPE,

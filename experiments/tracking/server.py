@@ -70,7 +70,7 @@ class Server:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *self._listen]
-        with shared.opened(self.log, "wb") as log:
+        with shared.open_file(self.log, "wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--no-serve-artifacts"],
                 stdin=subprocess.DEVNULL,

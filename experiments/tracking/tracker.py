@@ -181,7 +181,7 @@ class Tracker:
         with contextlib.suppress(OSError):
             path = self.output_dir / "logs" / "mlflow-sync.log"
             shared.make_folder(path.parent)
-            with shared.opened(path, "a", encoding="utf-8") as log:
+            with shared.open_file(path, "a", encoding="utf-8") as log:
                 log.write(redacted(traceback.format_exc()))
 
     def _send(

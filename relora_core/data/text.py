@@ -225,7 +225,7 @@ def build(
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[bool]:
     """Wait until no other process builds `folder`; False where the file system has no locks."""
-    with shared.opened(folder.with_name(f"{folder.name}.lock"), "w") as file:
+    with shared.open_file(folder.with_name(f"{folder.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # then both build, and the first rename wins

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         _print(trial_lines(summary, number=args.trial, output_dir=args.output_dir))
     else:
         show(summary, top=args.top)
-        if summary.trials and (line := shared.closed(folder)):
+        if summary.trials and (line := shared.find_obstacle(folder)):
             print(f"best, trials.csv and plots were not written: {line}")
         elif summary.trials:
             written, left_out = results.write(summary, study=study, folder=folder)
@@ -186,7 +186,7 @@ def show_arms(args: argparse.Namespace, folder: Path) -> int:
     _print(edge_lines(arms))
     notes = dict.fromkeys(note for arm in arms for note in arm.results.notes)
     _print([f"note: {note}" for note in notes])
-    if line := shared.closed(folder):
+    if line := shared.find_obstacle(folder):
         print(f"bests, tables and the figure were not written: {line}")
     else:
         written, left_out = response_files.write(arms, folder)

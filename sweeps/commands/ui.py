@@ -91,7 +91,7 @@ def _store(args: argparse.Namespace) -> str:
 def _log(output_dir: Path | str) -> Path:
     """Where the server prints to; a temporary file if the output folder is not writable."""
     log = Path(output_dir).absolute() / "logs" / "mlflow-ui.log"
-    if shared.closed(log) or shared.closed(log.parent):
+    if shared.find_obstacle(log) or shared.find_obstacle(log.parent):
         number, name = tempfile.mkstemp(prefix="mlflow-ui-", suffix=".log")
         os.close(number)
         return Path(name)

@@ -214,7 +214,7 @@ class Starter:
         self, path: Path, *, log: Path, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes] | Forked:
         """Start a worker on `path`; its output is appended to `log`."""
-        with shared.opened(log, "ab") as file:
+        with shared.open_file(log, "ab") as file:
             if self.warm is not None:
                 try:
                     return self.warm.fork(path, log=log, environment=environment)

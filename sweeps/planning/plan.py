@@ -412,7 +412,7 @@ def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     """Wait for other commands that extend the plan in this folder."""
-    with shared.opened(folder / ".lock", "w") as file:
+    with shared.open_file(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

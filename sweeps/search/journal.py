@@ -28,7 +28,7 @@ class _Flock(BaseJournalFileLock):
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> bool:
-        self._file = shared.opened(Path(f"{self.journal}.lock"), "wb")  # until release
+        self._file = shared.open_file(Path(f"{self.journal}.lock"), "wb")  # until release
         fcntl.flock(self._file, fcntl.LOCK_EX)
         _cut_torn_line(self.journal)
         return True
@@ -96,9 +96,9 @@ def only_one(path: Path) -> Iterator[None]:
 
     Without write access there is no lock: reading is safe, as a journal grows by whole lines.
     """
-    if shared.closed(path):
+    if shared.find_obstacle(path):
         yield
         return
-    with shared.opened(path, "w") as file:
+    with shared.open_file(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -140,7 +140,7 @@ class Study:
 
     def _catch_up(self, records: Mapping[int, dict[str, Any]]) -> None:
         """Write the trial.json of trials whose process was killed between journal and record."""
-        if shared.closed(self.folder):  # it can only be read
+        if shared.find_obstacle(self.folder):  # it can only be read
             return
         trials = self.optuna.get_trials(deepcopy=False)
         for number, record in records.items():
@@ -179,7 +179,7 @@ class Study:
 
     def _fit(self, study: optuna.Study) -> None:
         """Bring what was learnt, and the space if it has grown, into a journal that lacks them."""
-        if shared.closed(self.folder):  # it can only be read
+        if shared.find_obstacle(self.folder):  # it can only be read
             return
         if (n_trials := len(study.get_trials(deepcopy=False))) < len(self.spec.learnt):
             self._fill(study, {}, start=n_trials)

@@ -309,7 +309,7 @@ def sync_in_background(output_dir: Path | str, sweep: str) -> Path:
     log = output_dir / "logs" / "mlflow-sync.log"
     with contextlib.suppress(OSError):
         shared.make_folder(log.parent)
-        with shared.opened(log, "ab") as log_file:
+        with shared.open_file(log, "ab") as log_file:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sweeps", "sync", sweep, "--output-dir", output_dir],
                 stdin=subprocess.DEVNULL,

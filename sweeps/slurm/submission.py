@@ -202,7 +202,7 @@ def only_submitter(output_dir: Path, console: Console) -> Iterator[None]:
     """Wait for another command that submits below output_dir, so that this one sees its jobs."""
     folder = output_dir / "sweeps"
     shared.make_folder(folder)
-    with shared.opened(folder / ".submit.lock", "w") as file:
+    with shared.open_file(folder / ".submit.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(params=["native", "torch"])
 def kernels(request):
     """Both implementations of what `relora_core.kernels` computes on a CPU."""
-    with native.kept():
+    with native.restore_choice():
         if native.choose(request.param) != request.param:
             pytest.skip(f"no native kernels here: {native.problem()}")
         yield request.param
@@ -32,7 +32,7 @@ def kernels(request):
 @pytest.fixture
 def compiler():
     """Native kernels can be built; what the test chooses is forgotten after it."""
-    with native.kept():
+    with native.restore_choice():
         if native.choose("native") != "native":
             pytest.skip(f"no native kernels here: {native.problem()}")
         yield

@@ -277,7 +277,7 @@ def test_compiled_blocks_are_made_anew_for_another_way_to_round(
 ) -> None:
     """And stay one graph within a run, whose gradients are those of eager blocks."""
     monkeypatch.setattr(gpu, "wanted", lambda config: True)
-    with native.kept():
+    with native.restore_choice():
         native.choose("torch")
         torch.compiler.reset()
         one = Compared(nano(relora={"dropout": 0.1}))

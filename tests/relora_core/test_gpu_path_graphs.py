@@ -29,7 +29,7 @@ Nano = Callable[..., RunConfig]
 
 @pytest.fixture(autouse=True)
 def torch_kernels() -> Iterator[None]:
-    with native.kept():
+    with native.restore_choice():
         native.choose("torch")
         torch.compiler.reset()
         yield

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiling takes seconds; what is compiled has a test of its own."""
     monkeypatch.setattr(head, "_compiled", lambda: head.exponentials_)
-    with native.kept():
+    with native.restore_choice():
         native.choose("torch")
         yield
 

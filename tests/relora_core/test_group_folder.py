@@ -37,7 +37,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 def fill(folder: Path) -> None:
     shared.make_folder(folder / "deep" / "deeper")
-    with shared.opened(folder / "opened", "w") as file:
+    with shared.open_file(folder / "opened", "w") as file:
         file.write("x")
     shared.touch(folder / "touched")
     shared.write_text(folder / "text", "x")
@@ -137,7 +137,7 @@ def tried(path: Path) -> str | None:
     try:
         atomic.write_text(path, "x")
     except OSError as error:
-        return shared.explained(error)
+        return shared.explain(error)
     return "written"
 
 
@@ -180,13 +180,13 @@ def test_what_is_closed_is_said_with_its_owner(place: Path, mode: int, line: str
 
 def test_what_is_ones_own_is_no_mystery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Root may write anywhere, so that access is refused here by hand."""
-    assert shared.closed(tmp_path / "new") is None
+    assert shared.find_obstacle(tmp_path / "new") is None
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     monkeypatch.setattr(os, "supports_effective_ids", set())
-    assert shared.closed(tmp_path / "a" / "b") == (
+    assert shared.find_obstacle(tmp_path / "a" / "b") == (
         f"{tmp_path} is read-only, though it is yours (`chmod u+w` opens it)"
     )
-    assert shared.explained(OSError(28, "No space left on device", str(tmp_path))) is None
+    assert shared.explain(OSError(28, "No space left on device", str(tmp_path))) is None
 
 
 # no way around ------------------------------------------------------------------------------------

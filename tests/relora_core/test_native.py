@@ -102,7 +102,7 @@ def flags(monkeypatch, **environment):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return native._wishes()
+    return native._read_flags()
 
 
 @pytest.mark.parametrize("flag", HARMFUL)
@@ -111,8 +111,8 @@ def test_flags_that_change_values_reach_no_build_and_are_named(monkeypatch, name
     flags(monkeypatch)
     plain = native.key()
     monkeypatch.setenv(name, f"ccache g++ {flag}" if name == "CXX" else f"-Wall {flag} -g")
-    assert native._wishes()[1:] == ([], [flag])
-    assert flag in (native.set_aside() or "")
+    assert native._read_flags()[1:] == ([], [flag])
+    assert flag in (native.describe_ignored() or "")
     assert name == "CXX" or native.key() == plain
 
 
@@ -120,16 +120,18 @@ def test_flags_that_change_none_are_taken(monkeypatch):
     taken = "-O2 -march=x86-64-v3 -mtune=haswell -I /a -isystem /b -L/c --sysroot=/d -stdlib=libc++"
     conda = "-fvisibility-inlines-hidden -fstack-protector-strong -fno-plt -pipe -W -Wall -DNDEBUG"
     assert flags(monkeypatch, CXXFLAGS=f"{taken} {conda}") == ([], taken.split(), [])
-    assert native.set_aside() is None
+    assert native.describe_ignored() is None
     assert flags(monkeypatch, CXX="ccache 'g++'") == (["ccache", "g++"], [], [])
     assert flags(monkeypatch, CXX="g++ -O1 'x") == (["g++", "'x"], ["-O1"], [])
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch):
     flags(monkeypatch, CXX="nope-g++ -O2")
-    assert (native.set_aside() or "").startswith("nope-g++ [no such compiler] (of CXX, CXXFLAGS)")
+    assert (native.describe_ignored() or "").startswith(
+        "nope-g++ [no such compiler] (of CXX, CXXFLAGS)"
+    )
     flags(monkeypatch, CXX="sh", CXXFLAGS="-O2")
-    assert native.set_aside() is None
+    assert native.describe_ignored() is None
 
 
 def script(folder, command):
@@ -186,7 +188,7 @@ def test_loading_leaves_subnormal_numbers_be(compiler, tmp_path):
     set_both = "__builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);"
     made = library(tmp_path, f"__attribute__((constructor)) void begin() {{ {set_both} }}")
     with pytest.raises(native.NativeError, match="flush subnormal numbers to zero"):
-        native._opened(made)
+        native._open(made)
     assert 2.0**-1074 * float("1") > 0
 
 

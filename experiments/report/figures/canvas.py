@@ -108,7 +108,7 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
             buffer, metadata = io.BytesIO(), NO_METADATA[path.suffix]
             drawing.canvas.dpi = DPI
             getattr(kind(drawing.canvas), f"print_{path.suffix[1:]}")(buffer, metadata=metadata)
-            with shared.opened(path, "wb") as file:
+            with shared.open_file(path, "wb") as file:
                 file.write(buffer.getvalue())
     return Figure(name=name, title=title, caption=drawing.caption, svg=svg, png=png)
 

@@ -32,13 +32,13 @@ def tree(folder: Path) -> dict[str, Any]:
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders that are another user's, whoever runs the tests."""
     folders: list[Path] = []
-    real = shared.closed
+    real = shared.find_obstacle
 
     def look(path: Path | str) -> str | None:
         below = any(Path(path).is_relative_to(folder) for folder in folders)
         return f"{path} is read-only for you (owner anna)" if below else real(path)
 
-    monkeypatch.setattr(shared, "closed", look)
+    monkeypatch.setattr(shared, "find_obstacle", look)
     return folders
 
 
