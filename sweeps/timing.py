@@ -63,6 +63,8 @@ def time_each(
     `environments` are those of each process, by index; `tick` is called every POLL_S.
     """
     for index, file in enumerate(files):
+        if stop():
+            return
         log = file.with_suffix(f".{os.environ.get('SLURM_PROCID', '0')}.log")
         with shared.open_file(log, "ab") as output:
             process = subprocess.Popen(
@@ -84,6 +86,8 @@ def time_each(
             if process.poll() is None:
                 process.kill()
             process.wait()
+        if stop():  # Ctrl-C reaches the process, too
+            return
         if not result_of(file).exists() and (late or process.returncode):
             why = (
                 f"not done after {EACH_S:.0f} s" if late else _explain_end(process.returncode, log)

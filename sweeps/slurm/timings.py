@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import threading
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,7 @@ def time_on_slurm(
     by_shape: dict[Shape, list[int]] = {}
     for index, config in enumerate(work.configs):
         by_shape.setdefault(shape_of(config, options), []).append(index)
+    sent: list[Submission] = []
     jobs: dict[str, list[int]] = {}  # the id of one that is not over -> what it times
     with stop_requested() as stop:
         try:
@@ -46,19 +48,27 @@ def time_on_slurm(
                 if stop.is_set():
                     break
                 files = [work.files[index] for index in indices]
-                one = _submission(files, work=work, name=name, options=options)
-                _submit(one, work, shape=shape, options=options, code=code, count=len(files))
-                jobs[str(one.job_id)] = indices
-                display.say(console, f"submitted job {one.job_id} to time {_names(work, indices)}")
+                sent.append(_submission(files, work=work, name=name, options=options))
+                _submit(sent[-1], work, shape=shape, options=options, code=code, count=len(files))
+                jobs[str(sent[-1].job_id)] = indices
+                names = _names(work, indices)
+                display.say(console, f"submitted job {sent[-1].job_id} to time {names}")
             _wait(jobs, work, stop=stop, console=console)
         except SlurmError as error:
-            raise ConfigError(f"SLURM did not time the shapes: {error}") from None
+            if not stop.is_set():  # else Ctrl-C has ended SLURM's tool, too
+                raise ConfigError(f"SLURM did not time the shapes: {error}") from None
         finally:
-            if jobs:
-                with contextlib.suppress(SlurmError):
-                    cluster.cancel(jobs)
+            _cancel(sent, jobs)
     if stop.is_set():
         raise KeyboardInterrupt
+
+
+def _cancel(sent: Sequence[Submission], jobs: Collection[str]) -> None:
+    """End the jobs that are not over, and those whose sbatch was interrupted."""
+    with contextlib.suppress(SlurmError):
+        unclear = [cluster.find(one.name) for one in sent if one.state == "submitting"]
+        if ids := [*jobs, *filter(None, unclear)]:
+            cluster.cancel(ids)
 
 
 def _names(work: Timings, indices: list[int]) -> str:
@@ -111,7 +121,7 @@ def _wait(
         except SlurmError as error:
             if not error.passing:
                 raise
-            continue
+            continue  # it may answer later
         for job_id in sorted(jobs):
             job = seen.get(job_id)
             state = "over" if job is None or job.over else job.state.lower()

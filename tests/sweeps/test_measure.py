@@ -18,6 +18,7 @@ from sweeps import snapshot, timing
 from sweeps.launch import run_sweep
 from sweeps.local.launcher import LocalLauncher
 from sweeps.planning.rates import read_rates
+from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions
 from tests.waiting import wait_for
@@ -32,8 +33,11 @@ name = json.loads(file.read_text())["model"]["name"]
 log = Path(os.environ["FAKE_LOG"])
 with log.open("a") as out:
     print(name, os.getpid(), os.environ.get("OMP_NUM_THREADS"), file=out)
-if name == "interrupts":
+if name.startswith("interrupt"):
     os.kill(os.getppid(), signal.SIGINT)
+if name == "interrupted":  # as a terminal's Ctrl-C reaches it, too
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
 if name == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if name in ("interrupts", "hangs"):
@@ -45,7 +49,15 @@ if name == "large":
     result = {"error": "OutOfMemoryError: CUDA out of memory"}
 file.with_suffix(".result.json").write_text(json.dumps(result))
 '''
-WIDTHS = {"nano": 24, "large": 48, "killed": 72, "hangs": 96, "broken": 120, "interrupts": 144}
+WIDTHS = {
+    "nano": 24,
+    "large": 48,
+    "killed": 72,
+    "hangs": 96,
+    "broken": 120,
+    "interrupts": 144,
+    "interrupted": 168,
+}
 
 
 @pytest.fixture
@@ -144,10 +156,11 @@ def test_it_has_the_threads_of_one_of_the_sweeps_runs(plan, fake, monkeypatch):
     assert fake()[0][2] == "2"
 
 
-def test_ctrl_c_leaves_no_process_and_nothing_half(plan, fake, out):
+@pytest.mark.parametrize("interrupts", ["interrupts", "interrupted"])
+def test_ctrl_c_leaves_no_process_and_nothing_half(plan, fake, out, interrupts):
     with pytest.raises(KeyboardInterrupt):
-        plan("nano", "interrupts", "large")
-    assert models(fake()) == ["nano", "interrupts"]
+        plan("nano", interrupts, "large")
+    assert models(fake()) == ["nano", interrupts]
     with pytest.raises(ProcessLookupError):
         os.kill(int(fake()[1][1]), 0)
     assert [rate.label for rate in read_rates(out)] == ["nano"]
@@ -238,6 +251,23 @@ def test_a_job_that_fails_has_timed_nothing_and_says_so(plan, fake, slurm, clust
     text = plan("nano", launcher=cluster())
     assert f"cannot time test: job {next(iter(slurm.jobs()))} NODE_FAIL" in text
     assert "10 timed steps" not in text
+
+
+def test_ctrl_c_during_sbatch_cancels_the_job_that_it_made(
+    plan, fake, slurm, cluster, out, monkeypatch
+):
+    real = on_slurm.submit
+
+    def interrupted(one, *words, **options):
+        real(one, *words, **options)
+        one.job_id, one.state = None, "submitting"
+        os.kill(os.getpid(), signal.SIGINT)
+        raise SlurmError("sbatch: exit code -2")
+
+    monkeypatch.setattr(on_slurm, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan("nano", launcher=cluster())
+    assert [job["state"] for job in slurm.jobs().values()] == ["CANCELLED"]
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
