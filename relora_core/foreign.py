@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from relora_core import gpu, native
 from relora_core.config import ConfigError, EvaluatedConfig, ModelConfig
-from relora_core.data.places import commit_of, first_line, missing
+from relora_core.data.places import commit_of, first_line, path_error
 from relora_core.data.tokenizer import EOS_NAMES, HFTokenizer
 from relora_core.dynamics import Recorder
 from relora_core.evals import prepare, tree
@@ -264,7 +264,7 @@ def _place(source: str, *, revision: str | None) -> dict[str, Any]:
             raise ConfigError(f"MODEL must be {EXPECTED}, got {source!r} without a config.json")
         return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
     if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise missing("MODEL", source=source, expected=EXPECTED)
+        raise path_error("MODEL", source=source, expected=EXPECTED)
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": source,
         "revision": revision or "main",
@@ -276,7 +276,7 @@ def _place(source: str, *, revision: str | None) -> dict[str, Any]:
 
         kept = try_to_load_from_cache(source, "config.json", revision=revision)
         if not isinstance(kept, str):
-            raise missing("MODEL", source=source, expected=EXPECTED, why=str(error)) from None
+            raise path_error("MODEL", source=source, expected=EXPECTED, why=str(error)) from None
         place["local_files_only"] = True
     return place
 

@@ -4,8 +4,8 @@
                                     tokenizer.json  of the data, with the tokenizer_config.json
     RUN_DIR/changes.json            what the user accepted although it has changed
 
-Files are read again only if size, time or inode (`places.looks`) have changed. Not for: computing
-fingerprints (`relora_core/data`, `relora_core/evals`).
+Files are read again only if size, time or inode (`places.read_stamps`) have changed. Not for:
+computing fingerprints (`relora_core/data`, `relora_core/evals`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from relora_core import atomic, shared
 from relora_core import data as data_package
 from relora_core.config import EVALS, ConfigError, DataConfig, RunConfig
 from relora_core.data import HFTokenizer
-from relora_core.data.places import Look, looks
+from relora_core.data.places import Stamp, read_stamps
 from relora_core.data.tokenizer import files as tokenizer_files
 
 SETTLED_NS = 2_000_000_000
@@ -238,7 +238,7 @@ def _data(config: RunConfig, *, output_dir: Path, copy: Path | None) -> list[Cha
         what = "the grammar of this version of the code is another"
         return [] if now == planned else [Change(key="data", planned=planned, now=now, what=what)]
     files = data_package.local_files(data)
-    seen = looks(file.absolute() for file in files)
+    seen = read_stamps(file.absolute() for file in files)
     if files and (copy or not data.tokenizer) and _looks_same(stored, seen):
         return []
     now = data_package.fingerprint(data, tokenizer=str(copy) if copy else None)
@@ -270,7 +270,7 @@ def _eval(config: RunConfig, name: str, *, output_dir: Path) -> list[Change]:
     planned = section.fingerprint
     if not planned or section.path is None:
         return []
-    seen = looks(file.absolute() for file in evals.local_files(config)[name])
+    seen = read_stamps(file.absolute() for file in evals.local_files(config)[name])
     stored = _read(output_dir, planned)
     if _looks_same(stored, seen):
         return []
@@ -336,7 +336,7 @@ def _write(
     output_dir: Path,
     fingerprint: str,
     *,
-    seen: Sequence[Look],
+    seen: Sequence[Stamp],
     sample: str | None = None,
     tokenizer: dict[str, str] | None = None,
 ) -> None:
@@ -350,14 +350,14 @@ def _write(
             torn.unlink(missing_ok=True)
 
 
-def _looks_same(stored: dict[str, Any] | None, seen: Sequence[Look]) -> bool:
+def _looks_same(stored: dict[str, Any] | None, seen: Sequence[Stamp]) -> bool:
     if stored is None or [list(look) for look in seen] != stored["looks"]:
         return False
     newest = max((max(look[2], look[3]) for look in seen), default=0)
     return newest < stored["read"] - SETTLED_NS
 
 
-def _difference(stored: dict[str, Any] | None, seen: Sequence[Look]) -> str:
+def _difference(stored: dict[str, Any] | None, seen: Sequence[Stamp]) -> str:
     """The files that look different; empty if none was recorded, or if all have moved."""
     before = {look[0]: look for look in (stored or {}).get("looks", [])}
     after = {look[0]: list(look) for look in seen}

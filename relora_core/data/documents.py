@@ -63,7 +63,7 @@ UNREADABLE = (
 )
 
 
-class Found(NamedTuple):
+class DataFiles(NamedTuple):
     """The files of a path, and one line for each kind that was left out or comes twice."""
 
     files: list[tuple[str, Path]]
@@ -76,57 +76,61 @@ def find_files(path: str) -> list[tuple[str, Path]]:
     return find(path).files
 
 
-def find(path: str) -> Found:
+def find(path: str) -> DataFiles:
     """`find_files` with notes on them. Raises ConfigError."""
     place = Path(path).expanduser()
     if place.is_file():
-        if not _ends(place.name, itertools.chain(*ENDINGS)):
+        if not _has_ending(place.name, itertools.chain(*ENDINGS)):
             raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}")
-        return Found([(place.name, place)], [])
+        return DataFiles([(place.name, place)], [])
     if place.is_dir():
-        there, notes = places.walk(place)
+        candidates, notes = places.walk(place)
     elif glob.has_magic(path):
-        there, notes = _matching(place)
+        candidates, notes = _match_glob(place)
     else:
-        raise places.missing("data.path", source=path, expected=_EXPECTED)
+        raise places.path_error("data.path", source=path, expected=_EXPECTED)
     named = not place.is_dir() and place.suffix.lower() == ".json"
     for endings in ENDINGS if named else ENDINGS[:-1]:
-        if files := [(name, file) for name, file in there if _ends(name, endings)]:
+        if files := [(name, file) for name, file in candidates if _has_ending(name, endings)]:
             break
     else:
-        endings = sorted({"".join(file.suffixes[-2:]) or file.name for _, file in there})
+        endings = sorted({"".join(file.suffixes[-2:]) or file.name for _, file in candidates})
         has = f"only {', '.join(endings[:5])}" if endings else "no file"
         has += ". Ids in train.bin are data=pretokenized" if ".bin" in endings else ""
         raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}: it holds {has}")
     try:
-        files, doubled = without_doubles(files)
+        files, doubles = drop_doubles(files)
     except DataError as error:
         raise ConfigError(f"data.path: {error}") from None
-    own = {name for name, _ in files}
+    chosen = {name for name, _ in files}
     data = (*itertools.chain(*ENDINGS), *OTHERS)
-    left = [n for n, _ in there if n not in own and n not in doubled and _ends(n, data)]
-    if left:
-        notes.append(f"not read beside {_kinds(own)}: {places.some(left)} (a glob can name them)")
-    if doubled:
+    unread = [
+        n for n, _ in candidates if n not in chosen and n not in doubles and _has_ending(n, data)
+    ]
+    if unread:
         notes.append(
-            f"left out, as the same text lies unpacked or packed beside: {places.some(doubled)}"
+            f"not read beside {_kinds(chosen)}: {places.shorten(unread)} (a glob can name them)"
+        )
+    if doubles:
+        notes.append(
+            f"left out, as the same text lies unpacked or packed beside: {places.shorten(doubles)}"
         )
     _check_splits(files, path=path)
-    return Found(files, [*notes, *_remarks(files)])
+    return DataFiles(files, [*notes, *_remarks(files)])
 
 
-def _ends(name: str, endings: Iterable[str]) -> bool:
+def _has_ending(name: str, endings: Iterable[str]) -> bool:
     return name.lower().endswith(tuple(endings))
 
 
-def _unescaped(part: str) -> str:
+def _unescape(part: str) -> str:
     """Inverse of glob.escape."""
     return re.sub(r"\[([*?[])\]", r"\1", part)
 
 
-def _literal(part: str) -> bool:
+def _is_literal(part: str) -> bool:
     """Whether this part of a glob stands for one name."""
-    return glob.escape(_unescaped(part)) == part
+    return glob.escape(_unescape(part)) == part
 
 
 def _kinds(names: Iterable[str]) -> str:
@@ -135,22 +139,22 @@ def _kinds(names: Iterable[str]) -> str:
 
 def _kind(name: str) -> str:
     """`.txt` of `a.TXT.gz`."""
-    return next(k for k in KINDS if _ends(name, (k + packing for packing in PACKINGS)))
+    return next(k for k in KINDS if _has_ending(name, (k + packing for packing in PACKINGS)))
 
 
-def _matching(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+def _match_glob(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     """(name, file) of what a glob matches, and notes on what was skipped. A file is taken once.
 
     glob itself would follow circles of links without an end at `**`.
     """
     parts, notes = pattern.parts, []
-    root = Path(*map(_unescaped, itertools.takewhile(_literal, parts[:-1])))
-    deep = parts.index("**") if "**" in parts else len(parts)
-    paths = [Path(p) for p in sorted(glob.glob(str(Path(*parts[:deep]))))]
-    if deep < len(parts):
-        walked = [places.walk(folder) for folder in paths if folder.is_dir()]
-        notes = list(dict.fromkeys(note for _, passed in walked for note in passed))
-        paths = [f for files, _ in walked for n, f in files if _match(n.split("/"), parts[deep:])]
+    root = Path(*map(_unescape, itertools.takewhile(_is_literal, parts[:-1])))
+    depth = parts.index("**") if "**" in parts else len(parts)
+    paths = [Path(p) for p in sorted(glob.glob(str(Path(*parts[:depth]))))]
+    if depth < len(parts):
+        walks = [places.walk(folder) for folder in paths if folder.is_dir()]
+        notes = list(dict.fromkeys(note for _, skips in walks for note in skips))
+        paths = [f for files, _ in walks for n, f in files if _matches(n.split("/"), parts[depth:])]
     ways: dict[Path, Path] = {}
     for file in filter(Path.is_file, paths):
         place = file.parent.resolve() / file.name
@@ -159,20 +163,20 @@ def _matching(pattern: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     unique = set(ways.values())
     doubles = [f.relative_to(root).as_posix() for f in paths if f.is_file() and f not in unique]
     if doubles:
-        notes.append(f"reached by a second way, read once: {places.some(doubles)}")
+        notes.append(f"reached by a second way, read once: {places.shorten(doubles)}")
     return sorted((file.relative_to(root).as_posix(), file) for file in unique), notes
 
 
-def _match(names: list[str], pattern: tuple[str, ...]) -> bool:
+def _matches(names: list[str], pattern: tuple[str, ...]) -> bool:
     """`**` matches any number of folders; at the end, everything below."""
     if not pattern or not names:
         return not pattern and not names
     if pattern[0] == "**":
-        return len(pattern) == 1 or any(_match(names[k:], pattern[1:]) for k in range(len(names)))
-    return fnmatch.fnmatchcase(names[0], pattern[0]) and _match(names[1:], pattern[1:])
+        return len(pattern) == 1 or any(_matches(names[k:], pattern[1:]) for k in range(len(names)))
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
-def without_doubles(
+def drop_doubles(
     files: list[tuple[str, Path]],
 ) -> tuple[list[tuple[str, Path]], list[str]]:
     """(files without those that repeat another's text in other packing, names of the repeats)."""
@@ -180,20 +184,20 @@ def without_doubles(
     for name, file in files:
         stem = re.sub(r"\.(gz|xz|zst)$", "", name, flags=re.IGNORECASE)
         packed.setdefault(stem, []).append((name, file))
-    doubled = []
+    doubles = []
     for group in packed.values():
         contents = set()
         for name, file in group if len(group) > 1 else []:  # the unpacked one sorts first
-            with _naming(file):
-                content = _unpacked_content(places.looks([file])[0])
-            doubled += [name] if content in contents else []
+            with _name_errors(file):
+                content = _hash_unpacked(places.read_stamps([file])[0])
+            doubles += [name] if content in contents else []
             contents.add(content)
-    return [(name, file) for name, file in files if name not in doubled], doubled
+    return [(name, file) for name, file in files if name not in doubles], doubles
 
 
 @functools.lru_cache(maxsize=1024)
-def _unpacked_content(look: places.Look) -> bytes:
-    with unpacked(Path(look[0])) as stream:
+def _hash_unpacked(stamp: places.Stamp) -> bytes:
+    with open_unpacked(Path(stamp[0])) as stream:
         return hashlib.file_digest(stream, "sha256").digest()  # type: ignore[arg-type]
 
 
@@ -201,15 +205,17 @@ def _remarks(files: list[tuple[str, Path]]) -> list[str]:
     """Notes on files that are read, but perhaps by mistake."""
     remarks, by_place = [], {}
     stems = Counter(re.sub(r"\.(gz|xz|zst)$", "", n, flags=re.IGNORECASE) for n, _ in files)
-    if twice := [stem for stem, count in stems.items() if count > 1]:
+    if pairs := [stem for stem, count in stems.items() if count > 1]:
         remarks.append(
-            f"packed and unpacked files of one name that differ, both read: {places.some(twice)}"
+            f"packed and unpacked files of one name that differ, both read: {places.shorten(pairs)}"
         )
     for name, file in files:
         at = file.stat()
         by_place.setdefault((at.st_dev, at.st_ino), []).append(name)
-    if same := [" = ".join(names) for names in by_place.values() if len(names) > 1]:
-        remarks.append(f"names of one and the same file, read once for each: {places.some(same)}")
+    if aliases := [" = ".join(names) for names in by_place.values() if len(names) > 1]:
+        remarks.append(
+            f"names of one and the same file, read once for each: {places.shorten(aliases)}"
+        )
     splits = {word for name, _ in files for word in re.split("[^a-z]+", name.lower())}
     if "train" in splits and len(splits := sorted(splits & {*places.SPLITS})) > 1:
         remarks.append(
@@ -240,27 +246,27 @@ def fingerprint(files: list[tuple[str, Path]], *, text_field: str, tokenizer_dig
     """
     digest = hashlib.sha256(f"text 1 {tokenizer_digest} {text_field}".encode())
     for name, file in files:
-        with _naming(file):
-            look = places.looks([file])[0]
-            digest.update(f"\n{name}\0{look[1]}\0".encode() + _content(look))
+        with _name_errors(file):
+            stamp = places.read_stamps([file])[0]
+            digest.update(f"\n{name}\0{stamp[1]}\0".encode() + _hash_content(stamp))
             if _kind(name) == ".txt":
-                digest.update(_reading(look))
+                digest.update(_find_marks(stamp))
     return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)
-def _content(look: places.Look) -> bytes:
+def _hash_content(stamp: places.Stamp) -> bytes:
     """Kept while the file looks the same: a plan and its launch ask for it in turn."""
-    with open(look[0], "rb") as stream:
+    with open(stamp[0], "rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
 @functools.lru_cache(maxsize=4096)
-def _reading(look: places.Look) -> bytes:
+def _find_marks(stamp: places.Stamp) -> bytes:
     """What is special about reading a txt file; empty for most."""
     mark, separator = codecs.BOM_UTF8, SEPARATOR.encode()
     special, tail, start = b"", b"", True
-    with unpacked(Path(look[0])) as stream:
+    with open_unpacked(Path(stamp[0])) as stream:
         while block := stream.read(LONG):
             special += b"\0mark" if start and block.startswith(mark) else b""
             if separator in tail + block:
@@ -270,7 +276,7 @@ def _reading(look: places.Look) -> bytes:
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
+def _name_errors(file: Path) -> Iterator[None]:
     """Turn any error while reading `file` into one line that names it."""
     try:
         yield
@@ -290,16 +296,16 @@ def read(file: Path, *, text_field: str, skipped: Counter[str] | None = None) ->
     skipped = Counter() if skipped is None else skipped
     count, nulls = 0, skipped["null"]
     kind = _kind(file.name)
-    with _naming(file), contextlib.ExitStack() as stack:
+    with _name_errors(file), contextlib.ExitStack() as stack:
         if kind == ".parquet":
-            texts = _whole(_rows(file, text_field=text_field, skipped=skipped))
+            texts = _slice(_rows(file, text_field=text_field, skipped=skipped))
         else:
-            stream = stack.enter_context(unpacked(file))
+            stream = stack.enter_context(open_unpacked(file))
             _check_encoding(stream, file=file)
             if kind == ".txt":
-                texts = _parts(_separated(stream, file=file))
+                texts = _group_pieces(_split(stream, file=file))
             else:
-                texts = _whole(_records(stream, file=file, text_field=text_field, skipped=skipped))
+                texts = _slice(_records(stream, file=file, text_field=text_field, skipped=skipped))
         for count, text in enumerate(texts, 1):  # noqa: B007 (read after the loop)
             yield text
     if not count and kind != ".parquet" and skipped["null"] == nulls:
@@ -310,7 +316,7 @@ def pieces(document: Document) -> Iterator[str]:
     return iter([document]) if isinstance(document, str) else document
 
 
-def _whole(texts: Iterable[str]) -> Iterator[Document]:
+def _slice(texts: Iterable[str]) -> Iterator[Document]:
     for text in texts:
         if len(text) <= LONG:
             yield text
@@ -318,26 +324,26 @@ def _whole(texts: Iterable[str]) -> Iterator[Document]:
             yield (text[i : i + LONG] for i in range(0, len(text), LONG))
 
 
-def _parts(flat: Iterator[tuple[str, bool]]) -> Iterator[Document]:
+def _group_pieces(flat: Iterator[tuple[str, bool]]) -> Iterator[Document]:
     """Documents of (piece, whether it is its document's last)."""
     for text, last in flat:
         if last:
             yield text
             continue
-        rest = _until_last(flat)
+        rest = _take_document(flat)
         yield itertools.chain([text], rest)
         for _ in rest:  # what was not taken
             pass
 
 
-def _until_last(flat: Iterator[tuple[str, bool]]) -> Iterator[str]:
+def _take_document(flat: Iterator[tuple[str, bool]]) -> Iterator[str]:
     for text, last in flat:
         yield text
         if last:
             return
 
 
-def unpacked(file: Path) -> BinaryIO:
+def open_unpacked(file: Path) -> BinaryIO:
     """The file's content. Reading raises one of UNREADABLE where it is damaged."""
     packing = file.suffix.lower()
     if packing == ".gz":
@@ -396,13 +402,13 @@ def _check_encoding(stream: BinaryIO, *, file: Path) -> None:
 
 
 # txt --------------------------------------------------------------------------------------------
-def _separated(stream: BinaryIO, *, file: Path) -> Iterator[tuple[str, bool]]:
+def _split(stream: BinaryIO, *, file: Path) -> Iterator[tuple[str, bool]]:
     """(piece, whether it is the last of its document). Line breaks beside a separator are its own.
 
     A file without separators is one document, unchanged.
     """
     text, begun, several = "", False, False  # begun: a piece of this document is out
-    for block in _decoded(stream, file=file):
+    for block in _decode(stream, file=file):
         text += block
         *ended, text = text.split(SEPARATOR)
         for part in ended:
@@ -434,7 +440,7 @@ def _cut(text: str) -> int:
     return last
 
 
-def _decoded(stream: BinaryIO, *, file: Path) -> Iterator[str]:
+def _decode(stream: BinaryIO, *, file: Path) -> Iterator[str]:
     """Text of a file without its byte order mark, some at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line, start, ended = 1, True, False

@@ -421,9 +421,9 @@ def _rules(register: str) -> dict[str, list[Rule]]:
     prior = PRIOR | {"past": PAST[register], "pres": 1 - PAST[register]}
     for left, rule in itertools.chain(_phrase_rules(prior), _body_rules(register)):
         rules[left].append(rule)
-    early: dict[str, int] = {word: i for i, word in enumerate(FAVOURITES[register].split())}
+    ranks: dict[str, int] = {word: i for i, word in enumerate(FAVOURITES[register].split())}
     for left, words in _lexical_rules():
-        by_rank = sorted(words, key=lambda entry: early.get(entry[0], len(early)))  # stable
+        by_rank = sorted(words, key=lambda entry: ranks.get(entry[0], len(ranks)))  # stable
         for rank, (_, word) in enumerate(by_rank, start=1):
             rules[left].append((rank ** -ZIPF[register], (word,)))
     for left, alternatives in rules.items():
@@ -442,7 +442,7 @@ _WORDS = _vocabulary()
 _IDS = {word: i for i, word in enumerate(_WORDS)}
 VOCAB_SIZE = len(_WORDS)
 EOS_ID = _IDS[EOS]
-_SPOKEN = {word: i for word, i in _IDS.items() if word != EOS}
+_WORD_IDS = {word: i for word, i in _IDS.items() if word != EOS}
 _CAPITAL = {"i", *" ".join(NAMES.values()).split()}
 
 
@@ -484,17 +484,17 @@ class Grammar:
         T the part of M that concerns words.
         """
         size = len(self.rules)
-        produced = np.zeros((size, VOCAB_SIZE + size))
+        production = np.zeros((size, VOCAB_SIZE + size))
         local = np.zeros(size)
         for i, alternatives in enumerate(self.rules.values()):
             for p, right in alternatives:
                 local[i] -= p * np.log(p)
                 for symbol in right:
-                    produced[i, self.symbols[symbol]] += p
+                    production[i, self.symbols[symbol]] += p
         start = np.zeros(size)
         start[self.symbols["Document"] - VOCAB_SIZE] = 1.0
-        visits = np.linalg.solve(np.eye(size) - produced[:, VOCAB_SIZE:].T, start)
-        return float(visits @ local), visits @ produced[:, :VOCAB_SIZE]
+        visits = np.linalg.solve(np.eye(size) - production[:, VOCAB_SIZE:].T, start)
+        return float(visits @ local), visits @ production[:, :VOCAB_SIZE]
 
 
 @cache
@@ -599,7 +599,7 @@ class GrammarTokenizer:
     def encode(self, text: str) -> list[int]:
         """Raises DataError at a word that the grammar does not have."""
         try:
-            return [_SPOKEN[word] for word in re.findall(r"[.,:?]|[^\s.,:?]+", text.lower())]
+            return [_WORD_IDS[word] for word in re.findall(r"[.,:?]|[^\s.,:?]+", text.lower())]
         except KeyError as error:
             word = error.args[0]
             raise DataError(
@@ -651,7 +651,7 @@ def minimal_pairs(*, pairs_per_paradigm: int, seed: int = 0) -> list[dict[str, A
             paradigms[uid, method].append(template)
         for i, ((uid, method), templates) in enumerate(paradigms.items()):
             rng = _generator(seed, PAIRS, number, i)
-            for pair_id, (good, bad) in enumerate(_distinct(templates, pairs_per_paradigm, rng)):
+            for pair_id, (good, bad) in enumerate(_draw_pairs(templates, pairs_per_paradigm, rng)):
                 records.append(
                     {
                         "sentence_good": decode(good),
@@ -672,7 +672,7 @@ def minimal_pairs(*, pairs_per_paradigm: int, seed: int = 0) -> list[dict[str, A
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _distinct(templates: list[str], count: int, rng: np.random.Generator) -> Iterator[Pair]:
+def _draw_pairs(templates: list[str], count: int, rng: np.random.Generator) -> Iterator[Pair]:
     """`count` pairs, new ones as long as a hundred draws in a row bring one."""
     seen: set[Pair] = set()
     for _ in range(count):
@@ -699,8 +699,8 @@ def _draw_pair(templates: list[str], rng: np.random.Generator) -> Pair:
     sides: tuple[list[int], list[int]] = ([], [])
     for position, item in enumerate(template.split()):
         good, _, bad = item.partition("/")
-        for side, labelled in zip(sides, (good, bad or good), strict=True):
-            symbol, _, label = labelled.partition("#")
+        for side, term in zip(sides, (good, bad or good), strict=True):
+            symbol, _, label = term.partition("#")
             uniforms = draws.setdefault(label or f"at {position}", rng.random(64).tolist())
             if symbol != "-":
                 side += grammar(register).expand(_bind(symbol, values), iter(uniforms).__next__)

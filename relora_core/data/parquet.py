@@ -52,7 +52,7 @@ def find_files(data: DataConfig) -> list[Path] | None:
             break
     else:
         ids = path / f"{data.split}.bin"
-        return [ids] if ids.is_file() else _below(path, data=data)
+        return [ids] if ids.is_file() else _find_below(path, data=data)
     chosen = [n for n in names if n == f"{data.split}.parquet" or n.startswith(f"{data.split}-")]
     splits = sorted({s for n in names if (s := places.split_of(n))})
     if not splits:  # files that name no split are all of the one there is
@@ -65,17 +65,17 @@ def find_files(data: DataConfig) -> list[Path] | None:
     return [folder / n for n in chosen]
 
 
-def _below(path: Path, *, data: DataConfig) -> list[Path]:
+def _find_below(path: Path, *, data: DataConfig) -> list[Path]:
     """Files in the hub's other layouts: `default/train/0000.parquet`, `split=train/0.parquet`."""
-    there = [(name, file) for name, file in places.walk(path)[0] if name.endswith(".parquet")]
-    if not there and (ids := sorted(file.stem for file in path.glob("*.bin"))):
+    candidates = [(name, file) for name, file in places.walk(path)[0] if name.endswith(".parquet")]
+    if not candidates and (ids := sorted(file.stem for file in path.glob("*.bin"))):
         raise ConfigError(
             f"data.split must be one of {', '.join(ids)} (*.bin in {path}), got {data.split!r}."
             f"{nearest(data.split, ids)}"
         )
-    if not there:
+    if not candidates:
         raise ConfigError(f"data.path must be {EXPECTED}, got {data.path!r}: no *.parquet in it")
-    split_by_name = {name: places.split_of(name) for name, _ in there}
+    split_by_name = {name: places.split_of(name) for name, _ in candidates}
     splits = sorted({split for split in split_by_name.values() if split}) or ["train"]
     if data.split not in splits:
         raise ConfigError(
@@ -91,24 +91,26 @@ def _below(path: Path, *, data: DataConfig) -> list[Path]:
     if len(configs) > 1:
         raise ConfigError(
             f"data.path must name one configuration of {data.path!r}, which holds "
-            f"{places.some(configs)}; for example {str(path / min(configs))!r}"
+            f"{places.shorten(configs)}; for example {str(path / min(configs))!r}"
         )
-    return [file for name, file in there if name in chosen]
+    return [file for name, file in candidates if name in chosen]
 
 
-def left_out(data: DataConfig, files: list[Path]) -> list[str]:
+def note_unread(data: DataConfig, files: list[Path]) -> list[str]:
     """One line on the files of this split, or of no named split, that are not read."""
     path = Path(str(data.path)).expanduser()
     if not path.is_dir():
         return []
-    there, passed = places.walk(path)
-    other = [
+    candidates, skips = places.walk(path)
+    unread = [
         name
-        for name, file in there
+        for name, file in candidates
         if name.endswith(".parquet") and file not in files
         if places.split_of(name) in (None, data.split)
     ]
-    return passed + ([f"parquet files that are not read: {places.some(other)}"] if other else [])
+    if unread:
+        skips.append(f"parquet files that are not read: {places.shorten(unread)}")
+    return skips
 
 
 # rows -------------------------------------------------------------------------------------------
@@ -316,14 +318,14 @@ def fingerprint(files: list[Path], *, tokenizer_digest: str | None) -> str:
 
     Kept while the files look the same: a plan and its launch ask for it in turn.
     """
-    return _fingerprint(places.looks(files), tokenizer_digest, contents=_read_whole(files))
+    return _fingerprint(places.read_stamps(files), tokenizer_digest, contents=_hashes_whole(files))
 
 
 @functools.lru_cache(maxsize=64)
 def _fingerprint(
-    looks: tuple[places.Look, ...], tokenizer_digest: str | None, *, contents: bool
+    stamps: tuple[places.Stamp, ...], tokenizer_digest: str | None, *, contents: bool
 ) -> str:
-    files = [Path(look[0]) for look in looks]
+    files = [Path(stamp[0]) for stamp in stamps]
     digest = hashlib.sha256(f"pretokenized 1 {tokenizer_digest}".encode())
     for file in files:
         size = file.stat().st_size
@@ -342,7 +344,7 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _read_whole(files: list[Path]) -> bool:
+def _hashes_whole(files: list[Path]) -> bool:
     return sum(f.stat().st_size for f in files) <= HASHED_WHOLE
 
 
@@ -353,7 +355,7 @@ def sample(files: list[Path]) -> str | None:
     most SAMPLED_BLOCKS are read, so a change of a few rows between them escapes; that of a file or
     a row group as a whole does not.
     """
-    if _read_whole(files):
+    if _hashes_whole(files):
         return None
     digest = hashlib.sha256(b"blocks 1")
     step = max(SAMPLED_BYTES, sum(f.stat().st_size for f in files) // SAMPLED_BLOCKS)

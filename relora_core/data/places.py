@@ -37,10 +37,10 @@ def nearest_sibling(path: Path) -> str:
     return f" Did you mean '{missing.parent / close[0]}'?" if close else ""
 
 
-def some(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
     """The first three of the names, and how many more there are."""
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
@@ -51,7 +51,7 @@ def walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     if that is below `root`; so is a circle of links. Names that begin with a dot are hidden.
     """
     files: list[tuple[str, Path]] = []
-    passed: dict[str, list[str]] = {}
+    skips: dict[str, list[str]] = {}
     above = {_identity(parent) for parent in root.resolve().parents}
     visited: set[tuple[int, int]] = set()
     folders, links = [(root, "")], []
@@ -60,25 +60,25 @@ def walk(root: Path) -> tuple[list[tuple[str, Path]], list[str]]:
         try:
             if (own := _identity(folder)) in visited | above:
                 why = "links to folders that are read already, or that hold this one, not followed"
-                passed.setdefault(why, []).append(prefix.rstrip("/"))
+                skips.setdefault(why, []).append(prefix.rstrip("/"))
                 continue
             visited.add(own)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            passed.setdefault(f"not readable ({error.strerror})", []).append(prefix.rstrip("/"))
+            skips.setdefault(f"not readable ({error.strerror})", []).append(prefix.rstrip("/"))
             continue
         for entry in entries:
             name = prefix + entry.name
             if entry.name.startswith("."):
                 if entry.is_file():
-                    passed.setdefault("hidden files, not read", []).append(name)
+                    skips.setdefault("hidden files, not read", []).append(name)
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append((Path(entry.path), f"{name}/"))
             elif entry.is_file():
                 files.append((name, Path(entry.path)))
             elif entry.is_symlink():
-                passed.setdefault("links that lead nowhere", []).append(name)
-    return sorted(files), [f"{why}: {some(names)}" for why, names in passed.items()]
+                skips.setdefault("links that lead nowhere", []).append(name)
+    return sorted(files), [f"{why}: {shorten(names)}" for why, names in skips.items()]
 
 
 def split_of(name: str) -> str | None:
@@ -144,11 +144,11 @@ def commit_of(name: str, revision: str | None, *, repo_type: str) -> str:
     return info.sha
 
 
-Look = tuple[str, int, int, int, int]
+Stamp = tuple[str, int, int, int, int]
 """Path, size, times of the newest change of content and of the file itself (ns), inode."""
 
 
-def looks(files: Iterable[Path]) -> tuple[Look, ...]:
+def read_stamps(files: Iterable[Path]) -> tuple[Stamp, ...]:
     """Size, times and inode of files: while these stay, contents count as unchanged.
 
     What escapes is a change that keeps size, inode and both times. No command sets the second time
@@ -161,7 +161,7 @@ def looks(files: Iterable[Path]) -> tuple[Look, ...]:
     )
 
 
-def missing(key: str, *, source: str, expected: str, why: str = "") -> ConfigError:
+def path_error(key: str, *, source: str, expected: str, why: str = "") -> ConfigError:
     """The one line for a path that is not there."""
     reason = f"no such local path, and {why}" if why else "no such path"
     sibling = nearest_sibling(Path(source).expanduser())

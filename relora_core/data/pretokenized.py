@@ -50,7 +50,7 @@ def inspect(
         rows=rows * parquet.windows_per_row(stored, seq_len=data.seq_len),
         notes=[
             *parquet.length_notes(stored, seq_len=data.seq_len),
-            *parquet.left_out(data, files),
+            *parquet.note_unread(data, files),
         ],
     )
     if full:
@@ -64,7 +64,7 @@ def check_place(data: DataConfig) -> None:
     source = str(data.path)
     if parquet.find_files(data) is None and places.hub_name(source) is None:
         why = "it is no hub name (owner/name) either"
-        raise places.missing("data.path", source=source, expected=parquet.EXPECTED, why=why)
+        raise places.path_error("data.path", source=source, expected=parquet.EXPECTED, why=why)
 
 
 # hub --------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def _hub_commit(data: DataConfig) -> str:
     try:
         return places.hub_commit(source, repo_type="dataset")
     except LookupError as error:
-        raise places.missing(
+        raise places.path_error(
             "data.path", source=source, expected=parquet.EXPECTED, why=str(error)
         ) from None
 
@@ -188,7 +188,7 @@ class _LocalReader:
 
     def seek(self, position: dict[str, Any]) -> None:
         self._row = int(position["row"])
-        self._tables = self._from(self._row)
+        self._tables = self._read_from(self._row)
 
     def position(self) -> dict[str, Any]:
         return {"row": self._row}
@@ -203,7 +203,7 @@ class _LocalReader:
         i = bisect.bisect_right(self._ends, row)
         return f"{self._files[i]}: row {row - (self._ends[i - 1] if i else 0)}"
 
-    def _from(self, row: int) -> Iterator[pa.Table]:
+    def _read_from(self, row: int) -> Iterator[pa.Table]:
         """Chunks from stored row `row` on; a chunk ends with its row group."""
         first = bisect.bisect_right(self._ends, row)
         skip = row - (self._ends[first - 1] if first else 0)
@@ -233,7 +233,7 @@ class _HubReader:
         self._rows, self._name = rows, name
         self._tables: list[Iterator[pa.Table]] = []  # the current one
         self.seek(copy.deepcopy(rows.state_dict()))
-        weakref.finalize(self, _end, self._tables)
+        weakref.finalize(self, _stop_reading, self._tables)
 
     def seek(self, position: dict[str, Any]) -> None:
         self._rows.load_state_dict(copy.deepcopy(position))
@@ -252,7 +252,7 @@ class _HubReader:
         return f"{self._name}: row {row}, counted over all passes,"
 
 
-def _end(tables: list[Iterator[pa.Table]]) -> None:
+def _stop_reading(tables: list[Iterator[pa.Table]]) -> None:
     """Stop reading ahead: threads that still read when Python exits would abort the process."""
     tables.clear()
     time.sleep(0.5)  # there is nothing to wait on

@@ -94,7 +94,7 @@ def _check_documents(
         nulls = f": {skipped['null']} null texts under {data.text_field!r} (data.text_field)"
         raise ConfigError(f"data.path holds no document{nulls if skipped['null'] else ''}")
     if characters <= COUNTED_CHARACTERS:
-        tokens = sum(len(ids) + 1 for ids in _encode(texts, tokenizer=tokenizer))
+        tokens = sum(len(ids) + 1 for ids in _encode_batch(texts, tokenizer=tokenizer))
         check_length(tokens, seq_len=data.seq_len)
     return _null_notes(skipped["null"]), tokens
 
@@ -141,9 +141,9 @@ class Tokens:
             self.ids = np.memmap(folder / "ids.bin", dtype=self.meta.dtype, mode="r")
             self.starts: np.ndarray = np.load(folder / "documents.npy", mmap_mode="r")
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise DataError(_damaged(folder, places.first_line(error))) from None
+            raise DataError(_damage(folder, places.first_line(error))) from None
         if len(self.ids) != self.meta.tokens or len(self.starts) != self.meta.documents + 1:
-            raise DataError(_damaged(folder, f"{len(self.ids)} of {self.meta.tokens} tokens"))
+            raise DataError(_damage(folder, f"{len(self.ids)} of {self.meta.tokens} tokens"))
         _check_digests(folder)
 
     def rows(self, seq_len: int) -> int:
@@ -152,13 +152,13 @@ class Tokens:
         return (self.meta.tokens - 1) // seq_len
 
 
-def _damaged(folder: Path, what: str) -> str:
+def _damage(folder: Path, what: str) -> str:
     return f"the token cache {folder} is damaged ({what}); delete it, and it is made again"
 
 
 def _write_digests(folder: Path, digests: dict[str, str]) -> None:
-    looks = {name: list(places.looks([folder / name])[0][1:]) for name in digests}
-    atomic.write_json(folder / "digests.json", {"sha256": digests, "looks": looks})
+    stamps = {name: list(places.read_stamps([folder / name])[0][1:]) for name in digests}
+    atomic.write_json(folder / "digests.json", {"sha256": digests, "looks": stamps})
 
 
 def _check_digests(folder: Path) -> None:
@@ -168,17 +168,17 @@ def _check_digests(folder: Path) -> None:
     """
     try:
         stored = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-        digests, looks = stored["sha256"], stored["looks"]
-        if all(looks.get(n) == list(places.looks([folder / n])[0][1:]) for n in digests):
+        digests, stamps = stored["sha256"], stored["looks"]
+        if all(stamps.get(n) == list(places.read_stamps([folder / n])[0][1:]) for n in digests):
             return
         for name, digest in digests.items():
             with open(folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise DataError(_damaged(folder, f"{name} has other content than was written"))
+                    raise DataError(_damage(folder, f"{name} has other content than was written"))
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(_damaged(folder, f"digests.json: {places.first_line(error)}")) from None
+        raise DataError(_damage(folder, f"digests.json: {places.first_line(error)}")) from None
     with contextlib.suppress(OSError):  # a copy, or touched; somebody else's may be read-only
         _write_digests(folder, digests)
 
@@ -198,12 +198,12 @@ def build(
     """
     try:
         shared.make_folder(folder.parent)
-        with _turn(folder) as alone:
+        with _lock(folder) as has_lock:
             if folder.exists():
                 return
-            if alone:  # left by a killed process; without the lock a running one may own it
-                for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-                    shutil.rmtree(left, ignore_errors=True)
+            if has_lock:  # left by a killed process; without the lock a running one may own it
+                for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)
             temporary = Path(
                 tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp")
             )
@@ -223,7 +223,7 @@ def build(
 
 
 @contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[bool]:
+def _lock(folder: Path) -> Iterator[bool]:
     """Wait until no other process builds `folder`; False where the file system has no locks."""
     with shared.open_file(folder.with_name(f"{folder.name}.lock"), "w") as file:
         try:
@@ -257,7 +257,7 @@ def _all_documents(
     """(name of its file, document)."""
     reported_at, characters = time.monotonic(), 0
 
-    def counted(piece: str, name: str, i: int) -> str:
+    def count(piece: str, name: str, i: int) -> str:
         nonlocal reported_at, characters
         characters += len(piece)
         if progress is not None and time.monotonic() - reported_at > 2:
@@ -268,9 +268,9 @@ def _all_documents(
     for i, (name, file) in enumerate(files, 1):
         for document in documents.read(file, text_field=text_field, skipped=skipped):
             if isinstance(document, str):
-                yield name, counted(document, name, i)
+                yield name, count(document, name, i)
             else:
-                yield name, (counted(piece, name, i) for piece in document)
+                yield name, (count(piece, name, i) for piece in document)
 
 
 def _batches(
@@ -291,32 +291,32 @@ def _batches(
         yield batch
 
 
-def _encoded(
+def _encode_all(
     texts: Iterable[tuple[str, documents.Document]], *, tokenizer: HFTokenizer
 ) -> Iterator[tuple[list[int], bool]]:
     """(ids, whether they end a document), in order. Raises DataError that names the file."""
     for batch in _batches(texts):
         if isinstance(batch, list):
-            yield from ((ids, True) for ids in _encode(batch, tokenizer=tokenizer))
+            yield from ((ids, True) for ids in _encode_batch(batch, tokenizer=tokenizer))
             continue
         name, pieces = batch
-        with _naming(name):
+        with _name_errors(name):
             yield from ((ids, False) for ids in tokenizer.encode_long(pieces))
         yield [], True
 
 
-def _encode(batch: list[tuple[str, str]], *, tokenizer: HFTokenizer) -> list[list[int]]:
+def _encode_batch(batch: list[tuple[str, str]], *, tokenizer: HFTokenizer) -> list[list[int]]:
     try:
         return tokenizer.encode_batch([text for _, text in batch])
     except DataError:
         for name, text in batch:
-            with _naming(name):
+            with _name_errors(name):
                 tokenizer.encode(text)
         raise
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _name_errors(name: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
@@ -333,12 +333,12 @@ def _write(
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     starts = array.array("q", [0])  # a list would take four times as much
     largest = tokens = 0
-    written = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(folder / "ids.bin", "wb") as file:
-        for ids, ended in _encoded(texts, tokenizer=tokenizer):
+        for ids, ended in _encode_all(texts, tokenizer=tokenizer):
             part = np.array([*ids, tokenizer.eos_id] if ended else ids, dtype=dtype)
             file.write(part.data)
-            written.update(part.data)
+            digest.update(part.data)
             tokens += len(part)
             largest = max(largest, int(part.max(initial=0)))
             if ended:
@@ -358,7 +358,7 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     with open(folder / "documents.npy", "rb") as file:
         digests = {
-            "ids.bin": written.hexdigest(),
+            "ids.bin": digest.hexdigest(),
             "documents.npy": hashlib.file_digest(file, "sha256").hexdigest(),
         }
     _write_digests(folder, digests)
@@ -419,9 +419,9 @@ class TextStream:
         if epoch == self._order_of:
             return
         # RandomState, because numpy has frozen what it draws; the newer generators may change
-        drawn = np.random.RandomState([self._seed, epoch])
-        self._order = drawn.permutation(self._tokens.meta.documents)
-        self._row_order = drawn.permutation(self._rows) if self._shuffle_rows else None
+        generator = np.random.RandomState([self._seed, epoch])
+        self._order = generator.permutation(self._tokens.meta.documents)
+        self._row_order = generator.permutation(self._rows) if self._shuffle_rows else None
         self._ends = np.cumsum(np.diff(self._tokens.starts)[self._order])
         self._order_of = epoch
 
@@ -436,10 +436,10 @@ class TextStream:
         place = int(np.searchsorted(self._ends, position, side="right"))
         while filled < len(out):
             end = int(self._tokens.starts[self._order[place] + 1])
-            left = (
+            remaining = (
                 int(self._ends[place]) - position
             )  # tokens of this document that are still to come
-            take = min(left, len(out) - filled)
-            out[filled : filled + take] = self._tokens.ids[end - left : end - left + take]
+            take = min(remaining, len(out) - filled)
+            out[filled : filled + take] = self._tokens.ids[end - remaining : end - remaining + take]
             filled, position, place = filled + take, position + take, place + 1
         return out

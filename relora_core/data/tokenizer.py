@@ -84,7 +84,7 @@ class HFTokenizer:
         if not vocabulary:
             raise ConfigError(f"data.tokenizer must hold a vocabulary, got {source!r}: it is empty")
         self.digest = hashlib.sha256(raw).hexdigest()
-        self.unknown = _unknown(json.loads(raw), vocabulary)
+        self.unknown = _unknown_policy(json.loads(raw), vocabulary)
         self.vocab_size = max(vocabulary.values()) + 1  # not len(): ids may have holes
         return vocabulary
 
@@ -135,7 +135,7 @@ class HFTokenizer:
             ) from None
 
 
-def _unknown(file: dict[str, Any], vocabulary: dict[str, int]) -> str:
+def _unknown_policy(file: dict[str, Any], vocabulary: dict[str, int]) -> str:
     """What happens to characters outside the vocabulary: see `HFTokenizer.unknown`."""
     from tokenizers import pre_tokenizers
 
@@ -274,7 +274,7 @@ def files(source: str) -> tuple[Path, Path | None]:
         if not file.is_file():
             raise ConfigError(
                 f"data.tokenizer must be {_EXPECTED}, got {source!r}: a folder without one"
-                + _slow(path)
+                + _conversion_hint(path)
             )
     elif path.is_file():
         file = path
@@ -284,7 +284,7 @@ def files(source: str) -> tuple[Path, Path | None]:
     return file, config if config.is_file() else None
 
 
-def _slow(folder: Path) -> str:
+def _conversion_hint(folder: Path) -> str:
     """Words on a tokenizer in another form, where the folder holds one."""
     forms = (
         "tokenizer.model",
@@ -293,11 +293,11 @@ def _slow(folder: Path) -> str:
         "vocab.json",
         "vocab.txt",
     )
-    there = [name for name in forms if (folder / name).is_file()]
-    if not there:
+    names = [name for name in forms if (folder / name).is_file()]
+    if not names:
         return ""
     return (
-        f"; from its {there[0]}, transformers writes it with "
+        f"; from its {names[0]}, transformers writes it with "
         f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
     )
 
@@ -323,7 +323,9 @@ def _hub_files(source: str) -> tuple[Path, Path | None]:
         file = Path(hf_hub_download(name, "tokenizer.json", **options))
     except Exception as error:
         why = str(unreachable or f"the hub's copy has no tokenizer.json ({type(error).__name__})")
-        raise places.missing("data.tokenizer", source=source, expected=_EXPECTED, why=why) from None
+        raise places.path_error(
+            "data.tokenizer", source=source, expected=_EXPECTED, why=why
+        ) from None
     try:
         return file, Path(hf_hub_download(name, "tokenizer_config.json", **options))
     except EntryNotFoundError:

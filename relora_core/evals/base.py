@@ -16,7 +16,7 @@ import numpy as np
 
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
-from relora_core.data.places import missing
+from relora_core.data.places import path_error
 from relora_core.events import Metric
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def existing(path: str, *, key: str) -> Path:
     """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
     there = Path(path).expanduser()
     if not there.exists():
-        raise missing(key, source=path, expected="an existing folder or file")
+        raise path_error(key, source=path, expected="an existing folder or file")
     return there
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from relora_core.config import GRAMMAR_PAIRS, BlimpConfig, ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
-from relora_core.data.places import SPLITS, Look, first_line, looks, some, split_of, walk
+from relora_core.data.places import SPLITS, Stamp, first_line, read_stamps, shorten, split_of, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
@@ -98,7 +98,7 @@ def inspect(config: BlimpConfig) -> str | None:
     """
     if config.path is None:
         return None
-    return _digest(config.path, looks(local_files(config)))
+    return _digest(config.path, read_stamps(local_files(config)))
 
 
 def local_files(config: BlimpConfig) -> list[Path]:
@@ -108,7 +108,7 @@ def local_files(config: BlimpConfig) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=8)
-def _digest(path: str, looks: tuple[Look, ...]) -> str:
+def _digest(path: str, stamps: tuple[Stamp, ...]) -> str:
     """Kept per version of the files: the points of a grid mostly share their evals."""
     return digest(_pairs(Path(path).expanduser()))
 
@@ -121,7 +121,7 @@ def notes(config: BlimpConfig) -> list[str]:
     read = {file for _, file in _in_folder(root)}
     there, passed = walk(root)
     other = [n for n, file in there if file not in read and file.suffix in (".jsonl", ".parquet")]
-    return [*passed, *([f"not read beside {len(read)} files: {some(other)}"] if other else [])]
+    return [*passed, *([f"not read beside {len(read)} files: {shorten(other)}"] if other else [])]
 
 
 def check(

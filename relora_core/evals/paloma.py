@@ -36,7 +36,7 @@ from relora_core.config import (
     nearest,
 )
 from relora_core.data.base import DataError, Tokenizer
-from relora_core.data.places import Look, looks, some, walk
+from relora_core.data.places import Stamp, read_stamps, shorten, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
@@ -104,7 +104,7 @@ def inspect(config: PalomaConfig) -> str | None:
     """Digest of the documents; None without a path. ConfigError, one line, for any bad input."""
     if config.path is None:
         return None
-    return _digest(config.path, config.split, looks(local_files(config)))
+    return _digest(config.path, config.split, read_stamps(local_files(config)))
 
 
 def local_files(config: PalomaConfig) -> list[Path]:
@@ -113,7 +113,7 @@ def local_files(config: PalomaConfig) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=8)
-def _digest(path: str, split: str, looks: tuple[Look, ...]) -> str:
+def _digest(path: str, split: str, stamps: tuple[Stamp, ...]) -> str:
     """Kept per version of the files: the points of a grid mostly share their evals."""
     return digest(_documents(Path(path).expanduser(), split=split))
 
@@ -158,9 +158,11 @@ def notes(config: PalomaConfig) -> list[str]:
         if name not in read and (len(name.parts) != 3 or name.parts[1] == config.split)
     ]
     lines = (
-        [f"sources without a split {config.split}, left out: {some(without)}"] if without else []
+        [f"sources without a split {config.split}, left out: {shorten(without)}"] if without else []
     )
-    lines += [f"no <source>/<split>/FILE, or there twice, not read: {some(other)}"] if other else []
+    lines += (
+        [f"no <source>/<split>/FILE, or there twice, not read: {shorten(other)}"] if other else []
+    )
     return lines + passed
 
 
@@ -184,7 +186,7 @@ def check(
 
 def _files(root: Path, *, split: str) -> list[Path]:
     """<source>/<split>/*.jsonl, packed or not; a source without that split is left out."""
-    from relora_core.data.documents import without_doubles  # loads pyarrow
+    from relora_core.data.documents import drop_doubles  # loads pyarrow
 
     if not root.is_dir():
         raise ConfigError(f"{KEY} must be a folder of <source>/<split>/*.jsonl.gz, got {root}")
@@ -205,7 +207,7 @@ def _files(root: Path, *, split: str) -> list[Path]:
         raise ConfigError(f"{KEY} must hold <source>/{split}/*.jsonl.gz, found none in {root}")
     try:
         named = [(file.relative_to(root).as_posix(), file) for file in files]
-        return [file for _, file in without_doubles(named)[0]]
+        return [file for _, file in drop_doubles(named)[0]]
     except DataError as error:
         raise ConfigError(f"{KEY}: {error}") from None
 
@@ -225,11 +227,11 @@ def _documents(root: Path, *, split: str) -> Iterator[Document]:
 
 
 def _lines(file: Path, *, where: str) -> Iterator[bytes]:
-    from relora_core.data.documents import UNREADABLE, unpacked
+    from relora_core.data.documents import UNREADABLE, open_unpacked
 
     number = 0
     try:
-        with unpacked(file) as lines:
+        with open_unpacked(file) as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007 (read where reading fails)
                 yield line
     except UNREADABLE as error:
