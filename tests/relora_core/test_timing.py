@@ -26,7 +26,10 @@ def updates(monkeypatch):
 
 
 @pytest.fixture
-def config(nano):
+def config(nano, monkeypatch):
+    """Of a run whose steps are too short to count by seconds, unless a test wants that."""
+    monkeypatch.setattr(timing, "LEAST_S", 0.0)
+
     def make(**changes):
         return nano(model={"vocab_size": VOCAB_SIZE}, **changes)
 
@@ -44,10 +47,17 @@ def test_it_times_steps_of_training_and_writes_nothing(config, updates, tmp_path
 
 
 def test_steps_that_take_long_are_fewer(config, updates, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "TIMED_S", 1e-9)
+    monkeypatch.setattr(timing, "MOST_S", 1e-9)
     one = time_steps(config(), folder=tmp_path / "run", cache_dir=tmp_path)
     assert (one.steps, one.tokens) == (1, 4 * 16)
     assert len(updates) == WARM_UP + 1
+
+
+@pytest.mark.parametrize(
+    ("step_s", "count"), [(0.0, 1000), (0.001, 1000), (0.01, 300), (1.0, 10), (7.0, 8), (99.0, 1)]
+)
+def test_there_are_more_short_steps_and_fewer_long_ones(step_s, count):
+    assert timing._count(step_s) == count
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,7 @@ from experiments.identity import config_from_json
 from relora_core.timing import time_steps
 
 folder = Path(sys.argv[1])
-timing.TIMED_S = 1e-9 if os.environ["RANK"] == "1" else 1e9
+timing.LEAST_S, timing.MOST_S = 0.0, 1e-9 if os.environ["RANK"] == "1" else 1e9
 config = config_from_json((folder / "config.json").read_text())
 one = time_steps(config, folder=folder / "run", cache_dir=folder)
 print(one.steps, one.tokens, one.world)

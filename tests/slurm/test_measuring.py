@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_one_job_times_the_shapes_of_runs_with_two_processes(cluster: Cluster, t
     lines = done.stdout.splitlines()
     assert len([line for line in lines if line.startswith("submitted job ")]) == 1, lines
     assert len([line for line in lines if line.startswith("timed method=")]) == 2, lines
-    assert "CPU-hours by 10 timed steps of nano on cpu" in done.stdout
+    assert re.search(r"CPU-hours by \d+ timed steps of nano on cpu", done.stdout)
     rates = [json.loads(file.read_text()) for file in (out / ".measure" / "rates").iterdir()]
     assert len(rates) == 2
     assert not (out / "runs").exists()
