@@ -1,4 +1,4 @@
-r"""Tables as LaTeX, for a paper that loads booktabs: `\input{tables/arms}`.
+r"""Tables as LaTeX, for a paper that loads booktabs and graphicx: `\input{tables/arms}`.
 
 Not for: CSV, HTML and Markdown (`document.py`).
 """
@@ -49,20 +49,22 @@ def to_latex(table: Table, *, label: str) -> str:
     numeric = [
         all(not row[index] or NUMBER.match(row[index]) for row in table.rows) for index in full
     ]
-    kind = "table" if len(full) <= MOST_NARROW else "table*"
+    wide = len(full) > MOST_NARROW
+    kind = "table*" if wide else "table"
     head = [escape(table.columns[index]) for index in full]
     rows = [[_cell(row[index]) for index in full] for row in table.rows]
     note = f" {escape(table.note.replace('`', ''))}" if table.note else ""
     lines = [
         rf"\begin{{{kind}}}[t]",
         r"\centering\small",
+        *([r"\resizebox{\linewidth}{!}{%"] if wide else []),
         rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in numeric)}}}",
         r"\toprule",
         _row(head),
         r"\midrule",
         *map(_row, rows),
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}" + "}" * wide,
         rf"\caption{{{escape(table.title)}.{note}}}",
         rf"\label{{tab:{re.sub(r'[^A-Za-z0-9-]', '-', label)}}}",
         rf"\end{{{kind}}}",

@@ -76,12 +76,14 @@ def write(
     comparisons: Path | None = None,
     states: Mapping[str, RunState] | None = None,
     beside: Sequence[str] = (),
+    pdf: bool = False,
 ) -> Path:
     """Write the report of a sweep as it is now, and return the path of its HTML page.
 
     `arms` are patterns of names of arms to show, all by default; `reference` names an arm, or is
     `previous`; `comparisons` is a file for `registered.read`; `states` and `beside` as for
-    `gather`. ConfigError for a sweep, arm, run or file that does not exist.
+    `gather`; `pdf`: figures as PDF, too. ConfigError for a sweep, arm, run or file that does not
+    exist.
     """
     named = registered.read(comparisons) if comparisons else []
     data = gather.gather(output_dir, sweep, states=states, beside=beside)
@@ -96,7 +98,7 @@ def write(
     pictures = draw(
         folder,
         lambda figures: figures.all_figures(
-            data, folder / "figures", x=x, published=published, pairs=pairs
+            data, folder / "figures", x=x, published=published, pairs=pairs, pdf=pdf
         ),
     )
     document = _document(data, pairs, pictures, named_section, named_answers)
@@ -345,8 +347,9 @@ def _files() -> list[Block]:
         Bullets(
             [
                 "`tables/*.csv`: every table here with unrounded numbers",
-                "`tables/*.tex`: results and comparisons for LaTeX with booktabs",
-                "`figures/*.svg` and `*.png`: every figure",
+                "`tables/*.tex`: results and comparisons for LaTeX with booktabs and graphicx",
+                "`figures/*.svg` and `*.png`: every figure; with `--pdf` also `*.pdf` for two "
+                "columns of a paper (6.3 in) and, of few panels, `*_column.pdf` for one (3.03 in)",
                 "`data.parquet`: each value of each metric of each run, a row each (sweep, run_id, "
                 "arm_id, arm, seed, state, metric, step, tokens, gpu_hours, value)",
             ]

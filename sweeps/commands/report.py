@@ -18,7 +18,8 @@ EXAMPLES = """examples:
   python -m sweeps report paper --published paper_results.json --output paper_report
 
 Means over finished seeds with 95 % intervals, arms compared on common seeds, every figure as SVG
-and PNG, every table as CSV, in OUTPUT_DIR/sweeps/SWEEP/report. A sweep need not have ended.
+and PNG, every table as CSV, results and comparisons also for LaTeX, in
+OUTPUT_DIR/sweeps/SWEEP/report. A sweep need not have ended.
 """
 
 
@@ -39,6 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beside", metavar="NAMES", help=help_beside)
     help_comparisons = "YAML of comparisons, as a study names them before its runs; tested together"
     parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
+    help_pdf = "figures as PDF, too, for one and two columns of a paper"
+    parser.add_argument("--pdf", action="store_true", help=help_pdf)
     help_published = "JSON of published curves to lay under ours"
     parser.add_argument("--published", metavar="FILE", type=Path, help=help_published)
 
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         comparisons=args.comparisons,
         states=selection.survey(runs),
         beside=args.beside.split(",") if args.beside else (),
+        pdf=args.pdf,
     )
     print(path)
     return 0

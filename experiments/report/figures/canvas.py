@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 
 from experiments.colours import STYLES
 from experiments.report.data import Arm
+from experiments.report.figures import printed
 from relora_core import shared
 
 DPI = 150
@@ -90,9 +91,13 @@ def style() -> Iterator[None]:
         yield
 
 
-def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path) -> Figure:
-    """Draw a figure into `folder` as SVG and PNG; the same data give the same bytes."""
+def produce(
+    name: str, *, title: str, draw: Callable[[], Drawing], folder: Path, pdf: bool = False
+) -> Figure:
+    """Draw a figure into `folder` as SVG and PNG, with `pdf` also as PDF; the same data give the
+    same bytes."""
     svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    printed.remove(folder, name)
     with style():
         try:
             drawing = draw()
@@ -110,6 +115,8 @@ def produce(name: str, *, title: str, draw: Callable[[], Drawing], folder: Path)
             getattr(kind(drawing.canvas), f"print_{path.suffix[1:]}")(buffer, metadata=metadata)
             with shared.open_file(path, "wb") as file:
                 file.write(buffer.getvalue())
+        if pdf:
+            printed.write(drawing.canvas, folder, name)
     return Figure(name=name, title=title, caption=drawing.caption, svg=svg, png=png)
 
 

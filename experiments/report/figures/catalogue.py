@@ -40,18 +40,21 @@ def all_figures(
     x: str,
     published: Path | str | None,
     pairs: Sequence[tuple[Arm, Arm]],
+    pdf: bool = False,
 ) -> list[Figure]:
     """Draw every figure that the sweep has data for; `missing` says why others were not drawn.
 
     `x` is `steps`, `tokens` or `gpu_hours`; `published` a file of the paper's curves; `pairs` are
-    (arm, reference). ConfigError for another axis or a bad file.
+    (arm, reference); `pdf`: as PDF, too. ConfigError for another axis or a bad file.
     """
     wanted = catalogue(sweep, x=x, published=published, pairs=pairs)
     for stale in [*Path(folder).glob("response_*"), *Path(folder).glob("marginal.*")]:
-        if stale.stem not in wanted:  # of axes that the plan had, or arms that were shown
+        if (
+            stale.stem.removesuffix("_column") not in wanted
+        ):  # of axes that the plan had, or arms that were shown
             stale.unlink()
     return [
-        canvas.produce(name, title=title, draw=draw, folder=Path(folder))
+        canvas.produce(name, title=title, draw=draw, folder=Path(folder), pdf=pdf)
         for name, (title, draw) in wanted.items()
     ]
 

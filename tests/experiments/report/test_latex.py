@@ -75,6 +75,8 @@ def test_a_wide_table_spans_both_columns_and_empty_columns_are_left_out() -> Non
     columns = ("a", "b", "c", "d", "e", "f")
     wide = to_latex(a_table(["1"] * 6, columns=columns), label="t")
     assert r"\begin{table*}" in wide
+    assert "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}" in wide
+    assert "\\end{tabular}}\n" in wide
     narrow = to_latex(a_table(["1", "1", "1", "1", "1", ""], columns=columns), label="t")
     assert r"\begin{table}" in narrow
     assert r"\begin{tabular}{rrrrr}" in narrow
