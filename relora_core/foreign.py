@@ -69,7 +69,7 @@ class ForeignModel(nn.Module):
         return self.inner.base_model(input_ids=ids)[0]
 
     def prefix_states(self, ids: Tensor, *, depth: Tensor, mask: Tensor) -> Tensor:
-        """As `evals.tree.Sharing`."""
+        """As `evals.tree.PrefixModel`."""
         added = torch.zeros(mask.shape, device=ids.device)
         added.masked_fill_(~mask, torch.finfo(added.dtype).min)
         return self.inner.base_model(

@@ -159,7 +159,7 @@ def check(
             checked = replace(config, data=replace(config.data, tokenizer=str(copy)))
         if "data" in only or ("tokenizer" in only and copy is None and config.data.tokenizer):
             changes += _data(config, output_dir=output_dir, copy=copy)
-    names = [name for name in evals.active(config) if name in only]
+    names = [name for name in evals.list_evals(config) if name in only]
     for name in names:
         changes += _eval(config, name, output_dir=output_dir)
     return Checked(config=checked, changes=changes)

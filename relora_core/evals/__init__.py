@@ -60,7 +60,7 @@ def inspect(config: RunConfig, *, tokenizer: Tokenizer | None = None) -> dict[st
     ConfigError, one line with file and line number.
     """
     digests = {}
-    for name in active(config):
+    for name in list_evals(config):
         section = getattr(config.eval, name)
         digests[name] = texts_digest(config, name)
         if section.path is not None and config.data.kind == "grammar":
@@ -72,7 +72,7 @@ def inspect(config: RunConfig, *, tokenizer: Tokenizer | None = None) -> dict[st
 
 def notes(config: RunConfig) -> list[str]:
     """One line for each kind of file in the evals' folders that no eval reads."""
-    sections = {name: getattr(config.eval, name) for name in active(config)}
+    sections = {name: getattr(config.eval, name) for name in list_evals(config)}
     return [
         f"eval.{name}: {note}"
         for name, section in sections.items()
@@ -97,7 +97,7 @@ def _check_tokens(config: RunConfig, name: str, *, tokenizer: Tokenizer | None) 
 
 def local_files(config: RunConfig) -> dict[str, list[Path]]:
     """Eval -> files of its texts, for the evals that this run has; none for the grammar's."""
-    sections = {name: getattr(config.eval, name) for name in active(config)}
+    sections = {name: getattr(config.eval, name) for name in list_evals(config)}
     return {
         name: REGISTRY[name].local_files(section) if section.path is not None else []
         for name, section in sections.items()
@@ -115,7 +115,7 @@ def texts_digest(config: RunConfig, name: str) -> str | None:
 def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
     """The run's evals, nothing loaded yet. Raises ConfigError where the tokenizer does not fit."""
     evals = []
-    for name in active(config):
+    for name in list_evals(config):
         if tokenizer is None:
             raise _no_tokenizer(name)
         _check_vocabulary(config, tokenizer)
@@ -129,7 +129,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None) -> list[Eval]:
     return evals
 
 
-def active(config: RunConfig) -> list[str]:
+def list_evals(config: RunConfig) -> list[str]:
     """The evals that this run has."""
     return [name for name in EVALS if runs_eval(config, name)]
 

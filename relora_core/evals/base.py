@@ -140,7 +140,7 @@ def start_id(tokenizer: Tokenizer) -> int:
     return getattr(tokenizer, "start_id", tokenizer.eos_id)
 
 
-def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+def pad(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
     """ids (B, T + 1) int64, padded with 0 on the right, and which of the T targets are scored."""
     width = max(2, max(len(w.ids) for w in batch))
     ids = np.zeros((len(batch), width), dtype=np.int64)
@@ -151,15 +151,15 @@ def padded(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
     return ids, scored
 
 
-def existing(path: str, *, key: str) -> Path:
+def require_path(path: str, *, key: str) -> Path:
     """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
-    there = Path(path).expanduser()
-    if not there.exists():
+    place = Path(path).expanduser()
+    if not place.exists():
         raise path_error(key, source=path, expected="an existing folder or file")
-    return there
+    return place
 
 
-def records(
+def read_records(
     lines: Iterable[bytes], *, where: str, fields: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """One dict per line that is not blank. ConfigError, with file and line, for a broken one.
@@ -184,8 +184,8 @@ def records(
 
 def _check_string(record: dict[str, Any], name: str, *, where: str) -> None:
     if name not in record:
-        has = ", ".join(sorted(record)) or "nothing"
-        raise ConfigError(f"{where}: expected a field '{name}', got {has}")
+        names = ", ".join(sorted(record)) or "nothing"
+        raise ConfigError(f"{where}: expected a field '{name}', got {names}")
     if not isinstance(record[name], str):
         raise ConfigError(f"{where}: '{name}' must be a string, got {record[name]!r:.40}")
     try:

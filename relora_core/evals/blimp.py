@@ -38,8 +38,8 @@ from relora_core.evals.base import (
     Work,
     digest,
     encode,
-    existing,
-    records,
+    read_records,
+    require_path,
     start_id,
 )
 from relora_core.evals.scoring import score
@@ -103,8 +103,8 @@ def inspect(config: BlimpConfig) -> str | None:
 
 def local_files(config: BlimpConfig) -> list[Path]:
     """The files that `load` reads; ConfigError where there are none."""
-    root = existing(str(config.path), key=KEY)
-    return [file for _, file in _in_folder(root)] if root.is_dir() else [root]
+    root = require_path(str(config.path), key=KEY)
+    return [file for _, file in _find_in_folder(root)] if root.is_dir() else [root]
 
 
 @functools.lru_cache(maxsize=8)
@@ -115,13 +115,15 @@ def _digest(path: str, stamps: tuple[Stamp, ...]) -> str:
 
 def notes(config: BlimpConfig) -> list[str]:
     """Lines on files in the folder that are not read."""
-    root = existing(str(config.path), key=KEY)
+    root = require_path(str(config.path), key=KEY)
     if not root.is_dir():
         return []
-    read = {file for _, file in _in_folder(root)}
-    there, passed = walk(root)
-    other = [n for n, file in there if file not in read and file.suffix in (".jsonl", ".parquet")]
-    return [*passed, *([f"not read beside {len(read)} files: {shorten(other)}"] if other else [])]
+    files = {file for _, file in _find_in_folder(root)}
+    candidates, skips = walk(root)
+    others = [(n, file) for n, file in candidates if file not in files]
+    if unread := [n for n, file in others if file.suffix in (".jsonl", ".parquet")]:
+        skips.append(f"not read beside {len(files)} files: {shorten(unread)}")
+    return skips
 
 
 def check(
@@ -144,7 +146,7 @@ def load(config: BlimpConfig) -> list[Pair]:
     if config.path is None:
         raise ValueError("no path to load from: the grammar has grammar_pairs")
     chosen, counts = [], defaultdict(int)
-    for pair in _pairs(existing(config.path, key=KEY)):
+    for pair in _pairs(require_path(config.path, key=KEY)):
         counts[pair.uid] += 1
         if config.max_pairs is None or counts[pair.uid] <= config.max_pairs:
             chosen.append(pair)
@@ -198,21 +200,21 @@ def _pairs(root: Path) -> Iterator[Pair]:
 def _files(root: Path) -> Iterator[tuple[list[str], str, Iterator[dict[str, Any]]]]:
     """(names that its UID may have, words for an error, records) of each file, by name."""
     if root.is_dir():
-        for name, file in _in_folder(root):
+        for name, file in _find_in_folder(root):
             where = f"{KEY}: {file.relative_to(root)}"
             if file.suffix == ".parquet":
-                rows = _rows(file, where=where)
+                rows = _read_rows(file, where=where)
             else:
                 rows = file.read_bytes().splitlines()
-            yield _names(name), where, _records(rows, where=where)
+            yield _allowed_uids(name), where, _read_records(rows, where=where)
         return
-    for member, content in sorted(_archive(root).items()):
+    for member, content in sorted(_read_archive(root).items()):
         where = f"{KEY}: {member}"
-        yield [PurePosixPath(member).stem], where, _records(content.splitlines(), where=where)
+        yield [PurePosixPath(member).stem], where, _read_records(content.splitlines(), where=where)
 
 
-def _records(rows: Iterable[bytes], *, where: str) -> Iterator[dict[str, Any]]:
-    for number, record in enumerate(records(rows, where=where, fields=FIELDS), 1):
+def _read_records(rows: Iterable[bytes], *, where: str) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(read_records(rows, where=where, fields=FIELDS), 1):
         name = "pairID" if "pairID" in record else "pair_id"
         if not isinstance(pair_id := record.get(name), str | int):
             raise ConfigError(
@@ -221,7 +223,7 @@ def _records(rows: Iterable[bytes], *, where: str) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _rows(file: Path, *, where: str) -> list[bytes]:
+def _read_rows(file: Path, *, where: str) -> list[bytes]:
     """A parquet file's rows as lines of jsonl."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -232,7 +234,7 @@ def _rows(file: Path, *, where: str) -> list[bytes]:
         raise ConfigError(f"{where}: no readable parquet file ({first_line(error)})") from None
 
 
-def _names(name: str) -> list[str]:
+def _allowed_uids(name: str) -> list[str]:
     """UIDs that a file of this relative name may be of: `<UID>.jsonl`, `<UID>/train.jsonl`,
     `<UID>/train/0000.parquet`; none where the file is all there is to go by."""
     *folders, file = PurePosixPath(name).with_suffix("").parts
@@ -240,16 +242,16 @@ def _names(name: str) -> list[str]:
     return own or [part for part in folders if part not in SPLITS and part != "data"]
 
 
-def _in_folder(root: Path) -> list[tuple[str, Path]]:
+def _find_in_folder(root: Path) -> list[tuple[str, Path]]:
     """(relative name, file): `<UID>.jsonl` in root or where BLiMP's repository has them, else the
     hub's files, a folder for each UID."""
     for folder in (root, root / "data", root / "blimp" / "data"):
         flat = sorted(f for f in folder.glob("*.jsonl") if not f.name.startswith("."))
         if flat:
             return [(file.name, file) for file in flat]
-    there, _ = walk(root)
+    candidates, _ = walk(root)
     for ending in (".parquet", ".jsonl"):
-        if files := [(name, file) for name, file in there if name.endswith(ending)]:
+        if files := [(name, file) for name, file in candidates if name.endswith(ending)]:
             return files
     raise ConfigError(
         f"{KEY} must hold <UID>.jsonl, blimp/data/<UID>.jsonl or <UID>/*.parquet, found none in "
@@ -257,22 +259,22 @@ def _in_folder(root: Path) -> list[tuple[str, Path]]:
     )
 
 
-def _archive(root: Path) -> dict[str, bytes]:
+def _read_archive(root: Path) -> dict[str, bytes]:
     """Member name -> content of a tar or zip file, read without unpacking to disk."""
     members: dict[str, bytes] = {}
-    left = MAX_BYTES
+    budget = MAX_BYTES
     try:
         if zipfile.is_zipfile(root):
             with zipfile.ZipFile(root) as archive:
                 for entry in archive.infolist():
                     if re.fullmatch(_MEMBER, entry.filename):
-                        left = _less(left, entry.file_size)
+                        budget = _deduct(budget, entry.file_size)
                         members[entry.filename] = archive.read(entry)
         else:
             with tarfile.open(root) as archive:
                 for member in archive:
                     if member.isfile() and re.fullmatch(_MEMBER, member.name):
-                        left = _less(left, member.size)
+                        budget = _deduct(budget, member.size)
                         members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
                 # tarfile takes a damaged header for the end; the checksums of xz and gzip tell.
                 while archive.fileobj is not None and archive.fileobj.read(1 << 20):
@@ -288,10 +290,10 @@ def _archive(root: Path) -> dict[str, bytes]:
     return data or members
 
 
-def _less(left: int, size: int) -> int:
-    if size > left:
+def _deduct(budget: int, size: int) -> int:
+    if size > budget:
         raise tarfile.TarError(f"more than {MAX_BYTES} bytes unpacked")
-    return left - size
+    return budget - size
 
 
 def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
@@ -339,8 +341,8 @@ def evaluate(
     or in the only variant.
     """
     _check_lengths(windows, max_seq_len=model.max_seq_len)
-    every = [window for own in windows.values() for window in own]
-    scores = score(model, every, share_prefixes=True, precision=precision, **work)
+    sequences = [window for own in windows.values() for window in own]
+    scores = score(model, sequences, share_prefixes=True, precision=precision, **work)
     good, bad = scores.reshape(len(windows), len(pairs), 2).transpose(2, 0, 1)
     right = {name: RULES[name](good[i], bad[i]) for i, name in enumerate(windows)}
     ties = (good == bad)[-1]
@@ -350,13 +352,13 @@ def evaluate(
     table = [
         {
             "uid": uid,
-            "phenomenon": pairs[at[0]].phenomenon,
-            "field": pairs[at[0]].field,
-            "pairs": len(at),
-            **{variant: float(r[at].mean()) for variant, r in right.items()},
-            "ties": int(ties[at].sum()),
+            "phenomenon": pairs[indices[0]].phenomenon,
+            "field": pairs[indices[0]].field,
+            "pairs": len(indices),
+            **{variant: float(r[indices].mean()) for variant, r in right.items()},
+            "ties": int(ties[indices].sum()),
         }
-        for uid, at in places.items()
+        for uid, indices in places.items()
     ]
     metrics = {}
     for variant in right:

@@ -45,8 +45,8 @@ from relora_core.evals.base import (
     Work,
     digest,
     encode,
-    existing,
-    records,
+    read_records,
+    require_path,
     start_id,
 )
 from relora_core.evals.scoring import score
@@ -109,7 +109,7 @@ def inspect(config: PalomaConfig) -> str | None:
 
 def local_files(config: PalomaConfig) -> list[Path]:
     """The files that `load` reads; ConfigError where there are none."""
-    return _files(existing(str(config.path), key=KEY), split=config.split)
+    return _files(require_path(str(config.path), key=KEY), split=config.split)
 
 
 @functools.lru_cache(maxsize=8)
@@ -122,7 +122,7 @@ def load(config: PalomaConfig) -> list[Document]:
     """The documents in order of files and lines, the first `max_documents` of each domain."""
     if config.path is None:
         raise ValueError("no path to load from: the grammar has grammar_documents")
-    root = existing(config.path, key=KEY)
+    root = require_path(config.path, key=KEY)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     chosen = []
     for document in _documents(root, split=config.split):
@@ -145,25 +145,24 @@ def grammar_documents(count: int) -> list[Document]:
 
 def notes(config: PalomaConfig) -> list[str]:
     """Lines on files that are not read; macro averages are over the sources that are read."""
-    root = existing(str(config.path), key=KEY)
-    read = {file.relative_to(root) for file in _files(root, split=config.split)}
-    sources = {name.parts[0] for name in read}
-    there, passed = walk(root)
-    data = [Path(name) for name, _ in there if name.lower().endswith(ENDINGS)]
-    without = sorted({name.parts[0] for name in data if len(name.parts) > 1} - sources)
-    other = [
+    root = require_path(str(config.path), key=KEY)
+    names = {file.relative_to(root) for file in _files(root, split=config.split)}
+    sources = {name.parts[0] for name in names}
+    candidates, skips = walk(root)
+    data = [Path(name) for name, _ in candidates if name.lower().endswith(ENDINGS)]
+    missing = sorted({name.parts[0] for name in data if len(name.parts) > 1} - sources)
+    unread = [
         name.as_posix()
         for name in data
         if name.parts[0] in sources or len(name.parts) == 1
-        if name not in read and (len(name.parts) != 3 or name.parts[1] == config.split)
+        if name not in names and (len(name.parts) != 3 or name.parts[1] == config.split)
     ]
-    lines = (
-        [f"sources without a split {config.split}, left out: {shorten(without)}"] if without else []
-    )
-    lines += (
-        [f"no <source>/<split>/FILE, or there twice, not read: {shorten(other)}"] if other else []
-    )
-    return lines + passed
+    lines = []
+    if missing:
+        lines.append(f"sources without a split {config.split}, left out: {shorten(missing)}")
+    if unread:
+        lines.append(f"no <source>/<split>/FILE, or there twice, not read: {shorten(unread)}")
+    return lines + skips
 
 
 def check(
@@ -179,8 +178,8 @@ def check(
         else:  # a text has tokens if its beginning has
             has_tokens = not empty.get(key, True) or bool(tokenizer.encode(document.text[:1000]))
         empty[key] = empty.get(key, True) and not has_tokens
-    for (source, domain), nothing in empty.items():
-        if nothing:
+    for (source, domain), is_empty in empty.items():
+        if is_empty:
             raise DataError(f"domain {source}/{domain} must hold tokens, got none")
 
 
@@ -190,15 +189,15 @@ def _files(root: Path, *, split: str) -> list[Path]:
 
     if not root.is_dir():
         raise ConfigError(f"{KEY} must be a folder of <source>/<split>/*.jsonl.gz, got {root}")
-    there = [
+    candidates = [
         file
         for file in sorted(root.glob("*/*/*"))
         if file.name.lower().endswith(ENDINGS) and file.is_file()
         if not any(part.startswith(".") for part in file.relative_to(root).parts)
     ]
-    files = [file for file in there if file.parent.name == split]
+    files = [file for file in candidates if file.parent.name == split]
     if not files:
-        splits = sorted({file.parent.name for file in there})
+        splits = sorted({file.parent.name for file in candidates})
         if splits:
             raise ConfigError(
                 f"eval.paloma.split must be one of {', '.join(splits)} (the splits in {root}), got "
@@ -216,13 +215,13 @@ def _documents(root: Path, *, split: str) -> Iterator[Document]:
     """Every document that has a text; an empty one has nothing to predict."""
     for file in _files(root, split=split):
         source, where = file.parent.parent.name, f"{KEY}: {file.relative_to(root)}"
-        any_text = False
-        for record in records(_lines(file, where=where), where=where, fields=["text"]):
+        has_text = False
+        for record in read_records(_lines(file, where=where), where=where, fields=["text"]):
             if record["text"]:
-                any_text = True
+                has_text = True
                 domain = record.get("subdomain") or source
                 yield Document(source, str(domain), record["text"], str(record.get("id", "")))
-        if not any_text:
+        if not has_text:
             raise ConfigError(f"{where} must hold at least one document, got none")
 
 
@@ -235,8 +234,8 @@ def _lines(file: Path, *, where: str) -> Iterator[bytes]:
             for number, line in enumerate(lines, 1):  # noqa: B007 (read where reading fails)
                 yield line
     except UNREADABLE as error:
-        broken = "broken gzip file" if file.suffix == ".gz" else "unreadable"
-        raise ConfigError(f"{where} line {number + 1}: {broken} ({error})") from None
+        what = "broken gzip file" if file.suffix == ".gz" else "unreadable"
+        raise ConfigError(f"{where} line {number + 1}: {what} ({error})") from None
 
 
 def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from relora_core.evals.base import LanguageModel, Window, Work, padded
+from relora_core.evals.base import LanguageModel, Window, Work, pad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def score(
     reduce, progress = work.get("reduce"), work.get("progress")
     sums = torch.zeros(len(unique), dtype=torch.float64, device=device)
     # no_grad and not inference_mode: what a module caches here must still serve training.
-    with _evaluating(model), torch.no_grad():
+    with _eval_mode(model), torch.no_grad():
         for start, stop, sums_of in batches[rank::world]:
             sums[start:stop] = sums_of(model, unique[start:stop], precision=precision)
             if progress is not None:
@@ -91,7 +91,7 @@ def _batches(lengths: Sequence[int], *, budget: int) -> Iterator[tuple[int, int]
 
 
 @contextlib.contextmanager
-def _evaluating(model: LanguageModel) -> Iterator[None]:
+def _eval_mode(model: LanguageModel) -> Iterator[None]:
     """Dropout off, and every module back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -106,7 +106,7 @@ def _padded_sums(model: LanguageModel, batch: Sequence[Window], *, precision: st
     """(B,) float64 sums."""
     import torch
 
-    ids, scored = padded(batch)
+    ids, scored = pad(batch)
     own, tokens = torch.from_numpy(scored).to(model.device), torch.from_numpy(ids).to(model.device)
     sums = torch.zeros(own.shape, dtype=torch.float64, device=model.device)
     if scored.any():

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_core.evals.base import Window, padded
+from relora_core.evals.base import Window, pad
 from relora_core.kernels import fused_attention
 from relora_core.loss import target_log_probs
 from relora_core.model import Decoder
@@ -36,7 +36,7 @@ def groups(sequences: Sequence[np.ndarray], *, nodes: int = NODES) -> Iterator[t
     start, used, before = 0, 0, np.zeros(0, dtype=np.int32)
     for row, ids in enumerate(sequences):
         inputs = ids[:-1]
-        shared = _common(inputs, before)
+        shared = _common_length(inputs, before)
         if row > start and used + len(inputs) - shared > nodes:
             yield start, row
             start, used, shared = row, 0, 0
@@ -46,14 +46,14 @@ def groups(sequences: Sequence[np.ndarray], *, nodes: int = NODES) -> Iterator[t
         yield start, len(sequences)
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
+def _common_length(one: np.ndarray, other: np.ndarray) -> int:
     """Length of the common beginning."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
 
 
-class Sharing(Protocol):
+class PrefixModel(Protocol):
     """Any other model whose states can be computed over prefix trees."""
 
     @property
@@ -83,9 +83,9 @@ class Trees:
     """(B, T) int64: g * N + node of each input of each sequence; -1 beyond its end."""
 
 
-def sums(model: Decoder | Sharing, batch: Sequence[Window], *, precision: str) -> Tensor:
+def sums(model: Decoder | PrefixModel, batch: Sequence[Window], *, precision: str) -> Tensor:
     """(B,) float64 sums of log p of the scored tokens of each window; sorted ones share most."""
-    ids, scored = padded(batch)
+    ids, scored = pad(batch)
     head = model.head(precision)
     trees = build([w.ids for w in batch])
     at = trees.path[scored]
@@ -95,9 +95,9 @@ def sums(model: Decoder | Sharing, batch: Sequence[Window], *, precision: str) -
     if len(at):
         parts = (trees.ids, trees.depth, trees.mask)
         ids_in, depth, mask = (torch.from_numpy(part).to(head.device) for part in parts)
-        ours = isinstance(model, Decoder)
-        of = functools.partial(hidden_states, model) if ours else model.prefix_states
-        states = of(ids_in, depth=depth, mask=mask).flatten(0, 1)
+        is_decoder = isinstance(model, Decoder)
+        compute = functools.partial(hidden_states, model) if is_decoder else model.prefix_states
+        states = compute(ids_in, depth=depth, mask=mask).flatten(0, 1)
         hidden = states[torch.from_numpy(nodes).to(head.device)]
         targets = torch.from_numpy(ids[:, 1:][scored]).to(head.device)
         log_probs = target_log_probs(
@@ -114,12 +114,12 @@ def build(sequences: Sequence[np.ndarray]) -> Trees:
     tokens = np.full((len(sequences), max(1, lengths.max())), -1, dtype=np.int64)
     for row, ids in enumerate(sequences):
         tokens[row, : lengths[row]] = ids[:-1]
-    there = tokens >= 0
+    present = tokens >= 0
     same = np.zeros(tokens.shape, dtype=bool)
     same[1:] = np.logical_and.accumulate(tokens[1:] == tokens[:-1], axis=1)
     starts = np.array([start for start, _ in spans])
     same[starts] = False
-    new = there & ~same
+    new = present & ~same
     counts = np.add.reduceat(new.sum(axis=1), starts)
     width = max(1, int(counts.max()))
     group = np.repeat(np.arange(len(spans)), [stop - start for start, stop in spans])
@@ -127,7 +127,7 @@ def build(sequences: Sequence[np.ndarray]) -> Trees:
     number = np.cumsum(new).reshape(new.shape) - 1 - first[group][:, None] + group[:, None] * width
     rows = np.arange(len(sequences))[:, None]
     owner = np.maximum.accumulate(np.where(same, 0, rows), axis=0)
-    path = np.where(there, np.take_along_axis(number, owner, axis=0), -1)
+    path = np.where(present, np.take_along_axis(number, owner, axis=0), -1)
 
     size = len(spans) * width
     flat, depth = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
@@ -151,8 +151,8 @@ def build(sequences: Sequence[np.ndarray]) -> Trees:
 def hidden_states(model: Decoder, ids: Tensor, *, depth: Tensor, mask: Tensor) -> Tensor:
     """(G, N, C) after the final norm: `model.hidden_states` at the end of each prefix.
 
-    Arguments as of `Sharing.prefix_states`. It reads the model's modules, so adapters and the like
-    count as they do there.
+    Arguments as of `PrefixModel.prefix_states`. It reads the model's modules, so adapters and the
+    like count as they do there.
     """
     device = model.embedding_proj.weight.device
     config = model.config
@@ -174,7 +174,7 @@ def _attend(attention: Attention, x: Tensor, *, rotation: Tensor, mask: Tensor) 
         projection(x).unflatten(-1, (-1, attention.head_dim))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    q, k = _rotated(q, rotation), _rotated(k, rotation)
+    q, k = _rotate(q, rotation), _rotate(k, rotation)
     if q.device.type == "cuda":
         return attention.o_proj(fused_attention(q, k, v, mask=mask).flatten(-2))
     y = F.scaled_dot_product_attention(
@@ -183,6 +183,6 @@ def _attend(attention: Attention, x: Tensor, *, rotation: Tensor, mask: Tensor) 
     return attention.o_proj(y.transpose(1, 2).flatten(-2))
 
 
-def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
