@@ -46,6 +46,20 @@ class TokenStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class RowStream:
+    """What `TokenStream`s share whose state is the number of the next global row."""
+
+    def __init__(self, *, rank: int, world: int) -> None:
+        self.notes: list[str] = []
+        self._row, self._rank, self._world = 0, rank, world
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self._row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._row = int(state["row"])
+
+
 class DataError(RuntimeError):
     """Data that turned out bad while reading: one line naming file, row and what was expected."""
 

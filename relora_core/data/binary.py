@@ -7,12 +7,11 @@ rows of ids in parquet (`parquet.py`).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from relora_core.config import ConfigError, DataConfig
-from relora_core.data.base import DataError, DataInfo
+from relora_core.data.base import DataError, DataInfo, RowStream
 
 SCANNED_IDS = 2**24
 """Ids that planning looks at; the others are checked as they are served."""
@@ -62,18 +61,16 @@ def _ids(file: Path) -> np.ndarray:
     return np.memmap(file, dtype=dtype, mode="r", offset=start)
 
 
-class BinaryStream:
+class BinaryStream(RowStream):
     """Windows of the ids in stored order, again from the first when they end."""
 
     def __init__(
         self, file: Path, *, seq_len: int, vocab_size: int, rank: int = 0, world: int = 1
     ) -> None:
-        self.notes: list[str] = []
+        super().__init__(rank=rank, world=world)
         self._file, self._ids = file, _ids(file)
         self._seq_len, self._vocab_size = seq_len, vocab_size
-        self._rank, self._world = rank, world
         self._rows = (len(self._ids) - 1) // seq_len
-        self._row = 0
         if not self._rows:
             raise DataError(f"{file} holds {len(self._ids)} ids, expected more than {seq_len}")
 
@@ -94,9 +91,3 @@ class BinaryStream:
             )
         self._row += n * self._world
         return rows
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self._row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._row = int(state["row"])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from relora_core.config import nearest
-from relora_core.data.base import DataError
+from relora_core.data.base import DataError, RowStream
 
 EOS = "<eos>"
 BLOCK_ROWS = 64  # rows generated together; one block is the unit of random access
@@ -546,30 +546,23 @@ def _uniforms(rng: np.random.Generator) -> Callable[[], float]:
     return itertools.chain.from_iterable(iter(lambda: rng.random(512).tolist(), None)).__next__
 
 
-class GrammarStream:
+class GrammarStream(RowStream):
     """Rows of the endless packed stream of documents, each followed by EOS (a `TokenStream`).
 
     Global row j is row j % 64 of block j // 64; inside a block, row i is tokens [i T, i T + T].
     """
 
     def __init__(self, *, seq_len: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.seq_len, self.seed, self.rank, self.world = seq_len, seed, rank, world
-        self.notes: list[str] = []
-        self._row = 0
+        super().__init__(rank=rank, world=world)
+        self.seq_len, self.seed = seq_len, seed
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def next_rows(self, n: int) -> np.ndarray:
-        first = self._row + self.rank
-        self._row += n * self.world
+        first = self._row + self._rank
+        self._row += n * self._world
         if n == 0:
             return np.empty((0, self.seq_len + 1), dtype=np.int64)
-        return np.stack([self._read(first + k * self.world) for k in range(n)])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self._row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._row = int(state["row"])
+        return np.stack([self._read(first + k * self._world) for k in range(n)])
 
     def _read(self, row: int) -> np.ndarray:
         block, offset = divmod(row, BLOCK_ROWS)

@@ -24,14 +24,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, DataConfig
 from relora_core.data import documents, places
-from relora_core.data.base import DataError, DataInfo
+from relora_core.data.base import DataError, DataInfo, RowStream
 from relora_core.data.tokenizer import HFTokenizer
 
 BATCH_CHARACTERS = 2**21
@@ -365,7 +364,7 @@ def _write(
 
 
 # streaming --------------------------------------------------------------------------------------
-class TextStream:
+class TextStream(RowStream):
     """Rows of the documents joined in an order that (seed, epoch) alone decides.
 
     Row j of a pass holds tokens [j * seq_len, (j + 1) * seq_len] of that order; the tail that fills
@@ -389,12 +388,10 @@ class TextStream:
                 f"data.path holds id {tokens.meta.largest_id}, expected ids in [0, {vocab_size}) "
                 f"(model.vocab_size)"
             )
+        super().__init__(rank=rank, world=world)
         self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
-        self._rank, self._world = rank, world
         self._shuffle_rows = shuffle_rows
         self._rows = tokens.rows(seq_len)
-        self.notes: list[str] = []
-        self._row = 0
         self._order_of = -1  # the epoch that order and ends are of
 
     @property
@@ -407,12 +404,6 @@ class TextStream:
         rows = [self._read(first + i * self._world) for i in range(n)]
         self._row += n * self._world
         return np.stack(rows) if rows else np.empty((0, self._seq_len + 1), dtype=np.int64)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self._row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._row = int(state["row"])
 
     def _shuffle(self, epoch: int) -> None:
         """Order of the documents in `epoch`, and where each ends in it."""

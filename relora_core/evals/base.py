@@ -5,6 +5,7 @@ Imports no eval and no torch. Not for: scoring windows (`scoring.py`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
-from relora_core.data.places import path_error
+from relora_core.data.places import Stamp, path_error
 from relora_core.events import Metric
 
 if TYPE_CHECKING:
@@ -200,6 +201,18 @@ def digest(items: Iterable[tuple[Any, ...]]) -> str:
     for item in items:
         total.update(json.dumps(item).encode() + b"\n")
     return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def digest_files(stamps: tuple[Stamp, ...], read: Callable[..., Any], **arguments: Any) -> str:
+    """`digest` of `read(**arguments)`, kept per version of its files, which `stamps` tell: the
+    points of a grid mostly share their evals."""
+    del stamps
+    return digest(read(**arguments))
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:

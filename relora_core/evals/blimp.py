@@ -29,15 +29,16 @@ import numpy as np
 
 from relora_core.config import GRAMMAR_PAIRS, BlimpConfig, ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
-from relora_core.data.places import SPLITS, Stamp, first_line, read_stamps, shorten, split_of, walk
+from relora_core.data.places import SPLITS, first_line, read_stamps, shorten, split_of, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
     LanguageModel,
     Window,
     Work,
-    digest,
+    digest_files,
     encode,
+    mean,
     read_records,
     require_path,
     start_id,
@@ -98,19 +99,14 @@ def inspect(config: BlimpConfig) -> str | None:
     """
     if config.path is None:
         return None
-    return _digest(config.path, read_stamps(local_files(config)))
+    stamps, root = read_stamps(local_files(config)), Path(config.path).expanduser()
+    return digest_files(stamps, _pairs, root=root)
 
 
 def local_files(config: BlimpConfig) -> list[Path]:
     """The files that `load` reads; ConfigError where there are none."""
     root = require_path(str(config.path), key=KEY)
     return [file for _, file in _find_in_folder(root)] if root.is_dir() else [root]
-
-
-@functools.lru_cache(maxsize=8)
-def _digest(path: str, stamps: tuple[Stamp, ...]) -> str:
-    """Kept per version of the files: the points of a grid mostly share their evals."""
-    return digest(_pairs(Path(path).expanduser()))
 
 
 def notes(config: BlimpConfig) -> list[str]:
@@ -362,15 +358,11 @@ def evaluate(
     ]
     metrics = {}
     for variant in right:
-        metrics[f"eval/blimp/{variant}/accuracy"] = _mean(row[variant] for row in table)
+        metrics[f"eval/blimp/{variant}/accuracy"] = mean(row[variant] for row in table)
         for phenomenon in sorted({row["phenomenon"] for row in table}):
             own = (row[variant] for row in table if row["phenomenon"] == phenomenon)
-            metrics[f"eval/blimp/{variant}/{phenomenon}"] = _mean(own)
+            metrics[f"eval/blimp/{variant}/{phenomenon}"] = mean(own)
     return EvalResult(metrics=metrics, tables={"blimp_paradigms": table})
-
-
-def _mean(values: Iterator[float]) -> float:
-    return float(np.mean(list(values)))
 
 
 def _check_lengths(windows: Mapping[str, Sequence[Window]], *, max_seq_len: int) -> None:

@@ -36,15 +36,16 @@ from relora_core.config import (
     nearest,
 )
 from relora_core.data.base import DataError, Tokenizer
-from relora_core.data.places import Stamp, read_stamps, shorten, walk
+from relora_core.data.places import read_stamps, shorten, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
     LanguageModel,
     Window,
     Work,
-    digest,
+    digest_files,
     encode,
+    mean,
     read_records,
     require_path,
     start_id,
@@ -104,18 +105,13 @@ def inspect(config: PalomaConfig) -> str | None:
     """Digest of the documents; None without a path. ConfigError, one line, for any bad input."""
     if config.path is None:
         return None
-    return _digest(config.path, config.split, read_stamps(local_files(config)))
+    stamps, root = read_stamps(local_files(config)), Path(config.path).expanduser()
+    return digest_files(stamps, _documents, root=root, split=config.split)
 
 
 def local_files(config: PalomaConfig) -> list[Path]:
     """The files that `load` reads; ConfigError where there are none."""
     return _files(require_path(str(config.path), key=KEY), split=config.split)
-
-
-@functools.lru_cache(maxsize=8)
-def _digest(path: str, split: str, stamps: tuple[Stamp, ...]) -> str:
-    """Kept per version of the files: the points of a grid mostly share their evals."""
-    return digest(_documents(Path(path).expanduser(), split=split))
 
 
 def load(config: PalomaConfig) -> list[Document]:
@@ -385,9 +381,9 @@ def _summary(
     metrics = {
         "perplexity": total.perplexity,
         "bits_per_byte": total.bits_per_byte,
-        "macro_perplexity": _mean(_mean(s.perplexity for s in own) for own in sources.values()),
-        "macro_domains_perplexity": _mean(s.perplexity for s in domains.values()),
-        "macro_sources_perplexity": _mean(_total(own).perplexity for own in sources.values()),
+        "macro_perplexity": mean(mean(s.perplexity for s in own) for own in sources.values()),
+        "macro_domains_perplexity": mean(s.perplexity for s in domains.values()),
+        "macro_sources_perplexity": mean(_total(own).perplexity for own in sources.values()),
     }
     for source, own in sources.items():
         metrics[f"{source}/perplexity"] = _total(own).perplexity
@@ -404,10 +400,6 @@ def _summary(
         for (source, domain), s in sorted(domains.items())
     ]
     return metrics, table
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
 
 
 SPEC = EvalSpec(
