@@ -12,6 +12,8 @@ blimp.py        tables of BLiMP
 blimp_tests.py  tests of BLiMP: the paper's own, and those that account for paradigms and seeds
 page.py         the report as a whole
 compare.py      two sweeps, arm by arm
+notebook.py     a notebook that draws the figures again
+redraw.py       what it draws with, without the project
 latex.py        tables for a paper
 document.py     sections, tables and pictures as HTML, Markdown and CSV
 """

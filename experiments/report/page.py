@@ -18,7 +18,7 @@ from experiments import notices
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.errors import one_line
-from experiments.report import answers, blimp, gather, registered, responses, tradeoffs
+from experiments.report import answers, blimp, gather, notebook, registered, responses, tradeoffs
 from experiments.report import tables as report_tables
 from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import (
@@ -77,13 +77,14 @@ def write(
     states: Mapping[str, RunState] | None = None,
     beside: Sequence[str] = (),
     pdf: bool = False,
+    with_notebook: bool = False,
 ) -> Path:
     """Write the report of a sweep as it is now, and return the path of its HTML page.
 
     `arms` are patterns of names of arms to show, all by default; `reference` names an arm, or is
     `previous`; `comparisons` is a file for `registered.read`; `states` and `beside` as for
-    `gather`; `pdf`: figures as PDF, too. ConfigError for a sweep, arm, run or file that does not
-    exist.
+    `gather`; `pdf`: figures as PDF, too; `with_notebook`: report.ipynb, too. ConfigError for a
+    sweep, arm, run or file that does not exist.
     """
     named = registered.read(comparisons) if comparisons else []
     data = gather.gather(output_dir, sweep, states=states, beside=beside)
@@ -102,7 +103,11 @@ def write(
         ),
     )
     document = _document(data, pairs, pictures, named_section, named_answers)
-    return save(document, [data], folder=folder)
+    path = save(document, [data], folder=folder)
+    if with_notebook:
+        titles = {one.name: one.title for one in pictures if isinstance(one, Picture)}
+        atomic.write_text(folder / "report.ipynb", notebook.make(data, pairs, titles, x=x))
+    return path
 
 
 def select_arms(sweep: Sweep, patterns: Sequence[str]) -> None:

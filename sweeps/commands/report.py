@@ -42,6 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
     help_pdf = "figures as PDF, too, for one and two columns of a paper"
     parser.add_argument("--pdf", action="store_true", help=help_pdf)
+    help_notebook = "report.ipynb, too, which draws the figures again from the data"
+    parser.add_argument("--notebook", action="store_true", help=help_notebook)
     help_published = "JSON of published curves to lay under ours"
     parser.add_argument("--published", metavar="FILE", type=Path, help=help_published)
 
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         states=selection.survey(runs),
         beside=args.beside.split(",") if args.beside else (),
         pdf=args.pdf,
+        with_notebook=args.notebook,
     )
     print(path)
     return 0

@@ -1,0 +1,64 @@
+"""A report's notebook runs by itself in the report's folder, and draws every figure again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from synthetic import a_sweep, arms, record
+
+from experiments.report import page, redraw
+from experiments.stats import interval
+
+matplotlib.use("agg")
+
+
+def run_cells(folder: Path) -> tuple[dict[str, Any], int]:
+    """The names that the cells define, and how many figures they drew."""
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+    notebook = json.loads((folder / "report.ipynb").read_text())
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile(cell["source"], cell["id"], "exec"), names)
+    drawn = len(pyplot.get_fignums())
+    pyplot.close("all")
+    return names, drawn
+
+
+@pytest.mark.slow
+def test_its_cells_draw_each_figure_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in a_sweep(tmp_path, arms(2, 4, 8)):
+        record(run)
+    folder = page.write(tmp_path, "mine", with_notebook=True).parent
+    monkeypatch.chdir(folder)
+    names, drawn = run_cells(folder)
+    pictures = {path.stem for path in (folder / "figures").glob("*.png")}
+    notebook = json.loads((folder / "report.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    logged = {"schedules"}  # the synthetic runs log no rates
+    assert drawn == len(pictures - logged)
+    assert {"response_relora_r", "learning_curves", "arms", "differences"} <= pictures
+    # The numbers are the report's.
+    finals = names["FINALS"]["method=relora relora.r=2"]["eval/paloma/perplexity"]
+    mean = redraw.interval(finals.values(), log=True)
+    wanted = interval(list(finals.values()), scale="log")
+    assert mean == pytest.approx((wanted.mean, wanted.low, wanted.high))
+
+
+def test_it_needs_nothing_of_the_project() -> None:
+    text = Path(redraw.__file__).read_text()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE))
+    assert imported <= {
+        *("__future__", "csv", "math", "statistics", "collections", "pathlib", "typing"),
+        *("matplotlib", "pyarrow", "scipy"),
+    }
