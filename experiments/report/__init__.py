@@ -11,6 +11,7 @@ tradeoffs.py    metrics against costs, and Pareto fronts
 blimp.py        tables of BLiMP
 blimp_tests.py  tests of BLiMP: the paper's own, and those that account for paradigms and seeds
 page.py         the report as a whole
+index.py        a page over all sweeps
 compare.py      two sweeps, arm by arm
 notebook.py     a notebook that draws the figures again
 redraw.py       what it draws with, without the project

@@ -132,9 +132,11 @@ def draw_differences(
             ends = [100 * (e - 1) if log else e for e in interval(gaps, log=log)]
             ax.plot(ends[1:], [row, row], "-", color="#0072b2")
             ax.plot(ends[:1], [row], "o", color="#0072b2")
-        names = [f"{arm}\nminus {reference}" for arm, reference in pairs]
+        same = len({reference for _, reference in pairs}) == 1
+        names = [arm if same else f"{arm} minus {reference}" for arm, reference in pairs]
         _rows(ax, names, first=index == 0)
-        ax.set_xlabel(f"{look['label']}\n{'change in %' if log else 'difference'}")
+        unit = "change in %" if log else "difference"
+        ax.set_xlabel(f"{look['label']}\n{unit}{f' to {pairs[0][1]}' if same else ''}")
     return figure
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.report import page
+from experiments.report import index, page
+from relora_core.config import ConfigError
 from sweeps.commands import selection
 
 HELP = "write the results of a sweep: page, figures, tables, data"
@@ -15,6 +16,7 @@ EXAMPLES = """examples:
   python -m sweeps report audit --arms '[0-9]_*' --reference previous --output audit_steps
   python -m sweeps report audit_10m --comparisons docs/audit/comparisons.yaml
   python -m sweeps report model-relora.r --beside gpt2
+  python -m sweeps report --html-index
   python -m sweeps report paper --published paper_results.json --output paper_report
 
 Means over finished seeds with 95 % intervals, arms compared on common seeds, every figure as SVG
@@ -24,7 +26,9 @@ OUTPUT_DIR/sweeps/SWEEP/report. A sweep need not have ended.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep")
+    parser.add_argument("sweep", metavar="SWEEP", nargs="?", help="name of a sweep")
+    help_index = "a page over all sweeps, OUTPUT_DIR/sweeps/index.html, with links to their reports"
+    parser.add_argument("--html-index", action="store_true", help=help_index)
     parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
     help_arms = "show these arms only: names or patterns, with commas (default: all)"
     parser.add_argument("--arms", metavar="NAMES", help=help_arms)
@@ -49,9 +53,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.sweep is None and not args.html_index:
+        raise ConfigError("report needs SWEEP, or --html-index for a page over all sweeps")
+    if args.sweep is not None:
+        print(_report(args))
+    if args.html_index:
+        states = selection.survey(selection.runs_of(args.output_dir))
+        print(index.write(args.output_dir, states=states))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> Path:
     args.sweep = selection.find_sweep(args.output_dir, args.sweep)
     runs = selection.runs_of(args.output_dir, sweep=args.sweep)
-    path = page.write(
+    return page.write(
         args.output_dir,
         args.sweep,
         output=args.output,
@@ -65,5 +80,3 @@ def run(args: argparse.Namespace) -> int:
         pdf=args.pdf,
         with_notebook=args.notebook,
     )
-    print(path)
-    return 0

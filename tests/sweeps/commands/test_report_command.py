@@ -79,3 +79,19 @@ def test_compare_takes_names_and_paths(sweeps: Path, capsys: pytest.CaptureFixtu
     second = Path(capsys.readouterr().out.strip()).read_text()
     assert "2 common arms with 4 pairs" in first
     assert first == second
+
+
+def test_a_page_over_all_sweeps_needs_no_name(
+    sweeps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output-dir", str(sweeps), "report", "--html-index"]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert page == sweeps / "sweeps" / "index.html"
+    assert "<td>one</td>" in page.read_text()
+
+
+def test_without_a_name_it_says_what_it_needs(
+    sweeps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output-dir", str(sweeps), "report"]) == 2
+    assert "report needs SWEEP" in capsys.readouterr().err
