@@ -239,6 +239,12 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
         if outcome.difference is None and not reference.finished:
             lines.append(f"{_missing([reference])}: nothing can be compared with it")
             continue
+        if metric.scale == "log" and _reads_other(arm, reference):
+            lines.append(
+                f"{arm.name} and {reference.name} read other texts or tokens: their perplexities "
+                "must not be compared"
+            )
+            continue
         if one_reference and len(reference.name) > LONGEST:  # the line above has its name
             reference = replace(reference, name="the reference")
         lines.append(sentence(arm, reference, outcome, metric))
@@ -246,6 +252,17 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
     left = len(lines) - most
     more = [f"{plural(left, 'further comparison')}: see Comparisons"] if left > 0 else []
     return lines[:most] + more
+
+
+def _reads_other(arm: Arm, reference: Arm) -> bool:
+    """Whether perplexities of the two are of different texts or tokenizers."""
+    if any(not run.trained for one in (arm, reference) for run in one.runs):
+        return True
+    return any(
+        arm.settings.get(key) != reference.settings.get(key)
+        for key in arm.settings.keys() | reference.settings.keys()
+        if key in ("model.vocab_size", "data.tokenizer") or key.endswith("fingerprint")
+    )
 
 
 def _estimate(arm: Arm, metric: Metric) -> Interval | None:

@@ -176,3 +176,14 @@ def test_accuracies_are_compared_in_points(tmp_path: Path) -> None:
     text = answer(written(tmp_path, arms(2), loss=near(0.002, gap=0.3)))
     assert re.search(r"- BLiMP accuracy: 1 of 1 comparison significant after Holm \(points\)", text)
     assert re.search(r"relora.r=2 -3\.\d", text)
+
+
+def test_perplexities_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
+    """Nor do they make an arm the best."""
+    configs = arms(2)
+    for config in configs:
+        config.model.vocab_size = 320 if config.method == "relora" else 300
+    text = answer(written(tmp_path, configs))
+    assert "must not be compared" in text
+    assert "times the perplexity" not in text
+    assert "Lowest Paloma perplexity" not in text
