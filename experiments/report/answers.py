@@ -63,7 +63,7 @@ def of_named(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
         what = name(one.metric) + (f" of {one.group}" if one.group else "")
         says = sentence(arm, reference, outcome, one.metric, what=what)
         lines.append(f"{one.question}: {says}" if one.question else says)
-    return ["What a file asks:", Bullets(lines)]
+    return ["The comparisons that a file names:", Bullets(lines)]
 
 
 # one sentence -----------------------------------------------------------------------------------
