@@ -97,6 +97,7 @@ def test_exported_logits_are_the_runs(nano, tmp_path, method):
     assert main(["export", RUN, str(folder), "--output-dir", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), before)
     assert {p.name for p in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -15,6 +15,12 @@ pytestmark = pytest.mark.slow
 CASES = [(part, name) for part, names in gpu.NAMES.items() for name in names]
 CASES.remove(("head", "head, cce"))  # a package that is not installed
 CASES += [("device", name) for name in DEVICE]
+# What another case goes through as well, with other options: seconds each.
+for again in ("full rank, eager", "llama, eager", "relora, blocks"):
+    CASES.remove(("train", again))
+for again in ("full rank, blocks", "full rank, cudagraphs", "relora, blocks"):
+    CASES.remove(("small batches", again))
+CASES.remove(("eval", "eval, fp32"))
 
 
 @pytest.mark.parametrize(("part", "name"), CASES)
