@@ -281,8 +281,12 @@ class SearchOutlook(Outlook):
     def store(self) -> None:
         for part in self.parts:
             study = Study.open(part.folder, create=part.spec)
-            # of a grid possibly fewer: it skips points that were learnt or do not apply
-            part.left = study.left() + study.counts().get("RUNNING", 0)
+            counts = study.counts()
+            part.left = counts.get("RUNNING", 0)
+            if left := study.left():
+                # Of a grid its points, where n_trials is more; fewer, if some do not apply.
+                most = samplers.n_trials(part.spec.config, space=part.spec.space)
+                part.left += max(1, min(left, most - sum(counts.values())))
         if self.parts[0].arm:
             arms.write_arms(self.folder, [str(part.arm) for part in self.parts])
 

@@ -26,6 +26,8 @@ from sweeps.search.space import Choice, Float, Int
 from sweeps.search.study import Study
 from sweeps.slurm.submission import Submission
 from sweeps.worker import FAILED, FINISHED
+from tests import warm
+from tests.recipes import NANO, ROOT
 from tests.sweeps.records import end_run
 
 
@@ -323,3 +325,14 @@ def test_one_arm_is_shown_as_a_search_and_others_are_refused(begun, grid, capsys
     answer = json.loads(capsys.readouterr().out)
     assert set(answer["arms"]) == {"a", "b"}
     assert main(["search", "s", "--rebuild", *out]) == 0
+
+
+@pytest.mark.slow
+def test_a_search_that_begins_counts_the_points_of_its_grid(tmp_path):
+    """n_trials is a bound there: of twelve trials on two points none would be minus ten."""
+    words = ["run.py", "-m", "hydra/sweeper=search", "train.lr=choice(1e-3,1e-2)", *NANO]
+    grid = ["search.sampler.name=grid", "search.n_trials=12", "search.objectives=[train/loss]"]
+    more = ["tracking=none", "eval=none", f"output_dir={tmp_path}"]
+    done = warm.run([*words, *grid, *more], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 2 trials have ended, 2 left" in " ".join(done.stdout.split())
