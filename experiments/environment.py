@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scheduler import current_job, gpus_asked
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import ConfigError, RunConfig, needs_gpu
+from relora_core.config import no_gpu as lacks_gpu
 from relora_core.sources import code_hash
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,8 +193,8 @@ def gpu_asked(config: RunConfig) -> str | None:
     """The setting that asks for a GPU for this run; None if none does, or a CPU is wanted."""
     if config.runtime.device == "cpu":
         return None
-    if config.runtime.device == "cuda":
-        return "runtime.device=cuda"
+    if setting := needs_gpu(config):
+        return setting
     if asked := gpus_asked():
         return f"a job of {asked} GPUs on each node (hydra.launcher.gpus_per_node or resources)"
     asked = config.resources.gpus_per_node
@@ -214,11 +215,11 @@ def check_gpu(config: RunConfig) -> None:
 
 def no_gpu(config: RunConfig, asked: str) -> ConfigError:
     """The error if there is no GPU, and `asked` (as of `gpu_asked`) asks for one."""
+    if asked == needs_gpu(config):
+        return lacks_gpu(asked)
     device = config.runtime.device
     return ConfigError(
         f"runtime.device must be cpu here (no GPU found), got {device!r} with {asked}"
-        if device != "cuda"
-        else "runtime.device must be auto or cpu here (no GPU found), got 'cuda'"
     )
 
 

@@ -1587,6 +1587,28 @@ def _check_restarts(config: RunConfig) -> None:
         )
 
 
+ONLY_GPU = {
+    "runtime.device": ("cuda", "auto or cpu"),
+    "train.precision": ("tf32", "fp32 or bf16"),
+    "runtime.head": ("cce", "chunked"),
+}
+"""Key -> its value that a CPU cannot have, and those that it can."""
+
+
+def needs_gpu(config: RunConfig) -> str | None:
+    """The setting without which the run could be a CPU's; None: it can be."""
+    for key, (value, _) in ONLY_GPU.items():
+        if get(config, key) == value:
+            return f"{key}={value}"
+    return None
+
+
+def no_gpu(setting: str) -> ConfigError:
+    """The error where there is no GPU, for a setting as of `needs_gpu`."""
+    key, _, value = setting.partition("=")
+    return ConfigError(f"{key} must be {ONLY_GPU[key][1]} here (no GPU found), got {value!r}")
+
+
 def _check_train(config: RunConfig) -> None:
     train = config.train
     total = config.schedule.total_steps or train.steps

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import ConfigError, RunConfig, needs_gpu, no_gpu
 from relora_core.shell import Group
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -33,13 +33,8 @@ def take(config: RunConfig, place: Group) -> str | None:
     ConfigError where there is none to take, or it lacks what the run asks for.
     """
     if not wanted(config):
-        if config.runtime.device == "cuda":
-            raise ConfigError("runtime.device must be auto or cpu here (no GPU found), got 'cuda'")
-        if config.train.precision == "tf32":
-            raise ConfigError(
-                "train.precision must be fp32 or bf16 here (no GPU found, and tf32 is a GPU's), "
-                "got 'tf32'; nearest valid: fp32"
-            )
+        if setting := needs_gpu(config):
+            raise no_gpu(setting)
         return None
     if place.world > 1:
         torch.cuda.set_device(index(place, visible=torch.cuda.device_count()))

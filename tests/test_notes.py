@@ -241,6 +241,14 @@ RESOURCES = "runtime.device must be cpu here (no GPU found), got 'auto' with res
     [
         ({"runtime.device": "cuda"}, CUDA),
         (
+            {"runtime.device": "auto", "train.precision": "tf32"},
+            "train.precision must be fp32 or bf16 here (no GPU found), got 'tf32'",
+        ),
+        (
+            {"runtime.device": "auto", "runtime.head": "cce", "train.precision": "bf16"},
+            "runtime.head must be chunked here (no GPU found), got 'cce'",
+        ),
+        (
             {"runtime.device": "auto", "resources.gpus_per_node": 1},
             f"{RESOURCES}gpus_per_node=1",
         ),
@@ -266,7 +274,8 @@ def test_a_gpu_asked_for_and_not_there_is_one_line_before_anything_is_written(
         with pytest.raises(ConfigError, match=f"^{re.escape(line)}$"):
             LocalLauncher().check(make_plan([({}, config)]), estimates={})
     assert not Path(cut.output_dir).exists()
-    assert environment.gpu_asked(with_values(config, {"runtime.device": "cpu"})) is None
+    on_cpu = {"runtime.device": "cpu", "train.precision": "fp32", "runtime.head": "chunked"}
+    assert environment.gpu_asked(with_values(config, on_cpu)) is None
 
 
 def test_a_job_that_asked_for_a_gpu_and_finds_none_fails_in_one_line(
@@ -290,6 +299,11 @@ def test_a_job_without_gpus_cannot_have_a_run_on_one(cut: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"^hydra.launcher.gpus_per_node must be >= 1 with "):
         check_cell(on_gpu, SlurmOptions(gpus_per_node=0))
     check_cell(on_gpu, SlurmOptions(gpus_per_node=1))
+    rounded = with_values(cut, {"runtime.device": "auto", "train.precision": "tf32"})
+    with pytest.raises(
+        ConfigError, match=r"must be >= 1 with train.precision=tf32, got 0; nea.*1$"
+    ):
+        check_cell(rounded, SlurmOptions(gpus_per_node=0))
     check_cell(with_values(cut, {"runtime.device": "auto"}), SlurmOptions(gpus_per_node=0))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from relora_core import costs
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import ConfigError, RunConfig, needs_gpu
 from sweeps.planning.kinds import kinds_in
 
 # The metadata of an option, by which the other modules know what to do with it.
@@ -191,10 +191,12 @@ def check_cell(config: RunConfig, options: SlurmOptions) -> None:
             f"({shape.nodes} nodes of {shape.tasks_per_node}), got {config.train.batch_size}; "
             f"nearest valid: {good}"
         )
-    if config.runtime.device == "cuda" and not shape.gpus_per_node and not options.extra:
+    setting = needs_gpu(config)
+    if setting and not shape.gpus_per_node and not options.extra:
+        other = ", or runtime.device=cpu" if config.runtime.device == "cuda" else ""
         raise ConfigError(
-            "hydra.launcher.gpus_per_node must be >= 1 with runtime.device=cuda, got 0; nearest "
-            "valid: 1, or runtime.device=cpu"
+            f"hydra.launcher.gpus_per_node must be >= 1 with {setting}, got 0; nearest valid: 1"
+            f"{other}"
         )
     every = config.checkpoint.every_minutes
     if every is not None and every >= shape.minutes:

@@ -314,12 +314,9 @@ NANO += ("tracking=none", "eval=none", "output_dir=out")
 @pytest.mark.slow
 @pytest.mark.parametrize("search", [(), ("hydra/sweeper=search", "search=lr_and_rank")])
 def test_a_first_sweep_is_priced_by_real_steps(tmp_path, search):
-    axes = ("relora.r=4",) if search else ("relora.r=2,4", "train.precision=fp32,tf32")
+    axes = ("relora.r=4",) if search else ("relora.r=2,4",)
     done = command("--plan", "--measure", *search, *NANO, *axes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     basis = r"CPU-hours by \d+ timed steps of nano on cpu, start and evals not counted"
     assert re.search(basis, " ".join(done.stdout.split()))
-    if not search:
-        assert "tf32: train.precision must be fp32 or bf16 here (no GPU found" in done.stdout
-        assert len([line for line in done.stdout.splitlines() if line.startswith("timed ")]) == 1
     assert not (tmp_path / "out" / "runs").exists()
