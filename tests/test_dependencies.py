@@ -56,6 +56,7 @@ def distributions() -> dict[str, set[str]]:
     return {module: set(map(canonical, owners[module])) for module in others}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_declared():
     declared = names(PROJECT["dependencies"])
     undeclared = {m for m, owners in distributions().items() if not owners & declared}

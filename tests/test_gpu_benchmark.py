@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_is_one_line() -> None:
     command = [sys.executable, "benchmarks/gpu.py"]
     done = subprocess.run(

@@ -20,9 +20,10 @@ from relora_core import dropout, graphs, kernels, native, train
 from relora_core.config import ConfigError, RunConfig
 from relora_core.graphs import Graphs
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # Dynamo's own
+]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Nano = Callable[..., RunConfig]
 

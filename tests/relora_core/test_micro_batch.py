@@ -127,6 +127,7 @@ t.choose_micro_batch = checked
 """
 
 
+@pytest.mark.slow
 def test_the_smallest_gpu_of_a_group_decides_for_all(auto, tmp_path):
     sizes = [10**12, int(total(auto(), 2) / MEMORY_SHARE) + 1]
     run_in_processes(auto(), tmp_path, processes=2, prelude=UNEQUAL.format(sizes=sizes))

@@ -112,6 +112,7 @@ print(one.steps, one.tokens, one.world)
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_after_the_step_that_rank_0_says(config, tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(config()))
     done = warm.ranks(2, ["-c", RANK, tmp_path], cwd=tmp_path)

@@ -145,6 +145,7 @@ def test_a_shape_that_cannot_be_timed_is_named_and_the_others_count(plan, fake, 
     assert [rate.label for rate in read_rates(out)] == ["nano"]
 
 
+@pytest.mark.slow
 def test_a_shape_that_hangs_is_given_up(plan, fake, monkeypatch):
     monkeypatch.setattr(timing, "EACH_S", 1.0)
     assert "cannot time test: not done after 1 s" in plan("hangs")
@@ -215,6 +216,7 @@ def node(slurm, tmp_path):
     return str(front), slurm.run
 
 
+@pytest.mark.slow
 def test_one_short_job_with_the_sweeps_options_times_all_shapes(
     plan, fake, slurm, cluster, when_queued, out, tmp_path
 ):

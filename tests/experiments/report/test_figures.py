@@ -221,6 +221,7 @@ def words(drawing: canvas.Drawing) -> str:
     return "\n".join(text.get_text() for text in texts)
 
 
+@pytest.mark.slow
 def test_svg_text_is_text_and_at_least_nine_points(complete: dict[str, Figure]) -> None:
     for figure in complete.values():
         svg = figure.svg.read_text()

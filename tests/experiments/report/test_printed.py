@@ -44,6 +44,7 @@ def test_pages_are_as_wide_as_one_and_two_columns(tmp_path: Path) -> None:
     assert height <= printed.TALLEST + 0.6  # rows of its legend
 
 
+@pytest.mark.slow
 def test_many_panels_are_not_put_below_each_other(tmp_path: Path) -> None:
     produce(tmp_path, panels(2, 2))
     produce(tmp_path, panels(3, 3))
