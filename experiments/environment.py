@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scheduler import current_job, gpus_asked
-from relora_core.config import ConfigError, RunConfig, needs_gpu
-from relora_core.config import no_gpu as lacks_gpu
+from relora_core.config import ConfigError, RunConfig, lacks_gpu, needs_gpu
 from relora_core.sources import code_hash
 
 ROOT = Path(__file__).resolve().parents[1]

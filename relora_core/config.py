@@ -1603,7 +1603,7 @@ def needs_gpu(config: RunConfig) -> str | None:
     return None
 
 
-def no_gpu(setting: str) -> ConfigError:
+def lacks_gpu(setting: str) -> ConfigError:
     """The error where there is no GPU, for a setting as of `needs_gpu`."""
     key, _, value = setting.partition("=")
     return ConfigError(f"{key} must be {ONLY_GPU[key][1]} here (no GPU found), got {value!r}")
@@ -1626,12 +1626,17 @@ def _check_train(config: RunConfig) -> None:
         )
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
-        small = (n for n in range(1, math.isqrt(train.batch_size) + 1) if train.batch_size % n == 0)
-        good = max(m for n in small for m in (n, train.batch_size // n) if m <= micro)
+        good = max(n for n in divisors(train.batch_size) if n <= micro)
         raise ConfigError(
             f"train.micro_batch_size must divide train.batch_size={train.batch_size}, got {micro}; "
             f"nearest valid: {good}"
         )
+
+
+def divisors(number: int) -> list[int]:
+    """Of a whole number >= 1, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _check_head(config: RunConfig) -> None:

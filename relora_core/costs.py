@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from relora_core.config import RunConfig, Shape, linear_shapes, method_config, muon_shapes
+from relora_core.config import RunConfig, Shape, divisors, linear_shapes, method_config, muon_shapes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,10 +109,9 @@ def micro_batch(config: RunConfig, *, processes: int = 1, memory: int | None = N
     if not chooses_micro_batch(config):
         return config.train.micro_batch_size or share
     suffices = config.train.micro_batch_tokens or 0
-    small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
-    divisors = sorted({*small, *(share // n for n in small)})
-    enough = next((n for n in divisors if n * config.data.seq_len >= suffices), share)
-    fitting = [n for n in divisors if n <= enough and _fits(config, n, memory)]
+    sizes = divisors(share)
+    enough = next((n for n in sizes if n * config.data.seq_len >= suffices), share)
+    fitting = [n for n in sizes if n <= enough and _fits(config, n, memory)]
     return max(fitting, default=1)
 
 

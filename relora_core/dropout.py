@@ -57,7 +57,7 @@ def mask_in_graph(x: Tensor, *, share: float, numbers: Tensor, stride: int) -> T
     """As `Dropout.mask`, bool, of x (sequences, ..., columns) and plain operations on each entry.
 
     `numbers` holds the seed and the place of the first sequence, int64: a graph that held them as
-    Python numbers would be compiled anew for each pass.
+    Python numbers would be compiled again in each pass.
     """
     each, device = x[0].numel(), x.device
     place = torch.arange(each, device=device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from relora_core.config import ConfigError, RunConfig, needs_gpu, no_gpu
+from relora_core.config import ConfigError, RunConfig, lacks_gpu, needs_gpu
 from relora_core.shell import Group
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -34,7 +34,7 @@ def take(config: RunConfig, place: Group) -> str | None:
     """
     if not wanted(config):
         if setting := needs_gpu(config):
-            raise no_gpu(setting)
+            raise lacks_gpu(setting)
         return None
     if place.world > 1:
         torch.cuda.set_device(index(place, visible=torch.cuda.device_count()))

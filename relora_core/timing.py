@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from relora_core import costs, graphs, shell
-from relora_core.config import EVALS, LARGEST_INT, RunConfig
+from relora_core.config import EVALS, LARGEST_INT, RunConfig, divisors
 from relora_core.events import NullSink
 from relora_core.train import train
 
@@ -72,7 +72,7 @@ def _shortened(config: RunConfig, *, world: int) -> RunConfig:
     """The config with nothing but training in it, and no phase at full rank before or between."""
     share, micro = config.train.batch_size // world, costs.micro_batch(config, processes=world)
     passes = max(share // micro, 1)
-    fewer = max(n for n in range(1, min(passes, PASSES) + 1) if passes % n == 0)
+    fewer = max(n for n in divisors(passes) if n <= PASSES)
     batch = config.train.batch_size // passes * fewer
     sections = {
         name: dataclasses.replace(getattr(config.eval, name), enabled=False) for name in EVALS

@@ -38,7 +38,7 @@ from relora_core import (
     utilisation,
 )
 from relora_core.checkpoint import Progress
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import ConfigError, RunConfig, divisors
 from relora_core.data import load_tokenizer, open_stream
 from relora_core.dynamics import Recorder
 from relora_core.evals import Eval
@@ -297,7 +297,7 @@ def split_batch(config: RunConfig, *, world: int) -> int:
         )
     share, micro = batch // world, costs.micro_batch(config, processes=world)
     if share % micro:
-        good = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        good = max(n for n in divisors(share) if n <= micro)
         raise ConfigError(
             f"train.micro_batch_size must divide the {share} sequences of each of {world} "
             f"processes, got {micro}; nearest valid: {good}"

@@ -130,14 +130,15 @@ def _wait(
                 display.say(console, f"job {job_id} is {state}{why}")
             shown[job_id] = state
             if state == "over":
-                _settle(jobs.pop(job_id), work, end=f"job {job_id} {job.state if job else 'ended'}")
+                end = f"job {job_id} {job.state if job else 'ended'}"
+                _fail_rest(jobs.pop(job_id), work, end=end)
     work.collect()
 
 
-def _settle(indices: list[int], work: Timings, *, end: str) -> None:
-    """A result for what a job that is over has not timed."""
+def _fail_rest(indices: list[int], work: Timings, *, end: str) -> None:
+    """A failure for each config that a job, which is over, has not timed."""
     work.collect()
     logs = sorted(work.folder.glob("sweeps/*/jobs/*/*.out"))
-    said = next((line for log in logs if (line := last_line(log))), "")
+    reason = next((line for log in logs if (line := last_line(log))), "")
     for index in set(indices) & set(work.left):
-        write_result(work.files[index], Result(error=f"{end}: {said}" if said else end))
+        write_result(work.files[index], Result(error=f"{end}: {reason}" if reason else end))

@@ -259,7 +259,7 @@ def test_a_compiled_run_learns_what_another_does(nano: Nano, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_processes_share_a_compiled_run(nano: Nano, tmp_path: Path) -> None:
-    """Blocks are compiled inside DDP's forward pass, which is wrapped anew for a phase."""
+    """Blocks are compiled inside DDP's forward pass, which a change of phase wraps again."""
     changes = {"model": {"vocab_size": 301}, "train": {"steps": 5}}
     changes["relora"] = {"dropout": 0.1, "warm_start_steps": 2}
     alone = run(nano(**changes), tmp_path / "alone").metrics()
