@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 from training import resumed, run
 
-from relora_core import head, loss, native, train
+from relora_core import gpu, head, loss, native, train
 from relora_core.config import ConfigError, RunConfig, validate
 
 pytestmark = pytest.mark.slow
@@ -243,6 +243,7 @@ def test_a_resumed_run_keeps_its_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(train, "head", SimpleNamespace(choose=lambda asked, **_: asked))
+    monkeypatch.setattr(gpu, "needs_gpu", lambda config: None)
 
     def config(kind: str) -> RunConfig:
         return nano(
