@@ -186,7 +186,7 @@ def test_the_two_audits_share_what_they_have_in_common(arms):
 
 
 def test_the_larger_audits_arms_are_compared_alike(arms):
-    """Whatever is not the method, a knob of its restarts or its named horizon is the same."""
+    """All is the same but the method, the knobs of its restarts, a named horizon and the rate."""
     for name, config in (found := arms("audit_10m")).items():
         keys = differing(found["full_rank"], config) - {"method"}
         rest = {key for key in keys if not key.startswith("relora.")}
