@@ -29,7 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import typos
+from experiments import references, typos
 from relora_core.config import ALPHA, ConfigError, RunConfig, get, scaled, walk
 
 HYDRA_1_4 = tuple(map(int, hydra_version.split(".")[:2])) >= (1, 4)
@@ -63,22 +63,7 @@ def register() -> None:
     """Make the typed schema available to conf/config.yaml as `run_schema`, and `${divide:...}`."""
     if "run_schema.yaml" not in ConfigStore.instance().repo:
         store(name="run_schema", node=Composed)
-    OmegaConf.register_new_resolver("divide", _divide, replace=True)
-
-
-def _divide(number: Any, *divisors: Any) -> float:
-    """`${divide:${train.lr},300}`: a value in proportion to another, whatever a sweep or a search
-    makes of that one."""
-    values = (number, *divisors)
-    no_number = any(
-        isinstance(value, bool) or not isinstance(value, int | float) for value in values
-    )
-    if no_number or not divisors or not all(divisors):
-        got = ",".join(map(str, values))
-        raise ValueError(f"${{divide:...}} must have numbers, the second on not 0, got {got}")
-    for divisor in divisors:
-        number /= divisor
-    return number
+    references.register()
 
 
 def store(**options: Any) -> None:

@@ -20,7 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from experiments import schema
+from experiments import references, schema
 from experiments.environment import RUN, is_installed
 from hydra_plugins.relora_sweeps._axes import (
     arms_taken,
@@ -346,8 +346,9 @@ class SearchSweeper(Sweeper):
             for key, one in space.items()
             if start and isinstance(one, Choice) and one.values and not self.composer.is_group(key)
         }
-        bases = self._bases(space, [*fixed.values(), *firsts.values()])
-        return Draft(search=self._search(first, space, fixed), space=space, bases=bases)
+        bases, follows = self._bases(space, [*fixed.values(), *firsts.values()])
+        search = self._search(first, space, fixed)
+        return Draft(search=search, space=space, bases=bases, follows=follows)
 
     def _search(
         self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str]
@@ -364,17 +365,19 @@ class SearchSweeper(Sweeper):
 
     def _bases(
         self, space: dict[str, Dimension], fixed: list[str]
-    ) -> list[tuple[dict[str, str], RunConfig]]:
-        """The choices and the config of each combination of the groups that are searched."""
+    ) -> tuple[list[tuple[dict[str, str], RunConfig]], list[dict[str, Any]]]:
+        """Of each combination of the groups that are searched the choices and the config, and what
+        refers to a key of the space or the seed."""
         groups = {key: one.values for key, one in space.items() if isinstance(one, Choice)}
         groups = {key: values for key, values in groups.items() if self.composer.is_group(key)}
-        bases = []
+        bases, follows = [], []
         for options in product(*groups.values()):
             choices = dict(zip(groups, map(str, options), strict=True))
             overrides = [*fixed, *(f"{key}={option}" for key, option in choices.items())]
             config = self.composer.compose(overrides)
             bases.append((choices, schema.to_run_config(config, overrides=overrides)))
-        return bases
+            follows.append(references.following(references.read(config), [*space, "seed"]))
+        return bases, follows
 
     def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
         """The space of the file and the command line, without keys that the latter fixes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from experiments.identity import scientific
+from experiments.references import following
 from relora_core.config import ConfigError, RunConfig, applies, get
 from sweeps.search import samplers
 from sweeps.search.space import (
@@ -92,6 +93,8 @@ def join(old: Spec, new: Spec) -> Spec:
             before, key = old.bases[base_key(choices)], base_key({**choices, **standing})
             bases[key] = with_values(bases[key], {k: get(before, k) for k in carried})
             differing = differing or _difference(before, bases[key], besides=old.space)
+            follows = old.follows.get(base_key(choices), {}), new.follows.get(key, {})
+            differing = differing or _other_reference(*follows, searched=old.space)
         if differing is None:
             first = {
                 g: Choice(values=_put_first(option, new.space[g])) for g, option in standing.items()
@@ -132,6 +135,17 @@ def _difference(
     for key in dict.fromkeys([*one, *two]):
         if one.get(key) != two.get(key) and key not in (*besides, "seed"):
             return key, one.get(key), two.get(key)
+    return None
+
+
+def _other_reference(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, searched: Collection[str]
+) -> tuple[str, Any, Any] | None:
+    """The first value that follows what was searched before in another way now, and both ways."""
+    now = following(now, [*searched, "seed"])
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key) and key not in searched:
+            return key, before.get(key, "as it was"), now.get(key, "a value of its own")
     return None
 
 

@@ -51,6 +51,8 @@ class Draft:
     space: Mapping[str, Dimension]
     bases: Sequence[tuple[Point, RunConfig]]
     """Each combination of searched groups with what it composes to."""
+    follows: Sequence[Mapping[str, Any]]
+    """For each of them what refers to a key that is searched: dotted key -> what stands there."""
     arm: str | None = None
     """Its name in a search with arms."""
 
@@ -138,6 +140,10 @@ def _plan_part(
         space=dict(draft.space),
         groups=groups,
         bases={spaces.base_key(choices): config for choices, config in points},
+        follows={
+            spaces.base_key(choices): dict(those)
+            for (choices, _), those in zip(points, draft.follows, strict=True)
+        },
         command=command,
         notes=list(notes),
     )
@@ -356,8 +362,8 @@ def corner_configs(spec: Spec) -> list[RunConfig]:
         base = spec.bases[spaces.base_key(choices)]
         active = active_keys(spec, choices=choices, base=base)
         for values in corners({key: spec.space[key] for key in active}):
-            config = spaces.with_values(base, values)
             try:
+                config = spec.at(choices, values)
                 validate(config)
             except ConfigError as error:
                 where = ", ".join(f"{k}={v}" for k, v in {**choices, **values}.items())

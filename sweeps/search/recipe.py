@@ -52,7 +52,10 @@ def recipe(config: RunConfig) -> Recipe:
             tried[option] = (len(_differences(config, composed)), composed)
         chosen[group] = min(tried, key=lambda option: tried[option][0])
         base = tried[chosen[group]][1]
-    return Recipe(choices=chosen, values=_differences(config, base))
+    values = _differences(config, base)
+    if values:  # what refers to one of them in an option's file follows it, and not the config
+        values |= _differences(config, schema.compose([*_texts(chosen), *_assignments(values)]))
+    return Recipe(choices=chosen, values=values)
 
 
 def _composed(choices: Mapping[str, str]) -> RunConfig:
@@ -99,7 +102,7 @@ def overrides(config: RunConfig) -> list[str]:
     made = recipe(config)
     values = {key: value for key, value in made.values.items() if key != "seed"}
     values["seed"] = config.seed
-    return _texts(made.choices) + [f"{key}={quoted(value)}" for key, value in values.items()]
+    return _texts(made.choices) + _assignments(values)
 
 
 def command(config: RunConfig) -> str:
@@ -109,6 +112,10 @@ def command(config: RunConfig) -> str:
 
 def _texts(choices: Mapping[str, str]) -> list[str]:
     return [f"{group}={quoted(option)}" for group, option in choices.items()]
+
+
+def _assignments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={quoted(value)}" for key, value in values.items()]
 
 
 def quoted(value: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from experiments import json_files
+from experiments import json_files, references
 from experiments.addresses import located
 from experiments.disk import frozen
 from experiments.disk.output_dir import place_of_study
@@ -25,6 +25,7 @@ from sweeps.search.space import (
     check_space,
     from_json,
     to_json,
+    with_values,
 )
 
 
@@ -39,6 +40,8 @@ class Spec:
     """Keys of `space` that choose options of conf/."""
     bases: dict[str, RunConfig]
     """base_key(choices of all groups) -> config, completed; what is searched is set on a copy."""
+    follows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same -> {dotted key: what stands there}, of values that refer to what is searched."""
     command: str = ""
     """Of the newest launch."""
     id: str = ""
@@ -51,6 +54,14 @@ class Spec:
     learnt: list[dict[str, Any]] = field(default_factory=list)
     """The first trials, made of runs of earlier sweeps (`learn.py`)."""
 
+    def at(self, choices: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
+        """The config with these options of groups and values of keys; not validated."""
+        key = base_key(choices)
+        config = with_values(self.bases[key], values)
+        if not (follows := self.follows.get(key)):
+            return config
+        return with_values(config, references.resolve(config, follows))
+
     # disk ---------------------------------------------------------------------------------------
     def write(self, path: Path) -> None:
         raw = {
@@ -60,6 +71,7 @@ class Spec:
             "groups": self.groups,
             "space": {key: to_json(dimension) for key, dimension in self.space.items()},
             "bases": {key: dataclasses.asdict(config) for key, config in self.bases.items()},
+            "follows": self.follows,
             "notes": self.notes,
             "added": self.added,
             "learnt": self.learnt,
@@ -78,6 +90,7 @@ class Spec:
                 space={key: from_json(one) for key, one in raw["space"].items()},
                 groups=raw["groups"],
                 bases={k: frozen.read(c, output_dir=output_dir) for k, c in bases.items()},
+                follows=raw.get("follows", {}),
                 command=raw["command"],
                 id=raw["id"],
                 notes=raw.get("notes", []),

@@ -6,7 +6,6 @@ If several trials have the same run, it has the newest, and in that the `earlier
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from experiments.identity import run_id
 from relora_core import atomic
 from relora_core.config import RunConfig
 from sweeps.search.objective import Verdict, judge
-from sweeps.search.space import base_key, is_active, ordered, with_values
+from sweeps.search.space import is_active, ordered
 
 if TYPE_CHECKING:
     from sweeps.search.study import Spec, Study
@@ -155,8 +154,7 @@ def config_at(spec: Spec, params: dict[str, Any], *, seed: int | None = None) ->
     """The config at a point of the space; groups that `params` lacks have their first option."""
     choices = {g: params.get(g, spec.space[g].values[0]) for g in spec.groups}  # type: ignore[union-attr]
     values = {key: value for key, value in params.items() if key not in spec.groups}
-    config = with_values(spec.bases[base_key(choices)], values)
-    return config if seed is None else dataclasses.replace(config, seed=seed)
+    return spec.at(choices, values if seed is None else {**values, "seed": seed})
 
 
 def fill(spec: Spec, take: Callable[[str, RunConfig], Any]) -> dict[str, Any]:

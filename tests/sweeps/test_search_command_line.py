@@ -11,10 +11,14 @@ from hydra.types import HydraContext, RunMode
 from experiments import schema, typos
 from experiments.environment import ROOT
 from experiments.identity import run_id
+from experiments.run.complete import complete
 from hydra_plugins.relora_sweeps._axes import dimension, parse
 from relora_core.config import ConfigError
 from sweeps.search import samplers
+from sweeps.search.launch import _plan_part
 from sweeps.search.space import Choice, Float, Int, check_space, with_values
+from sweeps.search.spec import Spec
+from sweeps.search.trial import config_at
 from tests import warm
 
 pytestmark = pytest.mark.slow
@@ -194,6 +198,29 @@ def test_in_a_search_alpha_follows_the_rank_at_a_fixed_or_searched_scale(searche
     for words in (["relora.alpha=4,8"], ["relora.alpha=16"]):
         with pytest.raises(ConfigError, match=r"^relora.alpha must be left out"):
             searched(*SMALL, "relora.scale=2", *words)
+
+
+def test_what_refers_to_a_searched_key_or_the_seed_follows_it(drafts_of, tmp_path):
+    """Also in a process that reads the study; each trial is the run of a grid with its values."""
+    words = [
+        "model=nano",
+        "train.eps='${divide:${train.lr},1000}'",
+        "schedule.warmup_steps='${seed}'",
+    ]
+    words += ["relora.alpha='${relora.r}'", "relora.dropout='${oc.env:DROPOUT_OF_THIS_TEST,0.2}'"]
+    [draft], _ = drafts_of(*BASE, *words[1:], "relora.r=4,8", "search.enqueue=[]")
+    points = [(choices, complete(config)) for choices, config in draft.bases]
+    path = tmp_path / "out" / "sweeps" / "s" / "study" / "study.json"
+    path.parent.mkdir(parents=True)
+    _plan_part(draft, points, folder=path.parent, command="", notes=[]).spec.write(path)
+    spec = Spec.read(path)
+    assert set(spec.follows[""]) == {"train.eps", "schedule.warmup_steps", "relora.alpha"}
+    for lr, r, seed in ((1e-3, 4, 0), (1e-2, 8, 3)):
+        config = config_at(spec, {"train.lr": lr, "relora.r": r}, seed=seed)
+        grid = [*words, f"train.lr={lr}", f"relora.r={r}", f"seed={seed}"]
+        assert run_id(config) == run_id(complete(schema.compose(grid)))
+        relora, warmup = config.relora, config.schedule.warmup_steps
+        assert (config.train.eps, warmup, relora.alpha) == (lr / 1000, seed, r)
 
 
 # arms -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_trials_stay_and_new_ones_come_from_all_of_the_wider_space(spec, folder,
     counted = [t["number"] for t in again if "refused" not in t["user_attrs"]]
     made = contents(rebuild(folder))  # from records, most of them of the narrower space
     assert [made[n] for n in counted] == [again[n] for n in counted]
+
+
+def test_what_follows_a_searched_key_stays_as_it_was(spec, folder):
+    def following(texts, **space):
+        return replace(spec(space={"train.lr": LR, **space}), follows={"": texts})
+
+    texts = {"train.eps": "${divide:${train.lr},1000}"}
+    Study.open(folder, create=following(texts))
+    for other in ({}, {"train.eps": "${divide:${train.lr},500}"}, {**texts, "relora.r": "${seed}"}):
+        with pytest.raises(ConfigError, match=r"^(train.eps|relora.r) must stay .* has begun, got"):
+            Study.open(folder, create=following(other))
+    more = {**texts, "relora.alpha": "${relora.r}"}  # as it was while r did not vary
+    wide = Study.open(folder, create=following(more, **{"relora.r": Int(low=4, high=16)}))
+    assert wide.spec.follows == {"": more}
 
 
 @pytest.mark.slow

@@ -141,6 +141,8 @@ SETTINGS = [
     ["method=galore", "galore.r=2", "eval=none", "dynamics=weights", "train.grad_clip=1.0"],
     ["experiment=laptop", "method=lora", "relora.rank_schedule=[]", "dynamics=paper"],
     ["model=nano", "model.n_layers=3", "model.vocab_size=600", "eval.paloma.enabled=false"],
+    ["experiment=audit_10m", "train.lr=0.01"],
+    ["experiment=audit_10m", "train.lr=0.01", "train.eps=4e-7"],
     ["relora.rank_schedule=[[100,8],[150,4]]", "output_dir=it's here", "schedule.min_ratio=0.0"],
 ]
 
