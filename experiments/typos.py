@@ -63,6 +63,19 @@ SWEEPERS = {
     "max_failure_rate": "search.max_failures",
 }
 """Keys of `hydra.sweeper` in those sweepers -> ours. Keys of `search` have the same name there."""
+LAUNCHERS = {
+    "timeout_min": "time",
+    "array_parallelism": "max_parallel",
+    "additional_parameters": "extra",
+    "comment": "extra.comment",
+    "exclude": "extra.exclude",
+    "gres": "extra.gres",
+    "mem_per_gpu": "extra.mem_per_gpu",
+    "mem_per_cpu": "extra.mem_per_cpu",
+    "cpus_per_gpu": "extra.cpus_per_gpu",
+    "gpus_per_task": "extra.gpus_per_task",
+}
+"""Keys of `hydra.launcher` in the stock plugin for submitit -> ours."""
 QUOTES = dict.fromkeys(range(0x2018, 0x2020))
 """Curly quotes, which editors and chats put in place of plain ones; for `str.translate`."""
 LONGEST_GROUP = 100
@@ -321,11 +334,14 @@ def _options(group: str, folders: Sequence[Path]) -> list[str]:
 
 
 def _elsewhere(key: str, text: str = "") -> str | None:
-    """One line for a key of another project's sweeper: what it is called here."""
+    """One line for a key of another project's launcher or sweeper: what it is called here."""
     section, _, name = key.removeprefix("hydra.").partition(".")
+    name = name.split(".")[0]
+    if section == "launcher" and name in LAUNCHERS:
+        got = f" ({text})" if text else ""
+        return f"{key} is not a known key{got}. Did you mean 'hydra.launcher.{LAUNCHERS[name]}'?"
     if section != "sweeper":
         return None
-    name = name.split(".")[0]
     search = list(_stored("search_schema.yaml").node)  # type: ignore[attr-defined]
     ours = SWEEPERS.get(name) or (f"search.{name}" if name in search else None)
     if ours is None:
@@ -374,7 +390,7 @@ def _other_launcher(key: str, *, file: str = "") -> str | None:
     nodes = {n.removesuffix(".yaml"): o.node for n, o in _stored(f"hydra/{section}").items()}
     names = [n for n, node in nodes.items() if n != "basic" and name.split(".")[0] in node]
     if not names:
-        return None
+        return _diagnose_launcher(key, f"in {file}") if file else None
     where = f" (in {file}, whose defaults may say '- override /hydra/{section}: ...')"
     return f"{key} needs hydra/{section}={' or '.join(names)}{where if file else ''}"
 

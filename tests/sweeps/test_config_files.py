@@ -41,6 +41,15 @@ FILES = {
     "experiment/unset": "defaults: [demo]\ntrain: {steps: '${train.stepz}'}",
     "experiment/float": "defaults: [demo]\ntrain: {steps: 1.5}",
     "experiment/trials": "defaults: [demo]\nhydra: {sweeper: {n_trials: 3}}",
+    "sweep/timeout": (
+        "defaults: [override /hydra/launcher: slurm]\nhydra: {launcher: {timeout_min: 60}}"
+    ),
+    "sweep/partitoin": (
+        "defaults: [override /hydra/launcher: slurm]\nhydra: {launcher: {partitoin: p}}"
+    ),
+    "sweep/gres": (
+        "defaults: [override /hydra/launcher: slurm]\nhydra: {launcher: {gres: 'gpu:1'}}"
+    ),
     "sweep/list": "hydra: {sweeper: {params: {relora.r: [4, 8]}}}",
     "sweep/nested": "hydra: {sweeper: {params: {relora: {r: '4,8'}}}}",
     "sweep/nested_list": "hydra: {sweeper: {params: {relora: {r: [4, 8]}}}}",
@@ -235,6 +244,13 @@ def test_a_file_may_choose_the_search(ask):
         (("experiment=typo",), f"model must be one of {MODELS}, got 'tny'"),
         (("experiment=float",), "train.steps must be an integer, got '1.5' (in experiment/float)"),
         (("experiment=key",), "train.stepz is not a known key (in experiment/key). Did you mean"),
+        (
+            ("-m", "sweep=timeout"),
+            "hydra.launcher.timeout_min is not a known key (in sweep/timeout). Did you mean "
+            "'hydra.launcher.time'?",
+        ),
+        (("-m", "sweep=partitoin"), "(in sweep/partitoin). Did you mean 'hydra.launcher.part"),
+        (("-m", "sweep=gres"), "(in sweep/gres). Did you mean 'hydra.launcher.extra.gres'?"),
         (("experiment=unset",), "train.steps: ${train.stepz} is none, since there is no such key."),
         (("relora.r=${relora.rr}",), "relora.r: ${relora.rr} is none, since there is no such key."),
         (
