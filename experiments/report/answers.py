@@ -12,10 +12,18 @@ from dataclasses import replace
 from experiments.disk.states import State
 from experiments.metrics import LOSS
 from experiments.report import registered, responses
-from experiments.report.data import Arm, Sweep, differing_texts
+from experiments.report.data import Arm, Sweep, differing_texts, reads_other
 from experiments.report.document import Block, Bullets, joined, plural
 from experiments.report.registered import Registered
-from experiments.report.tables import SIGNIFICANT, Pair, compared, shown, title_end, value_text
+from experiments.report.tables import (
+    SIGNIFICANT,
+    Pair,
+    certainty,
+    compared,
+    shown,
+    title_end,
+    value_text,
+)
 from experiments.stats import Comparison, Interval, interval
 from relora_core.events import Metric
 
@@ -61,7 +69,9 @@ def of_named(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
     lines = []
     for one, (arm, reference), outcome in zip(comparisons, pairs, outcomes, strict=True):
         what = name(one.metric) + (f" of {one.group}" if one.group else "")
-        says = sentence(arm, reference, outcome, one.metric, what=what)
+        says = _not_alike(arm, reference, one.metric) or sentence(
+            arm, reference, outcome, one.metric, what=what
+        )
         lines.append(f"{one.question}: {says}" if one.question else says)
     return ["The comparisons that a file names:", Bullets(lines)]
 
@@ -78,7 +88,7 @@ def sentence(
     text = f"{arm.name} ends {_gap(outcome.difference, reference, metric, what, digits)}"
     if outcome.p is None or outcome.low is None or outcome.high is None:
         one = min(outcome.n_arm, outcome.n_reference) == 1
-        return f"{text}; {'one seed: no interval' if one else outcome.note}"
+        return f"{text}; {'one seed: no interval' if one else outcome.note}{_lost(outcome)}"
     ends = _ends(outcome.low, outcome.high, metric, digits)
     adjusted = outcome.p if outcome.p_holm is None else outcome.p_holm
     if adjusted >= SIGNIFICANT:
@@ -196,11 +206,7 @@ def best(sweep: Sweep, metric: Metric) -> str:
 def estimate_text(metric: Metric, estimate: Interval) -> str:
     """`133.8 (95 % interval 132.6 to 134.9, 3 seeds)`."""
     unit = " %" if metric.percent else ""
-    mean = value_text(metric, estimate.mean) + unit
-    if estimate.low is None or estimate.high is None:
-        return f"{mean} (one seed: no interval)"
-    ends = f"{value_text(metric, estimate.low)} to {value_text(metric, estimate.high)}"
-    return f"{mean} (95 % interval {ends}, {plural(estimate.n, 'seed')})"
+    return f"{value_text(metric, estimate.mean)}{unit} ({certainty(metric, estimate)})"
 
 
 def summary(pairs: Sequence[Pair], metric: Metric) -> str:
@@ -208,7 +214,7 @@ def summary(pairs: Sequence[Pair], metric: Metric) -> str:
     outcomes = [
         (arm, reference, outcome)
         for (arm, reference), outcome in zip(pairs, compared(pairs, metric), strict=True)
-        if outcome.p_holm is not None
+        if outcome.p_holm is not None and not _not_alike(arm, reference, metric)
     ]
     if not outcomes:
         return ""
@@ -239,11 +245,8 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
         if outcome.difference is None and not reference.finished:
             lines.append(f"{_missing([reference])}: nothing can be compared with it")
             continue
-        if metric.scale == "log" and _reads_other(arm, reference):
-            lines.append(
-                f"{arm.name} and {reference.name} read other texts or tokens: their perplexities "
-                "must not be compared"
-            )
+        if line := _not_alike(arm, reference, metric):
+            lines.append(line)
             continue
         if one_reference and len(reference.name) > LONGEST:  # the line above has its name
             reference = replace(reference, name="the reference")
@@ -254,14 +257,15 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
     return lines[:most] + more
 
 
-def _reads_other(arm: Arm, reference: Arm) -> bool:
-    """Whether perplexities of the two are of different texts or tokenizers."""
-    if any(not run.trained for one in (arm, reference) for run in one.runs):
-        return True
-    return any(
-        arm.settings.get(key) != reference.settings.get(key)
-        for key in arm.settings.keys() | reference.settings.keys()
-        if key in ("model.vocab_size", "data.tokenizer") or key.endswith("fingerprint")
+def _not_alike(arm: Arm, reference: Arm, metric: Metric) -> str:
+    """A sentence where the metric is of other texts or tokens in each of the two; else empty."""
+    what = "losses" if metric.key == LOSS.key else "perplexities"
+    of_tokens = metric.scale == "log" or metric.key == LOSS.key
+    if not of_tokens or not reads_other(arm, reference):
+        return ""
+    return (
+        f"{arm.name} and {reference.name} read other texts or tokens: their {what} must not be "
+        "compared"
     )
 
 

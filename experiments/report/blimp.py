@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
-from experiments.report.blimp_tests import blimp_tests
+from experiments.report.blimp_tests import BlimpTest, blimp_tests
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Bullets, Table
 from experiments.report.tables import (
@@ -33,7 +33,8 @@ def blimp(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     if tests:
         blocks.append(
             "Tests of overall accuracy (mean over paradigms) against the reference. They differ in "
-            "what they take for an independent observation, and so in what their p means."
+            "what they take for an independent observation, and so in what their p means, which is "
+            "two-sided unless it says otherwise, and not adjusted for the number of tests."
         )
         blocks += [*tests, Bullets([f"{name}: assumes {text}" for name, text in assumed.items()])]
     return blocks
@@ -78,7 +79,7 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
             rows.append(
                 [
                     *([arm.name] if one else [arm.name, reference.name]),
-                    *(test.name, test.unit, f"{test.n:,}"),
+                    *(_test_name(test), test.unit, f"{test.n:,}"),
                     between(ACCURACY, test.difference, test.low, test.high),
                     *(p_value(test.p), test.note),
                 ]
@@ -98,6 +99,10 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
         data=data,
         folded=variant != VARIANTS[0],
     )
+
+
+def _test_name(test: BlimpTest) -> str:
+    return f"{test.name}, one-sided: {test.side}" if test.side != "two-sided" else test.name
 
 
 def paradigms(arm: Arm, variant: str) -> dict[int, dict[str, float]]:

@@ -129,6 +129,14 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
                 "are 0 because a run is compared with itself."
             )
         )
+    differing = [arm.name for arm, other in matched.pairs if data.reads_other(arm, other)]
+    if differing:
+        blocks.append(
+            Notice(
+                f"Runs of {joined(differing)} read other texts or tokens in each sweep: their "
+                "losses and perplexities must not be compared."
+            )
+        )
     blocks += tables.other_losses([*one.runs, *two.runs])
     for sweep, names in zip((one, two), matched.alone, strict=True):
         if names:

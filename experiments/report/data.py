@@ -124,6 +124,10 @@ class Arm:
         Empty if no run has it: nan means that a value was lost, not that none was measured.
         """
         by_seed = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
+        return self.with_lost(by_seed)
+
+    def with_lost(self, by_seed: dict[int, float]) -> dict[int, float]:
+        """The same with nan for diverged runs; empty if no run has a value."""
         lost = {run.seed: math.nan for run in self.runs if run.state == State.DIVERGED}
         return by_seed | lost if by_seed else {}
 
@@ -189,8 +193,26 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def differing_texts(sweep: Sweep) -> list[str]:
     """Settings that give arms other texts or vocabularies, whose losses must not be compared."""
     keys = [key for key in sweep.varies if key.startswith(("data.", "model.vocab_size"))]
-    evals = [key for key in sweep.varies if key.startswith("eval.")]
-    return keys + [key for key in evals if key.endswith("fingerprint")]
+    return keys + [key for key in sweep.varies if _is_part_of_eval(key)]
+
+
+def reads_other(arm: Arm, reference: Arm) -> bool:
+    """Whether losses and perplexities of the two are of different texts or tokenizers."""
+    if any(not run.trained for one in (arm, reference) for run in one.runs):
+        return True
+    return any(
+        arm.settings.get(key) != reference.settings.get(key)
+        for key in arm.settings.keys() | reference.settings.keys()
+        if key in ("model.vocab_size", "data.tokenizer")
+        or key.endswith("fingerprint")
+        or _is_part_of_eval(key)
+    )
+
+
+def _is_part_of_eval(key: str) -> bool:
+    """Whether it says which texts an eval scores, or how many of them."""
+    name = key.rpartition(".")[2]
+    return key.startswith("eval.") and name.startswith(("fingerprint", "split", "max_"))
 
 
 # floors -----------------------------------------------------------------------------------------

@@ -16,19 +16,20 @@ import matplotlib.pyplot as plt
 import pyarrow.parquet as pq
 from scipy.stats import t as student
 
-Curves = dict[tuple[str, str], dict[int, dict[float, float]]]
-"""(arm, metric) -> seed -> place on the x axis -> value, of finished runs."""
+Curves = dict[tuple[str, str], dict[int, dict[int, tuple[float, float]]]]
+"""(arm, metric) -> seed -> step -> (place on the x axis, value), of finished runs."""
 
 
 # data -------------------------------------------------------------------------------------------
 def read_curves(path: str | Path = "data.parquet", *, x: str = "tokens") -> Curves:
     """Every point of every finished run; `x` is `step`, `tokens` or `gpu_hours`."""
-    columns = ["arm", "seed", "state", "metric", x, "value"]
-    table = pq.read_table(path, columns=columns).to_pydict()
+    columns = ["arm", "seed", "state", "metric", "step", x, "value"]
+    table = pq.read_table(path, columns=list(dict.fromkeys(columns))).to_pydict()
+    rows = zip(*(table[column] for column in columns), strict=True)
     curves: Curves = {}
-    for arm, seed, state, metric, at, value in zip(*(table[c] for c in columns), strict=True):
+    for arm, seed, state, metric, step, at, value in rows:
         if state == "finished" and math.isfinite(value):
-            curves.setdefault((arm, metric), {}).setdefault(seed, {})[at] = value
+            curves.setdefault((arm, metric), {}).setdefault(seed, {})[step] = (at, value)
     return curves
 
 
@@ -81,10 +82,11 @@ def draw_curves(
         log = look.get("scale") == "log"
         for arm in arms:
             seeds = list(curves.get((arm["name"], metric), {}).values())
-            places = sorted(set.intersection(*map(set, seeds))) if seeds else []
+            steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
             if log:
-                places = [place for place in places if all(seed[place] > 0 for seed in seeds)]
-            ends = [interval([seed[place] for seed in seeds], log=log) for place in places]
+                steps = [step for step in steps if all(seed[step][1] > 0 for seed in seeds)]
+            ends = [interval([seed[step][1] for seed in seeds], log=log) for step in steps]
+            places = [statistics.fmean(seed[step][0] for seed in seeds) for step in steps]
             if ends:
                 mean, low, high = zip(*ends, strict=True)
                 drawn = {"color": arm["colour"], "linestyle": arm["style"], "label": arm["name"]}

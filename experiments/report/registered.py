@@ -26,14 +26,13 @@ from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined, plural
 from experiments.report.tables import (
     Pair,
-    adjusted,
     between,
     comparison_row,
     find_arm,
     p_value,
     seeds_cell,
 )
-from experiments.stats import Comparison, compare
+from experiments.stats import Comparison, compare, holm
 from relora_core.config import ConfigError, nearest
 from relora_core.evals.blimp import ACCURACY, ACCURACY_EOS
 from relora_core.events import Metric
@@ -144,25 +143,29 @@ def _arm(sweep: Sweep, name: str, *, key: str) -> Arm:
 
 
 def compare_all(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Comparison]:
-    """A test of each comparison, adjusted by Holm over all of them."""
-    pairs = pair(sweep, comparisons)
-    return adjusted(
-        [
-            compare(_values(arm, one), _values(reference, one), scale=one.metric.scale)
-            for one, (arm, reference) in zip(comparisons, pairs, strict=True)
-        ]
-    )
+    """A test of each comparison, adjusted by Holm over all of them.
+
+    Also over those that cannot be tested, as where runs diverged: the family was named before.
+    """
+    outcomes = [
+        compare(_values(arm, one), _values(reference, one), scale=one.metric.scale)
+        for one, (arm, reference) in zip(comparisons, pair(sweep, comparisons), strict=True)
+    ]
+    family = holm([1.0 if outcome.p is None else outcome.p for outcome in outcomes])
+    for outcome, p in zip(outcomes, family, strict=True):
+        outcome.p_holm = None if outcome.p is None else p
+    return outcomes
 
 
 def _values(arm: Arm, one: Registered) -> dict[int, float]:
-    """Seed -> value; a run that lacks one of the paradigms has none."""
+    """Seed -> value, nan of a diverged run; one that lacks one of the paradigms has none."""
     if not one.group:
         return arm.values(one.metric.key)
-    values = {}
+    values: dict[int, float] = {}
     for seed, accuracies in blimp.paradigms(arm, VARIANTS[one.metric.key]).items():
         if accuracies.keys() >= set(one.paradigms):
             values[seed] = statistics.fmean(accuracies[name] for name in one.paradigms)
-    return values
+    return arm.with_lost(values)
 
 
 def section(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
@@ -185,11 +188,12 @@ def section(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
             | {"paradigms": " ".join(one.paradigms), **comparison_row(one.metric, c)}
         )
     untested = sum(c.p is None for c in outcomes)
-    late = f" {plural(untested, 'comparison')} could not be tested yet." if untested else ""
+    late = f" {plural(untested, 'comparison')} could not be tested." if untested else ""
     groups = {one.group: one.paradigms for one in comparisons if one.group}
     text = (
         f"{plural(len(comparisons), 'comparison')} that a file names. Arm minus reference; of "
-        "perplexities the ratio, of BLiMP percentage points. p (Holm) is adjusted for all of them."
+        "perplexities the ratio, of BLiMP percentage points. p (Holm) is adjusted for all of "
+        "them, whether or not they could be tested."
     )
     sets = "".join(f" {name}: {joined(list(names))}." for name, names in groups.items())
     table = Table(

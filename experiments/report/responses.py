@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined
-from experiments.report.tables import mean_cell, shown, value_text
+from experiments.report.tables import certainty, mean_cell, shown, value_text
 from experiments.stats import Interval, finite, interval
 from relora_core.config import get
 from relora_core.events import Metric
@@ -352,11 +352,7 @@ def _effect(
     ends = {min(made): "the smallest tried", max(made): "the largest tried"}
     end = f", {ends[first]}," if first in ends and len(made) > 2 else ""
     mean = f", as a mean over {joined(over)}" if over else ""
-    span = (
-        f" (95 % interval {value_text(metric, best.low)} to {value_text(metric, best.high)})"
-        if best.low is not None
-        else " (one seed: no interval)"
-    )
+    span = f" ({certainty(metric, best, seeds=False)})"
     places = [value_label(place) for place in sorted(made)]
     tried = f"over {axis.key}={joined(places)}"
     if len(places) > MOST_LISTED:

@@ -111,7 +111,8 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 def _row(arm: Arm, trial: TrialRow) -> dict[str, Any]:
     goal, values = arm.results.goals[0], seed_values(trial)
-    interval = stats.mean_interval(values) if values else None
+    # of all seeds or none: the mean is that of all
+    interval = stats.mean_interval(values) if all(map(math.isfinite, values)) and values else None
     return {
         "arm": arm.name,
         "trial": trial.number,

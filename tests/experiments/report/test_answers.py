@@ -178,6 +178,23 @@ def test_accuracies_are_compared_in_points(tmp_path: Path) -> None:
     assert re.search(r"relora.r=2 -3\.\d", text)
 
 
+def test_the_only_survivor_of_an_arm_is_called_that(tmp_path: Path) -> None:
+    """In the best arm's line, along an axis and in a comparison."""
+
+    def best_at_4(config: RunConfig) -> float:
+        at_4 = config.method == "relora" and config.relora.r == 4
+        return (2.0 if at_4 else 3.0) + 0.01 * config.seed
+
+    for run in a_sweep(tmp_path, arms(2, 4, 8)):
+        config = run.config()
+        lost = best_at_4(config) < 2.5 and config.seed < 2
+        record(run, state="diverged" if lost else "finished", loss=best_at_4)
+    text = answer((report.write(tmp_path, "mine").parent / "report.md").read_text())
+    assert text.count("1 of 3 seeds, 2 without a finite value: no interval") == 2
+    assert "(one seed: no interval)" not in text
+    assert "no finite value at seed 0, 1" in text
+
+
 def test_perplexities_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
     """Nor do they make an arm the best."""
     configs = arms(2)

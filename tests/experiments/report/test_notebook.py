@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pyarrow
 import pytest
+from pyarrow import parquet
 from synthetic import a_sweep, arms, record
 
 from experiments.report import page, redraw
@@ -53,6 +55,21 @@ def test_its_cells_draw_each_figure_of_the_report(
     mean = redraw.interval(finals.values(), log=True)
     wanted = interval(list(finals.values()), scale="log")
     assert mean == pytest.approx((wanted.mean, wanted.low, wanted.high))
+
+
+def test_a_curve_over_hours_has_the_steps_that_its_seeds_share(tmp_path: Path) -> None:
+    """No two runs take the same time for a step."""
+    rows = [(seed, 10 * i, 0.1 * i + 0.003 * i * seed, 9.0 - i) for seed in (0, 1) for i in (1, 2)]
+    names = ("seed", "step", "gpu_hours", "value")
+    table: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    table |= {"arm": ["a"] * 4, "state": ["finished"] * 4, "metric": ["train/loss"] * 4}
+    parquet.write_table(pyarrow.table(table), tmp_path / "data.parquet")
+    curves = redraw.read_curves(tmp_path / "data.parquet", x="gpu_hours")
+    look = {"name": "a", "colour": "#000000", "style": "-"}
+    figure = redraw.draw_curves(curves, [look], {"train/loss": {}}, x="gpu_hours")
+    [line] = figure.axes[0].lines
+    assert list(line.get_xdata()) == pytest.approx([0.1015, 0.203])
+    assert list(line.get_ydata()) == [8.0, 7.0]
 
 
 def test_it_needs_nothing_of_the_project() -> None:

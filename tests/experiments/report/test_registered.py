@@ -53,9 +53,8 @@ def test_each_line_is_tested_and_all_are_one_family(finished, write):
         compare(four.values(BLIMP), full.values(BLIMP)),
     ]
     assert [float(row["difference"]) for row in rows] == [t.difference for t in tests]
-    assert [float(row["p_holm"]) if row["p_holm"] else None for row in rows] == holm(
-        [t.p for t in tests]
-    )
+    family = holm([1.0 if t.p is None else t.p for t in tests])
+    assert [float(row["p_holm"] or 1.0) for row in rows] == family
     assert (rows[0]["question"], rows[1]["reference"]) == ("why", R2)
     text = (report.parent / "report.md").read_text()
     assert text.index("## Named comparisons") < text.index("## Comparisons\n")
@@ -80,6 +79,48 @@ def test_a_set_of_paradigms_stands_for_all_of_them(finished, write):
     assert comparison.difference is None  # rather than a mean over fewer
 
 
+def test_the_family_is_what_was_named_whatever_could_be_tested(tmp_path, write):
+    """Runs that diverge make no other comparison easier to pass."""
+    lost = {(2, 1), (4, 0), (4, 1)}
+    for run in a_sweep(tmp_path, arms(2, 4)):
+        config = run.config()
+        gone = config.method == "relora" and (config.relora.r, config.seed) in lost
+        record(run, state="diverged" if gone else "finished")
+    path = write(
+        f"arm: {R2}, reference: {FULL}, metric: {BLIMP}",
+        f"arm: {R2}, reference: {FULL}, metric: {BLIMP}, paradigms: some",
+        f"arm: {R4}, reference: {FULL}, metric: {BLIMP}",
+        f"arm: {R4}, reference: {R2}, metric: {LOSS}",
+    )
+    report = page.write(tmp_path, "mine", comparisons=path)
+    with open(report.parent / "tables" / "registered.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ps = [float(row["p"]) if row["p"] else 1.0 for row in rows]
+    assert ps[2:] == [1.0, 1.0]
+    assert [float(row["p_holm"]) for row in rows[:2]] == pytest.approx(holm(ps)[:2])
+    assert [row["p_holm"] for row in rows[2:]] == ["", ""]
+    assert [row["not_finite"] for row in rows[:3]] == ["1", "1", "0 1"]
+    text = (report.parent / "report.md").read_text()
+    named = text.partition("a file names:")[2].partition("\nCompared")[0]
+    assert named.count("of the survivors only: no finite value at seed 1") == 2
+    assert "one seed: no interval, of the survivors only: no finite value at seed 0, 1" in text
+
+
+def test_perplexities_of_other_tokens_are_not_compared_because_a_file_names_them(tmp_path, write):
+    configs = arms(2)
+    for config in configs:
+        config.model.vocab_size = 320 if config.method == "relora" else 300
+    for run in a_sweep(tmp_path, configs):
+        record(run)
+    path = write(*(f"arm: {R2}, reference: {FULL}, metric: {m}" for m in (PERPLEXITY, LOSS, BLIMP)))
+    text = (page.write(tmp_path, "mine", comparisons=path).parent / "report.md").read_text()
+    named = text.partition("a file names:")[2].partition("\nCompared")[0]
+    assert "read other texts or tokens: their perplexities must not be compared" in named
+    assert "read other texts or tokens: their losses must not be compared" in named
+    assert f"{R2} ends" in named  # BLiMP's accuracy is of sentences
+    assert "training loss: " not in text.partition("\nCompared")[2].partition("## ")[0]
+
+
 def test_arms_that_are_not_shown_are_compared_all_the_same(finished, write):
     path = write(f"arm: {R4}, reference: {R2}, metric: {LOSS}")
     report = page.write(finished, "mine", comparisons=path, arms=["*full*"])
@@ -90,7 +131,7 @@ def test_comparisons_without_runs_are_said_to_be_untested(tmp_path, write):
     a_sweep(tmp_path, arms(2))
     path = write(f"arm: {R2}, reference: {FULL}, metric: {LOSS}")
     report = page.write(tmp_path, "mine", comparisons=path)
-    assert "1 comparison could not be tested yet" in (report.parent / "report.md").read_text()
+    assert "1 comparison could not be tested." in (report.parent / "report.md").read_text()
 
 
 REFUSED = {
