@@ -21,6 +21,9 @@ _NAME = re.compile(r"\$\{\s*([^\s{}:$]+?)\s*\}")
 _MADE_NAME = re.compile(r"\$\{[^{}:]*\$\{")
 """One whose name depends on another value: `${train.${which}}`."""
 
+_BY_NAME = re.compile(r"\$\{\s*oc\.(select|dict\.keys|dict\.values)\s*:")
+"""OmegaConf's resolvers that take the name of a key."""
+
 
 def register() -> None:
     """Make `${divide:...}` known to OmegaConf."""
@@ -55,6 +58,20 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+def kept(written: Any, resolved: Any) -> Any:
+    """`resolved`, but for values that refer to keys of a run: these as they are written.
+
+    Axes, arms and what a search's arms have in common are read from a config that is not the run's.
+    """
+    if isinstance(written, dict):
+        return {key: kept(value, resolved[key]) for key, value in written.items()}
+    if isinstance(written, list):
+        return [kept(one, other) for one, other in zip(written, resolved, strict=True)]
+    names = _NAME.findall(str(written))
+    of_runs = any(not name.startswith("hydra.") for name in names)
+    return written if of_runs or _is_dynamic(str(written)) else resolved
+
+
 def following(references: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """Those of `references` that follow one of `keys`, themselves or through others."""
     found: dict[str, Any] = {}
@@ -69,9 +86,14 @@ def following(references: Mapping[str, Any], keys: Collection[str]) -> dict[str,
 
 def _refers(key: str, value: Any, keys: Collection[str]) -> bool:
     text = str(value)
-    if _MADE_NAME.search(text):
+    if _is_dynamic(text):
         return True
     return any(_absolute(name, key) in keys for name in _NAME.findall(text))
+
+
+def _is_dynamic(text: str) -> bool:
+    """Whether it may refer to any key: by a name that it makes, or in a resolver's argument."""
+    return bool(_MADE_NAME.search(text) or _BY_NAME.search(text))
 
 
 def _absolute(name: str, key: str) -> str:

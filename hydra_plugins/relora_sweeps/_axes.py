@@ -6,6 +6,7 @@ Not for: composing configs of points (`_compose.py`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import zip_longest
@@ -53,7 +54,14 @@ def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
             raise ConfigError(
                 f"{of}.{key} must be values, got a section; write {key}.{name}: {inner}"
             )
-    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+    return [f"{key}={_written(value)}" for key, value in values.items()]
+
+
+def _written(value: Any) -> str:
+    """The value of a file in Hydra's grammar, in which a nested reference has quotes."""
+    if isinstance(value, str) and re.fullmatch(r"\$\{[^{}]*\$\{.*\}", value):
+        return '"' + value.replace('"', '\\"') + '"'
+    return "null" if value is None else str(value)
 
 
 def count_values(override: Override) -> int:

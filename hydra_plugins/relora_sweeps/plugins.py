@@ -146,6 +146,9 @@ class GridSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.loader, self.config = hydra_context.config_loader, config
+        written: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+        self.params = references.kept(written.get("params") or {}, self.params)
+        self.arms = references.kept(written.get("arms") or {}, self.arms)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -257,7 +260,7 @@ class SearchSweeper(Sweeper):
                 raise ConfigError(
                     f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
                 )
-        common = self._runs(lines_of(first.search.common, of="search.common"), of="search.common")
+        common = self._runs(lines_of(self._common(first), of="search.common"), of="search.common")
         self.composer.launchers.clear()  # `first` is not a point
         if arms:
             names = arms_taken(taken, arms=arms, loader=self.loader)
@@ -277,6 +280,14 @@ class SearchSweeper(Sweeper):
         )
         if code:
             raise SystemExit(code)
+
+    def _common(self, first: DictConfig) -> dict[str, Any]:
+        """`search.common`, in which references are those of the runs."""
+        written, resolved = (
+            OmegaConf.to_container(first.search.common, resolve=resolve)
+            for resolve in (False, True)
+        )
+        return references.kept(written, resolved)
 
     def _launcher(self) -> Any:
         """The launcher of `sweeps`, once all points are composed."""
@@ -344,21 +355,27 @@ class SearchSweeper(Sweeper):
         firsts = {
             key: f"{key}={quoted(one.values[0])}"
             for key, one in space.items()
-            if start and isinstance(one, Choice) and one.values and not self.composer.is_group(key)
+            if start
+            and isinstance(one, Choice)
+            and one.values
+            and not self.composer.is_group(key)
+            and key not in first.search["when"]  # where it is not drawn it is the config's own
         }
         bases, follows = self._bases(space, [*fixed.values(), *firsts.values()])
-        search = self._search(first, space, fixed)
+        seeds = {config.seed for _, config in bases}
+        seed = seeds.pop() if len(seeds) == 1 else first.seed
+        search = self._search(first, space, fixed, seed=seed)
         return Draft(search=search, space=space, bases=bases, follows=follows)
 
     def _search(
-        self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str]
+        self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str], *, seed: int
     ) -> SearchConfig:
         """`search.*`, checked, without values for keys that the command line fixes."""
         given: Any = OmegaConf.to_container(composed.search, resolve=True)
         given["space"] = {key: one.text() for key, one in space.items()}
         given["when"] = {key: text for key, text in given["when"].items() if key not in fixed}
         given |= {"arms": {}, "common": {}}
-        search = normalise(given, seed=composed.seed)
+        search = normalise(given, seed=seed)
         entries = [{k: v for k, v in one.items() if k not in fixed} for one in search.enqueue]
         search.enqueue = [entry for entry in entries if entry]
         return search
@@ -428,6 +445,7 @@ class OurLauncher(Launcher):
 
         composer = Composer(self.loader, self.config)
         configs = composer.all(job_overrides)
+        self._check_search(configs)
         points = list(zip(points_from(job_overrides), configs, strict=True))
         launcher = self.for_points(composer).make()
         code = run_sweep(
@@ -441,6 +459,21 @@ class OurLauncher(Launcher):
         if code:
             raise SystemExit(code)
         return []
+
+    def _check_search(self, configs: Sequence[RunConfig]) -> None:
+        """ConfigError if a point names another search, or another place for it, than was read."""
+        known = self.config.sweep.from_search
+        for config in configs:
+            if config.sweep.from_search != known:
+                raise ConfigError(
+                    f"{KEY} must come from the command line or the top of the sweep's file, as it "
+                    f"decides what the points are, got {config.sweep.from_search!r} in a point"
+                )
+            if known is not None and config.output_dir != self.config.output_dir:
+                raise ConfigError(
+                    f"output_dir must come from there, too, with {KEY}: the search was read in "
+                    f"{self.config.output_dir!r}, got {config.output_dir!r} in a point"
+                )
 
 
 class LocalLauncher(OurLauncher):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,12 @@ from sweeps.search.study import Spec, Study
 
 CORNERS = 256
 """Of a space with more corners only those that are one step from the first are checked."""
+
+
+_READ_ONCE = re.compile(
+    r"data\.(kind|path|tokenizer|split|text_field|eos_id|vocab_size)|eval\.\w+\.(path|split|enabled)"
+)
+"""Keys by which planning fills in fingerprints and vocabularies."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,6 +140,12 @@ def _plan_part(
     notes: Sequence[str],
 ) -> Part:
     """ConfigError if the draft cannot be searched, or not in the study that is in `folder`."""
+    for key in dict.fromkeys([*draft.space, *itertools.chain.from_iterable(draft.follows)]):
+        if _READ_ONCE.fullmatch(key):
+            raise ConfigError(
+                f"{key} must be the same in all trials of a search, which reads its data once; "
+                "options of a group, as data=a,b, may be searched"
+            )
     search, groups = draft.search, list(points[0][0])
     spaces.check_space(draft.space, groups=groups, when=search.when, config=points[0][1])
     spec = Spec(

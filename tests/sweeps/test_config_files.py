@@ -41,6 +41,15 @@ FILES = {
     "experiment/unset": "defaults: [demo]\ntrain: {steps: '${train.stepz}'}",
     "experiment/float": "defaults: [demo]\ntrain: {steps: 1.5}",
     "experiment/trials": "defaults: [demo]\nhydra: {sweeper: {n_trials: 3}}",
+    "sweep/follows": (
+        "hydra: {sweeper: {params: {train.lr: '0.01,0.02', relora.alpha: '${relora.r}', "
+        "train.eps: '${divide:${train.lr},300}', seed: '${oc.env:SEEDS_OF_THIS_TEST}'}}}"
+    ),
+    "sweep/follows_in_arms": (
+        "hydra: {sweeper: {params: {seed: '${oc.env:SEEDS_OF_THIS_TEST}'}, "
+        "arms: {a: [train.lr=0.01, &e 'train.eps=\"${divide:${train.lr},300}\"', "
+        "&s 'relora.alpha=${relora.r}'], b: [train.lr=0.02, relora.r=4, *e, *s]}}}"
+    ),
     "sweep/timeout": (
         "defaults: [override /hydra/launcher: slurm]\nhydra: {launcher: {timeout_min: 60}}"
     ),
@@ -125,6 +134,20 @@ def test_a_launcher_that_all_points_agree_on_is_taken(ask, words, points, partit
     assert answer.code == 0
     assert (launcher.kind, launcher.options.partition) == ("slurm", partition)
     assert len(planned) == points
+
+
+def test_references_in_axes_and_arms_are_those_of_each_point(ask, monkeypatch):
+    """But what refers to no key of a run, which may be an axis, is read at once."""
+    monkeypatch.setenv("SEEDS_OF_THIS_TEST", "4,5")
+    for name in ("follows", "follows_in_arms"):
+        answer, launched = ask("--plan", f"sweep={name}")
+        points, _ = launched.pop()
+        configs = [config for _, config in points]
+        assert answer.code == 0
+        assert {config.seed for config in configs} == {4, 5}
+        assert {config.train.lr for config in configs} == {0.01, 0.02}
+        assert all(config.train.eps == config.train.lr / 300 for config in configs)
+        assert all(config.relora.alpha == config.relora.r for config in configs)
 
 
 def test_an_experiment_may_choose_more_than_its_ancestor(ask):

@@ -320,6 +320,37 @@ def test_what_all_runs_have_in_common_gives_way_to_arms_and_the_command_line(arm
         arms_of("search.common={sweep.name: x}")
 
 
+def test_references_among_what_arms_have_in_common_are_those_of_their_runs(arms_of, monkeypatch):
+    monkeypatch.setenv("STEPS_OF_THIS_TEST", "7")
+    text = '"${divide:${train.lr},300}"'
+    made = arms_of(
+        f"search.common={{train.eps: {text}, train.steps: '${{oc.env:STEPS_OF_THIS_TEST}}'}}"
+    )
+    ((_, base),) = made["lora"].bases
+    assert base.train.steps == 7
+    assert made["lora"].follows == [{"train.eps": "${divide:${train.lr},300}"}]
+
+
+def test_where_a_choice_is_not_drawn_it_is_the_configs_own(arms_of):
+    space = "search.space={relora.r: 'choice(8,16)', relora.dropout: 'choice(0.3,0.4)'}"
+    made = arms_of(space, "search.when={relora.dropout: 'relora.r=16'}", "relora.r=8,16")
+    ((_, base),) = made["lora"].bases
+    assert base.relora.r == 8
+    assert base.relora.dropout == schema.compose(["model=nano", "method=lora"]).relora.dropout
+
+
+def test_seeds_begin_at_that_of_the_runs(arms_of):
+    made = arms_of("search.common={seed: 100}", "search.seeds=2")
+    assert made["lora"].search.seeds == [100, 101]
+
+
+def test_what_is_read_once_for_all_trials_is_not_searched(tmp_path):
+    for words in (["data.text_field=a,b"], ["data.path='t${seed}'"]):
+        done = command("-m", *BASE, *SMALL, "data=text", *words, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "must be the same in all trials of a search" in done.stderr or "data" in done.stderr
+
+
 def test_the_study_of_methods_tunes_every_arm_that_it_compares():
     """An arm in one file alone, or set otherwise there, would be compared untuned."""
     search, sweep = (

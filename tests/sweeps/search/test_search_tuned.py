@@ -7,10 +7,12 @@ import json
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf
 from studies import DECADES, LR, begin_arms, finish, finish_all, taker
 
 from experiments.disk.output_dir import all_runs, study_folder
 from experiments.identity import run_id
+from hydra_plugins.relora_sweeps.plugins import LocalLauncher
 from relora_core.config import ConfigError
 from sweeps.local.slots import ROOT
 from sweeps.planning import provenance
@@ -186,6 +188,17 @@ def test_a_source_that_is_none_is_refused(finished, cells, lines, word, says):
     finished(a={})
     with pytest.raises(ConfigError, match=says):
         cells(lines, word)
+
+
+def test_a_point_cannot_name_a_search_or_its_place(cells, nano):
+    """It is read before the points are composed, so all of these would run untuned."""
+    with pytest.raises(ConfigError, match=r"must come from the command line or the top of the"):
+        cells({"a": ["method=lora", "sweep.from_search=t"]})
+    launcher = LocalLauncher()
+    launcher.config = OmegaConf.create({"sweep": {"from_search": "s"}, "output_dir": "out"})
+    elsewhere = nano(output_dir="elsewhere", sweep={"from_search": "s"})
+    with pytest.raises(ConfigError, match=r"^output_dir must come from there, too"):
+        launcher._check_search([elsewhere])
 
 
 # what is noted ----------------------------------------------------------------------------------
