@@ -51,6 +51,10 @@ FIXED: dict[str, Any] = {
 """Keys of `hydra` that only conf/config.yaml may set: nothing here acts on them."""
 
 
+NO_EXPERIMENT = ("~experiment", "train={steps: 1, batch_size: 1}")
+"""Overrides for settings of evals alone: an experiment's limits are for runs that it trains."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Composed(RunConfig):
     """What a command line composes: a run, and how runs are searched."""

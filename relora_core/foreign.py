@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -341,16 +342,27 @@ def model_sizes(inner: Any, *, name: str) -> ModelConfig:
 
 
 def fingerprint(inner: nn.Module, *, tokenizer: HFTokenizer) -> str:
-    """sha256 of all that numbers depend on: weights in float32, architecture, tokenizer."""
+    """sha256 of all that numbers depend on: weights in float32, architecture, the model's own code
+    if it brings any, tokenizer."""
     total = hashlib.sha256()
     written = inner.config.to_dict()  # type: ignore[operator,union-attr]
     about = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
     kept = {key: value for key, value in written.items() if key not in about}
     total.update(json.dumps([kept, tokenizer.digest], sort_keys=True, default=str).encode())
+    for file in _own_code(inner):
+        total.update(file.read_bytes())
     for key, tensor in sorted(inner.state_dict().items()):
         total.update(json.dumps([key, list(tensor.shape)]).encode())
         total.update(tensor.detach().cpu().float().contiguous().numpy().data)
     return total.hexdigest()
+
+
+def _own_code(inner: nn.Module) -> list[Path]:
+    """Files of code that came with the model, which transformers copies to one folder."""
+    made = type(inner)
+    if not made.__module__.startswith("transformers_modules."):
+        return []
+    return sorted(Path(inspect.getfile(made)).parent.glob("*.py"))
 
 
 # its weights --------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ class RunData:
     """Metric -> points by step, without those that a later attempt replaced."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Table -> its newest rows."""
+    evaluated: dict[tuple[str, str], tuple[str, list[str]]] = field(default_factory=dict)
+    """(name, section) of each separate evaluation -> digest of its settings, its metrics."""
     restarts: list[int] = field(default_factory=list)
     """Steps at which it restarted."""
     notes: list[str] = field(default_factory=list)

@@ -11,7 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,13 @@ def gather(
         _run(planned, config, states=states or {})
         for planned, config in zip(record.runs, configs, strict=True)
     ]
+    notes = [*record.notes, *_without_other_evaluations(runs)]
     return Sweep(
         name=sweep,
         question=question(sweep, record.overrides, [config.experiment for config in configs]),
         commands=record.commands,
         collapsed=record.collapsed,
-        notes=record.notes,
+        notes=notes,
         arms=_arms(
             runs,
             names={run.arm_id: run.arm for run in reversed(record.runs)},
@@ -79,6 +80,23 @@ def gather(
             looks=colours.looks(record.runs),
         ),
     )
+
+
+def _without_other_evaluations(runs: Sequence[RunData]) -> Iterator[str]:
+    """Leave out metrics of separate evaluations that had other settings in some of the runs, as
+    with another limit; a note of each."""
+    for told in dict.fromkeys(key for run in runs for key in run.evaluated):
+        made = [(run, *run.evaluated[told]) for run in runs if told in run.evaluated]
+        if len({digest for _, digest, _ in made}) == 1:
+            continue
+        for run, _, metrics in made:
+            for metric in metrics:
+                run.metrics.pop(metric, None)
+                run.curves.pop(metric, None)
+        yield (
+            f"evaluations of {told[1]} under the name {told[0]} had other settings in some runs "
+            "and are left out; python -m sweeps eval --as NAME makes them anew, alike for all"
+        )
 
 
 def _evaluated(output_dir: Path | str, word: str) -> PlannedRun:
@@ -330,6 +348,8 @@ def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
         at = step, step * per_step, _interpolate(steps, hours, step)
         for name, value in evaluation["metrics"].items():
             _add(run.curves.setdefault(name, []), Point(*at, float(value)))
+        told, section = evaluation["name"], evaluation["section"]
+        run.evaluated[told, section] = evaluation["digest"], list(evaluation["metrics"])
         run.tables |= {
             f"{evaluation['name']}/{name}": rows for name, rows in evaluation["tables"].items()
         }

@@ -115,7 +115,7 @@ def _composed(wanted: Wanted) -> RunConfig:
                 f"{key} must be a key of {', '.join(SETTINGS)} ({text}), since MODEL is not "
                 f"trained.{nearest(key, known)}"
             )
-    return schema.compose(list(wanted.overrides), config_dir=wanted.config_dir)
+    return schema.compose([*schema.NO_EXPERIMENT, *wanted.overrides], config_dir=wanted.config_dir)
 
 
 def describe(

@@ -115,7 +115,7 @@ def eval_settings(overrides: Sequence[str]) -> Callable[[RunConfig], EvalConfig]
         )
     if not overrides:
         return lambda config: config.eval
-    composed = schema.compose(list(overrides))
+    composed = schema.compose([*schema.NO_EXPERIMENT, *overrides])
     return lambda config: _changed(config.eval, composed, keys=keys)
 
 
@@ -125,9 +125,12 @@ def _changed(own: EvalConfig, composed: RunConfig, *, keys: Sequence[str]) -> Ev
     With a new path the other keys have defaults: the run's limits were chosen for its own texts.
     """
     given: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(own)}
+    defaults = EvalConfig()
     for leaf, f, value in walk(composed.eval, "eval."):
         named = any(leaf == key or leaf.startswith(f"{key}.") for key in keys if key != "eval")
-        if named or ("eval" in keys and f.name == "enabled"):
+        section = getattr(defaults, leaf.split(".")[1])
+        of_option = f.name == "enabled" or value != getattr(section, f.name)
+        if named or ("eval" in keys and of_option):
             given[leaf.split(".")[1]][f.name] = value
     sections = {}
     for name, values in given.items():

@@ -118,16 +118,18 @@ def _print_choice(
 
 
 def begin_anew(run_dir: RunDir) -> None:
-    """Rename a diverged run's result and checkpoints, with the next free number.
+    """Rename a diverged run's result, checkpoints and their evaluations, with the next free number.
 
     From its checkpoints it would diverge again. Its event log starts over by itself.
     """
     with run_dir.lock():
         result, checkpoints = run_dir.result_path, run_dir.checkpoints
-        taken = [*result.parent.glob("result-*.json"), *checkpoints.parent.glob("checkpoints-*")]
+        names = ("result-*.json", "checkpoints-*", "evals-*")
+        taken = [path for name in names for path in result.parent.glob(name)]
         n = 1 + max((int(p.stem.rpartition("-")[2]) for p in taken), default=0)
-        if checkpoints.exists():
-            checkpoints.rename(checkpoints.with_name(f"checkpoints-{n}"))
+        for folder in (checkpoints, run_dir.evals):
+            if folder.exists():
+                folder.rename(folder.with_name(f"{folder.name}-{n}"))
         result.rename(result.with_name(f"result-{n}.json"))  # last: until then it is as it was
         measured = ("loss", "tokens_per_s", "mfu", "mfu_6n", "eta_s", "error")
         run_dir.update_status(state=State.PLANNED, step=0, **dict.fromkeys(measured))

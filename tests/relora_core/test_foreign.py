@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +171,22 @@ def edited(folder: Path, **changes: object) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return folder
+
+
+def test_the_fingerprint_is_of_the_code_that_a_model_brings(tmp_path, monkeypatch):
+    """Where transformers puts it: a package that it makes of the model's folder."""
+    package = tmp_path / "transformers_modules" / "theirs"
+    package.mkdir(parents=True)
+    (package / "modeling.py").write_text("class Own:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("transformers_modules.theirs.modeling")
+    model, tokenizer = make("gpt2"), SimpleNamespace(digest="t")
+    plain = foreign.fingerprint(model, tokenizer=tokenizer)
+    model.__class__ = type("Brought", (module.Own, type(model)), {"__module__": module.__name__})
+    monkeypatch.setattr(inspect, "getfile", lambda made: str(package / "modeling.py"))
+    first = foreign.fingerprint(model, tokenizer=tokenizer)
+    (package / "helper.py").write_text("SIGN = -1\n")
+    assert len({plain, first, foreign.fingerprint(model, tokenizer=tokenizer)}) == 3
 
 
 def without(folder: Path, *names: str) -> Path:

@@ -180,6 +180,25 @@ def test_an_evaluation_apart_from_training_is_part_of_the_run(tmp_path: Path) ->
     assert len(gathered.tables["blimp_paradigms"]) == 6
 
 
+def test_evaluations_with_other_settings_make_no_mean(tmp_path: Path) -> None:
+    """As where a later seed was evaluated without the limit of the first."""
+    runs = a_sweep(tmp_path, [a_config(seed=seed) for seed in (0, 1)])
+    for run, digest in zip(runs, ("d", "e"), strict=True):
+        record(run)
+        for name, own in (("later", digest), ("alike", "d")):
+            metrics = {f"{name}/blimp/no_bos/accuracy": 0.5}
+            content = {"name": name, "section": "blimp", "step": STEPS, "digest": own}
+            content |= {"metrics": metrics, "tables": {}, "finished": 1.0}
+            (run.evals / name).mkdir(parents=True)
+            (run.evals / name / f"step-{STEPS:08d}-blimp.json").write_text(json.dumps(content))
+    sweep = gather(tmp_path, "mine")
+    for run in sweep.runs:
+        assert "alike/blimp/no_bos/accuracy" in run.metrics
+        assert not any(key.startswith("later/") for key in (*run.metrics, *run.curves))
+    [note] = sweep.notes
+    assert "evaluations of blimp under the name later had other settings in some runs" in note
+
+
 def test_reading_changes_nothing(tmp_path: Path) -> None:
     for run in a_sweep(tmp_path, arms(2)):
         record(run)

@@ -14,8 +14,9 @@ from experiments.disk.output_dir import all_runs
 from experiments.disk.run_dir import RunDir
 from experiments.identity import arm_id, config_from_json, config_to_json, run_id, scientific
 from experiments.report import gather, page
+from experiments.run import foreign
 from experiments.tracking import run_view
-from relora_core.config import ConfigError, EvaluatedConfig
+from relora_core.config import BlimpConfig, ConfigError, EvaluatedConfig, PalomaConfig
 from sweeps.__main__ import main as sweeps_main
 from tests.foreign_models import needs_transformers, save, save_texts
 
@@ -50,6 +51,13 @@ def test_its_numbers_are_those_that_our_runs_end_with(place) -> None:
     tables = {e["data"]["name"] for e in run.events() if e["kind"] == "table"}
     assert tables == {"dynamics", "blimp_paradigms", "paloma_domains"}
     assert run.attempt_records()[0]["code_hash"]
+
+
+def test_nothing_limits_it_but_what_is_typed() -> None:
+    """The default experiment's limits are for the runs that it trains."""
+    composed = foreign._composed(foreign.Wanted(source="x", overrides=["eval.blimp.path=b"]))
+    assert composed.eval.blimp == BlimpConfig(enabled=True, path="b")
+    assert composed.eval.paloma == PalomaConfig(enabled=True)
 
 
 def test_the_same_command_does_nothing_twice(place, capsys) -> None:

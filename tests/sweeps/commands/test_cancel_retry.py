@@ -332,7 +332,10 @@ def test_what_failed_or_was_lost_is_launched_again(ended, slurm, launched, capsy
 def test_a_diverged_run_begins_anew_and_keeps_what_it_had(ended):
     run = ended.runs[2]
     for number in (1, 2):
+        (run.evals / "later").mkdir(parents=True)  # of checkpoints that will not be again
         begin_anew(run)
+        assert (run.path / f"evals-{number}" / "later").exists()
+        assert not run.evals.exists()
         assert json.loads((run.path / f"result-{number}.json").read_text())["state"] == "diverged"
         assert (run.path / f"checkpoints-{number}" / "step-00000002").exists()
         assert not run.checkpoints.exists()

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from experiments import typos
 from experiments.disk.evaluations import evaluations
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
@@ -135,6 +136,20 @@ def test_an_override_keeps_the_runs_other_values(nano):
     assert command.eval_settings([])(config) == config.eval
     changed = command.eval_settings(["eval.paloma.path=/q"])(config)
     assert changed.paloma == PalomaConfig(enabled=True, path="/q")
+
+
+def test_an_option_gives_all_that_it_sets(nano, tmp_path, monkeypatch):
+    """And the default experiment nothing: its limits are its own."""
+    conf = tmp_path / "conf"
+    shutil.copytree(typos.CONF, conf)
+    (conf / "eval" / "real.yaml").write_text("blimp: {enabled: true, path: /b, max_pairs: 7}\n")
+    monkeypatch.setattr(typos, "CONF", conf)
+    config = nano(eval={"blimp": BlimpConfig(enabled=True, path="/own", max_pairs=3)})
+    changed = command.eval_settings(["eval=real"])(config)
+    assert changed == EvalConfig(blimp=BlimpConfig(enabled=True, path="/b", max_pairs=7))
+    changed = command.eval_settings(["eval=paloma_blimp"])(config)
+    assert changed.blimp == config.eval.blimp
+    assert changed.paloma.max_documents is None
 
 
 @pytest.mark.parametrize(
