@@ -15,6 +15,7 @@ import torch
 from relora_core.config import ConfigError, RunConfig, lacks_gpu, needs_gpu
 from relora_core.shell import Group
 
+LOCAL_RANK = "LOCAL_RANK"
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = (":4096:8", ":16:8")
 """Its values with which cuBLAS adds up in the same order in every run."""
@@ -62,6 +63,23 @@ def index(place: Group, *, visible: int) -> int:
             "hydra.launcher.tasks_per_node)"
         )
     return place.local_rank % visible
+
+
+@contextlib.contextmanager
+def numbered(config: RunConfig, place: Group) -> Iterator[None]:
+    """Inside the block LOCAL_RANK is the number of this process's GPU, for which accelerate takes
+    it: to DDP and barriers, where a process that sees one GPU alone has no other."""
+    if place.world == 1 or not wanted(config):
+        yield
+        return
+    before = os.environ.get(LOCAL_RANK)
+    os.environ[LOCAL_RANK] = str(index(place, visible=torch.cuda.device_count()))
+    try:
+        yield
+    finally:
+        os.environ.pop(LOCAL_RANK, None)
+        if before is not None:
+            os.environ[LOCAL_RANK] = before
 
 
 @contextlib.contextmanager

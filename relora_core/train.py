@@ -260,7 +260,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in this process may want another precision
     place, cpu = shell.take_group(), backend(config) == "gloo"
     shell.check_options(config, gpu=not cpu)
-    with shell.hide_options():  # bf16 is our own autocast: see `accumulate_gradients`
+    # bf16 is our own autocast: see `accumulate_gradients`.
+    with shell.hide_options(), gpu.numbered(config, place):
         # Buffers are drawn and changed alike on every rank: no need to send them at every pass.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])

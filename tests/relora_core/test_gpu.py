@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from test_gpu_path_graphs import Compared
 from test_gpu_path_waits import short
 from training import run
@@ -89,6 +90,52 @@ def test_a_process_alone_leaves_the_current_gpu(nano: Nano, card: SimpleNamespac
     place = Group(rank=1, world=2, local_rank=1, local_world=2)
     assert gpu.take(on_gpu(nano), place) == "NVIDIA Made Up uuid-1"
     assert card.taken == 1
+
+
+@pytest.mark.parametrize(("visible", "number"), [(1, "0"), (4, "1")], ids=["bound", "all"])
+def test_accelerate_is_told_the_number_of_the_gpu(
+    nano: Nano,
+    card: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: int,
+    number: str,
+) -> None:
+    """Which it takes LOCAL_RANK for: DDP and barriers would ask for a GPU that is not there."""
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    card.count, seen = visible, []
+
+    def accelerator(**_: Any) -> Any:
+        seen.append(os.environ["LOCAL_RANK"])
+        return SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, num_processes=4)
+
+    monkeypatch.setattr(train_module, "Accelerator", accelerator)
+    train_module.make_accelerator(on_gpu(nano))
+    train_module.make_accelerator(nano())  # on a CPU it is the process's own
+    assert seen == [number, "1"]
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize("before", ["1", None])
+def test_the_variable_is_back_where_accelerate_refuses(
+    nano: Nano, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if before is not None:
+        monkeypatch.setenv("LOCAL_RANK", before)
+    place = Group(rank=1, world=2, local_rank=1, local_world=2)
+
+    @gpu.numbered(on_gpu(nano), place)
+    def refuse() -> None:
+        raise ValueError(os.environ["LOCAL_RANK"])
+
+    with pytest.raises(ValueError, match=r"^0$"):
+        refuse()
+    assert os.environ.get("LOCAL_RANK") == before
+    with gpu.numbered(on_gpu(nano), Group()):
+        assert os.environ.get("LOCAL_RANK") == before
 
 
 SHARED = """
