@@ -6,6 +6,8 @@ Not for: what is compiled for it (`graphs.py`), nor what a layer asks of it (`ke
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +90,7 @@ def settings(config: RunConfig) -> Iterator[None]:
 
     Products of float32 are float32's. With runtime.deterministic, which a CPU's kernels are anyway,
     a GPU's add up in one order, and an operation that cannot raises RuntimeError; torch then lets
-    cuDNN compute no attention, and Inductor choose no kernel by its time.
+    cuDNN compute no attention, and Inductor choose nothing by its time that rounds otherwise.
     """
     deterministic = config.runtime.deterministic
     with contextlib.ExitStack() as stack:
@@ -146,7 +148,18 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     fills.fill_uninitialized_memory = False  # a help to find faults, at a pass over every tensor
     try:
-        yield
+        with _inductor():
+            yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warns)
         fills.fill_uninitialized_memory = before
+
+
+def _inductor() -> contextlib.AbstractContextManager[Any]:
+    """Without, Inductor times sums of several sizes of block against each other all the same, and
+    matrices with and without padding. Nothing where it has no triton to compile with."""
+    if importlib.util.find_spec("triton") is None:
+        return contextlib.nullcontext()
+    config: Any = importlib.import_module("torch._inductor.config")  # takes seconds
+    known = hasattr(config, "deterministic")
+    return config.patch(deterministic=True) if known else contextlib.nullcontext()

@@ -5,6 +5,7 @@ Without a GPU: torch's answers about one are made up.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from accelerate.utils import DistributedType
 from test_gpu_path_graphs import Compared
 from test_gpu_path_waits import short
@@ -276,8 +278,17 @@ def test_tf32_is_that_of_training_passes_alone(
     assert torch.get_float32_matmul_precision() == "high"
 
 
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks as if it were installed."""
+    find = importlib.util.find_spec
+    there = lambda name: SimpleNamespace() if name == "triton" else find(name)  # noqa: E731
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", there)
+
+
 def flags() -> list[Any]:
     return [
+        inductor.deterministic,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
@@ -287,19 +298,35 @@ def flags() -> list[Any]:
 
 
 def test_a_deterministic_run_sets_torch_and_sets_it_back(
-    ours: Callable[..., Any], tmp_path: Path
+    ours: Callable[..., Any], tmp_path: Path, triton: None
 ) -> None:
     before, during = flags(), []
     config = ours(runtime={"deterministic": True})
     record = run(config, tmp_path / "1", seen=lambda event: during.append(flags()))
     assert record.events[0].data["deterministic"]
-    assert all(one == [True, False, False, "highest", ":4096:8"] for one in during)
+    assert all(one == [True, True, False, False, "highest", ":4096:8"] for one in during)
     assert flags() == before
     run(config, tmp_path / "2", die_at=("train", 3))  # and where it ends early
     assert flags() == before
     plain = run(ours(), tmp_path / "3")  # after one with, one without may follow
     assert "deterministic" not in plain.events[0].data
     assert plain.metrics() == record.metrics()
+
+
+def test_a_torch_or_machine_that_cannot_be_asked_is_left_alone(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch, triton: None
+) -> None:
+    """Torch without the setting; and without triton nothing is imported, which takes seconds."""
+    monkeypatch.setattr(gpu, "wanted", lambda config: True)
+    config, imported = nano(runtime={"deterministic": True}), []
+    monkeypatch.setattr(gpu.importlib, "import_module", imported.append)
+    with gpu.settings(config):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert imported == ["torch._inductor.config"]
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    with gpu.settings(config):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert len(imported) == 1
 
 
 def test_a_workspace_that_cannot_be_had_is_one_line(
