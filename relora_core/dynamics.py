@@ -126,7 +126,8 @@ class GradientTap:
     """dL/dW_eff of linears, summed over the passes while it is open.
 
     From x and dL/dy of y = W_eff x alone, so the same for every method; dropout on an adapter's
-    input is not part of W_eff. Training stays the same bit for bit.
+    input is not part of W_eff. Training stays the same, bit for bit where blocks are not compiled:
+    a step with measured gradients runs them without (`graphs.without`), which rounds otherwise.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
