@@ -1071,7 +1071,8 @@ class RuntimeConfig:
     """Of a CPU. `native`: C++ built on first use (needs a compiler); `auto`: that if possible."""
     compile: str = knob("auto", choices=("auto", "off", "blocks", "cudagraphs"), scientific=False)
     """`blocks`: torch compiles the blocks of a training pass (the first one takes longer); `auto`:
-    that on a GPU, where it can. `cudagraphs`: that, launched together, for small batches."""
+    that on a GPU with a C compiler and Python.h (python3-dev). `cudagraphs`: that, launched
+    together, for small batches."""
     head: str = knob("chunked", choices=("chunked", "cce"), scientific=False)
     """The loss of training. `cce`: on a GPU in bf16 by Apple's cut-cross-entropy, which writes no
     logits. It must be installed apart (pip install cut-cross-entropy), under a licence of its own;

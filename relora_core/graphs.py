@@ -12,7 +12,9 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ def _problem(device: torch.device, *, cuda_graphs: bool) -> str | None:
     compilers = [os.environ.get("CC"), "gcc", "cc", "clang"]
     if not any(shutil.which(name) for name in compilers if name):
         return "no C compiler"
+    if not _has_header():
+        return "no Python.h, as of the package python3-dev"
     if device.type != "cuda":
         return f"CUDA graphs are a GPU's, not of {device.type}" if cuda_graphs else None
     if importlib.util.find_spec("triton") is None:
@@ -52,6 +56,17 @@ def _problem(device: torch.device, *, cuda_graphs: bool) -> str | None:
     if torch.cuda.get_device_capability(device) < (7, 0):
         return "triton needs a GPU of compute capability 7.0"
     return None
+
+
+def _has_header() -> bool:
+    """Whether Python.h is there: what launches a kernel is compiled against it, by Triton for a GPU
+    and by Inductor for a CPU. Looked for where Triton does, and where a compiler is told to look.
+    """
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # the latter is Debian's own
+    told = ":".join(os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
+    folders = [sysconfig.get_paths(scheme)["include"], *filter(None, told.split(":"))]
+    return any(Path(folder, "Python.h").is_file() for folder in folders)
 
 
 class Graphs:

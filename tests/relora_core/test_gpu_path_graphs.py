@@ -291,6 +291,43 @@ def test_a_resumed_run_stays_compiled_or_not(
             assert torch.equal(weight, weights(tmp_path / f"{began}-on")[name]), name
 
 
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler, a GPU and triton are there."""
+    monkeypatch.setattr(graphs.shutil, "which", lambda _: "/usr/bin/cc")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda _: SimpleNamespace())
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_no_graphs_without_the_header_that_their_launchers_need(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, device: Any
+) -> None:
+    """As on a node of a cluster, with a compiler and without python3-dev."""
+    able(monkeypatch)
+    schemes = []
+
+    def paths(scheme: str) -> dict[str, str]:
+        schemes.append(scheme)
+        return {"include": str(tmp_path / "include")}
+
+    monkeypatch.setattr(graphs.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(graphs.sysconfig, "get_paths", paths)
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert graphs.choose("auto", device=device) == "off"
+    line = "no compiled graphs, training is slower: no Python.h"
+    assert (line in capsys.readouterr().err) is (device == GPU)
+    with pytest.raises(ConfigError, match=r"must be auto or off here \(no Python\.h, .* 'blocks'"):
+        graphs.choose("blocks", device=device)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    assert graphs.choose("blocks", device=device) == "blocks"
+    assert set(schemes) == {"posix_prefix"}
+    (tmp_path / "include").rename(tmp_path / "other")
+    monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path / 'other'}")
+    assert graphs.choose("blocks", device=device) == "blocks"
+
+
 def test_where_graphs_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,9 +335,8 @@ def test_where_graphs_cannot_be_had(
     assert graphs.choose("off", device=GPU) == "off"
     with pytest.raises(ConfigError, match="CUDA graphs are a GPU's"):
         graphs.choose("cudagraphs", device=CPU)
-    monkeypatch.setattr(graphs.shutil, "which", lambda _: "/usr/bin/cc")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda _: SimpleNamespace())
+    able(monkeypatch)
+    monkeypatch.setattr(graphs, "_has_header", lambda: True)
     assert graphs.choose("auto", device=GPU) == "blocks"
     assert graphs.choose("cudagraphs", device=GPU) == "cudagraphs"
     monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda _: None)
