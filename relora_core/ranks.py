@@ -28,6 +28,8 @@ Facts = dict[str, Any]
 """What all ranks must agree on: key -> value."""
 LONGEST_S = 1800.0
 """Wait for all ranks: rank 0 may have to tokenise text first."""
+CONNECT_S = 60.0
+"""To a store that is there already."""
 SAY_AFTER_S = 20.0
 LOOK_EVERY_S = 0.1
 LEAVE_S = 5.0
@@ -124,19 +126,22 @@ def _open_store(place: Group, wait: _Wait) -> Any:
         if not wait.pause(f"rank 0 at {place.address}"):
             return None
     try:
-        return distributed.TCPStore(
+        store = distributed.TCPStore(
             host,
             int(port),
             is_master=is_server,
             wait_for_workers=False,
             multi_tenant=True,
-            timeout=timedelta(seconds=LONGEST_S if is_server else 60),
+            timeout=timedelta(seconds=LONGEST_S if is_server else CONNECT_S),
         )
     except distributed.DistError as error:
         raise ConfigError(
             f"MASTER_ADDR and MASTER_PORT must be free for this run's processes, got "
             f"{place.address}: {_first_line(error)}"
         ) from None
+    # NCCL starts with the first tensor sent, and asks the store for what rank 0 may be late with.
+    store.set_timeout(timedelta(seconds=LONGEST_S))
+    return store
 
 
 def _first_line(error: BaseException) -> str:

@@ -93,6 +93,19 @@ def test_a_rank_does_not_wait_for_ever(monkeypatch):
         ranks.form_group(ALONE, {}, backend="gloo", stop=lambda: False)
 
 
+def test_a_store_answers_as_late_as_rank_0_may_come():
+    """A process that connects would have the 60 s of that: NCCL starts after the data are read."""
+    server = ranks.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True
+    )
+    for served, rank in ((True, 0), (True, 1), (False, 1)):  # by torchrun, or by rank 0
+        place = Group(rank=rank, world=2, address=f"127.0.0.1:{server.port}", served=served)
+        store = ranks._open_store(place, ranks._Wait(place, stop=lambda: False))
+        assert store.timeout.total_seconds() == ranks.LONGEST_S
+        inner = ranks.distributed.PrefixStore("group", ranks.distributed.PrefixStore("0", store))
+        assert inner.timeout.total_seconds() == ranks.LONGEST_S
+
+
 def test_two_processes_cannot_have_one_rank():
     store, come = ranks.distributed.HashStore(), ranks._Wait(ALONE, stop=lambda: True)
     assert not ranks._compare(store, ALONE, {}, come)
