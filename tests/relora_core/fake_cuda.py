@@ -47,6 +47,8 @@ class Waits(TorchDispatchMode):
         self.launches: collections.Counter[str] = collections.Counter()
         self.operations: collections.Counter[str] = collections.Counter()
         self.pinned: set[int] = set()
+        self.factors: set[str] = set()
+        """Types of scalars on the device by which lists of tensors were multiplied."""
         self.casts: dict[str, list[list[int]]] = {}
         """Shapes of what was cast to bf16 on the device, by step."""
 
@@ -67,6 +69,8 @@ class Waits(TorchDispatchMode):
             return 1.0 if args[0].dtype.is_floating_point else 1
         if func in (aten.index.Tensor, aten.index_put_.default):
             args = (args[0], [one for i in args[1] for one in self._plain(i)], *args[2:])
+        if func is aten._foreach_mul_.Tensor and args[1].device.type == "cuda":
+            self.factors.add(f"{args[0][0].dtype} by {args[1].dtype}")
         if func is aten._to_copy.default and "device" in kwargs:
             self._moved(args[0], str(torch.device(kwargs["device"]).type), kwargs)
         cast = func is aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
@@ -215,6 +219,7 @@ def measure(config: RunConfig, folder: str) -> dict[str, Any]:
         "waits": waits.places,
         "launches": waits.launches,
         "casts": waits.casts,
+        "factors": sorted(waits.factors),
         "operations": waits.operations,
         "attention": [[*call[:3], len(call[3])] for call in calls],
     }

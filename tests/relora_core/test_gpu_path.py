@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from relora_core import kernels
 from relora_core.config import ConfigError, RunConfig
+from relora_core.train import clip_by_wide_, wide_norm
 
 pytestmark = pytest.mark.slow
 
@@ -96,3 +97,29 @@ def test_every_log_of_a_run_on_a_gpu_has_both_mfus(
     assert run["peak"] == {"flops_per_s": peak, "precision": precision, "gpus": names}
     assert len(run["logged"]) == 5
     assert all({"perf/mfu", "perf/mfu_6n"} <= set(names) for names in run["logged"])
+
+
+# clipping ----------------------------------------------------------------------------------------
+def test_gradients_are_scaled_in_one_kernel(
+    fake_run: Callable[[RunConfig], Any], nano: Callable[..., RunConfig]
+) -> None:
+    """Which torch has for a factor of their own type alone; the norm is float64."""
+    train = {"steps": 5, "precision": "bf16", "grad_clip": 1.0}
+    run = fake_run(nano(model={"vocab_size": 301}, train=train))
+    assert run["factors"] == ["torch.float32 by torch.float32"]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e30, 3e37])
+def test_gradients_are_scaled_as_torch_does_it(size: float) -> None:
+    """Also where their squares are beyond float32."""
+    draws = torch.Generator().manual_seed(0)
+    given = [torch.randn(n, generator=draws) * size for n in (1, 7, 64, 1000)]
+    norm = wide_norm(given)
+    parameters = [torch.nn.Parameter(torch.empty_like(g)) for g in given]
+    for parameter, gradient in zip(parameters, given, strict=True):
+        parameter.grad = gradient.clone()
+    torch.nn.utils.clip_grads_with_norm_(parameters, 0.5, norm)
+    clip_by_wide_(given, limit=0.5, norm=norm)
+    for parameter, gradient in zip(parameters, given, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
