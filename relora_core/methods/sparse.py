@@ -91,7 +91,10 @@ class SparseAdamW(SplitAdamW):
         flat.index_add_(0, entries, update * used, alpha=-group["lr"])
 
         state["step"] = torch.tensor(done + 1.0)
-        size = m.abs() if group["sparse_keep"] == "importance" else torch.isin(entries, support)
+        if group["sparse_keep"] == "importance":
+            size = m.abs()
+        else:  # whether it is in S; torch.isin would wait for a GPU
+            size = torch.zeros_like(used).index_fill_(0, slots, True)
         size = torch.where(used, size, -1.0)
         largest = size.topk(k, sorted=False).indices
         state["indices"] = entries[largest].int()

@@ -67,6 +67,8 @@ class Waits(TorchDispatchMode):
             if where == "cuda":
                 self.add("read")
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is aten.isin.Tensor_Tensor and where == "cuda":
+            self.add("read")  # how many entries differ
         if func in (aten.index.Tensor, aten.index_put_.default):
             args = (args[0], [one for i in args[1] for one in self._plain(i)], *args[2:])
         if func is aten._foreach_mul_.Tensor and args[1].device.type == "cuda":

@@ -55,10 +55,11 @@ LOGS = {"3": 2, "6": 2, "8": 2}
         {"method": "apollo", "apollo": {"r": 4, "update_gap": 3}},
         {"method": "switchlora"},
         {"method": "sparse"},
+        {"method": "sparse", "sparse": {"keep": "support", "bias_correction": "entry"}},
         {"method": "sltrain"},
         {"method": "lora"},
     ],
-    ids=lambda changes: f"{changes['method']}{'-muon' if 'train' in changes else ''}",
+    ids=lambda changes: "-".join(key for key in (changes["method"], *changes) if key != "method"),
 )
 def test_a_step_waits_for_the_gpu_where_it_logs_and_nowhere_else(
     fake_run: Fake, changes: dict[str, Any]
