@@ -98,12 +98,18 @@ MEMORY_SHARE = 0.8
 """Of a GPU's memory, for what `memory_bytes` counts; kernels and their context need the rest."""
 
 
-def micro_batch(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> int:
+GPU_HEAD_ROWS, GPU_HEAD_COLUMNS, GPU_HEAD_BYTES = 8192, 50304, 2 << 30
+"""The blocks of logits of `head.py` and, but for the rows, of `loss.py`, as they are on a GPU."""
+
+
+def micro_batch(
+    config: RunConfig, *, processes: int = 1, memory: int | None = None, compiled: bool = False
+) -> int:
     """Sequences of a forward pass in each process.
 
     By train.micro_batch_tokens it is the smallest divisor of the process's share of a batch that
     has so many tokens, or all of it; where that does not fit into `memory` (bytes of a GPU; None:
-    no limit), the largest that does, and at least 1.
+    no limit), the largest that does, and at least 1. `compiled`: whether that GPU's blocks are.
     """
     share = max(config.train.batch_size // processes, 1)
     if not chooses_micro_batch(config):
@@ -111,7 +117,7 @@ def micro_batch(config: RunConfig, *, processes: int = 1, memory: int | None = N
     suffices = config.train.micro_batch_tokens or 0
     sizes = divisors(share)
     enough = next((n for n in sizes if n * config.data.seq_len >= suffices), share)
-    fitting = [n for n in sizes if n <= enough and _fits(config, n, memory)]
+    fitting = [n for n in sizes if n <= enough and _fits(config, n, memory, compiled)]
     return max(fitting, default=1)
 
 
@@ -121,10 +127,11 @@ def chooses_micro_batch(config: RunConfig) -> bool:
     return train.micro_batch_size is None and train.micro_batch_tokens is not None
 
 
-def _fits(config: RunConfig, micro: int, memory: int | None) -> bool:
-    train = replace(config.train, micro_batch_size=micro)
-    needed = memory_bytes(replace(config, train=train))["total"] if memory is not None else 0
-    return memory is None or needed <= MEMORY_SHARE * memory
+def _fits(config: RunConfig, micro: int, memory: int | None, compiled: bool) -> bool:
+    if memory is None:
+        return True
+    config = replace(config, train=replace(config.train, micro_batch_size=micro))
+    return memory_bytes(config, compiled=compiled)["total"] <= MEMORY_SHARE * memory
 
 
 def _pass_tokens(config: RunConfig) -> int:
@@ -132,8 +139,11 @@ def _pass_tokens(config: RunConfig) -> int:
     return micro_batch(config) * config.data.seq_len
 
 
-def memory_bytes(config: RunConfig) -> dict[str, int]:
-    """Estimated peak training memory of one process, by cause. Not a bound: kernels add theirs."""
+def memory_bytes(config: RunConfig, *, compiled: bool | None = None) -> dict[str, int]:
+    """Estimated peak training memory of one process, by cause. Not a bound: kernels add theirs.
+
+    On a CPU; with `compiled` on a GPU, whose blocks are compiled or not.
+    """
     counted = parameters(config)
     model, tokens = config.model, _pass_tokens(config)
     width = 2 if config.train.precision == "bf16" else 4
@@ -147,9 +157,25 @@ def memory_bytes(config: RunConfig) -> dict[str, int]:
         "gradients": 4 * counted.trainable,
         "moments": method.moment_bytes(config, trainable=counted.trainable),
         "activations": saved,
-        "head": 4 * (min(tokens * _vocab(config), 128 * 50304) + _vocab(config) * model.d_model),
+        "head": _logit_bytes(config, tokens, compiled) + 4 * _vocab(config) * model.d_model,
     }
+    if compiled is not None and width == 2:
+        multiplied = ("head", "attention", "swiglu", "adapters")
+        estimate["bf16_weights"] = 2 * sum(counted.by_group[name] for name in multiplied)
     return {**estimate, "total": sum(estimate.values())}
+
+
+def _logit_bytes(config: RunConfig, tokens: int, compiled: bool | None) -> int:
+    """Of the block of logits in memory; a GPU's compiled head keeps it in the products' type, the
+    other beside it one of float32."""
+    vocab, width = _vocab(config), 2 if config.train.precision == "bf16" else 4
+    if compiled is None:
+        return 4 * min(tokens * vocab, 128 * 50304)
+    rows = min(tokens, GPU_HEAD_ROWS)
+    if compiled:
+        return rows * vocab * width
+    rows = min(rows, GPU_HEAD_BYTES // (vocab * width))
+    return rows * (vocab * width + min(vocab, GPU_HEAD_COLUMNS) * 4)
 
 
 TENSOR_BYTES = 95

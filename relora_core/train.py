@@ -317,7 +317,8 @@ def choose_micro_batch(progress: Progress, *, config: RunConfig, accelerator: Ac
     if kept is None or share % kept:
         sizes: list[int | None] = gather_object([memory_of(accelerator.device)])
         memory = min((size for size in sizes if size is not None), default=None)
-        kept = costs.micro_batch(config, processes=world, memory=memory)
+        compiled = progress.compile not in (None, "off")
+        kept = costs.micro_batch(config, processes=world, memory=memory, compiled=compiled)
     progress.micro_batch_size = kept
     return share // kept
 

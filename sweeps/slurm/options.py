@@ -212,7 +212,8 @@ def check_cell(config: RunConfig, options: SlurmOptions) -> None:
             f"{options.runs_per_job} with {shape.nodes} x {shape.tasks_per_node}"
         )
     if options.gpu_memory_gb is not None and shape.gpus_per_node:
-        each = costs.memory_bytes(config)["total"] / 1e9
+        compiled = config.runtime.compile != "off"
+        each = costs.memory_bytes(config, compiled=compiled)["total"] / 1e9
         per_gpu = -(-options.runs_per_job // shape.gpus_per_node)
         if each * per_gpu > options.gpu_memory_gb:
             fits = max(1, int(options.gpu_memory_gb / each)) * shape.gpus_per_node

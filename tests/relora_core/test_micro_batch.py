@@ -1,8 +1,10 @@
 """train.micro_batch_tokens: no more sequences a pass than gain something, as many as fit."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from training import run, run_in_processes
@@ -12,6 +14,8 @@ from experiments import schema
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
 from experiments.run.runner import run_experiment
+from relora_core import costs, head, loss
+from relora_core.checkpoint import Progress
 from relora_core.config import DataConfig, TrainConfig
 from relora_core.costs import MEMORY_SHARE, memory_bytes, micro_batch
 from relora_core.data.grammar import VOCAB_SIZE
@@ -38,7 +42,7 @@ def sized(*, batch, seq_len, suffices):
 
 def total(config, micro):
     train = dataclasses.replace(config.train, micro_batch_size=micro)
-    return memory_bytes(dataclasses.replace(config, train=train))["total"]
+    return memory_bytes(dataclasses.replace(config, train=train), compiled=False)["total"]
 
 
 @given(
@@ -61,10 +65,61 @@ def test_it_is_the_smallest_that_suffices_or_the_largest_that_fits(
         assert chosen == max(fits)
 
 
-def test_the_papers_batch_takes_passes_of_16_where_they_fit():
+@pytest.mark.parametrize(("compiled", "least"), [(True, 8), (False, 4)])
+def test_the_papers_batch_takes_passes_of_16_where_they_fit(compiled, least):
+    """The head without compiled blocks takes 1.6 GB more."""
     words = ["experiment=paper", "model=small", "model.vocab_size=50304", "data.seq_len=2048"]
     config = schema.compose(words)
-    assert [micro_batch(config, memory=gb * 10**9) for gb in (80, 40, 8)] == [16, 16, 8]
+    sizes = [gb * 10**9 for gb in (80, 40, 8)]
+    chosen = [micro_batch(config, memory=size, compiled=compiled) for size in sizes]
+    assert chosen == [16, 16, least]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tokens", "precision", "compiled", "logits"),
+    [
+        (301, 64, "bf16", True, 64 * 301 * 2),
+        (301, 64, "bf16", False, 64 * 301 * 6),
+        (301, 64, "fp32", True, 64 * 301 * 4),
+        (301, 64, "tf32", False, 64 * 301 * 8),
+        (50304, 16384, "bf16", True, 824_180_736),  # 8192 rows of 50,304 x 2
+        (50304, 16384, "bf16", False, 2_472_542_208),
+        (128256, 16384, "fp32", True, 4_202_692_608),
+        (128256, 16384, "fp32", False, 4185 * (128256 + 50304) * 4),  # 2 GiB hold 4185 rows
+        (50304, 16384, "bf16", None, 128 * 50304 * 4),  # a CPU's, as described and planned
+    ],
+)
+def test_memory_counts_the_head_of_the_device(vocab, tokens, precision, compiled, logits):
+    """And on a GPU the weights of products in bf16: here 2 blocks of 7680 and the head."""
+    config = nano_config(
+        method="full_rank", model={"vocab_size": vocab}, data={"seq_len": tokens // 4},
+        train={"precision": precision},
+    )  # fmt: skip
+    memory = memory_bytes(config, compiled=compiled)
+    assert memory["head"] == logits + vocab * 32 * 4
+    copies = memory.get("bf16_weights", 0)
+    here = compiled is not None and precision == "bf16"
+    assert copies == (2 * (2 * 7680 + vocab * 32) if here else 0)
+    assert memory["total"] == sum(n for name, n in memory.items() if name != "total")
+    shared = ("weights", "gradients", "moments", "activations")
+    assert all(memory[name] == memory_bytes(config)[name] for name in shared)
+
+
+def test_a_gpus_blocks_of_logits_are_those_that_are_counted():
+    assert head.CHUNK_ROWS == costs.GPU_HEAD_ROWS
+    assert loss.HEAD_BLOCK["cuda"] == (costs.GPU_HEAD_ROWS, costs.GPU_HEAD_COLUMNS)
+    assert loss.HEAD_BYTES["cuda"] == costs.GPU_HEAD_BYTES
+
+
+@pytest.mark.parametrize("mode", [None, "off", "blocks", "cudagraphs"])
+def test_a_run_counts_the_head_that_it_has(auto, monkeypatch, mode):
+    asked = []
+    monkeypatch.setattr(train_module, "gather_object", lambda sizes: sizes)
+    monkeypatch.setattr(costs, "micro_batch", lambda *_, **options: asked.append(options) or 8)
+    alone = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    progress = Progress(compile=mode)
+    assert train_module.choose_micro_batch(progress, config=auto(), accelerator=alone) == 2
+    assert [options["compiled"] for options in asked] == [mode in ("blocks", "cudagraphs")]
 
 
 @pytest.mark.parametrize("tokens", [None, 8 * 16])

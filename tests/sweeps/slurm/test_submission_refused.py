@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from submitting import BIG
 
 from experiments.disk.run_dir import RunDir
+from relora_core import costs
 from relora_core.config import (
     CheckpointConfig,
     ConfigError,
@@ -52,6 +53,18 @@ def test_what_cannot_run_is_refused_and_nothing_written(submit, slurm, out, opti
     assert "\n" not in str(error.value)
     assert not out.exists()
     assert slurm.jobs() == {}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_runs_that_share_a_gpu_are_counted_as_on_a_gpu(nano, compiled):
+    """With the head of one, which takes another 4 bytes per logit where it is not compiled."""
+    runtime = {"compile": "auto" if compiled else "off"}
+    config = nano(model={"vocab_size": 50304}, runtime=runtime)
+    two = 2 * costs.memory_bytes(config, compiled=compiled)["total"] / 1e9
+    options = {"time": "60", "gpus_per_node": 1, "runs_per_job": 2}
+    check_cell(config, SlurmOptions(gpu_memory_gb=two * 1.001, **options))
+    with pytest.raises(ConfigError, match=r"runs_per_job must be <= 1 .* got 2; nearest valid: 1"):
+        check_cell(config, SlurmOptions(gpu_memory_gb=two * 0.999, **options))
 
 
 def test_a_runs_own_time_must_leave_room_for_saving(submit, slurm, out):
