@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -342,7 +342,7 @@ def _elsewhere(key: str, text: str = "") -> str | None:
         return f"{key} is not a known key{got}. Did you mean 'hydra.launcher.{LAUNCHERS[name]}'?"
     if section != "sweeper":
         return None
-    search = list(_stored("search_schema.yaml").node)  # type: ignore[attr-defined]
+    search = list(_registered("search_schema.yaml").node)
     ours = SWEEPERS.get(name) or (f"search.{name}" if name in search else None)
     if ours is None:
         return None
@@ -352,7 +352,7 @@ def _elsewhere(key: str, text: str = "") -> str | None:
 
 
 def _diagnose_search(key: str, text: str) -> str | None:
-    keys = [f"search.{name}" for name in _stored("search_schema.yaml").node]  # type: ignore[attr-defined]
+    keys = [f"search.{name}" for name in _registered("search_schema.yaml").node]
     if ".".join(key.split(".")[:2]) in keys:
         return None
     return f"{key} is not a known key ({text}).{nearest(key, keys)}"
@@ -522,9 +522,16 @@ def groups() -> list[str]:
 
 def _stored(group: str) -> dict[str, Any]:
     """Options of a group that plugins have registered: `<name>.yaml` -> node."""
+    repo = _registered(group)
+    # A group in a group is a dict among them: Optuna's plugin registers hydra/sweeper/sampler.
+    return {name: one for name, one in repo.items() if isinstance(one, ConfigNode)}
+
+
+def _registered(path: str) -> Any:
+    """What plugins have registered as this group or `<name>.yaml`."""
     Plugins.instance()  # imports the plugins, which then register their options
     repo: Any = ConfigStore.instance().repo
-    for part in group.split("/"):
+    for part in path.split("/"):
         repo = repo.get(part, {})
     return repo
 

@@ -159,6 +159,9 @@ class Conf:
 ConfigStore.instance().store(
     group="hydra/{kind}", name="{name}", node=Conf, provider="{package}"
 )
+ConfigStore.instance().store(
+    group="hydra/{kind}/sampler", name="tpe", node=Conf, provider="{package}"
+)
 """
 
 
@@ -173,8 +176,9 @@ def test_stock_plugins_installed_beside_ours_do_not_clash(tmp_path):
         (folder / "__init__.py").touch()
         text = STOCK.format(package=package, kind=kind, base=kind.title(), name=name)
         (folder / "stock.py").write_text(text)
-    for words in ([LOCAL], [LOCAL, *OPTUNA], []):
-        done = subprocess.run(
+
+    def plan(*words):
+        return subprocess.run(
             [sys.executable, ROOT / "run.py", "--plan", *words, "relora.r=4,16"],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"},
@@ -182,8 +186,13 @@ def test_stock_plugins_installed_beside_ours_do_not_clash(tmp_path):
             text=True,
             check=False,
         )
+
+    for words in ([LOCAL], [LOCAL, *OPTUNA, "hydra/sweeper/sampler=tpe"], []):
+        done = plan(*words)
         assert done.returncode == 0, done.stderr
         assert "relora.r" in done.stdout
+    done = plan(*OPTUNA, "hydra.sweeper.mine=3")  # explained by what all plugins have
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 @pytest.mark.parametrize("by", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
