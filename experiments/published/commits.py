@@ -214,11 +214,9 @@ class Hub:
         return Path(path).read_bytes()
 
     def _ask(self, call: Any, *words: str, **options: str) -> Any:
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
         try:
             return call(*words, **options)
-        except (OSError, EntryNotFoundError, HFValidationError) as error:
+        except Exception as error:  # whatever the HTTP client of the day raises
             at = "".join(f" at {value}" for value in options.values())
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             what = " ".join(words)

@@ -305,7 +305,7 @@ def _conversion_hint(folder: Path) -> str:
 def _hub_files(source: str) -> tuple[Path, Path | None]:
     """The hub's files; where it cannot be reached, the copies that an earlier run left here."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     options: dict[str, Any] = {}
     unreachable = None
@@ -328,8 +328,14 @@ def _hub_files(source: str) -> tuple[Path, Path | None]:
         ) from None
     try:
         return file, Path(hf_hub_download(name, "tokenizer_config.json", **options))
-    except EntryNotFoundError:
-        return file, None
+    except Exception as error:
+        lost = unreachable is None and isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, EntryNotFoundError) and not lost:
+            return file, None
+        why = f"the hub could not be reached ({type(error).__name__})"
+        raise places.path_error(
+            "data.tokenizer", source=source, expected=_EXPECTED, why=why
+        ) from None
 
 
 def _eos_id(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from data_files import write_bpe, write_words
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -128,6 +129,22 @@ def test_a_hub_name_is_downloaded_at_its_commit_and_unreachable_it_is_one_line(
     assert asked[-1]["local_files_only"] is True
     (folder / "tokenizer.json").unlink()
     assert "the hub could not be reached (ConnectionError)" in error_line("owner/name")
+
+
+@pytest.mark.parametrize("lost", [LocalEntryNotFoundError("no copy"), RuntimeError("no route")])
+def test_a_connection_lost_between_two_files_of_the_hub_is_one_line(tmp_path, monkeypatch, lost):
+    folder = write_bpe(tmp_path)
+
+    def download(name, file, **options):
+        if file == "tokenizer_config.json":
+            raise lost
+        return str(folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.repo_info", lambda self, name, **options: SimpleNamespace(sha="c")
+    )
+    assert f"the hub could not be reached ({type(lost).__name__})" in error_line("owner/name")
 
 
 @pytest.mark.parametrize("setting", [None, "true"])

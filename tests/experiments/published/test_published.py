@@ -335,6 +335,10 @@ def test_large_files_are_taken_from_the_clones_own_store(clone):
     assert source.file(27, "model.safetensors") == content
 
 
+class NoConnection(Exception):
+    """As a HTTP client raises it: no OSError."""
+
+
 class FakeHub:
     """HfApi's three calls, on a folder of commits."""
 
@@ -343,7 +347,7 @@ class FakeHub:
 
     def list_repo_refs(self, repo_id):
         if repo_id != "owner/relora":
-            raise OSError("404 Client Error.\n\nRepository Not Found")
+            raise NoConnection("[Errno -2] Name or service\n\nnot known")
         return SimpleNamespace(branches=[SimpleNamespace(name=name) for name in self.branches])
 
     def list_repo_commits(self, repo_id, *, revision):
@@ -378,7 +382,8 @@ def test_the_hubs_commits_are_read_by_their_titles(runs, hub):
 
 
 def test_a_hub_that_cannot_be_read_is_one_line(hub, capsys):
-    line = "the hub's owner/other cannot be read (OSError: 404 Client Error. Repository Not Found)"
+    why = "NoConnection: [Errno -2] Name or service not known"
+    line = f"the hub's owner/other cannot be read ({why})"
     assert_refused(capsys, "owner/other", code=1, line=line)
     hub.branches = ["main"]
     line = "titled 'Saving HF Model -- Step N', got owner/relora without"
