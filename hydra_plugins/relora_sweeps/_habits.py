@@ -14,12 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+    Sweep,
+    Transformer,
+)
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiments.addresses import redacted
 from experiments.typos import PLUS, option_folders, overrides_among
+from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core.config import ConfigError
 from sweeps.search.config import SAMPLERS, SHORT
 from sweeps.slurm.options import minutes
@@ -107,6 +115,7 @@ def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
     ConfigError for two names that disagree, and for what cannot be had.
     """
+    install_guards()  # without, Hydra's choice() takes no null
     overrides = {text: _parsed(text) for text in overrides_among(arguments)}
     tables: dict[str, dict[str, Habit]] = {}
     for one in overrides.values():
@@ -161,14 +170,47 @@ def _one(
     entries = one.value()
     if not isinstance(entries, dict):
         raise ConfigError(f"{key} must be {{key: value, ...}}, got {text!r}")
+    for k, v in entries.items():
+        if isinstance(v, dict):
+            raise ConfigError(f"{key}: {_no_section(k, v, axis=not start)}")
     return _renamed(text, *(f"{start}{k}={_quoted(v, bare=not start)}" for k, v in entries.items()))
+
+
+def _no_section(key: str, value: dict[str, Any], *, axis: bool) -> str:
+    """The rest of the line for a section where a value is expected."""
+    got = f"got {Transformer.str(value)}"
+    if not axis:
+        return f"{key} must be one value, {got}"
+    return (
+        f"{key} must be values in Hydra's grammar, {got}; as in search.space it is "
+        f"{key}='tag(log,interval(LOW,HIGH))', interval(LOW,HIGH), range(LOW,HIGH) or choice(A,B)"
+    )
 
 
 def _quoted(value: Any, *, bare: bool) -> str:
     """A value of a dict as it stands behind `=`; `bare`: an axis, in Hydra's grammar."""
+    if isinstance(value, Sweep):
+        return _sweep_text(value)
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
     if not isinstance(value, str):
-        return {True: "true", False: "false", None: "null"}.get(value, str(value))
+        return Transformer.str(value)
     return str(value) if bare or value.isalnum() else '"' + value.replace('"', '\\"') + '"'
+
+
+def _sweep_text(sweep: Sweep) -> str:
+    """What Hydra's grammar reads as this sweep: a shell has removed the quotes around it."""
+    if isinstance(sweep, ChoiceSweep):
+        text = f"choice({','.join(map(Transformer.str, sweep.list))})"
+    elif isinstance(sweep, RangeSweep):
+        text = f"range({sweep.start},{sweep.stop},{sweep.step})"
+    else:
+        assert isinstance(sweep, IntervalSweep)
+        text = f"interval({sweep.start},{sweep.end})"  # whose ends Hydra makes floats
+        text = f"int({text})" if isinstance(sweep.start, int) else text
+    if getattr(sweep, "shuffle", False):
+        text = f"shuffle({text})"
+    return f"tag({','.join(sorted(sweep.tags))},{text})" if sweep.tags else text
 
 
 def _renamed(text: str, *ours: str) -> tuple[list[str], str | None]:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from experiments.identity import run_id
+from hydra_plugins.relora_sweeps._axes import dimension
 from hydra_plugins.relora_sweeps._habits import translate
 from relora_core.config import ConfigError
 from tests.fuzz import command_line
@@ -107,8 +109,26 @@ def test_each_translation_is_one_line(words, line):
 
 
 @pytest.mark.parametrize(
+    "value",
+    ["choice(4,8)", "choice('a b',c,null,1.5)", "range(1,9,2)", "interval(0.001,0.01)",
+     "tag(log,int(interval(1,64)))", "tag(a,b,choice(true,2))", "shuffle(range(0,5))"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["params", "search_space"])
+def test_values_that_lost_their_quotes_to_a_shell_are_read_by_hydras_grammar(name, value):
+    made = translate([*OPTUNA, f"hydra.sweeper.{name}={{relora.r:{value},seed:1}}"])[0]
+    read = OverridesParser.create().parse_override
+    assert dimension(read(made[-2])) == dimension(read(f"relora.r={value}"))
+    assert made[-1] == "seed=1"
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
+        ([*OPTUNA, "hydra.sweeper.search_space={train.lr:{type:float,low:1e-4,high:1e-2}}"],
+         "hydra.sweeper.search_space: train.lr must be values in Hydra's grammar, got {type:float,"
+         "low:0.0001,high:0.01}; as in search.space it is train.lr='tag(log,interval(LOW,HIGH))'"),
+        ([SLURM, "+hydra.launcher.additional_parameters={a:{b:c}}"],
+         "hydra.launcher.additional_parameters: a must be one value, got {b:c}"),
         ([SLURM, "hydra.launcher.timeout_min=240", "hydra.launcher.time=5:00:00"],
          "hydra.launcher.timeout_min=240 and hydra.launcher.time=5:00:00 disagree"),
         ([SLURM, "hydra.launcher.gres=gpu:1", "+hydra.launcher.extra.gres=gpu:2"],
