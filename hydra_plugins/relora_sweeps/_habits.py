@@ -30,7 +30,7 @@ from experiments.typos import PLUS, option_folders, overrides_among
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core.config import ConfigError
 from sweeps.search.config import SAMPLERS, SHORT
-from sweeps.slurm.options import minutes
+from sweeps.slurm.options import minutes, own_option, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,17 @@ ONE_NAME = Habit(ignored="jobs are named after their sweep")
 LOCAL_SHAPE = Habit(ignored="local runs share the GPUs and cores of this machine")
 
 
+EXTRA = "++hydra.launcher.extra."
+
+
 def _extra(*names: str) -> dict[str, Habit]:
-    return {name: Habit(ours=f"++hydra.launcher.extra.{name}") for name in names}
+    return {name: Habit(ours=f"{EXTRA}{name}") for name in names}
 
 
 SLURM = {
     "timeout_min": Habit(ours="hydra.launcher.time"),
     "array_parallelism": Habit(ours="hydra.launcher.max_parallel"),
-    "additional_parameters": Habit(ours="++hydra.launcher.extra."),
+    "additional_parameters": Habit(ours=EXTRA),
     "max_num_timeout": Habit(ignored="jobs resume until hydra.launcher.max_stalled ends them"),
     "submitit_folder": OWN_FOLDER,
     "stderr_to_stdout": RUNS_HAVE_LOGS,
@@ -146,7 +149,12 @@ def _one(
         if value not in SAMPLERS:
             raise ConfigError(f"{key} must be one of {', '.join(SAMPLERS)}, got {value!r}")
         return _renamed(text, f"search.sampler.name={value}")
-    if table is None or one.is_delete():
+    if one.is_delete():
+        return [text], None
+    if (rest := key.removeprefix(EXTRA.lstrip("+"))) != key:
+        entry = _entry(EXTRA, rest, value)
+        return ([text], None) if entry.startswith(EXTRA) else _renamed(text, entry)
+    if table is None:
         return [text], None
     name = key.removeprefix(f"{section}.")
     if table is OPTUNA and name == "direction":
@@ -166,14 +174,29 @@ def _one(
         return _renamed(text, f"{habit.ours}={value}")
     start = habit.ours if habit.ours != "." else ""
     if rest:
-        return _renamed(text, f"{start}{rest}={value}")
+        return _renamed(text, _entry(start, rest, value))
     entries = one.value()
     if not isinstance(entries, dict):
         raise ConfigError(f"{key} must be {{key: value, ...}}, got {text!r}")
     for k, v in entries.items():
         if isinstance(v, dict):
             raise ConfigError(f"{key}: {_no_section(k, v, axis=not start)}")
-    return _renamed(text, *(f"{start}{k}={_quoted(v, bare=not start)}" for k, v in entries.items()))
+    return _renamed(
+        text, *(_entry(start, k, _quoted(v, bare=not start)) for k, v in entries.items())
+    )
+
+
+def _entry(start: str, key: str, value: str) -> str:
+    """An entry of a dict as an override of its own; an option of sbatch by our name, if it has one.
+
+    `settled` does so for config files, too, but cannot see there whether a default was meant.
+    """
+    kind = ":" in value and plain(key) == "gpus_per_node"  # a100:2, of which ours takes the 2 alone
+    own = own_option(key, value.strip("'\"")) if start == EXTRA and value != "null" else None
+    if own is None or kind:
+        return f"{start}{key}={value}"
+    name, new = own
+    return f"hydra.launcher.{name}={f'{new:g}' if name == 'mem_gb' else value}"
 
 
 def _no_section(key: str, value: dict[str, Any], *, axis: bool) -> str:
@@ -276,7 +299,7 @@ def _without_doubles(made: list[tuple[str, list[str]]]) -> list[str]:
 def _key(text: str) -> str:
     """A key by which spellings of the same option are compared: sbatch has dashes."""
     key = text.partition("=")[0].lstrip("+")
-    return key.replace("-", "_") if key.startswith("hydra.launcher.extra.") else key
+    return plain(key) if key.startswith(EXTRA.lstrip("+")) else key
 
 
 def _same(key: str, one: str, two: str) -> bool:

@@ -38,6 +38,7 @@ from sweeps.slurm.options import (
     check_options,
     gpu_kinds,
     partition_of,
+    settled,
     shape_of,
 )
 from sweeps.slurm.queue import Queue
@@ -58,6 +59,9 @@ class SlurmLauncher:
 
     options: SlurmOptions
     kind: str = "slurm"
+
+    def __post_init__(self) -> None:
+        self.options = settled(self.options)
 
     @property
     def unit(self) -> str:
@@ -125,7 +129,7 @@ class SlurmLauncher:
     def _check_limit(self, shape: Shape) -> None:
         """A job longer than its partition allows may be accepted and never start."""
         options = dataclasses.replace(self.options, **options_of_environment(self.options))
-        if options.qos or "qos" in options.extra:  # a QOS may allow more
+        if options.qos:  # a QOS may allow more
             return
         partition = partition_of(options)
         limit = cluster.time_limit(partition)

@@ -6,7 +6,7 @@ Hydra reads this module at every start, so it imports little.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from relora_core import costs
@@ -22,6 +22,26 @@ COUNT = {"ge": 1}
 """It must be at least 1."""
 FROM_0 = {"ge": 0}
 """It must be at least 0."""
+
+NAMED = {
+    **{name: name for name in ("time", "partition", "account", "qos", "constraint", "reservation")},
+    **{name: name for name in ("mail_type", "mail_user", "dependency")},
+    **{name: name for name in ("nodes", "gpus_per_node", "cpus_per_task")},
+    "ntasks_per_node": "tasks_per_node",
+    "mem": "mem_gb",
+}
+"""sbatch's option, with underscores -> ours: in `extra`, it is that."""
+COUNTS = ("nodes", "gpus_per_node", "cpus_per_task", "tasks_per_node")
+RESERVED = {
+    "job_name": "by their own names the next command finds jobs",
+    "signal": "at this signal a run saves; hydra.launcher.signal_delay_s says when it comes",
+    "requeue": "jobs are always requeued, so that a killed run goes on",
+    "no_requeue": "a killed run goes on only if its job is requeued",
+    "output": "`python -m sweeps logs` and each run's folder have the logs",
+    "error": "`python -m sweeps logs` and each run's folder have the logs",
+    "array": "each task has its runs; hydra.launcher.max_parallel says how many may run at a time",
+}
+"""sbatch's options that saving and recovering rest on -> why they stay as they are."""
 
 
 @dataclass(kw_only=True)
@@ -42,6 +62,7 @@ class SlurmOptions:
     tasks_per_node: int | None = None
     """Processes of a run on each node (DDP); null: one per GPU."""
     cpus_per_task: int = field(default=4, metadata=COUNT)
+    """Left out where `extra` has cpus_per_gpu."""
     mem_gb: float | None = None
     """Memory of each node; null: the partition's default."""
     exclusive: bool = False
@@ -61,7 +82,8 @@ class SlurmOptions:
     dependency: str | None = field(default=None, metadata=SBATCH)
     """As sbatch's: afterok:123."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further options of sbatch: {gres: "gpu:a100:1", licenses: x}; true is a flag."""
+    """Further options of sbatch: {gres: "gpu:a100:1", licenses: x}; true is a flag. One that has a
+    name above is that."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the run: module load ..., export ..."""
     teardown: list[str] = field(default_factory=list)
@@ -80,6 +102,64 @@ def sbatch_options(options: SlurmOptions) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name))}
 
 
+def settled(options: SlurmOptions) -> SlurmOptions:
+    """The same, where what `extra` has under a name of sbatch's that has one here is under ours.
+
+    ConfigError if the two differ. Then checks, prices and `resources.*` hold for it, too.
+    """
+    values: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for key, value in options.extra.items():
+        own = own_option(key, value)
+        if own is None:
+            extra[key] = value
+            continue
+        name, new = own
+        before = values.get(name, getattr(options, name))
+        if before != getattr(SlurmOptions(), name) and not _same(name, before, new):
+            raise ConfigError(
+                f"hydra.launcher.{name}={before} and hydra.launcher.extra.{key}={value} disagree: "
+                "leave one out"
+            )
+        values[name] = new
+        if name == "gpus_per_node" and ":" in str(value):
+            extra[key] = value  # for its kind of GPU (`gpu_kind`)
+    return replace(options, extra=extra, **values)
+
+
+def own_option(key: str, value: Any) -> tuple[str, Any] | None:
+    """(name, value) of ours that is this option of sbatch's; None if it has no name here."""
+    name = NAMED.get(plain(key))
+    if name is None or value is None:
+        return None
+    text = str(value)
+    if name == "mem_gb":
+        return name, _gigabytes(key, text)
+    if name not in COUNTS:
+        return name, text
+    match = re.fullmatch(r"([\w.-]+:)?(\d+)", text)  # a100:2
+    if match is None or (match[1] and name != "gpus_per_node"):
+        raise ConfigError(f"hydra.launcher.extra.{key} must be an integer, got {text!r}")
+    return name, int(match[2])
+
+
+def plain(key: str) -> str:
+    """sbatch's option with underscores, as submitit takes it; sbatch has dashes."""
+    return key.replace("-", "_")
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    return minutes(one) == minutes(other) if name == "time" else one == other
+
+
+def _gigabytes(key: str, text: str) -> float:
+    """sbatch's notation of memory (64G, 512M; without a unit megabytes) as `mem_gb`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())
+    if match is None:
+        raise ConfigError(f"hydra.launcher.extra.{key} must be like 64G or 512M, got {text!r}")
+    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2] or "M") - 2)
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Shape:
     """What one job asks for: runs of one shape share an array."""
@@ -90,6 +170,8 @@ class Shape:
     cpus_per_task: int
     mem_gb: float | None
     minutes: int
+    by_gpu: bool = False
+    """sbatch is given cpus_per_gpu, from which cpus_per_task follows."""
 
     @property
     def processes(self) -> int:
@@ -125,19 +207,40 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
 
     gpus = pick("gpus_per_node")
     each = 1 if options.runs_per_job > 1 else max(1, gpus)  # runs that share a job have a process
+    tasks, cpus = pick("tasks_per_node") or each, pick("cpus_per_task")
+    per_gpu = cpus_per_gpu(options)
+    by_gpu = bool(per_gpu and gpus) and cpus == SlurmOptions.cpus_per_task
+    by_gpu = by_gpu and config.resources.cpus_per_task is None
+    if by_gpu:
+        cpus = max(1, per_gpu * gpus // (tasks * options.runs_per_job))
     return Shape(
         nodes=pick("nodes"),
         gpus_per_node=gpus,
-        tasks_per_node=pick("tasks_per_node") or each,
-        cpus_per_task=pick("cpus_per_task"),
+        tasks_per_node=tasks,
+        cpus_per_task=cpus,
         mem_gb=pick("mem_gb"),
         minutes=minutes(pick("time")),
+        by_gpu=by_gpu,
     )
+
+
+def cpus_per_gpu(options: SlurmOptions) -> int:
+    """Of `extra`; 0: none."""
+    text = next((str(v) for k, v in options.extra.items() if plain(k) == "cpus_per_gpu"), "0")
+    if not text.isdecimal():
+        raise ConfigError(f"hydra.launcher.extra.cpus_per_gpu must be an integer, got {text!r}")
+    return int(text)
+
+
+def gpu_kind(options: SlurmOptions) -> str:
+    """The kind of GPU in `extra`'s gpus_per_node (a100:2), or nothing."""
+    values = [str(v) for k, v in options.extra.items() if plain(k) == "gpus_per_node"]
+    return values[0].rpartition(":")[0] if values else ""
 
 
 def partition_of(options: SlurmOptions) -> str:
     """Empty: the default one."""
-    return str(options.extra.get("partition") or options.partition or "")
+    return options.partition or ""
 
 
 def gpu_kinds(options: SlurmOptions) -> tuple[str, ...]:
@@ -149,8 +252,7 @@ def gpu_kinds(options: SlurmOptions) -> tuple[str, ...]:
         typed += re.findall(r"([A-Za-z][\w.-]*):\d+", extra.get(key, ""))
     if typed:
         return tuple(dict.fromkeys(typed))
-    constraint = str(extra.get("constraint") or options.constraint or "")
-    return kinds_in(constraint) or kinds_in(partition_of(options))
+    return kinds_in(options.constraint or "") or kinds_in(partition_of(options))
 
 
 # checks, before anything is written -------------------------------------------------------------
@@ -169,6 +271,12 @@ def check_options(options: SlurmOptions) -> None:
             f"{options.runs_per_job}; nearest valid: {options.max_parallel}"
         )
     _check_time(options.time, key="hydra.launcher.time", delay_s=options.signal_delay_s)
+    for key, value in options.extra.items():
+        if isinstance(value, (dict, list)):
+            raise ConfigError(f"hydra.launcher.extra.{key} must be one value, got {value}")
+        if plain(key) in RESERVED and (plain(key), value) != ("requeue", True):
+            why = RESERVED[plain(key)]
+            raise ConfigError(f"hydra.launcher.extra.{key} must be left out, got {value!r}: {why}")
 
 
 def _check_time(text: str, *, key: str, delay_s: int) -> None:

@@ -23,7 +23,7 @@ from experiments.scheduler import GPUS, JOB
 from relora_core import shell
 from sweeps.slurm import cluster
 from sweeps.slurm.cluster import SlurmError
-from sweeps.slurm.options import Shape, SlurmOptions, sbatch_options
+from sweeps.slurm.options import Shape, SlurmOptions, gpu_kind, plain, sbatch_options
 from sweeps.slurm.submission import Submission, read_submission
 
 TRIES = 4
@@ -70,9 +70,7 @@ def options_of_environment(options: SlurmOptions) -> dict[str, str]:
     site = [option.name for option in dataclasses.fields(options) if option.metadata.get("site")]
     given = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in site}
     return {
-        name: value
-        for name, value in given.items()
-        if value and getattr(options, name) is None and name not in options.extra
+        name: value for name, value in given.items() if value and getattr(options, name) is None
     }
 
 
@@ -188,21 +186,23 @@ class Sbatch:
         shape, file, array = self.shape, shlex.quote(str(self.file)), self.tasks > 1
         this_python = None if options.python else sys.executable
         packed = options.runs_per_job > 1
+        cpus = shape.cpus_per_task * (options.runs_per_job if packed else 1)
+        extra = {k: v for k, v in options.extra.items() if plain(k) != "gpus_per_node"}
         parameters: dict[str, Any] = {
             "job_name": self.name,
             "time": shape.minutes,
             "nodes": shape.nodes,
             "ntasks_per_node": 1 if packed else shape.tasks_per_node,
-            "cpus_per_task": shape.cpus_per_task * (options.runs_per_job if packed else 1),
+            "cpus_per_task": None if shape.by_gpu else cpus,  # sbatch takes one of the two
             "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
-            "gpus_per_node": shape.gpus_per_node or None,
+            "gpus_per_node": _gpus(options, shape),
             "signal_delay_s": options.signal_delay_s,
             "stderr_to_stdout": True,
             "exclusive": True if options.exclusive else None,
-            "additional_parameters": {**sbatch_options(options), "requeue": True, **options.extra},
+            "additional_parameters": {**sbatch_options(options), "requeue": True, **extra},
             "setup": [
                 *unset_variables(shape, array=array),
-                *ENVIRONMENT,
+                *environment(cpus, by_gpu=shape.by_gpu),
                 *_own_setup(options.setup),
                 *_use_code(self.code),
                 *_check_files(self.file, self.code, python=this_python),
@@ -244,14 +244,26 @@ def set_token(name: str, *, array: bool) -> str:
     return f"export {JOB}={shlex.quote(name)}/{job_id}"
 
 
-ENVIRONMENT = (
-    "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
-    "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
-    "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
-    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # srun ignores sbatch's since 22.05
-    "ulimit -c 0",
-)
-"""Shell lines that give the job's Python its own cores; `setup` may change them."""
+def _gpus(options: SlurmOptions, shape: Shape) -> str | None:
+    kind, count = gpu_kind(options), shape.gpus_per_node
+    if not count:
+        return None
+    return f"{kind}:{count}" if kind else str(count)
+
+
+def environment(cpus: int, *, by_gpu: bool) -> list[str]:
+    """Shell lines that give the job's Python its own cores; `setup` may change them."""
+    # srun ignores sbatch's cpus_per_task since 22.05; cpus_per_gpu it takes from the job.
+    own = [] if by_gpu else ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
+    return [
+        "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
+        f"export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-{cpus if by_gpu else 1}}}",
+        "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
+        *own,
+        "ulimit -c 0",
+    ]
+
+
 ON_ERROR = (
     'trap \'code=$?; if [ ${#BASH_SOURCE[@]} -le "$relora_depth" ]; then echo '
     '"error: hydra.launcher.setup failed with exit code $code: $BASH_COMMAND" >&2; '

@@ -51,7 +51,7 @@ def test_and_no_other_is_taken_for_it(kind, device):
         ({"extra": {"gpus-per-task": "a100:1"}, "constraint": "h100"}, ("a100",)),
         ({"constraint": "[a100|h100]&ib"}, ("a100", "h100")),
         ({"partition": "gpu-a100"}, ("a100",)),
-        ({"partition": "main", "extra": {"partition": "h100s,h100"}}, ("h100",)),
+        ({"partition": "h100s,h100"}, ("h100",)),
         ({"partition": "ampere", "constraint": "ib"}, ()),
         ({}, ()),
     ],

@@ -17,6 +17,7 @@ from submitting import BIG, HUGE, arrays, job_ids
 
 from experiments.disk.output_dir import all_runs, plan_folder
 from experiments.disk.run_dir import RunDir
+from experiments.scheduler import GPUS
 from relora_core.config import (
     ConfigError,
     ResourcesConfig,
@@ -189,6 +190,82 @@ def test_the_script_holds_every_option(submit, slurm):
     assert "--cpu-bind=none" in lines[at[1]]
     assert "box exec i.sif python -m sweeps.job " in lines[at[1]]
     assert "box exec i.sif python -m sweeps.job --after" in lines[at[2]]
+
+
+def test_an_option_of_sbatch_with_a_name_here_is_ours_however_it_is_spelt(submit, slurm):
+    extra = {"ntasks-per-node": 2, "mem": "64G", "cpus_per_task": 8, "time": "2:00:00"}
+    more = {"gpus-per-node": "a100:4", "dependency": "afterok:7"}
+    submit([0], extra={**extra, **more}, qos="high", gpus_per_node=1, partition="gpu")
+    (job_id,) = slurm.jobs()
+    expected = {
+        "ntasks-per-node": "2", "mem": "65536M", "cpus-per-task": "8", "time": "120",
+        "gpus-per-node": "a100:4", "dependency": "afterok:7", "qos": "high",
+    }  # fmt: skip
+    assert expected.items() <= slurm.options(job_id).items()
+    text = slurm.script(job_id)
+    assert [text.count(f"#SBATCH --{name}") for name in expected] == [1] * len(expected)
+    assert f"export {GPUS}=4\n" in text
+    submit([(1, ResourcesConfig(gpus_per_node=2, time="9"))], extra={**extra, "qos": "low"})
+    mine = next(one for job in slurm.jobs() if (one := slurm.options(job))["qos"] == "low")
+    assert (mine["gpus-per-node"], mine["time"], mine["mem"]) == ("2", "9", "65536M")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"nodes": 2, "extra": {"nodes": 3}},
+         "hydra.launcher.nodes=2 and hydra.launcher.extra.nodes=3 disagree: leave one out"),
+        ({"partition": "gpu", "extra": {"partition": "main"}}, "disagree"),
+        ({"mem_gb": 1.5, "extra": {"mem": "1G"}}, "disagree"),
+        ({"extra": {"mem": "lots"}}, "hydra.launcher.extra.mem must be like 64G or 512M, got 'lo"),
+        ({"extra": {"nodes": "2-4"}}, "hydra.launcher.extra.nodes must be an integer, got '2-4'"),
+        ({"extra": {"job-name": "x"}},
+         "hydra.launcher.extra.job-name must be left out, got 'x': by their own names"),
+        ({"extra": {"signal": "USR1@60"}}, "hydra.launcher.signal_delay_s says when it comes"),
+        ({"extra": {"no_requeue": True}}, "a killed run goes on only if"),
+        ({"extra": {"requeue": False}}, "jobs are always requeued"),
+        ({"extra": {"output": "x"}}, "have the logs"),
+        ({"extra": {"error": "x"}}, "have the logs"),
+        ({"extra": {"array": "0-3"}}, "hydra.launcher.max_parallel says how many"),
+        ({"extra": {"gres": ["a", "b"]}}, "hydra.launcher.extra.gres must be one value, got"),
+        ({"extra": {"cpus-per-gpu": "x"}}, "cpus_per_gpu must be an integer, got 'x'"),
+    ],
+)  # fmt: skip
+def test_options_of_sbatch_that_contradict_ours_are_refused(submit, slurm, options, line):
+    with pytest.raises(ConfigError) as refused:
+        submit([0], **options)
+    assert line in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not slurm.jobs()
+
+
+def test_what_agrees_or_is_so_anyway_is_taken(submit, slurm):
+    submit([0], time="2:00:00", nodes=2, extra={"time": "120", "nodes": 2, "requeue": True})
+    asked = slurm.options(*slurm.jobs())
+    assert (asked["time"], asked["nodes"], asked["requeue"]) == ("120", "2", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "resources", "cores"),
+    [
+        ({}, {}, 6),
+        ({"gpus_per_node": 2, "tasks_per_node": 1}, {}, 12),
+        ({"gpus_per_node": 2, "runs_per_job": 3}, {}, 12),
+        ({"gpus_per_node": 0, "partition": "main"}, {}, None),
+        ({"cpus_per_task": 5}, {}, None),
+        ({}, {"cpus_per_task": 4}, None),
+    ],
+)
+def test_cores_for_each_gpu_take_the_place_of_our_default(submit, slurm, options, resources, cores):
+    where = {"gpus_per_node": 1, "partition": "gpu", "extra": {"cpus_per_gpu": 6}}
+    submit([(n, ResourcesConfig(**resources)) for n in range(3)], **{**where, **options})
+    job_id = min(slurm.jobs())
+    asked, text = slurm.options(job_id), slurm.script(job_id)
+    assert asked["cpus-per-gpu"] == "6"
+    assert ("cpus-per-task" in asked) == (cores is None)
+    threads = f"export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-{cores or 1}}}\n"
+    assert threads in text
+    assert ("SRUN_CPUS_PER_TASK" in text) == (cores is None)  # srun, too, takes one of the two
 
 
 ANOTHER = {"str": "x", "int": 2, "float": 1e-6, "bool": True, "dict": {"a": "b"}, "list": ["x"]}
