@@ -29,7 +29,7 @@ from experiments.addresses import redacted
 from experiments.typos import PLUS, option_folders, overrides_among
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core.config import ConfigError
-from sweeps.search.config import SAMPLERS, SHORT
+from sweeps.search.config import DIRECTIONS, SAMPLERS, direction
 from sweeps.slurm.options import minutes, own_option, plain
 
 
@@ -94,6 +94,7 @@ OPTUNA = {
     "params": Habit(ours="."),
     "search_space": Habit(ours="."),
     "sampler.seed": Habit(ours="search.seed"),
+    "sampler._target_": Habit(refused="configs call no code; hydra/sweeper/sampler=NAME chooses"),
     "sampler": Habit(ours="++search.sampler."),
     "direction": SAME,  # `_objectives`: here a direction stands with its metric
     "custom_search_space": Habit(
@@ -145,7 +146,10 @@ def _one(
         return _renamed(text, f"{key}={option[0]}")
     if PLUS.match(text):
         return _renamed(text, f"{key}={value}")
-    if key == SAMPLER and "hydra.sweeper" in tables:
+    if key == SAMPLER:
+        if "hydra.sweeper" not in tables and "hydra/sweeper=search" not in arguments:
+            ours = f"search.sampler.name={value}"
+            raise ConfigError(f"{text} needs hydra/sweeper=optuna, or it is {ours} with search")
         if value not in SAMPLERS:
             raise ConfigError(f"{key} must be one of {', '.join(SAMPLERS)}, got {value!r}")
         return _renamed(text, f"search.sampler.name={value}")
@@ -181,9 +185,15 @@ def _one(
     for k, v in entries.items():
         if isinstance(v, dict):
             raise ConfigError(f"{key}: {_no_section(k, v, axis=not start)}")
-    return _renamed(
-        text, *(_entry(start, k, _quoted(v, bare=not start)) for k, v in entries.items())
-    )
+    ours = []
+    for k, v in entries.items():
+        if f"{name}.{k}" in table:  # as if it had been given alone
+            line = f"{key}.{k}={_quoted(v, bare=False)}"
+            if (alone := _parsed(line)) is not None:
+                ours += _one(line, alone, tables, arguments)[0]
+        else:
+            ours.append(_entry(start, k, _quoted(v, bare=not start)))
+    return _renamed(text, *ours)
 
 
 def _entry(start: str, key: str, value: str) -> str:
@@ -252,11 +262,9 @@ def _objectives(one: Override, text: str, arguments: Sequence[str]) -> str:
             goals = OmegaConf.to_container(loaded[-1]).get("objectives") if loaded else None  # type: ignore[union-attr]
     for other in map(_parsed, overrides_among(arguments)):
         if other is not None and other.key_or_group == "search.objectives":
-            typed = [
-                SHORT.get(word, word) for goal in _list(other.value()) for word in goal.split()
-            ]
-            said = [word for word in typed if word in SHORT.values()]
-            if said and said != [SHORT.get(way, way) for way in given]:
+            typed = [direction(word) for goal in _list(other.value()) for word in goal.split()]
+            said = [word for word in typed if word in DIRECTIONS]
+            if said and said != [*map(direction, given)]:
                 raise ConfigError(f"{text} and {other.input_line} disagree: leave one out")
             goals = other.value()
     goals = _list(goals)
@@ -266,7 +274,7 @@ def _objectives(one: Override, text: str, arguments: Sequence[str]) -> str:
             f"search.objectives='[\"METRIC {given[0]}\"]'"
         )
     words = [goal.split() for goal in goals]
-    lines = [" ".join([w[0], SHORT.get(d, d), *w[2:]]) for w, d in zip(words, given, strict=True)]
+    lines = [" ".join([w[0], direction(d), *w[2:]]) for w, d in zip(words, given, strict=True)]
     return "search.objectives=[" + ",".join(f'"{line}"' for line in lines) + "]"
 
 

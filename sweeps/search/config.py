@@ -222,12 +222,18 @@ def _objective(given: Any) -> Objective:
             raise ConfigError(
                 f"search.objectives must have text as {key}, got {getattr(one, key)!r}"
             )
-    one.direction = SHORT.get(one.direction, one.direction)
+    one.direction = direction(one.direction)
     _check_choice("search.objectives", one.direction, [*DIRECTIONS, *SHORT], what="a direction")
     _check_choice("search.objectives", one.reduce, REDUCES, what="a way to reduce")
     _check_integer("search.objectives k", one.k, at_least=1)
     _check_metric("search.objectives", one.metric)
     return one
+
+
+def direction(text: str) -> str:
+    """`minimize` or `maximize` for any spelling of it (MAX, Minimize); else the text itself."""
+    lower = text.lower()
+    return SHORT.get(lower, lower if lower in DIRECTIONS else text)
 
 
 def _short_objective(text: str) -> dict[str, Any]:

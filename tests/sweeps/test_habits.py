@@ -103,6 +103,11 @@ def test_stock_names_start_what_our_names_start(asked, stock, ours):
         ([SLURM, "hydra.launcher.max_num_timeout=3"], "has no effect: jobs resume until hydra"),
         ([LOCAL, "hydra.launcher.nodes=1"], "has no effect: that is so without it"),
         ([*OPTUNA, "hydra.sweeper.direction=minimize"], f"is {GOAL.format('minimize')}"),
+        ([*OPTUNA, "hydra.sweeper.direction=MAX"], f"is {GOAL.format('maximize')}"),
+        ([*OPTUNA, "+hydra.sweeper.sampler={seed:3}"], "is search.seed=3"),
+        ([*OPTUNA, "+hydra.sweeper.sampler={seed:3,n_startup_trials:5}"],
+         "is search.seed=3 ++search.sampler.n_startup_trials=5"),
+        (["hydra/sweeper=search", "hydra/sweeper/sampler=gp"], "is search.sampler.name=gp"),
         (["+experiment=paper"], "+experiment=paper is experiment=paper"),
     ],
 )  # fmt: skip
@@ -149,6 +154,14 @@ def test_values_that_lost_their_quotes_to_a_shell_are_read_by_hydras_grammar(nam
         ([*OPTUNA, "+hydra.sweeper.custom_search_space=a.b"], "cannot be had: it is code"),
         ([*OPTUNA, "hydra.sweeper.max_failure_rate=1"], "cannot be had: it is a share"),
         ([*OPTUNA, "hydra/sweeper/sampler=motpe"], "hydra/sweeper/sampler must be one of tpe"),
+        (["hydra/sweeper/sampler=tpe"], "hydra/sweeper/sampler=tpe needs hydra/sweeper=optuna, or "
+         "it is search.sampler.name=tpe with search"),
+        ([*OPTUNA, "hydra.sweeper.sampler._target_=optuna.samplers.TPESampler"],
+         "cannot be had: configs call no code; hydra/sweeper/sampler=NAME chooses"),
+        ([*OPTUNA, "+hydra.sweeper.sampler={_target_:a.b}"],
+         "hydra.sweeper.sampler._target_=\"a.b\" cannot be had: configs call no code"),
+        ([*OPTUNA, "hydra.sweeper.direction=Minimize", GOAL.format("MAX")],
+         "hydra.sweeper.direction=Minimize and search.objectives="),
         ([LOCAL, "hydra.launcher.nodes=2"], "need hydra/launcher=slurm"),
     ],
 )  # fmt: skip

@@ -25,6 +25,7 @@ def search(**changes):
     [
         ("train/loss", {"metric": "train/loss"}),
         ("a/b max", {"metric": "a/b", "direction": "maximize"}),
+        ("a/b MAX", {"metric": "a/b", "direction": "Maximize"}),
         ("a/b minimize best", {"metric": "a/b", "reduce": "best"}),
         ("a/b min mean 5", {"metric": "a/b", "direction": "min", "reduce": "mean", "k": 5}),
     ],
@@ -70,6 +71,7 @@ def test_the_worst_is_at_the_far_end():
         ({"n_trials": 0}, "search.n_trials must be an integer >= 1, got 0"),
         ({"objectives": []}, "search.objectives must name at least one metric"),
         ({"objectives": "a/b mni"}, "got 'mni'. Did you mean 'min'"),
+        ({"objectives": "a/b MNI"}, "got 'MNI'"),
         ({"objectives": "a/b min lst"}, "Did you mean 'last'"),
         ({"objectives": "a b c d e"}, "search.objectives"),
         ({"objectives": "cost/trainble"}, "Did you mean 'cost/trainable'"),
