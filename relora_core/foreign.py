@@ -208,7 +208,7 @@ def load(
     if find_spec("transformers") is None:
         raise ConfigError(
             "transformers must be installed to evaluate models from elsewhere: "
-            'pip install "relora-sweeps[transformers]"'
+            "pip install '.[transformers]' in the checkout"
         )
     place = _place(source, revision=revision)
     with _quietly():

@@ -13,7 +13,7 @@ import torch
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
-    reason='transformers is not installed: pip install "relora-sweeps[transformers]"',
+    reason="transformers is not installed: pip install '.[transformers]'",
 )
 WORDS = "the a cat dog cats dogs sleeps sleep sees near under old that who was were"
 VOCAB = 320

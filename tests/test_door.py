@@ -86,6 +86,26 @@ def test_both_images_are_made_of_the_same_files():
     assert base == re.findall(r"^From: (\S+)", apptainer, flags=re.M)
 
 
+def test_nothing_tells_users_to_install_a_release_that_is_not_there():
+    """The index has none: pip gets the checkout."""
+    files = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "relora_core").rglob("*.py"),
+    ]
+    for top in ("experiments", "sweeps", "hydra_plugins", "relora_sweeps", "containers", "tests"):
+        files += [file for file in (ROOT / top).rglob("*.*") if file.suffix in (".py", ".def")]
+    told = re.compile(r"pip install .{0,20}relora[-_]sweeps")
+    assert [file.name for file in files if told.search(file.read_text())] == []
+
+
+def test_the_image_of_a_job_is_shown_by_its_full_path():
+    """The job's folder is not the one that the command was typed in."""
+    page = (ROOT / "docs" / "slurm.md").read_text()
+    images = re.findall(r"hydra\.launcher\.python='[^']* (\S+\.sif) ", page)
+    assert [Path(image).is_absolute() for image in images] == [True]
+
+
 def copied() -> set[str]:
     """What the Dockerfile copies of the checkout."""
     docker = (ROOT / "containers" / "Dockerfile").read_text()

@@ -260,5 +260,5 @@ def test_a_hub_name_is_pinned_to_a_commit_or_says_why_not(monkeypatch):
 
 def test_without_transformers_the_line_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(foreign, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "relora-sweeps\[transformers\]"'):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[transformers\]'"):
         foreign.load(str(tmp_path), name="x")
