@@ -19,6 +19,7 @@ from experiments.disk.evaluations import all_metrics
 from experiments.disk.named import find_run
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
+from experiments.environment import EXPERIMENTS, RUN, SWEEPS
 from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
 from experiments.model_card import model_card
@@ -30,20 +31,20 @@ from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data import DataError, documents
 from relora_core.data.tokenizer import train_tokenizer
 
-EPILOG = """examples:
-  python -m experiments describe model=small relora.r=32
-  python -m experiments describe experiment=paper --at-steps 0,1000,2000,2050 --json
-  python -m experiments show tiny-relora-r16 --json
-  python -m experiments export tiny-relora-r16 exported/
-  python -m experiments export tiny-relora-r16 exported/ --mlflow
-  python -m experiments evaluate gpt2 eval.blimp.path=blimp.zip eval.paloma.path=paloma/
-  python -m experiments tokenizer texts/ bpe4k/ --vocab 4096
-  python -m experiments published yuvalw/pico-relora-tiny-v2-sn --restart 4000
+EPILOG = f"""examples:
+  {EXPERIMENTS} describe model=small relora.r=32
+  {EXPERIMENTS} describe experiment=paper --at-steps 0,1000,2000,2050 --json
+  {EXPERIMENTS} show tiny-relora-r16 --json
+  {EXPERIMENTS} export tiny-relora-r16 exported/
+  {EXPERIMENTS} export tiny-relora-r16 exported/ --mlflow
+  {EXPERIMENTS} evaluate gpt2 eval.blimp.path=blimp.zip eval.paloma.path=paloma/
+  {EXPERIMENTS} tokenizer texts/ bpe4k/ --vocab 4096
+  {EXPERIMENTS} published yuvalw/pico-relora-tiny-v2-sn --restart 4000
 """
-EVALUATE = """BLiMP both ways (eval.blimp.path), Paloma's perplexity, the paper's and bits per byte
-(eval.paloma.path), ranks and condition numbers of the weights. The run is in `python -m sweeps
+EVALUATE = f"""BLiMP both ways (eval.blimp.path), Paloma's perplexity, the paper's and bits per byte
+(eval.paloma.path), ranks and condition numbers of the weights. The run is in `{SWEEPS}
 status` and MLflow (tracking.experiment=NAME puts it beside a sweep's), and in a sweep's report with
-`python -m sweeps report SWEEP --beside NAME`. What is finished is not repeated.
+`{SWEEPS} report SWEEP --beside NAME`. What is finished is not repeated.
 """
 
 
@@ -269,7 +270,7 @@ def _steps(text: str) -> list[int]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments",
+        prog=EXPERIMENTS,
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -280,15 +281,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command = commands.add_parser("describe", help=help_describe, description=help_describe)
     command.add_argument(
-        "overrides", nargs="*", help="as for run.py, for example model=small relora.r=32"
+        "overrides", nargs="*", help=f"as for `{RUN}`, for example model=small relora.r=32"
     )
     help_at_steps = "0-based updates, comma-separated"
     command.add_argument("--at-steps", type=_steps, default=[], help=help_at_steps)
     command.add_argument(
-        "--config-dir", "-cd", metavar="DIR", help="options of your own, as for run.py"
+        "--config-dir", "-cd", metavar="DIR", help=f"options of your own, as for `{RUN}`"
     )
     command = commands.add_parser("show", help="state, attempts and final metrics of a run")
-    help_run = "name, arm or job as `python -m sweeps status` shows it, or part of a run_id"
+    help_run = f"name, arm or job as `{SWEEPS} status` shows it, or part of a run_id"
     command.add_argument("run", metavar="RUN", help=help_run)
     help_export = "write a run's model, adapters merged, as a LlamaForCausalLM folder"
     command = commands.add_parser("export", help=help_export, description=help_export)
@@ -318,7 +319,7 @@ def build_parser() -> argparse.ArgumentParser:
     help_code = "run code that MODEL brings along: only for sources that you trust"
     command.add_argument("--trust-remote-code", action="store_true", help=help_code)
     command.add_argument(
-        "--config-dir", "-cd", metavar="DIR", help="options of your own, as for run.py"
+        "--config-dir", "-cd", metavar="DIR", help=f"options of your own, as for `{RUN}`"
     )
     help_import = "write a pico-decoder or relora-pico checkpoint as a LlamaForCausalLM folder"
     command = commands.add_parser("import-pico", help=help_import, description=help_import)

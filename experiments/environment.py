@@ -38,6 +38,9 @@ def is_installed(root: Path = ROOT) -> bool:
 CONF = (ROOT / PACKAGE if is_installed() else ROOT) / "conf"
 RUN = "relora-sweeps run" if is_installed() else "python run.py"
 """What a user types."""
+EXPERIMENTS = "relora-sweeps" if is_installed() else "python -m experiments"
+SWEEPS = "relora-sweeps" if is_installed() else "python -m sweeps"
+"""Likewise before a command of either package."""
 SNAPSHOT = "SNAPSHOT.json"
 """Marks a frozen copy of the code and says what it is a copy of."""
 PACKAGES = (

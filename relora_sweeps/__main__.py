@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import runpy
 import sys
 from pathlib import Path
+
+from relora_core.config import nearest
 
 HERE = Path(__file__).resolve().parent
 OF_ONE_RUN = (
@@ -24,6 +27,8 @@ examples:
   relora-sweeps run -m model=tiny,small relora.r=8,16,32
   relora-sweeps describe model=small
   relora-sweeps status
+
+`relora-sweeps --version` says which one this is.
 """
 
 
@@ -33,6 +38,12 @@ def main() -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="", file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"relora-sweeps {importlib.metadata.version('relora-sweeps')}")
+        return 0
+    if line := _unknown(words[0]):
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     if words[0] == "run":
         # As a script: Hydra then takes conf/ beside it, and a wheel has both in this folder.
         sys.argv[1:] = words[1:]
@@ -44,6 +55,16 @@ def main() -> int:
     else:
         from sweeps.__main__ import main as one
     return one(words[1:] if words[0] in ("experiments", "sweeps") else words)
+
+
+def _unknown(word: str) -> str | None:
+    """One line for a word that is no command."""
+    from sweeps.__main__ import COMMANDS
+
+    known = ["run", *OF_ONE_RUN, *COMMANDS, "experiments", "sweeps"]
+    if word.startswith("-") or word in known:
+        return None
+    return f"COMMAND must be one of {', '.join(known)}, got {word!r}.{nearest(word, known)}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 
+from experiments.environment import RUN, SWEEPS
 from experiments.errors import RunLocked
 from relora_core import shared
 from relora_core.config import ConfigError
@@ -18,16 +19,16 @@ COMMANDS = (
     *("plan", "diff", "eval", "search", "report", "compare"),
     *("gc", "sync", "ui"),
 )
-EPILOG = """examples:
-  python run.py -m model=tiny,small relora.r=8,16,32   plan and run; again: only what is missing
-  python -m sweeps status                              every run, on one screen
-  python -m sweeps watch                               the same, live, until all have ended
-  python -m sweeps logs r16-t60-grammar-s0 -f          what a run prints (any part of its run_id)
-  python -m sweeps cancel model-relora.r               end what is queued or running; asks first
-  python -m sweeps search lr_and_rank                  results of a search
-  python -m sweeps retry                               launch again what failed or was lost
-  python -m sweeps ui                                  MLflow's pages, and links that open right
-  python -m sweeps COMMAND --help                      more, with examples
+EPILOG = f"""examples:
+  {RUN + " -m model=tiny,small relora.r=8,16,32":<51}  plan and run; again: only what is missing
+  {SWEEPS + " status":<51}  every run, on one screen
+  {SWEEPS + " watch":<51}  the same, live, until all have ended
+  {SWEEPS + " logs r16-t60-grammar-s0 -f":<51}  what a run prints (any part of its run_id)
+  {SWEEPS + " cancel model-relora.r":<51}  end what is queued or running; asks first
+  {SWEEPS + " search lr_and_rank":<51}  results of a search
+  {SWEEPS + " retry":<51}  launch again what failed or was lost
+  {SWEEPS + " ui":<51}  MLflow's pages, and links that open right
+  {SWEEPS + " COMMAND --help":<51}  more, with examples
 
 exit codes: 0 all well, 2 your mistake (one line says which), 1 anything else
 """
@@ -35,8 +36,8 @@ exit codes: 0 all well, 2 your mistake (one line says which), 1 anything else
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sweeps",
-        description="Look after many runs. Sweeps are started by `python run.py -m ...`.",
+        prog=SWEEPS,
+        description=f"Look after many runs. Sweeps are started by `{RUN} -m ...`.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
-            epilog=getattr(module, "EXAMPLES", None),
+            epilog=getattr(module, "EXAMPLES", "").replace("python -m sweeps", SWEEPS),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--output-dir", default=argparse.SUPPRESS, help=where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import pytest
 
 from experiments import __main__ as of_one_run
 from relora_core.sources import code_hash
-from relora_sweeps.__main__ import OF_ONE_RUN
+from relora_sweeps.__main__ import OF_ONE_RUN, main
+from sweeps import __main__ as of_many_runs
 from sweeps.__main__ import COMMANDS
 from tests.recipes import NANO, ROOT
-from tests.test_door import copied
+from tests.test_door import PROJECT, copied
 
 TINY = [*NANO, "eval=none", "tracking=none"]
 
@@ -120,6 +122,52 @@ def test_a_mistake_is_one_line_as_in_a_checkout(installed):
     assert done.stderr.startswith("error: model must be one of ")
     assert "'tinny'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_wheel_names_commands_that_its_user_has(installed):
+    assert installed.call("published", "--help").startswith("usage: relora-sweeps published")
+    page = installed.call("sweeps", "--help")
+    assert "run.py" not in page + installed.call("experiments", "--help")
+    assert "\n  relora-sweeps run -m model=tiny" in page
+    version = installed.call("--version").split()
+    assert version == ["relora-sweeps", PROJECT["version"]]
+
+
+def call(monkeypatch, capsys, *words: str) -> tuple[object, str, str]:
+    monkeypatch.setattr(sys, "argv", ["relora-sweeps", *words])
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    out, error = capsys.readouterr()
+    return code, out, error
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("evalute", "evaluate"), ("publish", "published"), ("statsu", "status"), ("rum", "run")],
+)
+def test_a_mistyped_command_names_the_nearest_of_all(monkeypatch, capsys, typed, meant):
+    code, out, error = call(monkeypatch, capsys, typed, "gpt2")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.endswith(f"got {typed!r}. Did you mean '{meant}'?\n")
+
+
+def test_the_version_is_the_packages(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "--version")
+    assert (code, out) == (0, f"relora-sweeps {importlib.metadata.version('relora-sweeps')}\n")
+
+
+def test_help_of_each_command_names_what_starts_it(monkeypatch, capsys):
+    for module in (of_one_run, of_many_runs):
+        monkeypatch.setattr(module, "RUN", "relora-sweeps run")
+        name = "EXPERIMENTS" if module is of_one_run else "SWEEPS"
+        monkeypatch.setattr(module, name, "relora-sweeps")
+    for command in (*OF_ONE_RUN, *COMMANDS):
+        code, out, _ = call(monkeypatch, capsys, command, "--help")
+        assert code == 0
+        assert out.startswith(f"usage: relora-sweeps {command} ")
 
 
 def test_every_command_has_one_owner():
