@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,26 @@ def test_evaluate_loads_the_folder(folder, tmp_path, monkeypatch):
     got = metric.compute(predictions=["same", "first_words"], **words)
     want = accuracies(folder, "no_bos")
     assert got["by_uid"] == {uid: want[uid] for uid in ("first_words", "same")}
+
+
+def test_the_pages_lines_work(folder, alone, monkeypatch):
+    """Those of docs/evaluate.md, where a tiny model and its files stand for the named ones."""
+    page = (FILE.parents[1] / "docs" / "evaluate.md").read_text()
+    lines = re.findall(r"^    (import evaluate|metric.*)$", page, flags=re.M)
+    assert len(lines) >= 4
+    seen = spied(monkeypatch)
+    loaded: list[str] = []
+    library = SimpleNamespace(load=lambda name: (loaded.append(name), alone.Blimp())[1])
+    monkeypatch.setitem(sys.modules, "evaluate", library)
+    names = {"gpt2": folder / "tiny", "blimp_data.tar.xz": folder / "blimp", "passive_1": "same"}
+    code = "\n".join(lines)
+    for name, own in names.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(own)))
+    exec(code, {})
+    assert loaded == ["blimp"]
+    assert (FILE.parents[1] / "blimp").is_dir()
+    assert [len({pair.uid for pair in one["pairs"]}) for one in seen] == [len(PAIRS), 1]
 
 
 def _modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -24,7 +24,9 @@ from tests.sweeps.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
-PROGRAMS = ("python", "make", "pip", "torchrun", "relora-sweeps")
+PAGES += ["benchmarks/README.md"]
+PROGRAMS = ("python", "make", "pip", "pipx", "pytest", "torchrun", "relora-sweeps")
+PROGRAMS += ("docker", "apptainer")
 NANO = [
     *("model=nano", "relora.r=4", "train.steps=6", "train.batch_size=2", "data.seq_len=16"),
     *("relora.reset_frequency=3", "schedule.warmup_steps=1", "relora.restart_warmup_steps=1"),
@@ -32,20 +34,28 @@ NANO = [
     *("runtime.threads=1", "runtime.device=cpu"),
 ]
 GALLERY = "minutes of runs each: docs/gallery/make.py carries them out"
+IMAGE = "tests/test_door.py compares its files, tests/test_installed.py installs them"
+EVALUATE = "tests/experiments/run/test_evaluate_command.py"
+OWN_CONFIGS = "tests/sweeps/test_habits.py makes the page's files"
 STUDY = "a study of hours: its files are planned here, the rest is tests/sweeps/search"
 OTHERS = {
     "make ": "Makefile: this suite runs by it",
     "pip install": "tests/test_installed.py installs the package",
+    "pipx run pip-audit": "asks a service for known faults of dependencies",
+    "docker build": IMAGE,
+    "apptainer build": IMAGE,
+    "pytest -m gpu": "needs a GPU: tests/relora_core/test_on_gpu.py",
+    "python benchmarks/": "minutes to hours each; whether they take these options is tested below",
     "torchrun ": "tests/test_journey.py",
     "python -m sweeps watch": "never ends: tests/sweeps/commands/test_watch.py",
     "python -m sweeps ui": "a server: tests/sweeps/commands/test_ui_command.py",
-    "python -m experiments evaluate gpt2": "a hub's model: tests/relora_core/test_foreign.py",
-    "python -m experiments evaluate DIR/my-model": "tests/relora_core/test_foreign.py",
-    "python -m sweeps report SWEEP --beside gpt2,mine": "tests/relora_core/test_foreign.py",
+    "python -m experiments evaluate gpt2": EVALUATE,
+    "python -m experiments evaluate DIR/my-model": EVALUATE,
+    "python -m sweeps report SWEEP --beside gpt2,mine": EVALUATE,
     "python -m experiments published": "a hub's checkpoints: tests/experiments/published",
     "python -m experiments import-pico SOURCE": "tests/relora_core/test_export.py",
-    "python run.py -m --config-dir ~/mine": "tests/sweeps/test_config_files.py",
-    'python run.py -m "hydra.searchpath': "tests/sweeps/test_config_files.py",
+    "python run.py -m --config-dir ~/mine": OWN_CONFIGS,
+    'python run.py -m "hydra.searchpath': OWN_CONFIGS,
     **dict.fromkeys(
         [f"python -m sweeps report {name}" for name in ("ranks", "procedures", "grid", "weights")],
         GALLERY,
@@ -58,6 +68,11 @@ OTHERS = {
     "python run.py -m sweep=methods_short sweep.from_search": STUDY,
 }
 """Part of a command -> where else it is tested, or why not at all."""
+PYTHON = {
+    "docs/evaluate.md": "tests/test_blimp_module.py",
+    "docs/recipes.md": "tests/test_toy_method.py, tests/test_toy_eval.py",
+}
+"""Page with code in Python -> where that is carried out."""
 
 
 def commands(page: str) -> list[str]:
@@ -65,6 +80,7 @@ def commands(page: str) -> list[str]:
     text = (ROOT / page).read_text().replace("\\\n", " ")
     blocks = re.findall(r"^(?:    |)(?=(?:" + "|".join(PROGRAMS) + r") )(.*)$", text, flags=re.M)
     blocks += re.findall(r"`(python run\.py -m [^`]*=[^`]*)`", text)
+    blocks += re.findall(r"`((?:pipx run|python benchmarks/)[^`]*)`", text)
     cut = (re.split(r"\s+# |(?<=[\w\]'\"/])\s{6,}(?=\w+ )", line)[0] for line in blocks)
     return [" ".join(line.split()) for line in cut]
 
@@ -89,6 +105,30 @@ def test_a_shell_takes_the_command_as_it_stands(page, command):
 def test_no_reason_is_left_over():
     unused = [part for part in OTHERS if not any(part in command for _, command in ALL)]
     assert unused == []
+
+
+@pytest.mark.parametrize("reason", sorted({*OTHERS.values(), *PYTHON.values()}))
+def test_a_file_that_a_reason_names_is_there(reason):
+    named = re.findall(r"\b(?:tests|docs)/[\w/.]+", reason)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_code_in_python_is_carried_out_somewhere():
+    code = re.compile(r"^(?:    (?:import|from) |```python)", flags=re.M)
+    assert {page for page in PAGES if code.search((ROOT / page).read_text())} == set(PYTHON)
+
+
+BENCHMARKS = sorted({c for _, c in ALL if c.startswith("python benchmarks/")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted({shlex.split(c)[1] for c in BENCHMARKS}))
+def test_a_benchmark_takes_the_options_that_pages_show(file, tmp_path):
+    commands = [words for c in BENCHMARKS if (words := shlex.split(c))[1] == file]
+    shown = carry_out(tmp_path, ["python", str(ROOT / file), "--help"])
+    assert {word for words in commands for word in words[2:] if word.startswith("--")} <= set(
+        re.findall(r"--[\w-]+", shown)
+    )
 
 
 @pytest.fixture(scope="module")
