@@ -136,12 +136,36 @@ def test_the_audits_path_changes_one_knob_a_step_through_all_four_procedures(arm
     knobs = [differing(*pair) for pair in pairwise(path)]
     assert all(len(keys) == 1 for keys in knobs)
     assert len(set().union(*knobs)) == len(knobs) == len(differing(path[0], path[-1]))
-    same = ["experiment=audit_cpu", "model=micro", "dynamics=paper", "schedule.total_steps=null"]
+    same = [
+        "experiment=audit_cpu_curves",
+        "model=micro",
+        "dynamics=paper",
+        "schedule.total_steps=null",
+    ]
     modes = {0: "as_executed", 2: "as_coded", 6: "as_described", 8: "corrected"}
     for index, mode in modes.items():
         words = [*same, f"relora={mode}"]
         alone = loader.load_configuration("config", words, run_mode=RunMode.RUN)
         assert arm_id(schema.to_run_config(alone)) == arm_id(path[index])
+
+
+@pytest.mark.parametrize("file", ["audit", "audit_knobs", "beyond", "audit_10m", "audit_paper"])
+def test_an_audits_evals_make_curves(arms, file):
+    words = ["model=tiny", "data.seq_len=2048"] if file == "audit_paper" else []
+    config = next(iter(arms(file, *words).values()))
+    for one in (config.eval.paloma, config.eval.blimp):
+        assert one.every_steps
+        assert config.train.steps // one.every_steps >= 9  # a point for each cycle
+
+
+def test_the_curves_experiment_adds_evals_and_changes_nothing_else(loader):
+    plain, curves = (
+        schema.to_run_config(
+            loader.load_configuration("config", [f"experiment={name}"], run_mode=RunMode.RUN)
+        )
+        for name in ("audit_cpu", "audit_cpu_curves")
+    )
+    assert differing(plain, curves) == {"eval.paloma.every_steps", "eval.blimp.every_steps"}
 
 
 def test_the_audits_arms_are_compared_alike(arms):
