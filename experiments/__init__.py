@@ -8,6 +8,7 @@ report/         A sweep's report: data, statistics, tables, page
 __main__.py     `describe`, `show`, `export`, `import-pico`, `tokenizer`, `published`
 schema.py       where Hydra meets the dataclasses
 typos.py        what a mistyped key, option or value should have been
+references.py   values of a config that refer to others, followed after composing
 identity.py     run_id and arm_id
 colours.py      the colour of an arm, in reports and in MLflow
 environment.py  host, packages and code of an attempt
