@@ -50,7 +50,8 @@ def lines_of(values: Mapping[str, Any], *, of: str) -> list[str]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             name, inner = next(iter(value.items()), ("KEY", "VALUE"))
-            inner = ",".join(map(str, inner)) if OmegaConf.is_list(inner) else inner
+            is_list = isinstance(inner, list) or OmegaConf.is_list(inner)
+            inner = ",".join(map(str, inner)) if is_list else inner
             raise ConfigError(
                 f"{of}.{key} must be values, got a section; write {key}.{name}: {inner}"
             )
