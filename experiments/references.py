@@ -20,7 +20,6 @@ _NAME = re.compile(r"\$\{\s*([^\s{}:$]+?)\s*\}")
 """A reference to a key, as in `${train.lr}` or, from within its section, `${.lr}`."""
 _MADE_NAME = re.compile(r"\$\{[^{}:]*\$\{")
 """One whose name depends on another value: `${train.${which}}`."""
-
 _BY_NAME = re.compile(r"\$\{\s*oc\.(select|dict\.keys|dict\.values)\s*:")
 """OmegaConf's resolvers that take the name of a key."""
 
@@ -47,7 +46,7 @@ def _is_number(value: Any) -> bool:
 def read(cfg: DictConfig) -> dict[str, Any]:
     """Dotted key -> what stands there, of the values of a composed config that refer to others."""
     texts = dict(_leaves(OmegaConf.to_container(cfg, resolve=False)))
-    return {key: text for key, text in texts.items() if not key.startswith(("hydra.", "search."))}
+    return {key: text for key, text in texts.items() if not key.startswith("search.")}
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -64,16 +64,16 @@ SWEEPERS = {
 }
 """Keys of `hydra.sweeper` in those sweepers -> ours. Keys of `search` have the same name there."""
 LAUNCHERS = {
-    "timeout_min": "time",
-    "array_parallelism": "max_parallel",
-    "additional_parameters": "extra",
-    "comment": "extra.comment",
-    "exclude": "extra.exclude",
-    "gres": "extra.gres",
-    "mem_per_gpu": "extra.mem_per_gpu",
-    "mem_per_cpu": "extra.mem_per_cpu",
-    "cpus_per_gpu": "extra.cpus_per_gpu",
-    "gpus_per_task": "extra.gpus_per_task",
+    "timeout_min": "hydra.launcher.time",
+    "array_parallelism": "hydra.launcher.max_parallel",
+    "additional_parameters": "hydra.launcher.extra",
+    "comment": "hydra.launcher.extra.comment",
+    "exclude": "hydra.launcher.extra.exclude",
+    "gres": "hydra.launcher.extra.gres",
+    "mem_per_gpu": "hydra.launcher.extra.mem_per_gpu",
+    "mem_per_cpu": "hydra.launcher.extra.mem_per_cpu",
+    "cpus_per_gpu": "hydra.launcher.extra.cpus_per_gpu",
+    "gpus_per_task": "hydra.launcher.extra.gpus_per_task",
 }
 """Keys of `hydra.launcher` in the stock plugin for submitit -> ours."""
 QUOTES = dict.fromkeys(range(0x2018, 0x2020))
@@ -337,13 +337,9 @@ def _elsewhere(key: str, text: str = "") -> str | None:
     """One line for a key of another project's launcher or sweeper: what it is called here."""
     section, _, name = key.removeprefix("hydra.").partition(".")
     name = name.split(".")[0]
-    if section == "launcher" and name in LAUNCHERS:
-        got = f" ({text})" if text else ""
-        return f"{key} is not a known key{got}. Did you mean 'hydra.launcher.{LAUNCHERS[name]}'?"
-    if section != "sweeper":
-        return None
-    search = list(_registered("search_schema.yaml").node)
-    ours = SWEEPERS.get(name) or (f"search.{name}" if name in search else None)
+    ours = {"launcher": LAUNCHERS, "sweeper": SWEEPERS}.get(section, {}).get(name)
+    if section == "sweeper" and ours is None and name in _registered("search_schema.yaml").node:
+        ours = f"search.{name}"
     if ours is None:
         return None
     with_search = " with hydra/sweeper=search" if ours.startswith("search") else ""

@@ -60,7 +60,8 @@ def _problem(device: torch.device, *, cuda_graphs: bool) -> str | None:
 
 def _has_header() -> bool:
     """Whether Python.h is there: what launches a kernel is compiled against it, by Triton for a GPU
-    and by Inductor for a CPU. Looked for where Triton does, and where a compiler is told to look.
+    and by Inductor for a CPU. It lies where Python says, as Triton asks it, or in a folder that a
+    variable names to the compiler.
     """
     scheme = sysconfig.get_default_scheme()
     scheme = "posix_prefix" if scheme == "posix_local" else scheme  # the latter is Debian's own

@@ -11,7 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def gather(
         _run(planned, config, states=states or {})
         for planned, config in zip(record.runs, configs, strict=True)
     ]
-    notes = [*record.notes, *_without_other_evaluations(runs)]
+    notes = [*record.notes, *_drop_unlike_evaluations(runs)]
     return Sweep(
         name=sweep,
         question=question(sweep, record.overrides, [config.experiment for config in configs]),
@@ -82,21 +82,24 @@ def gather(
     )
 
 
-def _without_other_evaluations(runs: Sequence[RunData]) -> Iterator[str]:
-    """Leave out metrics of separate evaluations that had other settings in some of the runs, as
-    with another limit; a note of each."""
-    for told in dict.fromkeys(key for run in runs for key in run.evaluated):
-        made = [(run, *run.evaluated[told]) for run in runs if told in run.evaluated]
-        if len({digest for _, digest, _ in made}) == 1:
+def _drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
+    """Drop metrics of separate evaluations whose settings, as a limit, differ between runs; a note
+    of each such evaluation."""
+    notes = []
+    for key in dict.fromkeys(key for run in runs for key in run.evaluated):
+        evaluated = [run for run in runs if key in run.evaluated]
+        if len({run.evaluated[key][0] for run in evaluated}) == 1:
             continue
-        for run, _, metrics in made:
-            for metric in metrics:
+        for run in evaluated:
+            for metric in run.evaluated[key][1]:
                 run.metrics.pop(metric, None)
                 run.curves.pop(metric, None)
-        yield (
-            f"evaluations of {told[1]} under the name {told[0]} had other settings in some runs "
-            "and are left out; python -m sweeps eval --as NAME makes them anew, alike for all"
+        name, section = key
+        notes.append(
+            f"evaluations of {section} under the name {name} had other settings in some runs and "
+            "are left out: python -m sweeps eval --as NEW_NAME evaluates all runs alike"
         )
+    return notes
 
 
 def _evaluated(output_dir: Path | str, word: str) -> PlannedRun:
@@ -348,8 +351,8 @@ def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
         at = step, step * per_step, _interpolate(steps, hours, step)
         for name, value in evaluation["metrics"].items():
             _add(run.curves.setdefault(name, []), Point(*at, float(value)))
-        told, section = evaluation["name"], evaluation["section"]
-        run.evaluated[told, section] = evaluation["digest"], list(evaluation["metrics"])
+        key = evaluation["name"], evaluation["section"]
+        run.evaluated[key] = evaluation["digest"], list(evaluation["metrics"])
         run.tables |= {
             f"{evaluation['name']}/{name}": rows for name, rows in evaluation["tables"].items()
         }

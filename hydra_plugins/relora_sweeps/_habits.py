@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiments.addresses import redacted
-from experiments.typos import PLUS, option_folders, overrides_among
+from experiments.typos import LAUNCHERS, PLUS, option_folders, overrides_among
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core.config import ConfigError
 from sweeps.search.config import DIRECTIONS, SAMPLERS, direction
@@ -52,25 +52,16 @@ OWN_FOLDER = Habit(ignored="output_dir says where everything goes")
 RUNS_HAVE_LOGS = Habit(ignored="each run's folder has its logs")
 ONE_NAME = Habit(ignored="jobs are named after their sweep")
 LOCAL_SHAPE = Habit(ignored="local runs share the GPUs and cores of this machine")
-
-
 EXTRA = "++hydra.launcher.extra."
-
-
-def _extra(*names: str) -> dict[str, Habit]:
-    return {name: Habit(ours=f"{EXTRA}{name}") for name in names}
-
-
 SLURM = {
-    "timeout_min": Habit(ours="hydra.launcher.time"),
-    "array_parallelism": Habit(ours="hydra.launcher.max_parallel"),
+    **{
+        name: Habit(ours=ours.replace(EXTRA.lstrip("+"), EXTRA)) for name, ours in LAUNCHERS.items()
+    },
     "additional_parameters": Habit(ours=EXTRA),
     "max_num_timeout": Habit(ignored="jobs resume until hydra.launcher.max_stalled ends them"),
     "submitit_folder": OWN_FOLDER,
     "stderr_to_stdout": RUNS_HAVE_LOGS,
     "name": ONE_NAME,
-    **_extra("comment", "exclude", "gres", "mem_per_gpu", "mem_per_cpu"),
-    **_extra("cpus_per_gpu", "gpus_per_task"),
 }
 """`hydra.launcher.KEY` with hydra/launcher=submitit_slurm; other names are ours as well."""
 LOCAL = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 from synthetic import a_sweep, arms, record
 
-from experiments.report import gather, page, registered
+from experiments.report import gather, page, redraw, registered
 from experiments.stats import compare, holm
 from relora_core.config import ConfigError
 
@@ -36,6 +35,11 @@ def write(tmp_path: Path):
     return write
 
 
+def table_of(report: Path) -> list[dict[str, str]]:
+    """The rows of a report's named comparisons."""
+    return redraw.read_table(report.parent / "tables" / "registered.csv")
+
+
 def test_each_line_is_tested_and_all_are_one_family(finished, write):
     path = write(
         f"arm: {R2}, reference: {FULL}, metric: {PERPLEXITY}, question: why",
@@ -43,8 +47,7 @@ def test_each_line_is_tested_and_all_are_one_family(finished, write):
         f"arm: {R4}, reference: {FULL}, metric: {BLIMP}",
     )
     report = page.write(finished, "mine", comparisons=path)
-    with open(report.parent / "tables" / "registered.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table_of(report)
     sweep = gather.gather(finished, "mine")
     full, two, four = sweep.arms
     tests = [
@@ -93,8 +96,7 @@ def test_the_family_is_what_was_named_whatever_could_be_tested(tmp_path, write):
         f"arm: {R4}, reference: {R2}, metric: {LOSS}",
     )
     report = page.write(tmp_path, "mine", comparisons=path)
-    with open(report.parent / "tables" / "registered.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table_of(report)
     ps = [float(row["p"]) if row["p"] else 1.0 for row in rows]
     assert ps[2:] == [1.0, 1.0]
     assert [float(row["p_holm"]) for row in rows[:2]] == pytest.approx(holm(ps)[:2])
