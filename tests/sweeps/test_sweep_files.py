@@ -221,8 +221,8 @@ def test_the_larger_audits_arms_are_compared_alike(arms):
     assert train.lr / (25 * train.eps) == pytest.approx(3e-4 / (100 * 1e-8))
 
 
-def test_the_larger_audits_rates_are_those_of_a_search_or_the_common_one(loader):
-    """An arm that no search tunes borrows from one that it does, or is `*_common`."""
+def test_the_larger_audits_rates_are_those_of_a_search(loader):
+    """An arm that no search tunes borrows from one that it does; `*_common` from full rank."""
     audit, search = (
         loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
         for words in (["sweep=audit_10m"], ["search=audit_lr"])
@@ -230,7 +230,8 @@ def test_the_larger_audits_rates_are_those_of_a_search_or_the_common_one(loader)
     tuned = set(search.search.arms)
     for name, words in audit.hydra.sweeper.arms.items():
         source = dict(word.split("=", 1) for word in words).get("sweep.tuned_as", name)
-        assert source in tuned or (source == "none" and "train.lr=3e-3" in words), name
+        assert source in tuned, name
+        assert (source == "full_rank") == (name == "full_rank" or name.endswith("_common")), name
 
 
 def test_what_the_larger_audit_tests_are_arms_of_it(loader):
