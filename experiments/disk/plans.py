@@ -46,6 +46,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         for one in raw.setdefault("tuned", {}).values():
             if not fits(dict[str, Any], one):
                 raise ValueError("tuned has no settings of arms")
+        if not fits(dict[str, str], raw.setdefault("same_arms", {})):
+            raise ValueError("same_arms are no names of arms")
         return raw
     except ValueError as error:
         raise Damaged(
@@ -139,6 +141,8 @@ class SweepRecord:
     """Why there are fewer runs than points, one line each."""
     notes: list[str] = field(default_factory=list)
     """Notes on settings and data, one line each."""
+    same_arms: dict[str, str] = field(default_factory=dict)
+    """Arm without runs of its own -> the one that computes the same and has them."""
     created: float = 0.0
     """Seconds since the epoch."""
 
@@ -174,6 +178,7 @@ def read_sweep(output_dir: Path | str, name: str) -> SweepRecord:
         overrides=raw["overrides"],
         collapsed=raw.get("collapsed", []),
         notes=raw.get("notes", []),
+        same_arms=raw["same_arms"],
         created=raw.get("created", 0.0),
     )
 

@@ -145,6 +145,8 @@ class Sweep:
     """Why there are fewer runs than points of the grid."""
     notes: list[str] = field(default_factory=list)
     """Notes of planning on settings and data."""
+    same_arms: dict[str, str] = field(default_factory=dict)
+    """Arm without runs of its own -> the one that computes the same and has them."""
     arms: list[Arm]
     """In the plan's order."""
 

@@ -72,6 +72,7 @@ def gather(
         question=question(sweep, record.overrides, [config.experiment for config in configs]),
         commands=record.commands,
         collapsed=record.collapsed,
+        same_arms=record.same_arms,
         notes=notes,
         arms=_arms(
             runs,

@@ -40,9 +40,13 @@ def shown(sweep: Sweep) -> list[Metric]:
 
 
 def find_arm(sweep: Sweep, word: str | None, *, option: str = "--reference") -> Arm | None:
-    """The arm with `word` as name or id, or as part of them; ConfigError if there are several."""
+    """The arm with `word` as name or id, or as part of them; ConfigError if there are several.
+
+    For an arm that has no runs of its own, the one that computes the same.
+    """
     if word is None:
         return None
+    word = sweep.same_arms.get(word, word)
     exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
     hits = exact or [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
     if len(hits) == 1:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ class Plan:
     """Of each command, as typed: `["relora.r=4,8", "seed=0,1"]`."""
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Arm -> settings that it has from a search, and their source (`provenance.Tuned.record`)."""
+    same_arms: dict[str, str] = field(default_factory=dict)
+    """`sweep.arm` without runs of its own -> the one that computes the same and has them."""
     created: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -113,10 +115,14 @@ def make_plan(
     same: dict[str, dict[tuple[str, str], list[RunConfig]]] = {}
     for pair, configs in by_ids.items():
         same.setdefault(repr(essential(configs[0])), {})[pair] = configs
-    cells = []
+    cells, same_arms = [], {}
     for one in same.values():
         run_id, arm_id = min(one, key=lambda pair: (not begun(pair[0]), pair[1]))
         cells.append(Cell(run_id=run_id, arm_id=arm_id, name="", config=one[run_id, arm_id][0]))
+        kept = cells[-1].config.sweep.arm
+        others = [config.sweep.arm for configs in one.values() for config in configs]
+        same_arms |= {arm: kept for arm in others if arm and kept and arm != kept}
+    same_arms = _without_runs(same_arms, cells)
     _join_arms(cells)
     _rename(cells)
     return Plan(
@@ -126,10 +132,26 @@ def make_plan(
         collapsed=_explain_collapse(
             [[c for configs in one.values() for c in configs] for one in same.values()],
             points=len(points),
+            same_arms=same_arms,
         ),
         commands=[command] if command else [],
         overrides=[overrides_of(command)] if command else [],
+        same_arms=same_arms,
     )
+
+
+def _without_runs(same_arms: Mapping[str, str], cells: Sequence[Cell]) -> dict[str, str]:
+    """Those of `same_arms` that no cell is of, each with the arm of cells that it ends at."""
+    arms = {cell.config.sweep.arm for cell in cells}
+    ends = {}
+    for arm, same in same_arms.items():
+        passed = {arm}
+        while same not in arms and same in same_arms and same not in passed:
+            passed.add(same)
+            same = same_arms[same]
+        if arm not in arms and same in arms:
+            ends[arm] = same
+    return ends
 
 
 def _join_arms(cells: Sequence[Cell]) -> None:
@@ -251,7 +273,9 @@ def _with_typed_paths(cells: list[Cell], *, new: Sequence[Cell]) -> list[RunConf
 
 
 # collapse ---------------------------------------------------------------------------------------
-def _explain_collapse(groups: list[list[RunConfig]], *, points: int) -> list[str]:
+def _explain_collapse(
+    groups: list[list[RunConfig]], *, points: int, same_arms: Mapping[str, str]
+) -> list[str]:
     """Lines on why there are fewer runs than points; each group became one run."""
     reasons: dict[str, list[str]] = {}
     for configs in groups:
@@ -261,7 +285,7 @@ def _explain_collapse(groups: list[list[RunConfig]], *, points: int) -> list[str
                 keys.append(key)
     if len(groups) == points:
         return []
-    sentences = [_sentence(keys, reason) for reason, keys in reasons.items()]
+    sentences = [_sentence(keys, reason, same_arms) for reason, keys in reasons.items()]
     return [f"{points} points -> {len(groups)} runs: {text}" for text in sentences]
 
 
@@ -291,7 +315,10 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
         yield "", "twice"
 
 
-def _sentence(keys: list[str], reason: str) -> str:
+def _sentence(keys: list[str], reason: str, same_arms: Mapping[str, str]) -> str:
+    if keys == ["sweep.arm"] and same_arms:
+        equal = ", ".join(f"{arm} = {same}" for arm, same in same_arms.items())
+        return f"of equal arms one runs ({equal})"
     if reason == "twice":
         return "the same setting is there more than once"
     if reason == "same":
@@ -336,8 +363,10 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
                 commands=list(typed),
                 overrides=list(typed.values()),
                 tuned=old.tuned | plan.tuned,
+                same_arms=old.same_arms | _renamed_arms(old.cells, cells) | plan.same_arms,
                 created=old.created,
             )
+        merged.same_arms = _without_runs(merged.same_arms, merged.cells)
         _join_arms(merged.cells)
         if [cell.run_id for cell in merged.cells] != list(cells):  # else make_plan has named them
             _rename(merged.cells, _with_typed_paths(merged.cells, new=plan.cells))
@@ -345,6 +374,12 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             cell.config = frozen.absolute(cell.config)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(merged))
     return dataclasses.replace(plan, cells=list(cells.values()))
+
+
+def _renamed_arms(old: Sequence[Cell], new: Mapping[str, Cell]) -> dict[str, str]:
+    """`sweep.arm` of a stored cell -> that of its new one, where they differ."""
+    pairs = {c.config.sweep.arm: new[c.run_id].config.sweep.arm for c in old if c.run_id in new}
+    return {was: now for was, now in pairs.items() if was and now and was != now}
 
 
 def _join_notes(old: Plan, new: Plan) -> list[str]:

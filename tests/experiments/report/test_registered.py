@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,16 @@ def test_arms_that_are_not_shown_are_compared_all_the_same(finished, write):
     path = write(f"arm: {R4}, reference: {R2}, metric: {LOSS}")
     report = page.write(finished, "mine", comparisons=path, arms=["*full*"])
     assert "## Named comparisons" in (report.parent / "report.md").read_text()
+
+
+def test_an_arm_that_has_no_runs_of_its_own_is_compared_by_those_of_its_equal(finished, write):
+    path = finished / "sweeps" / "mine" / "plan.json"
+    plan = json.loads(path.read_text()) | {"same_arms": {"common": R4}}
+    path.write_text(json.dumps(plan))
+    lines = [f"arm: {name}, reference: {FULL}, metric: {LOSS}" for name in ("common", R4)]
+    one, two = table_of(page.write(finished, "mine", comparisons=write(*lines)))
+    assert (one["arm"], two["arm"]) == ("common", R4)
+    assert one["difference"] == two["difference"] != ""
 
 
 def test_comparisons_without_runs_are_said_to_be_untested(tmp_path, write):

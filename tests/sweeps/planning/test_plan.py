@@ -51,6 +51,32 @@ def test_axes_that_do_not_apply_collapse_and_the_plan_says_so(make):
     assert plan.collapsed == [told]
 
 
+def in_arms(make, *names: str, **changes):
+    """The same point in each of these arms."""
+    return [
+        ({"sweep.arm": name}, make(sweep=SweepConfig(name="s", arm=name), **changes))
+        for name in names
+    ]
+
+
+def test_an_arm_that_computes_the_same_as_another_is_found_by_its_own_name(make, tmp_path):
+    plan = make_plan([*in_arms(make, "tuned", "common"), *in_arms(make, "other", seed=1)])
+    assert plan.same_arms == {"common": "tuned"}
+    assert plan.collapsed == ["3 points -> 2 runs: of equal arms one runs (common = tuned)"]
+    store(plan, output_dir=tmp_path)
+    path = tmp_path / "sweeps" / "s" / "plan.json"
+    assert load(path).same_arms == {"common": "tuned"}
+    store(make_plan(in_arms(make, "renamed")), output_dir=tmp_path)
+    assert load(path).same_arms == {"common": "renamed", "tuned": "renamed"}
+    store(make_plan(in_arms(make, "common", "tuned")), output_dir=tmp_path)
+    assert load(path).same_arms == {"renamed": "common", "tuned": "common"}
+
+
+def test_an_arm_with_runs_of_its_own_is_not_said_to_be_another(make, tmp_path):
+    points = [*in_arms(make, "one", "two"), *in_arms(make, "two", seed=1)]
+    assert make_plan(points).same_arms == {}
+
+
 def test_the_same_point_twice_and_a_label_are_one_run(make):
     plan = make_plan([({"seed": "1"}, make(seed=1)), ({"seed": "1"}, make(seed=1))])
     assert len(plan.cells) == 1
