@@ -10,6 +10,8 @@ from experiments import json_files
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 
+PLAIN = "eval"
+"""The name under which metrics have the keys that they have in training: eval/paloma/perplexity."""
 STORED = {"name": str, "section": str, "step": int, "digest": str}
 STORED |= {"metrics": dict[str, float], "tables": dict[str, list[dict[str, Any]]]}
 

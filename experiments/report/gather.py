@@ -19,7 +19,7 @@ from typing import Any
 from experiments import colours
 from experiments.colours import Look
 from experiments.disk import frozen, inputs
-from experiments.disk.evaluations import results
+from experiments.disk.evaluations import PLAIN, results
 from experiments.disk.named import find_run
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import (
@@ -340,20 +340,30 @@ def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
 
 
 def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
-    """Add separate evaluations as further points and tables."""
+    """Add separate evaluations as further points and tables.
+
+    Under the plain name, tables of the last step are the run's own, as the metrics are; what
+    training has measured itself stays.
+    """
     evaluations = list(results(run_dir))
     if not evaluations:
         return
     places = sorted({p[:3] for points in run.curves.values() for p in points})
     steps, hours = [0, *(k[0] for k in places)], [0.0, *(k[2] for k in places)]
     per_step = run.config.train.batch_size * run.config.data.seq_len
+    added: dict[str, list[Point]] = {}
     for evaluation in evaluations:
         step = evaluation["step"]
         at = step, step * per_step, _interpolate(steps, hours, step)
         for name, value in evaluation["metrics"].items():
-            _add(run.curves.setdefault(name, []), Point(*at, float(value)))
+            added.setdefault(name, []).append(Point(*at, float(value)))
         key = evaluation["name"], evaluation["section"]
         run.evaluated[key] = evaluation["digest"], list(evaluation["metrics"])
         run.tables |= {
             f"{evaluation['name']}/{name}": rows for name, rows in evaluation["tables"].items()
         }
+        if evaluation["name"] == PLAIN and step == run.step:
+            run.tables = evaluation["tables"] | run.tables
+    for name, points in added.items():
+        by_step = {point.step: point for point in [*points, *run.curves.get(name, [])]}
+        run.curves[name] = [by_step[step] for step in sorted(by_step)]

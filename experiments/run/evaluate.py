@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from experiments import environment, json_files
 from experiments.disk import inputs
-from experiments.disk.evaluations import evaluations, results
+from experiments.disk.evaluations import PLAIN, evaluations, results
 from experiments.disk.run_dir import RunDir
 from experiments.errors import one_line
 from experiments.identity import config_from_json
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from relora_core.evals import Eval
     from relora_core.model import Decoder
 
-PLAIN = "eval"
-"""The name for metrics with the same keys as in training: eval/paloma/perplexity."""
 RESERVED = ("dynamics", "perf", "phase", "restart", "train")
 """Names that would clash with metrics of training."""
 SAY_EVERY_S = 30.0

@@ -14,7 +14,7 @@ from synthetic import SECONDS, STEPS, TOKENS, a_config, a_sweep, arms, attempt, 
 from experiments.disk import plans
 from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
-from experiments.report import data
+from experiments.report import blimp, data
 from experiments.report.gather import gather
 from relora_core.config import ConfigError, DynamicsConfig
 from relora_core.events import Event
@@ -178,6 +178,42 @@ def test_an_evaluation_apart_from_training_is_part_of_the_run(tmp_path: Path) ->
     assert gathered.metrics["later/blimp/no_bos/accuracy"] == 0.75
     assert gathered.tables["later/blimp_paradigms"] == [{"uid": "a"}]
     assert len(gathered.tables["blimp_paradigms"]) == 6
+
+
+def test_an_evaluation_under_the_plain_name_is_the_runs_own(tmp_path: Path) -> None:
+    """As of BLiMP, where a run was trained without it: its tests need the table of paradigms."""
+    run = one_run(tmp_path)
+    record(run)
+    kept = [e for e in run.raw_events() if "eval/paloma/perplexity" not in e["metrics"]]
+    kept = [e for e in kept if e["kind"] != "table"]
+    run.events_path.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    run.write_result({"state": "finished", "step": STEPS, "metrics": {"train/loss": 3.0}})
+    for step, uid in ((20, "early"), (STEPS, "last")):
+        content = {"name": "eval", "section": "blimp", "step": step, "digest": "d"}
+        content |= {"metrics": {"eval/blimp/no_bos/accuracy": 0.5}, "finished": 1.0}
+        content |= {"tables": {"blimp_paradigms": [{"uid": uid, "no_bos": 0.5}]}}
+        (run.evals / "eval").mkdir(parents=True, exist_ok=True)
+        (run.evals / "eval" / f"step-{step:08d}-blimp.json").write_text(json.dumps(content))
+    sweep = gather(tmp_path, "mine")
+    assert sweep.arms[0].values("eval/blimp/no_bos/accuracy") == {0: 0.5}
+    assert blimp.paradigms(sweep.arms[0], "no_bos") == {0: {"last": 0.5}}
+
+
+def test_a_curve_has_each_step_once_and_in_order(tmp_path: Path) -> None:
+    """Also where checkpoints in between, and the last one, were evaluated again."""
+    run = one_run(tmp_path)
+    record(run)
+    for step in (15, STEPS):
+        content = {"name": "eval", "section": "paloma", "step": step, "digest": "d"}
+        content |= {"metrics": {"eval/paloma/perplexity": 7.0}, "tables": {}, "finished": 1.0}
+        (run.evals / "eval").mkdir(parents=True, exist_ok=True)
+        (run.evals / "eval" / f"step-{step:08d}-paloma.json").write_text(json.dumps(content))
+    (gathered,) = gather(tmp_path, "mine").runs
+    points = {p.step: p.value for p in gathered.curves["eval/paloma/perplexity"]}
+    assert list(points) == [10, 15, 20, 30, 40]
+    assert len(gathered.curves["eval/paloma/perplexity"]) == 5
+    assert points[15] == 7.0
+    assert points[STEPS] == gathered.metrics["eval/paloma/perplexity"]
 
 
 def test_evaluations_with_other_settings_make_no_mean(tmp_path: Path) -> None:
