@@ -216,7 +216,7 @@ def _seed_test(scores: _Scores) -> BlimpTest:
     start = 0 if scores.paired else len(own)
     comparison = compare(dict(enumerate(own)), dict(enumerate(other, start=start)))
     return BlimpTest(
-        name="Welch's t" if comparison.kind == "welch" else "paired t",
+        name="paired t" if scores.paired else "Welch's t",
         unit="seed",
         n=comparison.n or len(own) + len(other),
         difference=comparison.difference,

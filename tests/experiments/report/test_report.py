@@ -121,6 +121,16 @@ def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
     assert "No arm has more than one finished seed" in text(page)
 
 
+def test_a_pair_without_a_test_hides_no_assumption_of_others(tmp_path: Path) -> None:
+    for run in a_sweep(tmp_path, arms(2, 4)):
+        config = run.config()
+        lost = config.method == "relora" and config.relora.r == 2 and config.seed > 0
+        record(run, state="failed" if lost else "finished")
+    page = text(report.write(tmp_path, "mine"))
+    assert "paired t, unit seed: assumes differences at common seeds independent" in page
+    assert "assumes nothing" not in page
+
+
 def test_arms_without_common_seeds_are_not_paired(tmp_path: Path) -> None:
     configs = [a_config(method="full_rank", seed=s) for s in (0, 1, 2)]
     configs += [a_config(r=2, seed=s) for s in (3, 4, 5)]
