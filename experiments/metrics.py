@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from experiments.stats import Scale
 from relora_core.events import Metric
 
 LOSS = Metric(
@@ -39,6 +40,12 @@ def columns() -> dict[str, str]:
 def charted() -> list[Metric]:
     """Those with a chart of their own in every report and on MLflow's pages."""
     return [metric for metric in headline() if metric.charted]
+
+
+def scale_of(key: str) -> Scale:
+    """As the metric declares it; of others `log` for perplexities, judged by the name."""
+    declared: dict[str, Scale] = {metric.key: metric.scale for metric in headline()}
+    return declared.get(key, "log" if key.endswith("perplexity") else "linear")
 
 
 def goes_up(key: str) -> bool:

@@ -123,7 +123,10 @@ def _table(view: SweepView, summaries: Mapping[str, Mapping[str, Interval]], *, 
         "| arm | finished | " + " | ".join(shown) + " |" if shown else "| arm | finished |",
         "|---" * (2 + len(shown)) + "|",
     ]
-    end = "\n\nMean over the finished seeds [95 % interval of the mean, Student's t]."
+    end = (
+        "\n\nMean over the finished seeds, geometric for perplexities [95 % interval of the mean, "
+        "Student's t]."
+    )
     left = space - len(end) - 80 - sum(len(line) + 1 for line in lines)
     for number, arm in enumerate(view.arms):
         of_arm = summaries.get(arm.arm_id, {})

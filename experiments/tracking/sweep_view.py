@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from experiments.disk.state import RunState
 from experiments.disk.states import State
-from experiments.stats import Interval, mean_interval
+from experiments.metrics import scale_of
+from experiments.stats import Interval, interval
 
 NOT_AVERAGED = ("train/lr", "train/grad_norm", "restart/", "perf/tokens_per_s", "perf/mfu")
 
@@ -60,8 +61,11 @@ class SweepView:
 
 
 def summary(arm: ArmView) -> dict[str, Interval]:
-    """Metric -> mean over the finished runs, if it is a finite number in all of them."""
+    """Metric -> mean over the finished runs, if it is a finite number in all of them.
+
+    Geometric for perplexities, as in reports.
+    """
     done = [run.metrics for run in arm.runs if run.state.state is State.FINISHED]
     keys = [key for key in (done[0] if done else {}) if not key.startswith(NOT_AVERAGED)]
     complete = [k for k in keys if all(math.isfinite(m.get(k, math.nan)) for m in done)]
-    return {key: mean_interval([metrics[key] for metrics in done]) for key in complete}
+    return {key: interval([m[key] for m in done], scale=scale_of(key)) for key in complete}

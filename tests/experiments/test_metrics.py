@@ -32,6 +32,21 @@ def test_headings_are_told_apart():
 
 
 @pytest.mark.parametrize(
+    ("key", "scale"),
+    [
+        ("train/loss", "linear"),
+        ("eval/paloma/perplexity", "log"),
+        ("test/paloma/c4/perplexity", "log"),
+        ("eval/paloma/macro_perplexity", "log"),
+        ("eval/paloma/bits_per_byte", "linear"),
+        ("eval/blimp/no_bos/accuracy", "linear"),
+    ],
+)
+def test_means_of_perplexities_are_geometric(key, scale):
+    assert metrics.scale_of(key) == scale
+
+
+@pytest.mark.parametrize(
     ("key", "up"),
     [
         ("train/loss", False),

@@ -141,6 +141,14 @@ def test_no_rate_is_averaged() -> None:
     assert set(summary(an_arm(8, a_run("a", 0, train__loss=1.0, **shares)))) == {LOSS}
 
 
+def test_a_perplexity_has_the_mean_and_interval_of_reports() -> None:
+    runs = [a_run(f"a{s}", s, eval__paloma__perplexity=p) for s, p in enumerate((10.0, 20.0, 40.0))]
+    mean = summary(an_arm(8, *runs))["eval/paloma/perplexity"]
+    # t(0.975, 2) = 4.30265; the logarithms' standard deviation is log 2.
+    assert mean.mean == pytest.approx(20.0)
+    assert mean.high == pytest.approx(20.0 * 2 ** (4.30265 / 3**0.5), rel=1e-5)
+
+
 def test_only_finished_runs_with_finite_numbers_count() -> None:
     runs = [
         a_run("a", 0, train__loss=1.0, eval__x=1.0),
