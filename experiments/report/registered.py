@@ -147,6 +147,8 @@ def compare_all(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Compari
 
     Also over those that cannot be tested, as where runs diverged: the family was named before.
     """
+    for one in comparisons:
+        _check_paradigms(sweep, one)
     outcomes = [
         compare(_values(arm, one), _values(reference, one), scale=one.metric.scale)
         for one, (arm, reference) in zip(comparisons, pair(sweep, comparisons), strict=True)
@@ -155,6 +157,22 @@ def compare_all(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Compari
     for outcome, p in zip(outcomes, family, strict=True):
         outcome.p_holm = None if outcome.p is None else p
     return outcomes
+
+
+def _check_paradigms(sweep: Sweep, one: Registered) -> None:
+    """ConfigError for a paradigm that no run has, where some run has paradigms."""
+    if not one.paradigms:
+        return
+    runs = [
+        run for arm in sweep.arms for run in blimp.paradigms(arm, VARIANTS[one.metric.key]).values()
+    ]
+    known = sorted(set().union(*runs))
+    for name in one.paradigms if known else ():
+        if name not in known:
+            raise ConfigError(
+                f"paradigms in {OPTION} must be names of paradigms that runs were scored on, got "
+                f"{name!r} in {one.group}.{nearest(name, known)}"
+            )
 
 
 def _values(arm: Arm, one: Registered) -> dict[int, float]:

@@ -78,9 +78,21 @@ def test_a_set_of_paradigms_stands_for_all_of_them(finished, write):
     values = registered._values(sweep.arms[2], one)
     assert values[1] == pytest.approx(means[0])
     assert comparison.n == 3
-    one.paradigms.append("unknown_paradigm")
+    for run in sweep.arms[2].runs:
+        del run.tables["blimp_paradigms"][-1]
     (comparison,) = registered.compare_all(sweep, [one])
     assert comparison.difference is None  # rather than a mean over fewer
+
+
+def test_a_paradigm_that_no_run_was_scored_on_is_refused(finished, write):
+    line = f"arm: {R4}, reference: {FULL}, metric: {BLIMP}, paradigms: some"
+    path = write(line, paradigms="{some: [bindin_0]}")
+    with pytest.raises(ConfigError, match=r"got 'bindin_0' in some.*'binding_0'"):
+        page.write(finished, "mine", comparisons=path)
+    for run in (sweep := gather.gather(finished, "mine")).runs:
+        run.tables.clear()  # before the runs: nothing is known yet
+    (comparison,) = registered.compare_all(sweep, registered.read(path))
+    assert comparison.difference is None
 
 
 def test_the_family_is_what_was_named_whatever_could_be_tested(tmp_path, write):
