@@ -84,6 +84,7 @@ def headline(report: Path) -> str:
         text = report.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
-    answer = text.partition("\n## Answer\n")[2].partition("\n## ")[0].strip()
-    line = answer.partition("\n")[0]
+    answer = text.partition("\n## Answer\n")[2].partition("\n## ")[0]
+    lines = (line.strip() for line in answer.splitlines())
+    line = next((line for line in lines if line and not line.endswith(":")), "")
     return re.sub(r" Whether neighbours differ.*", "", line).removeprefix("- ")

@@ -38,6 +38,15 @@ def test_each_sweep_has_its_progress_and_the_headline_of_its_report(tmp_path: Pa
     assert made["half"][3:] == ["", ""]
 
 
+def test_a_headline_says_something(tmp_path: Path) -> None:
+    """Rather than what follows: an answer may begin with a heading of its sentences."""
+    path = tmp_path / "report.md"
+    path.write_text("# S\n\n## Answer\n\nThe comparisons that a file names:\n\n- a ends above b\n")
+    assert index.headline(path) == "a ends above b"
+    path.write_text("# S\n\n## Results\n\n- a\n")
+    assert index.headline(path) == ""
+
+
 def test_a_damaged_plan_leaves_the_others(tmp_path: Path) -> None:
     a_sweep(tmp_path, arms(2), name="good")
     a_sweep(tmp_path, arms(2), name="torn")
