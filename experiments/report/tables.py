@@ -25,7 +25,7 @@ Pair = tuple[Arm, Arm]
 """An arm and its reference."""
 HOURS = "device-hours"
 SIGNIFICANT = 0.05
-"""Largest p, adjusted, of a difference that is stated as one."""
+"""A difference is stated as one where its adjusted p is below."""
 SAME_TASK = ("model.", "data.", "train.", "eval.")
 """Prefixes of settings that should be the same in an arm and its reference."""
 

@@ -96,8 +96,9 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
     against = f"Arm minus {pairs[0][1].name}" if same else "Arm minus reference"
     caption = (
         f"{against}, mean over common seeds with 95 % paired t interval; perplexity as the ratio of"
-        " geometric means. Squares: no common seeds, so unpaired (Welch). Open: no interval, for"
-        " want of a second seed. Intervals are not adjusted for the number of comparisons."
+        " geometric means. Squares: fewer than two common seeds, so unpaired (Welch). Open: no"
+        " interval, for want of a second seed or of any spread. Intervals are not adjusted for the"
+        " number of comparisons."
     )
     left = len(pairs) - len(shown)
     return Drawing(canvas=figure, caption=caption + (f" {left} more in the tables." * bool(left)))

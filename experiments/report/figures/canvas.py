@@ -158,10 +158,11 @@ def few(arms: Sequence[Arm], *, most: int = MOST_CURVES) -> tuple[list[Arm], str
 
 def bands(arms: Sequence[Arm]) -> str:
     """A caption on the lines and bands of these arms."""
-    ns = sorted({len(arm.finished) for arm in arms})
+    ns = {len(arm.finished) for arm in arms}
+    many = sorted(n for n in ns if n > 1)
     sentences = []
-    if ns and ns[-1] > 1:
-        seeds = f"{ns[-1]}" if ns[0] == ns[-1] else f"{ns[0]} to {ns[-1]}"
+    if many:
+        seeds = f"{many[-1]}" if many[0] == many[-1] else f"{many[0]} to {many[-1]}"
         sentences.append(
             f"Lines are means over finished runs ({seeds} seeds), bands their 95 % t intervals over"
             " seeds, cut where they would set the scale."

@@ -321,8 +321,10 @@ def test_runs_that_did_not_finish_are_drawn_and_counted() -> None:
     sweep = sweep_of([0, 1])
     sweep.arms[1].runs.append(run_of("relora", seed=2, state="diverged", steps=100))
     sweep.arms[1].runs.append(run_of("relora", seed=3, state="running", steps=100))
+    sweep.arms[0].runs = sweep.arms[0].runs[:1]  # a thin line, not a mean of few
     drawings = sketched(sweep, "learning_curves", "arms")
     assert "the 2 runs that have not finished" in drawings["learning_curves"].caption
+    assert "(2 seeds)" in drawings["learning_curves"].caption
     assert "n = 2 of 4: 1 diverged, 1" in words(drawings["arms"])
 
 
