@@ -98,7 +98,7 @@ def _has(path: Path, names: Sequence[str]) -> bool:
 
 def _choose(run: RunDir, steps: list[int], *, state: State, policy: Policy) -> tuple[set[int], str]:
     """The steps that stay, and how they were ranked."""
-    keep = set(steps[len(steps) - policy.keep_latest :] if policy.keep_latest else [])
+    keep = set(steps[-policy.keep_latest :] if policy.keep_latest else [])
     if state != State.FINISHED or len(steps) == 1:
         keep |= set(steps[-1:])  # the run resumes from it
     if not policy.keep_best or not steps:
