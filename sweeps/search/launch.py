@@ -122,7 +122,7 @@ def run_search(
     rates = read_rates(output_dir)
     costs: dict[str, Estimate | None] = {}
     for part in parts:
-        costs |= estimates(part, launcher=launcher, output_dir=output_dir, rates=rates)
+        costs |= estimates(part, launcher=launcher, rates=rates)
     more = [note for part in parts for note in part.notes]
     plan.notes = list(dict.fromkeys([*notes, *more, *uneven(parts)]))
     outlook = SearchOutlook(
@@ -222,15 +222,18 @@ def uneven(parts: Sequence[Part]) -> list[str]:
 
 
 def estimates(
-    part: Part, *, launcher: Launcher, output_dir: Path, rates: Sequence[Rate]
+    part: Part, *, launcher: Launcher, rates: Sequence[Rate]
 ) -> dict[str, Estimate | None]:
-    """What each run still to come may cost, as if the combinations of groups took turns."""
-    costs = budget.estimates(
-        part.cells, states={}, output_dir=output_dir, rates=rates, place=launcher.place
-    )
+    """What each run still to come may cost, as if the combinations of groups took turns.
+
+    All from step 0: what has been run of the configs that the search starts from says nothing of
+    its trials.
+    """
+    configs = [cell.config for cell in part.cells]
+    costs = [budget.estimate(c, rates=rates, place=launcher.place(c)) for c in configs]
     runs = part.left * len(part.spec.config.seeds)
     arm = f"{part.arm} " if part.arm else ""
-    each = itertools.islice(itertools.cycle(costs.values()), runs)
+    each = itertools.islice(itertools.cycle(costs), runs)
     return {f"{arm}trial {index}": cost for index, cost in enumerate(each)}
 
 

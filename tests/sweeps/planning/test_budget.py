@@ -28,9 +28,13 @@ from relora_core.config import (
     TrainConfig,
 )
 from sweeps import display
+from sweeps.local.launcher import LocalLauncher
 from sweeps.planning import budget, rates
 from sweeps.planning.budget import Estimate, Place, check_budget, estimate, estimates
+from sweeps.planning.plan import make_plan
 from sweeps.planning.rates import Rate, count_pauses, read_rates, shape
+from sweeps.search.launch import Part
+from sweeps.search.launch import estimates as trial_costs
 from tests.sweeps.conftest import planned
 
 GPU = "NVIDIA A100"
@@ -325,6 +329,27 @@ def test_a_run_is_charged_from_its_newest_checkpoint_on_whatever_it_last_said(ma
     (RunDir(runs_folder(out) / cell.run_id).checkpoints / ".tmp-step-00000080-1").mkdir()
     resumed = estimates([cell], **arguments)[cell.run_id]
     assert resumed.hours == pytest.approx(anew.hours / 2)
+
+
+def test_a_search_is_charged_for_whole_trials_whatever_runs_are_there(make, spec, out):
+    config = make(steps=100)
+    plan = make_plan([({}, config)])
+    part = Part(
+        arm=None,
+        folder=out / "sweeps" / "s" / "study",
+        spec=spec(seeds=2),
+        points=[({}, config)],
+        cells=plan.cells,
+        n_trials=3,
+        left=3,
+        notes=[],
+    )
+    rates = [rate_of(config)]
+    each = estimate(config, rates=rates)
+    run = RunDir(runs_folder(out) / plan.cells[0].run_id)
+    (run.checkpoints / "step-00000100").mkdir(parents=True)  # the run that the search begins at
+    found = trial_costs(part, launcher=LocalLauncher(), rates=rates)
+    assert list(found.values()) == [each] * 6
 
 
 def test_each_run_is_charged_for_the_place_it_is_given(make, out):
