@@ -9,6 +9,7 @@ Not for: starting processes (`processes.py`), nor signals (`sweeps/job.py`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -141,7 +142,9 @@ class HasEnded:
     """
 
     study: Study
+    asked: bool = field(default=False, init=False)
     jobs: dict[str, cluster.Job] | None = field(default=None, init=False)
+    """What SLURM has answered; None: nothing."""
     ours: set[str] | None = field(default=None, init=False)
 
     def __call__(self, worker: Worker) -> bool:
@@ -157,18 +160,16 @@ class HasEnded:
 
     def _is_over(self, job_id: str) -> bool:
         """Of a job; one that waits was requeued and keeps its trial."""
-        if self.jobs is None:
-            self.jobs = {}
-            if cluster.available():
-                try:
-                    ids = {trial.worker.job_id for trial in self.study.running()}
+        if not self.asked:
+            self.asked = True
+            ids = {trial.worker.job_id for trial in self.study.running()}
+            with contextlib.suppress(SlurmError):
+                if cluster.available():
                     self.jobs = cluster.jobs(sorted(id_ for id_ in ids if id_ is not None))
-                except SlurmError:
-                    return False
+        if self.jobs is None:
+            return False
         job = self.jobs.get(job_id)
-        if job is None:
-            return cluster.available() and self._is_silent(job_id)
-        return job.over
+        return self._is_silent(job_id) if job is None else job.over
 
     def _is_silent(self, job_id: str) -> bool:
         """Whether the runs of a job that SLURM does not know have stopped writing."""

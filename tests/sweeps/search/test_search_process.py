@@ -208,6 +208,15 @@ def test_only_a_job_that_is_over_has_left_its_trial(study, slurm, state, over):
     assert process.HasEnded(made)(worker) == over
 
 
+def test_while_slurm_does_not_answer_no_job_has_left_its_trial(study, slurm):
+    made = study(n_trials=2)
+    workers = [Worker(host="node3", pid=1, job_id=f"7_{task}") for task in (1, 2)]
+    assert all(made.take(worker) for worker in workers)
+    slurm.fail("squeue", "Unable to contact slurm controller")
+    has_ended = process.HasEnded(made)
+    assert [has_ended(worker) for worker in workers] == [False, False]
+
+
 def test_a_process_of_this_host_has_ended_when_it_is_dead_or_another(study):
     made, me = study(), process.this_process()
     dead = subprocess.Popen(["true"])
