@@ -118,7 +118,7 @@ def _compare(spec: Spec, choices: Mapping[str, Any], config: RunConfig, match: M
         if key in spec.groups:
             return choices[key]
         own = get(config, key)
-        if key == "relora.scale" and own is None:
+        if key == "relora.scale" and own is None and config.relora.r:
             own = config.relora.alpha / config.relora.r
         if spec.space[key].contains(own):
             return spec.own(key, own)

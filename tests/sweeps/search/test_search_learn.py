@@ -106,6 +106,15 @@ def test_a_point_that_was_learnt_is_drawn_in_vain(spec, sweep, out):
     assert reasons[0] == "as trial 0"
 
 
+def test_a_run_without_adapters_has_no_scale_and_is_not_learnt(spec, sweep, out):
+    sweep("x", {"r": 0, "method": "lora", "loss": 3.0}, {"method": "lora", "loss": 2.0, "lr": 1e-3})
+    base = dataclasses.replace(spec().bases[""], method="lora")
+    base = dataclasses.replace(base, train=dataclasses.replace(base.train, lr=1e-3))
+    space = {"relora.scale": Float(low=1.0, high=10.0)}
+    _, lines = learnt(spec, out, space=space, bases={"": base}, learn_from="x")
+    assert lines[0] == "learnt from 1 of 2 runs of x: 1 differs in relora.r"
+
+
 def test_a_grid_runs_the_points_that_it_has_not_learnt(spec, sweep, out):
     space = {"relora.r": Choice(values=[2, 4, 8]), "train.lr": Choice(values=[0.01, 0.02])}
     sweep("x", {"r": 4, "loss": 2.0}, {"r": 8, "loss": 2.0}, {"r": 6, "loss": 2.0})
