@@ -164,7 +164,7 @@ class GridSweeper(Sweeper):
         self.launcher.plan_only, self.launcher.measure = self.plan_only, self.measure
         arms = {name: list(overrides or []) for name, overrides in self.arms.items()}
         sources = {name: _tuned_as(name, lines) for name, lines in arms.items()}
-        self.launcher.tuned = tuned = self._tuned(arms, sources, arguments)
+        self.launcher.tuned = tuned = self._tuned(arms, sources, arguments, texts=texts)
         taken = {
             name: [f"{key}={quoted(value)}" for key, value in one.values.items()]
             for name, one in tuned.items()
@@ -173,9 +173,14 @@ class GridSweeper(Sweeper):
         self.launcher.launch(cells, initial_job_idx=0)
 
     def _tuned(
-        self, arms: dict[str, list[str]], sources: dict[str, str], arguments: list[str]
+        self,
+        arms: dict[str, list[str]],
+        sources: dict[str, str],
+        arguments: list[str],
+        *,
+        texts: list[str],
     ) -> "dict[str, Tuned]":
-        """What each arm takes from the search that `sweep.from_search` names.
+        """What each arm takes from the search that `sweep.from_search` names; `texts` are `params`.
 
         The search overrides an arm's own line, which gives defaults; but not if the arm takes the
         settings of another one, since its line then says how it differs from that. Lines lose what
@@ -191,7 +196,8 @@ class GridSweeper(Sweeper):
             raise ConfigError(f"{KEY} must be null for a sweep without arms, got {search!r}")
         from sweeps.search.tuned import read_tuned  # a sweep without a search needs no Optuna
 
-        wanted = [o for o in given if o.key_or_group == "sweep.arm"]
+        every = [*parse(texts, loader=self.loader), *given]
+        wanted = [o for o in every if o.key_or_group == "sweep.arm"]
         names = arms_taken(wanted, arms=arms, loader=self.loader)
         mapped = {name: sources[name] for name in names if sources[name] != NOTHING}
         tuned = read_tuned(self.config.output_dir, search, mapped)

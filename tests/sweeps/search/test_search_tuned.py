@@ -111,7 +111,7 @@ def test_an_arm_without_a_best_is_refused(search, out):
 def cells(loader, monkeypatch, out):
     """(overrides of each point by arm, the launcher) of a sweep with these arms and words."""
 
-    def go(given, *words):
+    def go(given, *words, params=None):
         taken = {}
 
         def run_sweep(points, *, tuned, **options):
@@ -126,7 +126,7 @@ def cells(loader, monkeypatch, out):
             hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
             task_function=lambda config: None,
         )
-        sweeper.arms = given
+        sweeper.arms, sweeper.params = given, params or {}
         sweeper.sweep(words)
         return {cell["sweep.arm"]: cell for cell in taken["points"]}, taken["tuned"]
 
@@ -174,6 +174,11 @@ def test_only_the_arms_that_are_taken_need_be_in_the_search(finished, cells):
     assert list(points) == ["a"]
     with pytest.raises(ConfigError, match="s has no b"):
         cells({"a": [], "b": []}, "sweep.from_search=s")
+    axes = {"sweep.arm": "a"}  # of the sweep's file, as in conf/sweep/paper.yaml
+    points, _ = cells({"a": [], "b": []}, "sweep.from_search=s", params=axes)
+    assert list(points) == ["a"]
+    with pytest.raises(ConfigError, match="s has no b"):
+        cells({"a": [], "b": []}, "sweep.from_search=s", "sweep.arm=b", params=axes)
 
 
 @pytest.mark.parametrize(
