@@ -131,14 +131,14 @@ def _wait(
             shown[job_id] = state
             if state == "over":
                 end = f"job {job_id} {job.state if job else 'ended'}"
-                _fail_rest(jobs.pop(job_id), work, end=end)
+                _fail_rest(job_id, jobs.pop(job_id), work, end=end)
     work.collect()
 
 
-def _fail_rest(indices: list[int], work: Timings, *, end: str) -> None:
+def _fail_rest(job_id: str, indices: list[int], work: Timings, *, end: str) -> None:
     """A failure for each config that a job, which is over, has not timed."""
     work.collect()
-    logs = sorted(work.folder.glob("sweeps/*/jobs/*/*.out"))
+    logs = sorted(work.folder.glob(f"sweeps/*/jobs/*/{job_id}_*.out"))
     reason = next((line for log in logs if (line := last_line(log))), "")
     for index in set(indices) & set(work.left):
         write_result(work.files[index], Result(error=f"{end}: {reason}" if reason else end))

@@ -256,6 +256,26 @@ def test_a_job_that_fails_has_timed_nothing_and_says_so(plan, fake, slurm, clust
     assert "10 timed steps" not in text
 
 
+def test_a_job_that_fails_says_what_it_has_printed_and_not_another(make, tmp_path):
+    reasons = {}
+    work = timing.Timings(
+        folder=tmp_path,
+        names=["a", "b"],
+        configs=[make(), make()],
+        files=[tmp_path / "0.json", tmp_path / "1.json"],
+        runs=2,
+        report=lambda index, result: reasons.update({index: result.error}),
+        reported=set(),
+    )
+    for job_id, line in (("7", "timed all"), ("8", "Bus error")):
+        folder = tmp_path / "sweeps" / "s" / "jobs" / f"0000000{job_id}"
+        folder.mkdir(parents=True)
+        (folder / f"{job_id}_0_log.out").write_text(f"{line}\n")
+    on_slurm._fail_rest("8", [1], work, end="job 8 FAILED")
+    work.collect()
+    assert reasons == {1: "job 8 FAILED: Bus error"}
+
+
 def test_ctrl_c_during_sbatch_cancels_the_job_that_it_made(
     plan, fake, slurm, cluster, out, monkeypatch
 ):
