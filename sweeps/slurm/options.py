@@ -324,7 +324,7 @@ def check_cell(config: RunConfig, options: SlurmOptions) -> None:
         each = costs.memory_bytes(config, compiled=compiled)["total"] / 1e9
         per_gpu = -(-options.runs_per_job // shape.gpus_per_node)
         if each * per_gpu > options.gpu_memory_gb:
-            fits = max(1, int(options.gpu_memory_gb / each)) * shape.gpus_per_node
+            fits = max(1, int(options.gpu_memory_gb / each) * shape.gpus_per_node)
             raise ConfigError(
                 f"hydra.launcher.runs_per_job must be <= {fits} ({each:.3g} GB for each run, "
                 f"{options.gpu_memory_gb:g} GB on each of {shape.gpus_per_node} GPUs), got "

@@ -65,6 +65,9 @@ def test_runs_that_share_a_gpu_are_counted_as_on_a_gpu(nano, compiled):
     check_cell(config, SlurmOptions(gpu_memory_gb=two * 1.001, **options))
     with pytest.raises(ConfigError, match=r"runs_per_job must be <= 1 .* got 2; nearest valid: 1"):
         check_cell(config, SlurmOptions(gpu_memory_gb=two * 0.999, **options))
+    none = {"gpu_memory_gb": two * 0.4, "gpus_per_node": 4, "runs_per_job": 4, "time": "60"}
+    with pytest.raises(ConfigError, match=r"runs_per_job must be <= 1 .* got 4; nearest valid: 1"):
+        check_cell(config, SlurmOptions(**none))
 
 
 def test_a_runs_own_time_must_leave_room_for_saving(submit, slurm, out):
