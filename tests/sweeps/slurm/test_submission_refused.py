@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from submitting import BIG
 
+from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
 from relora_core import costs
 from relora_core.config import (
@@ -106,6 +107,19 @@ def test_a_checkpoint_interval_must_fit_into_the_time_limit(make, slurm, options
         context = pytest.raises(ConfigError, match=r"interval .*about 300 min\).* 301, or checkp")
         with contextlib.nullcontext() if good else context:
             launcher.check(plan, estimates={plan.cells[0].run_id: cost})
+
+
+def test_of_a_run_that_has_begun_the_rest_takes_what_it_is_expected_to_cost(make, slurm, out):
+    config = make(
+        train=TrainConfig(steps=1000, batch_size=4), checkpoint=CheckpointConfig(every_steps=100)
+    )
+    plan = make_plan([({}, config)], name="s")
+    [cell] = plan.cells
+    (run_at(out, cell.run_id).checkpoints / "step-00000500").mkdir(parents=True)
+    launcher = SlurmLauncher(options=SlurmOptions(time="1:30:00", gpus_per_node=0))
+    cost = Estimate(hours=10, low=1, high=99, basis="test")  # 2 h for 100 of 500 steps
+    with pytest.raises(ConfigError, match=r"interval .*about 120 min\).* 121, or checkp"):
+        launcher.check(plan, estimates={cell.run_id: cost})
 
 
 def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code):
