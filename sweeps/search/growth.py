@@ -29,6 +29,7 @@ from sweeps.search.space import (
     base_key,
     condition,
     knobs,
+    means,
     to_json,
     with_values,
 )
@@ -71,8 +72,9 @@ def allows_same(before: str | None, now: str | None, *, space: Mapping[str, Dime
     if needed != other or not set(values) <= set(more):
         return False
     dimension, added = space.get(needed), set(more) - set(values)
-    old = set(map(str, dimension.values)) if isinstance(dimension, Choice) else added
-    return not added & old
+    if not isinstance(dimension, Choice):
+        return not added
+    return not any(means(text, value) for text in added for value in dimension.values)
 
 
 def join(old: Spec, new: Spec) -> Spec:

@@ -5,6 +5,7 @@ Not for: Hydra's grammar (`hydra_plugins`), nor sampling (`samplers.py`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -194,7 +195,7 @@ def check_space(
     config: RunConfig,
 ) -> None:
     """ConfigError at the first key that is neither a knob nor a group, has values of another type,
-    or has a condition that cannot be met."""
+    or has a condition that cannot be judged."""
     if not space:
         raise ConfigError("search.space must have at least one key, got nothing")
     for key, dimension in space.items():
@@ -288,6 +289,14 @@ def condition(key: str, text: str) -> tuple[str, list[str]]:
     return needed.strip(), allowed
 
 
+def means(text: str, value: Any) -> bool:
+    """Whether a condition's text is this value; a number may be written in any way."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(text) == value
+    return _spell(value) == text
+
+
 def ordered(
     space: Mapping[str, Dimension], *, groups: Sequence[str], when: Mapping[str, str]
 ) -> list[str]:
@@ -325,10 +334,10 @@ def is_active(
     """Whether `key` is to be drawn after `params`; `config` has them set."""
     if key in when:
         needed, allowed = condition(key, when[key])
-        if needed in space:
-            if needed not in params or _spell(params[needed]) not in allowed:
-                return False
-        elif _spell(get(config, needed)) not in allowed:
+        if needed in space and needed not in params:
+            return False
+        value = params[needed] if needed in space else get(config, needed)
+        if not any(means(text, value) for text in allowed):
             return False
     return group or applies(knobs(config)[key], config)
 

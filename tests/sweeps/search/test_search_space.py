@@ -154,6 +154,28 @@ def test_a_knob_of_a_method_is_drawn_for_that_method_only(make):
     assert not active("train.lr", "full_rank")
 
 
+@pytest.mark.parametrize(
+    ("value", "text", "same"),
+    [
+        (1e-5, "1e-5", True),
+        (32.0, "32", True),
+        (0.5, "0.50", True),
+        (4, "4.0", True),
+        (True, "true", True),
+        (True, "1", False),
+        (1, "true", False),
+        (None, "null", True),
+        ("4", "4", True),
+        ("4", "4.0", False),
+        ([1], "1", False),
+    ],
+)
+def test_a_condition_means_numbers_however_they_are_written(make, value, text, same):
+    space = {"train.lr": Float(low=0.1, high=1), "model.name": Choice(values=[value])}
+    given = {"space": space, "when": {"train.lr": f"model.name={text}"}, "config": make()}
+    assert is_active("train.lr", params={"model.name": value}, group=False, **given) == same
+
+
 def test_values_are_set_in_the_type_of_their_knob(make):
     point = with_values(make(), {"relora.alpha": 8, "relora.r": 8.0, "train.lr": 0.5})
     assert (repr(get(point, "relora.alpha")), repr(get(point, "relora.r"))) == ("8.0", "8")
