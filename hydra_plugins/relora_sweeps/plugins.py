@@ -35,7 +35,7 @@ from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.planning.grid import points_from
-from sweeps.search.config import SearchConfig, check_arms, normalise
+from sweeps.search.config import SearchConfig, check_arms, check_overrides, normalise
 from sweeps.search.recipe import quoted
 from sweeps.search.space import Choice, Dimension
 from sweeps.slurm.options import SlurmOptions
@@ -162,7 +162,10 @@ class GridSweeper(Sweeper):
                 "hydra/launcher must be local or slurm with hydra/sweeper=relora_grid"
             )
         self.launcher.plan_only, self.launcher.measure = self.plan_only, self.measure
-        arms = {name: list(overrides or []) for name, overrides in self.arms.items()}
+        arms = {
+            name: check_overrides(f"hydra.sweeper.arms.{name}", overrides)
+            for name, overrides in self.arms.items()
+        }
         sources = {name: _tuned_as(name, lines) for name, lines in arms.items()}
         self.launcher.tuned = tuned = self._tuned(arms, sources, arguments, texts=texts)
         taken = {

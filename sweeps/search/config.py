@@ -163,14 +163,18 @@ def check_arms(arms: Any) -> dict[str, list[str]]:
                 "search.arms must have names of at most 60 letters, digits or . _ = -, got "
                 f"{str(name)!r}"
             )
-        texts = [] if overrides is None else overrides
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(
-                f"search.arms.{name} must be overrides, like [method=lora, relora.r=8], got "
-                f"{overrides!r}"
-            )
-        checked[str(name)] = texts
+        checked[str(name)] = check_overrides(f"search.arms.{name}", overrides)
     return checked
+
+
+def check_overrides(key: str, overrides: Any) -> list[str]:
+    """The overrides of an arm; ConfigError for what is no list of texts."""
+    texts = [] if overrides is None else overrides
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"{key} must be overrides, like [method=lora, relora.r=8], got {overrides!r}"
+        )
+    return list(texts)
 
 
 def constraints_of(config: SearchConfig) -> list[Constraint]:

@@ -195,6 +195,12 @@ def test_a_source_that_is_none_is_refused(finished, cells, lines, word, says):
         cells(lines, word)
 
 
+@pytest.mark.parametrize("overrides", ["method=lora", [{"method": "lora"}]])
+def test_an_arm_that_is_no_list_of_overrides_is_refused(cells, overrides):
+    with pytest.raises(ConfigError, match=r"^hydra.sweeper.arms.a must be overrides, like \["):
+        cells({"a": overrides})
+
+
 def test_a_point_cannot_name_a_search_or_its_place(cells, nano):
     """It is read before the points are composed, so all of these would run untuned."""
     with pytest.raises(ConfigError, match=r"must come from the command line or the top of the"):
