@@ -122,7 +122,8 @@ def expand(texts: list[str], *, loader: ConfigLoader) -> list[list[str]]:
                 f"{override.key_or_group} must be a list, choice() or range() in a grid, got "
                 f"{override.input_line!r}; interval() is for a search"
             )
-    if (points := math.prod(map(count_values, overrides))) > MOST_POINTS:
+    counts = {one.get_key_element(): count_values(one) for one in overrides}  # the last one counts
+    if (points := math.prod(counts.values())) > MOST_POINTS:
         raise ConfigError(f"a grid must have at most {MOST_POINTS} points, got {points}")
     return BasicSweeper.split_arguments(overrides, None)[0]
 

@@ -58,6 +58,12 @@ def test_the_product_varies_the_last_axis_fastest_and_later_words_win(loader):
     assert len(cells) == 4
 
 
+def test_a_grid_may_have_as_many_points_as_it_lists(loader):
+    axes = ["seed=range(400)", "relora.r=range(1,251)"]
+    assert len(expand([*axes, "seed=range(2)"], loader=loader)) == 500
+    assert len(expand([*axes, *axes[:1], "seed=range(3)"], loader=loader)) == 750
+
+
 def test_a_shuffled_range_holds_the_same_points(loader):
     cells = expand(["relora.dropout=shuffle(range(0.1,0.4,0.1))"], loader=loader)
     assert sorted(text for [text] in cells) == [f"relora.dropout=0.{n}" for n in (1, 2, 3)]
