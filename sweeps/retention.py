@@ -24,7 +24,7 @@ from experiments.disk.state import state_of
 from experiments.disk.states import State
 from experiments.metrics import goes_up, headline
 from relora_core.config import ConfigError, nearest
-from sweeps.slurm.submission import alive, recover
+from sweeps.slurm.submission import APPEARS_S, alive, recover
 
 IN_USE = (State.QUEUED, State.RUNNING, State.LOST)
 """States in which a process may be using the run's files."""
@@ -224,6 +224,7 @@ def _jobs_alive(output_dir: Path | str, *, sweep: str) -> bool:
     if not jobs_folder(output_dir, name=sweep).exists():
         return False
     submissions = recover(output_dir, sweep)
-    if any(one.state == "submitting" and one.created > time.time() - 60 for one in submissions):
+    recent = time.time() - APPEARS_S
+    if any(one.state == "submitting" and one.created > recent for one in submissions):
         return True
     return bool(alive(submissions))

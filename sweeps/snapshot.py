@@ -159,9 +159,13 @@ def freeze(
     code = code_state(root, output_dir=output_dir)
     entries = _entries(root, names)
     tree = tree_hash(entries)
-    if not (folder / tree).exists():
-        _write(entries, folder / tree, facts=_facts(code) | {"tree_hash": tree})
-    return folder / tree
+    copy = folder / tree
+    if copy.exists():
+        with contextlib.suppress(PermissionError):  # another user's
+            os.utime(copy)  # an old one may be removed (`retention.py`)
+    else:
+        _write(entries, copy, facts=_facts(code) | {"tree_hash": tree})
+    return copy
 
 
 def tree_hash(entries: list[Entry]) -> str:

@@ -145,8 +145,10 @@ def test_what_changes_after_the_freeze_does_not_reach_the_copy(checkout, copy):
 def test_the_same_code_is_one_copy_and_any_change_another(checkout, copy):
     first = copy()
     before = (first / "a.py").stat().st_ino
+    changed = first.stat().st_ctime_ns
     assert copy() == first
     assert (first / "a.py").stat().st_ino == before
+    assert first.stat().st_ctime_ns > changed  # by its age `gc` knows that it may be in use
     (checkout / "a.py").chmod(0o755)
     second = copy()
     (checkout / "a.py").rename(checkout / "b.py")

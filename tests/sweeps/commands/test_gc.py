@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 
 import pytest
 from hypothesis import given
@@ -301,6 +302,15 @@ def test_a_snapshot_stays_while_an_evaluation_of_finished_runs_waits(
     monkeypatch.setattr(cluster, "jobs", lambda ids: asked.extend(ids) or {"7_1": job})
     assert call("--snapshots", "--yes") == 0
     assert sorted(asked) == ["7_0", "7_1"]
+    assert snapshot.exists() == stays
+
+
+@pytest.mark.parametrize(("minutes", "stays"), [(9, True), (11, False)])
+def test_a_snapshot_stays_while_the_job_of_an_interrupted_sbatch_may_appear(
+    snapshot, call, tmp_path, slurm, minutes, stays
+):
+    submit(tmp_path, created=time.time() - 60 * minutes)
+    assert call("--snapshots", "--yes") == 0
     assert snapshot.exists() == stays
 
 
