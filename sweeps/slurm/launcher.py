@@ -137,8 +137,9 @@ class SlurmLauncher:
         limit = cluster.time_limit(partition)
         if limit is not None and shape.minutes > limit[0]:
             raise ConfigError(
-                f"hydra.launcher.time must be <= {limit[1]} (the limit of partition "
-                f"{partition or 'by default'}), got {shape.minutes} min: such a job never starts; "
+                f"hydra.launcher.time must be <= {limit[1]} (the limit of "
+                f"{f'partition {partition}' if partition else 'the default partition'}), got "
+                f"{shape.minutes} min: such a job never starts; "
                 f"nearest valid: {limit[0]}"
             )
 
