@@ -6,7 +6,6 @@ Not for: output that scripts read (`--json`).
 from __future__ import annotations
 
 import collections
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,7 +28,7 @@ from relora_core.config import RunConfig
 from relora_core.devices import A100
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, tokens
-from sweeps.planning.plan import Cell, Plan
+from sweeps.planning.plan import Cell, Plan, command
 
 PLAIN_EVERY_S = 10.0
 REFRESH_S = 0.5
@@ -202,10 +201,8 @@ def show_plan(
     common = {"states": states, "estimates": estimates, "unit": unit}
     console.print(plan_table(plan, **common, output_dir=output_dir, most=most))
     if most:
-        place = str(output_dir or "outputs")
-        where = ["--output-dir", place] if place != "outputs" else []
-        command = shlex.join(["python", "-m", "sweeps", "plan", plan.name, *where])
-        hint = command if stored else "`| less` after the command shows all"
+        shows_all = command("plan", plan.name, output_dir=output_dir or "outputs")
+        hint = shows_all if stored else "`| less` after the command shows all"
         say(console, f"... and {len(plan.cells) - most} more runs ({hint})")
     for line in [totals_line(plan, **common, max_hours=max_hours), *plan.collapsed]:
         console.print(line, markup=False, highlight=False)

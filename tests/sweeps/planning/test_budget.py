@@ -5,6 +5,7 @@ import io
 import math
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -465,7 +466,8 @@ def test_the_plan_shows_hours_disk_and_totals_of_all_runs_though_rows_are_cut(ma
     assert f"sweep {plan.name}: 50 runs" in text
     assert f"... and 30 more runs (python -m sweeps plan {plan.name})" in text
     elsewhere = shown(plan, states=states, output_dir="a b")
-    assert f"(python -m sweeps plan {plan.name} --output-dir 'a b')" in elsewhere
+    where = Path("a b").absolute()
+    assert f"(python -m sweeps plan {plan.name} --output-dir '{where}')" in elsewhere
     unstored = shown(plan, states=states, stored=False)
     assert "more runs" not in unstored
     assert all(cell.name in unstored for cell in plan.cells)
