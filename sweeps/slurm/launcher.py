@@ -28,7 +28,7 @@ from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps.planning.budget import Estimate, Place, to_run
 from sweeps.planning.plan import Cell, Plan, command
-from sweeps.slurm import cluster
+from sweeps.slurm import cluster, refusal
 from sweeps.slurm.batches import Batch, batches
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.options import (
@@ -125,7 +125,7 @@ class SlurmLauncher:
             check = Sbatch(name="check", tasks=1, options=self.options, shape=shape, file=file)
             path = Path(folder) / "check.sh"
             path.write_text(check.script(), encoding="utf-8")
-            cluster.test(path)
+            refusal.test(path)
         self._check_limit(shape)
 
     def _check_limit(self, shape: Shape) -> None:

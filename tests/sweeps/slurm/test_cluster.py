@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_core.config import ConfigError
-from sweeps.slurm import cluster
+from sweeps.slurm import cluster, refusal
 from sweeps.slurm.cluster import SlurmError, _expand
 
 
@@ -218,7 +218,7 @@ def test_not_finding_is_not_the_same_as_no_answer(slurm):
 # the site ---------------------------------------------------------------------------------------
 def test_the_sites_limits_are_read(slurm):
     slurm.config(partitions=["cpu", "ampere"], max_array_size=17)
-    assert cluster.partitions() == ["ampere", "cpu"]
+    assert refusal.partitions() == ["ampere", "cpu"]
     assert cluster.max_array_size() == 17
     assert cluster.available()
 
@@ -231,13 +231,13 @@ def test_without_slurm_on_path_nothing_is_available_and_asking_is_one_line(monke
 
 
 def test_a_job_that_fits_passes_and_queues_nothing(slurm, tmp_path):
-    cluster.test(script(tmp_path, "--partition=gpu", "--nodes=2", "--gpus-per-node=4"))
+    refusal.test(script(tmp_path, "--partition=gpu", "--nodes=2", "--gpus-per-node=4"))
     assert slurm.jobs() == {}
 
 
 def test_an_unknown_partition_gets_the_nearest_one(slurm, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        cluster.test(script(tmp_path, "--partition=mian"))
+        refusal.test(script(tmp_path, "--partition=mian"))
     assert str(caught.value) == (
         "hydra.launcher.partition must be one of gpu, main, got 'mian'. Did you mean 'main'?"
     )
@@ -290,7 +290,7 @@ def test_a_refusal_has_slurms_words_and_the_nearest_value(
     monkeypatch.setenv("PATH", str(site), prepend=":")
     slurm.fail("sbatch", f"Batch job submission failed: {said}")
     with pytest.raises(ConfigError) as caught:
-        cluster.test(script(tmp_path, *partition, *lines))
+        refusal.test(script(tmp_path, *partition, *lines))
     message = str(caught.value)
     assert f"Batch job submission failed: {said}" in message
     assert f"; nearest valid: {nearest};" in message
@@ -307,7 +307,7 @@ def test_nodes_that_differ_in_features_alone_are_summed(slurm, tmp_path, monkeyp
     monkeypatch.setenv("PATH", str(site), prepend=":")
     slurm.fail("sbatch", "Invalid --mail-type specification")
     with pytest.raises(ConfigError) as caught:
-        cluster.test(script(tmp_path, "--mail-type=XX"))
+        refusal.test(script(tmp_path, "--mail-type=XX"))
     assert str(caught.value) == (
         "hydra.launcher must ask for what SLURM can give, got mail-type=XX: sbatch: Invalid "
         "--mail-type specification; gpu has 4 nodes of 8 CPUs, 8000 MB, gpu:4, time <= infinite"
@@ -318,7 +318,7 @@ def test_slurms_reason_stands_where_sinfo_has_none(slurm, tmp_path):
     slurm.fail("sbatch", "Batch job submission failed: Access denied")
     slurm.fail("sinfo", "Unable to contact slurm controller")
     with pytest.raises(ConfigError, match=r"got partition=gpu: sbatch: .*Access denied$"):
-        cluster.test(script(tmp_path, "--partition=gpu"))
+        refusal.test(script(tmp_path, "--partition=gpu"))
 
 
 def test_what_the_nodes_cannot_say_is_no_traceback(slurm, tmp_path, monkeypatch):
@@ -330,7 +330,7 @@ def test_what_the_nodes_cannot_say_is_no_traceback(slurm, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(site), prepend=":")
     slurm.fail("sbatch", "Batch job submission failed: Requested node configuration")
     with pytest.raises(ConfigError, match=r"nearest valid: gpus_per_node=4; gpu has 4 nodes"):
-        cluster.test(script(tmp_path, "--gpus-per-node=5", "--time=99999"))
+        refusal.test(script(tmp_path, "--gpus-per-node=5", "--time=99999"))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_a_tool_that_hangs_is_named_and_given_up(slurm, monkeypatch, capsys):
 @pytest.mark.parametrize("line", ["--gpus-per-node=9", "--nodes=7", "--gres=gpu:a100:8"])
 def test_more_than_the_nodes_have_is_refused_with_what_they_have(slurm, tmp_path, line):
     with pytest.raises(ConfigError) as caught:
-        cluster.test(script(tmp_path, "--partition=gpu", line))
+        refusal.test(script(tmp_path, "--partition=gpu", line))
     message = str(caught.value)
     assert line.removeprefix("--") in message
     assert "gpu has 2 nodes of 8 CPUs, 8000 MB, gpu:4" in message
@@ -375,7 +375,7 @@ def test_more_than_the_nodes_have_is_refused_with_what_they_have(slurm, tmp_path
 def test_a_silent_controller_is_not_the_users_mistake(slurm, tmp_path):
     slurm.fail("sbatch", "Batch job submission failed: Socket timed out on send/recv operation")
     with pytest.raises(SlurmError, match="Socket timed out"):
-        cluster.test(script(tmp_path, "--partition=main"))
+        refusal.test(script(tmp_path, "--partition=main"))
 
 
 # acting -----------------------------------------------------------------------------------------
