@@ -243,8 +243,8 @@ def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> O
     """How the run ended; None if another process has the trial by now."""
     config = run_dir.config()
     listener = SearchSink(trial, stop=stop, index=index)
-    listener.replay(run_dir)
     while True:
+        listener.replay(run_dir)  # again after a wait: another process was at work on the run
         if not run_dir.ended() and is_stalled(run_dir, limit=MAX_STALLED):
             raise DataError(
                 f"{MAX_STALLED} attempts at {run_dir.run_id} ended at step "

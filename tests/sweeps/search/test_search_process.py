@@ -20,6 +20,7 @@ from rich.console import Console
 from experiments import scheduler
 from experiments.disk.output_dir import all_runs, jobs_folder, study_folder
 from experiments.disk.run_dir import RunDir
+from experiments.errors import RunLocked
 from experiments.identity import run_id
 from experiments.run.complete import complete
 from experiments.run.runner import run_experiment
@@ -109,6 +110,25 @@ def test_a_run_that_a_grid_has_finished_is_not_trained_again(study, tmp_path):
     [frozen] = made.trials()
     assert frozen.value == result(run)["metrics"]["train/loss"]
     assert frozen.intermediate_values  # a pruner compares later trials with its curve
+
+
+def test_a_run_that_another_process_ends_meanwhile_has_its_curve(study, monkeypatch):
+    made = study(space={"train.lr": Choice(values=[1e-2])}, n_trials=1)
+    monkeypatch.setattr(process, "LOOK_EVERY_S", 0.0)
+    real, asked = process.run_experiment, []
+
+    def run(config, run_dir, **options):
+        asked.append(run_dir)
+        if len(asked) == 1:  # a grid is at work on it
+            real(config, run_dir)
+            raise RunLocked("by a grid")
+        return real(config, run_dir, **options)
+
+    monkeypatch.setattr(process, "run_experiment", run)
+    assert process.work(made.folder, stop=StopFlag()) == FINISHED
+    [frozen] = made.trials()
+    assert (len(asked), frozen.state.name) == (2, "COMPLETE")
+    assert frozen.intermediate_values
 
 
 @pytest.mark.slow
