@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from relora_core.config import GRAMMAR_PAIRS, BlimpConfig, ConfigError, ModelConfig, RunConfig
-from relora_core.data.base import Tokenizer
+from relora_core.data.base import DataError, Tokenizer
 from relora_core.data.places import SPLITS, first_line, read_stamps, shorten, split_of, walk
 from relora_core.evals.base import (
     EvalResult,
@@ -125,7 +125,7 @@ def notes(config: BlimpConfig) -> list[str]:
 def check(
     config: BlimpConfig, *, tokenizer: Tokenizer, knows_all: bool, model: ModelConfig
 ) -> None:
-    """DataError if a sentence cannot be tokenised, ConfigError if it is too long.
+    """DataError if a sentence cannot be tokenised or has no tokens, ConfigError if it is too long.
 
     With a tokenizer that knows every character only sentences that may be too long are encoded.
     """
@@ -308,11 +308,18 @@ def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
 
 
 def windows(pairs: Sequence[Pair], *, tokenizer: Tokenizer) -> dict[str, list[Window]]:
-    """Variant -> the sequences of good and bad in turn, 2 * len(pairs) of them."""
+    """Variant -> the sequences of good and bad in turn, 2 * len(pairs) of them.
+
+    DataError for a sentence without tokens, as where a tokenizer drops every character of it.
+    """
     texts = [text for pair in pairs for text in pair.texts()]
+    bare = encode(texts, tokenizer)
+    for text, ids in zip(texts, bare, strict=True):
+        if not len(ids):
+            raise DataError(f"a sentence must hold tokens, got none of {text[:40]!r}")
     start = np.array([start_id(tokenizer)], dtype=np.int32)
     return {
-        "no_bos": [Window(ids, max(0, len(ids) - 1)) for ids in encode(texts, tokenizer)],
+        "no_bos": [Window(ids, len(ids) - 1) for ids in bare],
         "eos_prefix": [
             Window(np.concatenate((start, ids)), len(ids))
             for ids in encode([f" {text}" for text in texts], tokenizer)

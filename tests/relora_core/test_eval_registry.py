@@ -204,6 +204,21 @@ def test_what_would_end_the_last_evaluation_is_found_while_planning(tmp_path, kn
     evals.inspect(config)
 
 
+def test_a_sentence_without_tokens_is_found_while_planning(tmp_path):
+    """Else two such sentences tie, which `eos_prefix` counts as right; one ends the evaluation."""
+    file = write_bpe(tmp_path / "tokenizer") / "tokenizer.json"
+    record = json.loads(file.read_text())
+    record["pre_tokenizer"] = None  # it drops what is beyond ASCII now
+    file.write_text(json.dumps(record))
+    config = make_config("text", tokenizer=str(file))
+    config.eval.blimp.path = write_blimp(tmp_path / "pairs", PAIR % r"\u732b \u72ac")
+    with pytest.raises(
+        ConfigError,
+        match=r"^eval\.blimp\.path=.*/pairs: a sentence must hold tokens, got none of '猫 犬'$",
+    ):
+        evals.inspect(config)
+
+
 def test_a_tokenizer_must_fit_the_model():
     config = make_config()
     tokenizer = GrammarTokenizer()
