@@ -4,10 +4,13 @@ import pytest
 import torch
 from training import build, one_step
 
-from relora_core import costs
+from relora_core import checkpoint, costs
 from relora_core.config import ConfigError, linear_shapes, validate
-from relora_core.export import export_run
+from relora_core.data.grammar import VOCAB_SIZE
+from relora_core.events import NullSink
+from relora_core.export import export_run, read_model
 from relora_core.methods import build_method
+from relora_core.model import Decoder
 from relora_core.train import train
 
 
@@ -41,17 +44,18 @@ def test_the_counts_are_the_models(nano):
     assert list(method.adapter_factors(model)) == []
 
 
-def test_it_starts_from_the_weights_of_its_seed_and_ends_in_a_plain_model(nano, tmp_path):
-    from relora_core import checkpoint
-    from relora_core.data.grammar import VOCAB_SIZE
-    from relora_core.events import NullSink
-
+def test_a_run_keeps_the_body_of_its_seed_and_ends_in_a_plain_model(nano, tmp_path):
     measured = {"every_steps": 2, "what": ["weight", "gradient", "update_proxy", "update_total"]}
     config = frozen(nano, model={"vocab_size": VOCAB_SIZE}, train={"steps": 4}, dynamics=measured)
     train(config, checkpoints=tmp_path / "checkpoints", cache_dir=tmp_path, sink=NullSink())
     [*_, newest] = checkpoint.complete(tmp_path / "checkpoints")
     export_run(config, checkpoint=newest, folder=tmp_path / "exported")
-    assert (tmp_path / "exported" / "model.safetensors").exists()
+    _, exported = read_model(tmp_path / "exported")
+    torch.manual_seed(config.seed)
+    drawn = Decoder(config.model).state_dict()
+    assert exported.keys() == drawn.keys()
+    body = {f"{name}.weight" for name in linear_shapes(config.model)}
+    assert {name for name, tensor in drawn.items() if torch.equal(exported[name], tensor)} == body
 
 
 @pytest.mark.parametrize(

@@ -525,14 +525,6 @@ def test_nested_ranks_are_drawn_for_each_layer_and_step_evenly(trained):
     assert counts.tolist() == pytest.approx([0.25] * 4, abs=0.05)
 
 
-def test_a_knob_of_restarts_has_no_say_without_them(trained):
-    """It is outside the identity there."""
-    plain, with_knob = (
-        trained(4, method="lora", relora=knobs)[3] for knobs in ({}, {"nested_rank": True})
-    )
-    assert plain == with_knob
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -298,7 +298,7 @@ def test_without_switches_it_is_lora_from_the_same_start_bit_for_bit(config, nan
     twin = Decoder(lora.model)
     plain = build_method(lora)
     plain.adapt(twin)
-    start = {n: t for n, t in model.state_dict().items() if "pool" not in n}
+    start = {n: t.clone() for n, t in model.state_dict().items() if "pool" not in n}
     twin.load_state_dict(start)
     theirs = plain.build_optimizer(twin)
     for step in range(8):
@@ -308,9 +308,7 @@ def test_without_switches_it_is_lora_from_the_same_start_bit_for_bit(config, nan
         plain.after_step(step + 1, twin, theirs)
     now = model.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in twin.state_dict().items())
-    assert not torch.equal(
-        now["layers.0.swiglu.w_0.lora_A"], start["layers.0.swiglu.w_0.lora_B"][:6, :6]
-    )
+    assert not torch.equal(now["layers.0.swiglu.w_0.lora_A"], start["layers.0.swiglu.w_0.lora_A"])
 
 
 def vars_of(section):
