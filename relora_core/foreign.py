@@ -445,7 +445,7 @@ def _evaluate(config: EvaluatedConfig, *, loaded: Loaded, sink: Sink, stop: Stop
         evals=prepare(config, loaded.tokenizer),
         recorder=recorder,
         sink=sink,
+        stop=stop,
     )
-    measure.stop = stop
     measure.dynamics(0)
     return "finished" if measure.evaluate(0) else "interrupted"

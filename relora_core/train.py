@@ -63,8 +63,8 @@ def train(
 ) -> str:
     """Train, or go on from the newest complete checkpoint: `finished`, `diverged`, `interrupted`.
 
-    All events go to `sink` on rank 0. `interrupted` means that `stop` was true on some rank and
-    that a checkpoint of this step is on disk. Bad settings raise ConfigError before the
+    All events go to `sink` on rank 0. `interrupted` means that `stop` was true on some rank, and
+    that a checkpoint on disk holds every update done. Bad settings raise ConfigError before the
     first step, bad data DataError.
     """
     with (
@@ -158,9 +158,14 @@ def _train(
         begun["notes"] = stream.notes
     sink.emit(Event(kind="start", step=progress.step, data=begun))
     measure = Measures(
-        config, accelerator=accelerator, model=model, evals=evals, recorder=recorder, sink=sink
+        config,
+        accelerator=accelerator,
+        model=model,
+        evals=evals,
+        recorder=recorder,
+        sink=sink,
+        stop=stop,
     )
-    measure.stop = stop
     losses, votes = Losses(progress, accelerator=accelerator), Votes(accelerator)
     if not resumed:
         measure.dynamics(0)
@@ -588,8 +593,6 @@ class Interrupted(Exception):
 class Measures:
     """Evals (at the end, too) and dynamics, each at its cadence; they leave model and RNG alone."""
 
-    stop: Stop = staticmethod(never)
-
     def __init__(
         self,
         config: RunConfig,
@@ -599,9 +602,10 @@ class Measures:
         evals: list[Eval],
         recorder: Recorder,
         sink: Sink,
+        stop: Stop,
     ) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.evals, self.recorder, self.sink = evals, recorder, sink
+        self.evals, self.recorder, self.sink, self.stop = evals, recorder, sink, stop
 
     def _due(self, step: int) -> list[Eval]:
         """The evals that are due when `step` updates are complete."""
