@@ -11,7 +11,6 @@ KEEP_ALL = 1 << 16
 """Above every value of 16 bits."""
 
 
-# adapters ---------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Dropout:
     """A layer's dropout in one pass of a step, the same however the step's batch is divided.

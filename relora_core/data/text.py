@@ -427,9 +427,7 @@ class TextStream(RowStream):
         place = int(np.searchsorted(self._ends, position, side="right"))
         while filled < len(out):
             end = int(self._tokens.starts[self._order[place] + 1])
-            remaining = (
-                int(self._ends[place]) - position
-            )  # tokens of this document that are still to come
+            remaining = int(self._ends[place]) - position  # of this document's tokens
             take = min(remaining, len(out) - filled)
             out[filled : filled + take] = self._tokens.ids[end - remaining : end - remaining + take]
             filled, position, place = filled + take, position + take, place + 1

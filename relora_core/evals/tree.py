@@ -28,7 +28,7 @@ NODES = 64
 """Nodes of a tree: larger ones share more, but each node attends over a mask of as many."""
 
 
-def groups(sequences: Sequence[np.ndarray], *, nodes: int = NODES) -> Iterator[tuple[int, int]]:
+def groups(sequences: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
     """(start, stop) of neighbours that fit into one tree; sorted by content, they share most.
 
     The last token of a sequence is only predicted and takes no node.
@@ -37,7 +37,7 @@ def groups(sequences: Sequence[np.ndarray], *, nodes: int = NODES) -> Iterator[t
     for row, ids in enumerate(sequences):
         inputs = ids[:-1]
         shared = _common_length(inputs, before)
-        if row > start and used + len(inputs) - shared > nodes:
+        if row > start and used + len(inputs) - shared > NODES:
             yield start, row
             start, used, shared = row, 0, 0
         used += len(inputs) - shared
