@@ -6,13 +6,14 @@ evals/           Perplexity and minimal pairs
 config.py        every knob: type, unit, default, bounds; rules across knobs
 model.py         the complete decoder
 train.py         the training loop
+measures.py      when evals, dynamics and the probe of restarts are run
 timing.py        how long some of its steps take
 overlap.py       what host and GPU do at the same time; on a CPU at once
 schedule.py      learning-rate factors and restart steps, as functions of the step
 seeds.py         draws that depend on seed, step and name alone
 redraws.py       when adapters are drawn anew, and which never learn
 dropout.py       dropout of the adapters' inputs, alike on any device
-optim.py         AdamW, and pruning of its state
+optim.py         AdamW and Muon, clipping, and pruning of their state
 loss.py          the head's loss and log-probabilities without full logits
 head.py          the head's loss on a GPU, its softmax compiled
 kernels.py       attention, norms, SwiGLU and the adapted linear, with their backward passes

@@ -28,8 +28,9 @@ from relora_core.dynamics import Recorder
 from relora_core.evals import prepare, tree
 from relora_core.events import Event, Sink
 from relora_core.loss import target_log_probs
+from relora_core.measures import Measures, Stop
 from relora_core.methods.base import Method
-from relora_core.train import Measures, Stop, make_accelerator
+from relora_core.train import make_accelerator
 
 EXPECTED = "a folder or hub name of a causal language model that transformers loads"
 PROBE = (2, 8)

@@ -1,10 +1,11 @@
-"""AdamW over all or some of a method's groups, Muon beside it, and pruning of their state.
+"""AdamW over all or some of a method's groups, Muon beside it, clipping, pruning of their state.
 
 Not for: schedules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,48 @@ def set_lr_(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr` times its own `lr_ratio`, if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+
+def clip(model: nn.Module, *, limit: float | None, measured: bool) -> float | Tensor | None:
+    """Global gradient norm before clipping; None if it is neither limited nor logged.
+
+    Without a limit no gradient is changed. If the squares overflow float32 the norm is computed
+    on scaled gradients, so that finite gradients stay finite. A GPU adds them up in float64
+    instead, which asks for no decision of the host: there the norm is a tensor.
+    """
+    if limit is None and not measured:
+        return None
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if gradients and gradients[0].device.type == "cuda":
+        norm = wide_norm(gradients)
+        if limit is not None:
+            clip_by_wide_(gradients, limit=limit, norm=norm)
+        return norm
+    norm = nn.utils.get_total_norm(gradients)
+    largest = nn.utils.get_total_norm(gradients, math.inf) if norm.isinf() else norm
+    if norm.isfinite() or not largest.isfinite():
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        return norm.item()
+    share = nn.utils.get_total_norm([g / largest for g in gradients]).item()
+    total = share * largest.item()
+    if limit is not None and limit < total:
+        for gradient in gradients:
+            gradient.div_(largest).mul_(limit / share)
+    return total
+
+
+def wide_norm(gradients: list[Tensor]) -> Tensor:
+    """Global norm in float64, a scalar; nothing is read by the host."""
+    norms = torch._foreach_norm(gradients, 2, torch.float64)  # type: ignore[attr-defined]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_by_wide_(gradients: list[Tensor], *, limit: float, norm: Tensor) -> None:
+    """As torch's clip_grads_with_norm_, bit for bit, by a norm in float64. The factor is float32 as
+    the gradients are: for another type a GPU starts a kernel for each of them."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0).float()
+    torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

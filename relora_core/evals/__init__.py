@@ -1,6 +1,6 @@
 """The registry of evals, and those of a run. A new one: docs/recipes.md.
 
-Loading and inspection import no torch. Not for: how often an eval runs (`train.py`), nor for the
+Loading and inspection import no torch. Not for: how often an eval runs (`measures.py`), nor for the
 definition of any one measure (`paloma.py`, `blimp.py`).
 
     base.py     what an eval is, and what evals share

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from relora_core import kernels
 from relora_core.config import ConfigError, RunConfig
-from relora_core.train import clip_by_wide_, wide_norm
+from relora_core.optim import clip_by_wide_, wide_norm
 
 pytestmark = pytest.mark.slow
 

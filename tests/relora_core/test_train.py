@@ -23,7 +23,8 @@ from relora_core.config import ConfigError
 from relora_core.data.grammar import VOCAB_SIZE
 from relora_core.dropout import Dropout
 from relora_core.model import SwiGLU
-from relora_core.train import clip, split_batch
+from relora_core.optim import clip
+from relora_core.train import split_batch
 
 EVERY_STEP = {"every_steps": 1, "keep_last": 12}
 
