@@ -42,6 +42,8 @@ CHECKSUMS = "checksums.json"
 """sha256 of every other file. Older checkpoints without it are not checked."""
 NEEDED = (MODEL, "optimizer.pt", "rng.pt", "progress.json")
 """Files of every checkpoint."""
+REFERENCE = "reference.safetensors"
+"""Weights that dynamics compare with, if there are any."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,7 +152,7 @@ class Snapshot:
         yield "optimizer.pt", _packed(self.moments)
         yield "rng.pt", _packed(self.rng)
         if self.reference:
-            yield "reference.safetensors", _tensors(self.reference)
+            yield REFERENCE, _tensors(self.reference)
         yield "progress.json", self.record
 
 
@@ -378,7 +380,10 @@ def mark_evaluated(folder: Path, *, step: int, rank: int) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """The first file of a checkpoint that differs from what was written; None: all are intact."""
+    """The first file of a checkpoint that differs from what was written; None: all are intact.
+
+    Files that loading does not read, such as a user's own beside them, are none of these.
+    """
     try:
         digests = json.loads((path / CHECKSUMS).read_bytes())
     except FileNotFoundError:
@@ -387,8 +392,8 @@ def damage(path: Path) -> str | None:
         return CHECKSUMS
     except OSError as error:
         return _unreadable(error, CHECKSUMS)
-    names = {file.name for file in path.iterdir()} - {CHECKSUMS, "evaluated"}
-    if not isinstance(digests, dict) or names - digests.keys():
+    read = {name for name in (*NEEDED, FROZEN, REFERENCE) if (path / name).exists()}
+    if not isinstance(digests, dict) or read - digests.keys():
         return CHECKSUMS
     for name, expected in digests.items():
         try:
@@ -505,5 +510,5 @@ def weight_files(path: Path) -> list[Path]:
 
 def load_reference(path: Path) -> dict[str, Tensor]:
     """The reference weights saved with a checkpoint; empty if no measure needs them."""
-    file = path / "reference.safetensors"
+    file = path / REFERENCE
     return load_file(file) if file.exists() else {}

@@ -222,6 +222,15 @@ def test_damage_is_noticed(finished, tmp_path, name, damage):
         assert checkpoint.damage(path) is not None
 
 
+def test_what_somebody_leaves_beside_the_files_is_no_damage(finished, tmp_path):
+    """Unless it has the name of one that would be loaded."""
+    path = tmp_path / "step-00000002"
+    shutil.copytree(checkpoints(finished[1])[0], path)
+    for name, damage in ((".DS_Store", None), ("reference.safetensors", "checksums.json")):
+        (path / name).write_text("")
+        assert checkpoint.damage(path) == damage
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys):
     setting, folder, metrics = finished
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
