@@ -19,9 +19,9 @@ class Event:
     """One line of events.jsonl."""
 
     kind: str
-    """`start`, `train`, `restart`, `method` (another change that it made), `eval`, `table`,
-    `dynamics`, `checkpoint`, `system` (load of the machine), `diverged`, `end`; and `phase`, which
-    says what a long wait is for and is not recorded."""
+    """`start`, `train`, `restart`, `method` (another change that it made, or the loss one update
+    after a restart), `eval`, `table`, `dynamics`, `checkpoint`, `system` (load of the machine),
+    `diverged`, `end`; and `phase`, which says what a long wait is for and is not recorded."""
     step: int
     """Optimizer steps completed when it happened."""
     metrics: dict[str, float] = field(default_factory=dict)
