@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import stats
+from experiments.metrics import scale_of
 from sweeps.search import results, samplers
 from sweeps.search.arms import arm_folders
 from sweeps.search.results import Best, Results, TrialRow
@@ -112,7 +113,8 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 def _row(arm: Arm, trial: TrialRow) -> dict[str, Any]:
     goal, values = arm.results.goals[0], seed_values(trial)
     # of all seeds or none: the mean is that of all
-    interval = stats.mean_interval(values) if all(map(math.isfinite, values)) and values else None
+    finite = values and all(map(math.isfinite, values))
+    interval = stats.interval(values, scale=scale_of(goal.metric)) if finite else None
     return {
         "arm": arm.name,
         "trial": trial.number,

@@ -21,8 +21,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from experiments import stats
 from experiments.colours import OKABE_ITO
 from experiments.errors import one_line
+from experiments.metrics import scale_of
 from experiments.report.figures import canvas, response
 from experiments.report.figures.canvas import Drawing
+from experiments.report.figures.curves import plain_ticks
 from experiments.report.figures.response import Dot, draw_dots
 from relora_core import atomic
 from sweeps.search import results
@@ -71,12 +73,12 @@ def figure(arms: Sequence[Arm]) -> Drawing:
     lines = math.ceil(len(drawn) / columns)
     made = Canvas(figsize=(2.6 * columns + 0.6, 2.3 * lines + 0.5))
     goal = drawn[0].results.goals[0]
-    ends = limits(drawn)
+    ends, scale = limits(drawn), scale_of(goal.metric)
     first: Axes | None = None
     for index, arm in enumerate(drawn):
         ax = made.add_subplot(lines, columns, index + 1, sharex=first, sharey=first)
         first = first or ax
-        _panel(ax, arm, ends=ends)
+        _panel(ax, arm, ends=ends, scale=scale)
         ax.label_outer()
         if index + columns >= len(drawn):
             ax.tick_params(axis="x", labelbottom=True, which="both")
@@ -88,7 +90,10 @@ def figure(arms: Sequence[Arm]) -> Drawing:
     first.xaxis.set_minor_formatter(NullFormatter())
     every = [rate for arm in drawn for rate in rates(arm)]
     first.set_xlim(min(every) / 1.4, max(every) * 1.4)
+    first.set_yscale(scale)
     first.set_ylim(*ends)
+    if scale == "log":
+        plain_ticks(first.yaxis, *ends)
     made.supylabel(goal.metric, fontsize=10)
     return Drawing(canvas=made, caption="")
 
@@ -96,11 +101,12 @@ def figure(arms: Sequence[Arm]) -> Drawing:
 def limits(arms: Sequence[Arm]) -> tuple[float, float]:
     """Ends of the common axis: from the best to well beyond the median, not to what diverged."""
     values = [trial.values[0] for arm in arms for trial in arm.results.trials if trial.values]
-    minimize = arms[0].results.goals[0].direction == "minimize"
-    return response.limits(values, better="lower" if minimize else "higher", reach=REACH)
+    goal = arms[0].results.goals[0]
+    better = "lower" if goal.direction == "minimize" else "higher"
+    return response.limits(values, better=better, reach=REACH, scale=scale_of(goal.metric))
 
 
-def _panel(ax: Axes, arm: Arm, *, ends: tuple[float, float]) -> None:
+def _panel(ax: Axes, arm: Arm, *, ends: tuple[float, float], scale: stats.Scale) -> None:
     groups: dict[str, list[TrialRow]] = {}
     for trial in sorted(arm.results.trials, key=_others):
         if trial.values and RATE in trial.params:
@@ -112,7 +118,7 @@ def _panel(ax: Axes, arm: Arm, *, ends: tuple[float, float]) -> None:
         colour = OKABE_ITO[index] if lined else canvas.GREY
         trials.sort(key=lambda trial: trial.params[RATE])
         line = lined and (len(trials) > 2 or len(groups) == 1)
-        _trials(ax, trials, colour=colour, line=line, ends=ends, label=label)
+        _trials(ax, trials, colour=colour, line=line, ends=ends, label=label, scale=scale)
     if best := arm.best:
         rate, value = best.params[RATE], best.values[arm.results.goals[0].metric]
         ax.plot([rate], [value], "*", color=canvas.DARK, markersize=11, zorder=5, clip_on=False)
@@ -142,6 +148,7 @@ def _trials(
     line: bool,
     ends: tuple[float, float],
     label: str,
+    scale: stats.Scale,
 ) -> None:
     """One setting of the other keys: a line, dots with intervals, marks at what is off the axis."""
     dots = []
@@ -149,7 +156,7 @@ def _trials(
         if not trial.values:
             continue
         values = seed_values(trial)
-        one = stats.mean_interval(values) if values else None
+        one = stats.interval(values, scale=scale) if values else None
         low, high = (one.low, one.high) if one else (None, None)
         dots.append(Dot(x=trial.params[RATE], y=trial.values[0], low=low, high=high))
     style = "-" if line else None

@@ -30,7 +30,8 @@ from optuna.trial import FrozenTrial, TrialState
 from experiments.disk.output_dir import place_of_study, run_at
 from experiments.disk.plans import read_sweeps
 from experiments.disk.run_dir import RunDir
-from experiments.stats import mean_interval
+from experiments.metrics import scale_of
+from experiments.stats import interval
 from relora_core import atomic
 from relora_core.config import RunConfig
 from sweeps.search import plots, recipe
@@ -96,7 +97,8 @@ class Best:
     values: dict[str, float]
     """Metric -> mean over the seeds."""
     intervals: dict[str, tuple[float, float]]
-    """Metric -> 95 % t-interval over the seeds, where there are two or more."""
+    """Metric -> 95 % t-interval over the seeds, where two or more are finite; of perplexities that
+    of the geometric mean, though the value that is searched is the arithmetic one."""
     params: dict[str, Any]
     seeds: list[int]
     command: str | None
@@ -254,10 +256,9 @@ def _best(row: TrialRow, *, goals: Sequence[Objective], output_dir: Path | str) 
     for i, goal in enumerate(goals):
         values = [run.values[i] for run in row.runs if run.values]
         if len(values) > 1:
-            interval = mean_interval(values)
-            assert interval.low is not None
-            assert interval.high is not None
-            intervals[goal.metric] = (interval.low, interval.high)
+            one = interval(values, scale=scale_of(goal.metric))
+            if one.low is not None and one.high is not None:
+                intervals[goal.metric] = (one.low, one.high)
     config = config_of(row, output_dir=output_dir)
     return Best(
         number=row.number,

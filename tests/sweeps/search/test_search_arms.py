@@ -20,8 +20,8 @@ from experiments.run.stopping import StopFlag
 from relora_core.config import ConfigError
 from sweeps import job
 from sweeps.__main__ import main
-from sweeps.search import arms, process, response, samplers
-from sweeps.search.config import check_arms, normalise
+from sweeps.search import arms, process, response, response_files, results, samplers
+from sweeps.search.config import Objective, check_arms, normalise
 from sweeps.search.space import Choice, Float, Int
 from sweeps.search.study import Study
 from sweeps.slurm.submission import Submission
@@ -235,6 +235,47 @@ def finished(study, losses):
             run.create(trial.config(seed))
             end_run(run, loss=loss, state="finished" if math.isfinite(loss) else "diverged")
         trial.finish()
+
+
+def test_the_interval_of_a_perplexity_is_that_of_its_logarithm(tmp_path):
+    """Of two seeds far apart it would reach below 0 otherwise."""
+    rows = [
+        results.SeedRow(run_id="r", seed=i, state="finished", step=1, steps=1, values=[value])
+        for i, value in enumerate([660.1, 335.9])
+    ]
+    trial = results.TrialRow(
+        **dict.fromkeys(("reason", "learnt_from", "seconds")),
+        number=0,
+        state="complete",
+        counted=True,
+        feasible=True,
+        values=[498.0],
+        params={"train.lr": 0.01},
+        runs=rows,
+        step=2,
+        steps=2,
+    )
+    found = results.Results(
+        name="s",
+        n_trials=1,
+        counts={"complete": 1},
+        trials=[trial],
+        best=[],
+        importances={},
+        pruned_steps=0,
+        saved_steps=0,
+        notes=[],
+        goals=[Objective(metric="eval/paloma/perplexity")],
+    )
+    arm = response.Arm(name="a", results=found, space={"train.lr": LR}, seeds=[0, 1], n_trials=1)
+    [row] = response.rows([arm])
+    logs = [math.log(660.1), math.log(335.9)]
+    mean, sem = sum(logs) / 2, scipy_stats.sem(logs)
+    expected = [math.exp(end) for end in scipy_stats.t.interval(0.95, 1, mean, sem)]
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((498.0, *expected))
+    best = results._best(trial, goals=found.goals, output_dir=tmp_path)
+    assert best.intervals["eval/paloma/perplexity"] == pytest.approx(expected)
+    assert response_files.figure([arm]).canvas.axes[0].get_yscale() == "log"
 
 
 @pytest.mark.parametrize(
