@@ -96,7 +96,10 @@ def _differences(tuned: Mapping[str, Tuned], configs: Sequence[RunConfig]) -> It
             if there[key] == here[key] or key in (*one.searched, "seed") or measuring:
                 continue
             shown = key.replace("fingerprint", "path")
-            apart.setdefault(shown, (get(one.config, shown), get(config, shown)))
+            values = get(one.config, shown), get(config, shown)
+            if shown == key and values[0] == values[1]:
+                continue  # it follows from another key, as first_restart from reset_frequency
+            apart.setdefault(shown, values)
     if apart:
         first = sorted(apart, key=lambda key: (not key.startswith(("train.", "model.")), key))
         some = ", ".join(f"{key}={_text(apart[key][0])} (here {_text(apart[key][1])})"

@@ -237,6 +237,7 @@ def test_settings_at_which_the_search_was_made_are_noted_where_they_differ(finis
     finished(a={})
     [note] = [note for note in noted(out, make, 7, steps=9) if "chosen at" in note]
     assert "train.steps=4 (here 9)" in note
+    assert "None" not in note
     assert "train.lr" not in note
     assert not [note for note in noted(out, make, 7) if "chosen at" in note]
 
