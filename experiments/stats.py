@@ -26,6 +26,7 @@ Scale = Literal["linear", "log"]
 """`log` for perplexities: means are geometric, differences are ratios."""
 
 FEW_SEEDS = "seeds independent; values near normal, which few seeds cannot check"
+BOOTSTRAP = "bootstrap: seeds stand for all seeds, too narrow for few (84 % at 5)"
 GEOMETRIC = "geometric mean, interval of the logarithms exponentiated; logarithms near normal"
 
 
@@ -110,7 +111,7 @@ class Comparison:
     p_holm: float | None = None
     """Adjusted for all comparisons of its table (`holm`)."""
     bootstrap: tuple[float, float] | None = None
-    """95 % percentile interval over resampled seeds, from three pairs on."""
+    """95 % percentile interval over resampled seeds, from three pairs on; it assumes BOOTSTRAP."""
     effect: float | None = None
     """Hedges' g: in standard deviations of the differences (paired) or of the values (Welch).
 
@@ -129,6 +130,7 @@ class Comparison:
     note: str = ""
     """What is missing, and why; empty where nothing is."""
     assumes: str = "nothing: no test was made"
+    """Of the test and its interval."""
 
 
 def compare(
@@ -221,8 +223,6 @@ def _paired(a: Sequence[float], b: Sequence[float], *, scale: Scale) -> Comparis
     if n >= 3:
         ends = bootstrap_interval(differences)
         comparison.bootstrap = (_exp(ends[0]), _exp(ends[1])) if scale == "log" else ends
-        few = "too narrow for few (84 % at 5)"
-        comparison.assumes += f"; bootstrap: seeds stand for all seeds, {few}"
     return comparison
 
 

@@ -87,8 +87,9 @@ def sentence(
     digits = decimals(outcome, metric)
     text = f"{arm.name} ends {_gap(outcome.difference, reference, metric, what, digits)}"
     if outcome.p is None or outcome.low is None or outcome.high is None:
-        one = min(outcome.n_arm, outcome.n_reference) == 1
-        return f"{text}; {'one seed: no interval' if one else outcome.note}{_lost(outcome)}"
+        if min(outcome.n_arm, outcome.n_reference) > 1:
+            return f"{text}; {outcome.note}"  # which names lost seeds, too
+        return f"{text}; one seed: no interval{_lost(outcome)}"
     ends = _ends(outcome.low, outcome.high, metric, digits)
     adjusted = outcome.p if outcome.p_holm is None else outcome.p_holm
     if adjusted >= SIGNIFICANT:

@@ -16,7 +16,7 @@ from experiments.metrics import MFU, MFU_6N, headline, percent
 from experiments.notices import fixed_order
 from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
-from experiments.stats import Comparison, Interval, compare, holm, interval
+from experiments.stats import BOOTSTRAP, Comparison, Interval, compare, holm, interval
 from relora_core.config import ConfigError, nearest
 from relora_core.evals.paloma import BITS_PER_BYTE
 from relora_core.events import LOSS_STEPS, Metric
@@ -213,8 +213,9 @@ def methods(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
             "Seeds needed: with so many of each arm a test at 5 % would find the gap seen here "
             "four times in five, if gap and spread are the true ones.",
         ]
-    assumed = dict.fromkeys(c.assumes for c in outcomes if c.p is not None)
-    assumptions = ["What the tests assume:", Bullets(list(assumed))] if assumed else []
+    assumed = list(dict.fromkeys(c.assumes for c in outcomes if c.p is not None))
+    assumed += [BOOTSTRAP] if any(c.bootstrap for c in outcomes) else []
+    assumptions = ["What the tests assume:", Bullets(assumed)] if assumed else []
     return [Bullets(lines), *assumptions] if lines else []
 
 

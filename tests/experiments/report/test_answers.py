@@ -121,6 +121,16 @@ def test_what_diverged_is_named(tmp_path: Path) -> None:
     assert "of the survivors only: no finite value at seed 0" in text
 
 
+def test_a_lost_seed_is_said_once_where_there_is_no_spread(tmp_path: Path) -> None:
+    runs = a_sweep(tmp_path, arms(2))
+    for run in runs:
+        state = "diverged" if run is runs[0] else "finished"
+        record(run, state=state, loss=lambda config: 3.0 + (config.method == "relora"))
+    text = answer((report.write(tmp_path, "mine").parent / "report.md").read_text())
+    assert "the same gap at every seed" in text
+    assert text.count("survivors") == 1
+
+
 def test_the_best_arm_is_named_unless_arms_read_other_texts(tmp_path: Path) -> None:
     text = answer(written(tmp_path, arms(2, 4)))
     assert "Lowest Paloma perplexity: method=full_rank, " in text

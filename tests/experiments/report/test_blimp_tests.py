@@ -130,6 +130,12 @@ def test_over_seeds_it_is_the_paired_t_of_the_means_over_paradigms() -> None:
     assert (test.low, test.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
 
 
+def test_an_assumption_is_of_the_test_that_is_shown() -> None:
+    values = np.random.default_rng(0).uniform(0.4, 0.9, (5, 8))
+    for test in blimp_tests(scores(values), scores(values[::-1])):
+        assert "bootstrap" not in test.assumes
+
+
 def test_seeds_are_paired_by_name_not_by_order() -> None:
     a = {0: {"p": 0.5, "q": 0.6}, 1: {"p": 0.8, "q": 0.9}, 2: {"p": 0.6, "q": 0.7}}
     b = {2: {"q": 0.66, "p": 0.55}, 0: {"q": 0.57, "p": 0.48}, 1: {"q": 0.84, "p": 0.79}}
