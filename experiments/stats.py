@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -24,8 +24,11 @@ ROUNDING = 1e-12
 """A standard deviation below this part of the values is rounding, not spread."""
 Scale = Literal["linear", "log"]
 """`log` for perplexities: means are geometric, differences are ratios."""
+Side = Literal["arm", "reference"]
+T = TypeVar("T")
 
 FEW_SEEDS = "seeds independent; values near normal, which few seeds cannot check"
+ONE_SAMPLE = "seeds independent, values near normal; the model without seeds is one value (t)"
 BOOTSTRAP = "bootstrap: seeds stand for all seeds, too narrow for few (84 % at 5)"
 GEOMETRIC = "geometric mean, interval of the logarithms exponentiated; logarithms near normal"
 
@@ -99,7 +102,7 @@ class SeedsNeeded:
 class Comparison:
     """An arm minus a reference over seeds; on the log scale the ratio arm / reference."""
 
-    kind: Literal["paired", "welch", "none"]
+    kind: Literal["paired", "one-sample", "welch", "none"]
     scale: Scale
     difference: float | None = None
     """None where an arm has no finite value. No difference is 0, on the log scale 1."""
@@ -113,12 +116,12 @@ class Comparison:
     bootstrap: tuple[float, float] | None = None
     """95 % percentile interval over resampled seeds, from three pairs on; it assumes BOOTSTRAP."""
     effect: float | None = None
-    """Hedges' g: in standard deviations of the differences (paired) or of the values (Welch).
+    """Hedges' g: in standard deviations of the differences, without pairs of the values (Welch).
 
     None for two pairs: the ratio has no expectation, so its bias cannot be corrected.
     """
     n: int = 0
-    """Pairs used; 0 where not paired."""
+    """Pairs used, or seeds against one fixed value; 0 for two samples."""
     n_arm: int = 0
     """Finite values of the arm, at common and other seeds."""
     n_reference: int = 0
@@ -134,9 +137,18 @@ class Comparison:
 
 
 def compare(
-    arm: Mapping[int, float], reference: Mapping[int, float], *, scale: Scale = "linear"
+    arm: Mapping[int, float],
+    reference: Mapping[int, float],
+    *,
+    scale: Scale = "linear",
+    fixed: Side | None = None,
 ) -> Comparison:
-    """Arm against reference, both seed -> value: paired on two or more common seeds, else Welch."""
+    """Arm against reference, both seed -> value: paired on two or more common seeds, else Welch.
+
+    A side that is `fixed` is one value, whose seed means nothing: every seed of the other is
+    compared with it (one-sample t).
+    """
+    arm, reference = at_every_seed(arm, reference, fixed=fixed)
     a, b = _usable(arm, scale=scale), _usable(reference, scale=scale)
     common = sorted(a.keys() & b.keys())
     if len(common) >= 2 or (common and min(len(a), len(b)) < 2):
@@ -144,11 +156,24 @@ def compare(
     else:
         comparison = _welch(list(a.values()), list(b.values()), scale=scale)
     comparison.n_arm, comparison.n_reference = len(a), len(b)
+    if fixed and common:
+        _say_fixed(comparison, fixed)
     comparison.unmatched = sorted(arm.keys() ^ reference.keys())
     broken = (arm.keys() - a.keys()) | (reference.keys() - b.keys())
     comparison.not_finite = sorted(broken)
     comparison.note = "; ".join(filter(None, [comparison.note, *_missing(comparison)]))
     return comparison
+
+
+def at_every_seed(
+    arm: Mapping[int, T], reference: Mapping[int, T], *, fixed: Side | None
+) -> tuple[Mapping[int, T], Mapping[int, T]]:
+    """Both, with what the fixed side has at its one seed at each seed of the other."""
+    if fixed == "arm":
+        arm = {seed: one for seed in reference for one in arm.values()}
+    elif fixed == "reference":
+        reference = {seed: one for seed in arm for one in reference.values()}
+    return arm, reference
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -224,6 +249,23 @@ def _paired(a: Sequence[float], b: Sequence[float], *, scale: Scale) -> Comparis
         ends = bootstrap_interval(differences)
         comparison.bootstrap = (_exp(ends[0]), _exp(ends[1])) if scale == "log" else ends
     return comparison
+
+
+def _say_fixed(comparison: Comparison, fixed: Side) -> None:
+    """Say of a paired comparison, one side of which is equal at every seed, that it is no pair."""
+    comparison.kind = "one-sample"
+    if fixed == "arm":
+        comparison.n_arm = 1
+    else:
+        comparison.n_reference = 1
+    if comparison.n < 2:
+        comparison.note = "one seed: no interval and no test"
+    elif comparison.p is not None:
+        comparison.assumes = ONE_SAMPLE
+    who = "the arm" if fixed == "arm" else "the reference"
+    comparison.note = "; ".join(
+        filter(None, [f"{who} is one value without seeds", comparison.note])
+    )
 
 
 def _welch(a: Sequence[float], b: Sequence[float], *, scale: Scale) -> Comparison:

@@ -87,7 +87,7 @@ def sentence(
     digits = decimals(outcome, metric)
     text = f"{arm.name} ends {_gap(outcome.difference, reference, metric, what, digits)}"
     if outcome.p is None or outcome.low is None or outcome.high is None:
-        if min(outcome.n_arm, outcome.n_reference) > 1:
+        if (outcome.n or min(outcome.n_arm, outcome.n_reference)) > 1:
             return f"{text}; {outcome.note}"  # which names lost seeds, too
         return f"{text}; one seed: no interval{_lost(outcome)}"
     ends = _ends(outcome.low, outcome.high, metric, digits)
@@ -161,6 +161,8 @@ def _ends(low: float, high: float, metric: Metric, digits: int) -> str:
 def _seeds(outcome: Comparison) -> str:
     if outcome.kind == "paired":
         return f"{plural(outcome.n, 'seed')} paired"
+    if outcome.kind == "one-sample":
+        return f"{plural(outcome.n, 'seed')} against one value"
     return f"{outcome.n_arm} and {outcome.n_reference} seeds, unpaired"
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from experiments.report.blimp_tests import BlimpTest, blimp_tests
-from experiments.report.data import Arm, Sweep
+from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.document import Block, Bullets, Table
 from experiments.report.tables import (
     Pair,
@@ -74,7 +74,8 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
         own, other = paradigms(arm, variant), paradigms(reference, variant)
         if not own or not other:
             continue
-        for test in blimp_tests(own, other, pairs=_pairs_scored(arm)):
+        fixed = fixed_side(arm, reference)
+        for test in blimp_tests(own, other, pairs=_pairs_scored(arm), fixed=fixed):
             if test.p is not None or test.low is not None:  # else it assumes nothing
                 assumed.setdefault(f"{test.name}, unit {test.unit}", test.assumes)
             rows.append(

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.report.document import plural
-from experiments.stats import CONFIDENCE, ROUNDING, bootstrap_interval, compare, t_test
+from experiments.stats import (
+    CONFIDENCE,
+    ROUNDING,
+    Side,
+    at_every_seed,
+    bootstrap_interval,
+    compare,
+    t_test,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,13 +55,15 @@ class BlimpTest:
     assumes: str
 
 
-def blimp_tests(arm: Runs, reference: Runs, *, pairs: int = PAIRS) -> list[BlimpTest]:
+def blimp_tests(
+    arm: Runs, reference: Runs, *, pairs: int = PAIRS, fixed: Side | None = None
+) -> list[BlimpTest]:
     """Every test that the two arms' seeds and paradigms allow, the paper's first.
 
-    `pairs` is the number of sentence pairs scored per paradigm. Empty if no paradigm has an
-    accuracy in both arms.
+    `pairs` is the number of sentence pairs scored per paradigm; `fixed` as in `stats.compare`.
+    Empty if no paradigm has an accuracy in both arms.
     """
-    scores = _align(arm, reference)
+    scores = _align(arm, reference, fixed=fixed)
     if scores is None:
         return []
     own, other = scores.arm.mean(axis=0), scores.reference.mean(axis=0)
@@ -62,7 +72,7 @@ def blimp_tests(arm: Runs, reference: Runs, *, pairs: int = PAIRS) -> list[Blimp
     tests += paradigm_tests(own - other)
     for test in tests:
         test.note = "; ".join(filter(None, [test.note, scores.averaged]))
-    tests += [_seed_test(scores)]
+    tests += [_seed_test(scores, fixed=fixed)]
     if scores.paired and min(scores.arm.shape) > 1:
         tests.append(crossed_test(scores.arm - scores.reference))
     for test in tests:
@@ -168,11 +178,13 @@ class _Scores:
     notes: list[str] = field(default_factory=list)
 
 
-def _align(arm: Runs, reference: Runs) -> _Scores | None:
+def _align(arm: Runs, reference: Runs, *, fixed: Side | None) -> _Scores | None:
     """The common seeds, else all seeds, and the paradigms that all of those runs have."""
     import numpy as np
 
     a, b = _scored(arm), _scored(reference)
+    unused = len(arm) - len(a) + len(reference) - len(b)
+    a, b = at_every_seed(a, b, fixed=fixed)
     common = sorted(a.keys() & b.keys())
     seeds_a, seeds_b = (common, common) if common else (sorted(a), sorted(b))
     runs = [a[seed] for seed in seeds_a] + [b[seed] for seed in seeds_b]
@@ -189,8 +201,9 @@ def _align(arm: Runs, reference: Runs) -> _Scores | None:
         paired=bool(common),
     )
     if max(len(seeds_a), len(seeds_b)) > 1:
-        scores.averaged = f"accuracies averaged over {len(seeds_a)} and {len(seeds_b)} seeds first"
-    unused = len(arm) - len(seeds_a) + len(reference) - len(seeds_b)
+        many = f"{len(seeds_a)}" if fixed else f"{len(seeds_a)} and {len(seeds_b)}"
+        scores.averaged = f"accuracies averaged over {many} seeds first"
+    unused += len(a) - len(seeds_a) + len(b) - len(seeds_b)
     if unused:
         scores.notes.append(f"{plural(unused, 'run')} left out: no common seed, or no accuracies")
     if len(everything) > len(k):
@@ -210,13 +223,13 @@ def _scored(runs: Runs) -> dict[int, dict[str, float]]:
     return {seed: run for seed, run in accuracies.items() if run}
 
 
-def _seed_test(scores: _Scores) -> BlimpTest:
+def _seed_test(scores: _Scores, *, fixed: Side | None) -> BlimpTest:
     """A t-test over the seeds' means over paradigms."""
     own, other = scores.arm.mean(axis=1).tolist(), scores.reference.mean(axis=1).tolist()
     start = 0 if scores.paired else len(own)
-    comparison = compare(dict(enumerate(own)), dict(enumerate(other, start=start)))
+    comparison = compare(dict(enumerate(own)), dict(enumerate(other, start=start)), fixed=fixed)
     return BlimpTest(
-        name="paired t" if scores.paired else "Welch's t",
+        name="one-sample t" if fixed else "paired t" if scores.paired else "Welch's t",
         unit="seed",
         n=comparison.n or len(own) + len(other),
         difference=comparison.difference,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments.disk.states import State
 from experiments.identity import scientific
+from experiments.stats import Side
 from relora_core.config import EvaluatedConfig, RunConfig, get
 from relora_core.data import grammar
 
@@ -120,6 +121,11 @@ class Arm:
     def finished(self) -> list[RunData]:
         return [run for run in self.runs if run.finished]
 
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained here; else it is a model from elsewhere, whose seed 0 is none."""
+        return all(run.trained for run in self.runs)
+
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> final value of the finished runs that have the metric; nan for diverged ones.
 
@@ -155,6 +161,11 @@ class Sweep:
         return [run for arm in self.arms for run in arm.runs]
 
     @property
+    def seeds(self) -> list[int]:
+        """Of the runs that were trained here, ascending."""
+        return sorted({run.seed for run in self.runs if run.trained})
+
+    @property
     def counts(self) -> dict[str, int]:
         """State -> runs, most frequent first."""
         return dict(Counter(run.state for run in self.runs).most_common())
@@ -168,7 +179,7 @@ class Sweep:
                 values = varied.setdefault(key, [])
                 if value not in values:
                     values.append(value)
-        seeds = sorted({run.seed for run in self.runs})
+        seeds = self.seeds
         return varied | ({"seed": seeds} if len(seeds) > 1 else {})
 
     @property
@@ -202,7 +213,7 @@ def differing_texts(sweep: Sweep) -> list[str]:
 
 def reads_other(arm: Arm, reference: Arm) -> bool:
     """Whether losses and perplexities of the two are of different texts or tokenizers."""
-    if any(not run.trained for one in (arm, reference) for run in one.runs):
+    if not arm.trained or not reference.trained:
         return True
     return any(
         arm.settings.get(key) != reference.settings.get(key)
@@ -211,6 +222,11 @@ def reads_other(arm: Arm, reference: Arm) -> bool:
         or key.endswith("fingerprint")
         or _is_part_of_eval(key)
     )
+
+
+def fixed_side(arm: Arm, reference: Arm) -> Side | None:
+    """Which of the two is a model from elsewhere, and so one value without seeds."""
+    return "reference" if not reference.trained else "arm" if not arm.trained else None
 
 
 def _is_part_of_eval(key: str) -> bool:

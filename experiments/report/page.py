@@ -167,7 +167,6 @@ def _lead(sweep: Sweep) -> list[Block]:
     runs, counts = sweep.runs, sweep.counts
     done = counts.get(State.FINISHED, 0)
     rest = [f"{n} {state}" for state, n in counts.items() if state != State.FINISHED]
-    seeds = sorted({run.seed for run in runs})
     steps = sorted({run.config.train.steps for run in runs if run.trained})
     many = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     hours = sum(run.cost.gpu_hours for run in runs)
@@ -175,8 +174,8 @@ def _lead(sweep: Sweep) -> list[Block]:
     blocks.append(
         f"{done} of {plural(len(runs), 'run')} finished"
         + (f" ({', '.join(rest)})" if rest else "")
-        + f": {plural(len(sweep.arms), 'arm')}, {plural(len(seeds), 'seed')}, {many} steps each, "
-        f"{number(hours, digits=3)} device-hours of training so far. Written "
+        + f": {plural(len(sweep.arms), 'arm')}, {plural(len(sweep.seeds), 'seed')}, "
+        f"{many} steps each, {number(hours, digits=3)} device-hours of training so far. Written "
         f"{time.strftime('%Y-%m-%d %H:%M %Z')}."
     )
     return blocks + [Notice(line) for line in _cautions(sweep)]
@@ -196,7 +195,7 @@ def _cautions(sweep: Sweep) -> list[str]:
             "No arm has more than one finished seed: nothing here says how much a result would "
             "change with another seed, so there are no intervals and no tests over seeds."
         )
-    elif few := [a.name for a, n in zip(sweep.arms, finished, strict=True) if n == 1]:
+    elif few := [arm.name for arm in sweep.arms if arm.trained and len(arm.finished) == 1]:
         lines.append(f"One finished seed only, and so no interval: {joined(few)}.")
     if any(finished) and (none := [arm.name for arm in sweep.arms if not arm.finished]):
         lines.append(f"No finished run, and so no result: {joined(none)}.")
@@ -211,10 +210,11 @@ def _cautions(sweep: Sweep) -> list[str]:
             f"Arms differ in what they read ({', '.join(differing)}): losses and perplexities of "
             "different texts or vocabularies must not be compared."
         )
-    if foreign := [arm.name for arm in sweep.arms if not arm.runs[0].trained]:
+    if foreign := [arm.name for arm in sweep.arms if not arm.trained]:
         lines.append(
             f"Not trained here, and with tokenizers of their own: {joined(foreign)}. Perplexities "
-            "are per token and must not be compared across tokenizers; bits per byte may be."
+            "are per token and must not be compared across tokenizers; bits per byte may be. Each "
+            "is one value without seeds, with which all seeds of an arm are compared."
         )
     if len({run.config.train.steps for run in runs if run.trained}) > 1:
         lines.append(

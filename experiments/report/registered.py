@@ -22,7 +22,7 @@ import yaml
 
 from experiments.metrics import headline
 from experiments.report import blimp
-from experiments.report.data import Arm, Sweep
+from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.document import Block, Table, joined, plural
 from experiments.report.tables import (
     Pair,
@@ -150,7 +150,12 @@ def compare_all(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Compari
     for one in comparisons:
         _check_paradigms(sweep, one)
     outcomes = [
-        compare(_values(arm, one), _values(reference, one), scale=one.metric.scale)
+        compare(
+            _values(arm, one),
+            _values(reference, one),
+            scale=one.metric.scale,
+            fixed=fixed_side(arm, reference),
+        )
         for one, (arm, reference) in zip(comparisons, pair(sweep, comparisons), strict=True)
     ]
     family = holm([1.0 if outcome.p is None else outcome.p for outcome in outcomes])

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.metrics import MFU, MFU_6N, headline, percent
 from experiments.notices import fixed_order
-from experiments.report.data import Arm, RunData, Sweep, floor
+from experiments.report.data import Arm, RunData, Sweep, fixed_side, floor
 from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
 from experiments.stats import BOOTSTRAP, Comparison, Interval, compare, holm, interval
 from relora_core.config import ConfigError, nearest
@@ -221,12 +221,13 @@ def methods(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
 
 def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
     """A comparison of each pair; Holm's adjustment is over all of them."""
-    return adjusted(
-        [
-            compare(arm.values(metric.key), other.values(metric.key), scale=metric.scale)
-            for arm, other in pairs
-        ]
-    )
+    return adjusted([compare_arms(arm, other, metric) for arm, other in pairs])
+
+
+def compare_arms(arm: Arm, reference: Arm, metric: Metric) -> Comparison:
+    """Not adjusted; a model from elsewhere is compared with all seeds of the other."""
+    own, others = arm.values(metric.key), reference.values(metric.key)
+    return compare(own, others, scale=metric.scale, fixed=fixed_side(arm, reference))
 
 
 def adjusted(outcomes: list[Comparison]) -> list[Comparison]:
@@ -289,7 +290,7 @@ def difference_table(
 
 def seeds_cell(c: Comparison) -> str:
     """Pairs, or values of arm and reference."""
-    return str(c.n) if c.kind == "paired" else f"{c.n_arm} and {c.n_reference}"
+    return str(c.n) if c.n else f"{c.n_arm} and {c.n_reference}"
 
 
 def comparison_row(metric: Metric, c: Comparison) -> dict[str, Any]:

@@ -154,6 +154,21 @@ def test_welch_agrees_with_scipy(a: list[float], b: list[float]) -> None:
     assert (result.low, result.high) == pytest.approx((low, high), rel=1e-5)
 
 
+@given(spread_out, st.integers(0, 99))
+def test_one_fixed_value_is_compared_with_every_seed(values: list[float], first: int) -> None:
+    """Whichever seeds those are: the value's own means nothing."""
+    arm = {first + i: value for i, value in enumerate(values)}
+    result = compare(arm, {0: 0.8}, fixed="reference")
+    scipys = scipy_stats.ttest_1samp(values, 0.8)
+    assert (result.kind, result.n, result.n_reference) == ("one-sample", len(values), 1)
+    assert result.unmatched == []
+    assert result.p == pytest.approx(scipys.pvalue, rel=1e-6, abs=1e-12)
+    low, high = (end - 0.8 for end in scipys.confidence_interval())
+    assert (result.low, result.high) == pytest.approx((low, high), rel=1e-5)
+    back = compare({0: 0.8}, arm, fixed="arm")
+    assert (back.difference, back.p) == (pytest.approx(-result.difference), pytest.approx(result.p))
+
+
 def test_what_a_seed_does_to_both_arms_cancels() -> None:
     random = SEEDED(1)
     a, b, luck = random.normal(0.3, 1, 6), random.normal(0, 1, 6), random.normal(0, 50, 6)
@@ -235,6 +250,14 @@ def test_one_seed_against_another_is_no_test() -> None:
     result = compare({0: 1.0}, {1: 3.0})
     assert (result.kind, result.difference, result.p) == ("none", -2.0, None)
     assert "no test" in result.note
+
+
+def test_one_seed_against_a_fixed_value_is_no_test() -> None:
+    result = compare({4: 1.0, 5: math.nan}, {0: 3.0}, fixed="reference")
+    assert (result.kind, result.difference, result.p) == ("one-sample", -2.0, None)
+    assert "one seed: no interval" in result.note
+    assert "not finite at seed 5" in result.note
+    assert compare({4: 1.0}, {}, fixed="reference").difference is None
 
 
 @pytest.mark.parametrize("arm", [{}, {0: math.nan, 1: math.inf}])

@@ -17,12 +17,12 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import stats
 from experiments.metrics import charted
-from experiments.report.data import Arm, Sweep
+from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
+from experiments.report.tables import compare_arms
 from experiments.stats import Scale
 from relora_core.evals.blimp import ACCURACY
-from relora_core.events import Metric
 
 MOST_ROWS = 60
 """Arms in a figure with a row for each."""
@@ -70,7 +70,7 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
     metrics = [
         metric
         for metric in charted()
-        if any(_compare(arm, to, metric).difference is not None for arm, to in pairs)
+        if any(compare_arms(arm, to, metric).difference is not None for arm, to in pairs)
     ]
     if not metrics:
         raise NoData("no two arms have finished runs with the same metric")
@@ -81,7 +81,7 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
     for ax, metric in zip(panels, metrics, strict=True):
         ax.axvline(0, color=canvas.DARK, linewidth=1.0, zorder=1.5)
         for row, (arm, to) in enumerate(shown):
-            comparison = _compare(arm, to, metric)
+            comparison = compare_arms(arm, to, metric)
             change = partial(_change, scale=metric.scale)
             if comparison.difference is None:
                 _no_value(ax, row)
@@ -100,12 +100,11 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
         " interval, for want of a second seed or of any spread. Intervals are not adjusted for the"
         " number of comparisons."
     )
+    if any(fixed_side(arm, to) for arm, to in shown):
+        caption += " A model from elsewhere is one value: all seeds of the other are compared with"
+        caption += " it (one-sample t)."
     left = len(pairs) - len(shown)
     return Drawing(canvas=figure, caption=caption + (f" {left} more in the tables." * bool(left)))
-
-
-def _compare(arm: Arm, to: Arm, metric: Metric) -> stats.Comparison:
-    return stats.compare(arm.values(metric.key), to.values(metric.key), scale=metric.scale)
 
 
 def _change(value: float | None, *, scale: Scale) -> float | None:

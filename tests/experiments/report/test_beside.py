@@ -1,0 +1,82 @@
+"""A model from elsewhere beside a sweep's arms is one value: no seed of an arm is its pair."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from synthetic import a_config, a_sweep, record
+
+from experiments.report import answers, blimp, gather, registered, tables
+from experiments.report.data import Arm, RunData, Sweep
+from experiments.report.figures import arms as figures
+from relora_core.config import EvaluatedConfig, ForeignConfig
+from relora_core.evals.blimp import ACCURACY
+from relora_core.evals.paloma import BITS_PER_BYTE
+
+SCORES = (0.5, 0.6, 0.7)
+
+
+def beside(output_dir: Path, seeds: tuple[int, ...]) -> Sweep:
+    """An arm of these seeds, and a model that scores 0.8."""
+    for run in a_sweep(output_dir, [a_config(seed=seed) for seed in seeds]):
+        record(run)
+    sweep = gather.gather(output_dir, "mine")
+    foreign = ForeignConfig(source="x", architecture="x", parameters=1, start_id=0, fingerprint="x")
+    own = sweep.runs[0].config
+    config = EvaluatedConfig(
+        experiment="x", method="x", model=own.model, train=own.train, data=own.data, foreign=foreign
+    )
+    run = RunData(run_id="x", arm_id="x", name="gpt2", seed=0, state="finished", config=config)
+    sweep.arms.append(Arm(arm_id="x", name="gpt2", colour="#000000", runs=[run]))
+    for one, score in zip(sweep.runs, (*SCORES, 0.8), strict=True):
+        one.metrics = {ACCURACY.key: score, BITS_PER_BYTE.key: score}
+        one.tables["blimp_paradigms"] = [
+            {"uid": f"p{i}", "no_bos": score + shift, "pairs": 100}
+            for i, shift in enumerate((-0.1, 0.1 * score, 0.1 - 0.1 * score))
+        ]
+    return sweep
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (10, 11, 12), (2, 1, 0)])
+def test_its_difference_to_an_arm_is_that_of_all_seeds(tmp_path: Path, seeds) -> None:
+    sweep = beside(tmp_path, seeds)
+    arm, model = sweep.arms
+    (one,) = tables.compared([(arm, model)], ACCURACY)
+    assert one.difference == pytest.approx(-0.2)
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t with 2 degrees of freedom
+    assert (one.low, one.high) == (pytest.approx(-0.2 - half), pytest.approx(-0.2 + half))
+    (back,) = tables.compared([(model, arm)], ACCURACY)
+    assert back.difference == pytest.approx(0.2)
+    said = answers.sentence(arm, model, one, ACCURACY)
+    assert "3 seeds against one value" in said
+    named = registered.Registered(arm=arm.name, reference="gpt2", metric=ACCURACY)
+    group = registered.Registered(
+        arm=arm.name, reference="gpt2", metric=ACCURACY, group="g", paradigms=["p0"]
+    )
+    for outcome in registered.compare_all(sweep, [named, group]):
+        assert (outcome.kind, outcome.difference) == ("one-sample", pytest.approx(-0.2))
+    caption = figures.differences([(arm, model)]).caption
+    assert "one value" in caption
+    assert sweep.seeds == sorted(seeds)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (10, 11, 12)])
+def test_blimps_tests_use_all_seeds(tmp_path: Path, seeds) -> None:
+    sweep = beside(tmp_path, seeds)
+    arm, model = sweep.arms
+    blocks = blimp.blimp(sweep, [(arm, model)])
+    (table,) = (b for b in blocks if getattr(b, "name", "") == "blimp_no_bos_tests")
+    rows = {row["unit"] + " " + row["name"]: row for row in table.data}
+    means = [statistics.fmean((-0.1 + s, 1.1 * s, 0.1 + 0.9 * s)) for s in SCORES]
+    gap = statistics.fmean(means) - statistics.fmean((0.7, 0.88, 0.82))
+    for name in (
+        "paradigm paired t",
+        "seed one-sample t",
+        "seed and paradigm t, seeds and paradigms crossed",
+    ):
+        assert rows[name]["difference"] == pytest.approx(gap)
+    assert rows["seed one-sample t"]["n"] == 3
+    assert "averaged over 3 seeds first" in rows["paradigm paired t"]["note"]
+    assert not any("left out" in row["note"] for row in rows.values())
