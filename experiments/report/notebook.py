@@ -15,6 +15,7 @@ from experiments.report import responses
 from experiments.report.data import Sweep
 from experiments.report.tables import Pair, shown
 from relora_core.evals.blimp import ACCURACY
+from relora_core.events import Metric
 
 X = {"steps": "step", "tokens": "tokens", "gpu_hours": "gpu_hours"}
 """What curves are drawn against -> its column in data.parquet."""
@@ -66,8 +67,7 @@ def _settings(sweep: Sweep, pairs: Sequence[Pair], *, x: str) -> str:
     arms = [{"name": a.name, "colour": a.colour, "style": a.style} for a in sweep.arms]
     metrics = {
         metric.key: {"label": metric.label, "scale": metric.scale, "better": metric.better}
-        for metric in shown(sweep)
-        if metric.charted
+        for metric in _charted(sweep)
     }
     names = [(arm.name, reference.name) for arm, reference in pairs]
     return (
@@ -75,6 +75,10 @@ def _settings(sweep: Sweep, pairs: Sequence[Pair], *, x: str) -> str:
         f"METRICS = {pformat(metrics, sort_dicts=False)}\n"
         "CURVES, FINALS = read_curves(x=X), read_finals()"
     )
+
+
+def _charted(sweep: Sweep) -> list[Metric]:
+    return [metric for metric in shown(sweep) if metric.charted]
 
 
 def _call(sweep: Sweep, name: str) -> str:
@@ -131,14 +135,20 @@ def _response(sweep: Sweep, name: str) -> str:
         for axis in responses.numeric_axes(sweep)
         if name == f"response_{axis.key.replace('.', '_')}"
     )
-    lines: dict[str, list[tuple[float, str]]] = {}
-    for facet in responses.response(sweep, axis).facets:
-        for line in facet.lines:
-            label = ", ".join(filter(None, (facet.title, line.label)))
-            lines[label] = [(place, arm.name) for place, arms in line.cells.items() for arm in arms]
+    drawn = {
+        ", ".join(filter(None, (facet.title, line.label))): line
+        for facet in responses.response(sweep, axis).facets
+        for line in facet.lines
+    }
+    lines: dict[str, dict[str, list[tuple[float, float, float | None, float | None]]]] = {}
+    for metric in _charted(sweep):
+        own = lines[metric.key] = {}
+        for label, line in drawn.items():
+            if made := responses.estimates(line.cells, metric=metric):
+                own[label] = [(at, o.mean, o.low, o.high) for at, o in sorted(made.items())]
     return (
         f"LINES = {pformat(lines, sort_dicts=False)}\n"
-        f"draw_response(FINALS, LINES, METRICS, axis={axis.key!r}, log={axis.log});"
+        f"draw_response(LINES, METRICS, axis={axis.key!r}, log={axis.log});"
     )
 
 

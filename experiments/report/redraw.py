@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import pyarrow.parquet as pq
 from scipy.stats import t as student
 
+inf = math.inf  # as numbers in the cells below are written
 Curves = dict[tuple[str, str], dict[int, dict[int, tuple[float, float]]]]
 """(arm, metric) -> seed -> step -> (place on the x axis, value), of finished runs."""
 
@@ -143,35 +144,24 @@ def draw_differences(
 
 
 def draw_response(
-    finals: Mapping[str, Any],
-    lines: Mapping[str, Sequence[tuple[float, str]]],
+    lines: Mapping[str, Mapping[str, Sequence[tuple[float, float, float | None, float | None]]]],
     metrics: Mapping[str, Any],
     *,
     axis: str,
     log: bool,
 ) -> Any:
-    """Metrics over an axis; `lines` have (place, arm), several of a place are averaged by seed."""
+    """Metrics over an axis: metric -> line -> (place, mean, ends of its interval), as reported."""
     figure, axes = panels(len(metrics))
     for ax, (metric, look) in zip(axes, metrics.items(), strict=True):
-        scale = look["scale"] == "log"
-        for label, members in lines.items():
-            places, ends = [], []
-            for place in sorted({place for place, _ in members}):
-                cells = [finals.get(a, {}).get(metric, {}) for p, a in members if p == place]
-                seeds = set.intersection(*map(set, cells))
-                if seeds:
-                    means = [interval([c[s] for c in cells], log=scale)[0] for s in sorted(seeds)]
-                    places.append(place)
-                    ends.append(interval(means, log=scale))
-            if ends:
-                mean, low, high = zip(*ends, strict=True)
-                bars = [
-                    [m - a if a == a else 0 for m, a in zip(mean, low, strict=True)],
-                    [b - m if b == b else 0 for m, b in zip(mean, high, strict=True)],
-                ]
-                ax.errorbar(places, mean, yerr=bars, marker="o", markersize=4, label=label)
+        for label, dots in lines[metric].items():
+            places, means, lows, highs = zip(*dots, strict=True)
+            bars = [
+                [0 if low is None else mean - low for mean, low in zip(means, lows, strict=True)],
+                [0 if high is None else high - m for m, high in zip(means, highs, strict=True)],
+            ]
+            ax.errorbar(places, means, yerr=bars, marker="o", markersize=4, label=label)
         ax.set_xscale("log" if log else "linear")
-        ax.set_yscale("log" if scale else "linear")
+        ax.set_yscale(look["scale"])
         ax.set_xlabel(axis)
         ax.set_ylabel(look["label"])
     _legend(figure, axes)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import synthetic
+from matplotlib import pyplot
 from synthetic import a_config, a_sweep, record
 
-from experiments.report import gather, page, responses
+from experiments.report import gather, notebook, page, redraw, responses
 from experiments.report.data import Sweep
 from experiments.report.figures import response
 from experiments.report.responses import log_spaced
@@ -23,6 +25,7 @@ from relora_core.config import RunConfig
 from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import PERPLEXITY
 
+matplotlib.use("agg")
 SEEDS = (0, 1, 2)
 
 
@@ -170,6 +173,21 @@ def test_of_many_combinations_lines_are_means_over_numbers(swept: Callable[..., 
     assert made.averaged == ["relora.prune_ratio"]
     assert [line.label for line in made.facets[0].lines] == ["train.lr=0.001", "train.lr=0.01"]
     assert all(len(arms) == 5 for arms in made.facets[0].lines[0].cells.values())
+
+
+def test_a_notebook_draws_the_means_of_the_report(swept: Callable[..., Sweep]) -> None:
+    """Also where a combination has not finished at one dot, and a seed not at another."""
+    pyplot.close("all")
+    points = grid(r=[2, 4, 8], lr=[1e-3, 1e-2], prune=[0.1, 0.3, 0.5, 0.7, 0.9])
+    sweep = swept(points, without=(0, 1, 2, 34))
+    axis = responses.numeric_axes(sweep)[0]
+    looks = {PERPLEXITY.key: {"label": "x", "scale": "log", "better": "lower"}}
+    exec(notebook._response(sweep, "response_relora_r"), vars(redraw) | {"METRICS": looks})
+    drawn = {bars.get_label(): bars.lines[0] for bars in pyplot.gcf().axes[0].containers}
+    for line in responses.response(sweep, axis).facets[0].lines:
+        made = responses.estimates(line.cells, metric=PERPLEXITY)
+        assert list(drawn[line.label].get_xdata()) == [2, 4, 8]
+        assert list(drawn[line.label].get_ydata()) == [made[place].mean for place in (2, 4, 8)]
 
 
 def test_what_is_no_grid_is_not_averaged(swept: Callable[..., Sweep]) -> None:
