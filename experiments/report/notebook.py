@@ -6,14 +6,14 @@ Not for: drawing (`redraw.py`, whose text it holds).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from pprint import pformat
 from typing import Any
 
 from experiments.report import responses
 from experiments.report.data import Sweep
-from experiments.report.tables import Pair, shown
+from experiments.report.tables import shown
 from relora_core.evals.blimp import ACCURACY
 from relora_core.events import Metric
 
@@ -28,7 +28,7 @@ DYNAMICS = {
 """Figure -> how its sorts of matrix begin, and its measure."""
 
 
-def make(sweep: Sweep, pairs: Sequence[Pair], figures: Mapping[str, str], *, x: str) -> str:
+def make(sweep: Sweep, figures: Mapping[str, str], *, x: str) -> str:
     """The notebook (nbformat 4) as JSON; `figures` are name -> title of those that were drawn."""
     cells = [
         _text(
@@ -36,7 +36,7 @@ def make(sweep: Sweep, pairs: Sequence[Pair], figures: Mapping[str, str], *, x: 
             "It needs pyarrow, matplotlib and scipy."
         ),
         _code(Path(__file__).with_name("redraw.py").read_text(encoding="utf-8")),
-        _code(_settings(sweep, pairs, x=X[x])),
+        _code(_settings(sweep, x=X[x])),
     ]
     for name, title in figures.items():
         if call := _call(sweep, name):
@@ -62,16 +62,15 @@ def _code(source: str) -> dict[str, Any]:
     return {"cell_type": "code", "metadata": {}, "source": source} | empty
 
 
-def _settings(sweep: Sweep, pairs: Sequence[Pair], *, x: str) -> str:
-    """What the tidy data do not hold: order and looks of arms, references, metrics."""
+def _settings(sweep: Sweep, *, x: str) -> str:
+    """What the tidy data do not hold: order and looks of arms, and metrics."""
     arms = [{"name": a.name, "colour": a.colour, "style": a.style} for a in sweep.arms]
     metrics = {
         metric.key: {"label": metric.label, "scale": metric.scale, "better": metric.better}
         for metric in _charted(sweep)
     }
-    names = [(arm.name, reference.name) for arm, reference in pairs]
     return (
-        f"X = {x!r}\nARMS = {pformat(arms)}\nPAIRS = {pformat(names)}\n"
+        f"X = {x!r}\nARMS = {pformat(arms)}\n"
         f"METRICS = {pformat(metrics, sort_dicts=False)}\n"
         "CURVES, FINALS = read_curves(x=X), read_finals()"
     )
@@ -85,7 +84,7 @@ def _call(sweep: Sweep, name: str) -> str:
     """The code that draws a figure; empty for one that the data do not tell."""
     fixed = {
         "arms": "draw_finals(FINALS, ARMS, METRICS);",
-        "differences": "draw_differences(FINALS, PAIRS, METRICS);",
+        "differences": 'draw_differences(sorted(Path("tables").glob("compare_*.csv")), METRICS);',
         "marginal": 'draw_marginal("tables/marginal.csv", METRICS);',
         "fronts": 'draw_fronts("tables/tradeoffs.csv", METRICS);',
         "learning_curves": "draw_curves(CURVES, ARMS, METRICS, x=X);",

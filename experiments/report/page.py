@@ -106,7 +106,7 @@ def write(
     path = save(document, [data], folder=folder)
     if with_notebook:
         titles = {one.name: one.title for one in pictures if isinstance(one, Picture)}
-        atomic.write_text(folder / "report.ipynb", notebook.make(data, pairs, titles, x=x))
+        atomic.write_text(folder / "report.ipynb", notebook.make(data, titles, x=x))
     return path
 
 

@@ -118,24 +118,21 @@ def draw_finals(
     return figure
 
 
-def draw_differences(
-    finals: Mapping[str, Any], pairs: Sequence[tuple[str, str]], metrics: Mapping[str, Any]
-) -> Any:
-    """Arm minus reference on common seeds, of perplexities the change in per cent."""
+def draw_differences(paths: Iterable[str | Path], metrics: Mapping[str, Any]) -> Any:
+    """Arm minus reference from tables of comparisons, of perplexities the change in per cent."""
+    rows = [row for path in paths for row in read_table(path) if row["difference"]]
+    pairs = list(dict.fromkeys((row["arm"], row["reference"]) for row in rows))
+    same = len({reference for _, reference in pairs}) == 1
     figure, axes = panels(len(metrics), columns=4, wide=3.0, tall=1.0 + 0.3 * len(pairs))
     for index, (ax, (metric, look)) in enumerate(zip(axes, metrics.items(), strict=True)):
         log = look["scale"] == "log"
         ax.axvline(0, color="#3b4046", linewidth=1)
-        for row, (arm, reference) in enumerate(pairs):
-            one, two = (finals.get(name, {}).get(metric, {}) for name in (arm, reference))
-            common = sorted(one.keys() & two.keys())
-            if not common:
-                continue
-            gaps = [one[s] / two[s] if log else one[s] - two[s] for s in common]
-            ends = [100 * (e - 1) if log else e for e in interval(gaps, log=log)]
-            ax.plot(ends[1:], [row, row], "-", color="#0072b2")
-            ax.plot(ends[:1], [row], "o", color="#0072b2")
-        same = len({reference for _, reference in pairs}) == 1
+        for row in (row for row in rows if row["metric"] == metric):
+            ends = [float(row[key] or "nan") for key in ("difference", "low", "high")]
+            ends = [100 * (end - 1) if log else end for end in ends]
+            at = pairs.index((row["arm"], row["reference"]))
+            ax.plot(ends[1:], [at, at], "-", color="#0072b2")
+            ax.plot(ends[:1], [at], "o", color="#0072b2")
         names = [arm if same else f"{arm} minus {reference}" for arm, reference in pairs]
         _rows(ax, names, first=index == 0)
         unit = "change in %" if log else "difference"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import pytest
 from synthetic import a_config, a_sweep, record
 
-from experiments.report import answers, blimp, gather, registered, tables
+from experiments.report import answers, blimp, gather, redraw, registered, tables
 from experiments.report.data import Arm, RunData, Sweep
+from experiments.report.document import Block, Table, to_csv
 from experiments.report.figures import arms as figures
 from relora_core.config import EvaluatedConfig, ForeignConfig
 from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import BITS_PER_BYTE
 
+matplotlib.use("agg")
 SCORES = (0.5, 0.6, 0.7)
 
 
@@ -37,6 +41,11 @@ def beside(output_dir: Path, seeds: tuple[int, ...]) -> Sweep:
             for i, shift in enumerate((-0.1, 0.1 * score, 0.1 - 0.1 * score))
         ]
     return sweep
+
+
+def table_of(blocks: Sequence[Block], name: str) -> Table:
+    (table,) = (block for block in blocks if isinstance(block, Table) and block.name == name)
+    return table
 
 
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (10, 11, 12), (2, 1, 0)])
@@ -62,13 +71,29 @@ def test_its_difference_to_an_arm_is_that_of_all_seeds(tmp_path: Path, seeds) ->
     assert sweep.seeds == sorted(seeds)
 
 
+def test_a_notebook_draws_that_difference(tmp_path: Path) -> None:
+    sweep = beside(tmp_path, (10, 11, 12))
+    arm, model = sweep.arms
+    path = tmp_path / "compare.csv"
+    blocks = tables.comparisons(sweep, [(arm, model)])
+    path.write_text(to_csv(table_of(blocks, "compare_blimp_no_bos_accuracy")))
+    look = {"label": "x", "scale": "linear", "better": "higher"}
+    figure = redraw.draw_differences([path], {ACCURACY.key: look})
+    _, span, dot = figure.axes[0].lines
+    assert list(dot.get_xdata()) == [pytest.approx(-0.2)]
+    assert list(span.get_xdata()) == [
+        pytest.approx(-0.448414, abs=1e-6),
+        pytest.approx(0.048414, abs=1e-6),
+    ]
+
+
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (10, 11, 12)])
 def test_blimps_tests_use_all_seeds(tmp_path: Path, seeds) -> None:
     sweep = beside(tmp_path, seeds)
     arm, model = sweep.arms
     blocks = blimp.blimp(sweep, [(arm, model)])
-    (table,) = (b for b in blocks if getattr(b, "name", "") == "blimp_no_bos_tests")
-    rows = {row["unit"] + " " + row["name"]: row for row in table.data}
+    data = table_of(blocks, "blimp_no_bos_tests").data or []
+    rows = {f"{row['unit']} {row['name']}": row for row in data}
     means = [statistics.fmean((-0.1 + s, 1.1 * s, 0.1 + 0.9 * s)) for s in SCORES]
     gap = statistics.fmean(means) - statistics.fmean((0.7, 0.88, 0.82))
     for name in (
