@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from experiments import json_files
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
+from relora_core.config import EvalConfig
 
 PLAIN = "eval"
 """The name under which metrics have the keys that they have in training: eval/paloma/perplexity."""
@@ -45,3 +49,16 @@ def all_metrics(run_dir: RunDir) -> dict[str, float]:
     if result.get("state") == State.FINISHED:
         newest = result["step"]
     return by_step.get(newest, {}) | result.get("metrics", {})
+
+
+def settings_digest(eval: EvalConfig, section: str) -> str:
+    """Digest of the settings that the eval's numbers depend on; a fingerprint stands for a path."""
+    own = getattr(eval, section)
+    values = {
+        f.name: getattr(own, f.name)
+        for f in dataclasses.fields(own)
+        if f.metadata.get("scientific", True)
+        and f.name not in ("enabled", "every_steps")
+        and ("as_before" not in f.metadata or getattr(own, f.name) != f.metadata["as_before"])
+    }
+    return hashlib.sha256(json.dumps([section, values]).encode()).hexdigest()[:16]

@@ -55,6 +55,15 @@ class Attempt:
     packages: dict[str, str] = field(default_factory=dict)
 
 
+class Evaluated(NamedTuple):
+    """A separate evaluation of a run."""
+
+    digest: str
+    """Of its settings."""
+    metrics: list[str]
+    tables: list[str]
+
+
 @dataclass(kw_only=True, slots=True)
 class RunData:
     """One run as it is now."""
@@ -76,8 +85,8 @@ class RunData:
     """Metric -> points by step, without those that a later attempt replaced."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Table -> its newest rows."""
-    evaluated: dict[tuple[str, str], tuple[str, list[str]]] = field(default_factory=dict)
-    """(name, section) of each separate evaluation -> digest of its settings, its metrics."""
+    evaluated: dict[tuple[str, str], Evaluated] = field(default_factory=dict)
+    """Separate evaluations, by name and section."""
     restarts: list[int] = field(default_factory=list)
     """Steps at which it restarted."""
     notes: list[str] = field(default_factory=list)

@@ -19,7 +19,7 @@ from typing import Any
 from experiments import colours
 from experiments.colours import Look
 from experiments.disk import frozen, inputs
-from experiments.disk.evaluations import PLAIN, results
+from experiments.disk.evaluations import PLAIN, results, settings_digest
 from experiments.disk.named import find_run
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import (
@@ -35,8 +35,8 @@ from experiments.disk.state import RunState, state_of
 from experiments.identity import config_from_json
 from experiments.json_files import READ_ERRORS
 from experiments.metrics import LOSS
-from experiments.report.data import Arm, Attempt, Point, RunData, Sweep, settings
-from relora_core.config import EVALS, ConfigError, RunConfig, nearest
+from experiments.report.data import Arm, Attempt, Evaluated, Point, RunData, Sweep, settings
+from relora_core.config import EVALS, ConfigError, RunConfig, nearest, runs_eval
 
 KINDS = ("method", "data.kind", *(f"eval.{name}.enabled" for name in EVALS))
 """Settings that decide which others apply."""
@@ -84,18 +84,28 @@ def gather(
 
 
 def _drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
-    """Drop metrics of separate evaluations whose settings, as a limit, differ between runs; a note
-    of each such evaluation."""
+    """Drop the numbers of separate evaluations whose settings, as a limit, differ between runs; a
+    note of each such evaluation.
+
+    Those under the plain name stand beside numbers of training, which stay.
+    """
     notes = []
     for key in dict.fromkeys(key for run in runs for key in run.evaluated):
-        evaluated = [run for run in runs if key in run.evaluated]
-        if len({run.evaluated[key][0] for run in evaluated}) == 1:
+        name, section = key
+        plain = name == PLAIN and section in EVALS
+        own = [run for run in runs if plain and run.metrics and runs_eval(run.config, section)]
+        ids = {run.run_id for run in own}
+        apart = [run for run in runs if key in run.evaluated and run.run_id not in ids]
+        digests = {run.evaluated[key].digest for run in apart}
+        digests |= {settings_digest(run.config.eval, section) for run in own}
+        if not apart or len(digests) == 1:
             continue
-        for run in evaluated:
-            for metric in run.evaluated[key][1]:
+        for run in apart:
+            for metric in run.evaluated[key].metrics:
                 run.metrics.pop(metric, None)
                 run.curves.pop(metric, None)
-        name, section = key
+            for table in run.evaluated[key].tables:
+                run.tables.pop(table, None)
         notes.append(
             f"evaluations of {section} under the name {name} had other settings in some runs and "
             "are left out: python -m sweeps eval --as NEW_NAME evaluates all runs alike"
@@ -358,12 +368,13 @@ def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
         for name, value in evaluation["metrics"].items():
             added.setdefault(name, []).append(Point(*at, float(value)))
         key = evaluation["name"], evaluation["section"]
-        run.evaluated[key] = evaluation["digest"], list(evaluation["metrics"])
-        run.tables |= {
-            f"{evaluation['name']}/{name}": rows for name, rows in evaluation["tables"].items()
-        }
+        tables = {f"{evaluation['name']}/{n}": rows for n, rows in evaluation["tables"].items()}
         if evaluation["name"] == PLAIN and step == run.step:
-            run.tables = evaluation["tables"] | run.tables
+            tables |= {n: rows for n, rows in evaluation["tables"].items() if n not in run.tables}
+        run.tables |= tables
+        run.evaluated[key] = Evaluated(
+            digest=evaluation["digest"], metrics=list(evaluation["metrics"]), tables=list(tables)
+        )
     for name, points in added.items():
         by_step = {point.step: point for point in [*points, *run.curves.get(name, [])]}
         run.curves[name] = [by_step[step] for step in sorted(by_step)]

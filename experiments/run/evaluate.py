@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from experiments import environment, json_files
 from experiments.disk import inputs
-from experiments.disk.evaluations import PLAIN, evaluations, results
+from experiments.disk.evaluations import PLAIN, evaluations, results, settings_digest
 from experiments.disk.run_dir import RunDir
 from experiments.errors import one_line
 from experiments.identity import config_from_json
@@ -99,7 +99,7 @@ def check(run_dir: RunDir, *, request: Request) -> None:
         result["section"]: result["digest"] for result in results(run_dir, name=request.name)
     }
     for section, digest in _digests(request.eval).items():
-        own = _digest(config.eval, section) if runs_eval(config, section) else digest
+        own = settings_digest(config.eval, section) if runs_eval(config, section) else digest
         if request.name == PLAIN and own != digest:
             raise ConfigError(
                 f"--as must keep metrics apart from those of training, since the run's own "
@@ -167,20 +167,7 @@ def _sections_left(run_dir: RunDir, *, request: Request, step: int) -> list[str]
 def _digests(eval: EvalConfig) -> dict[str, str]:
     """Section -> digest of its settings, of the evals that are on."""
     names = [f.name for f in dataclasses.fields(eval) if getattr(eval, f.name).enabled]
-    return {name: _digest(eval, name) for name in names}
-
-
-def _digest(eval: EvalConfig, section: str) -> str:
-    """Digest of the settings that the eval's numbers depend on; a fingerprint stands for a path."""
-    own = getattr(eval, section)
-    values = {
-        f.name: getattr(own, f.name)
-        for f in dataclasses.fields(own)
-        if f.metadata.get("scientific", True)
-        and f.name not in ("enabled", "every_steps")
-        and ("as_before" not in f.metadata or getattr(own, f.name) != f.metadata["as_before"])
-    }
-    return hashlib.sha256(json.dumps([section, values]).encode()).hexdigest()[:16]
+    return {name: settings_digest(eval, name) for name in names}
 
 
 # the work -----------------------------------------------------------------------------------------
@@ -306,7 +293,7 @@ def _evaluate(
         "metrics": metrics,
         "tables": result.tables,
         "eval": dataclasses.asdict(getattr(request.eval, evaluation.name)),
-        "digest": _digest(request.eval, evaluation.name),
+        "digest": settings_digest(request.eval, evaluation.name),
         "code_hash": code_hash(),
         "finished": time.time(),
     }

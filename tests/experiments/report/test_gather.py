@@ -12,11 +12,12 @@ import pytest
 from synthetic import SECONDS, STEPS, TOKENS, a_config, a_sweep, arms, attempt, loss_of, record
 
 from experiments.disk import plans
+from experiments.disk.evaluations import settings_digest
 from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.report import blimp, data
 from experiments.report.gather import gather
-from relora_core.config import ConfigError, DynamicsConfig
+from relora_core.config import BlimpConfig, ConfigError, DynamicsConfig, EvalConfig
 from relora_core.events import Event
 
 
@@ -233,6 +234,32 @@ def test_evaluations_with_other_settings_make_no_mean(tmp_path: Path) -> None:
         assert not any(key.startswith("later/") for key in (*run.metrics, *run.curves))
     [note] = sweep.notes
     assert "evaluations of blimp under the name later had other settings in some runs" in note
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_later_evaluation_stands_beside_those_of_training_if_alike(
+    tmp_path: Path, alike: bool
+) -> None:
+    """As where one arm trained with a limit, and another was evaluated later at a limit."""
+    own = EvalConfig(blimp=BlimpConfig(enabled=True, path="p", max_pairs=10, fingerprint="f"))
+    with_evals, without = a_sweep(tmp_path, [a_config(eval=own), a_config(r=8)])
+    record(with_evals)
+    without.write_result({"state": "finished", "step": STEPS, "metrics": {"train/loss": 3.0}})
+    without.update_status(state="finished", step=STEPS)
+    later = dataclasses.replace(own.blimp, path="q", max_pairs=10 if alike else 99)
+    content = {"name": "eval", "section": "blimp", "step": STEPS, "finished": 1.0}
+    content |= {"digest": settings_digest(EvalConfig(blimp=later), "blimp")}
+    content |= {"metrics": {"eval/blimp/no_bos/accuracy": 0.5}}
+    content |= {"tables": {"blimp_paradigms": [{"uid": "x", "no_bos": 0.5}]}}
+    (without.evals / "eval").mkdir(parents=True)
+    (without.evals / "eval" / f"step-{STEPS:08d}-blimp.json").write_text(json.dumps(content))
+    sweep = gather(tmp_path, "mine")
+    first, second = sweep.arms
+    assert first.values("eval/blimp/no_bos/accuracy")
+    assert blimp.paradigms(first, "no_bos")
+    assert bool(second.values("eval/blimp/no_bos/accuracy")) == alike
+    assert bool(blimp.paradigms(second, "no_bos")) == alike
+    assert ["name eval had other settings" in note for note in sweep.notes] == [True] * (not alike)
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
