@@ -31,7 +31,7 @@ schema.register()
 
 @hydra.main(config_path="conf", config_name="config", **schema.VERSION_BASE)
 def main(cfg: DictConfig) -> None:
-    with reporting():
+    with reporting(resumes=True):
         # As typed: `${...}` is resolved in the run's config alone.
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         schema.refuse_search(cfg, overrides)
@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     arguments = [text for text in sys.argv[1:] if text not in ("--plan", "--measure")]
-    with reporting():
+    with reporting(resumes="--plan" not in sys.argv[1:]):
         if "--plan" in sys.argv[1:]:
             arguments = ["-m", *(text for text in arguments if text not in ("-m", "--multirun"))]
             arguments.append("hydra.sweeper.plan_only=true")

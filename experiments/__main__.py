@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.overrides += rest  # argparse takes positionals before the options only
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    with reporting():
+    with reporting(resumes=arguments.command == "evaluate"):
         if arguments.command == "describe":
             extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)

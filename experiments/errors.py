@@ -20,12 +20,12 @@ class RunLocked(RuntimeError):
     """Another living process is at work on this run."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error as one line for tables and terminals."""
+def one_line(error: BaseException, *, resumes: bool = False) -> str:
+    """An error as one line for tables and terminals; `resumes`: what Ctrl-C ended can go on."""
     if isinstance(error, (ConfigError, DataError)):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command resumes it"
+        return "interrupted" + ("; the same command resumes it" if resumes else "")
     if isinstance(error, OSError) and (line := shared.explain(error)):
         return line
     if isinstance(error, OSError) and error.strerror:
@@ -42,8 +42,9 @@ def fail(line: str, *, code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[None]:
-    """Context in which an error ends the process with one line, without a traceback."""
+def reporting(*, resumes: bool = False) -> Iterator[None]:
+    """Context in which an error ends the process with one line, without a traceback; `resumes` as
+    of `one_line`."""
     try:
         yield
     except ConfigError as error:
@@ -54,4 +55,4 @@ def reporting() -> Iterator[None]:
     except (DataError, RunLocked, OSError) as error:
         fail(one_line(error), code=1)
     except KeyboardInterrupt as error:
-        fail(one_line(error), code=130)
+        fail(one_line(error, resumes=resumes), code=130)

@@ -255,7 +255,7 @@ def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) ->
 
 def _record_failure(run_dir: RunDir, error: BaseException) -> None:
     """status.json and error.txt, as far as the disk allows; the caller raises the error itself."""
-    line = one_line(error)
+    line = one_line(error, resumes=True)
     try:
         atomic.write_text(run_dir.error_path, "".join(traceback.format_exception(error)))
         run_dir.update_status(state=State.FAILED, phase="", error=line)
