@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,12 @@ class Outlook(ABC):
     output_dir: Path
     launcher: Launcher
     costs: Mapping[str, Estimate | None]
-    """By run_id; None: unknown."""
+    """Of the plan's runs that are to be run, by run_id; None: unknown."""
+
+    @property
+    def bill(self) -> Collection[Estimate | None]:
+        """What each run to come costs."""
+        return self.costs.values()
 
     @property
     def limit(self) -> float | None:
@@ -62,7 +67,7 @@ class Outlook(ABC):
     def check(self) -> None:
         """ConfigError if the sweep cannot run or would cost too much."""
         self.launcher.check(self.plan, estimates=self.costs)
-        budget.check_budget(self.costs, max_gpu_hours=self.limit, unit=self.launcher.unit)
+        budget.check_budget(self.bill, max_gpu_hours=self.limit, unit=self.launcher.unit)
 
     @abstractmethod
     def store(self) -> None:

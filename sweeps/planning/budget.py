@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class Estimate:
     """What it is estimated from, as text for the user."""
     bound: bool = False
     """Nothing was measured: `hours` is the time limit of one attempt."""
+    steps: int | None = None
+    """Training steps of the run that it is for; None: of several runs."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,13 +101,15 @@ def estimate(
     Where it may get one of several kinds of GPU, the interval covers each. Without a measured run
     on such a device it is what the time limit allows; None without a limit.
     """
-    devices = place.gpus or place.processes
+    devices, steps = place.gpus or place.processes, max(config.train.steps - done, 0)
     groups, note = _similar_rates(config, rates=rates, place=place)
     if not groups:
         if place.time_limit_h is None:
             return None
         hours = place.time_limit_h * devices
-        return Estimate(hours=hours, low=0.0, high=hours, basis="the time limit", bound=True)
+        return Estimate(
+            hours=hours, low=0.0, high=hours, basis="the time limit", bound=True, steps=steps
+        )
     parts = [_interval(_predict_seconds(config, g, done=done), g.factor) for g in groups]
     lows, middles, highs = zip(*parts, strict=True)
     hours = devices / place.processes / 3600
@@ -114,6 +118,7 @@ def estimate(
         low=min(lows) * hours,
         high=max(highs) * hours,
         basis=" and ".join(dict.fromkeys(group.basis for group in groups)) + note,
+        steps=steps,
     )
 
 
@@ -276,7 +281,7 @@ def estimates(
 
 
 def check_budget(
-    estimates: Mapping[str, Estimate | None], *, max_gpu_hours: float | None, unit: str = "GPU"
+    estimates: Collection[Estimate | None], *, max_gpu_hours: float | None, unit: str = "GPU"
 ) -> None:
     """ConfigError if the runs to queue are expected to take more than the budget.
 
@@ -286,17 +291,17 @@ def check_budget(
     if max_gpu_hours is None or not estimates:
         return
     runs, key = len(estimates), "sweep.max_gpu_hours"
-    unknown = sum(one is None for one in estimates.values())
+    unknown = sum(one is None for one in estimates)
     if unknown:
         raise ConfigError(
             f"{key} must be null while nothing is known of the cost of {unknown} of {runs} runs, "
             f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
         )
-    asked = total(estimates.values())
+    asked = total(estimates)
     # Rounding may take a sum that equals the budget above it.
     if asked is None or asked.hours <= max_gpu_hours * (1 + 1e-9):
         return
-    fits = _count_fitting([one.hours for one in estimates.values() if one], limit=max_gpu_hours)
+    fits = _count_fitting([one.hours for one in estimates if one], limit=max_gpu_hours)
     help_ = f"; {_how_to_measure(unit)}" if asked.bound else ""
     raise ConfigError(
         f"{key} must be >= {_round_up(asked.hours)} for {runs} runs ({interval(asked)} {unit}-hours"

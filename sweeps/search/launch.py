@@ -30,7 +30,7 @@ from sweeps.planning import budget
 from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import Point, check_name
 from sweeps.planning.plan import Cell, command, make_plan
-from sweeps.planning.rates import Rate, read_rates
+from sweeps.planning.rates import read_rates
 from sweeps.search import arms, reads, samplers
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig
@@ -120,9 +120,13 @@ def run_search(
             plan, states={}, launcher=launcher, output_dir=output_dir, console=console
         )
     rates = read_rates(output_dir)
-    costs: dict[str, Estimate | None] = {}
-    for part in parts:
-        costs |= estimates(part, launcher=launcher, rates=rates)
+    # All from step 0: what has been run of these configs says nothing of the trials.
+    costs = {
+        cell.run_id: budget.estimate(cell.config, rates=rates, place=launcher.place(cell.config))
+        for part in parts
+        if part.left
+        for cell in part.cells
+    }
     more = [note for part in parts for note in part.notes]
     plan.notes = list(dict.fromkeys([*notes, *more, *uneven(parts)]))
     outlook = SearchOutlook(
@@ -221,27 +225,20 @@ def uneven(parts: Sequence[Part]) -> list[str]:
     ]
 
 
-def estimates(
-    part: Part, *, launcher: Launcher, rates: Sequence[Rate]
-) -> dict[str, Estimate | None]:
-    """What each run still to come may cost, as if the combinations of groups took turns.
-
-    All from step 0: what has been run of the configs that the search starts from says nothing of
-    its trials.
-    """
-    configs = [cell.config for cell in part.cells]
-    costs = [budget.estimate(c, rates=rates, place=launcher.place(c)) for c in configs]
-    runs = part.left * len(part.spec.config.seeds)
-    arm = f"{part.arm} " if part.arm else ""
-    each = itertools.islice(itertools.cycle(costs), runs)
-    return {f"{arm}trial {index}": cost for index, cost in enumerate(each)}
-
-
 @dataclass(kw_only=True)
 class SearchOutlook(Outlook):
     """A search. Its plan has the configs that it starts from; its trials are drawn later."""
 
     parts: list[Part]
+
+    @property
+    def bill(self) -> list[Estimate | None]:
+        """What each run still to come may cost, as if the combinations of groups took turns."""
+        bill: list[Estimate | None] = []
+        for part in self.parts:
+            each = itertools.cycle(self.costs.get(cell.run_id) for cell in part.cells)
+            bill += itertools.islice(each, part.left * len(part.spec.config.seeds))
+        return bill
 
     @property
     def folder(self) -> Path:
@@ -259,7 +256,7 @@ class SearchOutlook(Outlook):
         console.print(self._arms() if self.parts[0].arm else self._space())
         goals = "; ".join(one.text() for one in search.objectives)
         rules = f", {' and '.join(search.constraints)}" if search.constraints else ""
-        cost = budget.total(self.costs.values())
+        cost = budget.total(self.bill)
         unit = self.launcher.unit
         price = f", {budget.interval(cost)} {unit}-hours by {cost.basis}" if cost else ""
         display.say(console, f"objective: {goals}{rules}")

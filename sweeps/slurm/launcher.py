@@ -84,7 +84,7 @@ class SlurmLauncher:
         print_environment(self.options)
         for cell in plan.cells:
             check_cell(cell.config, self.options)
-            self._check_pace(cell, estimates.get(cell.run_id))
+            self._check_pace(cell.config, estimates.get(cell.run_id))
             if "%" in (place := os.path.abspath(cell.config.output_dir)):
                 raise ConfigError(
                     f"output_dir must hold no % (SLURM's own sign in file names), got {place!r}; "
@@ -100,16 +100,16 @@ class SlurmLauncher:
         except SlurmError as error:
             raise ConfigError(f"hydra/launcher=slurm needs SLURM's answer: {error}") from None
 
-    def _check_pace(self, cell: Cell, cost: Estimate | None) -> None:
+    def _check_pace(self, config: RunConfig, cost: Estimate | None) -> None:
         """ConfigError if a job is too short for a checkpoint: every kill would lose all of it."""
-        config = cell.config
-        if cost is None or cost.bound or config.checkpoint.every_minutes is not None:
+        if cost is None or cost.bound or cost.steps is None:
+            return
+        if config.checkpoint.every_minutes is not None:
             return
         shape, every = shape_of(config, self.options), config.checkpoint.every_steps
         place = self.place(config)
         wall_min = 60 * cost.hours / (place.gpus or place.processes)
-        left = config.train.steps - run_at(config.output_dir, cell.run_id).newest_step()
-        interval = wall_min * min(1.0, every / max(left, 1))
+        interval = wall_min * min(1.0, every / max(cost.steps, 1))
         if interval > shape.minutes:
             good = max(1, int(every * shape.minutes / interval / 2))
             raise ConfigError(

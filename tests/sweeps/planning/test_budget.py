@@ -34,8 +34,7 @@ from sweeps.planning import budget, rates
 from sweeps.planning.budget import Estimate, Place, check_budget, estimate, estimates
 from sweeps.planning.plan import make_plan
 from sweeps.planning.rates import Rate, count_pauses, read_rates, shape
-from sweeps.search.launch import Part
-from sweeps.search.launch import estimates as trial_costs
+from sweeps.search.launch import Part, SearchOutlook
 from tests.sweeps.conftest import planned
 
 GPU = "NVIDIA A100"
@@ -81,11 +80,8 @@ def run_state(cell, state, **changes):
 
 
 def expected(hours):
-    """Estimates of these hours, by run."""
-    return {
-        str(i): one and Estimate(hours=one, low=one / 2, high=one * 2, basis="tests")
-        for i, one in enumerate(hours)
-    }
+    """Estimates of these hours."""
+    return [one and Estimate(hours=one, low=one / 2, high=one * 2, basis="tests") for one in hours]
 
 
 def nano(**changes):
@@ -330,27 +326,28 @@ def test_a_run_is_charged_from_its_newest_checkpoint_on_whatever_it_last_said(ma
     (RunDir(runs_folder(out) / cell.run_id).checkpoints / ".tmp-step-00000080-1").mkdir()
     resumed = estimates([cell], **arguments)[cell.run_id]
     assert resumed.hours == pytest.approx(anew.hours / 2)
+    assert (anew.steps, resumed.steps) == (100, 50)
 
 
-def test_a_search_is_charged_for_whole_trials_whatever_runs_are_there(make, spec, out):
-    config = make(steps=100)
-    plan = make_plan([({}, config)])
+def test_a_search_is_charged_for_each_seed_of_trials_that_take_turns(make, spec, out):
+    points = [({}, make(steps=steps)) for steps in (100, 50)]
+    plan = make_plan(points)
     part = Part(
         arm=None,
         folder=out / "sweeps" / "s" / "study",
         spec=spec(seeds=2),
-        points=[({}, config)],
+        points=points,
         cells=plan.cells,
         n_trials=3,
         left=3,
         notes=[],
     )
-    rates = [rate_of(config)]
-    each = estimate(config, rates=rates)
-    run = RunDir(runs_folder(out) / plan.cells[0].run_id)
-    (run.checkpoints / "step-00000100").mkdir(parents=True)  # the run that the search begins at
-    found = trial_costs(part, launcher=LocalLauncher(), rates=rates)
-    assert list(found.values()) == [each] * 6
+    long, short = expected([2.0, 1.0])
+    costs = {cell.run_id: c for cell, c in zip(plan.cells, (long, short), strict=True)}
+    outlook = SearchOutlook(
+        plan=plan, output_dir=out, launcher=LocalLauncher(), costs=costs, parts=[part]
+    )
+    assert outlook.bill == [long, short] * 3
 
 
 def test_each_run_is_charged_for_the_place_it_is_given(make, out):
@@ -399,13 +396,13 @@ def test_a_budget_refuses_what_nothing_is_known_of_and_says_what_helps():
     with pytest.raises(ConfigError, match=r"got 1e\+06; finish one run on a GPU first"):
         check_budget(expected([1.0, None]), max_gpu_hours=1e6)
     place = Place(gpus=1, time_limit_h=12.0)
-    bounds = {str(i): estimate(nano(), rates=[], place=place) for i in range(3)}
+    bounds = [estimate(nano(), rates=[], place=place)] * 3
     check_budget(bounds, max_gpu_hours=36)
     with pytest.raises(ConfigError, match=r"<= 36 GPU-hours by the time limit.*2 of them fit; fin"):
         check_budget(bounds, max_gpu_hours=35)
 
 
-@pytest.mark.parametrize("asked", [{}, expected([5.0, None])])
+@pytest.mark.parametrize("asked", [[], expected([5.0, None])])
 def test_no_budget_and_nothing_to_run_refuse_nothing(asked):
     check_budget(asked, max_gpu_hours=None if asked else 1.0)
 

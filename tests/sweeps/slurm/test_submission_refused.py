@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from submitting import BIG
+from rich.console import Console
+from submitting import BIG, CPU
 
 from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
+from experiments.identity import run_id
+from experiments.run.complete import complete
 from relora_core import costs
 from relora_core.config import (
     CheckpointConfig,
@@ -19,8 +23,12 @@ from relora_core.config import (
     ResourcesConfig,
     TrainConfig,
 )
-from sweeps.planning.budget import Estimate
+from sweeps.planning.budget import Estimate, training_flops
 from sweeps.planning.plan import make_plan
+from sweeps.planning.rates import Rate, shape
+from sweeps.search.config import normalise
+from sweeps.search.launch import Draft, run_search
+from sweeps.search.space import Float
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions, check_cell, check_options
 
@@ -101,7 +109,7 @@ def test_a_checkpoint_interval_must_fit_into_the_time_limit(make, slurm, options
         train=TrainConfig(steps=1000, batch_size=4), checkpoint=CheckpointConfig(every_steps=500)
     )
     plan = make_plan([({}, config)], name="s")
-    cost = Estimate(hours=10 * devices, low=1, high=99, basis="test")
+    cost = Estimate(hours=10 * devices, low=1, high=99, basis="test", steps=1000)
     for time_, good in (("4:50:00", False), ("5:10:00", True)):
         launcher = SlurmLauncher(options=SlurmOptions(time=time_, **options))
         context = pytest.raises(ConfigError, match=r"interval .*about 300 min\).* 301, or checkp")
@@ -109,17 +117,49 @@ def test_a_checkpoint_interval_must_fit_into_the_time_limit(make, slurm, options
             launcher.check(plan, estimates={plan.cells[0].run_id: cost})
 
 
-def test_of_a_run_that_has_begun_the_rest_takes_what_it_is_expected_to_cost(make, slurm, out):
+def test_of_a_run_that_has_begun_the_rest_takes_what_it_is_expected_to_cost(make, slurm):
     config = make(
         train=TrainConfig(steps=1000, batch_size=4), checkpoint=CheckpointConfig(every_steps=100)
     )
     plan = make_plan([({}, config)], name="s")
     [cell] = plan.cells
-    (run_at(out, cell.run_id).checkpoints / "step-00000500").mkdir(parents=True)
     launcher = SlurmLauncher(options=SlurmOptions(time="1:30:00", gpus_per_node=0))
-    cost = Estimate(hours=10, low=1, high=99, basis="test")  # 2 h for 100 of 500 steps
+    cost = Estimate(hours=10, low=1, high=99, basis="test", steps=500)  # 2 h for 100 of them
     with pytest.raises(ConfigError, match=r"interval .*about 120 min\).* 121, or checkp"):
         launcher.check(plan, estimates={cell.run_id: cost})
+
+
+def test_a_searchs_trials_must_reach_a_checkpoint_too(make, slurm, out, monkeypatch):
+    """10 h on the clock for 1000 steps, a checkpoint every 500, whatever has been run before."""
+    config = make(
+        train=TrainConfig(steps=1000, batch_size=4), checkpoint=CheckpointConfig(every_steps=500)
+    )
+    config.model.vocab_size = None
+    priced = complete(config)
+    rate = Rate(
+        run_id="x",
+        label="nano",
+        device="cpu",
+        partition="main",
+        shape=shape(priced, processes=1),
+        forward_flops=costs.flops_per_token(priced).forward,
+        flops_per_s=training_flops(priced) / 36_000,
+        overhead_s=0.0,
+    )
+    monkeypatch.setattr("sweeps.search.launch.read_rates", lambda _: [rate])
+    (run_at(out, run_id(priced)).checkpoints / "step-00001000").mkdir(parents=True)
+    draft = Draft(
+        search=normalise({"objectives": "train/loss", "sampler": "random"}),
+        space={"train.lr": Float(low=1e-4, high=1e-1, log=True)},
+        bases=[({}, config)],
+        follows=[{}],
+    )
+    for time_, good in (("4:50:00", False), ("5:10:00", True)):
+        launcher = SlurmLauncher(options=SlurmOptions(time=time_, **CPU))
+        context = pytest.raises(ConfigError, match=r"interval .*about 300 min\).* 301, or checkp")
+        with contextlib.nullcontext() if good else context:
+            console = Console(file=io.StringIO())
+            run_search([draft], name="s", launcher=launcher, plan_only=True, console=console)
 
 
 def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code):
