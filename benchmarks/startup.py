@@ -90,7 +90,7 @@ def measure(run: RunDir, *, start: Callable[[RunDir], int]) -> dict[str, float]:
 def compare(models: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
     """Medians of `rounds` runs of each model, cold and warm in turns."""
     folder = Path(tempfile.mkdtemp(prefix="startup-"))
-    slots = Slots.of(1, runs=1, device="cpu")
+    slots = Slots.of(1, runs=1, devices=["cpu"])
     measured: dict[tuple[str, str], list[dict[str, float]]] = {}
     number = 0
     try:
@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each (default: 5)")
     args = parser.parse_args()
     rows = compare(args.models.split(","), rounds=args.rounds)
-    threads = Slots.of(1, runs=1, device="cpu").threads
+    threads = Slots.of(1, runs=1, devices=["cpu"]).threads
     machine = {"cpu": cpu(), "cores": cores(), "threads": threads}
     machine |= {"torch": packages().get("torch"), "python": platform.python_version()}
     Console(width=120).print(table(rows))

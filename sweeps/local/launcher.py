@@ -98,8 +98,8 @@ class LocalLauncher:
 
     def time(self, work: Timings, *, name: str, output_dir: Path, console: Console) -> None:
         """One at a time, with the share of the machine that each of the sweep's runs would get."""
-        device = work.configs[0].runtime.device
-        slots = Slots.of(self.max_parallel, runs=work.runs, device=device)
+        devices = [config.runtime.device for config in work.configs]
+        slots = Slots.of(self.max_parallel, runs=work.runs, devices=devices)
         display.say(console, f"timing some steps here of {', '.join(work.names)}")
         with stop_requested() as stop:
             time_each(
@@ -148,8 +148,8 @@ def launch_local(
     todo.sort(key=lambda cell: budget.training_flops(cell.config), reverse=True)
     for cell in todo:
         run_at(output_dir, cell.run_id).cancel_path.unlink(missing_ok=True)
-    device = plan.cells[0].config.runtime.device
-    slots = Slots.of(max_parallel, runs=len(todo), device=device, code=workers.code)
+    devices = [cell.config.runtime.device for cell in todo]
+    slots = Slots.of(max_parallel, runs=len(todo), devices=devices, code=workers.code)
     say = partial(display.say, console)
     with (
         open_processes(workers, slots=slots, runs=len(todo), say=say) as processes,

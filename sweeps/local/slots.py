@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,9 +33,17 @@ class Slots:
     """What workers import the project from."""
 
     @classmethod
-    def of(cls, max_parallel: int | None, *, runs: int, device: str, code: Path = ROOT) -> Slots:
-        """As many as there are GPUs, else cores; never more than there are runs."""
-        gpus = [] if device == "cpu" else visible_gpus()
+    def of(
+        cls,
+        max_parallel: int | None,
+        *,
+        runs: int,
+        devices: Collection[str],
+        code: Path = ROOT,
+    ) -> Slots:
+        """As many as there are GPUs, if any of the runs' `runtime.device` may be one, else cores;
+        never more than there are runs."""
+        gpus = visible_gpus() if {*devices} - {"cpu"} else []
         cores = len(os.sched_getaffinity(0))
         parallel = min(max_parallel or len(gpus) or cores, runs)
         threads = max(1, cores // parallel)

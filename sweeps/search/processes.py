@@ -47,7 +47,9 @@ def start_processes(
         return submit_search(launcher, study, left=left, config=config, console=console)
     output_dir, most = study.parents[2], launcher.options["max_parallel"]
     code = snapshot.freeze(study.parent / "code", output_dir=output_dir)
-    slots = Slots.of(most, runs=left, device=config.runtime.device, code=code)
+    bases = [base for one in open_studies(study) for base in one.spec.bases.values()]
+    devices = [base.runtime.device for base in bases]
+    slots = Slots.of(most, runs=left, devices=devices, code=code)
     return search_local(study, slots=slots, console=console)
 
 

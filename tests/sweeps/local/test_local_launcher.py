@@ -22,7 +22,13 @@ from experiments.disk.output_dir import plan_folder
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
 from experiments.environment import ROOT
-from relora_core.config import ConfigError, EvalConfig, PalomaConfig, TrackingConfig
+from relora_core.config import (
+    ConfigError,
+    EvalConfig,
+    PalomaConfig,
+    RuntimeConfig,
+    TrackingConfig,
+)
 from sweeps import display
 from sweeps.launch import run_sweep
 from sweeps.local import launcher
@@ -148,16 +154,27 @@ def test_each_worker_has_its_share_of_threads_and_its_gpu(make, launch, tmp_path
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    slots = Slots.of(None, runs=6, device="auto")
+    slots = Slots.of(None, runs=6, devices=["auto"])
     assert (slots.parallel, slots.threads) == (2, 4)
     assert [slots.environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["3", "5"]
-    cpu = Slots.of(None, runs=3, device="cpu")
+    cpu = Slots.of(None, runs=3, devices=["cpu"] * 3)
     assert (cpu.parallel, cpu.threads, cpu.gpus) == (3, 2, [])
     assert cpu.environment(0)["OMP_NUM_THREADS"] == "2"
     plan = planned(make, [0])
     launch(plan)
     log = RunDir(tmp_path / "out" / "runs" / plan.cells[0].run_id).log_path(1)
     assert log.read_text() == "threads 8 3\n"
+
+
+def test_one_run_on_the_cpu_takes_no_other_its_gpu(make, launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(slots_module, "_installed_gpus", lambda: ["3", "4", "5"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    devices = ("cpu", "auto", "cuda")
+    configs = [make(seed=i, runtime=RuntimeConfig(device=d)) for i, d in enumerate(devices)]
+    plan = make_plan([({"seed": str(config.seed)}, config) for config in configs])
+    launch(plan)
+    logs = [RunDir(tmp_path / "out" / "runs" / c.run_id).log_path(1) for c in plan.cells[1:]]
+    assert {log.read_text().split()[-1] for log in logs} <= {"3", "5"}
 
 
 LISTED = """\
@@ -215,7 +232,7 @@ def test_where_there_is_no_gpu_a_sweep_takes_all_cores_and_cpu_hours(make, monke
     monkeypatch.setattr(slots_module, "_installed_gpus", list)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert Slots.of(None, runs=6, device="auto").parallel == 6
+    assert Slots.of(None, runs=6, devices=["auto"]).parallel == 6
     assert LocalLauncher().unit == "CPU"
     assert LocalLauncher().place(make()).gpus == 0
 

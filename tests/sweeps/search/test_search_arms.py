@@ -7,20 +7,24 @@ import io
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import stats as scipy_stats
 from studies import DECADES, LR, begin_arms, finish, finish_all, taker
 
 from experiments import scheduler
 from experiments.disk.output_dir import jobs_folder, place_of_study, study_folder
 from experiments.run.stopping import StopFlag
-from relora_core.config import ConfigError
-from sweeps import job
+from relora_core.config import ConfigError, RuntimeConfig
+from sweeps import job, snapshot
 from sweeps.__main__ import main
-from sweeps.search import arms, process, response, response_files, results, samplers
+from sweeps.local import slots
+from sweeps.local.launcher import LocalLauncher
+from sweeps.search import arms, process, processes, response, response_files, results, samplers
 from sweeps.search.config import Objective, check_arms, normalise
 from sweeps.search.space import Choice, Float, Int
 from sweeps.search.study import Study
@@ -47,6 +51,21 @@ def grid(spec):
 
 def counts(folder):
     return [len(study.trials()) for study in arms.open_studies(folder)]
+
+
+def test_processes_have_gpus_if_one_arm_needs_them(begun, spec, make, monkeypatch):
+    def base(device):
+        return {"": make(runtime=RuntimeConfig(device=device))}
+
+    got = []
+    monkeypatch.setattr(slots, "_installed_gpus", lambda: ["0", "1"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(snapshot, "freeze", lambda folder, **_: folder)
+    monkeypatch.setattr(processes, "search_local", lambda _, slots, **__: got.append(slots) or 0)
+    folder = begun(a=spec(bases=base("cpu")), b=spec(bases=base("auto")))
+    begin = partial(processes.start_processes, LocalLauncher(), folder, left=4)
+    begin(config=base("cpu")[""], console=Console())
+    assert (got[0].gpus, got[0].parallel) == (["0", "1"], 2)
 
 
 # taking turns -----------------------------------------------------------------------------------
