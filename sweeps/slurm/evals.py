@@ -12,7 +12,7 @@ from sweeps import display
 from sweeps.slurm import cluster
 from sweeps.slurm.batches import arrays
 from sweeps.slurm.launcher import SlurmLauncher
-from sweeps.slurm.options import shape_of
+from sweeps.slurm.options import Shape, shape_of
 from sweeps.slurm.queue import Queue
 from sweeps.slurm.sbatch import print_environment
 from sweeps.slurm.submission import only_submitter, recover
@@ -34,12 +34,8 @@ def submit_evals(
     output_dir = output_dir.absolute()
     runs = [RunDir(request.absolute().parents[2]) for request in requests]
     configs = [run.config() for run in runs]
-    # Scoring uses one process and one GPU.
     options = dataclasses.replace(launcher.options, runs_per_job=1)
-    shapes = {shape_of(config, options) for config in configs}
-    longest = max(shapes, key=lambda shape: shape.minutes)
-    gpus = min(1, longest.gpus_per_node)
-    shape = dataclasses.replace(longest, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
+    shape = _shape_for_all([shape_of(config, options) for config in configs])
     names = [str(request.absolute().relative_to(output_dir)) for request in requests]
     with only_submitter(output_dir, display.make_console()):
         jobs_of = {
@@ -58,6 +54,19 @@ def submit_evals(
         for batch in arrays([[name] for name in todo], shape=shape, cap=queue.cap):
             one = queue.submit(batch, batch.tasks, after=waits)
             print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
+
+
+def _shape_for_all(shapes: Sequence[Shape]) -> Shape:
+    """One process and at most one GPU, which scoring uses; else the most that any of them has."""
+    return Shape(
+        nodes=1,
+        gpus_per_node=min(1, max(one.gpus_per_node for one in shapes)),
+        tasks_per_node=1,
+        cpus_per_task=max(one.cpus_per_task for one in shapes),
+        mem_gb=max((one.mem_gb for one in shapes if one.mem_gb is not None), default=None),
+        minutes=max(one.minutes for one in shapes),
+        by_gpu=any(one.by_gpu for one in shapes),
+    )
 
 
 def _queued_evals(

@@ -13,6 +13,7 @@ from submitting import CPU, HUGE, arrays, job_ids
 from experiments.disk.output_dir import all_runs, plan_folder
 from relora_core.config import (
     ConfigError,
+    ResourcesConfig,
     TrackingConfig,
 )
 from sweeps.launchers import load_launcher, store_launcher
@@ -31,14 +32,18 @@ def submit_evals(requests: Sequence[Path], *, sweep: str, output_dir: Path, afte
 def requests(submit, slurm, out):
     """Of evaluations of a sweep of three runs, one of them finished."""
     submit([0, 1, (2, HUGE)])
-    paths = []
     for run in all_runs(out):
         if run.config().seed == 0:
             run.write_result({"state": "finished", "step": 4, "metrics": {}})
-        path = run.evals / "again" / "request.json"
+    return ask(out)
+
+
+def ask(out):
+    """A request to evaluate each run below `out`."""
+    paths = [run.evals / "again" / "request.json" for run in all_runs(out)]
+    for path in paths:
         path.parent.mkdir(parents=True)
         path.write_text("{}")
-        paths.append(path)
     return paths
 
 
@@ -57,6 +62,24 @@ def test_evaluations_are_an_array_on_one_process_each(requests, slurm, out):
     assert (asked["nodes"], asked["ntasks-per-node"]) == ("1", "1")
     assert "dependency" not in asked
     assert job_ids(out) == before
+
+
+def test_each_evaluation_gets_the_most_that_any_of_their_runs_asked_for(submit, slurm, out):
+    sizes = [
+        ResourcesConfig(time="2:00:00", cpus_per_task=1),  # the longest is the smallest
+        ResourcesConfig(time="0:30:00", cpus_per_task=6, mem_gb=24, gpus_per_node=2),
+        ResourcesConfig(time="0:40:00", mem_gb=8),
+    ]
+    submit(list(enumerate(sizes)), partition="gpu")
+    submit_evals(ask(out), sweep="s", output_dir=out, after=False)
+    (one,) = evaluations(out)
+    asked = slurm.options(str(one.job_id))
+    assert {key: asked[key] for key in ("time", "cpus-per-task", "mem", "gpus-per-node")} == {
+        "time": "120",
+        "cpus-per-task": "6",
+        "mem": "24576M",
+        "gpus-per-node": "1",
+    }
 
 
 def test_evaluations_wait_for_the_runs_that_are_in_flight(requests, slurm, out):
