@@ -126,7 +126,8 @@ def begin_anew(run_dir: RunDir) -> None:
         result, checkpoints = run_dir.result_path, run_dir.checkpoints
         names = ("result-*.json", "checkpoints-*", "evals-*")
         taken = [path for name in names for path in result.parent.glob(name)]
-        n = 1 + max((int(p.stem.rpartition("-")[2]) for p in taken), default=0)
+        numbers = [path.stem.rpartition("-")[2] for path in taken]
+        n = 1 + max((int(text) for text in numbers if text.isdecimal()), default=0)
         for folder in (checkpoints, run_dir.evals):
             if folder.exists():
                 folder.rename(folder.with_name(f"{folder.name}-{n}"))

@@ -331,6 +331,8 @@ def test_what_failed_or_was_lost_is_launched_again(ended, slurm, launched, capsy
 
 def test_a_diverged_run_begins_anew_and_keeps_what_it_had(ended):
     run = ended.runs[2]
+    (run.path / "checkpoints-mine").mkdir()  # a user's copy
+    (run.path / "result-mine.json").touch()
     for number in (1, 2):
         (run.evals / "later").mkdir(parents=True)  # of checkpoints that will not be again
         begin_anew(run)
