@@ -24,8 +24,15 @@ from experiments.identity import essential
 from relora_core.config import ConfigError, RunConfig, get, nearest
 from sweeps.planning.plan import load
 from sweeps.search import growth, samplers
-from sweeps.search.config import Objective, SearchConfig, constraints_of
-from sweeps.search.objective import Verdict, as_objective, curve, judge, run_value, value
+from sweeps.search.config import SearchConfig, constraints_of
+from sweeps.search.objective import (
+    Verdict,
+    as_objective,
+    curve,
+    judge,
+    run_value,
+    seed_value,
+)
 from sweeps.search.space import base_key
 from sweeps.search.trial import config_at, fill
 
@@ -222,7 +229,7 @@ def _reports(search: SearchConfig, matches: Sequence[Match]) -> dict[str, float]
     if len(search.objectives) > 1 or metric is None:
         return {}
     if search.pruner["name"] == "wilcoxon":
-        ends = [value(Objective(metric=metric), one.run.events()) for one in matches]
+        ends = [seed_value(search, one.run) for one in matches]
         return {str(index): end for index, end in enumerate(ends) if end is not None}
     first = matches[0]
     assert first.config is not None

@@ -63,6 +63,13 @@ def run_value(objective: Objective, run_dir: RunDir) -> float | None:
     return value(objective, run_dir.events())
 
 
+def seed_value(search: SearchConfig, run_dir: RunDir) -> float | None:
+    """What Wilcoxon's test compares of a run that has ended: where it diverged the worst value."""
+    assert search.prune_metric is not None  # normalise has set it
+    goal = Objective(metric=search.prune_metric, direction=search.objectives[0].direction)
+    return run_value(goal, run_dir)
+
+
 def config_cost(metric: str, config: RunConfig) -> float:
     """A cost that follows from the config: parameters, or FLOPs of all training steps."""
     if metric == "cost/flops":

@@ -41,7 +41,7 @@ from sweeps.attempt import follow, is_stalled, redirect_output
 from sweeps.planning.plan import make_plan, store
 from sweeps.search import reads
 from sweeps.search.arms import open_studies
-from sweeps.search.objective import REPORTS
+from sweeps.search.objective import REPORTS, seed_value
 from sweeps.search.study import Study
 from sweeps.search.trial import Trial, Worker, spell
 from sweeps.slurm import cluster
@@ -309,11 +309,9 @@ class SearchSink:
         """How the run ended; PRUNED if no further seed should be run."""
         if self.pruner != "wilcoxon" or outcome not in (Outcome.FINISHED, Outcome.DIVERGED):
             return outcome
-        values = [
-            e["metrics"][self.metric] for e in run_dir.events() if self.metric in e["metrics"]
-        ]
-        if values:
-            self.trial.report(self.index, values[-1])
+        value = seed_value(self.trial.study.config, run_dir)
+        if value is not None:
+            self.trial.report(self.index, value)
         last = self.index + 1 == len(self.trial.seeds)
         return Outcome.PRUNED if not last and self.trial.should_prune() else outcome
 

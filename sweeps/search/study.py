@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import secrets
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -361,7 +362,9 @@ class Study:
         """See Trial.should_prune."""
         if len(self.config.objectives) > 1:
             return False
-        return self._mending(lambda: self.handle(self.frozen(number)).should_prune())
+        with warnings.catch_warnings():  # after a diverged seed Wilcoxon's test prunes nothing
+            warnings.filterwarnings("ignore", "The intermediate values of the ", UserWarning)
+            return self._mending(lambda: self.handle(self.frozen(number)).should_prune())
 
     def tell(
         self,

@@ -237,6 +237,13 @@ def test_options_of_groups_and_other_words_for_the_same_run_are_recognised(spec,
     assert study._trial(study.learnt()[1]).run_ids == study.learnt()[1].user_attrs["run_ids"]
 
 
+def test_a_diverged_seed_is_learnt_with_the_worst_value(spec, sweep, out):
+    sweep("x", {"seed": 0, "loss": 1.0}, {"seed": 1, "loss": 1.0, "state": "diverged"})
+    study, _ = learnt(spec, out, learn_from="x", seeds=2, pruner="wilcoxon")
+    [frozen] = study.learnt()
+    assert (frozen.values, frozen.intermediate_values) == ([math.inf], {0: 1.0, 1: math.inf})
+
+
 def test_a_searched_scale_is_found_in_alpha(spec, sweep, make, out):
     def at(r, alpha):
         relora = dataclasses.replace(make(r=r).relora, alpha=alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from rich.console import Console
 from experiments import scheduler
 from experiments.disk.output_dir import all_runs, jobs_folder, study_folder
 from experiments.disk.run_dir import RunDir
+from experiments.disk.states import Outcome
 from experiments.errors import RunLocked
 from experiments.identity import run_id
 from experiments.run.complete import complete
@@ -39,6 +41,7 @@ from sweeps.search.trial import Worker
 from sweeps.slurm.submission import Submission
 from sweeps.worker import FAILED, FINISHED, INTERRUPTED
 from tests import warm as commands
+from tests.sweeps.records import end_run
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -171,6 +174,25 @@ def test_wilcoxon_spares_the_seeds_that_change_nothing(study, tmp_path):
     ended = Counter(run.config().train.lr for run in all_runs(tmp_path / "out") if run.ended())
     assert ended[1e-2] == 6
     assert ended[1e-6] < 6
+
+
+def test_wilcoxon_compares_with_no_loss_of_a_seed_that_diverged(study):
+    """A trial with such a seed has the worst value, so no better one is pruned for its others."""
+    made = study(n_trials=2, seeds=6, pruner={"name": "wilcoxon", "p_threshold": 0.2})
+    outcomes = []
+    for loss in (1.0, 2.0):
+        trial = made.take(process.this_process())
+        for index, run in enumerate(process.prepare(trial)):
+            diverged = (loss, index) == (1.0, 5)
+            end_run(run, loss=loss, state="diverged" if diverged else "finished")
+            sink = process.SearchSink(trial, stop=StopFlag(), index=index)
+            outcome = Outcome.DIVERGED if diverged else Outcome.FINISHED
+            outcomes.append(sink.after_seed(outcome, run))
+        trial.finish()
+    assert outcomes == [Outcome.FINISHED] * 5 + [Outcome.DIVERGED] + [Outcome.FINISHED] * 6
+    one, two = made.trials()
+    assert one.intermediate_values == dict.fromkeys(range(5), 1.0) | {5: math.inf}
+    assert (one.value, two.value) == (math.inf, 2.0)
 
 
 def test_a_crash_fails_its_trial_only_and_too_many_end_the_search(study, monkeypatch, capsys):
