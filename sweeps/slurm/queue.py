@@ -65,13 +65,12 @@ class Queue:
         most = self.options.max_parallel
         if most is None:
             return
-        chains = self._in_flight()
-        taken = sum(runs for _, runs in chains)
+        last, taken = self._in_flight()
         self.cap = most - taken
-        if not chains:
+        if not last:
             return
         if self.cap < self.options.runs_per_job:
-            self.cap, self.behind = most, [str(one.job_id) for one, _ in chains]
+            self.cap, self.behind = most, last
         if console is not None:
             how = f"wait for jobs {', '.join(self.behind)}" if self.behind else f"are {self.cap}"
             console.print(
@@ -79,23 +78,32 @@ class Queue:
                 highlight=False,
             )
 
-    def _in_flight(self) -> list[tuple[Submission, int]]:
-        """The last of each chain of waiting submissions, and how many runs it has at a time."""
+    def _in_flight(self) -> tuple[list[str], int]:
+        """Of the jobs in flight those that no other waits for, and how many runs all may have at a
+        time: a job gets the places of those that it waits for, which have ended by then."""
         kinds = SHARING[self.kind]
         submissions = [one for one in recover(self.output_dir, self.sweep) if one.kind in kinds]
         jobs = cluster.jobs([job_id for one in submissions for job_id in one.task_ids()])
-        chains: list[tuple[Submission, int]] = []
+        free: dict[str, int] = {}  # job -> its places that no later one has
+        before: dict[str, set[str]] = {}  # job -> all that have ended when it begins
+        total = 0
         for one in submissions:
             alive = sum(job_id in jobs and jobs[job_id].alive for job_id in one.task_ids())
-            if not alive:
+            if one.job_id is None or not alive:
                 continue
+            waits = {job_id for job_id in one.waits_for if job_id in before}
+            before[one.job_id] = waits.union(*(before[job_id] for job_id in waits))
             runs = min(one.at_once or alive, alive) * max(len(task) for task in one.tasks)
-            before = next((c for c in chains if c[0].job_id in one.waits_for), None)
-            if before is not None:  # they never run at the same time
-                chains.remove(before)
-                runs = max(runs, before[1])
-            chains.append((one, runs))
-        return chains
+            new = runs
+            for job_id in reversed(free):  # the newest first: later jobs may wait for older alone
+                if job_id in before[one.job_id]:
+                    given = min(new, free[job_id])
+                    free[job_id] -= given
+                    new -= given
+            free[one.job_id] = runs
+            total += new
+        waited_for = set[str]().union(*before.values())
+        return [job_id for job_id in free if job_id not in waited_for], total
 
     def submit(
         self, batch: Batch[Any], tasks: list[list[str]], *, after: Sequence[str] = ()

@@ -56,6 +56,25 @@ def test_a_lane_counts_once(submit, slurm):
     assert waits(slurm)[last] is None
 
 
+def test_an_array_that_waits_for_several_lanes_takes_their_places(submit, slurm):
+    submit([0, (1, BIG)], max_parallel=2)
+    submit([2, 3], max_parallel=2)
+    first, second, after = sorted(arrays(slurm), key=int)
+    assert waits(slurm)[after] == f"afterany:{first}:{second}"
+    _, text = submit([4, 5], max_parallel=4)
+    assert "max_parallel=4: 2 at a time are in flight, these are 2" in text
+
+
+def test_lanes_that_wait_for_one_array_share_its_places(submit, slurm):
+    submit([0, 1], max_parallel=2)
+    submit([2, 3, (4, BIG), (5, HUGE)], max_parallel=2)  # its lanes wait for the first array
+    _, text = submit([6], max_parallel=3)
+    assert "max_parallel=3: 2 at a time are in flight, these are 1" in text
+    (last,) = {max(arrays(slurm), key=int)}
+    submit([7], max_parallel=3)
+    assert last in str(waits(slurm)[max(arrays(slurm), key=int)])
+
+
 def test_packs_count_by_their_runs(submit, slurm):
     submit(range(4), max_parallel=4, runs_per_job=2)
     (first,) = arrays(slurm)
