@@ -8,11 +8,9 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins import basic_launcher, basic_sweeper  # noqa: F401
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -22,27 +20,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from experiments import references, schema
 from experiments.environment import RUN, is_installed
-from hydra_plugins.relora_sweeps._axes import (
-    arms_taken,
-    as_list,
-    dimension,
-    expand_arms,
-    lines_of,
-    parse,
-)
+from hydra_plugins.relora_sweeps._axes import arms_taken, expand_arms, lines_of, parse
 from hydra_plugins.relora_sweeps._compose import Composer
+from hydra_plugins.relora_sweeps._drafts import make_drafts
 from hydra_plugins.relora_sweeps._guards import install_guards
 from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.planning.grid import points_from
-from sweeps.search.config import SearchConfig, check_arms, check_overrides, normalise
+from sweeps.search.config import SearchConfig, check_overrides
 from sweeps.search.recipe import quoted
-from sweeps.search.space import Choice, Dimension
 from sweeps.slurm.options import SlurmOptions
 
 if TYPE_CHECKING:
     from sweeps.planning.provenance import Tuned
-    from sweeps.search.launch import Draft
 
 KEY, TUNED_AS, NOTHING = "sweep.from_search", "sweep.tuned_as", "none"
 ALPHA_OR_SCALE = {"relora.alpha", "relora.scale"}
@@ -228,7 +218,7 @@ def _tuned_as(name: str, lines: list[str]) -> str:
 
 
 class SearchSweeper(Sweeper):
-    """Parses the space, composes each choice of groups, and gives both to `sweeps.search`."""
+    """Gives the studies that the command line asks for to `sweeps.search`."""
 
     def __init__(self, plan_only: bool = False, measure: bool = False) -> None:
         self.plan_only, self.measure = plan_only, measure
@@ -236,8 +226,7 @@ class SearchSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.loader = hydra_context.config_loader
-        self.composer = Composer(self.loader, config)
+        self.composer = Composer(hydra_context.config_loader, config)
         self.name = str(config.hydra.runtime.choices.search)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -250,170 +239,17 @@ class SearchSweeper(Sweeper):
         _check_measure(self.measure, plan_only=self.plan_only)
         if not isinstance(self.launcher, OurLauncher):
             raise ConfigError("hydra/launcher must be local or slurm with hydra/sweeper=search")
-        given = parse([as_list(text) for text in arguments], loader=self.loader)
-        taken = [o for o in given if o.key_or_group == "sweep.arm"]
-        given = [o for o in given if o not in taken]
-        for override in given:
-            if override.key_or_group in ("search", "sweep") and override.is_sweep_override():
-                raise ConfigError(
-                    f"{override.key_or_group} must be one option with hydra/sweeper=search, got "
-                    f"{override.input_line!r}"
-                )
-        fixed = {o.key_or_group: str(o.input_line) for o in given if not o.is_sweep_override()}
-        first = self.composer.compose(list(fixed.values()))
-        arms = check_arms(OmegaConf.to_container(first.search.arms) or {})
-        if first.sweep.from_search is not None:
-            raise ConfigError(f"{KEY} must be null in a search, got {first.sweep.from_search!r}")
-        for key in ("space", "when", "common"):
-            if not OmegaConf.is_dict(first.search[key]):
-                raise ConfigError(
-                    f"search.{key} must be {{key: value, ...}}, got {first.search[key]!r}"
-                )
-        common = self._runs(lines_of(self._common(first), of="search.common"), of="search.common")
-        self.composer.launchers.clear()  # `first` is not a point
-        if arms:
-            names = arms_taken(taken, arms=arms, loader=self.loader)
-            drafts = [
-                self._arm(name, arms[name], first=first, common=common, given=given)
-                for name in names
-            ]
-        else:
-            drafts = [self._draft(first, [*common, *given, *taken])]
+        drafts = make_drafts(arguments, composer=self.composer)
         code = run_search(
             drafts,
             name=self.name,
-            launcher=self._launcher(),
+            launcher=self.launcher.for_points(self.composer).make(),
             command=_command(),
             plan_only=self.plan_only,
             measure=self.measure,
         )
         if code:
             raise SystemExit(code)
-
-    def _common(self, first: DictConfig) -> dict[str, Any]:
-        """`search.common`, in which references are those of the runs."""
-        written, resolved = (
-            OmegaConf.to_container(first.search.common, resolve=resolve)
-            for resolve in (False, True)
-        )
-        return references.kept(written, resolved)
-
-    def _launcher(self) -> Any:
-        """The launcher of `sweeps`, once all points are composed."""
-        assert isinstance(self.launcher, OurLauncher)  # sweep() allows no other
-        return self.launcher.for_points(self.composer).make()
-
-    def _runs(self, overrides: list[str], *, of: str) -> list[Override]:
-        """Overrides in a file, parsed; ConfigError if one does not set what runs do."""
-        parsed = parse(overrides, loader=self.loader)
-        for override in parsed:
-            if override.key_or_group.split(".")[0] in ("search", "sweep", "hydra"):
-                raise ConfigError(f"{of} must set what runs do, got {override.input_line!r}")
-        return parsed
-
-    def _arm(
-        self,
-        name: str,
-        overrides: list[str],
-        *,
-        first: DictConfig,
-        common: list[Override],
-        given: list[Override],
-    ) -> "Draft":
-        """The draft of an arm: its own overrides win over those that are common to all and over
-        the file's space, the command line's over all."""
-        own = self._runs([*overrides], of=f"search.arms.{name}")
-        own += parse([f"sweep.arm={name}"], loader=self.loader)
-        try:
-            one = self._draft(first, [*common, *own, *given], start=True)
-        except ConfigError as error:
-            raise ConfigError(f"arm {name}: {error}") from None
-        if one.search.learn_from:
-            raise ConfigError(
-                "search.learn_from must be empty with search.arms, as arms are to be tuned alike, "
-                f"got {', '.join(one.search.learn_from)}"
-            )
-        if len(one.search.objectives) > 1:
-            raise ConfigError(
-                "search.objectives must be one with search.arms, each of which is to have a best, "
-                f"got {len(one.search.objectives)}"
-            )
-        one.search.enqueue = [
-            {key: value for key, value in entry.items() if key in one.space}
-            for entry in one.search.enqueue
-        ]
-        one.search.enqueue = [entry for entry in one.search.enqueue if entry]
-        one.arm = name
-        return one
-
-    def _draft(
-        self, first: DictConfig, overrides: list[Override], *, start: bool = False
-    ) -> "Draft":
-        """The draft of one study, where later overrides win; with `start` its bases have the first
-        of each choice."""
-        from sweeps.search.launch import Draft
-
-        by_key = {o.key_or_group: o for o in overrides}
-        given = list(by_key.values())
-        fixed = {key: str(o.input_line) for key, o in by_key.items() if not o.is_sweep_override()}
-        space = self._space(first.search.space, given)
-        if "relora.scale" in {*space, *fixed} and "relora.alpha" in {*space, *fixed}:
-            raise ConfigError(
-                "relora.alpha must be left out where relora.scale is given: it follows"
-            )
-        firsts = {
-            key: f"{key}={quoted(one.values[0])}"
-            for key, one in space.items()
-            if start
-            and isinstance(one, Choice)
-            and one.values
-            and not self.composer.is_group(key)
-            and key not in first.search["when"]  # where it is not drawn it is the config's own
-        }
-        bases, follows = self._bases(space, [*fixed.values(), *firsts.values()])
-        seeds = {config.seed for _, config in bases}
-        seed = seeds.pop() if len(seeds) == 1 else first.seed
-        search = self._search(first, space, fixed, seed=seed)
-        return Draft(search=search, space=space, bases=bases, follows=follows)
-
-    def _search(
-        self, composed: DictConfig, space: dict[str, Dimension], fixed: dict[str, str], *, seed: int
-    ) -> SearchConfig:
-        """`search.*`, checked, without values for keys that the command line fixes."""
-        given: Any = OmegaConf.to_container(composed.search, resolve=True)
-        given["space"] = {key: one.text() for key, one in space.items()}
-        given["when"] = {key: text for key, text in given["when"].items() if key not in fixed}
-        given |= {"arms": {}, "common": {}}
-        search = normalise(given, seed=seed)
-        entries = [{k: v for k, v in one.items() if k not in fixed} for one in search.enqueue]
-        search.enqueue = [entry for entry in entries if entry]
-        return search
-
-    def _bases(
-        self, space: dict[str, Dimension], fixed: list[str]
-    ) -> tuple[list[tuple[dict[str, str], RunConfig]], list[dict[str, Any]]]:
-        """Of each combination of the groups that are searched the choices and the config, and what
-        refers to a key of the space or the seed."""
-        groups = {key: one.values for key, one in space.items() if isinstance(one, Choice)}
-        groups = {key: values for key, values in groups.items() if self.composer.is_group(key)}
-        bases, follows = [], []
-        for options in product(*groups.values()):
-            choices = dict(zip(groups, map(str, options), strict=True))
-            overrides = [*fixed, *(f"{key}={option}" for key, option in choices.items())]
-            config = self.composer.compose(overrides)
-            bases.append((choices, schema.to_run_config(config, overrides=overrides)))
-            follows.append(references.following(references.read(config), [*space, "seed"]))
-        return bases, follows
-
-    def _space(self, texts: Any, given: list[Override]) -> dict[str, Dimension]:
-        """The space of the file and the command line, without keys that the latter fixes."""
-        lines = lines_of(texts, of="search.space")
-        space = {o.key_or_group: o for o in parse(lines, loader=self.loader)}
-        for override in given:
-            space.pop(override.key_or_group, None)
-            if override.is_sweep_override():
-                space[override.key_or_group] = override
-        return {key: dimension(override) for key, override in space.items()}
 
 
 class OurLauncher(Launcher):
