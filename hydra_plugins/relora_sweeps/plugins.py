@@ -130,7 +130,6 @@ class GridSweeper(Sweeper):
     ) -> None:
         self.params, self.arms, self.plan_only = params or {}, arms or {}, plan_only
         self.measure = measure
-        self.config = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -182,8 +181,9 @@ class GridSweeper(Sweeper):
         given = parse(arguments, loader=self.loader)
         if any(o.key_or_group == KEY and o.is_sweep_override() for o in given):
             raise ConfigError(f"{KEY} must be one search, as it decides what the points are")
-        search = self.config.sweep.from_search if self.config else None
-        if self.config is None or search is None:
+        assert self.config is not None  # setup() has set it
+        search = self.config.sweep.from_search
+        if search is None:
             return {}
         if not arms:
             raise ConfigError(f"{KEY} must be null for a sweep without arms, got {search!r}")

@@ -6,8 +6,8 @@ import functools
 from itertools import pairwise
 
 import pytest
-from hydra.types import RunMode
-from omegaconf import OmegaConf
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
 
 from experiments import schema, typos
 from experiments.identity import arm_id, scientific
@@ -36,9 +36,12 @@ def planned(loader):
     @functools.cache
     def plan(*words):
         master = loader.load_configuration("config", list(words), run_mode=RunMode.MULTIRUN)
-        options = OmegaConf.to_container(master.hydra.sweeper)
-        sweeper = plugins.GridSweeper(options["params"], options["arms"])
-        sweeper.loader, sweeper.launcher = loader, Kept()
+        sweeper = Plugins.instance().instantiate_sweeper(
+            config=master,
+            hydra_context=HydraContext(config_loader=loader, callbacks=None),  # type: ignore[arg-type]
+            task_function=lambda config: None,
+        )
+        sweeper.launcher = Kept()
         sweeper.sweep(list(words))
         cells = sweeper.launcher.cells
         configs = plugins.Composer(loader, master).all(cells)
