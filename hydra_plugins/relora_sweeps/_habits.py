@@ -131,33 +131,46 @@ def _one(
 ) -> tuple[list[str], str | None]:
     """One argument in our names, and its line if that is a change."""
     key, value = one.key_or_group, text.partition("=")[2]
-    section = ".".join(key.split(".")[:2])
-    table = tables.get(section)
     if option := OPTIONS.get((key, _value(one))):
         return _renamed(text, f"{key}={option[0]}")
     if PLUS.match(text):
         return _renamed(text, f"{key}={value}")
     if key == SAMPLER:
-        if "hydra.sweeper" not in tables and "hydra/sweeper=search" not in arguments:
-            ours = f"search.sampler.name={value}"
-            raise ConfigError(f"{text} needs hydra/sweeper=optuna, or it is {ours} with search")
-        if value not in SAMPLERS:
-            raise ConfigError(f"{key} must be one of {', '.join(SAMPLERS)}, got {value!r}")
-        return _renamed(text, f"search.sampler.name={value}")
+        return _renamed(text, _sampler(text, value, tables, arguments))
     if one.is_delete():
         return [text], None
     if (rest := key.removeprefix(EXTRA.lstrip("+"))) != key:
         entry = _entry(EXTRA, rest, value)
         return ([text], None) if entry.startswith(EXTRA) else _renamed(text, entry)
-    if table is None:
-        return [text], None
-    name = key.removeprefix(f"{section}.")
+    if ".".join(key.split(".")[:2]) in tables:
+        return _by_habit(text, one, tables, arguments)
+    return [text], None
+
+
+def _sampler(
+    text: str, name: str, tables: dict[str, dict[str, Habit]], arguments: Sequence[str]
+) -> str:
+    """`search.sampler.name=...`; ConfigError if there is no search, or no such sampler."""
+    ours = f"search.sampler.name={name}"
+    if "hydra.sweeper" not in tables and "hydra/sweeper=search" not in arguments:
+        raise ConfigError(f"{text} needs hydra/sweeper=optuna, or it is {ours} with search")
+    if name not in SAMPLERS:
+        raise ConfigError(f"{SAMPLER} must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    return ours
+
+
+def _by_habit(
+    text: str, one: Override, tables: dict[str, dict[str, Habit]], arguments: Sequence[str]
+) -> tuple[list[str], str | None]:
+    """Likewise of a key in a section of a stock plugin."""
+    section = ".".join(one.key_or_group.split(".")[:2])
+    table, value = tables[section], text.partition("=")[2]
+    name, rest = one.key_or_group.removeprefix(f"{section}."), ""
     if table is OPTUNA and name == "direction":
         return _renamed(text, _objectives(one, text, arguments))
-    habit, rest = table.get(name, SAME), ""
     if name not in table:
         name, _, rest = name.partition(".")
-        habit = table.get(name, SAME)
+    habit = table.get(name, SAME)
     if habit.refused and value not in (habit.only, "null"):
         raise ConfigError(f"{text} cannot be had: {habit.refused}")
     if habit.ignored or habit.refused or (value == "null" and habit.ours):
@@ -172,14 +185,14 @@ def _one(
         return _renamed(text, _entry(start, rest, value))
     entries = one.value()
     if not isinstance(entries, dict):
-        raise ConfigError(f"{key} must be {{key: value, ...}}, got {text!r}")
+        raise ConfigError(f"{one.key_or_group} must be {{key: value, ...}}, got {text!r}")
     for k, v in entries.items():
         if isinstance(v, dict):
-            raise ConfigError(f"{key}: {_no_section(k, v, axis=not start)}")
-    ours = []
+            raise ConfigError(f"{one.key_or_group}: {_no_section(k, v, axis=not start)}")
+    ours: list[str] = []
     for k, v in entries.items():
         if f"{name}.{k}" in table:  # as if it had been given alone
-            line = f"{key}.{k}={_quoted(v, bare=False)}"
+            line = f"{one.key_or_group}.{k}={_quoted(v, bare=False)}"
             if (alone := _parsed(line)) is not None:
                 ours += _one(line, alone, tables, arguments)[0]
         else:
