@@ -144,26 +144,7 @@ def _plan_part(
     notes: Sequence[str],
 ) -> Part:
     """ConfigError if the draft cannot be searched, or not in the study that is in `folder`."""
-    for key in dict.fromkeys([*draft.space, *itertools.chain.from_iterable(draft.follows)]):
-        if _READ_ONCE.fullmatch(key):
-            raise ConfigError(
-                f"{key} must be the same in all trials of a search, which reads its data once; "
-                "options of a group, as data=a,b, may be searched"
-            )
-    search, groups = draft.search, list(points[0][0])
-    spaces.check_space(draft.space, groups=groups, when=search.when, config=points[0][1])
-    spec = Spec(
-        config=search,
-        space=dict(draft.space),
-        groups=groups,
-        bases={spaces.base_key(choices): config for choices, config in points},
-        follows={
-            spaces.base_key(choices): dict(those)
-            for (choices, _), those in zip(points, draft.follows, strict=True)
-        },
-        command=command,
-        notes=list(notes),
-    )
+    spec = _spec(draft, points, command=command, notes=notes)
     more: list[str] = []
     begun = Study.open(folder) if (folder / "study.json").exists() else None
     if begun:
@@ -171,7 +152,7 @@ def _plan_part(
         spec, before = begun.spec.continue_with(spec), begun.spec
         arm = f"{draft.arm}: " if draft.arm else ""
         more += [f"{arm}{line}" for line in begun_notes(spec, before)]
-    more += across(corner_configs(spec), seeds=len(search.seeds))
+    more += across(corner_configs(spec), seeds=len(draft.search.seeds))
     spec.check()
     left = n_trials = samplers.n_trials(spec.config, space=spec.space)
     if begun:
@@ -189,6 +170,36 @@ def _plan_part(
         n_trials=n_trials,
         left=left,
         notes=more,
+    )
+
+
+def _spec(
+    draft: Draft,
+    points: Sequence[tuple[Point, RunConfig]],
+    *,
+    command: str,
+    notes: Sequence[str],
+) -> Spec:
+    """Of the draft alone; ConfigError if its space is none."""
+    for key in dict.fromkeys([*draft.space, *itertools.chain.from_iterable(draft.follows)]):
+        if _READ_ONCE.fullmatch(key):
+            raise ConfigError(
+                f"{key} must be the same in all trials of a search, which reads its data once; "
+                "options of a group, as data=a,b, may be searched"
+            )
+    groups = list(points[0][0])
+    spaces.check_space(draft.space, groups=groups, when=draft.search.when, config=points[0][1])
+    return Spec(
+        config=draft.search,
+        space=dict(draft.space),
+        groups=groups,
+        bases={spaces.base_key(choices): config for choices, config in points},
+        follows={
+            spaces.base_key(choices): dict(those)
+            for (choices, _), those in zip(points, draft.follows, strict=True)
+        },
+        command=command,
+        notes=list(notes),
     )
 
 
