@@ -10,10 +10,7 @@ from pathlib import Path
 from relora_core.config import nearest
 
 HERE = Path(__file__).resolve().parent
-OF_ONE_RUN = (
-    *("describe", "show", "export", "evaluate", "import-pico"),
-    *("tokenizer", "published"),
-)
+OF_ONE_RUN = ("describe", "show", "export", "evaluate", "import-pico", "tokenizer", "published")
 """Commands of `python -m experiments`; all others are those of `python -m sweeps`."""
 USAGE = f"""usage: relora-sweeps COMMAND ...
 
