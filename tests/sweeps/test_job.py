@@ -247,13 +247,11 @@ def test_packed_runs_share_gpus_and_cores(packed, slurm, monkeypatch):
     assert requeued(slurm) == []
 
 
-def test_a_short_packs_runs_have_the_share_of_any_other(packed, submitted, slurm, monkeypatch):
+@pytest.mark.usefixtures("packed", "slurm")
+def test_a_short_packs_runs_have_the_share_of_any_other(submitted, monkeypatch):
     """The numbers of a run depend on its threads, so on no chance of where it was packed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    file = submitted((0, 1, 2), (3,))
-    packed(4)  # the workers' module
     made = job.read(submitted((0, 1, 2), (3,)), index=1)
-    assert file.exists()
     assert job.run(made) == FINISHED
     share = json.loads((made.runs[0].path / "share-1.json").read_text())
     assert {share[name] for name in ("OMP_NUM_THREADS", "RELORA_THREADS")} == {"2"}

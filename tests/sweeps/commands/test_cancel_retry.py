@@ -187,18 +187,17 @@ def test_a_packed_job_goes_on_for_the_runs_that_are_not_cancelled(world, slurm):
 
 
 @pytest.mark.parametrize("host", [os.uname().nodename, "elsewhere"])
-@pytest.mark.parametrize("words", [["s"], ["seed-of-one"]], ids=["sweep", "run"])
-def test_a_job_that_nobody_submitted_is_never_cancelled(world, slurm, host, words):
+@pytest.mark.parametrize("chosen", ["sweep", "run"])
+def test_a_job_that_nobody_submitted_is_never_cancelled(world, slurm, host, chosen):
     """The user's own allocation, in records as an earlier version wrote them."""
     slurm.add("4242", name="interactive", state="RUNNING")
     submit(world, "12")
     run = world.runs[1]
-    words = [run.run_id] if words != ["s"] else words
     lock = {"host": host, "pid": 1, "started": 0.0, "job_id": "4242"}
     (run.path / "lock").write_text(json.dumps(lock))
     run.update_status(state="running", host=host, pid=1, job_id="4242")
     queue(world.runs[2], job_id="4242", host=host)
-    world("cancel", *words, "--yes")
+    world("cancel", {"sweep": "s", "run": run.run_id}[chosen], "--yes")
     assert slurm.calls("scancel") == []
     assert slurm.jobs()["4242"]["state"] == "RUNNING"
     assert run.cancel_path.exists() == (host == "elsewhere")  # here it is a process long dead

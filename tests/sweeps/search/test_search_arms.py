@@ -198,7 +198,7 @@ def test_the_grid_of_a_wider_interval_holds_that_of_the_narrow_one(pair, below, 
     assert abs(len(rates) - n * (high - low)) <= 1.1  # three digits may be outside an end
 
 
-def test_whole_numbers_are_listed_once(spec):
+def test_whole_numbers_are_listed_once():
     assert samplers.lattice(Int(low=1, high=10, log=True), per_decade=6) == [1, 2, 3, 5, 7, 10]
 
 
