@@ -132,7 +132,7 @@ IDS = ["-u root", "--me", "1 2", "1,2", "../../1", "", "12;reboot", "$(id)", "12
 @pytest.mark.parametrize("job_id", IDS)
 def test_what_is_no_job_id_reaches_no_tool(job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(cluster, "_ask", lambda command, **_: asked.append([*command]) or "")
+    monkeypatch.setattr(cluster, "ask", lambda command, **_: asked.append([*command]) or "")
     cluster.cancel([job_id, "17_3"])
     cluster.jobs([job_id])
     assert asked == [["scancel", "-Q", "17_3"]]
