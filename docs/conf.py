@@ -66,6 +66,7 @@ Four procedures <procedures>
 Methods <equations>
 metrics
 The audit <audit>
+The first audit <audit/first>
 All methods compared <methods>
 ```
 

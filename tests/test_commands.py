@@ -23,7 +23,7 @@ from tests import warm
 from tests.sweeps.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md"))]
 PAGES += ["benchmarks/README.md"]
 PROGRAMS = ("python", "make", "pip", "pipx", "pytest", "torchrun", "relora-sweeps")
 PROGRAMS += ("docker", "apptainer")
@@ -64,6 +64,8 @@ OTHERS = {
     "python -m sweeps report audit": "an hour of runs: tests/sweeps/commands",
     "python -m sweeps report methods_short": STUDY,
     "python -m sweeps search method_lr": STUDY,
+    "python run.py -m hydra/sweeper=search search=audit_lr": STUDY,
+    "python run.py -m sweep=audit_10m sweep.from_search": STUDY,
     "python run.py -m sweep=methods sweep.from_search": STUDY,
     "python run.py -m sweep=methods_short sweep.from_search": STUDY,
 }

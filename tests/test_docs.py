@@ -14,7 +14,7 @@ PACKAGES = sorted(
     for top in CODE
     for file in (ROOT / top).rglob("__init__.py")
 )
-PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md"))]
 FOLDERS = (*CODE, "conf", "tests", "docs", "benchmarks")
 
 
