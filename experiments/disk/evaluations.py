@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from experiments import json_files
@@ -52,13 +53,27 @@ def all_metrics(run_dir: RunDir) -> dict[str, float]:
 
 
 def settings_digest(eval: EvalConfig, section: str) -> str:
-    """Digest of the settings that the eval's numbers depend on; a fingerprint stands for a path."""
-    own = getattr(eval, section)
-    values = {
-        f.name: getattr(own, f.name)
-        for f in dataclasses.fields(own)
-        if f.metadata.get("scientific", True)
-        and f.name not in ("enabled", "every_steps")
-        and ("as_before" not in f.metadata or getattr(own, f.name) != f.metadata["as_before"])
-    }
+    """Digest of `eval_settings`."""
+    values = eval_settings(eval, section)
     return hashlib.sha256(json.dumps([section, values]).encode()).hexdigest()[:16]
+
+
+def eval_settings(eval: EvalConfig, section: str) -> dict[str, Any]:
+    """The settings that the eval's numbers depend on, equal for any two evals of the same texts.
+
+    A fingerprint stands for a path, and `moot` and `same_as` count as in `identity.essential`.
+    """
+    own = getattr(eval, section)
+    config: Any = SimpleNamespace(eval=eval)  # these knobs depend on no other section
+    values = {}
+    for f in dataclasses.fields(own):
+        meta, value = f.metadata, getattr(own, f.name)
+        if not meta.get("scientific", True) or f.name in ("enabled", "every_steps"):
+            continue
+        if any(rules_out(config) for rules_out in meta.get("moot", {}).values()):
+            value = f.default
+        elif "same_as" in meta:
+            value = meta["same_as"](config)
+        if "as_before" not in meta or value != meta["as_before"]:
+            values[f.name] = value
+    return values

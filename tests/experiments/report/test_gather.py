@@ -7,6 +7,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic import SECONDS, STEPS, TOKENS, a_config, a_sweep, arms, attempt, loss_of, record
@@ -17,7 +18,15 @@ from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.report import blimp, data
 from experiments.report.gather import gather
-from relora_core.config import BlimpConfig, ConfigError, DynamicsConfig, EvalConfig
+from relora_core.config import (
+    GRAMMAR_DOCUMENTS,
+    GRAMMAR_PAIRS,
+    BlimpConfig,
+    ConfigError,
+    DynamicsConfig,
+    EvalConfig,
+    PalomaConfig,
+)
 from relora_core.events import Event
 
 
@@ -260,6 +269,22 @@ def test_a_later_evaluation_stands_beside_those_of_training_if_alike(
     assert bool(second.values("eval/blimp/no_bos/accuracy")) == alike
     assert bool(blimp.paradigms(second, "no_bos")) == alike
     assert ["name eval had other settings" in note for note in sweep.notes] == [True] * (not alike)
+
+
+def test_evaluations_of_the_same_grammar_texts_are_alike() -> None:
+    """A limit that the grammar does not reach is none, and without a path there is no split."""
+
+    def digest(section: str, **settings: Any) -> str:
+        own = {"paloma": PalomaConfig, "blimp": BlimpConfig}[section](enabled=True, **settings)
+        return settings_digest(EvalConfig(**{section: own}), section)
+
+    few, all_, more = (digest("paloma", max_documents=n) for n in (3, None, GRAMMAR_DOCUMENTS))
+    assert few != all_ == more == digest("paloma", split="test")
+    assert digest("paloma") == "5ed81cf5783b6c54"  # as it is in folders of earlier versions
+    few, all_, more = (digest("blimp", max_pairs=n) for n in (3, None, GRAMMAR_PAIRS))
+    assert few != all_ == more
+    assert digest("blimp", path="p", max_pairs=GRAMMAR_PAIRS) != digest("blimp", path="p")
+    assert digest("paloma", path="p", split="test") != digest("paloma", path="p")
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
