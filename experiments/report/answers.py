@@ -12,7 +12,7 @@ from dataclasses import replace
 from experiments.disk.states import State
 from experiments.metrics import LOSS
 from experiments.report import registered, responses
-from experiments.report.data import Arm, Sweep, differing_texts, reads_other
+from experiments.report.data import Arm, Sweep, differing_texts, reads_other, scored_otherwise
 from experiments.report.document import Block, Bullets, joined, plural
 from experiments.report.registered import Registered
 from experiments.report.tables import (
@@ -262,14 +262,16 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
 
 def _not_alike(arm: Arm, reference: Arm, metric: Metric) -> str:
     """A sentence where the metric is of other texts or tokens in each of the two; else empty."""
-    what = "losses" if metric.key == LOSS.key else "perplexities"
+    both = f"{arm.name} and {reference.name}"
     of_tokens = metric.scale == "log" or metric.key == LOSS.key
-    if not of_tokens or not reads_other(arm, reference):
+    if of_tokens and reads_other(arm, reference):
+        what = "losses" if metric.key == LOSS.key else "perplexities"
+        return f"{both} read other texts or tokens: their {what} must not be compared"
+    section = ".".join(metric.key.split("/")[:2])
+    keys = [key for key in scored_otherwise(arm, reference) if key.startswith(f"{section}.")]
+    if not keys:
         return ""
-    return (
-        f"{arm.name} and {reference.name} read other texts or tokens: their {what} must not be "
-        "compared"
-    )
+    return f"{both} differ in {joined(keys)}: their {name(metric)} must not be compared"
 
 
 def _estimate(arm: Arm, metric: Metric) -> Interval | None:

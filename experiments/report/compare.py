@@ -137,6 +137,14 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
                 "losses and perplexities must not be compared."
             )
         )
+    evals = [key for arm, other in matched.pairs for key in data.scored_otherwise(arm, other)]
+    if evals:
+        blocks.append(
+            Notice(
+                f"The sweeps differ in {joined(dict.fromkeys(evals))}: scores of an eval whose "
+                "settings differ must not be compared."
+            )
+        )
     blocks += tables.other_losses([*one.runs, *two.runs])
     for sweep, names in zip((one, two), matched.alone, strict=True):
         if names:

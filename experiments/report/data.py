@@ -10,10 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from experiments.disk.evaluations import eval_settings
 from experiments.disk.states import State
 from experiments.identity import scientific
 from experiments.stats import Side
-from relora_core.config import EvaluatedConfig, RunConfig, get
+from relora_core.config import EVALS, EvaluatedConfig, RunConfig, get, runs_eval
 from relora_core.data import grammar
 
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
@@ -215,7 +216,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def differing_texts(sweep: Sweep) -> list[str]:
-    """Settings that give arms other texts or vocabularies, whose losses must not be compared."""
+    """Settings that give arms, or their evals, other texts or vocabularies."""
     keys = [key for key in sweep.varies if key.startswith(("data.", "model.vocab_size"))]
     return keys + [key for key in sweep.varies if _is_part_of_eval(key)]
 
@@ -224,13 +225,23 @@ def reads_other(arm: Arm, reference: Arm) -> bool:
     """Whether losses and perplexities of the two are of different texts or tokenizers."""
     if not arm.trained or not reference.trained:
         return True
-    return any(
-        arm.settings.get(key) != reference.settings.get(key)
-        for key in arm.settings.keys() | reference.settings.keys()
-        if key in ("model.vocab_size", "data.tokenizer")
-        or key.endswith("fingerprint")
-        or _is_part_of_eval(key)
-    )
+    one, other = (side.runs[0].config for side in (arm, reference))
+    return any(get(one, key) != get(other, key) for key in ("model.vocab_size", "data.fingerprint"))
+
+
+def scored_otherwise(arm: Arm, reference: Arm) -> list[str]:
+    """Settings, as `eval.blimp.max_pairs`, by which an eval has other texts in each of the two.
+
+    Evaluations apart from training count for nothing: `gather` leaves out those that differ.
+    """
+    one, other = (side.runs[0].config for side in (arm, reference))
+    differing = []
+    for section in EVALS:
+        if runs_eval(one, section) and runs_eval(other, section):
+            a, b = (eval_settings(config.eval, section) for config in (one, other))
+            keys = (f"eval.{section}.{name}" for name in a if a[name] != b.get(name))
+            differing += filter(_is_part_of_eval, keys)
+    return differing
 
 
 def fixed_side(arm: Arm, reference: Arm) -> Side | None:

@@ -208,7 +208,8 @@ def _cautions(sweep: Sweep) -> list[str]:
     if differing := differing_texts(sweep):
         lines.append(
             f"Arms differ in what they read ({', '.join(differing)}): losses and perplexities of "
-            "different texts or vocabularies must not be compared."
+            "different texts or vocabularies must not be compared, nor any score of an eval whose "
+            "settings differ."
         )
     if foreign := [arm.name for arm in sweep.arms if not arm.trained]:
         lines.append(

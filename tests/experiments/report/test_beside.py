@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ from experiments.report import answers, blimp, gather, redraw, registered, table
 from experiments.report.data import Arm, RunData, Sweep
 from experiments.report.document import Block, Table, to_csv
 from experiments.report.figures import arms as figures
-from relora_core.config import EvaluatedConfig, ForeignConfig
+from relora_core.config import BlimpConfig, EvalConfig, EvaluatedConfig, ForeignConfig
 from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import BITS_PER_BYTE
 
@@ -41,6 +42,19 @@ def beside(output_dir: Path, seeds: tuple[int, ...]) -> Sweep:
             for i, shift in enumerate((-0.1, 0.1 * score, 0.1 - 0.1 * score))
         ]
     return sweep
+
+
+@pytest.mark.parametrize(("pairs", "alike"), [(7, True), (9, False)])
+def test_scores_of_other_sentences_are_not_compared(tmp_path: Path, pairs, alike) -> None:
+    arm, model = (sweep := beside(tmp_path, (0, 1, 2))).arms
+    for run, most in zip(sweep.runs, [7, 7, 7, pairs], strict=True):
+        own = BlimpConfig(enabled=True, path="p", max_pairs=most, fingerprint="f")
+        run.config = replace(run.config, eval=EvalConfig(blimp=own))
+        run.metrics = {ACCURACY.key: run.metrics[ACCURACY.key]}
+    said = str(answers.answer(sweep, [(arm, model)], []))
+    assert ("gpt2 apart: difference" in said) == alike
+    refused = "differ in eval.blimp.max_pairs: their BLiMP accuracy must not be compared"
+    assert (refused in said) == (not alike)
 
 
 def table_of(blocks: Sequence[Block], name: str) -> Table:

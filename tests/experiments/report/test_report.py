@@ -10,6 +10,7 @@ import random
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from experiments.report import compare, document, gather, tables
 from experiments.report import page as report
 from experiments.report.document import Bullets, Code, Document, Notice, Section, Table
 from experiments.stats import holm
-from relora_core.config import ConfigError, RunConfig, TrainConfig
+from relora_core.config import BlimpConfig, ConfigError, EvalConfig, RunConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -452,6 +453,18 @@ def test_runs_that_both_sweeps_have_are_said_to_be_the_same(tmp_path: Path) -> N
     for name in ("one", "two"):
         finished(tmp_path, arms(2), name=name)
     assert "compared with itself" in text(compare.write((tmp_path, "one"), (tmp_path, "two")))
+
+
+def test_what_each_sweep_has_for_all_its_runs_may_differ_between_the_two(tmp_path: Path) -> None:
+    model = replace(a_config().model, vocab_size=72)
+    blimp = BlimpConfig(enabled=True, path="p", max_pairs=7, fingerprint="f")
+    one: dict[str, Any] = {"eval": EvalConfig(blimp=blimp)}
+    two: dict[str, Any] = {"eval": EvalConfig(blimp=replace(blimp, max_pairs=9)), "model": model}
+    for name, changes in (("one", one), ("two", two)):
+        finished(tmp_path, [a_config(r=r, **changes) for r in (2, 3)], name=name)
+    page = text(compare.write((tmp_path, "one"), (tmp_path, "two")))
+    assert "r=3 read other texts or tokens in each sweep: their losses and perplexities" in page
+    assert "The sweeps differ in eval.blimp.max_pairs: scores of an eval whose" in page
 
 
 def test_sweeps_without_common_arms_have_nothing_to_compare(tmp_path: Path) -> None:
