@@ -95,9 +95,9 @@ def merged_state(config: RunConfig, *, checkpoint: Path) -> dict[str, Tensor]:
         method = build_method(config)
         method.adapt(model)
     loaded = {n: t for file in weight_files(checkpoint) for n, t in _read_tensors(file).items()}
-    for name, module in model.named_modules():  # restarts may have changed ranks
-        if isinstance(module, ReLoRALinear) and f"{name}.lora_A" in loaded:
-            module.resize_(loaded[f"{name}.lora_A"].shape[0])
+    for name, module in model.named_modules():
+        if isinstance(module, ReLoRALinear):
+            module.fit_(loaded, f"{name}.")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     _check(loaded, expected, where=str(checkpoint))
     model.load_state_dict(loaded)

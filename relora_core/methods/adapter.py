@@ -161,14 +161,17 @@ class ReLoRALinear(nn.Module):
         self.lora_A.data = self.lora_A.data.new_zeros(rank, self.lora_A.shape[1])
         self.lora_B.data = self.lora_B.data.new_zeros(self.lora_B.shape[0], rank)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
-        """The shapes in a checkpoint give the ranks of its adapters."""
+    def fit_(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Take the rank from a checkpoint's shapes, and add what earlier versions did not save."""
         saved = state_dict.get(f"{prefix}lora_A")
         if saved is not None and saved.shape[0] != self.rank:
             self.resize_(saved.shape[0])
         if self.master_scalar is not None and f"{prefix}scalar" in state_dict:
-            # Checkpoints of earlier versions, which did not restore s at a restart, go on so.
+            # Those versions did not restore s at a restart; their runs go on so.
             state_dict.setdefault(f"{prefix}master_scalar", state_dict[f"{prefix}scalar"])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
+        self.fit_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.optim import Optimizer
 
@@ -196,6 +196,20 @@ def test_the_runs_own_numbers_survive_read_model(nano, tmp_path, method):
     merged = export.merged_state(config, checkpoint=step)
     assert state.keys() == merged.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in merged.items())
+
+
+def test_a_checkpoint_from_before_the_scale_was_remembered_is_merged(nano, tmp_path):
+    config = grammar_config(nano, relora={"scaling": "trainable", "after_merge": "restore"})
+    save_run(tmp_path, config)
+    (step,) = checkpoint.complete(tmp_path / "runs" / RUN / "checkpoints")
+    now = export.merged_state(config, checkpoint=step)
+    file, *_ = checkpoint.weight_files(step)
+    saved = load_file(file)
+    old = {name: t for name, t in saved.items() if not name.endswith("master_scalar")}
+    assert len(old) < len(saved)
+    save_file(old, file)
+    before = export.merged_state(config, checkpoint=step)
+    assert all(torch.equal(before[name], tensor) for name, tensor in now.items())
 
 
 # tokenizers ---------------------------------------------------------------------------------------
