@@ -80,8 +80,8 @@ class Spectrum:
             "effective_rank": effective_rank(self.sigma),
             "condition_number": condition_number(self.sigma, noise=self.noise),
             "condition_number_all": torch.where(infinite > 0, math.nan, with_noise),
-            "numerical_rank": rank.double(),
-            "noise_fraction": 1 - rank.double() / size,
+            "numerical_rank": rank,
+            "noise_fraction": 1 - rank / size,
         }
         values = {name: v.nanmean(dim=-1) if v.ndim == 2 else v for name, v in values.items()}
         return values | {INFINITE: infinite.sum(dim=-1) if infinite.ndim == 2 else infinite}

@@ -91,8 +91,12 @@ def noise_floor(reference_norm: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 def numerical_rank(sigma: Tensor, *, noise: Tensor) -> Tensor:
-    """Singular values (..., k) above their matrix's noise floor (...); a zero matrix has none."""
-    return (sigma > noise[..., None]).sum(dim=-1)
+    """Number of singular values (..., k) above their matrix's noise floor (...), in float64.
+
+    A zero matrix has none; nan for a matrix that is not finite.
+    """
+    rank = (sigma > noise[..., None]).sum(dim=-1)
+    return torch.where(sigma.isnan().any(dim=-1), math.nan, rank.double())
 
 
 def condition_number(sigma: Tensor, *, noise: Tensor | None = None) -> Tensor:
@@ -102,8 +106,8 @@ def condition_number(sigma: Tensor, *, noise: Tensor | None = None) -> Tensor:
     """
     if noise is None:
         return sigma[..., 0] / sigma[..., -1]
-    rank = numerical_rank(sigma, noise=noise)
-    smallest = sigma.gather(-1, (rank - 1).clamp(min=0)[..., None])[..., 0]
+    rank = numerical_rank(sigma, noise=noise).nan_to_num(0.0)
+    smallest = sigma.gather(-1, (rank.long() - 1).clamp(min=0)[..., None])[..., 0]
     return torch.where(rank > 0, sigma[..., 0] / smallest, math.nan)
 
 

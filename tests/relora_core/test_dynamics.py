@@ -86,7 +86,13 @@ def test_a_zero_matrix_and_a_broken_one_have_defined_values():
     noise = spectra.noise_floor(torch.linalg.vector_norm(sigma, dim=-1), dtype=torch.float32)
     assert spectra.effective_rank(sigma)[:2].tolist() == [0.0, pytest.approx(1.0)]
     assert spectra.effective_rank(sigma)[2].isnan()
-    assert spectra.numerical_rank(sigma, noise=noise)[:2].tolist() == [0, 1]
+    rank = spectra.numerical_rank(sigma, noise=noise)
+    assert rank[:2].tolist() == [0, 1]
+    assert rank[2].isnan()
+    spectrum = dynamics.Spectrum(sigma=sigma, noise=noise, layers=[0, 1, 2])
+    share = spectrum.values(d_inter=3)["noise_fraction"]
+    assert share[:2].tolist() == [1, pytest.approx(2 / 3)]
+    assert share[2].isnan()
     above = spectra.condition_number(sigma, noise=noise)
     assert above[0].isnan()
     assert above[1] == 1.0
