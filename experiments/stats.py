@@ -159,7 +159,8 @@ def compare(
     if fixed and common:
         _say_fixed(comparison, fixed)
     comparison.unmatched = sorted(arm.keys() ^ reference.keys())
-    broken = (arm.keys() - a.keys()) | (reference.keys() - b.keys())
+    broken = arm.keys() - a.keys() if fixed != "arm" else set[int]()
+    broken |= reference.keys() - b.keys() if fixed != "reference" else set[int]()
     comparison.not_finite = sorted(broken)
     comparison.note = "; ".join(filter(None, [comparison.note, *_missing(comparison)]))
     return comparison

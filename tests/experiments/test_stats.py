@@ -260,6 +260,16 @@ def test_one_seed_against_a_fixed_value_is_no_test() -> None:
     assert compare({4: 1.0}, {}, fixed="reference").difference is None
 
 
+def test_a_fixed_value_that_is_not_finite_is_no_seed_that_is_lost() -> None:
+    seeds = {4: 1.0, 5: math.nan, 6: 2.0}
+    for result in (
+        compare(seeds, {0: math.nan}, fixed="reference"),
+        compare({0: math.inf}, seeds, fixed="arm"),
+    ):
+        assert (result.kind, result.difference, result.not_finite) == ("none", None, [5])
+        assert "no finite value" in result.note
+
+
 @pytest.mark.parametrize("arm", [{}, {0: math.nan, 1: math.inf}])
 def test_an_arm_without_a_value_has_no_difference(arm: Mapping[int, float]) -> None:
     result = compare(arm, {0: 1.0, 1: 2.0})
