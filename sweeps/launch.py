@@ -112,7 +112,7 @@ class SweepOutlook(Outlook):
             states=self.states,
             console=console,
             estimates=self.costs,
-            unit=self.launcher.unit,
+            unit=self.unit,
             max_hours=self.limit,
             output_dir=self.output_dir,
             stored=stored,

@@ -29,11 +29,6 @@ class Launcher(Protocol):
     @property
     def options(self) -> Any: ...
 
-    @property
-    def unit(self) -> str:
-        """Of which it counts the hours: GPU or CPU."""
-        ...
-
     def place(self, config: RunConfig) -> Place:
         """The processes, devices and time that a run gets."""
         ...

@@ -56,6 +56,11 @@ class Outlook(ABC):
         return self.plan.cells[0].config.sweep.max_gpu_hours
 
     @property
+    def unit(self) -> str:
+        """Of which the costs are hours."""
+        return budget.unit_of(self.launcher.place(cell.config) for cell in self.plan.cells)
+
+    @property
     def todo(self) -> list[Cell]:
         """The runs that are not done."""
         return self.plan.cells
@@ -67,7 +72,7 @@ class Outlook(ABC):
     def check(self) -> None:
         """ConfigError if the sweep cannot run or would cost too much."""
         self.launcher.check(self.plan, estimates=self.costs)
-        budget.check_budget(self.bill, max_gpu_hours=self.limit, unit=self.launcher.unit)
+        budget.check_budget(self.bill, max_gpu_hours=self.limit, unit=self.unit)
 
     @abstractmethod
     def store(self) -> None:

@@ -63,10 +63,6 @@ class LocalLauncher:
     def options(self) -> dict[str, int | None]:
         return {"max_parallel": self.max_parallel}
 
-    @property
-    def unit(self) -> str:
-        return "GPU" if visible_gpus() else "CPU"
-
     def place(self, config: RunConfig) -> Place:
         if config.runtime.device == "cpu" or not visible_gpus():
             return Place()

@@ -257,6 +257,12 @@ def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
 
 
 # a plan -----------------------------------------------------------------------------------------
+def unit_of(places: Iterable[Place]) -> str:
+    """Of which hours in such places are: GPU, or CPU for processes without; device if of both."""
+    kinds = {"GPU" if place.gpus else "CPU" for place in places}
+    return kinds.pop() if len(kinds) == 1 else "device"
+
+
 def to_run(state: RunState | None) -> bool:
     """Whether the command would run it: it is neither done nor in flight."""
     return state is None or not (state.state.done or state.state.in_flight)

@@ -268,8 +268,7 @@ class SearchOutlook(Outlook):
         goals = "; ".join(one.text() for one in search.objectives)
         rules = f", {' and '.join(search.constraints)}" if search.constraints else ""
         cost = budget.total(self.bill)
-        unit = self.launcher.unit
-        price = f", {budget.interval(cost)} {unit}-hours by {cost.basis}" if cost else ""
+        price = f", {budget.interval(cost)} {self.unit}-hours by {cost.basis}" if cost else ""
         display.say(console, f"objective: {goals}{rules}")
         display.say(
             console,

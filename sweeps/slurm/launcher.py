@@ -63,10 +63,6 @@ class SlurmLauncher:
     def __post_init__(self) -> None:
         self.options = settled(self.options)
 
-    @property
-    def unit(self) -> str:
-        return "GPU" if self.options.gpus_per_node else "CPU"
-
     def place(self, config: RunConfig) -> Place:
         shape = shape_of(config, self.options)
         options = dataclasses.replace(self.options, **options_of_environment(self.options))

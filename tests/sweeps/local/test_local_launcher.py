@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,8 +234,23 @@ def test_where_there_is_no_gpu_a_sweep_takes_all_cores_and_cpu_hours(make, monke
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert Slots.of(None, runs=6, devices=["auto"]).parallel == 6
-    assert LocalLauncher().unit == "CPU"
     assert LocalLauncher().place(make()).gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("devices", "unit"), [(["cpu"], "CPU"), (["auto"], "GPU"), (["cpu", "auto"], "device")]
+)
+def test_hours_are_of_what_the_runs_use_whatever_the_machine_has(make, monkeypatch, devices, unit):
+    monkeypatch.setattr(slots_module, "_installed_gpus", lambda: ["0"])
+    monkeypatch.setattr(launcher, "gpu_names", lambda: (A100,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    configs = [make(seed=i, runtime=RuntimeConfig(device=d)) for i, d in enumerate(devices)]
+    for config in configs:
+        config.model.vocab_size = None
+    file = io.StringIO()
+    points = [({"seed": str(config.seed)}, config) for config in configs]
+    run_sweep(points, launcher=LocalLauncher(), plan_only=True, console=Console(file=file))
+    assert set(re.findall(r"(\w+)-hours", file.getvalue())) == {unit}
 
 
 def test_fewer_than_one_at_a_time_is_refused_before_anything_is_written(make, launch, tmp_path):
