@@ -61,6 +61,11 @@ class Outlook(ABC):
         return budget.unit_of(self.launcher.place(cell.config) for cell in self.plan.cells)
 
     @property
+    def asked(self) -> Plan:
+        """What the launcher must be able to run."""
+        return self.plan
+
+    @property
     def todo(self) -> list[Cell]:
         """The runs that are not done."""
         return self.plan.cells
@@ -71,7 +76,7 @@ class Outlook(ABC):
 
     def check(self) -> None:
         """ConfigError if the sweep cannot run or would cost too much."""
-        self.launcher.check(self.plan, estimates=self.costs)
+        self.launcher.check(self.asked, estimates=self.costs)
         budget.check_budget(self.bill, max_gpu_hours=self.limit, unit=self.unit)
 
     @abstractmethod

@@ -29,7 +29,7 @@ from sweeps.outlook import Outlook, check_tracking, complete_configs, find_outpu
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import Point, check_name
-from sweeps.planning.plan import Cell, command, make_plan
+from sweeps.planning.plan import Cell, Plan, command, make_plan
 from sweeps.planning.rates import read_rates
 from sweeps.search import arms, reads, samplers
 from sweeps.search import space as spaces
@@ -252,6 +252,13 @@ class SearchOutlook(Outlook):
         return bill
 
     @property
+    def asked(self) -> Plan:
+        """A run of each base: bases that differ in resources alone are one run in `plan`."""
+        points = [point for part in self.parts for point in part.points]
+        cells = [cell for point in points for cell in make_plan([point]).cells]
+        return dataclasses.replace(self.plan, cells=cells)
+
+    @property
     def folder(self) -> Path:
         """Of the search with all its arms."""
         return study_folder(self.output_dir, name=self.plan.name)
@@ -305,7 +312,7 @@ class SearchOutlook(Outlook):
 
     def check(self) -> None:
         super().check()
-        self.launcher.check_search(self.plan)
+        self.launcher.check_search(self.asked)
 
     def store(self) -> None:
         for part in self.parts:

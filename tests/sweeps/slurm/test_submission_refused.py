@@ -162,6 +162,27 @@ def test_a_searchs_trials_must_reach_a_checkpoint_too(make, slurm, out, monkeypa
             run_search([draft], name="s", launcher=launcher, plan_only=True, console=console)
 
 
+def test_arms_of_a_search_that_differ_in_resources_alone_are_refused(make, slurm):
+    """They are one run by its id."""
+    bases = {"a": make(), "b": make(resources=BIG)}
+    for config in bases.values():
+        config.model.vocab_size = None
+    drafts = [
+        Draft(
+            search=normalise({"objectives": "train/loss", "sampler": "random"}),
+            space={"train.lr": Float(low=1e-4, high=1e-1, log=True)},
+            bases=[({}, base)],
+            follows=[{}],
+            arm=arm,
+        )
+        for arm, base in bases.items()
+    ]
+    launcher, console = SlurmLauncher(options=SlurmOptions(**CPU)), Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match="resources must be the same in all of a search"):
+        run_search(drafts, name="s", launcher=launcher, plan_only=True, console=console)
+    run_search(drafts[:1], name="s", launcher=launcher, plan_only=True, console=console)
+
+
 def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code):
     (code / "conf").mkdir()
     (code / "conf" / "large.bin").write_bytes(b"0" * 1_200_000)
