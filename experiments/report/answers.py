@@ -24,7 +24,7 @@ from experiments.report.tables import (
     title_end,
     value_text,
 )
-from experiments.stats import Comparison, Interval, interval
+from experiments.stats import Comparison, Interval
 from relora_core.events import Metric
 
 MOST, MOST_BESIDE_EFFECTS = 24, 6
@@ -190,7 +190,7 @@ def best(sweep: Sweep, metric: Metric) -> str:
     """The arm with the best mean, and the two after it; empty where texts differ."""
     if differing_texts(sweep) or not all(run.trained for run in sweep.runs):
         return ""
-    estimates = [(arm, one) for arm in sweep.arms if (one := _estimate(arm, metric))]
+    estimates = [(arm, one) for arm in sweep.arms if (one := arm.estimate(metric)) and one.n]
     sign = 1.0 if metric.better == "lower" else -1.0
     estimates.sort(key=lambda pair: sign * pair[1].mean)
     if not estimates:
@@ -272,9 +272,3 @@ def _not_alike(arm: Arm, reference: Arm, metric: Metric) -> str:
     if not keys:
         return ""
     return f"{both} differ in {joined(keys)}: their {name(metric)} must not be compared"
-
-
-def _estimate(arm: Arm, metric: Metric) -> Interval | None:
-    values = list(arm.values(metric.key).values())
-    estimate = interval(values, scale=metric.scale) if values else None
-    return estimate if estimate and estimate.n else None

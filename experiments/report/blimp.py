@@ -19,7 +19,6 @@ from experiments.report.tables import (
     title_end,
     value_text,
 )
-from experiments.stats import interval
 from relora_core.evals.blimp import ACCURACY
 
 VARIANTS = ("no_bos", "eos_prefix")
@@ -51,8 +50,7 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
         metric, cells = replace(ACCURACY, key=name), []
         text = partial(value_text, metric)
         for arm in arms:
-            values = list(arm.values(name).values())
-            estimate = interval(values, scale="linear") if values else None
+            estimate = arm.estimate(metric)
             cells.append(mean_cell(estimate, text, expected=len(arm.finished)))
             data.append(mean_row(arm, metric, estimate) | {"phenomenon": name.removeprefix(prefix)})
         rows.append([name.removeprefix(prefix).replace("_", " "), *cells])

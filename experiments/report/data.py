@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from experiments.disk.evaluations import eval_settings
 from experiments.disk.states import State
 from experiments.identity import scientific
-from experiments.stats import Side
+from experiments.stats import Interval, Side, interval
 from relora_core.config import EVALS, EvaluatedConfig, RunConfig, get, runs_eval
 from relora_core.data import grammar
+from relora_core.events import Metric
 
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
 """Settings that are listed first, whether part of the identity or not."""
@@ -143,6 +144,11 @@ class Arm:
         """
         by_seed = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
         return self.with_lost(by_seed)
+
+    def estimate(self, metric: Metric) -> Interval | None:
+        """Its mean over `values`; None if no run has it."""
+        values = list(self.values(metric.key).values())
+        return interval(values, scale=metric.scale) if values else None
 
     def with_lost(self, by_seed: dict[int, float]) -> dict[int, float]:
         """The same with nan for diverged runs; empty if no run has a value."""

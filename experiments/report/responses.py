@@ -200,9 +200,8 @@ def estimates(cells: Mapping[Cell, Sequence[Arm]], *, metric: Metric) -> dict[Ce
     axes, and seeds, that every cell has a finite value of: else unlike would be compared.
     """
     if all(len(arms) == 1 for arms in cells.values()):
-        values = {cell: list(arms[0].values(metric.key).values()) for cell, arms in cells.items()}
-        made = {cell: interval(own, scale=metric.scale) for cell, own in values.items() if own}
-        return {cell: one for cell, one in made.items() if one.n}
+        made = {cell: arms[0].estimate(metric) for cell, arms in cells.items()}
+        return {cell: one for cell, one in made.items() if one and one.n}
     differing = _shared_axes(cells)
     tables = {cell: _by_combination(arms, differing, metric) for cell, arms in cells.items()}
     if not tables:

@@ -90,8 +90,7 @@ def results(sweep: Sweep) -> list[Block]:
     for arm in sweep.arms:
         done, cells = len(arm.finished), []
         for metric in metrics:
-            values = list(arm.values(metric.key).values())
-            estimate = interval(values, scale=metric.scale) if values else None
+            estimate = arm.estimate(metric)
             cells.append(mean_cell(estimate, partial(value_text, metric), expected=done))
             data.append(mean_row(arm, metric, estimate))
         cells += [tokens_per_run(arm), hours_cell(arm)]

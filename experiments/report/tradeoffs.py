@@ -96,9 +96,7 @@ def points(sweep: Sweep, *, cost: Cost, metric: Metric) -> list[Point]:
     """Of each arm that has finished runs with the metric."""
     made = []
     for arm in sweep.arms:
-        values = list(arm.values(metric.key).values())
-        value = interval(values, scale=metric.scale) if values else None
-        taken = cost.of(arm)
+        value, taken = arm.estimate(metric), cost.of(arm)
         if value is not None and value.n and taken is not None and taken.mean > 0:
             made.append(Point(arm=arm, cost=taken, value=value))
     return made
@@ -143,8 +141,7 @@ def tradeoffs(sweep: Sweep) -> list[Block]:
         taken = {cost.key: cost.of(arm) for cost in COSTS}
         cells = [_cost_text(taken[cost.key], len(arm.finished)) for cost in COSTS]
         for metric in metrics:
-            values = list(arm.values(metric.key).values())
-            value = interval(values, scale=metric.scale) if values else None
+            value = arm.estimate(metric)
             on = [c for c in costs_shown if arm.arm_id in fronts[metric.key, c.key]]
             cell = mean_cell(value, partial(value_text, metric), expected=len(arm.finished))
             cells.append(cell + (f" *{''.join(_letter(cost) for cost in on)}" if on else ""))
