@@ -225,14 +225,14 @@ def _record(search: SearchConfig, matches: Sequence[Match], verdict: Verdict) ->
 
 def _reports(search: SearchConfig, matches: Sequence[Match]) -> dict[str, float]:
     """What pruners would have got of the trial (`process.SearchSink`)."""
-    metric = search.prune_metric
-    if len(search.objectives) > 1 or metric is None:
+    if len(search.objectives) > 1:
         return {}
     if search.pruner["name"] == "wilcoxon":
         ends = [seed_value(search, one.run) for one in matches]
         return {str(index): end for index, end in enumerate(ends) if end is not None}
-    first = matches[0]
+    first, metric = matches[0], search.prune_metric
     assert first.config is not None
+    assert metric is not None  # normalise has set it
     points = curve(metric, first.run.events(), steps=first.config.train.steps)
     return {str(step): number for step, number in points.items()}
 
