@@ -1,7 +1,7 @@
 """How long training waits for a checkpoint, and its size: `python benchmarks/checkpoints.py`.
 
-For the paper's shapes, in turns: written while training waits (`checkpoint.save`), and written in
-the background (`checkpoint.Writer`). `still` is how long the training thread waits; `total` adds by
+For the paper's shapes, in turns: written while training waits, and in the background, as training
+does (`checkpoint.Writer`). `still` is how long the training thread waits; `total` adds by
 how much the steps meanwhile are slower than others. Not for: reading checkpoints.
 """
 
@@ -77,7 +77,8 @@ def waiting(trainer: Trainer, folder: Path) -> tuple[float, float]:
     """(`still`, `total`) in seconds, of a checkpoint that training waits for."""
     trainer.step()
     began = time.perf_counter()
-    checkpoint.save(folder, keep_last=2, **trainer.state())
+    with Writer(folder, keep_last=2) as writer:
+        writer.save(**trainer.state())
     seconds = time.perf_counter() - began
     return seconds, seconds
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -123,25 +123,23 @@ class Snapshot:
         progress: Progress,
         rng: list[dict[str, Any]],
         reference: dict[str, Tensor] | None = None,
-        with_frozen: bool = True,
-        copied: Callable[[Tensor], Tensor] | None = None,
+        with_frozen: bool,
     ) -> Snapshot:
-        """`copied` copies a tensor, so that training may go on; without it training must wait.
+        """A copy, so that training may go on.
 
         `rng` holds one state per rank; `reference` weights are those that dynamics compare with.
         """
-        take = copied or (lambda tensor: tensor.detach())
         record = {name: getattr(progress, name) for name in Progress.__slots__}
         still = {name for name, _ in _frozen(model)}
         state = model.state_dict()
         return cls(
             step=progress.step,
             record=json.dumps(record).encode(),
-            weights={k: take(v) for k, v in state.items() if k not in still},
-            frozen={k: take(v) for k, v in state.items() if k in still and with_frozen},
-            moments=_taken(optimizer.state_dict(), take),
+            weights=_copied({k: v for k, v in state.items() if k not in still}),
+            frozen=_copied({k: v for k, v in state.items() if k in still and with_frozen}),
+            moments=_copied(optimizer.state_dict()),
             rng=rng,
-            reference=_taken(reference or {}, take),
+            reference=_copied(reference or {}),
         )
 
     def files(self) -> Iterator[tuple[str, bytes]]:
@@ -160,14 +158,14 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
 
 
-def _taken(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with `take` of every tensor."""
+def _copied(value: Any) -> Any:
+    """The same structure with a copy of every tensor in host memory."""
     if isinstance(value, Tensor):
-        return take(value)
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _taken(item, take) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_taken(item, take) for item in value)
+        return type(value)(_copied(item) for item in value)
     return value
 
 
@@ -185,27 +183,13 @@ class Kept:
     """Identity of the weights: address and number of writes."""
 
 
-def save(
-    folder: Path,
-    *,
-    model: nn.Module,
-    optimizer: Optimizer,
-    progress: Progress,
-    rng: list[dict[str, Any]],
-    keep_last: int,
-    reference: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write step-<n>/ while the caller waits; remove all but the newest `keep_last`."""
-    snapshot = Snapshot.of(
-        model, optimizer=optimizer, progress=progress, rng=rng, reference=reference
-    )
-    return _store(folder, snapshot=snapshot, keep_last=keep_last)[0]
-
-
 def _store(
-    folder: Path, *, snapshot: Snapshot, keep_last: int, same: Kept | None = None
+    folder: Path, *, snapshot: Snapshot, keep_last: int, same: Kept | None
 ) -> tuple[Path, dict[str, str]]:
-    """(checkpoint, sha256 by file). `same` holds the frozen weights, where they did not change."""
+    """Write step-<n>/ and remove all but the newest `keep_last`: (checkpoint, sha256 by file).
+
+    `same` holds the frozen weights, where they did not change.
+    """
     target = folder / f"step-{snapshot.step:08d}"
     temporary = folder / f".tmp-{target.name}-{os.getpid()}"
     shared.make_folder(folder)
@@ -296,7 +280,6 @@ class Writer:
             rng=rng,
             reference=reference,
             with_frozen=same is None,
-            copied=_copied,
         )
         # Not a daemon: the interpreter waits for it at exit.
         self._thread = threading.Thread(
@@ -342,10 +325,6 @@ class Writer:
             error, self._error = self._error, None
             raise error
         return written
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _packed(value: Any) -> bytes:

@@ -167,9 +167,8 @@ def saved(tmp_path_factory):
         optimizer.step()
         progress = checkpoint.Progress(step=step)
         rng = [checkpoint.rng_state()]
-        checkpoint.save(
-            folder, model=model, optimizer=optimizer, progress=progress, rng=rng, keep_last=2
-        )
+        with checkpoint.Writer(folder, keep_last=2) as writer:
+            writer.save(model=model, optimizer=optimizer, progress=progress, rng=rng)
     return folder, model, optimizer
 
 

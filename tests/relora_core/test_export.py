@@ -61,14 +61,9 @@ def save_run(output: Path, config, *, steps: int = 6) -> Decoder:
     model, method, optimizer = trained(config, steps=steps)
     run_dir = RunDir(output / "runs" / RUN)
     run_dir.create(config)
-    checkpoint.save(
-        run_dir.checkpoints,
-        model=model,
-        optimizer=optimizer,
-        progress=Progress(step=steps, method=method.state_dict()),
-        rng=[],
-        keep_last=2,
-    )
+    progress = Progress(step=steps, method=method.state_dict())
+    with checkpoint.Writer(run_dir.checkpoints, keep_last=2) as writer:
+        writer.save(model=model, optimizer=optimizer, progress=progress, rng=[])
     return model
 
 

@@ -572,14 +572,10 @@ def test_an_export_is_the_effective_weight(config, tmp_path):
     setting = config()
     model, method, optimizer = build(setting)
     advance(model, method, optimizer, steps=8)
-    path = checkpoint.save(
-        tmp_path,
-        model=model,
-        optimizer=optimizer,
-        progress=checkpoint.Progress(step=8, method=method.state_dict()),
-        rng=[],
-        keep_last=1,
-    )
+    progress = checkpoint.Progress(step=8, method=method.state_dict())
+    with checkpoint.Writer(tmp_path, keep_last=1) as writer:
+        writer.save(model=model, optimizer=optimizer, progress=progress, rng=[])
+    (path,) = checkpoint.complete(tmp_path)
     plain = Decoder(setting.model)
     plain.load_state_dict(export.merged_state(setting, checkpoint=path))
     ids, _ = batch(7)
