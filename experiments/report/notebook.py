@@ -72,7 +72,7 @@ def _settings(sweep: Sweep, *, x: str) -> str:
     return (
         f"X = {x!r}\nARMS = {pformat(arms)}\n"
         f"METRICS = {pformat(metrics, sort_dicts=False)}\n"
-        "CURVES, FINALS = read_curves(x=X), read_finals()"
+        "CURVES, FINALS, MEANS = read_curves(x=X), read_finals(), read_means()"
     )
 
 
@@ -83,7 +83,7 @@ def _charted(sweep: Sweep) -> list[Metric]:
 def _call(sweep: Sweep, name: str) -> str:
     """The code that draws a figure; empty for one that the data do not tell."""
     fixed = {
-        "arms": "draw_finals(FINALS, ARMS, METRICS);",
+        "arms": "draw_finals(MEANS, FINALS, ARMS, METRICS);",
         "differences": 'draw_differences(sorted(Path("tables").glob("compare_*.csv")), METRICS);',
         "marginal": 'draw_marginal("tables/marginal.csv", METRICS);',
         "fronts": 'draw_fronts("tables/tradeoffs.csv", METRICS);',
@@ -101,7 +101,7 @@ def _call(sweep: Sweep, name: str) -> str:
     looks = {key: {"label": key, "scale": scale, "better": ""} for key, scale in metrics.items()}
     call = f"METRICS_OF = {pformat(looks, sort_dicts=False)}\n"
     if name == "blimp_phenomena":
-        return f"{call}draw_finals(FINALS, ARMS, METRICS_OF);"
+        return f"{call}draw_finals(MEANS, FINALS, ARMS, METRICS_OF);"
     return f"{call}draw_curves(CURVES, ARMS, METRICS_OF, x=X);"
 
 
@@ -158,4 +158,4 @@ def _map(sweep: Sweep) -> str:
         for arm in sweep.arms
     ]
     cells = [cell for cell in cells if None not in cell]
-    return f"CELLS = {pformat(cells)}\ndraw_map(FINALS, CELLS, METRICS, axes={(down, across)!r});"
+    return f"CELLS = {pformat(cells)}\ndraw_map(MEANS, CELLS, METRICS, axes={(down, across)!r});"

@@ -47,6 +47,16 @@ def read_finals(path: str | Path = "tables/runs.csv") -> dict[str, dict[str, dic
     return finals
 
 
+def read_means(folder: str | Path = "tables") -> dict[tuple[str, str], tuple[float, ...]]:
+    """(arm, metric) -> mean and both ends of its 95 % interval, nan where there is none."""
+    paths = [Path(folder) / "arms.csv", *sorted(Path(folder).glob("blimp_*_phenomena.csv"))]
+    rows = [row for path in paths for row in read_table(path) if int(row["n"])]
+    ends = ("mean", "low", "high")
+    return {
+        (row["arm"], row["metric"]): tuple(float(row[end] or "nan") for end in ends) for row in rows
+    }
+
+
 def read_table(path: str | Path) -> list[dict[str, str]]:
     """The rows of a table of the report."""
     with open(path, newline="") as file:
@@ -101,15 +111,18 @@ def draw_curves(
 
 
 def draw_finals(
-    finals: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
+    means: Mapping[tuple[str, str], Sequence[float]],
+    finals: Mapping[str, Any],
+    arms: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
 ) -> Any:
     """A row for each arm: mean with interval, and the seeds."""
     figure, axes = panels(len(metrics), columns=4, wide=3.0, tall=1.0 + 0.3 * len(arms))
     for index, (ax, (metric, look)) in enumerate(zip(axes, metrics.items(), strict=True)):
         for row, arm in enumerate(arms):
-            values = list(finals.get(arm["name"], {}).get(metric, {}).values())
-            if values:
-                middle, low, high = interval(values, log=look["scale"] == "log")
+            if (arm["name"], metric) in means:
+                middle, low, high = means[arm["name"], metric]
+                values = list(finals.get(arm["name"], {}).get(metric, {}).values())
                 ax.plot([low, high], [row, row], "-", color=arm["colour"])
                 ax.plot([middle], [row], "o", color=arm["colour"])
                 ax.plot(values, [row + 0.22] * len(values), "|", color=arm["colour"])
@@ -166,7 +179,7 @@ def draw_response(
 
 
 def draw_map(
-    finals: Mapping[str, Any],
+    means: Mapping[tuple[str, str], Sequence[float]],
     cells: Sequence[tuple[float, float, str]],
     metrics: Mapping[str, Any],
     *,
@@ -178,9 +191,8 @@ def draw_map(
     for ax, (metric, look) in zip(places, metrics.items(), strict=True):
         grid = [[math.nan] * len(acrosses) for _ in downs]
         for down, across, arm in cells:
-            values = finals.get(arm, {}).get(metric, {}).values()
-            if values:
-                mean = interval(values, log=look["scale"] == "log")[0]
+            if (arm, metric) in means:
+                mean = means[arm, metric][0]
                 row, column = downs.index(down), acrosses.index(across)
                 grid[row][column] = mean
                 box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from pyarrow import parquet
 from synthetic import a_sweep, arms, record
 
-from experiments.report import page, redraw
+from experiments.report import gather, page, redraw, tables
+from experiments.report.document import Table, to_csv
 from experiments.stats import interval
+from relora_core.evals.paloma import PERPLEXITY
 
 matplotlib.use("agg")
 
@@ -70,6 +73,28 @@ def test_a_curve_over_hours_has_the_steps_that_its_seeds_share(tmp_path: Path) -
     [line] = figure.axes[0].lines
     assert list(line.get_xdata()) == pytest.approx([0.1015, 0.203])
     assert list(line.get_ydata()) == [8.0, 7.0]
+
+
+def test_a_finished_seed_without_a_finite_value_is_in_no_mean(tmp_path: Path) -> None:
+    """As in the report, whose means these are."""
+    for run in a_sweep(tmp_path, arms(2)):
+        record(run)
+    sweep = gather.gather(tmp_path, "mine")
+    for arm in sweep.arms:
+        arm.runs[0].metrics[PERPLEXITY.key] = math.inf
+    [table] = [block for block in tables.results(sweep) if isinstance(block, Table)]
+    (tmp_path / "arms.csv").write_text(to_csv(table))
+    (tmp_path / "runs.csv").write_text(to_csv(tables.every_run(sweep)))
+    means, finals = redraw.read_means(tmp_path), redraw.read_finals(tmp_path / "runs.csv")
+    looks = [{"name": arm.name, "colour": arm.colour} for arm in sweep.arms]
+    shown = {PERPLEXITY.key: {"label": "x", "scale": "log", "better": "lower"}}
+    dots = redraw.draw_finals(means, finals, looks, shown).axes[0].lines[1::3]
+    wanted = [estimate.mean for arm in sweep.arms if (estimate := arm.estimate(PERPLEXITY))]
+    assert [dot.get_xdata()[0] for dot in dots] == pytest.approx(wanted)
+    assert all(math.isfinite(mean) for mean in wanted)
+    cells = [(0.0, float(i), arm.name) for i, arm in enumerate(sweep.arms)]
+    figure = redraw.draw_map(means, cells, shown, axes=("a", "b"))
+    assert [text.get_text() for text in figure.axes[0].texts] == [f"{mean:.4g}" for mean in wanted]
 
 
 def test_it_needs_nothing_of_the_project() -> None:
