@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -20,12 +21,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import GroupDefault, InputDefault
 from hydra.core.override_parser.types import ChoiceSweep, FloatRange, RangeSweep
 from hydra.plugins.config_source import ConfigSource
-from omegaconf import DictConfig
+from omegaconf import DictConfig, _utils
 from yaml import YAMLError
 
 from experiments import schema
 from hydra_plugins.relora_sweeps._axes import count_points
 from relora_core.config import ConfigError
+
+NOT_DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?::[0-5]?[0-9])+(?:\.[0-9]*)?|0[0-9]+)$")
+"""What YAML 1.1 reads in base 60 (`12:00:00` as 43200) or 8 (`010` as 8)."""
 
 
 @cache  # only once: Hydra 1.3 may run its plugins' modules twice, which would wrap twice
@@ -60,6 +64,9 @@ def install_guards() -> None:
     Overrides.add_override = _unrivalled(Overrides.add_override)  # type: ignore[method-assign]
     # `_get_header_dict` misses `# @package` after a byte order mark, which some editors write.
     ConfigSource._get_header_dict = staticmethod(_unmarked(ConfigSource._get_header_dict))
+    # Of YAML's numbers these are the ones that the command line, and YAML 1.2, do not have: a time
+    # limit of `12:00:00` without quotes would be one of 43,200 minutes.
+    _utils.get_yaml_loader = _decimal(_utils.get_yaml_loader)
     # `choice` does not take null: Hydra checks its arguments against these annotations.
     grammar_functions.choice.__annotations__["args"] |= None
     # Hydra copies its whole store to look into a group, a second of `--help`. It only reads the
@@ -165,6 +172,20 @@ def _file_of(source: ConfigSource, config_path: str) -> Path | None:
 def _unmarked(read: Callable[[str], dict[str, str | None]]) -> Callable[..., Any]:
     """Hydra's reading of `# @package`, also after a byte order mark."""
     return wraps(read)(lambda text: read(text.removeprefix("\ufeff")))
+
+
+def _decimal(make: Callable[[], Any]) -> Callable[[], Any]:
+    """OmegaConf's `get_yaml_loader`; what NOT_DECIMAL matches is text, as on the command line."""
+
+    @wraps(make)
+    def get_yaml_loader() -> Any:
+        loader = make()
+        text, resolvers = ("tag:yaml.org,2002:str", NOT_DECIMAL), loader.yaml_implicit_resolvers
+        more = {first: [text, *resolvers.get(first, [])] for first in "+-0123456789"}
+        loader.yaml_implicit_resolvers = {**resolvers, **more}
+        return loader
+
+    return get_yaml_loader
 
 
 def _unrivalled(add: Callable[..., None]) -> Callable[..., None]:

@@ -64,10 +64,14 @@ FILES = {
     "sweep/nested_list": "hydra: {sweeper: {params: {relora: {r: [4, 8]}}}}",
     "sweep/body": "relora: {r: [4, 8]}",
     "sweep/arm": "hydra: {sweeper: {arms: {a: ['relora.r=[4,8]']}}}",
+    "experiment/resources": "defaults: [demo]\nseed: 010\nresources: {time: 1:30:00}",
     "sweep/names_one": "hydra: {sweeper: {params: {experiment: a, seed: '0,1'}}}",
 }
 MARKED = {"experiment/marked": "\ufeff# @package _global_\ndefaults: [demo]\nseed: 7\n"}
-MINE = {"model/mine": "d_model: 48\nd_ff: 96\n", "hydra/launcher/mine": "defaults: [slurm]\n"}
+MINE = {
+    "model/mine": "d_model: 48\nd_ff: 96\n",
+    "hydra/launcher/mine": "defaults: [slurm, _self_]\ntime: 12:00:00\naccount: 0123\n",
+}
 BARE = {"experiment/bare": "seed: 4", "sweep/bare": "hydra: {sweeper: {params: {seed: '0,1'}}}"}
 SLURM_Q = ("hydra/launcher=slurm", "hydra.launcher.partition=q")
 MODELS = ", ".join(sorted([*typos.options("model"), "mine"]))
@@ -185,6 +189,16 @@ def test_a_byte_order_mark_changes_nothing(ask):
 def test_a_launcher_of_ones_own_is_one(ask):
     answer, [(_, launcher)] = ask("-m", "hydra/launcher=mine", "model=mine,nano")
     assert (answer.code, launcher.kind) == (0, "slurm")
+
+
+def test_numbers_of_files_are_read_as_those_of_the_command_line(ask):
+    """YAML 1.1 has 12:00:00 as 43,200, which SLURM would take for minutes, and 010 as 8."""
+    words = ("resources.time=1:30:00", "seed=010")
+    for given in (("experiment=resources",), words):
+        _, [*_, (points, launcher)] = ask("-m", "hydra/launcher=mine", *given)
+        [(_, config)] = points
+        assert (config.seed, config.resources.time) == (10, "1:30:00")
+        assert (launcher.options.time, launcher.options.account) == ("12:00:00", "0123")
 
 
 def test_null_is_a_value_of_an_axis_like_others(ask):

@@ -34,6 +34,7 @@ CALLED = {
     "hydra.plugins.config_source:ConfigSource._get_header_dict": "config_text",
     "hydra.plugins.config_source:ConfigSource._normalize_file_name": "filename",
     "hydra.plugins.config_source:ConfigSource.is_config": "self config_path",
+    "omegaconf._utils:get_yaml_loader": "",
 }
 """Functions that are changed or called -> their first parameters."""
 if schema.HYDRA_1_4:
