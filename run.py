@@ -25,6 +25,7 @@ from experiments.errors import reporting
 from experiments.run.single import run_here
 from hydra_plugins.relora_sweeps._habits import translate
 from relora_core.config import ConfigError
+from sweeps.planning.grid import points_from
 
 schema.register()
 
@@ -36,7 +37,8 @@ def main(cfg: DictConfig) -> None:
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         schema.refuse_search(cfg, overrides)
         schema.refuse_sweep(HydraConfig.get(), cfg)
-        sys.exit(run_here(schema.to_run_config(cfg, overrides=overrides)))
+        given = points_from([overrides])[0]
+        sys.exit(run_here(schema.to_run_config(cfg, overrides=overrides), given=given))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from experiments import schema
+from experiments import notices, schema
 from experiments.addresses import redacted
 from experiments.disk import inputs
 from experiments.disk.evaluations import all_metrics
@@ -48,10 +49,12 @@ status` and MLflow (tracking.experiment=NAME puts it beside a sweep's), and in a
 """
 
 
-def describe(config: RunConfig, *, at_steps: list[int]) -> dict[str, Any]:
-    """All facts about a run that need no training."""
+def describe(
+    config: RunConfig, *, at_steps: list[int], given: Collection[str] = ()
+) -> dict[str, Any]:
+    """All facts about a run that need no training; `given`: the keys that the user set."""
     validate(config)
-    notes: list[str] = []
+    notes = list(notices.without_effect(given, [config]))
     identity: dict[str, str | None] = {"run_id": None, "arm_id": None}
     try:
         config = complete(config, notes=notes)
@@ -362,7 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "describe":
             extra = [f"output_dir={arguments.output_dir}"] if arguments.output_dir else []
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
-            result = describe(config, at_steps=arguments.at_steps)
+            given = [text.partition("=")[0].lstrip("+") for text in arguments.overrides]
+            result = describe(config, at_steps=arguments.at_steps, given=given)
             printer = _print_description
         elif arguments.command == "evaluate":
             return _evaluate(arguments)

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from experiments import json_files
+from experiments.labels import text_of
 from relora_core.config import (
     EvaluatedConfig,
     RunConfig,
     applies,
     concerns,
     get,
+    ruled_out_by,
     runs_eval,
     walk,
 )
@@ -77,6 +79,15 @@ def essential(config: RunConfig) -> dict[str, Any]:
         elif (meaning := meta["same_as"](config)) is not None:
             essentials[key] = meaning
     return essentials
+
+
+def overruled(metadata: Mapping[str, Any], config: RunConfig) -> str | None:
+    """What leaves a knob with this metadata without effect: `to method=lora`, `with relora.r=0`."""
+    if choice := ruled_out_by(metadata, config):
+        return f"to {choice}"
+    moot = metadata.get("moot", {}).items()
+    by = next((key for key, rules_out in moot if rules_out(config)), None)
+    return None if by is None else f"with {by}={text_of(get(config, by))}"
 
 
 def plain_keys(config: RunConfig) -> list[str]:

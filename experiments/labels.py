@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 OPTIONS = {
     "experiment": "experiment",
@@ -15,6 +16,16 @@ OPTIONS = {
 KEYS = {"arm": "sweep.arm", **OPTIONS}
 LABELS = {key: word for word, key in KEYS.items()}
 """Key -> its short name on the command line."""
+
+
+def text_of(value: Any) -> str:
+    """A value as the command line has it."""
+    if isinstance(value, float):
+        short = f"{value:.12g}"
+        return short if float(short) == value else repr(value)
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def spell(axes: Mapping[str, str]) -> str:

@@ -1,19 +1,42 @@
-"""Notices on configs that will be compared with each other. Reads nothing else.
+"""Notices on the configs that a command asks for together. Reads nothing else.
 
 Not for: notices on a single config (`relora_core/redraws.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from relora_core.config import ADAPTERS, RunConfig
+from experiments.identity import overruled
+from relora_core.config import ADAPTERS, EVALS, RunConfig, get, runs_eval, walk
 
 
 def across(configs: Iterable[RunConfig], *, seeds: int = 1) -> list[str]:
     """All notices, one line each; `seeds`: the number of seeds that each config is run with."""
     configs = list(configs)
     return [*scales(configs), *fixed_order(configs, seeds=seeds)]
+
+
+def without_effect(given: Collection[str], configs: Sequence[RunConfig]) -> Iterator[str]:
+    """A notice for each reason why knobs that the user gave have no effect on any of the runs."""
+    keys: dict[str, list[str]] = {}
+    for key, f, _ in walk(configs[0]):
+        if key not in given:
+            continue
+        reasons = [overruled(f.metadata, config) or _off(key, config) for config in configs]
+        if all(reasons):
+            keys.setdefault(" and ".join(dict.fromkeys(map(str, reasons))), []).append(key)
+    for reason, names in keys.items():
+        yield f"{', '.join(names)} {'do' if len(names) > 1 else 'does'} not apply {reason}"
+
+
+def _off(key: str, config: RunConfig) -> str | None:
+    """What leaves a knob of an eval without effect: the eval does not run."""
+    name = key.split(".")[1] if key.startswith("eval.") else ""
+    if name not in EVALS or runs_eval(config, name) or key == f"eval.{name}.enabled":
+        return None
+    on = get(config, f"eval.{name}.enabled")
+    return f"with eval.{name}.{'path=none' if on else 'enabled=false'}"
 
 
 def scales(configs: Iterable[RunConfig]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import addresses
+from experiments import addresses, notices
 from experiments.disk.output_dir import (
     plan_folder,
     refuse_unwritable,
@@ -27,7 +27,7 @@ from sweeps import measure as measuring
 from sweeps.launchers import Launcher, load_launcher
 from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir, prepare_data
 from sweeps.planning import budget, provenance
-from sweeps.planning.grid import Point
+from sweeps.planning.grid import Point, axes
 from sweeps.planning.plan import (
     Cell,
     Plan,
@@ -66,6 +66,8 @@ def run_sweep(
     )
     output_dir = find_output_dir(plan)
     plan.notes = [*notes, *comparison_notes([cell.config for cell in plan.cells])]
+    fixed = {key for point, _ in points for key in point} - {*axes([point for point, _ in points])}
+    plan.notes += notices.without_effect(fixed, configs)
     if any(c.runtime.device == "cpu" and launcher.place(c).gpus for c in configs):
         plan.notes.append(
             "jobs hold GPUs that runtime.device=cpu leaves idle: hydra.launcher.gpus_per_node=0"

@@ -20,7 +20,7 @@ from experiments.__main__ import describe, show
 from experiments.disk.output_dir import plan_folder, runs_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
-from experiments.notices import fixed_order, scales
+from experiments.notices import fixed_order, scales, without_effect
 from experiments.report import data, document, gather, tables
 from experiments.report import page as report
 from experiments.report.page import _notes
@@ -70,6 +70,36 @@ def test_a_single_run_says_it_once_and_its_record_keeps_it(
 
 def test_describe_says_it(cut: RunConfig) -> None:
     assert f"data: {CUT}" in describe(cut, at_steps=[])["notes"]
+
+
+def test_what_the_user_set_in_vain_is_said_of_one_run_and_of_a_plan(
+    cut: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever types relora.r=8 for GaLore means galore.r, and gets the default of that."""
+    vain = "relora.r does not apply to method=galore"
+    galore = with_values(cut, {"method": "galore", "relora.r": 2, "galore.r": 2})
+    assert run_here(galore, given=["relora.r", "galore.r", "method"]) == 0
+    assert f"note: {vain}\n" in capsys.readouterr().err
+    assert vain in describe(galore, at_steps=[], given=["relora.r"])["notes"]
+    fixed = {"method": "galore", "relora.r": 2, "galore.r": 2}
+    assert planned(cut, fixed | {"seed": 1}, fixed | {"seed": 2})[-1] == vain
+    assert vain not in planned(cut, fixed, fixed | {"method": "lora"})
+
+
+def test_a_setting_is_in_vain_beside_another_one_or_where_its_eval_is_off() -> None:
+    config = nano_config()
+    config.schedule.name, config.schedule.min_ratio = "linear", 0.1
+    config.relora.prune_ratio, config.relora.optimizer_state = 0.5, "zero"
+    config.eval.paloma.enabled = False
+    given = ["schedule.min_ratio", "relora.prune_ratio", "eval.paloma.max_documents"]
+    assert list(without_effect([*given, "train.lr", "eval.paloma.enabled"], [config])) == [
+        "relora.prune_ratio does not apply with relora.optimizer_state=zero",
+        "schedule.min_ratio does not apply with schedule.name=linear",
+        "eval.paloma.max_documents does not apply with eval.paloma.enabled=false",
+    ]
+    other = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule))
+    other.schedule.name = "cosine"
+    assert list(without_effect(["schedule.min_ratio"], [config, other])) == []
 
 
 def test_describe_says_what_cannot_learn(cut: RunConfig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+from collections.abc import Collection
 
-from experiments import addresses, environment
+from experiments import addresses, environment, notices
 from experiments.disk import frozen, inputs
 from experiments.disk.output_dir import cache_dir, check_output_dir, runs_folder, same_runs
 from experiments.disk.run_dir import RunDir
@@ -23,10 +24,10 @@ from relora_core.config import ConfigError, RunConfig
 from relora_core.data.base import DataError
 
 
-def run_here(config: RunConfig) -> int:
-    """Run, or resume, the run of this config; the exit code."""
+def run_here(config: RunConfig, *, given: Collection[str] = ()) -> int:
+    """Run, or resume, the run of this config; the exit code. `given`: keys that the user set."""
     place = shell.take_group()
-    notes: list[str] = []
+    notes = list(notices.without_effect(given, [config]))
     config = complete(config, notes=notes)
     store.check(config)
     run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir

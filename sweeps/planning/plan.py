@@ -22,15 +22,14 @@ from experiments import json_files, notices
 from experiments.disk import frozen
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import overrides_of, read_plan
-from experiments.identity import config_from_json, essential, ids, scientific
-from experiments.labels import LABELS, spell
+from experiments.identity import config_from_json, essential, ids, overruled, scientific
+from experiments.labels import LABELS, spell, text_of
 from relora_core import atomic, shared
 from relora_core.config import (
     EVALS,
     ConfigError,
     RunConfig,
     get,
-    ruled_out_by,
     runs_eval,
     validate,
     walk,
@@ -242,20 +241,11 @@ def _spell(key: str, value: Any) -> str:
 
 def _short(value: Any) -> str:
     """A value as text; a long one is cut in the middle, and a digest makes it unique."""
-    text = _text(value)
+    text = text_of(value)
     if len(text) <= LONGEST_VALUE:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{text[:30]}...{text[-20:]}({digest})"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        short = f"{value:.12g}"
-        return short if float(short) == value else repr(value)
-    if isinstance(value, list):
-        return "+".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _rename(cells: list[Cell], configs: Sequence[RunConfig] | None = None) -> None:
@@ -302,10 +292,8 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
         section = key.rsplit(".", 1)[0]
         if not meta.get("scientific", True):
             yield key, "not what is computed"
-        elif choice := ruled_out_by(meta, first):
-            yield key, f"to {choice}"
-        elif by := [k for k, rules_out in meta.get("moot", {}).items() if rules_out(first)]:
-            yield key, f"with {by[0]}={_short(get(first, by[0]))}"
+        elif reason := overruled(meta, first):
+            yield key, reason
         elif key.startswith("eval.") and not runs_eval(first, key.split(".")[1]):
             on = any(get(config, f"{section}.enabled") for config in configs)
             yield key, f"with {section}.{'path=none' if on else 'enabled=false'}"
