@@ -24,7 +24,7 @@ from experiments.notices import fixed_order, scales, without_effect
 from experiments.report import data, document, gather, tables
 from experiments.report import page as report
 from experiments.report.page import _notes
-from experiments.run.complete import complete
+from experiments.run.complete import complete, complete_all
 from experiments.run.runner import run_experiment
 from experiments.run.single import run_here
 from relora_core.config import ConfigError, RunConfig
@@ -100,6 +100,16 @@ def test_a_setting_is_in_vain_beside_another_one_or_where_its_eval_is_off() -> N
     other = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule))
     other.schedule.name = "cosine"
     assert list(without_effect(["schedule.min_ratio"], [config, other])) == []
+
+
+def test_data_that_no_run_would_read_are_refused(cut: RunConfig) -> None:
+    """Of `run.py data.path=TEXTS` without data=text nothing would be read, and all learn."""
+    own = dataclasses.replace(cut, data=dataclasses.replace(cut.data, kind="grammar"))
+    own.model = dataclasses.replace(own.model, vocab_size=None)
+    line = r"^data\.path must be left out with data=grammar, .* nearest valid: data=text or data=p"
+    with pytest.raises(ConfigError, match=line):
+        complete(own)
+    assert len(complete_all([own, cut])) == 2  # an axis over both
 
 
 def test_describe_says_what_cannot_learn(cut: RunConfig) -> None:

@@ -36,6 +36,7 @@ def complete_all(
                 f"output_dir must be a path from the root, or from here, got "
                 f"{config.output_dir!r}; nearest valid: {os.path.expanduser(config.output_dir)}"
             )
+    _check_used(configs)
     configs = [store.fill_from_environment(config, notes=notes) for config in configs]
     for config in configs:
         validate(config)
@@ -62,6 +63,17 @@ def complete_all(
     if notes is not None:
         notes += environment.notes()
     return filled
+
+
+def _check_used(configs: Sequence[RunConfig]) -> None:
+    """ConfigError where data are named that no run would read: all would learn the grammar."""
+    for key in ("path", "tokenizer"):
+        values = [getattr(config.data, key) for config in configs if config.data.kind == "grammar"]
+        if len(values) == len(configs) and any(values):
+            raise ConfigError(
+                f"data.{key} must be left out with data=grammar, which reads no files, got "
+                f"{next(filter(None, values))!r}; nearest valid: data=text or data=pretokenized"
+            )
 
 
 def _data_notes(config: RunConfig, info: DataInfo) -> list[str]:
