@@ -30,6 +30,7 @@ from experiments.tracking.model import find_tracked, log_model
 from relora_core import atomic, costs, schedule
 from relora_core.config import ConfigError, RunConfig, validate
 from relora_core.data import DataError, documents
+from relora_core.data.places import expand
 from relora_core.data.tokenizer import train_tokenizer
 
 EPILOG = f"""examples:
@@ -136,7 +137,7 @@ def export(
     tracked = find_tracked(run_dir) if mlflow else None  # raises before anything is written
     notes += export_run(opened.config, checkpoint=steps[step], folder=folder)
     card = model_card(run_dir, opened.config, step=step)
-    atomic.write_text(folder.expanduser() / "README.md", card)
+    atomic.write_text(expand(folder) / "README.md", card)
     if opened.changes:
         inputs.accept(run_dir, opened.changes, by="export")
     exported["notes"] = notes

@@ -24,6 +24,7 @@ from relora_core.checkpoint import weight_files
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data import HFTokenizer, load_tokenizer
 from relora_core.data.base import DataError, Tokenizer
+from relora_core.data.places import expand
 from relora_core.methods import build_method
 from relora_core.methods.adapter import ReLoRALinear
 from relora_core.model import Decoder
@@ -132,7 +133,7 @@ def write_llama(
 
     `texts` are further files by name, such as a tokenizer's. The folder appears by one rename.
     """
-    folder = folder.expanduser().resolve()
+    folder = expand(folder).resolve()
     check_target(folder)
     # Without a prompt a text begins as documents do in training: after the end of another one.
     generation = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from relora_core import gpu, native
 from relora_core.config import ConfigError, EvaluatedConfig, ModelConfig
-from relora_core.data.places import commit_of, first_line, path_error
+from relora_core.data.places import commit_of, expand, first_line, path_error
 from relora_core.data.tokenizer import EOS_NAMES, HFTokenizer
 from relora_core.dynamics import Recorder
 from relora_core.evals import prepare, tree
@@ -258,7 +258,7 @@ def load(
 
 def _place(source: str, *, revision: str | None) -> dict[str, Any]:
     """Arguments of `from_pretrained`: a folder, a commit of the hub, or the copy kept of one."""
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"--revision must be left out for the folder {source!r}")

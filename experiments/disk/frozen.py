@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.addresses import located, relative_database, rooted
 from relora_core.config import EVALS, RunConfig
-from relora_core.data.places import hub_name
+from relora_core.data.places import expand, hub_name
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -58,7 +58,7 @@ def typed_in(typed: str, folder: Path) -> list[Path]:
 
 def absolute_path(path: str) -> str:
     """A local path, or glob, made absolute; a name on the hub as it is."""
-    place = Path(path).expanduser()
+    place = expand(path)
     if place.is_absolute():
         return str(place)
     if place.exists():
@@ -70,7 +70,7 @@ def absolute_path(path: str) -> str:
 
 def _there(path: str, bases: Sequence[Path]) -> str:
     """`path` below the first of `bases` that has it; unchanged if none has."""
-    place = Path(path).expanduser()
+    place = expand(path)
     if place.is_absolute():
         return str(place)
     for base in bases:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from relora_core.config import ConfigError
 from relora_core.data.base import DataError
+from relora_core.data.places import expand
 
 TITLE = "Saving HF Model -- Step N"
 _TITLE = re.compile(r"Saving HF Model -- Step (\d{1,12})\s*")
@@ -63,7 +64,7 @@ def find(source: str, *, revision: str | None = None) -> Checkpoints:
 
 
 def _open(source: str) -> Repository:
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_dir():
         bare = (path / "HEAD").is_file() and (path / "objects").is_dir()
         return Git(path) if bare or (path / ".git").exists() else Folders(path)

@@ -32,9 +32,11 @@ def complete_all(
 
     for config in configs:
         if config.output_dir.startswith("~"):  # no shell expanded it: it would be a folder here
+            home = os.path.expanduser(config.output_dir)
+            near = f"; nearest valid: {home}" if home != config.output_dir else ""
             raise ConfigError(
                 f"output_dir must be a path from the root, or from here, got "
-                f"{config.output_dir!r}; nearest valid: {os.path.expanduser(config.output_dir)}"
+                f"{config.output_dir!r}{near}"
             )
     _check_used(configs)
     configs = [store.fill_from_environment(config, notes=notes) for config in configs]

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import environment, schema, typos
@@ -38,6 +37,7 @@ from relora_core.config import (
     nearest,
     validate,
 )
+from relora_core.data.places import expand
 
 if TYPE_CHECKING:
     from relora_core.foreign import Loaded
@@ -92,7 +92,7 @@ def evaluate(wanted: Wanted) -> tuple[int, RunDir]:
 
 
 def _name(wanted: Wanted) -> str:
-    last = Path(wanted.source).expanduser().resolve().name
+    last = expand(wanted.source).resolve().name
     name = last if wanted.name is None else wanted.name
     if wanted.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,39}", name):
         near = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40] or "model"
@@ -181,5 +181,5 @@ def _length(wanted: Wanted, longest: int) -> int:
 
 
 def _absolute(source: str) -> str:
-    folder = Path(source).expanduser()
+    folder = expand(source)
     return str(folder.resolve()) if folder.is_dir() else source

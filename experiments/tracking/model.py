@@ -41,6 +41,7 @@ from experiments.tracking.store import (
 )
 from relora_core import shared
 from relora_core.config import ConfigError
+from relora_core.data.places import expand
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, LoggedModel, Run
@@ -111,7 +112,7 @@ def _check_place(experiment: Experiment, *, uri: str) -> None:
 
 def log_model(tracked: Tracked, *, folder: Path, step: int) -> str:
     """The model's URI (`models:/<id>`); the same weights of the same run are logged once."""
-    folder = folder.expanduser().resolve()
+    folder = expand(folder).resolve()
     with open(folder / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     same = f"source_run_id = '{tracked.run.info.run_id}' AND tags.sha256 = '{weights}'"

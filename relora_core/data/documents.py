@@ -78,7 +78,7 @@ def find_files(path: str) -> list[tuple[str, Path]]:
 
 def find(path: str) -> DataFiles:
     """`find_files` with notes on them. Raises ConfigError."""
-    place = Path(path).expanduser()
+    place = places.expand(path)
     if place.is_file():
         if not _has_ending(place.name, itertools.chain(*ENDINGS)):
             raise ConfigError(f"data.path must be {_EXPECTED}, got {path!r}")

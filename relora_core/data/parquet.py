@@ -41,7 +41,7 @@ def find_files(data: DataConfig) -> list[Path] | None:
 
     Raises ConfigError for a folder without parquet files of that split.
     """
-    path = Path(str(data.path)).expanduser()
+    path = places.expand(str(data.path))
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -98,7 +98,7 @@ def _find_below(path: Path, *, data: DataConfig) -> list[Path]:
 
 def note_unread(data: DataConfig, files: list[Path]) -> list[str]:
     """One line on the files of this split, or of no named split, that are not read."""
-    path = Path(str(data.path)).expanduser()
+    path = places.expand(str(data.path))
     if not path.is_dir():
         return []
     candidates, skips = places.walk(path)

@@ -19,6 +19,11 @@ SPLITS = ("train", "validation", "val", "valid", "dev", "test")
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?")
 
 
+def expand(path: str | Path) -> Path:
+    """The path with its `~` or `~user` written out, where there is such a user."""
+    return Path(os.path.expanduser(path))  # `Path.expanduser` raises for an unknown one
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line."""
     lines = str(error).strip().splitlines()
@@ -164,5 +169,5 @@ def read_stamps(files: Iterable[Path]) -> tuple[Stamp, ...]:
 def path_error(key: str, *, source: str, expected: str, why: str = "") -> ConfigError:
     """The one line for a path that is not there."""
     reason = f"no such local path, and {why}" if why else "no such path"
-    sibling = nearest_sibling(Path(source).expanduser())
+    sibling = nearest_sibling(expand(source))
     return ConfigError(f"{key} must be {expected}, got {source!r}: {reason}.{sibling}")

@@ -268,7 +268,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> i
 
 def files(source: str) -> tuple[Path, Path | None]:
     """(tokenizer.json, tokenizer_config.json beside it or None)."""
-    path = Path(source).expanduser()
+    path = places.expand(source)
     if path.is_dir():
         file = path / "tokenizer.json"
         if not file.is_file():

@@ -17,7 +17,7 @@ import numpy as np
 
 from relora_core.config import ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import Tokenizer
-from relora_core.data.places import Stamp, path_error
+from relora_core.data.places import Stamp, expand, path_error
 from relora_core.events import Metric
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def pad(batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
 
 def require_path(path: str, *, key: str) -> Path:
     """`path`, or a ConfigError that names the nearest entry of the folder where it should be."""
-    place = Path(path).expanduser()
+    place = expand(path)
     if not place.exists():
         raise path_error(key, source=path, expected="an existing folder or file")
     return place

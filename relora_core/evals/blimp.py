@@ -29,7 +29,7 @@ import numpy as np
 
 from relora_core.config import GRAMMAR_PAIRS, BlimpConfig, ConfigError, ModelConfig, RunConfig
 from relora_core.data.base import DataError, Tokenizer
-from relora_core.data.places import SPLITS, first_line, read_stamps, shorten, split_of, walk
+from relora_core.data.places import SPLITS, expand, first_line, read_stamps, shorten, split_of, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
@@ -99,7 +99,7 @@ def inspect(config: BlimpConfig) -> str | None:
     """
     if config.path is None:
         return None
-    stamps, root = read_stamps(local_files(config)), Path(config.path).expanduser()
+    stamps, root = read_stamps(local_files(config)), expand(config.path)
     return digest_files(stamps, _pairs, root=root)
 
 

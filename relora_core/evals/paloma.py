@@ -36,7 +36,7 @@ from relora_core.config import (
     nearest,
 )
 from relora_core.data.base import DataError, Tokenizer
-from relora_core.data.places import read_stamps, shorten, walk
+from relora_core.data.places import expand, read_stamps, shorten, walk
 from relora_core.evals.base import (
     EvalResult,
     EvalSpec,
@@ -105,7 +105,7 @@ def inspect(config: PalomaConfig) -> str | None:
     """Digest of the documents; None without a path. ConfigError, one line, for any bad input."""
     if config.path is None:
         return None
-    stamps, root = read_stamps(local_files(config)), Path(config.path).expanduser()
+    stamps, root = read_stamps(local_files(config)), expand(config.path)
     return digest_files(stamps, _documents, root=root, split=config.split)
 
 

@@ -21,6 +21,7 @@ from experiments.run.evaluate import Request
 from relora_core import shell
 from relora_core.config import ConfigError, EvalConfig, RunConfig, nearest, walk
 from relora_core.data.base import DataError
+from relora_core.data.places import expand
 from sweeps.commands import selection
 from sweeps.commands.selection import Run
 from sweeps.display import make_console
@@ -146,7 +147,7 @@ def _absolute(eval: EvalConfig) -> EvalConfig:
     sections = {f.name: getattr(eval, f.name) for f in dataclasses.fields(eval)}
     for name, section in sections.items():
         if section.path is not None:
-            path = str(Path(section.path).expanduser().resolve())
+            path = str(expand(section.path).resolve())
             sections[name] = dataclasses.replace(section, path=path)
     return EvalConfig(**sections)
 

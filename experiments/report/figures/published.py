@@ -18,6 +18,7 @@ from experiments import json_files
 from experiments.metrics import LOSS
 from experiments.report.figures.curves import Panel
 from relora_core.config import ConfigError
+from relora_core.data.places import expand
 from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import PAPER_PERPLEXITY
 
@@ -172,7 +173,7 @@ def load(path: Path | str, *, models: Iterable[str]) -> Published:
     ConfigError if the file does not hold them.
     """
     try:
-        data = json_files.parse(Path(path).expanduser().read_bytes())
+        data = json_files.parse(expand(path).read_bytes())
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"published must be a file to read, got {path}: {reason}") from None
