@@ -16,7 +16,7 @@ scheduler.py    which SLURM job of ours a process is in, if any
 errors.py       an error as one line and an exit code
 addresses.py    addresses of tracking stores: checked, absolute, without passwords
 json_files.py   JSON of runs and sweeps, checked while it is read
-labels.py       short names of config keys
+labels.py       keys and values as names of runs, and the command line, spell them
 model_card.py   the README.md of an exported model
 metrics.py      the metrics that tables, figures and MLflow's pages show
 notices.py      what to say of runs that are to be compared

@@ -11,6 +11,8 @@ from experiments import schema
 from experiments.__main__ import main
 from experiments.run.complete import complete
 from relora_core.config import ConfigError
+from sweeps.__main__ import build_parser
+from sweeps.__main__ import main as sweeps_main
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,6 +193,21 @@ def test_scripts_get_exit_codes_too(tmp_path, arguments, code, words):
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("sign", ["=", " "])
+def test_an_output_folder_may_have_a_tilde_or_spaces(tmp_path, monkeypatch, capsys, sign):
+    """No shell writes the tilde of `--output-dir=~/x` out; `./~/x` would be another folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = f"--output-dir{sign}~/it's a run".split(sign, 1)
+    words = folder if sign == " " else ["=".join(folder)]
+    assert sweeps_main(["status", *words]) == 0
+    assert f"no runs in {tmp_path}/it's a run yet" in capsys.readouterr().out
+    assert main(["describe", *words, "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["output_dir"] == f"{tmp_path}/it's a run"
+    report = build_parser().parse_args(["report", "s", "--output=~/r"])
+    assert report.output == tmp_path / "r"
 
 
 def test_describe_says_all_about_a_run_without_training_it(tmp_path):

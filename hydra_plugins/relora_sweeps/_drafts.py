@@ -13,11 +13,11 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import references, schema
+from experiments.labels import quoted
 from hydra_plugins.relora_sweeps._axes import arms_taken, as_list, dimension, lines_of, parse
 from hydra_plugins.relora_sweeps._compose import Composer
 from relora_core.config import ConfigError, RunConfig
 from sweeps.search.config import SearchConfig, check_arms, normalise
-from sweeps.search.recipe import quoted
 from sweeps.search.space import Choice, Dimension
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from experiments import references, schema
 from experiments.environment import RUN, is_installed
+from experiments.labels import quoted
 from hydra_plugins.relora_sweeps._axes import arms_taken, expand_arms, lines_of, parse
 from hydra_plugins.relora_sweeps._compose import Composer
 from hydra_plugins.relora_sweeps._drafts import make_drafts
@@ -28,7 +29,6 @@ from relora_core import shell
 from relora_core.config import ConfigError, RunConfig, nearest
 from sweeps.planning.grid import points_from
 from sweeps.search.config import SearchConfig, check_overrides
-from sweeps.search.recipe import quoted
 from sweeps.slurm.options import SlurmOptions
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from experiments.report import compare
+from relora_core.data.places import expand
 
 HELP = "compare two sweeps on their common arms and seeds"
 EXAMPLES = """examples:
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     which = "name of a sweep, or the path of its folder in another output folder"
     parser.add_argument("first", metavar="SWEEP", help=which)
     parser.add_argument("second", metavar="SWEEP", help="likewise")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
+    parser.add_argument("--output", metavar="DIR", type=expand, help="another folder to write to")
 
 
 def run(args: argparse.Namespace) -> int:

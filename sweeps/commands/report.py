@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.report import index, page
 from relora_core.config import ConfigError
+from relora_core.data.places import expand
 from sweeps.commands import selection
 
 HELP = "write the results of a sweep: page, figures, tables, data"
@@ -29,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", nargs="?", help="name of a sweep")
     help_index = "a page over all sweeps, OUTPUT_DIR/sweeps/index.html, with links to their reports"
     parser.add_argument("--html-index", action="store_true", help=help_index)
-    parser.add_argument("--output", metavar="DIR", type=Path, help="another folder to write to")
+    parser.add_argument("--output", metavar="DIR", type=expand, help="another folder to write to")
     help_arms = "show these arms only: names or patterns, with commas (default: all)"
     parser.add_argument("--arms", metavar="NAMES", help=help_arms)
     help_reference = (
@@ -43,13 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     help_beside = "models that `python -m experiments evaluate` has evaluated, with commas"
     parser.add_argument("--beside", metavar="NAMES", help=help_beside)
     help_comparisons = "YAML of comparisons, as a study names them before its runs; tested together"
-    parser.add_argument("--comparisons", metavar="FILE", type=Path, help=help_comparisons)
+    parser.add_argument("--comparisons", metavar="FILE", type=expand, help=help_comparisons)
     help_pdf = "figures as PDF, too, for one and two columns of a paper"
     parser.add_argument("--pdf", action="store_true", help=help_pdf)
     help_notebook = "report.ipynb, too, which draws the figures again from the data"
     parser.add_argument("--notebook", action="store_true", help=help_notebook)
     help_published = "JSON of published curves to lay under ours"
-    parser.add_argument("--published", metavar="FILE", type=Path, help=help_published)
+    parser.add_argument("--published", metavar="FILE", type=expand, help=help_published)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments import schema, typos
 from experiments.environment import RUN
-from experiments.labels import OPTIONS
+from experiments.labels import OPTIONS, is_plain, quoted
 from relora_core import data
 from relora_core.config import EVALS, ConfigError, RunConfig, applies, get, walk
 
@@ -27,8 +27,6 @@ FILLED_IN = ("data.fingerprint", *(f"eval.{name}.fingerprint" for name in EVALS)
 """Written by planning, from the files at the paths."""
 MEASURED = ("eval", "dynamics")
 """Groups whose option is not named in a config: the one that gives most of its values is taken."""
-_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
-_RESERVED = ("true", "false", "null", "inf", "nan", "yes", "no", "on", "off", "y", "n")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,25 +116,6 @@ def _assignments(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={quoted(value)}" for key, value in values.items()]
 
 
-def quoted(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides."""
-    if isinstance(value, list):
-        return f"[{','.join(map(quoted, value))}]"
-    if isinstance(value, str):
-        return value if _is_plain(value) else _in_quotes(value)
-    return json.dumps(value)
-
-
-def _in_quotes(text: str) -> str:
-    # Only backslashes that end up before a quote are special to Hydra.
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
-
-
-def _is_plain(text: str) -> bool:
-    return _PLAIN.fullmatch(text) is not None and text.lower() not in _RESERVED
-
-
 # as an experiment file --------------------------------------------------------------------------
 def experiment_yaml(config: RunConfig, *, name: str, question: str, source: list[str]) -> str:
     """conf/experiment/<name>.yaml: what differs from the experiment that the config began with."""
@@ -179,7 +158,7 @@ def _nested(values: Mapping[str, Any], *, indent: str = "") -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    plain = isinstance(value, str) and _is_plain(value)
+    plain = isinstance(value, str) and is_plain(value)
     return value if plain else json.dumps(value)  # JSON is YAML
 
 
