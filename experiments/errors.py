@@ -22,7 +22,7 @@ class RunLocked(RuntimeError):
 
 def one_line(error: BaseException, *, resumes: bool = False) -> str:
     """An error as one line for tables and terminals; `resumes`: what Ctrl-C ended can go on."""
-    if isinstance(error, (ConfigError, DataError)):
+    if isinstance(error, (ConfigError, DataError, RunLocked)):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted" + ("; the same command resumes it" if resumes else "")

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import pytest
 
 from experiments import __main__ as commands
+from experiments.errors import RunLocked, reporting
 
 
 def _interrupt(*_: Any, **__: Any) -> NoReturn:
@@ -30,3 +31,12 @@ def test_ctrl_c_promises_to_resume_only_what_can_be_resumed(
     with pytest.raises(SystemExit) as ended:
         commands.main(words)
     assert (ended.value.code, capsys.readouterr().err) == (130, line)
+
+
+def test_a_run_that_another_process_has_is_named_without_a_class(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended, reporting():
+        raise RunLocked("nano-s0 is being run by process 7 on host")
+    line = "error: nano-s0 is being run by process 7 on host\n"
+    assert (ended.value.code, capsys.readouterr().err) == (1, line)
