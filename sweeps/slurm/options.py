@@ -178,13 +178,12 @@ class Shape:
         return self.nodes * self.tasks_per_node
 
 
-def minutes(text: str) -> int:
+def minutes(text: str, *, key: str = "hydra.launcher.time") -> int:
     """SLURM's notation of a time limit in whole minutes, rounded up; ConfigError otherwise."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(text))
     if match is None:
         raise ConfigError(
-            f"hydra.launcher.time must be minutes, H:MM:SS or D-HH:MM:SS, got {text!r}; "
-            "for example 4:00:00"
+            f"{key} must be minutes, H:MM:SS or D-HH:MM:SS, got {text!r}; for example 4:00:00"
         )
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]
@@ -205,6 +204,7 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
         own = getattr(config.resources, name)
         return getattr(options, name) if own is None else own
 
+    key = "hydra.launcher.time" if config.resources.time is None else "resources.time"
     gpus = pick("gpus_per_node")
     each = 1 if options.runs_per_job > 1 else max(1, gpus)  # runs that share a job have a process
     tasks, cpus = pick("tasks_per_node") or each, pick("cpus_per_task")
@@ -219,7 +219,7 @@ def shape_of(config: RunConfig, options: SlurmOptions) -> Shape:
         tasks_per_node=tasks,
         cpus_per_task=cpus,
         mem_gb=pick("mem_gb"),
-        minutes=minutes(pick("time")),
+        minutes=minutes(pick("time"), key=key),
         by_gpu=by_gpu,
     )
 
@@ -280,7 +280,7 @@ def check_options(options: SlurmOptions) -> None:
 
 
 def _check_time(text: str, *, key: str, delay_s: int) -> None:
-    if minutes(text) * 60 <= delay_s:
+    if minutes(text, key=key) * 60 <= delay_s:
         raise ConfigError(
             f"{key} must be longer than signal_delay_s={delay_s} (the part of it that saving may "
             f"take), got {text!r}; nearest valid: {delay_s // 60 + 5}"

@@ -26,6 +26,7 @@ from sweeps.planning.plan import make_plan
 from sweeps.slurm.batches import batches
 from sweeps.slurm.options import SlurmOptions, minutes, shape_of
 from sweeps.slurm.submission import read_submissions
+from tests.conftest import nano_config
 
 
 def test_runs_of_one_shape_share_an_array_and_others_have_their_own(submit, slurm, out):
@@ -130,6 +131,13 @@ def test_other_time_limits_are_refused(text):
     with pytest.raises(ConfigError, match=r"hydra\.launcher\.time must be minutes, .*got") as error:
         minutes(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_bad_limit_of_a_run_is_named_by_its_own_key():
+    config = nano_config()
+    config.resources.time = "4h"
+    with pytest.raises(ConfigError, match=r"^resources\.time must be minutes, .*got '4h'"):
+        shape_of(config, SlurmOptions())
 
 
 def test_small_runs_share_jobs(submit, slurm, out):
