@@ -20,7 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import schema
+from experiments import schema, typos
 from experiments.errors import reporting
 from experiments.run.single import run_here
 from hydra_plugins.relora_sweeps._habits import translate
@@ -54,7 +54,7 @@ if __name__ == "__main__":
         arguments, notes = translate(arguments)
         for note in notes:
             print(note)
-        # Hydra's parser wants -m before or after all overrides, not among them.
-        sys.argv[1:] = sorted(arguments, key=lambda text: text not in ("-m", "--multirun"))
+        # Hydra's parser wants flags before or after all overrides, not among them.
+        sys.argv[1:] = typos.flags_first(arguments)
         with schema.explaining(sys.argv[1:]):
             main()

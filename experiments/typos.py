@@ -91,6 +91,12 @@ def overrides_among(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with all flags, and their values, before the overrides."""
+    overrides = overrides_among(arguments)
+    return [text for text in arguments if text not in overrides] + overrides
+
+
 def option_folders(arguments: Sequence[str]) -> list[Path]:
     """Folders of options: conf/, and those that Hydra's search path or the arguments name."""
     texts = [text.partition("=")[2] for text in arguments if text.startswith("--config-dir=")]

@@ -206,6 +206,14 @@ def test_null_is_a_value_of_an_axis_like_others(ask):
     assert (answer.code, [config.train.grad_clip for _, config in points]) == (0, [None, 1.0])
 
 
+def test_the_folder_of_options_may_stand_among_overrides(own, tmp_path):
+    words = ["--plan", "model=nano", "--config-dir", str(own), "experiment=float", "-m", "seed=1"]
+    answer = command_line.run_py(words, cwd=tmp_path)
+    assert answer.err == (
+        "error: train.steps must be an integer, got '1.5' (in experiment/float)\n"
+    )
+
+
 def test_hydras_own_help_is_shown(ask):
     answer, _ = ask("--hydra-help")
     assert answer.code == 0
