@@ -25,7 +25,7 @@ from relora_core.config import RunConfig
 from sweeps import display, tracking
 from sweeps import measure as measuring
 from sweeps.launchers import Launcher, load_launcher
-from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir, prepare_data
+from sweeps.outlook import Outlook, check_tracking, complete_configs, prepare_data
 from sweeps.planning import budget, provenance
 from sweeps.planning.grid import Point, axes
 from sweeps.planning.plan import (
@@ -64,7 +64,7 @@ def run_sweep(
     plan = make_plan(  # valid: complete_all has checked them
         points, command=command, valid=True, begun=lambda run_id: (folder / run_id).exists()
     )
-    output_dir = find_output_dir(plan)
+    output_dir = Path(configs[0].output_dir)
     plan.notes = [*notes, *comparison_notes([cell.config for cell in plan.cells])]
     fixed = {key for point, _ in points for key in point} - {*axes([point for point, _ in points])}
     plan.notes += notices.without_effect(fixed, configs)

@@ -27,7 +27,7 @@ from experiments.disk.state import state_of
 from experiments.run.complete import complete_all
 from experiments.tracking import store as mlflow_store
 from relora_core import data, shell
-from relora_core.config import ConfigError, RunConfig
+from relora_core.config import RunConfig
 from sweeps import display, snapshot
 from sweeps.launchers import Launcher, store_launcher
 from sweeps.planning import budget
@@ -118,15 +118,6 @@ def complete_configs(
     for config in configs:
         shell.check_options(config, gpu=launcher.place(config).gpus > 0)
     return configs, notes
-
-
-def find_output_dir(plan: Plan) -> Path:
-    """Where its runs go; ConfigError if that cannot become a folder."""
-    output_dir = Path(plan.cells[0].config.output_dir)
-    nearest = next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"output_dir must be a folder, got {output_dir} and {nearest} is a file")
-    return output_dir
 
 
 def check_tracking(plan: Plan) -> None:

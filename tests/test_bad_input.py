@@ -93,6 +93,7 @@ OVERRIDES = [
     ),
     (["data.path=~/corpus"], f"nearest valid: data.path={Path.home()}/corpus"),
     (['output_dir="~/x"'], f"got '~/x'; nearest valid: {Path.home()}/x"),
+    ([f'output_dir="{ROOT}/run.py/x"'], f"got {ROOT}/run.py/x and {ROOT}/run.py is a file"),
     (['output_dir="~no-such-user/x"'], "or from here, got '~no-such-user/x'"),
     (['eval.paloma.path="~no-such-user/x"'], "eval.paloma.path"),
     (["data=pretokenized", 'data.path="~no-such-user/x"'], "data.path"),

@@ -76,6 +76,14 @@ def cache_dir(output_dir: str | Path) -> Path:
     return Path(output_dir) / "cache"
 
 
+def refuse_file(output_dir: str | Path) -> None:
+    """ConfigError if a file lies where `output_dir`, or a folder above it, is to be."""
+    folder = Path(output_dir)
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output_dir must be a folder, got {folder} and {nearest} is a file")
+
+
 def check_output_dir(output_dir: str | Path) -> None:
     """ConfigError unless files can be made in `output_dir`; leaves nothing behind."""
     folder = Path(output_dir)

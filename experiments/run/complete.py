@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments import environment
-from experiments.disk.output_dir import cache_dir
+from experiments.disk.output_dir import cache_dir, refuse_file
 from experiments.tracking import store
 from relora_core import data, shell
 from relora_core.config import EVALS, ConfigError, RunConfig, validate
@@ -43,6 +43,8 @@ def complete_all(
     for config in configs:
         validate(config)
         shell.check_options(config, gpu=False)
+    for output_dir in dict.fromkeys(config.output_dir for config in configs):
+        refuse_file(output_dir)
     inspected: dict[str, DataInfo] = {}
     prints: dict[str, dict[str, str | None]] = {}
     filled = []

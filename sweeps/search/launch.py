@@ -25,7 +25,7 @@ from relora_core.config import ConfigError, RunConfig, validate
 from sweeps import display, tracking
 from sweeps import measure as measuring
 from sweeps.launchers import Launcher
-from sweeps.outlook import Outlook, check_tracking, complete_configs, find_output_dir
+from sweeps.outlook import Outlook, check_tracking, complete_configs
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import Point, check_name
@@ -112,7 +112,6 @@ def run_search(
             part = _plan_part(draft, points, folder=folder, command=command, notes=notes)
         parts.append(part)
     plan = make_plan([point for part in parts for point in part.points])
-    output_dir = find_output_dir(plan)
     check_tracking(plan)
     console = console or display.make_console()
     if measure:
