@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from experiments.addresses import check_home, check_secret
-from experiments.metrics import LOSS
+from experiments.metrics import LOSS, goes_up
 from relora_core.config import LARGEST_INT, ConfigError, nearest
 
 DIRECTIONS = ("minimize", "maximize")
@@ -75,8 +75,9 @@ class SearchConfig:
     """Seeds that a trial averages over: a list, or how many from the config's seed on."""
     objectives: Any = field(default_factory=list)
     """list[Objective]; short: `train/loss`, `eval/paloma/perplexity min last`,
-    `train/loss min mean 5`. `mean` and `best` are of logged points, of train/loss therefore those
-    of runtime.log_every_steps; `last` does not depend on it."""
+    `train/loss min mean 5`. Without a direction it is minimised; an accuracy must have one. `mean`
+    and `best` are of logged points, of train/loss therefore those of runtime.log_every_steps;
+    `last` does not depend on it."""
     space: dict[str, str] = field(default_factory=dict)
     """Key -> values in Hydra's grammar: `tag(log, interval(1e-4, 1e-2))`, `choice(4, 8)`."""
     when: dict[str, str] = field(default_factory=dict)
@@ -221,6 +222,11 @@ def _objective(given: Any) -> Objective:
         raise ConfigError(f"search.objectives must name a metric, got {dict(values)!r}")
     values = {key: value for key, value in values.items() if value is not None}
     one = Objective(**values)
+    if "direction" not in values and isinstance(one.metric, str) and goes_up(one.metric):
+        raise ConfigError(
+            f"search.objectives must say min or max of {one.metric}, of which more is better, got "
+            f"{given!r}; nearest valid: '{one.metric} max {one.reduce}'"
+        )
     for key in ("metric", "direction", "reduce"):
         if not isinstance(getattr(one, key), str):
             raise ConfigError(

@@ -77,6 +77,8 @@ def test_the_worst_is_at_the_far_end():
         ({"objectives": "cost/trainble"}, "Did you mean 'cost/trainable'"),
         ({"objectives": ["a", "a"]}, "twice"),
         ({"objectives": ["a", "b"], "pruner": "median"}, "search.pruner must be none"),
+        ({"objectives": "eval/blimp/no_bos/accuracy"}, "'eval/blimp/no_bos/accuracy max last'"),
+        ({"objectives": [{"metric": "my/accuracy"}]}, "must say min or max of my/accuracy"),
         ({"constraints": ["cost/trainable < 3"]}, "search.constraints must be like"),
         ({"constraints": ["cost/trainable <= x"]}, "search.constraints must be like"),
         ({"sampler": "tep"}, "Did you mean 'tpe'"),
