@@ -21,7 +21,7 @@ from rich.table import Table
 
 from experiments.disk.output_dir import place_of_study, refuse_unwritable, study_folder
 from experiments.notices import across
-from relora_core.config import ConfigError, RunConfig, validate
+from relora_core.config import EVALS, ConfigError, RunConfig, get, nearest, runs_eval, validate
 from sweeps import display, tracking
 from sweeps import measure as measuring
 from sweeps.launchers import Launcher
@@ -33,7 +33,7 @@ from sweeps.planning.plan import Cell, Plan, command, make_plan
 from sweeps.planning.rates import read_rates
 from sweeps.search import arms, reads, samplers
 from sweeps.search import space as spaces
-from sweeps.search.config import SearchConfig
+from sweeps.search.config import SearchConfig, constraints_of
 from sweeps.search.growth import combinations
 from sweeps.search.learn import learn
 from sweeps.search.processes import start_processes
@@ -153,6 +153,7 @@ def _plan_part(
         more += [f"{arm}{line}" for line in begun_notes(spec, before)]
     more += across(corner_configs(spec), seeds=len(draft.search.seeds))
     spec.check()
+    check_measured(spec)
     left = n_trials = samplers.n_trials(spec.config, space=spec.space)
     if begun:
         ended = sum(n for state, n in begun.counts().items() if state != "RUNNING")
@@ -200,6 +201,28 @@ def _spec(
         command=command,
         notes=list(notes),
     )
+
+
+def check_measured(spec: Spec) -> None:
+    """ConfigError for the metric of an eval that the runs leave out: every trial would fail."""
+    search = spec.config
+    metrics = [("objectives", one.metric) for one in search.objectives]
+    metrics += [("prune_metric", str(search.prune_metric))]
+    metrics += [("constraints", one.metric) for one in constraints_of(search)]
+    for (key, metric), config in itertools.product(metrics, spec.bases.values()):
+        if not metric.startswith("eval/"):
+            continue
+        name = metric.split("/")[1]
+        if name not in EVALS:
+            raise ConfigError(
+                f"search.{key} must be of one of the evals {', '.join(EVALS)}, got {metric!r}."
+                f"{nearest(name, EVALS)}"
+            )
+        if not runs_eval(config, name):
+            off = "path=none" if get(config, f"eval.{name}.enabled") else "enabled=false"
+            raise ConfigError(
+                f"search.{key} must be what all runs measure, got {metric!r} with eval.{name}.{off}"
+            )
 
 
 @contextlib.contextmanager

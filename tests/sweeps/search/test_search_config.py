@@ -11,6 +11,7 @@ import pytest
 from relora_core.config import ConfigError
 from sweeps.search import samplers
 from sweeps.search.config import Objective, constraints_of, normalise, parse_constraint
+from sweeps.search.launch import check_measured
 from sweeps.search.space import Choice, Float, Int
 
 LR = {"train.lr": Float(low=1e-4, high=1e-2, log=True)}
@@ -93,6 +94,21 @@ def test_a_mistake_is_one_line_that_names_what_was_meant(changes, line):
         search(**changes)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"objectives": "eval/palma/perplexity"}, r"objectives must be of .*Did you mean 'paloma'"),
+        ({"objectives": "eval/paloma/perplexity"}, r"objectives must be what all .*enabled=false$"),
+        ({"prune_metric": "eval/blimp/x"}, r"prune_metric must be what all runs measure, got 'ev"),
+        ({"constraints": ["eval/blimp/x >= 0.6"]}, r"constraints must be what all runs measure"),
+    ],
+)
+def test_a_metric_of_an_eval_that_no_run_has_is_refused_before_any_trial(spec, changes, line):
+    with pytest.raises(ConfigError, match=rf"^search\.{line}"):
+        check_measured(spec(**changes))
+    check_measured(spec())
 
 
 # samplers and pruners ---------------------------------------------------------------------------
