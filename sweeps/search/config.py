@@ -152,6 +152,11 @@ def normalise(values: Mapping[str, Any] | SearchConfig, *, seed: int = 0) -> Sea
     if config.storage is not None:
         check_secret("search.storage", str(config.storage))
         check_home("search.storage", str(config.storage))
+        if "://" not in str(config.storage):
+            raise ConfigError(
+                f"search.storage must be the address of a database, got {str(config.storage)!r}; "
+                f"nearest valid: sqlite:///{config.storage}"
+            )
     return config
 
 

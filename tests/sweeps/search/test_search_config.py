@@ -80,6 +80,7 @@ def test_the_worst_is_at_the_far_end():
         ({"objectives": ["a", "b"], "pruner": "median"}, "search.pruner must be none"),
         ({"objectives": "eval/blimp/no_bos/accuracy"}, "'eval/blimp/no_bos/accuracy max last'"),
         ({"objectives": [{"metric": "my/accuracy"}]}, "must say min or max of my/accuracy"),
+        ({"storage": "/tmp/x.db"}, "search.storage must be the address of a database, got"),
         ({"constraints": ["cost/trainable < 3"]}, "search.constraints must be like"),
         ({"constraints": ["cost/trainable <= x"]}, "search.constraints must be like"),
         ({"sampler": "tep"}, "Did you mean 'tpe'"),
