@@ -255,7 +255,7 @@ def share(slot: int, *, of: int) -> dict[str, str]:
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // of)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment[name] = str(threads)
     return environment
 

@@ -60,7 +60,7 @@ class Slots:
         """Environment that the workers of all slots have in common."""
         share = {"PYTHONPATH": python_path(self.code), "PYTHONUNBUFFERED": "1"}
         share["GOMP_SPINCOUNT"] = "5000"  # else threads that wait would spin on shared cores
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS"):
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             share[name] = str(min(self.threads, _parse_count(os.environ.get(name), self.threads)))
         inherited = {name: value for name, value in os.environ.items() if name != JOB}
         return {**shell.strip_group(inherited), **share}

@@ -258,7 +258,7 @@ def environment(cpus: int, *, by_gpu: bool) -> list[str]:
     return [
         "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}",
         f"export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-{cpus if by_gpu else 1}}}",
-        "export MKL_NUM_THREADS=$OMP_NUM_THREADS RELORA_THREADS=$OMP_NUM_THREADS",
+        "export MKL_NUM_THREADS=$OMP_NUM_THREADS",
         *own,
         "ulimit -c 0",
     ]

@@ -38,7 +38,7 @@ from experiments.run.stopping import StopFlag
 run = RunDir(sys.argv[1])
 seed = run.config().seed
 attempt = run.status().attempts + 1
-keys = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RELORA_THREADS")
+keys = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 (run.path / f"share-{attempt}.json").write_text(json.dumps({k: os.environ.get(k) for k in keys}))
 with StopFlag().installed() as stop, run.lock():
     run.update_status(state="running", attempts=attempt)
@@ -254,7 +254,7 @@ def test_a_short_packs_runs_have_the_share_of_any_other(submitted, monkeypatch):
     made = job.read(submitted((0, 1, 2), (3,)), index=1)
     assert job.run(made) == FINISHED
     share = json.loads((made.runs[0].path / "share-1.json").read_text())
-    assert {share[name] for name in ("OMP_NUM_THREADS", "RELORA_THREADS")} == {"2"}
+    assert {share[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"2"}
 
 
 PACK = """
