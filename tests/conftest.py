@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,8 +93,9 @@ LONG = (
     *("slurm/test_life.py", "faults/", "slurm/test_search.py", "slurm/", "browser/"),
     *("security/", "fuzz/"),
 )
-"""Begun first, so that no worker is at them long after the others have ended. Each file is one
-worker's: tests of SLURM mostly wait, and a cluster of their own costs a second worker seconds."""
+"""Begun first, so that no worker is at them long after the others have ended; then the files with
+the most slow tests, so that those of the end take seconds. Each file is one worker's: tests of
+SLURM mostly wait, and a cluster of their own costs a second worker seconds."""
 
 
 OF_THE_MACHINE = ("slurm/", "faults/", "browser/")
@@ -103,8 +105,11 @@ try would hide a fault of ours: no other folder may be added."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> int:
-        return next((i for i, one in enumerate(LONG) if f"tests/{one}" in item.nodeid), len(LONG))
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        matches = (i for i, one in enumerate(LONG) if f"tests/{one}" in item.nodeid)
+        return next(matches, len(LONG)), -slow[item.path]
 
     items.sort(key=rank)
     for item in items:
