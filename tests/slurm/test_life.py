@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from cluster import Cluster
+from cluster import WAIT_S, Cluster
 from jobs import HELD, NANO, ROOT, Sweep, numbers, user, weights
 
 from experiments.disk.output_dir import all_runs
 from experiments.disk.run_dir import RunDir
+from tests import warm
 
 SEEDS = 8
 
@@ -26,8 +25,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, RunDir]:
     """seed -> the same runs without SLURM and without trouble."""
     out = tmp_path_factory.mktemp("undisturbed")
     words = [f"seed=range({SEEDS})", "hydra/launcher=local", f"output_dir={out}"]
-    command = [sys.executable, "run.py", "-m", *NANO, *words]
-    subprocess.run(command, cwd=ROOT, env=user(), check=True, capture_output=True)
+    command = ["run.py", "-m", *NANO, *words]
+    done = warm.start(command, cwd=ROOT, env=user(), figures=False).wait(timeout_s=4 * WAIT_S)
+    assert done.returncode == 0, done.stderr
     return {run.config().seed: run for run in all_runs(out)}
 
 
