@@ -20,7 +20,7 @@ def words(out: Path, *more: str) -> list[str]:
     return [sys.executable, "run.py", "--plan", "--measure", *given]
 
 
-def test_one_job_times_the_shapes_of_runs_with_two_processes(cluster: Cluster, tmp_path: Path):
+def test_one_job_times_the_shapes_of_runs_with_two_processes(bare: Cluster, tmp_path: Path):
     out = tmp_path / "out"
     command = words(out, "method=full_rank,relora", "resources.tasks_per_node=2")
     done = subprocess.run(

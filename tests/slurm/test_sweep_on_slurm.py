@@ -77,9 +77,10 @@ def test_a_grid_becomes_finished_runs_in_mlflow(bare: Cluster, tmp_path: Path) -
 
 
 def test_queued_runs_are_submitted_once_even_where_the_job_id_was_lost(
-    cluster: Cluster, tmp_path: Path
+    bare: Cluster, tmp_path: Path
 ) -> None:
-    sweep = Sweep(cluster=cluster, out=tmp_path / "out", words=["seed=range(8)", HELD])
+    """squeue has them all: accounting is not asked."""
+    sweep = Sweep(cluster=bare, out=tmp_path / "out", words=["seed=range(8)", HELD])
     sweep.launch()
     jobs = sweep.jobs()
     assert Counter(jobs.values()) == {"PENDING": 8}
