@@ -1,8 +1,6 @@
 """A user's mistake is one line that names key, value and what was expected; nothing is written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -174,8 +172,7 @@ def test_the_command_ends_with_one_line_and_writes_nothing(case, broken):
 
 
 def test_a_folder_that_cannot_be_written_to_is_named():
-    command = [sys.executable, "run.py", "output_dir=/proc/nowhere"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run(["run.py", "output_dir=/proc/nowhere"], cwd=ROOT)
     assert done.returncode == 2
     assert "output_dir must be a folder that can be written to, got '/proc/nowhere'" in done.stderr
     assert done.stderr.count("\n") == 1

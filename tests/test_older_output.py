@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 
 from experiments.disk.output_dir import all_runs
 from experiments.disk.run_dir import RunDir
+from tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +47,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*words: str, out: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *words]
-    done = subprocess.run(
-        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = warm.run(words, cwd=out.parent, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +21,7 @@ from sweeps.planning.rates import read_rates
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions
+from tests import warm
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,12 +314,9 @@ def test_an_sbatch_that_refuses_is_one_line(plan, fake, slurm, cluster, out):
 
 
 # as typed
-def command(*words, **options):
+def command(*words, cwd):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, ROOT / "run.py", *words],
-        capture_output=True, text=True, env=environment, **options,
-    )  # fmt: skip
+    return warm.run([ROOT / "run.py", *words], cwd=cwd, env=environment)
 
 
 @pytest.mark.parametrize("more", [(), ("-m",)])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,6 +25,7 @@ from experiments.run.evaluate import (
 from experiments.run.runner import run_experiment
 from relora_core.config import BlimpConfig, ConfigError, EvalConfig, PalomaConfig
 from relora_core.data.grammar import VOCAB_SIZE
+from tests import warm
 
 FEW = {
     "paloma": PalomaConfig(enabled=True, max_documents=2, every_steps=4),
@@ -221,13 +220,7 @@ def test_a_request_is_one_file_and_a_job(run):
     path = write_request(run_dir, request=request)
     assert write_request(run_dir, request=request) == path
     assert write_request(run_dir, request=request_of(run_dir, steps="all")) != path
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.run.evaluate", str(path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = warm.run(["-m", "experiments.run.evaluate", path], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert evaluations(run_dir)[12] == in_training(run_dir)[12]
     stored = json.loads((run_dir.evals / "eval" / "step-00000012-paloma.json").read_text())
