@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from relora_core.config import (
     DataConfig,
@@ -90,12 +92,25 @@ def pytest_collection_finish() -> None:
 
 
 LONG = (
-    *("slurm/test_life.py", "faults/", "slurm/test_search.py", "slurm/", "browser/"),
-    *("security/", "fuzz/"),
+    *("slurm/test_life.py", "slurm/test_search.py", "slurm/test_sweep_on_slurm.py", "slurm/"),
+    *("faults/", "browser/", "security/", "fuzz/"),
 )
 """Begun first, so that no worker is at them long after the others have ended; then the files with
-the most slow tests, so that those of the end take seconds. Each file is one worker's: tests of
-SLURM mostly wait, and a cluster of their own costs a second worker seconds."""
+the most slow tests, so that those of the end take seconds. Each file is one worker's, and SLURM's
+files are all one worker's."""
+
+
+class OneWaits(LoadScopeScheduling):
+    """Tests of SLURM mostly wait: they share one worker, while the others keep the cores at work,
+    and its clusters, which would cost a second worker seconds."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
+    return OneWaits(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 OF_THE_MACHINE = ("slurm/", "faults/", "browser/")
