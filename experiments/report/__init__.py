@@ -5,7 +5,8 @@ data.py         a sweep's runs as tidy data
 gather.py       reads that from plan and records
 answers.py      what the comparisons say, in sentences
 responses.py    metrics over numeric axes
-tables.py       tables: means, comparisons, restarts, cost
+tables.py       tables: means, restarts, cost, runs
+comparisons.py  arms against references: pairs, tests, tables
 registered.py   comparisons that a file names, tested together
 tradeoffs.py    metrics against costs, and Pareto fronts
 blimp.py        tables of BLiMP

@@ -1,6 +1,6 @@
 """A report's first section: what its comparisons say, a sentence each.
 
-Not for: estimates (`stats.py`), nor all metrics of all arms (`tables.py`).
+Not for: estimates (`stats.py`), nor all metrics of all arms (`tables.py`, `comparisons.py`).
 """
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ from dataclasses import replace
 from experiments.disk.states import State
 from experiments.metrics import LOSS
 from experiments.report import registered, responses
+from experiments.report.comparisons import SIGNIFICANT, Pair, compared, title_end
 from experiments.report.data import Arm, Sweep, differing_texts, reads_other, scored_otherwise
 from experiments.report.document import Block, Bullets, joined, plural
 from experiments.report.registered import Registered
-from experiments.report.tables import (
-    SIGNIFICANT,
-    Pair,
-    certainty,
-    compared,
-    shown,
-    title_end,
-    value_text,
-)
+from experiments.report.tables import certainty, shown, value_text
 from experiments.stats import Comparison, Interval
 from relora_core.events import Metric
 

@@ -8,17 +8,10 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from experiments.report.blimp_tests import BlimpTest, blimp_tests
+from experiments.report.comparisons import Pair, between, p_value, title_end
 from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.document import Block, Bullets, Table
-from experiments.report.tables import (
-    Pair,
-    between,
-    mean_cell,
-    mean_row,
-    p_value,
-    title_end,
-    value_text,
-)
+from experiments.report.tables import mean_cell, mean_row, value_text
 from relora_core.evals.blimp import ACCURACY
 
 VARIANTS = ("no_bos", "eos_prefix")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.metrics import headline
-from experiments.report import data, gather, page, tables
+from experiments.report import comparisons, data, gather, page, tables
+from experiments.report.comparisons import Pair
 from experiments.report.data import Sweep
 from experiments.report.document import (
     Block,
@@ -27,7 +28,6 @@ from experiments.report.document import (
     joined,
     plural,
 )
-from experiments.report.tables import Pair
 from relora_core.config import ConfigError
 
 
@@ -96,9 +96,10 @@ def match(one: Sweep, two: Sweep) -> Matched:
 
 # the document -----------------------------------------------------------------------------------
 def _document(one: Sweep, two: Sweep, matched: Matched, pictures: list[Block]) -> Document:
+    differences = comparisons.difference_tables(headline(), matched.pairs, to=one.name)
     sections = [
         Section(title="Settings that differ", blocks=_settings(matched)),
-        Section(title="Differences", blocks=_differences(one, matched)),
+        Section(title="Differences", blocks=list(differences)),
         Section(title="Figures", blocks=pictures),
         Section(title="Code", blocks=_code([one, two])),
     ]
@@ -176,15 +177,6 @@ def _settings(matched: Matched) -> list[Block]:
     table = Table(name="settings", title="Settings that differ", columns=columns, rows=rows)
     names = joined(matched.by_name)
     return [f"Matched by name, with other settings: {names}.", table] if names else [table]
-
-
-def _differences(one: Sweep, matched: Matched) -> list[Block]:
-    blocks: list[Block] = []
-    for metric in headline():
-        compared = tables.compared(matched.pairs, metric)
-        if any(c.difference is not None for c in compared):
-            blocks.append(tables.difference_table(metric, matched.pairs, compared, to=one.name))
-    return blocks
 
 
 def _code(sweeps: Sequence[Sweep]) -> list[Block]:

@@ -18,7 +18,16 @@ from experiments import notices
 from experiments.disk.state import RunState
 from experiments.disk.states import State
 from experiments.errors import one_line
-from experiments.report import answers, blimp, gather, notebook, registered, responses, tradeoffs
+from experiments.report import (
+    answers,
+    blimp,
+    gather,
+    notebook,
+    registered,
+    responses,
+    tradeoffs,
+)
+from experiments.report import comparisons as report_comparisons
 from experiments.report import tables as report_tables
 from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import (
@@ -94,7 +103,9 @@ def write(
     if reference == PREVIOUS:
         pairs = list(zip(data.arms[1:], data.arms, strict=False))
     else:
-        pairs = report_tables.against(data, reference=report_tables.find_arm(data, reference))
+        pairs = report_comparisons.against(
+            data, reference=report_comparisons.find_arm(data, reference)
+        )
     folder = output or Path(output_dir) / "sweeps" / sweep / "report"
     pictures = draw(
         folder,
@@ -136,14 +147,14 @@ def _document(
         "Results": lambda: [*report_tables.results(sweep), *responses.marginals(sweep)],
         "Named comparisons": lambda: named,
         "Figures": lambda: pictures,
-        "Comparisons": lambda: report_tables.comparisons(sweep, pairs),
+        "Comparisons": lambda: report_comparisons.comparisons(sweep, pairs),
         "BLiMP": lambda: blimp.blimp(sweep, pairs),
         "Restarts": lambda: report_tables.restarts(sweep),
         "Cost": lambda: [*report_tables.cost(sweep), *tradeoffs.tradeoffs(sweep)],
         "Settings": lambda: _settings(sweep),
         "Runs": lambda: _runs(sweep),
         "Notes": lambda: _notes(sweep),
-        "Statistics": lambda: report_tables.methods(sweep, pairs),
+        "Statistics": lambda: report_comparisons.methods(sweep, pairs),
         "Code and environment": lambda: _environment(sweep),
         "Files": _files,
     }

@@ -7,7 +7,7 @@
       mastered: [passive_1, irregular_past_participle_verbs]
 
 Holm's adjustment is over all of them, whatever their metrics. Not for: comparing every arm with a
-reference (`tables.py`).
+reference (`comparisons.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ import yaml
 
 from experiments.metrics import headline
 from experiments.report import blimp
-from experiments.report.data import Arm, Sweep, fixed_side
-from experiments.report.document import Block, Table, joined, plural
-from experiments.report.tables import (
+from experiments.report.comparisons import (
     Pair,
     between,
     comparison_row,
@@ -32,6 +30,8 @@ from experiments.report.tables import (
     p_value,
     seeds_cell,
 )
+from experiments.report.data import Arm, Sweep, fixed_side
+from experiments.report.document import Block, Table, joined, plural
 from experiments.stats import Comparison, compare, holm
 from relora_core.config import ConfigError, nearest
 from relora_core.evals.blimp import ACCURACY, ACCURACY_EOS

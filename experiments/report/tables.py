@@ -1,6 +1,6 @@
-"""The tables of a report: means, comparisons, restarts, cost, runs.
+"""The tables of a report: means, restarts, cost, runs.
 
-Not for: estimates and tests themselves (`stats.py`), nor tables of BLiMP (`blimp.py`).
+Not for: estimates themselves (`stats.py`), comparisons (`comparisons.py`), nor BLiMP (`blimp.py`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ from typing import Any
 
 from experiments.metrics import MFU, MFU_6N, headline, percent
 from experiments.notices import fixed_order
-from experiments.report.data import Arm, RunData, Sweep, fixed_side, floor
-from experiments.report.document import Block, Bullets, Notice, Table, joined, number, plural
-from experiments.stats import BOOTSTRAP, Comparison, Interval, compare, holm, interval
-from relora_core.config import ConfigError, nearest
+from experiments.report.data import Arm, RunData, Sweep, floor
+from experiments.report.document import Block, Notice, Table, joined, number, plural
+from experiments.stats import Interval, interval
 from relora_core.evals.paloma import BITS_PER_BYTE
 from relora_core.events import LOSS_STEPS, Metric
 
-Pair = tuple[Arm, Arm]
-"""An arm and its reference."""
 HOURS = "device-hours"
-SIGNIFICANT = 0.05
-"""A difference is stated as one where its adjusted p is below."""
-SAME_TASK = ("model.", "data.", "train.", "eval.")
-"""Prefixes of settings that should be the same in an arm and its reference."""
 
 
 def shown(sweep: Sweep) -> list[Metric]:
@@ -37,47 +30,6 @@ def shown(sweep: Sweep) -> list[Metric]:
     if not all(run.trained for run in sweep.runs):
         every.append(BITS_PER_BYTE)
     return [m for m in every if any(arm.values(m.key) for arm in sweep.arms)]
-
-
-def find_arm(sweep: Sweep, word: str | None, *, option: str = "--reference") -> Arm | None:
-    """The arm with `word` as name or id, or as part of them; ConfigError if there are several.
-
-    For an arm that has no runs of its own, the one that computes the same.
-    """
-    if word is None:
-        return None
-    word = sweep.same_arms.get(word, word)
-    exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
-    hits = exact or [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
-    if len(hits) == 1:
-        return hits[0]
-    names = [arm.name for arm in hits or sweep.arms]
-    many = f" that {len(hits)} match" if hits else ""
-    raise ConfigError(
-        f"{option} must name one arm of {joined(names, most=8)}, got {word!r}{many}."
-        f"{nearest(word, names)}"
-    )
-
-
-def against(sweep: Sweep, *, reference: Arm | None) -> list[Pair]:
-    """Each arm with its reference, by default a full-rank arm, of AdamW if there is one.
-
-    Of several it is the one with the most settings of SAME_TASK in common. If there is none, or if
-    all arms are full-rank, it is the sweep's first arm.
-    """
-    full = [arm for arm in sweep.arms if arm.runs[0].config.method == "full_rank"]
-    full = [a for a in full if a.runs[0].config.train.optimizer == "adamw"] or full
-    if reference is None and 0 < len(full) < len(sweep.arms):
-        ids = {arm.arm_id for arm in full}
-        others = [arm for arm in sweep.arms if arm.arm_id not in ids]
-        return [(arm, max(full, key=partial(_shared, arm))) for arm in others]
-    first = reference or sweep.arms[0]
-    return [(arm, first) for arm in sweep.arms if arm is not first]
-
-
-def _shared(arm: Arm, other: Arm) -> int:
-    keys = [key for key in arm.settings if key.startswith(SAME_TASK)]
-    return sum(arm.settings[key] == other.settings.get(key) for key in keys)
 
 
 # means ------------------------------------------------------------------------------------------
@@ -178,64 +130,6 @@ def mean_row(arm: Arm, metric: Metric, estimate: Interval | None) -> dict[str, A
     return row | (asdict(estimate) if estimate else {"n": 0})
 
 
-# comparisons ------------------------------------------------------------------------------------
-def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
-    """For each metric a table of arms against their references on common seeds."""
-    blocks: list[Block] = []
-    for metric in shown(sweep):
-        outcomes = compared(pairs, metric)
-        if any(c.difference is not None for c in outcomes):
-            blocks.append(difference_table(metric, pairs, outcomes))
-    if not blocks:
-        return ["There is nothing to compare: fewer than two arms have finished runs."]
-    return ["Arm minus reference on the seeds that both have; of perplexities the ratio.", *blocks]
-
-
-def methods(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
-    """How the numbers of Results and Comparisons come about, and what their tests assume."""
-    metrics = shown(sweep)
-    if not metrics:
-        return []
-    lines = []
-    if any(len(arm.finished) > 1 for arm in sweep.arms):
-        lines += [
-            "Means have a 95 % interval over seeds (Student's t); those of perplexities are "
-            "geometric, with the interval of the logarithms.",
-        ]
-    outcomes = [c for metric in metrics for c in compared(pairs, metric)]
-    if any(c.difference is not None for c in outcomes):
-        lines += [
-            "Comparisons: arm minus reference on the seeds that both have; of perplexities the "
-            "ratio of the two.",
-            "p (Holm) is adjusted for all comparisons of its table. The answer states a difference "
-            f"as one where that p is below {SIGNIFICANT}.",
-            "Seeds needed: with so many of each arm a test at 5 % would find the gap seen here "
-            "four times in five, if gap and spread are the true ones.",
-        ]
-    assumed = list(dict.fromkeys(c.assumes for c in outcomes if c.p is not None))
-    assumed += [BOOTSTRAP] if any(c.bootstrap for c in outcomes) else []
-    assumptions = ["What the tests assume:", Bullets(assumed)] if assumed else []
-    return [Bullets(lines), *assumptions] if lines else []
-
-
-def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
-    """A comparison of each pair; Holm's adjustment is over all of them."""
-    return adjusted([compare_arms(arm, other, metric) for arm, other in pairs])
-
-
-def compare_arms(arm: Arm, reference: Arm, metric: Metric) -> Comparison:
-    """Not adjusted; a model from elsewhere is compared with all seeds of the other."""
-    own, others = arm.values(metric.key), reference.values(metric.key)
-    return compare(own, others, scale=metric.scale, fixed=fixed_side(arm, reference))
-
-
-def adjusted(outcomes: list[Comparison]) -> list[Comparison]:
-    """The same, with Holm's adjustment over all of them."""
-    for comparison, p in zip(outcomes, holm([c.p for c in outcomes]), strict=True):
-        comparison.p_holm = p
-    return outcomes
-
-
 def certainty(metric: Metric, estimate: Interval, *, seeds: bool = True) -> str:
     """`95 % interval 132.6 to 134.9, 3 seeds`, and of how many seeds values were lost."""
     n, lost = estimate.n, estimate.left_out
@@ -244,94 +138,6 @@ def certainty(metric: Metric, estimate: Interval, *, seeds: bool = True) -> str:
         return f"{of}: no interval" if lost else "one seed: no interval"
     ends = f"{value_text(metric, estimate.low)} to {value_text(metric, estimate.high)}"
     return f"95 % interval {ends}" + (f", {of}" if seeds or lost else "")
-
-
-def title_end(pairs: Sequence[Pair]) -> tuple[str, bool]:
-    """(` to REFERENCE`, True) if all pairs have one reference, else ("", False)."""
-    names = {reference.name for _, reference in pairs}
-    return (f" to {names.pop()}", True) if len(names) == 1 else ("", False)
-
-
-def difference_table(
-    metric: Metric, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None = None
-) -> Table:
-    """A row for each pair; `to` stands for the names of the references."""
-    against_what, one = (f" to {to}", True) if to else title_end(pairs)
-    rows, data = [], []
-    for (arm, reference), c in zip(pairs, tests, strict=True):
-        rows.append(
-            [
-                *([arm.name] if one else [arm.name, reference.name]),
-                seeds_cell(c),
-                between(metric, c.difference, c.low, c.high),
-                p_value(c.p),
-                p_value(c.p_holm),
-                "-" if c.bootstrap is None else ends(metric, *c.bootstrap),
-                "-" if c.effect is None else f"{c.effect:+.2f}",
-                c.needed.text if c.p is not None else "-",
-                c.note,
-            ]
-        )
-        data.append({"arm": arm.name, "reference": reference.name, **comparison_row(metric, c)})
-    what = "ratio" if metric.scale == "log" else "difference"
-    return Table(
-        name=f"compare_{slug(metric)}",
-        title=f"{metric.title}: {what}{against_what}",
-        columns=[
-            *(["arm"] if one else ["arm", "reference"]),
-            *("seeds", f"{what} [95 %]", "p", "p (Holm)", "bootstrap 95 %", "Hedges' g"),
-            *("seeds needed", "note"),
-        ],
-        rows=rows,
-        data=data,
-    )
-
-
-def seeds_cell(c: Comparison) -> str:
-    """Pairs, or values of arm and reference."""
-    return str(c.n) if c.n else f"{c.n_arm} and {c.n_reference}"
-
-
-def comparison_row(metric: Metric, c: Comparison) -> dict[str, Any]:
-    """The CSV row of a comparison, without the names of arm and reference."""
-    row = asdict(c) | {"needed": c.needed.text, "metric": metric.key}
-    row["unmatched"], row["not_finite"] = _seeds(c.unmatched), _seeds(c.not_finite)
-    low, high = c.bootstrap or (None, None)
-    del row["bootstrap"]
-    return row | {"bootstrap_low": low, "bootstrap_high": high}
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return " ".join(map(str, seeds))
-
-
-def slug(metric: Metric) -> str:
-    return metric.key.removeprefix("eval/").replace("/", "_")
-
-
-def difference_text(metric: Metric, value: float | None) -> str:
-    """A signed difference, with one more decimal than values have, or a ratio (log scale)."""
-    if value is None or math.isnan(value):
-        return "-"
-    if metric.scale == "log":
-        return f"{value:.4f}"
-    return f"{100 * value:+,.2f}" if metric.percent else f"{value:+,.4f}"
-
-
-def between(metric: Metric, value: float | None, low: float | None, high: float | None) -> str:
-    """`-0.021 [-0.030, -0.012]`."""
-    text = difference_text(metric, value)
-    return text if low is None or high is None else f"{text} {ends(metric, low, high)}"
-
-
-def ends(metric: Metric, low: float, high: float) -> str:
-    return f"[{difference_text(metric, low)}, {difference_text(metric, high)}]"
-
-
-def p_value(p: float | None) -> str:
-    if p is None:
-        return "-"
-    return f"{p:.3f}" if p >= 1e-3 else f"{p:.1e}"
 
 
 # restarts ---------------------------------------------------------------------------------------

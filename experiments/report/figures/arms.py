@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import stats
 from experiments.metrics import charted
+from experiments.report.comparisons import compare_arms
 from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
-from experiments.report.tables import compare_arms
 from experiments.stats import Scale
 from relora_core.evals.blimp import ACCURACY
 

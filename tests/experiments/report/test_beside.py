@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 from synthetic import a_config, a_sweep, record
 
-from experiments.report import answers, blimp, gather, redraw, registered, tables
+from experiments.report import answers, blimp, comparisons, gather, redraw, registered
 from experiments.report.data import Arm, RunData, Sweep
 from experiments.report.document import Block, Table, to_csv
 from experiments.report.figures import arms as figures
@@ -66,11 +66,11 @@ def table_of(blocks: Sequence[Block], name: str) -> Table:
 def test_its_difference_to_an_arm_is_that_of_all_seeds(tmp_path: Path, seeds) -> None:
     sweep = beside(tmp_path, seeds)
     arm, model = sweep.arms
-    (one,) = tables.compared([(arm, model)], ACCURACY)
+    (one,) = comparisons.compared([(arm, model)], ACCURACY)
     assert one.difference == pytest.approx(-0.2)
     half = 4.302653 * 0.1 / 3**0.5  # Student's t with 2 degrees of freedom
     assert (one.low, one.high) == (pytest.approx(-0.2 - half), pytest.approx(-0.2 + half))
-    (back,) = tables.compared([(model, arm)], ACCURACY)
+    (back,) = comparisons.compared([(model, arm)], ACCURACY)
     assert back.difference == pytest.approx(0.2)
     said = answers.sentence(arm, model, one, ACCURACY)
     assert "3 seeds against one value" in said
@@ -89,7 +89,7 @@ def test_a_notebook_draws_that_difference(tmp_path: Path) -> None:
     sweep = beside(tmp_path, (10, 11, 12))
     arm, model = sweep.arms
     path = tmp_path / "compare.csv"
-    blocks = tables.comparisons(sweep, [(arm, model)])
+    blocks = comparisons.comparisons(sweep, [(arm, model)])
     path.write_text(to_csv(table_of(blocks, "compare_blimp_no_bos_accuracy")))
     look = {"label": "x", "scale": "linear", "better": "higher"}
     figure = redraw.draw_differences([path], {ACCURACY.key: look})

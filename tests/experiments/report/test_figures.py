@@ -19,7 +19,7 @@ from matplotlib.text import Text
 
 from experiments import stats
 from experiments.colours import OKABE_ITO, STYLES
-from experiments.report import tables
+from experiments.report import comparisons
 from experiments.report.data import Arm, Point, RunData, Sweep
 from experiments.report.figures import canvas, published
 from experiments.report.figures import catalogue as figures
@@ -143,7 +143,7 @@ def sweep_of(
 
 
 def catalogue(sweep: Sweep, *, x: str = "tokens", published: Path | None = None) -> Any:
-    pairs = tables.against(sweep, reference=None) if sweep.arms else []
+    pairs = comparisons.against(sweep, reference=None) if sweep.arms else []
     return figures.catalogue(sweep, x=x, published=published, pairs=pairs)
 
 

@@ -18,7 +18,7 @@ import pytest
 from synthetic import STEPS, a_config, a_sweep, arms, attempt, loss_of, record
 
 from experiments.disk.run_dir import RunDir
-from experiments.report import compare, document, gather, tables
+from experiments.report import compare, comparisons, document, gather, tables
 from experiments.report import page as report
 from experiments.report.document import Bullets, Code, Document, Notice, Section, Table
 from experiments.stats import holm
@@ -208,7 +208,7 @@ def test_each_arm_is_compared_with_the_full_rank_arm_of_its_model(tmp_path: Path
         tmp_path,
         [config(method=m, steps=s) for s in (20, 40) for m in ("full_rank", "relora")],
     )
-    pairs = tables.against(gather.gather(tmp_path, "mine"), reference=None)
+    pairs = comparisons.against(gather.gather(tmp_path, "mine"), reference=None)
     steps = [[a.runs[0].config.train.steps for a in pair] for pair in pairs]
     assert steps == [[20, 20], [40, 40]]
 
@@ -220,7 +220,7 @@ def test_the_reference_of_full_rank_arms_is_that_of_adamw(tmp_path: Path) -> Non
     low = TrainConfig(steps=20, batch_size=4)
     trains = {"full_rank": [muon, adamw], "relora": [low]}
     a_sweep(tmp_path, [a_config(method=m, train=t) for m, ts in trains.items() for t in ts])
-    pairs = tables.against(gather.gather(tmp_path, "mine"), reference=None)
+    pairs = comparisons.against(gather.gather(tmp_path, "mine"), reference=None)
     references = [reference.runs[0].config.train for _, reference in pairs]
     assert len(pairs) == 2  # Muon's arm is one of those compared
     assert {train.optimizer for train in references} == {"adamw"}
