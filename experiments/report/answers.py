@@ -12,11 +12,11 @@ from dataclasses import replace
 from experiments.disk.states import State
 from experiments.metrics import LOSS
 from experiments.report import registered, responses
-from experiments.report.comparisons import SIGNIFICANT, Pair, compared, title_end
-from experiments.report.data import Arm, Sweep, differing_texts, reads_other, scored_otherwise
+from experiments.report.comparisons import SIGNIFICANT, Pair, compared, title_end, unlike
+from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import Block, Bullets, joined, plural
 from experiments.report.registered import Registered
-from experiments.report.tables import certainty, shown, value_text
+from experiments.report.tables import certainty, name, shown, value_text
 from experiments.stats import Comparison, Interval
 from relora_core.events import Metric
 
@@ -57,14 +57,12 @@ def of_named(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
     """The sentences on comparisons that a file names, adjusted by Holm over all of them."""
     if not comparisons:
         return []
-    pairs = registered.pair(sweep, comparisons)
+    pairs = registered.arms_of(sweep, comparisons)
     outcomes = registered.compare_all(sweep, comparisons)
     lines = []
     for one, (arm, reference), outcome in zip(comparisons, pairs, outcomes, strict=True):
         what = name(one.metric) + (f" of {one.group}" if one.group else "")
-        says = _not_alike(arm, reference, one.metric) or sentence(
-            arm, reference, outcome, one.metric, what=what
-        )
+        says = sentence(arm, reference, outcome, one.metric, what=what)
         lines.append(f"{one.question}: {says}" if one.question else says)
     return ["The comparisons that a file names:", Bullets(lines)]
 
@@ -76,7 +74,10 @@ def sentence(
     """What one comparison says; `what` is the metric's name, by default its own."""
     what = what or (metric.title if metric.scale == "log" else name(metric))
     if outcome.difference is None:
-        return f"{_missing([arm, reference])}: {arm.name} and {reference.name} cannot be compared"
+        both = f"{arm.name} and {reference.name}"
+        if reason := unlike(arm, reference, metric):
+            return f"{both} {reason}"
+        return f"{_missing([arm, reference])}: {both} cannot be compared"
     digits = decimals(outcome, metric)
     text = f"{arm.name} ends {_gap(outcome.difference, reference, metric, what, digits)}"
     if outcome.p is None or outcome.low is None or outcome.high is None:
@@ -101,11 +102,6 @@ def sentence(
         f"{text} (95 % interval {ends}, {_seeds(outcome)}, {p_text(adjusted)} after Holm)"
         + _lost(outcome)
     )
-
-
-def name(metric: Metric) -> str:
-    """Its name in a sentence."""
-    return " ".join(metric.label.split())
 
 
 def p_text(p: float) -> str:
@@ -210,7 +206,7 @@ def summary(pairs: Sequence[Pair], metric: Metric) -> str:
     outcomes = [
         (arm, reference, outcome)
         for (arm, reference), outcome in zip(pairs, compared(pairs, metric), strict=True)
-        if outcome.p_holm is not None and not _not_alike(arm, reference, metric)
+        if outcome.p_holm is not None
     ]
     if not outcomes:
         return ""
@@ -241,9 +237,6 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
         if outcome.difference is None and not reference.finished:
             lines.append(f"{_missing([reference])}: nothing can be compared with it")
             continue
-        if line := _not_alike(arm, reference, metric):
-            lines.append(line)
-            continue
         if one_reference and len(reference.name) > LONGEST:  # the line above has its name
             reference = replace(reference, name="the reference")
         lines.append(sentence(arm, reference, outcome, metric))
@@ -251,17 +244,3 @@ def _sentences(pairs: Sequence[Pair], metric: Metric, *, most: int) -> list[str]
     left = len(lines) - most
     more = [f"{plural(left, 'further comparison')}: see Comparisons"] if left > 0 else []
     return lines[:most] + more
-
-
-def _not_alike(arm: Arm, reference: Arm, metric: Metric) -> str:
-    """A sentence where the metric is of other texts or tokens in each of the two; else empty."""
-    both = f"{arm.name} and {reference.name}"
-    of_tokens = metric.scale == "log" or metric.key == LOSS.key
-    if of_tokens and reads_other(arm, reference):
-        what = "losses" if metric.key == LOSS.key else "perplexities"
-        return f"{both} read other texts or tokens: their {what} must not be compared"
-    section = ".".join(metric.key.split("/")[:2])
-    keys = [key for key in scored_otherwise(arm, reference) if key.startswith(f"{section}.")]
-    if not keys:
-        return ""
-    return f"{both} differ in {joined(keys)}: their {name(metric)} must not be compared"

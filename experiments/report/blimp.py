@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from experiments.report.blimp_tests import BlimpTest, blimp_tests
-from experiments.report.comparisons import Pair, between, p_value, title_end
+from experiments.report.comparisons import Pair, between, p_value, title_end, unlike
 from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.document import Block, Bullets, Table
 from experiments.report.tables import mean_cell, mean_row, value_text
@@ -65,19 +65,25 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
         own, other = paradigms(arm, variant), paradigms(reference, variant)
         if not own or not other:
             continue
+        names = [arm.name] if one else [arm.name, reference.name]
+        known = {"arm": arm.name, "reference": reference.name}
+        if reason := unlike(arm, reference, ACCURACY):
+            rows.append([*names, *("-" * 5), reason])
+            data.append(known | {"note": reason})
+            continue
         fixed = fixed_side(arm, reference)
         for test in blimp_tests(own, other, pairs=_pairs_scored(arm), fixed=fixed):
             if test.p is not None or test.low is not None:  # else it assumes nothing
                 assumed.setdefault(f"{test.name}, unit {test.unit}", test.assumes)
             rows.append(
                 [
-                    *([arm.name] if one else [arm.name, reference.name]),
+                    *names,
                     *(_test_name(test), test.unit, f"{test.n:,}"),
                     between(ACCURACY, test.difference, test.low, test.high),
                     *(p_value(test.p), test.note),
                 ]
             )
-            data.append({"arm": arm.name, "reference": reference.name, **asdict(test)})
+            data.append(known | asdict(test))
     if not rows:
         return None
     return Table(

@@ -6,15 +6,16 @@ Not for: the tests themselves (`stats.py`), nor comparisons that a file names (`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from experiments.report.data import Arm, Sweep, fixed_side
+from experiments.metrics import LOSS
+from experiments.report.data import Arm, Sweep, fixed_side, reads_other, scored_otherwise
 from experiments.report.document import Block, Bullets, Table, joined
-from experiments.report.tables import shown
-from experiments.stats import BOOTSTRAP, Comparison, compare, holm
+from experiments.report.tables import name, shown
+from experiments.stats import BOOTSTRAP, Comparison, compare, finite, holm
 from relora_core.config import ConfigError, nearest
 from relora_core.events import Metric
 
@@ -68,6 +69,19 @@ def _shared(arm: Arm, other: Arm) -> int:
     return sum(arm.settings[key] == other.settings.get(key) for key in keys)
 
 
+def unlike(arm: Arm, reference: Arm, metric: Metric) -> str:
+    """Why the metric of the two must not be compared, as a sentence goes on after their names.
+
+    Empty if it may be. The answer, tables and figures have it from here.
+    """
+    if (metric.scale == "log" or metric.key == LOSS.key) and reads_other(arm, reference):
+        what = "losses" if metric.key == LOSS.key else "perplexities"
+        return f"read other texts or tokens: their {what} must not be compared"
+    section = ".".join(metric.key.split("/")[:2])
+    keys = [key for key in scored_otherwise(arm, reference) if key.startswith(f"{section}.")]
+    return f"differ in {joined(keys)}: their {name(metric)} must not be compared" if keys else ""
+
+
 # comparisons ------------------------------------------------------------------------------------
 def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     """For each metric a table of arms against their references on common seeds."""
@@ -85,7 +99,7 @@ def difference_tables(
     return [
         _difference_table(metric, pairs, tests, to=to)
         for metric, tests in outcomes.items()
-        if any(test.difference is not None for test in tests)
+        if any(test.n_arm and test.n_reference for test in tests)
     ]
 
 
@@ -117,7 +131,7 @@ def methods(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
 
 
 def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
-    """A comparison of each pair; Holm's adjustment is over all of them."""
+    """A comparison of each pair; Holm's adjustment is over all that could be tested."""
     outcomes = [compare_arms(arm, other, metric) for arm, other in pairs]
     for comparison, p in zip(outcomes, holm([c.p for c in outcomes]), strict=True):
         comparison.p_holm = p
@@ -125,9 +139,20 @@ def compared(pairs: Sequence[Pair], metric: Metric) -> list[Comparison]:
 
 
 def compare_arms(arm: Arm, reference: Arm, metric: Metric) -> Comparison:
-    """Not adjusted; a model from elsewhere is compared with all seeds of the other."""
-    own, others = arm.values(metric.key), reference.values(metric.key)
-    return compare(own, others, scale=metric.scale, fixed=fixed_side(arm, reference))
+    """Not adjusted by Holm; a model from elsewhere is compared with all seeds of the other."""
+    return compare_values(
+        arm.values(metric.key), reference.values(metric.key), (arm, reference), metric
+    )
+
+
+def compare_values(
+    own: Mapping[int, float], others: Mapping[int, float], pair: Pair, metric: Metric
+) -> Comparison:
+    """Of a pair's values by seed; of one that is `unlike` no test, and a note that says so."""
+    if reason := unlike(*pair, metric):
+        n, m = (sum(map(finite, values.values())) for values in (own, others))
+        return Comparison(kind="none", scale=metric.scale, n_arm=n, n_reference=m, note=reason)
+    return compare(own, others, scale=metric.scale, fixed=fixed_side(*pair))
 
 
 def title_end(pairs: Sequence[Pair]) -> tuple[str, bool]:

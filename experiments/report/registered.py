@@ -25,14 +25,15 @@ from experiments.report import blimp
 from experiments.report.comparisons import (
     Pair,
     between,
+    compare_values,
     comparison_row,
     find_arm,
     p_value,
     seeds_cell,
 )
-from experiments.report.data import Arm, Sweep, fixed_side
+from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined, plural
-from experiments.stats import Comparison, compare, holm
+from experiments.stats import Comparison, holm
 from relora_core.config import ConfigError, nearest
 from relora_core.evals.blimp import ACCURACY, ACCURACY_EOS
 from relora_core.events import Metric
@@ -128,7 +129,7 @@ def _are_names(value: Any) -> bool:
 
 
 # of a sweep -------------------------------------------------------------------------------------
-def pair(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Pair]:
+def arms_of(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Pair]:
     """The arms of each comparison; ConfigError for one that the sweep does not have."""
     return [
         (_arm(sweep, one.arm, key="arm"), _arm(sweep, one.reference, key="reference"))
@@ -145,18 +146,14 @@ def _arm(sweep: Sweep, name: str, *, key: str) -> Arm:
 def compare_all(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Comparison]:
     """A test of each comparison, adjusted by Holm over all of them.
 
-    Also over those that cannot be tested, as where runs diverged: the family was named before.
+    Also over those that cannot be tested, as where runs diverged or must not be compared: the
+    family was named before.
     """
     for one in comparisons:
         _check_paradigms(sweep, one)
     outcomes = [
-        compare(
-            _values(arm, one),
-            _values(reference, one),
-            scale=one.metric.scale,
-            fixed=fixed_side(arm, reference),
-        )
-        for one, (arm, reference) in zip(comparisons, pair(sweep, comparisons), strict=True)
+        compare_values(_values(pair[0], one), _values(pair[1], one), pair, one.metric)
+        for one, pair in zip(comparisons, arms_of(sweep, comparisons), strict=True)
     ]
     family = holm([1.0 if outcome.p is None else outcome.p for outcome in outcomes])
     for outcome, p in zip(outcomes, family, strict=True):

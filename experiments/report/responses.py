@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined
-from experiments.report.tables import certainty, mean_cell, shown, value_text
+from experiments.report.tables import certainty, mean_cell, name, shown, value_text
 from experiments.stats import Interval, finite, interval
 from relora_core.config import get
 from relora_core.events import Metric
@@ -359,7 +359,7 @@ def _effect(
     return (
         f"{tried}"
         f"{f' at {where}' if where else ''}{mean}, "
-        f"{' '.join(metric.label.split())} is {what} at {value_label(first)}{end} with "
+        f"{name(metric)} is {what} at {value_label(first)}{end} with "
         f"{value_text(metric, best.mean)}{span}, and {opposite} at {value_label(last)} with "
         f"{value_text(metric, worst.mean)}"
     )

@@ -32,6 +32,11 @@ def shown(sweep: Sweep) -> list[Metric]:
     return [m for m in every if any(arm.values(m.key) for arm in sweep.arms)]
 
 
+def name(metric: Metric) -> str:
+    """Its name in a sentence."""
+    return " ".join(metric.label.split())
+
+
 # means ------------------------------------------------------------------------------------------
 def results(sweep: Sweep) -> list[Block]:
     """A table of the arms: the interval of each metric."""

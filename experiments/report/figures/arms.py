@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import stats
 from experiments.metrics import charted
-from experiments.report.comparisons import compare_arms
+from experiments.report.comparisons import compare_arms, unlike
 from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
@@ -67,24 +67,23 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
     """A forest plot: each arm minus its reference."""
     if not pairs:
         raise NoData("there is one arm only, so nothing to compare")
-    metrics = [
-        metric
-        for metric in charted()
-        if any(compare_arms(arm, to, metric).difference is not None for arm, to in pairs)
-    ]
+    tests = {metric: [compare_arms(arm, to, metric) for arm, to in pairs] for metric in charted()}
+    both = [m for m, own in tests.items() if any(one.n_arm and one.n_reference for one in own)]
+    refused = dict.fromkeys(unlike(arm, to, metric) for metric in both for arm, to in pairs)
+    refused.pop("", None)
+    metrics = [m for m in both if any(one.difference is not None for one in tests[m])]
     if not metrics:
-        raise NoData("no two arms have finished runs with the same metric")
+        raise NoData("no two arms have finished runs with the same metric that may be compared")
     shown = list(pairs[:MOST_ROWS])
     same = len({to.arm_id for _, to in pairs}) == 1
     labels = [_short(a.name) + ("" if same else f"\nminus {_short(to.name)}") for a, to in shown]
     figure, panels = _rows(labels, len(metrics))
     for ax, metric in zip(panels, metrics, strict=True):
         ax.axvline(0, color=canvas.DARK, linewidth=1.0, zorder=1.5)
-        for row, (arm, to) in enumerate(shown):
-            comparison = compare_arms(arm, to, metric)
+        for row, ((arm, to), comparison) in enumerate(zip(shown, tests[metric], strict=False)):
             change = partial(_change, scale=metric.scale)
             if comparison.difference is None:
-                _no_value(ax, row)
+                _no_value(ax, row, "not compared" if unlike(arm, to, metric) else "no value")
                 continue
             low, high = change(comparison.low), change(comparison.high)
             shape = "s" if comparison.kind == "welch" else canvas.MARKERS[arm.style]
@@ -103,6 +102,8 @@ def differences(pairs: Sequence[tuple[Arm, Arm]]) -> Drawing:
     if any(fixed_side(arm, to) for arm, to in shown):
         caption += " A model from elsewhere is one value: all seeds of the other are compared with"
         caption += " it (one-sample t)."
+    if refused:
+        caption += f" Not compared are arms that {'; arms that '.join(refused)}."
     left = len(pairs) - len(shown)
     return Drawing(canvas=figure, caption=caption + (f" {left} more in the tables." * bool(left)))
 
@@ -147,9 +148,9 @@ def _dot(
     ax.plot([middle], [row], shape, color=colour, markerfacecolor=face, markersize=size)
 
 
-def _no_value(ax: Axes, row: int) -> None:
+def _no_value(ax: Axes, row: int, text: str = "no value") -> None:
     across = ax.get_yaxis_transform()
-    ax.text(0.02, row, "no value", transform=across, va="center", color=canvas.GREY)
+    ax.text(0.02, row, text, transform=across, va="center", color=canvas.GREY)
 
 
 def _short(name: str) -> str:

@@ -35,7 +35,7 @@ from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
 from experiments.report.figures.curves import STEPS, plain_ticks
 from experiments.report.responses import Axis, Facet, Line, value_label
-from experiments.report.tables import shown, value_text
+from experiments.report.tables import name, shown, value_text
 from experiments.stats import ROUNDING, Interval, Scale
 from relora_core.events import Metric
 
@@ -394,7 +394,7 @@ def heat_map(sweep: Sweep) -> Drawing:
             index += 1
             ax = figure.add_subplot(rows, columns, index)
             _cells(ax, arms, metric, down=down, across=across)
-            heading = " ".join(metric.label.split()) + (", %" if metric.percent else "")
+            heading = name(metric) + (", %" if metric.percent else "")
             ax.set_title(f"{heading}\n{title}" if title else heading)
     left = len(groups) - len(shown_groups)
     caption = (

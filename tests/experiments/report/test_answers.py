@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from synthetic import a_config, a_sweep, arms, loss_of, record
 
+from experiments.report import comparisons, gather
 from experiments.report import page as report
 from experiments.report.answers import decimals, p_text, sentence
 from experiments.report.data import Arm
+from experiments.report.figures.arms import differences
 from experiments.stats import Comparison
 from relora_core.config import RunConfig
 from relora_core.evals.blimp import ACCURACY
@@ -214,3 +216,22 @@ def test_perplexities_of_different_tokenizers_are_not_compared(tmp_path: Path) -
     assert "must not be compared" in text
     assert "times the perplexity" not in text
     assert "Lowest Paloma perplexity" not in text
+
+
+def test_tables_and_figure_refuse_the_pairs_that_the_answer_refuses(tmp_path: Path) -> None:
+    """In its words; what is not tested is not part of Holm's family."""
+    configs = arms(2, 4)
+    for config in configs:
+        config.model.vocab_size = 320 if config.relora.r == 4 and config.method == "relora" else 300
+    text = answer(written(tmp_path, configs))
+    reason = "read other texts or tokens: their perplexities must not be compared"
+    assert f"method=relora relora.r=4 and method=full_rank {reason}" in text
+    with open(tmp_path / "sweeps/mine/report/tables/compare_paloma_perplexity.csv") as file:
+        alike, refused = csv.DictReader(file)
+    assert (refused["difference"], refused["p"], refused["note"]) == ("", "", reason)
+    assert alike["p"] == alike["p_holm"] != ""
+    pairs = comparisons.against(gather.gather(tmp_path, "mine"), reference=None)
+    drawing = differences(pairs)
+    assert reason in drawing.caption
+    labels = [text.get_text() for ax in drawing.canvas.axes for text in ax.texts]
+    assert labels == ["not compared"] * 2  # losses and perplexities; accuracies are of sentences

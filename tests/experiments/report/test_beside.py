@@ -55,6 +55,8 @@ def test_scores_of_other_sentences_are_not_compared(tmp_path: Path, pairs, alike
     assert ("gpt2 apart: difference" in said) == alike
     refused = "differ in eval.blimp.max_pairs: their BLiMP accuracy must not be compared"
     assert (refused in said) == (not alike)
+    tests = table_of(blimp.blimp(sweep, [(arm, model)]), "blimp_no_bos_tests").data or []
+    assert [refused == row["note"] for row in tests] == ([False] * len(tests) if alike else [True])
 
 
 def table_of(blocks: Sequence[Block], name: str) -> Table:
