@@ -63,6 +63,10 @@ class Position:
     """Of the newest event before `offset`."""
     world: int = 1
     """Processes of the newest attempt before `offset`."""
+    seconds: float = 0.0
+    """Of training, before `offset`."""
+    others: float = 0.0
+    """Process-seconds of earlier attempts, beyond what `world` processes would have taken."""
     last: dict[str, int] = field(default_factory=dict)
     """Metric key -> newest step sent. A point of that step or an earlier one was sent already: a
     resumed attempt repeats the values of the one before it."""
@@ -133,7 +137,7 @@ def read_unsent(run: RunDir, position: Position) -> Unsent:
         if event.get("attempt", after.attempt) < after.attempt:
             continue
         after.time = max(after.time, event["time"])
-        for name, value in _metrics(event, world=after.world).items():
+        for name, value in _metrics(event, after).items():
             key = metric_key(name)
             if event["step"] <= after.last.get(key, -1):
                 continue
@@ -151,19 +155,23 @@ def _start(event: Mapping[str, Any], new: Unsent) -> None:
     after = new.position
     attempt = event.get("attempt", after.attempt)
     if attempt >= after.attempt:
-        after.world = int(event["data"].get("world", 1))
+        world = int(event["data"].get("world", 1))
+        after.others += after.seconds * (after.world - world)
+        after.world = world
     if event["data"].get("resumed") or attempt <= after.attempt:
         return
     new.points, new.tables = [], {}
     after.attempt, after.began = attempt, event["time"]
-    after.time, after.last, after.apart = 0.0, {}, {}
+    after.time, after.seconds, after.others, after.last, after.apart = 0.0, 0.0, 0.0, {}, {}
 
 
-def _metrics(event: Mapping[str, Any], *, world: int) -> dict[str, float]:
+def _metrics(event: Mapping[str, Any], after: Position) -> dict[str, float]:
     """The event's metrics, and the device-hours of training so far, an axis of MLflow's charts."""
     metrics = event["metrics"]
     if event["kind"] == "train" and "perf/train_seconds" in metrics:
-        return {**metrics, "train/gpu_hours": metrics["perf/train_seconds"] * world / 3600}
+        after.seconds = metrics["perf/train_seconds"]
+        hours = (after.seconds * after.world + after.others) / 3600
+        return {**metrics, "train/gpu_hours": hours}
     return metrics
 
 

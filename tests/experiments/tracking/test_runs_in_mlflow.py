@@ -326,6 +326,14 @@ def test_device_hours_follow_the_training_time_of_all_processes(
     log.close()
     assert store.points(run)["train/gpu_hours"] == [(10, 1.0), (20, 2.0)]
     assert store.points(run)["train/tokens"] == [(10, 640.0), (20, 1280.0)]
+    log = EventLog(run, 2)  # on fewer processes; what is done stays
+    log.emit(Event(kind="start", step=20, data={"resumed": True, "world": 2}, time=T0 + 2000))
+    for step, seconds in ((30, 3600.0), (40, 5400.0)):
+        metrics = {"perf/train_seconds": seconds}
+        log.emit(Event(kind="train", step=step, metrics=metrics, time=T0 + seconds))
+        store.sync(run)
+    log.close()
+    assert store.points(run)["train/gpu_hours"][2:] == [(30, 3.0), (40, 4.0)]
 
 
 # a run begun anew -------------------------------------------------------------------------------
