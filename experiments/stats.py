@@ -150,8 +150,7 @@ def compare(
     """
     arm, reference = at_every_seed(arm, reference, fixed=fixed)
     a, b = _usable(arm, scale=scale), _usable(reference, scale=scale)
-    common = sorted(a.keys() & b.keys())
-    if len(common) >= 2 or (common and min(len(a), len(b)) < 2):
+    if common := paired_seeds(a, b):
         comparison = _paired([a[s] for s in common], [b[s] for s in common], scale=scale)
     else:
         comparison = _welch(list(a.values()), list(b.values()), scale=scale)
@@ -175,6 +174,12 @@ def at_every_seed(
     elif fixed == "reference":
         reference = {seed: one for seed in arm for one in reference.values()}
     return arm, reference
+
+
+def paired_seeds(arm: Mapping[int, object], reference: Mapping[int, object]) -> list[int]:
+    """The seeds to pair: those of both, ascending; none where Welch's test has more to go by."""
+    common = sorted(arm.keys() & reference.keys())
+    return common if len(common) >= 2 or min(len(arm), len(reference)) < 2 else []
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -19,6 +19,7 @@ from experiments.stats import (
     at_every_seed,
     bootstrap_interval,
     compare,
+    paired_seeds,
     t_test,
 )
 
@@ -179,13 +180,13 @@ class _Scores:
 
 
 def _align(arm: Runs, reference: Runs, *, fixed: Side | None) -> _Scores | None:
-    """The common seeds, else all seeds, and the paradigms that all of those runs have."""
+    """The seeds that `compare` takes, and the paradigms that all of those runs have."""
     import numpy as np
 
     a, b = _scored(arm), _scored(reference)
     unused = len(arm) - len(a) + len(reference) - len(b)
     a, b = at_every_seed(a, b, fixed=fixed)
-    common = sorted(a.keys() & b.keys())
+    common = paired_seeds(a, b)
     seeds_a, seeds_b = (common, common) if common else (sorted(a), sorted(b))
     runs = [a[seed] for seed in seeds_a] + [b[seed] for seed in seeds_b]
     if not seeds_a or not seeds_b:

@@ -152,6 +152,17 @@ def test_arms_without_common_seeds_are_not_paired() -> None:
     assert ("seed and paradigm", "t, seeds and paradigms crossed") not in tests
 
 
+def test_one_common_seed_of_several_makes_no_pairs() -> None:
+    """As in the table of that accuracy."""
+    arm, other = scores([[0.5, 0.6], [0.6, 0.7], [0.7, 0.9]]), scores([[0.1, 0.2], [0.3, 0.5]])
+    other = {0: other[0], 5: other[1]}
+    test = named(blimp_tests(arm, other))["seed", "Welch's t"]
+    means = [{s: sum(row.values()) / 2 for s, row in side.items()} for side in (arm, other)]
+    expected = compare(*means)
+    assert expected.kind == "welch"
+    assert (test.difference, test.p) == (pytest.approx(expected.difference), expected.p)
+
+
 def test_what_is_left_out_is_counted() -> None:
     arm = {0: {"p": 0.6, "q": 0.7, "x": math.nan}, 1: {"p": 0.5, "q": 0.9}, 2: {"p": math.nan}}
     reference = {0: {"p": 0.5, "q": 0.6, "x": 0.9}, 1: {"p": 0.6, "q": 0.7}, 3: {"p": 0.6}}
