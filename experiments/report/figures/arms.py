@@ -36,7 +36,7 @@ def arms_summary(sweep: Sweep) -> Drawing:
     metrics = [
         metric
         for metric in charted()
-        if any(canvas.finite(arm.values(metric.key).values()) for arm in sweep.arms)
+        if any((one := arm.estimate(metric)) and one.n for arm in sweep.arms)
     ]
     if not metrics:
         raise NoData("no run has finished")
@@ -45,13 +45,13 @@ def arms_summary(sweep: Sweep) -> Drawing:
     figure, panels = _rows(labels, len(metrics))
     for ax, metric in zip(panels, metrics, strict=True):
         for row, arm in enumerate(arms):
-            values = canvas.finite(arm.values(metric.key).values())
-            if not values:
+            estimate = arm.estimate(metric)
+            if not estimate or not estimate.n:
                 _no_value(ax, row)
                 continue
-            estimate = stats.interval(values, scale=metric.scale)
             if estimate.n > 1:
-                ax.plot(values, [row + 0.22] * estimate.n, "|", color=arm.colour, markersize=5)
+                seeds = [value for value in arm.values(metric.key).values() if stats.finite(value)]
+                ax.plot(seeds, [row + 0.22] * len(seeds), "|", color=arm.colour, markersize=5)
             shape = canvas.MARKERS[arm.style]
             ends = estimate.low, estimate.high
             _dot(ax, row, estimate.mean, *ends, colour=arm.colour, shape=shape)

@@ -405,6 +405,18 @@ def test_a_figure_whose_data_went_away_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "restarts.png").exists()
 
 
+def test_an_overflow_is_in_no_mean_and_has_no_tick() -> None:
+    sweep = sweep_of()
+    sweep.runs[0].metrics["eval/paloma/perplexity"] = 1e200
+    (panel,) = (
+        ax
+        for ax in sketched(sweep, "arms")["arms"].canvas.axes
+        if ax.get_xlabel().startswith("Paloma perplexity")
+    )
+    ticks = [line for line in panel.lines if line.get_marker() == "|"]
+    assert [len(np.asarray(line.get_xdata())) for line in ticks] == [2, 3, 3]
+
+
 def test_arms_too_many_to_draw_are_said() -> None:
     arms = [
         arm_of(f"model=tiny relora.name=as_executed relora.r={i} more.key=17", [run], index=i % 32)
