@@ -48,11 +48,11 @@ def all_figures(
     (arm, reference); `pdf`: as PDF, too. ConfigError for another axis or a bad file.
     """
     wanted = catalogue(sweep, x=x, published=published, pairs=pairs)
-    for stale in [*Path(folder).glob("response_*"), *Path(folder).glob("marginal.*")]:
-        if (
-            stale.stem.removesuffix("_column") not in wanted
-        ):  # of axes that the plan had, or arms that were shown
-            stale.unlink()
+    for pattern in ("response_*", "marginal[._]*", "fronts[._]*"):
+        for stale in Path(folder).glob(pattern):
+            # Of axes that the plan had, or arms that were shown.
+            if stale.stem.removesuffix("_column") not in wanted:
+                stale.unlink()
     return [
         canvas.produce(name, title=title, draw=draw, folder=Path(folder), pdf=pdf)
         for name, (title, draw) in wanted.items()

@@ -405,6 +405,15 @@ def test_a_figure_whose_data_went_away_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "restarts.png").exists()
 
 
+def test_a_figure_that_the_arms_no_longer_have_leaves_no_file(tmp_path: Path) -> None:
+    for name in ("fronts.svg", "fronts_column.pdf", "response_relora_r.png", "mine.svg"):
+        (tmp_path / name).touch()
+    planned(sweep := sweep_of([0], arms=["relora"]))
+    figures.all_figures(sweep, tmp_path, x="tokens", published=None, pairs=[])
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"mine", "schedules"}  # schedules follow from settings
+
+
 def test_an_overflow_is_in_no_mean_and_has_no_tick() -> None:
     sweep = sweep_of()
     sweep.runs[0].metrics["eval/paloma/perplexity"] = 1e200
