@@ -161,7 +161,7 @@ def _document(
     sections = [Section(title=title, blocks=_try_section(blocks)) for title, blocks in made.items()]
     return Document(
         title=f"Sweep {sweep.name}",
-        lead=_lead(sweep),
+        lead=lead(sweep),
         sections=[section for section in sections if section.blocks],
     )
 
@@ -174,19 +174,21 @@ def _try_section(blocks: Callable[[], list[Block]]) -> list[Block]:
         return [Notice(f"This part could not be made ({one_line(error)}).")]
 
 
-def _lead(sweep: Sweep) -> list[Block]:
+def lead(sweep: Sweep) -> list[Block]:
+    """How far the sweep is, and what a reader must know first."""
     runs, counts = sweep.runs, sweep.counts
     done = counts.get(State.FINISHED, 0)
     rest = [f"{n} {state}" for state, n in counts.items() if state != State.FINISHED]
     steps = sorted({run.config.train.steps for run in runs if run.trained})
-    many = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+    many = " to ".join(f"{count:,}" for count in sorted({*steps[:1], *steps[-1:]}))
     hours = sum(run.cost.gpu_hours for run in runs)
     blocks: list[Block] = [f"Question: {sweep.question}"] if sweep.question else []
     blocks.append(
         f"{done} of {plural(len(runs), 'run')} finished"
         + (f" ({', '.join(rest)})" if rest else "")
         + f": {plural(len(sweep.arms), 'arm')}, {plural(len(sweep.seeds), 'seed')}, "
-        f"{many} steps each, {number(hours, digits=3)} device-hours of training so far. Written "
+        + (f"{many} steps each, " if many else "")
+        + f"{number(hours, digits=3)} device-hours of training so far. Written "
         f"{time.strftime('%Y-%m-%d %H:%M %Z')}."
     )
     return blocks + [Notice(line) for line in _cautions(sweep)]

@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 from synthetic import a_config, a_sweep, record
 
-from experiments.report import answers, blimp, comparisons, gather, redraw, registered
+from experiments.report import answers, blimp, comparisons, gather, page, redraw, registered
 from experiments.report.data import Arm, RunData, Sweep
 from experiments.report.document import Block, Table, to_csv
 from experiments.report.figures import arms as figures
@@ -57,6 +57,13 @@ def test_scores_of_other_sentences_are_not_compared(tmp_path: Path, pairs, alike
     assert (refused in said) == (not alike)
     tests = table_of(blimp.blimp(sweep, [(arm, model)]), "blimp_no_bos_tests").data or []
     assert [refused == row["note"] for row in tests] == ([False] * len(tests) if alike else [True])
+
+
+def test_it_is_shown_alone(tmp_path: Path) -> None:
+    sweep = beside(tmp_path, (0, 1, 2))
+    page.select_arms(sweep, ["gpt2"])
+    text = str(page.lead(sweep))
+    assert "1 arm, 0 seeds, 0 device-hours of training so far" in text
 
 
 def table_of(blocks: Sequence[Block], name: str) -> Table:
