@@ -125,7 +125,7 @@ class Follower:
                     "run `python -m sweeps sync` later"
                 )
         except subprocess.TimeoutExpired:
-            self._problem = str(TrackingUnreachable(self._uri))
+            self._problem = str(TrackingUnreachable.silent(self._uri))
         finally:
             if child.poll() is None:
                 child.kill()

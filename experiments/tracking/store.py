@@ -68,52 +68,15 @@ MAX_NAME = 500
 
 
 class TrackingUnreachable(RuntimeError):
-    """The store does not answer, or is damaged; the message says that nothing is lost."""
+    """The store cannot be used; the message says why, that nothing is lost, and what to do."""
 
-    def __init__(self, uri: str, *, damage: str | None = None) -> None:
-        super().__init__(
-            f"tracking: {redacted(uri)} cannot be used ({damage}); nothing is lost, move the "
-            "database away and run `python -m sweeps sync`"
-            if damage
-            else f"tracking: {redacted(uri)} unreachable; nothing is lost, "
-            "run `python -m sweeps sync` later"
-        )
+    def __init__(self, why: str, *, then: str = "run `python -m sweeps sync` later") -> None:
+        super().__init__(f"tracking: {why}; nothing is lost, {then}")
 
-
-class ReadOnlyStore(TrackingUnreachable):
-    """A database of another user: it can be read, but not written to."""
-
-    def __init__(self, line: str) -> None:
-        RuntimeError.__init__(
-            self,
-            f"tracking: {line}; nothing is lost, who may write there runs `python -m sweeps sync` "
-            "later",
-        )
-
-
-class DatabaseNotFound(TrackingUnreachable):
-    """An earlier version stored an address as typed, and its database is not there."""
-
-    def __init__(self, uri: str) -> None:
-        RuntimeError.__init__(
-            self,
-            f"tracking: tracking.uri={uri} was written down as it was typed, and "
-            f"{sqlite_path(uri)} does not exist; nothing is lost, `python -m sweeps sync "
-            "--tracking-uri sqlite:////FOLDER/FILE.db` names the database, or makes it anew",
-        )
-
-
-class LoginRefused(TrackingUnreachable):
-    """The store wants another user or password."""
-
-    def __init__(self, uri: str, *, reason: str) -> None:
-        web = uri.startswith(("http://", "https://"))
-        where = f"{LOGIN}, or MLFLOW_TRACKING_TOKEN," if web else PASSWORD
-        RuntimeError.__init__(
-            self,
-            f"tracking: login refused by {redacted(uri)} ({reason}); the environment's {where} hold"
-            f"{'' if web else 's'} it; nothing is lost, run `python -m sweeps sync` then",
-        )
+    @classmethod
+    def silent(cls, uri: str) -> TrackingUnreachable:
+        """Of a store that does not answer."""
+        return cls(f"{redacted(uri)} unreachable")
 
 
 def fill_from_environment(config: RunConfig, *, notes: list[str] | None = None) -> RunConfig:
@@ -337,7 +300,12 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
     from mlflow.exceptions import MlflowException
 
     if relative_database(uri):  # from an earlier version; today's configs hold absolute addresses
-        raise DatabaseNotFound(uri)
+        raise TrackingUnreachable(
+            f"tracking.uri={uri} was written down as it was typed, and {sqlite_path(uri)} does not "
+            "exist",
+            then="`python -m sweeps sync --tracking-uri sqlite:////FOLDER/FILE.db` names the "
+            "database, or makes it anew",
+        )
     output_dir = Path(output_dir)
     shared.make_folder(output_dir)
     if line := misplaced_note(uri):
@@ -411,7 +379,8 @@ def connect(uri: str) -> MlflowClient:
 
 
 def lock(uri: str, output_dir: Path) -> BaseFileLock:
-    """The lock for writing into a store, one per host. ReadOnlyStore if we may not write.
+    """The lock for writing into a store, one per host. TrackingUnreachable if we may not
+    write.
 
     It is beside a SQLite file, which two output folders may share, else in the output folder.
     """
@@ -419,8 +388,7 @@ def lock(uri: str, output_dir: Path) -> BaseFileLock:
 
     database = sqlite_path(uri)
     path = Path(f"{database}.lock") if database else output_dir / "mlflow.lock"
-    if database and (line := read_only(database)):
-        raise ReadOnlyStore(line)
+    _refuse_read_only(database)
     if not path.exists():  # filelock would make it without rights for the group
         with contextlib.suppress(OSError):
             shared.touch(path)
@@ -446,15 +414,29 @@ def reachable(uri: str) -> Iterator[None]:
         yield
     except Exception as error:
         if match := DAMAGED.search(str(error)):
-            raise TrackingUnreachable(uri, damage=match[0]) from error
+            raise TrackingUnreachable(
+                f"{redacted(uri)} cannot be used ({match[0]})",
+                then="move the database away and run `python -m sweeps sync`",
+            ) from error
         if reason := _refusal(error):
-            raise LoginRefused(uri, reason=reason) from error
+            web = uri.startswith(("http://", "https://"))
+            held = f"{LOGIN}, or MLFLOW_TRACKING_TOKEN, hold" if web else f"{PASSWORD} holds"
+            raise TrackingUnreachable(
+                f"login refused by {redacted(uri)} ({reason}); the environment's {held} it",
+                then="run `python -m sweeps sync` then",
+            ) from error
         if not is_outage(error):
             raise
-        database = sqlite_path(uri)
-        if database and (line := read_only(database)):
-            raise ReadOnlyStore(line) from error
-        raise TrackingUnreachable(uri) from error
+        _refuse_read_only(sqlite_path(uri))
+        raise TrackingUnreachable.silent(uri) from error
+
+
+def _refuse_read_only(database: Path | None) -> None:
+    """A database of another user can be read, but not written to."""
+    if database and (line := read_only(database)):
+        raise TrackingUnreachable(
+            line, then="who may write there runs `python -m sweeps sync` later"
+        )
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -210,7 +210,7 @@ class Tracker:
             sweep=InSweep(names=done.names, parent=done.parent, colours=done.colours),
             states=states,
             final=final,
-            progress=functools.partial(progress or _ignore, done.experiment),
+            progress=functools.partial(progress or (lambda *_: None), done.experiment),
         )
         done.files = done.report.files
         if view:
@@ -245,10 +245,6 @@ class Tracker:
             folder = plan_folder(self.output_dir, name=view.name)
             files = sweeps.attach(store, done.parent, folder, wait_s=wait_s)
             done.files = done.files or files
-
-
-def _ignore(*_: object) -> None:
-    return
 
 
 @dataclass(kw_only=True, slots=True)

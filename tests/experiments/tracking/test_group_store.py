@@ -18,7 +18,7 @@ from experiments import addresses
 from experiments.addresses import default_uri
 from experiments.disk.run_dir import RunDir
 from experiments.tracking import store as mlflow_store
-from experiments.tracking.store import ReadOnlyStore, readable
+from experiments.tracking.store import TrackingUnreachable, readable
 from relora_core import shared
 
 
@@ -89,7 +89,9 @@ def test_who_may_not_write_hears_whose_it_is_and_looks_at_a_copy(
     shutil.copy(migrated, out / "mlflow.db")
     uri, before = default_uri(out), tree(out)
     closed.append(out)
-    with pytest.raises(ReadOnlyStore, match=r"read-only for you \(owner anna\); nothing is lost"):
+    with pytest.raises(
+        TrackingUnreachable, match=r"read-only for you \(owner anna\); nothing is lost"
+    ):
         mlflow_store.lock(uri, out)
     with readable(uri, output_dir=out) as shown:
         assert shown != uri
