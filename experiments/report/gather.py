@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from experiments import colours
 from experiments.colours import Look
@@ -267,12 +268,13 @@ def _read_record(run: RunData, run_dir: RunDir) -> None:
             steps.append(event["step"])
             clock.append(hours)
     per_step = run.config.train.batch_size * run.config.data.seq_len
-    for event in events:
+    at_events = np.interp([event["step"] for event in events], steps, clock).tolist()
+    for event, at_event in zip(events, at_events, strict=True):
         step = event["step"]
         if event["kind"] == "restart":
             run.restarts.append(step)
         if event["kind"] != "system":
-            at = step, step * per_step, _interpolate(steps, clock, step)
+            at = step, step * per_step, at_event
             for name, value in event["metrics"].items():
                 _add(run.curves.setdefault(name, []), Point(*at, float(value)))
     run.tables |= tables
@@ -340,15 +342,6 @@ def _rows(lines: Sequence[tuple[int, bytes]]) -> list[dict[str, Any]]:
     return []
 
 
-def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
-    """The value at x between points with ascending xs; the last value beyond them."""
-    right = bisect_right(xs, x)
-    if right >= len(xs):
-        return ys[-1]
-    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-
 def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
     """Add separate evaluations as further points and tables.
 
@@ -364,7 +357,7 @@ def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
     added: dict[str, list[Point]] = {}
     for evaluation in evaluations:
         step = evaluation["step"]
-        at = step, step * per_step, _interpolate(steps, hours, step)
+        at = step, step * per_step, float(np.interp(step, steps, hours))
         for name, value in evaluation["metrics"].items():
             added.setdefault(name, []).append(Point(*at, float(value)))
         key = evaluation["name"], evaluation["section"]
