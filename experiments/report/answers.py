@@ -16,7 +16,7 @@ from experiments.report.comparisons import SIGNIFICANT, Pair, compared, title_en
 from experiments.report.data import Arm, Sweep, differing_texts
 from experiments.report.document import Block, Bullets, joined, plural
 from experiments.report.registered import Registered
-from experiments.report.tables import certainty, name, shown, value_text
+from experiments.report.tables import certainty, charts, name, value_text
 from experiments.stats import Comparison, Interval
 from relora_core.events import Metric
 
@@ -34,7 +34,7 @@ def answer(sweep: Sweep, pairs: Sequence[Pair], named: Sequence[Block]) -> list[
     `named` are sentences on comparisons that a file names, which come first, as do those on
     numeric axes. Empty where no run has finished.
     """
-    metrics = [metric for metric in shown(sweep) if metric.charted]
+    metrics = charts(sweep)
     if not metrics:
         return []
     main = next((metric for metric in metrics if metric.key != LOSS.key), LOSS)

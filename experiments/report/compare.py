@@ -163,14 +163,8 @@ def _settings(matched: Matched) -> list[Block]:
         new, old = (data.settings(a.runs[0].config) for a in (arm, other))
         for key in dict.fromkeys([*old, *new]):
             if old.get(key) != new.get(key):
-                rows.append(
-                    [
-                        arm.name,
-                        key,
-                        page.setting_text(old.get(key)),
-                        page.setting_text(new.get(key)),
-                    ]
-                )
+                values = map(page.setting_text, (old.get(key), new.get(key)))
+                rows.append([arm.name, key, *values])
     if not rows:
         return []
     columns = ["arm", "setting", "first", "second"]

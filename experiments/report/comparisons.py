@@ -168,19 +168,11 @@ def _difference_table(
     against_what, one = (f" to {to}", True) if to else title_end(pairs)
     rows, data = [], []
     for (arm, reference), c in zip(pairs, tests, strict=True):
-        rows.append(
-            [
-                *([arm.name] if one else [arm.name, reference.name]),
-                seeds_cell(c),
-                between(metric, c.difference, c.low, c.high),
-                p_value(c.p),
-                p_value(c.p_holm),
-                "-" if c.bootstrap is None else ends(metric, *c.bootstrap),
-                "-" if c.effect is None else f"{c.effect:+.2f}",
-                c.needed.text if c.p is not None else "-",
-                c.note,
-            ]
-        )
+        *test, needed, note = comparison_cells(metric, c)
+        bootstrap = "-" if c.bootstrap is None else ends(metric, *c.bootstrap)
+        effect = "-" if c.effect is None else f"{c.effect:+.2f}"
+        names = [arm.name] if one else [arm.name, reference.name]
+        rows.append([*names, *test, bootstrap, effect, needed, note])
         data.append({"arm": arm.name, "reference": reference.name, **comparison_row(metric, c)})
     what = "ratio" if metric.scale == "log" else "difference"
     return Table(
@@ -196,9 +188,13 @@ def _difference_table(
     )
 
 
-def seeds_cell(c: Comparison) -> str:
-    """Pairs, or values of arm and reference."""
-    return str(c.n) if c.n else f"{c.n_arm} and {c.n_reference}"
+def comparison_cells(metric: Metric, c: Comparison) -> list[str]:
+    """Pairs, or values of arm and reference; difference, p and p (Holm); seeds needed and note."""
+    return [
+        str(c.n) if c.n else f"{c.n_arm} and {c.n_reference}",
+        between(metric, c.difference, c.low, c.high),
+        *(p_value(c.p), p_value(c.p_holm), c.needed.text if c.p is not None else "-", c.note),
+    ]
 
 
 def comparison_row(metric: Metric, c: Comparison) -> dict[str, Any]:

@@ -32,6 +32,10 @@ class Point(NamedTuple):
     value: float
 
 
+AXES = {"steps": "step", "tokens": "tokens", "gpu_hours": "gpu_hours"}
+"""What curves can be drawn against -> its field of a Point, and column of data.parquet."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Cost:
     """What a run has cost."""

@@ -55,6 +55,12 @@ class Table:
     folded: bool = False
     """HTML shows only the title until it is clicked."""
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column whether it holds numbers, and so is right-aligned."""
+        columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
+        return [all(not cell or NUMBER.match(cell) for cell in cells) for cells in columns]
+
 
 @dataclass(kw_only=True, slots=True)
 class Picture:
@@ -118,13 +124,16 @@ def to_html(document: Document) -> str:
     for section in document.sections:
         parts.append(f'<h2 id="{_anchor(section.title)}">{html.escape(section.title)}</h2>')
         parts += [_html(block) for block in section.blocks]
-    title = html.escape(document.title)
+    return html_page(document.title, "\n".join(parts))
+
+
+def html_page(title: str, body: str) -> str:
+    """A page with this title and, as HTML, this body."""
+    title = html.escape(title)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<title>{title}</title>'
-        f"<style>{CSS}</style></head>\n<body>\n<h1>{title}</h1>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
+        f"<style>{CSS}</style></head>\n<body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
 
@@ -159,11 +168,7 @@ def _html(block: Block) -> str:
 
 
 def _html_table(table: Table) -> str:
-    numeric = [
-        all(not row[i] or NUMBER.match(row[i]) for row in table.rows)
-        for i in range(len(table.columns))
-    ]
-    css = [' class="n"' if number else "" for number in numeric]
+    css = [' class="n"' if number else "" for number in table.numeric]
     head = _html_row("th", table.columns, css)
     body = "\n".join(_html_row("td", row, css) for row in table.rows)
     caption = "" if table.folded else f"<caption>{html.escape(table.title)}</caption>"

@@ -18,7 +18,7 @@ from experiments.disk.plans import SweepRecord, question, read_sweep, sweep_name
 from experiments.disk.state import RunState, state_of
 from experiments.disk.states import State
 from experiments.json_files import READ_ERRORS
-from experiments.report.document import CSS
+from experiments.report.document import html_page
 from relora_core import atomic
 from relora_core.config import ConfigError
 
@@ -35,18 +35,14 @@ def write(output_dir: Path | str, *, states: Mapping[str, RunState] | None = Non
         raise ConfigError(f"--html-index needs a sweep, and {output_dir} has none")
     rows = "\n".join(_row(output_dir, name, states or {}) for name in names)
     heads = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    title = html.escape(f"Sweeps in {Path(output_dir).absolute().name}")
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-        f"<style>{CSS}</style></head>\n<body>\n<h1>{title}</h1>\n"
+    body = (
         f'<p class="note">Written {time.strftime("%Y-%m-%d %H:%M %Z")}. A headline is that of the '
         "report when it was written.</p>\n"
         f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{rows}\n</tbody>'
-        "</table></div>\n</body></html>\n"
+        "</table></div>"
     )
     path = plan_folder(output_dir, name="index.html")
-    atomic.write_text(path, page)
+    atomic.write_text(path, html_page(f"Sweeps in {Path(output_dir).absolute().name}", body))
     return path
 
 

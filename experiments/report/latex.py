@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from experiments.report.document import NUMBER, Table
+from experiments.report.document import Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -46,9 +46,8 @@ def to_latex(table: Table, *, label: str) -> str:
         for index in range(len(table.columns))
         if any(row[index] not in ("", "-") for row in table.rows)
     ]
-    numeric = [
-        all(not row[index] or NUMBER.match(row[index]) for row in table.rows) for index in full
-    ]
+    aligned = table.numeric
+    numeric = [aligned[index] for index in full]
     wide = len(full) > MOST_NARROW
     kind = "table*" if wide else "table"
     head = [escape(table.columns[index]) for index in full]

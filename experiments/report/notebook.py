@@ -12,13 +12,10 @@ from pprint import pformat
 from typing import Any
 
 from experiments.report import responses
-from experiments.report.data import Sweep
-from experiments.report.tables import shown
+from experiments.report.data import AXES, Sweep
+from experiments.report.tables import charts
 from relora_core.evals.blimp import ACCURACY
-from relora_core.events import Metric
 
-X = {"steps": "step", "tokens": "tokens", "gpu_hours": "gpu_hours"}
-"""What curves are drawn against -> its column in data.parquet."""
 DYNAMICS = {
     "weights_rank": (("weight", "base"), "per"),
     "weights_condition": (("weight", "base"), "condition_number"),
@@ -36,7 +33,7 @@ def make(sweep: Sweep, figures: Mapping[str, str], *, x: str) -> str:
             "It needs pyarrow, matplotlib and scipy."
         ),
         _code(Path(__file__).with_name("redraw.py").read_text(encoding="utf-8")),
-        _code(_settings(sweep, x=X[x])),
+        _code(_settings(sweep, x=AXES[x])),
     ]
     for name, title in figures.items():
         if call := _call(sweep, name):
@@ -67,17 +64,13 @@ def _settings(sweep: Sweep, *, x: str) -> str:
     arms = [{"name": a.name, "colour": a.colour, "style": a.style} for a in sweep.arms]
     metrics = {
         metric.key: {"label": metric.label, "scale": metric.scale, "better": metric.better}
-        for metric in _charted(sweep)
+        for metric in charts(sweep)
     }
     return (
         f"X = {x!r}\nARMS = {pformat(arms)}\n"
         f"METRICS = {pformat(metrics, sort_dicts=False)}\n"
         "CURVES, FINALS, MEANS = read_curves(x=X), read_finals(), read_means()"
     )
-
-
-def _charted(sweep: Sweep) -> list[Metric]:
-    return [metric for metric in shown(sweep) if metric.charted]
 
 
 def _call(sweep: Sweep, name: str) -> str:
@@ -140,7 +133,7 @@ def _response(sweep: Sweep, name: str) -> str:
         for line in facet.lines
     }
     lines: dict[str, dict[str, list[tuple[float, float, float | None, float | None]]]] = {}
-    for metric in _charted(sweep):
+    for metric in charts(sweep):
         own = lines[metric.key] = {}
         for label, line in drawn.items():
             if made := responses.estimates(line.cells, metric=metric):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,6 @@ from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
 from relora_core.sources import comparable
 
-AXES = ("steps", "tokens", "gpu_hours")
-"""What curves can be drawn against."""
 PREVIOUS = "previous"
 """Given as reference: each arm is compared with the one before it."""
 PRINTED = ("arms", "compare_", "registered", "marginal")
@@ -338,17 +336,10 @@ def _environment(sweep: Sweep) -> list[Block]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for run in sweep.runs:
         for attempt in run.attempts:
-            torch = attempt.packages.get("torch", "?")
             state = {True: "changed", False: "clean", None: "?"}[attempt.dirty]
-            key = (
-                attempt.code_hash or "?",
-                attempt.commit[:12] or "?",
-                state,
-                attempt.python or "?",
-                torch,
-                attempt.hardware or "?",
-                attempt.host or "?",
-            )
+            code = attempt.code_hash, attempt.commit[:12], state
+            on = attempt.python, attempt.packages.get("torch"), attempt.hardware, attempt.host
+            key = tuple(value or "?" for value in (*code, *on))
             groups.setdefault(key, []).append(run.run_id)
     if not groups:
         return []
@@ -439,19 +430,12 @@ def write_parquet(sweeps: Sequence[Sweep], path: Path) -> None:
     temporary.replace(path)
 
 
-def _batches(sweep: Sweep, arm: Arm, schema: Any) -> list[Any]:
+def _batches(sweep: Sweep, arm: Arm, schema: Any) -> Iterator[Any]:
     import pyarrow as pa
 
-    batches = []
     for run in arm.runs:
-        names = [name for name, points in run.curves.items() for _ in points]
-        points = [point for points in run.curves.values() for point in points]
-        if not points:
-            continue
-        steps, tokens, hours, values = zip(*points, strict=True)
         same = [sweep.name, run.run_id, arm.arm_id, arm.name, run.seed, run.state]
-        columns = [[value] * len(points) for value in same]
-        columns += [names, list(steps), list(tokens), list(hours), list(values)]
-        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, schema, strict=True)]
-        batches.append(pa.record_batch(arrays, schema=schema))
-    return batches
+        rows = [(*same, name, *point) for name, points in run.curves.items() for point in points]
+        if rows:
+            columns = map(list, zip(*rows, strict=True))
+            yield pa.record_batch(dict(zip(schema.names, columns, strict=True)), schema=schema)

@@ -24,12 +24,10 @@ from experiments.metrics import headline
 from experiments.report import blimp
 from experiments.report.comparisons import (
     Pair,
-    between,
     compare_values,
+    comparison_cells,
     comparison_row,
     find_arm,
-    p_value,
-    seeds_cell,
 )
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined, plural
@@ -195,14 +193,8 @@ def section(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Block]:
     outcomes = compare_all(sweep, comparisons)
     rows, data = [], []
     for one, c in zip(comparisons, outcomes, strict=True):
-        rows.append(
-            [
-                *(one.question, one.arm, one.reference, one.metric_title, seeds_cell(c)),
-                between(one.metric, c.difference, c.low, c.high),
-                *(p_value(c.p), p_value(c.p_holm), c.needed.text if c.p is not None else "-"),
-                c.note,
-            ]
-        )
+        what = [one.question, one.arm, one.reference, one.metric_title]
+        rows.append([*what, *comparison_cells(one.metric, c)])
         data.append(
             {"question": one.question, "arm": one.arm, "reference": one.reference}
             | {"paradigms": " ".join(one.paradigms), **comparison_row(one.metric, c)}

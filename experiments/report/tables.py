@@ -32,6 +32,11 @@ def shown(sweep: Sweep) -> list[Metric]:
     return [m for m in every if any(arm.values(m.key) for arm in sweep.arms)]
 
 
+def charts(sweep: Sweep) -> list[Metric]:
+    """Those of them that every figure draws."""
+    return [metric for metric in shown(sweep) if metric.charted]
+
+
 def name(metric: Metric) -> str:
     """Its name in a sentence."""
     return " ".join(metric.label.split())

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, number
-from experiments.report.tables import hours_per_run, mean_cell, shown, value_text
+from experiments.report.tables import charts, hours_per_run, mean_cell, value_text
 from experiments.stats import Interval, interval
 from relora_core import costs
 from relora_core.config import EvaluatedConfig, RunConfig, method_config
@@ -29,6 +29,8 @@ class Cost:
 
     key: str
     title: str
+    letter: str
+    """That marks its front in the table."""
     of: Callable[[Arm], Interval | None]
     """Over the finished runs; an interval where they differ."""
 
@@ -53,15 +55,7 @@ def _largest(arm: Arm) -> RunConfig:
     return dataclasses.replace(config, method="full_rank") if phases else config
 
 
-def _trainable(arm: Arm) -> Interval | None:
-    return _counted(arm, lambda config: costs.parameters(config).trainable)
-
-
-def _moments(arm: Arm) -> Interval | None:
-    return _counted(arm, lambda config: costs.memory_bytes(config)["moments"])
-
-
-def _counted(arm: Arm, count: Callable[[RunConfig], float]) -> Interval | None:
+def _counted(arm: Arm, *, count: Callable[[RunConfig], float]) -> Interval | None:
     """None for a config that does not say its vocabulary, as a planned one does."""
     config = _largest(arm)
     if isinstance(config, EvaluatedConfig):  # how it was trained is not known
@@ -74,11 +68,13 @@ def _tokens(arm: Arm) -> Interval | None:
     return interval(tokens, scale="linear") if tokens else None
 
 
+_trainable = partial(_counted, count=lambda config: costs.parameters(config).trainable)
+_moments = partial(_counted, count=lambda config: costs.memory_bytes(config)["moments"])
 COSTS = (
-    Cost(key="trainable", title="trained parameters", of=_trainable),
-    Cost(key="moment_bytes", title="optimizer state (bytes)", of=_moments),
-    Cost(key="tokens", title="training tokens", of=_tokens),
-    Cost(key="gpu_hours", title="device-hours of training", of=hours_per_run),
+    Cost(key="trainable", title="trained parameters", letter="p", of=_trainable),
+    Cost(key="moment_bytes", title="optimizer state (bytes)", letter="s", of=_moments),
+    Cost(key="tokens", title="training tokens", letter="t", of=_tokens),
+    Cost(key="gpu_hours", title="device-hours of training", letter="h", of=hours_per_run),
 )
 
 
@@ -125,7 +121,7 @@ def differ(sweep: Sweep, cost: Cost) -> bool:
 
 def tradeoffs(sweep: Sweep) -> list[Block]:
     """A table of what each arm reaches and takes; of each metric, the fronts that the arm is on."""
-    metrics = [metric for metric in shown(sweep) if metric.charted]
+    metrics = charts(sweep)
     if not has_tradeoffs(sweep) or not metrics:
         return []
     costs_shown = [cost for cost in COSTS if differ(sweep, cost)]
@@ -144,10 +140,10 @@ def tradeoffs(sweep: Sweep) -> list[Block]:
             value = arm.estimate(metric)
             on = [c for c in costs_shown if arm.arm_id in fronts[metric.key, c.key]]
             cell = mean_cell(value, partial(value_text, metric), expected=len(arm.finished))
-            cells.append(cell + (f" *{''.join(_letter(cost) for cost in on)}" if on else ""))
+            cells.append(cell + (f" *{''.join(cost.letter for cost in on)}" if on else ""))
             data.append(_row(arm, metric, value, taken, on=[cost.key for cost in on]))
         rows.append([arm.name, *cells])
-    letters = ", ".join(f"{_letter(cost)} {cost.title}" for cost in costs_shown)
+    letters = ", ".join(f"{cost.letter} {cost.title}" for cost in costs_shown)
     same = [cost.title for cost in COSTS if cost not in costs_shown]
     return [
         Table(
@@ -165,10 +161,6 @@ def tradeoffs(sweep: Sweep) -> list[Block]:
     ]
 
 
-def _letter(cost: Cost) -> str:
-    return {"trainable": "p", "moment_bytes": "s", "tokens": "t", "gpu_hours": "h"}[cost.key]
-
-
 def _cost_text(taken: Interval | None, expected: int) -> str:
     if taken is not None and taken.mean >= 100 and taken.low in (None, taken.high):
         return f"{taken.mean:,.0f}"
@@ -184,18 +176,14 @@ def _row(
     on: Sequence[str],
 ) -> dict[str, Any]:
     """The CSV row of one arm and metric."""
-    amounts = {key: one.mean if one else None for key, one in taken.items()}
     hours = taken["gpu_hours"]
     return {
         "arm": arm.name,
         "arm_id": arm.arm_id,
-        **amounts,
-        "gpu_hours_low": hours.low if hours else None,
-        "gpu_hours_high": hours.high if hours else None,
+        **{key: one.mean if one else None for key, one in taken.items()},
+        **{f"gpu_hours_{end}": getattr(hours, end, None) for end in ("low", "high")},
         "metric": metric.key,
-        "mean": value.mean if value else None,
-        "low": value.low if value else None,
-        "high": value.high if value else None,
+        **{part: getattr(value, part, None) for part in ("mean", "low", "high")},
         "n": value.n if value else 0,
         "fronts": " ".join(on),
     }

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from experiments.report import index, page
+from experiments.report.data import AXES
 from relora_core.config import ConfigError
 from relora_core.data.places import expand
 from sweeps.commands import selection
@@ -38,9 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "each with the arm before it"
     )
     parser.add_argument("--reference", metavar="ARM", help=help_reference)
-    parser.add_argument(
-        "--x", choices=page.AXES, default="tokens", help="what curves are drawn against"
-    )
+    parser.add_argument("--x", choices=AXES, default="tokens", help="what curves are drawn against")
     help_beside = "models that `python -m experiments evaluate` has evaluated, with commas"
     parser.add_argument("--beside", metavar="NAMES", help=help_beside)
     help_comparisons = "YAML of comparisons, as a study names them before its runs; tested together"

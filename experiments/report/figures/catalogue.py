@@ -15,11 +15,11 @@ from matplotlib.figure import Figure as Canvas
 from experiments.metrics import LOSS
 from experiments.report import data
 from experiments.report.data import Arm, Sweep
-from experiments.report.figures import arms, canvas, fronts, published, response
+from experiments.report.figures import arms, canvas, fronts, response
 from experiments.report.figures import paper as figures_paper
 from experiments.report.figures.canvas import Drawing, Figure, NoData
 from experiments.report.figures.curves import Panel, Progress, progress, restart_ticks
-from experiments.report.figures.published import Published
+from experiments.report.figures.published import Published, load, note
 from experiments.report.tradeoffs import has_tradeoffs
 from relora_core.evals.blimp import ACCURACY
 from relora_core.evals.paloma import PAPER_PERPLEXITY, PERPLEXITY
@@ -68,7 +68,8 @@ def catalogue(
 ) -> dict[str, tuple[str, Callable[[], Drawing]]]:
     """Name -> (title, function that draws it) of every figure; arguments as of `all_figures`."""
     axis = progress(sweep, x)
-    paper = _load(published, sweep)
+    models = {run.config.model.name for run in sweep.runs}
+    paper = load(published, models=models) if published is not None else None
     dynamics = partial(figures_paper.dynamics, sweep, axis=axis, paper=paper)
     return {
         "learning_curves": (
@@ -100,12 +101,6 @@ def catalogue(
         ),
         "restarts": ("What restarts do", partial(figures_paper.restarts, sweep)),
     }
-
-
-def _load(path: Path | str | None, sweep: Sweep) -> Published | None:
-    if path is None:
-        return None
-    return published.load(path, models={run.config.model.name for run in sweep.runs})
 
 
 # learning curves --------------------------------------------------------------------------------
@@ -140,7 +135,7 @@ def learning_curves(sweep: Sweep, *, axis: Progress, paper: Published | None = N
         panel.finish(ylabel=metric.label, title="second half" if start else "")
         restarts |= restart_ticks(ax, drawn, axis=axis) if not start else False
     extra = [canvas.RESTART] if restarts else []
-    notes = published.note(laid) if paper else ""
+    notes = note(laid) if paper else ""
     canvas.legend(figure, drawn, extra=[*extra, *(paper.legend(laid) if paper else [])])
     return Drawing(canvas=figure, caption=f"{canvas.bands(drawn)}{others}{notes}".strip())
 

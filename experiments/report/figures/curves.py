@@ -17,7 +17,7 @@ from matplotlib.axis import Axis as MplAxis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from experiments.disk.states import State
-from experiments.report.data import Arm, Point, RunData, Sweep
+from experiments.report.data import AXES, Arm, Point, RunData, Sweep
 from experiments.report.figures.canvas import DARK, GREY, finite
 from experiments.stats import CONFIDENCE, Scale
 from relora_core.config import ConfigError, nearest
@@ -40,7 +40,6 @@ class Progress:
 
 STEPS = [1, 2, 2.5, 5, 10]
 """Between ticks, times a power of ten."""
-AXES = {"steps": "step", "tokens": "tokens", "gpu_hours": "gpu_hours"}
 UNITS = {
     "steps": [(0.0, 1.0, "optimizer steps")],
     "tokens": [

@@ -17,7 +17,7 @@ from experiments.report import tradeoffs
 from experiments.report.data import Sweep
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
-from experiments.report.tables import shown
+from experiments.report.tables import charts
 from experiments.report.tradeoffs import Point
 from relora_core.events import Metric
 
@@ -31,7 +31,7 @@ LARGEST = 1e280
 
 def fronts(sweep: Sweep) -> Drawing:
     """A row for each metric, a column for each cost in which arms differ."""
-    metrics = [metric for metric in shown(sweep) if metric.charted]
+    metrics = charts(sweep)
     costs = [cost for cost in tradeoffs.COSTS if tradeoffs.differ(sweep, cost)]
     if not metrics or not costs:
         raise NoData("no finished runs differ in what they take")

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -35,7 +36,7 @@ from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
 from experiments.report.figures.curves import STEPS, plain_ticks
 from experiments.report.responses import Axis, Facet, Line, value_label
-from experiments.report.tables import name, shown, value_text
+from experiments.report.tables import charts, name, value_text
 from experiments.stats import ROUNDING, Interval, Scale
 from relora_core.events import Metric
 
@@ -125,7 +126,7 @@ def limits(
 # lines over an axis -----------------------------------------------------------------------------
 def over(sweep: Sweep, axis: Axis) -> Drawing:
     """The metrics over one axis: a line for each value of the next, panels for further ones."""
-    metrics = _metrics(sweep)
+    metrics = charts(sweep)
     made = responses.response(sweep, axis)
     labels = list(dict.fromkeys(line.label for facet in made.facets for line in facet.lines))
     for facet in made.facets:
@@ -160,10 +161,6 @@ def over(sweep: Sweep, axis: Axis) -> Drawing:
     if any(facet.levels for facet in made.facets):
         text += f" Level lines, with bands: arms to which {axis.key} does not apply."
     return Drawing(canvas=figure, caption=text)
-
-
-def _metrics(sweep: Sweep) -> list[Metric]:
-    return [metric for metric in shown(sweep) if metric.charted]
 
 
 def _intervals(sweep: Sweep) -> str:
@@ -332,19 +329,10 @@ def _number_of(label: str) -> float:
 
 
 def _legend(figure: Canvas, facets: Sequence[Facet], looks: dict[str, dict[str, Any]]) -> None:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=look["colour"],
-            linestyle=look["line"],
-            marker=look["marker"],
-            markersize=4,
-            label=label,
-        )
-        for label, look in looks.items()
-        if label
-    ]
+    handles = []
+    for label, look in looks.items():
+        drawn = {"color": look["colour"], "linestyle": look["line"], "marker": look["marker"]}
+        handles += [Line2D([], [], **drawn, markersize=4, label=label)] if label else []
     levels = {arm.arm_id: arm for facet in facets for arm in facet.levels}
     handles += [
         Line2D([], [], color=arm.colour, linestyle=(0, (4, 2)), label=arm.name)
@@ -370,7 +358,7 @@ def has_map(sweep: Sweep) -> bool:
 
 def heat_map(sweep: Sweep) -> Drawing:
     """A cell for each pair of values: mean and standard deviation over seeds."""
-    metrics = _metrics(sweep)
+    metrics = charts(sweep)
     down, across = responses.numeric_axes(sweep)
     if len(down.values) > len(across.values):
         down, across = across, down
@@ -446,9 +434,8 @@ def _cells(
     if usable.size:
         pick = np.nanargmin if metric.better == "lower" else np.nanargmax
         row, column = np.unravel_index(pick(grid), grid.shape)
-        square = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5)]
-        xs, ys = zip(*((column + x * 0.96, row + y * 0.96) for x, y in square), strict=True)
-        ax.plot(xs, ys, color=OKABE_ITO[1], linewidth=1.8, clip_on=False)
+        corner, look = (column - 0.48, row - 0.48), {"edgecolor": OKABE_ITO[1], "linewidth": 1.8}
+        ax.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, clip_on=False, **look))
 
 
 def _cell_text(one: Interval, metric: Metric) -> str:
@@ -467,7 +454,7 @@ def _cell_text(one: Interval, metric: Metric) -> str:
 # means over all other axes ----------------------------------------------------------------------
 def marginal(sweep: Sweep) -> Drawing:
     """A column for each axis, a row for each metric: means over all other axes."""
-    axes, metrics = responses.marginal_axes(sweep), _metrics(sweep)
+    axes, metrics = responses.marginal_axes(sweep), charts(sweep)
     made = {
         (metric.key, key): responses.estimates(cells, metric=metric)
         for metric in metrics
