@@ -121,8 +121,7 @@ def make_plan(
         kept = cells[-1].config.sweep.arm
         others = [config.sweep.arm for configs in one.values() for config in configs]
         same_arms |= {arm: kept for arm in others if arm and kept and arm != kept}
-    same_arms = _without_runs(same_arms, cells)
-    _join_arms(cells)
+    same_arms = _without_runs(same_arms | _join_arms([], cells), cells)
     _rename(cells)
     return Plan(
         name=name,
@@ -153,12 +152,24 @@ def _without_runs(same_arms: Mapping[str, str], cells: Sequence[Cell]) -> dict[s
     return ends
 
 
-def _join_arms(cells: Sequence[Cell]) -> None:
-    """Give runs that differ in their seed alone one arm_id, the first one's."""
-    arms: dict[str, str] = {}
-    for cell in cells:
+def _join_arms(old: Sequence[Cell], new: Sequence[Cell]) -> dict[str, str]:
+    """Give runs that differ in their seed alone one arm_id, the oldest's, and one `sweep.arm`, the
+    newest command's; the names that this replaces -> that one."""
+    cells_of: dict[str, list[Cell]] = {}
+    for cell in [*old, *new]:
         setting = {key: value for key, value in essential(cell.config).items() if key != "seed"}
-        cell.arm_id = arms.setdefault(repr(setting), cell.arm_id)
+        cells_of.setdefault(repr(setting), []).append(cell)
+    is_new, same_arms = set(map(id, new)), {}
+    for cells in cells_of.values():
+        newest_first = sorted(cells, key=lambda cell: id(cell) not in is_new)
+        names = [arm for cell in newest_first if (arm := cell.config.sweep.arm)]
+        for cell in cells:
+            cell.arm_id = cells[0].arm_id
+            if names and cell.config.sweep.arm != names[0]:
+                sweep = dataclasses.replace(cell.config.sweep, arm=names[0])
+                cell.config = dataclasses.replace(cell.config, sweep=sweep)
+        same_arms |= {name: names[0] for name in names if name != names[0]}
+    return same_arms
 
 
 def _plan_name(points: Sequence[tuple[Point, RunConfig]], name: str | None) -> str:
@@ -340,6 +351,8 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
         merged = dataclasses.replace(plan, cells=list(cells.values()))
         if (folder / "plan.json").exists():
             old = load(folder / "plan.json")
+            named, notes = _labels(plan.cells), _lasting_notes(old, plan)
+            same_arms = old.same_arms | _join_arms(old.cells, plan.cells) | plan.same_arms
             old_ids = {cell.run_id for cell in old.cells}
             new = [cell for cell in plan.cells if cell.run_id not in old_ids]
             both = zip(old.commands + plan.commands, old.overrides + plan.overrides, strict=True)
@@ -347,36 +360,31 @@ def store(plan: Plan, *, output_dir: Path | str) -> Plan:
             merged = dataclasses.replace(
                 plan,
                 cells=[cells.get(cell.run_id, cell) for cell in old.cells] + new,
-                notes=_join_notes(old, plan),
                 commands=list(typed),
                 overrides=list(typed.values()),
                 tuned=old.tuned | plan.tuned,
-                same_arms=old.same_arms | _renamed_arms(old.cells, cells) | plan.same_arms,
                 created=old.created,
             )
-        merged.same_arms = _without_runs(merged.same_arms, merged.cells)
-        _join_arms(merged.cells)
-        if [cell.run_id for cell in merged.cells] != list(cells):  # else make_plan has named them
-            _rename(merged.cells, _with_typed_paths(merged.cells, new=plan.cells))
+            merged.same_arms = _without_runs(same_arms, merged.cells)
+            notes += comparison_notes([cell.config for cell in merged.cells])
+            merged.notes = list(dict.fromkeys(notes))
+            if _labels(merged.cells) != named:  # else make_plan has named them
+                _rename(merged.cells, _with_typed_paths(merged.cells, new=plan.cells))
         for cell in plan.cells:
             cell.config = frozen.absolute(cell.config)
         atomic.write_json(folder / "plan.json", dataclasses.asdict(merged))
     return dataclasses.replace(plan, cells=list(cells.values()))
 
 
-def _renamed_arms(old: Sequence[Cell], new: Mapping[str, Cell]) -> dict[str, str]:
-    """`sweep.arm` of a stored cell -> that of its new one, where they differ."""
-    pairs = {c.config.sweep.arm: new[c.run_id].config.sweep.arm for c in old if c.run_id in new}
-    return {was: now for was, now in pairs.items() if was and now and was != now}
+def _labels(cells: Sequence[Cell]) -> list[tuple[str, str | None]]:
+    return [(cell.run_id, cell.config.sweep.arm) for cell in cells]
 
 
-def _join_notes(old: Plan, new: Plan) -> list[str]:
-    """Notes of both plans; those that compare runs are made anew, of all runs together."""
+def _lasting_notes(old: Plan, new: Plan) -> list[str]:
+    """Notes of both plans without those that compare runs, which are made anew of all together."""
     runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
-    configs_by_id = {cell.run_id: cell.config for plan in (old, new) for cell in plan.cells}
     outdated = {note for configs in runs for note in comparison_notes(configs)}
-    others = [note for note in old.notes + new.notes if note not in outdated]
-    return list(dict.fromkeys(others + comparison_notes(list(configs_by_id.values()))))
+    return [note for note in old.notes + new.notes if note not in outdated]
 
 
 def other_settings(plan: Plan, points: Sequence[Point], *, output_dir: Path | str) -> list[str]:

@@ -60,7 +60,8 @@ def in_arms(make, *names: str, **changes):
 
 
 def test_an_arm_that_computes_the_same_as_another_is_found_by_its_own_name(make, tmp_path):
-    plan = make_plan([*in_arms(make, "tuned", "common"), *in_arms(make, "other", seed=1)])
+    other = in_arms(make, "other", method="full_rank")
+    plan = make_plan([*in_arms(make, "tuned", "common"), *other])
     assert plan.same_arms == {"common": "tuned"}
     assert plan.collapsed == ["3 points -> 2 runs: of equal arms one runs (common = tuned)"]
     store(plan, output_dir=tmp_path)
@@ -72,8 +73,45 @@ def test_an_arm_that_computes_the_same_as_another_is_found_by_its_own_name(make,
     assert load(path).same_arms == {"renamed": "common", "tuned": "common"}
 
 
-def test_an_arm_with_runs_of_its_own_is_not_said_to_be_another(make, tmp_path):
-    points = [*in_arms(make, "one", "two"), *in_arms(make, "two", seed=1)]
+def test_equal_arms_have_one_name_whatever_seeds_each_was_given(make, tmp_path):
+    other = in_arms(make, "other", method="full_rank")
+    points = [*other, *in_arms(make, "one", "two"), *in_arms(make, "two", seed=1)]
+    plan = make_plan(points)
+    assert plan.same_arms == {"two": "one"}
+    assert [cell.config.sweep.arm for cell in plan.cells] == ["other", "one", "one"]
+    path = plan_folder(tmp_path, name="s") / "plan.json"
+    for command, label, others in (
+        (points, "one", ["two"]),
+        (in_arms(make, "two", seed=2), "two", ["one"]),
+        ([({"seed": "3"}, make(seed=3, sweep=SweepConfig(name="s")))], "two", ["one"]),
+        (in_arms(make, "renamed", seed=0), "renamed", ["one", "two"]),
+    ):
+        given = store(make_plan(command), output_dir=tmp_path)
+        stored, arms = load(path), read_sweep(tmp_path, "s").arms
+        assert {cell.run_id: cell.name for cell in stored.cells}.items() >= {
+            cell.run_id: cell.name for cell in given.cells
+        }.items()
+        assert [{run.arm for run in runs} for runs in arms.values()] == [{"other"}, {label}]
+        assert stored.same_arms == dict.fromkeys(others, label)
+
+
+def test_a_plan_of_before_in_which_an_arm_has_two_names_is_mended_by_the_next_command(
+    make, tmp_path
+):
+    points = [*in_arms(make, "one"), *in_arms(make, "one", seed=1)]
+    store(make_plan([*points, *in_arms(make, "other", method="full_rank")]), output_dir=tmp_path)
+    path = plan_folder(tmp_path, name="s") / "plan.json"
+    raw = json.loads(path.read_text())
+    raw["cells"][1]["config"]["sweep"]["arm"] = "two"
+    path.write_text(json.dumps(raw))
+    assert [cell.config.sweep.arm for cell in load(path).cells] == ["one", "two", "other"]
+    store(make_plan(in_arms(make, "other", method="full_rank", seed=1)), output_dir=tmp_path)
+    assert [cell.config.sweep.arm for cell in load(path).cells] == ["one", "one", "other", "other"]
+    assert load(path).same_arms == {"two": "one"}
+
+
+def test_an_arm_with_a_setting_of_its_own_is_not_said_to_be_another(make):
+    points = [*in_arms(make, "one", "two"), *in_arms(make, "two", method="full_rank")]
     assert make_plan(points).same_arms == {}
 
 
