@@ -150,15 +150,22 @@ def distribution(dimension: Dimension) -> BaseDistribution:
 def suggest(trial: optuna.trial.Trial, key: str, dimension: Dimension) -> Any:
     """The trial's value at `key`, drawn now if it has none yet."""
     drawn = distribution(dimension)
-    if isinstance(drawn, CategoricalDistribution):
-        return decode(dimension, trial.suggest_categorical(key, drawn.choices))
-    if isinstance(drawn, IntDistribution):
-        return trial.suggest_int(key, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
-    assert isinstance(drawn, FloatDistribution)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # steps as above; GP clips infinite values
         warnings.simplefilter("ignore", UserWarning)
-        value = trial.suggest_float(key, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
-    return value if drawn.step is None else dimension.nearest(value)
+        if key in trial.distributions:
+            _skip(trial, key, drawn)
+        value = trial._suggest(key, drawn)
+    if isinstance(dimension, Float):
+        return value if dimension.step is None else dimension.nearest(value)
+    return int(value) if isinstance(dimension, Int) else decode(dimension, value)
+
+
+def _skip(trial: optuna.trial.Trial, key: str, drawn: BaseDistribution) -> None:
+    """Draw what the trial has of a point that a killed process began, for nothing: the rest is then
+    what that process would have drawn."""
+    if key in trial._fixed_params or drawn.single() or key in trial.relative_params:
+        return
+    trial.study.sampler.sample_independent(trial.study, trial._cached_frozen_trial, key, drawn)
 
 
 def encode(value: Any) -> Any:

@@ -24,6 +24,7 @@ from experiments.disk.output_dir import study_folder
 from experiments.identity import run_id
 from relora_core import costs
 from relora_core.config import ConfigError
+from sweeps.search import samplers
 from sweeps.search.space import Choice, Float, Int
 from sweeps.search.study import MAX_ADOPTIONS, Study, rebuild
 from sweeps.search.trial import Worker
@@ -253,6 +254,30 @@ def test_a_point_whose_process_died_while_drawing_it_is_drawn_to_its_end(spec, f
     assert (trial.number, trial.params["train.lr"]) == (half.number, drawn)
     assert "relora.r" in trial.params
     assert study.take(taker("other")) is None
+
+
+@pytest.mark.parametrize("sampler", ["random", {"name": "tpe", "n_startup_trials": 2}])
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_a_search_whose_process_dies_while_drawing_draws_the_same_points(
+    spec, tmp_path, monkeypatch, sampler, drawn
+):
+    search = spec(n_trials=4, sampler=sampler)
+    whole, killed = (Study.open(study_folder(tmp_path / n, name="s"), create=search) for n in "ab")
+    finish_all(whole)
+    suggest = samplers.suggest
+
+    def die(trial, key, dimension):
+        if len(trial.params) == drawn:
+            raise KeyboardInterrupt
+        return suggest(trial, key, dimension)
+
+    while killed.left():
+        monkeypatch.setattr(samplers, "suggest", die)
+        with pytest.raises(KeyboardInterrupt):
+            killed.take(taker())
+        monkeypatch.setattr(samplers, "suggest", suggest)
+        finish(killed.take(taker()))
+    assert [t.params for t in killed.trials()] == [t.params for t in whole.trials()]
 
 
 def test_what_ended_stays_as_it_is(spec, folder):
