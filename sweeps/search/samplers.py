@@ -21,6 +21,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial
 
+from experiments.metrics import LOSS, goes_up
 from relora_core.config import ConfigError, nearest
 from sweeps.search.config import SearchConfig
 from sweeps.search.space import Choice, Dimension, Float, Int
@@ -237,6 +238,7 @@ def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
 def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> None:
     """ConfigError if the sampler or pruner cannot be made, or cannot do this search."""
     name = config.sampler["name"]
+    _check_prune_metric(config)
     _check_options("search.sampler", config.sampler, _SAMPLERS[name], hidden=("seed",))
     _check_options("search.pruner", config.pruner, _PRUNERS[config.pruner["name"]])
     if name in _SINGLE and len(config.objectives) > 1:
@@ -251,6 +253,19 @@ def check_search(config: SearchConfig, *, space: Mapping[str, Dimension]) -> Non
         )
     make_sampler(config, space=space, draw=0)
     make_pruner(config)
+
+
+def _check_prune_metric(config: SearchConfig) -> None:
+    """ConfigError if pruners, which know the objective's direction alone, would prune the best."""
+    goal, metric = config.objectives[0], str(config.prune_metric)
+    known = metric == LOSS.key or metric.startswith("eval/")
+    if config.pruner["name"] == "none" or metric == goal.metric or not known:
+        return
+    if goes_up(metric) != (goal.direction == "maximize"):
+        raise ConfigError(
+            f"search.prune_metric must be a metric to {goal.direction}, like the objective "
+            f"{goal.metric}, got {metric!r}; null prunes by the objective"
+        )
 
 
 def n_trials(config: SearchConfig, *, space: Mapping[str, Dimension]) -> int:

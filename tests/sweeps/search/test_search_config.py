@@ -15,6 +15,7 @@ from sweeps.search.launch import check_measured
 from sweeps.search.space import Choice, Float, Int
 
 LR = {"train.lr": Float(low=1e-4, high=1e-2, log=True)}
+ACCURACY = "eval/blimp/no_bos/accuracy max"
 
 
 def search(**changes):
@@ -130,6 +131,14 @@ def test_every_sampler_can_be_made(name):
         ({"pruner": {"name": "none", "x": 1}}, "it has none"),
         ({"sampler": "grid"}, "search.space.train.lr must be a finite list"),
         ({"sampler": "cmaes", "objectives": ["a", "b"]}, "with 2 objectives"),
+        (
+            {"objectives": ACCURACY, "prune_metric": "train/loss", "pruner": "median"},
+            "search.prune_metric must be a metric to maximize",
+        ),
+        (
+            {"objectives": "train/loss", "prune_metric": ACCURACY.split()[0], "pruner": "asha"},
+            "search.prune_metric must be a metric to minimize",
+        ),
     ],
 )
 def test_what_a_sampler_or_pruner_does_not_take_is_refused(changes, line):
@@ -137,6 +146,19 @@ def test_what_a_sampler_or_pruner_does_not_take_is_refused(changes, line):
         samplers.check_search(search(**changes), space=LR)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objectives": "eval/paloma/perplexity", "prune_metric": "train/loss"},
+        {"objectives": ACCURACY, "prune_metric": "dynamics/some"},
+        {"objectives": ACCURACY},
+        {"objectives": ACCURACY, "prune_metric": "train/loss", "pruner": "none"},
+    ],
+)
+def test_a_metric_that_prunes_the_worst_is_taken(changes):
+    samplers.check_search(search(**{"sampler": "random", "pruner": "median", **changes}), space=LR)
 
 
 def test_a_sampler_whose_package_is_missing_says_which(monkeypatch):
