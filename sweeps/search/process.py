@@ -227,7 +227,7 @@ def prepare(trial: Trial) -> list[RunDir]:
     runs = trial.runs
     for run_dir, config in zip(runs, configs, strict=True):
         run_dir.create(config)
-        if run_dir.trial_tags().get("trial") != trial.number:
+        if not trial.is_newest_of(run_dir):
             run_dir.cancel_path.unlink(missing_ok=True)  # the request was not for this trial
     trial.write_records()
     reads.record_accepted(trial.study.folder, runs)

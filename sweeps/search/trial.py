@@ -94,6 +94,11 @@ class Trial:
     def belongs_to(self, worker: Worker) -> bool:
         return self.worker.is_same(worker)
 
+    def is_newest_of(self, run: RunDir) -> bool:
+        """Whether no other trial, of this search or another, has asked for the run since."""
+        newest = next(_read(run.path / RECORD), None)
+        return newest is not None and _id(newest) == (self.study.spec.id, self.number)
+
     # reports to the study -----------------------------------------------------------------------
     def report(self, step: int, value: float) -> None:
         """Report a value of the curve; the same step again changes nothing.

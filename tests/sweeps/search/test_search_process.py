@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -221,6 +222,25 @@ def test_a_cancelled_run_fails_its_trial_and_the_search_goes_on(study, monkeypat
     monkeypatch.setattr(process, "prepare", prepare)
     assert process.work(made.folder, stop=StopFlag()) == FINISHED
     assert states(made) == {"FAIL": 1, "COMPLETE": 1}
+
+
+def test_a_run_that_was_cancelled_for_another_search_is_trained(study, tmp_path):
+    rate = [{"train.lr": 1e-3}]
+    made = study(n_trials=1, enqueue=rate)
+    trial = made.take(process.this_process())
+    [run] = process.prepare(trial)
+    run.cancel_path.touch()
+    process.prepare(trial)
+    assert run.cancel_path.exists()  # the trial that it was meant for
+    trial.fail("cancelled")
+    other = Study.open(
+        study_folder(tmp_path / "out", name="other"),
+        create=replace(made.spec, config=replace(made.config, n_trials=1)),
+    )
+    again = other.take(process.this_process())
+    assert (again.number, again.run_ids) == (trial.number, trial.run_ids)
+    process.prepare(again)
+    assert not run.cancel_path.exists()
 
 
 @pytest.mark.parametrize(("most", "left"), [(None, 0), (1, 2), (2, 2)])
