@@ -31,10 +31,9 @@ from sweeps.planning.budget import Estimate
 from sweeps.planning.grid import Point, check_name
 from sweeps.planning.plan import Cell, Plan, command, make_plan
 from sweeps.planning.rates import read_rates
-from sweeps.search import arms, reads, samplers
+from sweeps.search import arms, draws, growth, reads, samplers
 from sweeps.search import space as spaces
 from sweeps.search.config import SearchConfig, constraints_of
-from sweeps.search.growth import combinations
 from sweeps.search.learn import learn
 from sweeps.search.processes import start_processes
 from sweeps.search.space import Choice, Dimension
@@ -156,8 +155,10 @@ def _plan_part(
     check_measured(spec)
     left = n_trials = samplers.n_trials(spec.config, space=spec.space)
     if begun:
-        ended = sum(n for state, n in begun.counts().items() if state != "RUNNING")
-        left = max(0, n_trials - ended)
+        counts = begun.counts()
+        if growth.mark(spec) == growth.mark(begun.spec) and draws.grid_is_done(begun):
+            n_trials = sum(counts.values())  # fewer than its points, where some do not apply
+        left = max(0, n_trials - sum(counts.values()) + counts.get("RUNNING", 0))
     else:
         spec.learnt, lines = learn(spec, output_dir=Path(points[0][1].output_dir))
         more += lines
@@ -410,7 +411,7 @@ def _close(study: Study, console: Console) -> bool:
 def corner_configs(spec: Spec) -> list[RunConfig]:
     """What runs at the ends of the space; ConfigError if one of them is not valid."""
     configs = []
-    for choices in combinations(spec):
+    for choices in growth.combinations(spec):
         base = spec.bases[spaces.base_key(choices)]
         active = active_keys(spec, choices=choices, base=base)
         for values in corners({key: spec.space[key] for key in active}):

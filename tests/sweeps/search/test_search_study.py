@@ -24,7 +24,7 @@ from experiments.disk.output_dir import study_folder
 from experiments.identity import run_id
 from relora_core import costs
 from relora_core.config import ConfigError
-from sweeps.search import samplers
+from sweeps.search import launch, samplers
 from sweeps.search.space import Choice, Float, Int
 from sweeps.search.study import MAX_ADOPTIONS, Study, rebuild
 from sweeps.search.trial import Worker
@@ -41,6 +41,20 @@ def test_there_are_n_trials_and_a_larger_total_goes_on(spec, folder):
     more = Study.open(folder, create=spec(n_trials=5))
     assert finish_all(more) == [3, 4]
     assert more.optuna.best_value == min(t.value for t in more.optuna.trials)
+
+
+def test_a_grid_is_planned_as_done_where_some_of_its_points_do_not_apply(spec, folder, make):
+    space = {
+        "method": Choice(values=["full_rank", "relora"]),
+        "relora.r": Choice(values=[2, 4]),
+    }
+    points = [({"method": method}, make(method=method)) for method in space["method"].values]
+    bases = {f"method={choices['method']}": config for choices, config in points}
+    grid = spec(space=space, groups=["method"], bases=bases, sampler="grid", n_trials=9)
+    assert len(finish_all(Study.open(folder, create=grid), loss=1.0)) == 3
+    draft = launch.Draft(search=grid.config, space=space, bases=points, follows=[{}, {}])
+    part = launch._plan_part(draft, points, folder=folder, command="", notes=[])
+    assert (part.left, part.n_trials) == (0, 3)
 
 
 def test_a_trial_is_an_ordinary_run_of_its_point(spec, folder, make):
