@@ -119,7 +119,7 @@ def _panel(ax: Axes, arm: Arm, *, ends: tuple[float, float], scale: stats.Scale)
         trials.sort(key=lambda trial: trial.params[RATE])
         line = lined and (len(trials) > 2 or len(groups) == 1)
         _trials(ax, trials, colour=colour, line=line, ends=ends, label=label, scale=scale)
-    if best := arm.best:
+    if (best := arm.best) and RATE in best.params:
         rate, value = best.params[RATE], best.values[arm.results.goals[0].metric]
         ax.plot([rate], [value], "*", color=canvas.DARK, markersize=11, zorder=5, clip_on=False)
     title = arm.name if len(arm.name) <= LONGEST_NAME else f"{arm.name[: LONGEST_NAME - 3]}..."

@@ -359,6 +359,21 @@ def test_the_response_has_each_trial_with_the_interval_over_its_seeds(begun, gri
     assert (folder / "arms" / "b" / "best.yaml").exists()
 
 
+def test_the_response_is_drawn_where_the_best_has_no_rate_of_its_own(begun, spec, make):
+    methods = Choice(values=["full_rank", "relora"])
+    bases = {f"method={method}": make(method=method) for method in methods.values}
+    space = {"method": methods, "train.lr": LR}
+    when = {"train.lr": "method=relora"}
+    folder = begun(a=spec(space=space, groups=["method"], bases=bases, when=when, n_trials=6))
+    [study] = arms.open_studies(folder)
+    while trial := study.take(taker()):
+        finish(trial, loss=2.0 if "train.lr" in trial.params else 1.0)
+    [arm] = response.read(folder)
+    assert arm.best.params == {"method": "full_rank"}
+    assert len(response.rates(arm)) > 1
+    assert response_files.write([arm], folder)[1] == []
+
+
 def test_arms_that_were_not_tuned_alike_are_named(begun, grid, capsys):
     folder = begun(a=grid(), b=grid(n_trials=2))
     for study in arms.open_studies(folder):
