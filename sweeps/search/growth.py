@@ -7,6 +7,7 @@ Not for: writing them into a new journal (`study.py`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -191,9 +192,12 @@ def carry_over(trials: Sequence[FrozenTrial], spec: Spec) -> list[FrozenTrial]:
     """The trials for a new journal: `fit`, with the samplers' attributes for the spec's space."""
     fitted = fit(trials, spec)
     if any(one is not trial for one, trial in zip(fitted, trials, strict=True)):
-        fitted = [_without(trial, _CMAES) for trial in fitted]
+        fitted = [_changed(t, system_attrs=_without_cmaes(t)) for t in fitted]
     points = samplers.grid_points(fitted, spec.config, space=spec.space)
-    return [_copy(t, system_attrs=points[t.number]) if t.number in points else t for t in fitted]
+    return [
+        _changed(t, system_attrs=t.system_attrs | points[t.number]) if t.number in points else t
+        for t in fitted
+    ]
 
 
 def _fit(
@@ -214,8 +218,8 @@ def _fit(
     present = {key: distributions[key] for key in stored}
     if present == trial.distributions and stored.keys() == trial.params.keys():
         return trial
-    attrs = {"params": own} if "params" in trial.user_attrs else {}
-    return _copy(trial, params=stored, distributions=present, user_attrs=attrs)
+    attrs = trial.user_attrs | ({"params": own} if "params" in trial.user_attrs else {})
+    return _changed(trial, params=stored, distributions=present, user_attrs=attrs)
 
 
 def _before(key: str, spec: Spec, config: RunConfig) -> Any:
@@ -223,33 +227,13 @@ def _before(key: str, spec: Spec, config: RunConfig) -> Any:
     return spec.space[key].finite()[0] if key in spec.groups else get(config, key)  # type: ignore[index]
 
 
-def _without(trial: FrozenTrial, prefixes: tuple[str, ...]) -> FrozenTrial:
-    trial = _copy(trial)
-    attrs = trial.system_attrs
-    trial.system_attrs = {k: v for k, v in attrs.items() if not k.startswith(prefixes)}
+def _without_cmaes(trial: FrozenTrial) -> dict[str, Any]:
+    return {k: v for k, v in trial.system_attrs.items() if not k.startswith(_CMAES)}
+
+
+def _changed(trial: FrozenTrial, **attributes: Any) -> FrozenTrial:
+    """A copy with these attributes instead."""
+    trial = copy.copy(trial)
+    for name, value in attributes.items():
+        setattr(trial, name, value)
     return trial
-
-
-def _copy(
-    trial: FrozenTrial,
-    *,
-    params: Mapping[str, Any] | None = None,
-    distributions: Mapping[str, BaseDistribution] | None = None,
-    user_attrs: Mapping[str, Any] | None = None,
-    system_attrs: Mapping[str, Any] | None = None,
-) -> FrozenTrial:
-    """A copy with these parameters instead, and with these attributes as well."""
-    return FrozenTrial(
-        number=trial.number,
-        trial_id=trial.number,
-        state=trial.state,
-        value=None,
-        values=trial.values,
-        datetime_start=trial.datetime_start,
-        datetime_complete=trial.datetime_complete,
-        params=dict(trial.params if params is None else params),
-        distributions=dict(trial.distributions if distributions is None else distributions),
-        user_attrs={**trial.user_attrs, **(user_attrs or {})},
-        system_attrs={**trial.system_attrs, **(system_attrs or {})},
-        intermediate_values=dict(trial.intermediate_values),
-    )
