@@ -16,7 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -134,7 +135,7 @@ def this_process() -> Worker:
     )
 
 
-@dataclass(slots=True)
+@dataclass
 class HasEnded:
     """Whether the worker of a trial has ended and will not resume it; if in doubt: no.
 
@@ -142,33 +143,31 @@ class HasEnded:
     """
 
     study: Study
-    asked: bool = field(default=False, init=False)
-    jobs: dict[str, cluster.Job] | None = field(default=None, init=False)
-    """What SLURM has answered; None: nothing."""
-    ours: set[str] | None = field(default=None, init=False)
 
     def __call__(self, worker: Worker) -> bool:
         here = worker.host == socket.gethostname()
-        if worker.job_id is not None and (not here or self._is_ours(worker.job_id)):
+        if worker.job_id is not None and (not here or worker.job_id in self._submitted):
             return self._is_over(worker.job_id)
         return here and not is_alive(worker.pid, birth=worker.birth, started=worker.started)
 
-    def _is_ours(self, job_id: str) -> bool:
-        if self.ours is None:
-            self.ours = submitted_jobs(self.study.output_dir)
-        return job_id in self.ours
+    @cached_property
+    def _submitted(self) -> set[str]:
+        return submitted_jobs(self.study.output_dir)
+
+    @cached_property
+    def _jobs(self) -> dict[str, cluster.Job] | None:
+        """What SLURM answers; None: nothing."""
+        ids = {trial.worker.job_id for trial in self.study.running()}
+        with contextlib.suppress(SlurmError):
+            if cluster.available():
+                return cluster.jobs(sorted(id_ for id_ in ids if id_ is not None))
+        return None
 
     def _is_over(self, job_id: str) -> bool:
         """Of a job; one that waits was requeued and keeps its trial."""
-        if not self.asked:
-            self.asked = True
-            ids = {trial.worker.job_id for trial in self.study.running()}
-            with contextlib.suppress(SlurmError):
-                if cluster.available():
-                    self.jobs = cluster.jobs(sorted(id_ for id_ in ids if id_ is not None))
-        if self.jobs is None:
+        if self._jobs is None:
             return False
-        job = self.jobs.get(job_id)
+        job = self._jobs.get(job_id)
         return self._is_silent(job_id) if job is None else job.over
 
     def _is_silent(self, job_id: str) -> bool:

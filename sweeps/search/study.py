@@ -11,7 +11,7 @@ killed is repeated.
 
 Some trials do not count towards n_trials: points that were refused as soon as they were drawn
 (`refused` in their user attributes), because they were tried before or break a constraint on their
-cost, and for which another was drawn; failed trials that ended uncounted; and trials that were
+cost, and for which another was drawn; trials that were lost with the journal; and trials that were
 learnt from earlier sweeps.
 """
 
@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import secrets
 import sys
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -288,7 +288,7 @@ class Study:
             self.spec, self._study = spec, None
         self._seen = seen
 
-    def _mending(self, action: Callable[[], Result]) -> Result:
+    def mending(self, action: Callable[[], Result]) -> Result:
         """Call `action`; if it fails as with a damaged journal, load the study and call again."""
         try:
             return action()
@@ -304,7 +304,7 @@ class Study:
 
         An orphan is a trial whose worker certainly `has_ended`, which is asked outside the lock.
         """
-        return self._mending(lambda: self._take(worker, self._orphans(has_ended)))
+        return self.mending(lambda: self._take(worker, self._orphans(has_ended)))
 
     def _take(self, worker: Worker, orphans: dict[int, Any]) -> Trial | None:
         with self._lock():
@@ -342,29 +342,11 @@ class Study:
     # writing ------------------------------------------------------------------------------------
     def frozen(self, number: int) -> FrozenTrial:
         """A trial as it is in the storage."""
-        return self._mending(lambda: self.optuna.get_trials(deepcopy=False)[number])
+        return self._all()[number]
 
     def handle(self, frozen: FrozenTrial) -> optuna.trial.Trial:
         """For writing to a trial, whichever process began it."""
         return optuna.trial.Trial(self.optuna, frozen._trial_id)
-
-    def report(self, number: int, *, step: int, value: float) -> None:
-        """See Trial.report."""
-
-        def act() -> None:
-            frozen = self.frozen(number)
-            if step not in frozen.intermediate_values and frozen.state == TrialState.RUNNING:
-                self.handle(frozen).report(value, step)
-
-        self._mending(act)
-
-    def should_prune(self, number: int) -> bool:
-        """See Trial.should_prune."""
-        if len(self.config.objectives) > 1:
-            return False
-        with warnings.catch_warnings():  # after a diverged seed Wilcoxon's test prunes nothing
-            warnings.filterwarnings("ignore", "The intermediate values of the ", UserWarning)
-            return self._mending(lambda: self.handle(self.frozen(number)).should_prune())
 
     def tell(
         self,
@@ -395,18 +377,19 @@ class Study:
             self.optuna.tell(number, values=finished, state=state, skip_if_finished=True)
 
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self._mending(act)
+            self.mending(act)
 
     # reading ------------------------------------------------------------------------------------
     def trials(self) -> list[FrozenTrial]:
         """The trials that count towards n_trials."""
-        trials = self._mending(lambda: self.optuna.get_trials(deepcopy=False))
-        return [t for t in trials if _counts(t)]
+        return [t for t in self._all() if _counts(t)]
 
     def learnt(self) -> list[FrozenTrial]:
         """The trials that were learnt from earlier sweeps."""
-        number = len(self.spec.learnt)
-        return self._mending(lambda: self.optuna.get_trials(deepcopy=False))[:number]
+        return self._all()[: len(self.spec.learnt)]
+
+    def _all(self) -> list[FrozenTrial]:
+        return self.mending(lambda: self.optuna.get_trials(deepcopy=False))
 
     def _running(self) -> list[FrozenTrial]:
         return [t for t in self.trials() if t.state == TrialState.RUNNING]
@@ -420,8 +403,7 @@ class Study:
 
     def counts(self) -> dict[str, int]:
         """State -> trials that count towards n_trials."""
-        states = [frozen.state.name for frozen in self.trials()]
-        return {state: states.count(state) for state in dict.fromkeys(states)}
+        return dict(Counter(frozen.state.name for frozen in self.trials()))
 
     def left(self) -> int:
         """How many trials are still to be begun."""

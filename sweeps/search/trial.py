@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -107,11 +108,23 @@ class Trial:
         """
         if len(self.study.config.objectives) > 1:
             return
-        self.study.report(self.number, step=step, value=value)
+
+        def act() -> None:
+            frozen = self.study.frozen(self.number)
+            if step not in frozen.intermediate_values and frozen.state == TrialState.RUNNING:
+                self.study.handle(frozen).report(value, step)
+
+        self.study.mending(act)
         self.write_records()
 
     def should_prune(self) -> bool:
-        return self.study.should_prune(self.number)
+        """Whether the pruner would end it here."""
+        if len(self.study.config.objectives) > 1:
+            return False
+        study = self.study
+        with warnings.catch_warnings():  # after a diverged seed Wilcoxon's test prunes nothing
+            warnings.filterwarnings("ignore", "The intermediate values of the ", UserWarning)
+            return study.mending(lambda: study.handle(study.frozen(self.number)).should_prune())
 
     def finish(self) -> Verdict:
         """Judge the trial by its runs; end it in the study: COMPLETE, or FAIL with the reason."""
@@ -134,9 +147,9 @@ class Trial:
         self.study.tell(self.number, state=TrialState.PRUNED)
         self.write_records()
 
-    def fail(self, reason: str, *, counted: bool = True) -> None:
-        """End it in the study as failed; if it is not counted, another trial replaces it."""
-        self.study.tell(self.number, state=TrialState.FAIL, reason=reason, counted=counted)
+    def fail(self, reason: str) -> None:
+        """End it in the study as failed."""
+        self.study.tell(self.number, state=TrialState.FAIL, reason=reason)
         self.write_records()
 
     def write_records(self) -> None:

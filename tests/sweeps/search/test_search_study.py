@@ -66,10 +66,9 @@ def test_a_trial_is_an_ordinary_run_of_its_point(spec, folder, make):
     assert dataclasses.replace(config.train, lr=1.0) == dataclasses.replace(make().train, lr=1.0)
 
 
-def test_a_failed_trial_counts_unless_it_is_given_up_uncounted(spec, folder):
+def test_a_failed_trial_counts(spec, folder):
     study = Study.open(folder, create=spec(n_trials=2))
     study.take(taker()).fail("boom")
-    study.take(taker()).fail("node went away", counted=False)
     assert study.failures() == ["boom"]
     assert study.left() == 1
     assert len(finish_all(study)) == 1
