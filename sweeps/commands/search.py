@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Show and write; 1 if every trial failed."""
     folder = find_search(args.output_dir, name=args.name)
     from sweeps.search import arms, results  # Optuna, SciPy: the other commands need neither
-    from sweeps.search.study import rebuild
+    from sweeps.search.study import Study, rebuild
 
     folders = arms.arm_folders(folder)
     if args.arm is not None:
@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             rebuild(one)
     if None not in folders and args.arm is None:
         return show_arms(args, folder)
-    summary, study = results.read(folder)
+    study = Study.open(folder)
+    summary = results.read(study)
     if args.trial is not None:
         check_trial(args.trial, summary)
     if args.write_experiment:
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if summary.trials and (line := shared.find_obstacle(folder)):
             print(f"best, trials.csv and plots were not written: {line}")
         elif summary.trials:
-            written, left_out = results.write(summary, study=study, folder=folder)
+            written, left_out = results.write(summary, study=study.optuna, folder=folder)
             _print([*left_out, f"{len(written)} files: best, trials.csv and plots in {folder}"])
     if summary.all_failed:
         print(f"error: all {len(summary.counted)} trials of {summary.name} failed", file=sys.stderr)

@@ -16,9 +16,9 @@ from typing import Any
 from experiments import stats
 from experiments.metrics import scale_of
 from sweeps.search import results, samplers
-from sweeps.search.arms import arm_folders
+from sweeps.search.arms import open_studies
 from sweeps.search.results import Best, Results, TrialRow
-from sweeps.search.space import Choice, Dimension
+from sweeps.search.space import Choice
 from sweeps.search.spec import Spec
 
 RATE = "train.lr"
@@ -34,11 +34,14 @@ class Arm:
 
     name: str
     results: Results
-    space: dict[str, Dimension]
-    seeds: list[int]
-    """Those of each trial."""
-    n_trials: int
-    """In all; of a grid not more than it has points."""
+    spec: Spec
+    finished: bool
+    """Whether no trial is left or running."""
+
+    @property
+    def n_trials(self) -> int:
+        """In all; of a grid not more than it has points."""
+        return samplers.n_trials(self.spec.config, space=self.spec.space)
 
     @property
     def best(self) -> Best | None:
@@ -53,33 +56,26 @@ class Arm:
     def edges(self) -> list[str]:
         """A line for each key at which the best is at an end of what was tried."""
         return [
-            f"{key}={value:.4g} is the {end} of {self.space[key].text()}"
+            f"{key}={value:.4g} is the {end} of {self.spec.space[key].text()}"
             for key, value in (self.best.params if self.best else {}).items()
-            if key in self.space and (end := _end(key, value, self))
+            if key in self.spec.space and (end := _end(key, value, self))
         ]
 
 
 def read(folder: Path | str) -> list[Arm]:
     """The arms of the search in `folder`, OUTPUT_DIR/sweeps/NAME/study. Reads only."""
-    arms = []
-    for name, place in arm_folders(folder).items():
-        spec = Spec.read(place / "study.json")
-        arms.append(
-            Arm(
-                name=str(name),
-                results=results.read(place)[0],
-                space=spec.space,
-                seeds=spec.config.seeds,
-                n_trials=samplers.n_trials(spec.config, space=spec.space),
-            )
+    return [
+        Arm(
+            name=str(study.arm), results=results.read(study), spec=study.spec, finished=study.done()
         )
-    return arms
+        for study in open_studies(folder)
+    ]
 
 
 # edges ------------------------------------------------------------------------------------------
 def _end(key: str, value: Any, arm: Arm) -> str | None:
     """`lowest` or `highest` if nothing beyond the value was tried, or the interval ends there."""
-    dimension = arm.space[key]
+    dimension = arm.spec.space[key]
     listed = dimension.values if isinstance(dimension, Choice) else None
     if listed is not None and (len(listed) < 3 or not all(map(_is_number, listed))):
         return None  # one of two values is always at an end, and text has no order
@@ -145,7 +141,7 @@ def best_row(arm: Arm) -> dict[str, Any]:
         "mean": best.values[goal.metric] if best else None,
         "low": low,
         "high": high,
-        "seeds": " ".join(map(str, arm.seeds)),
+        "seeds": " ".join(map(str, arm.spec.config.seeds)),
         "trial": best.number if best else None,
         "edges": "; ".join(arm.edges),
     }

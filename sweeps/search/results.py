@@ -147,33 +147,26 @@ class Results:
 
 
 # reading ----------------------------------------------------------------------------------------
-def read(folder: Path | str) -> tuple[Results, optuna.Study]:
-    """The results of the study in `folder`, OUTPUT_DIR/sweeps/NAME/study, and the study itself."""
-    study = Study.open(folder)
-    output_dir, name, _ = place_of_study(folder)
-    return collect(study.optuna, study.config, name=name, output_dir=output_dir), study.optuna
-
-
-def collect(
-    study: optuna.Study, config: SearchConfig, *, name: str, output_dir: Path | str
-) -> Results:
-    """The results of a study. Reads only."""
+def read(study: Study) -> Results:
+    """The results of a search without arms, or of one arm."""
+    config, output_dir = study.config, study.output_dir
     goals: list[Objective] = config.objectives
-    drawn = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+    trials = study.optuna.get_trials(deepcopy=False)
+    drawn = [trial for trial in trials if trial.state != TrialState.WAITING]
     rows = [_row(trial, config, output_dir=output_dir) for trial in drawn]
     chosen = best_rows(rows, directions=[goal.direction for goal in goals])
     pruned = [row for row in rows if row.state == "pruned"]
     return Results(
-        name=name,
+        name=study.name,
         goals=goals,
         n_trials=config.n_trials,
         counts=dict(Counter(row.state for row in rows if row.counted)),
         trials=rows,
         best=[_best(row, goals=goals, output_dir=output_dir) for row in chosen],
-        importances=importances(study, goals=goals),
+        importances=importances(study.optuna, goals=goals),
         pruned_steps=sum(row.step for row in pruned),
         saved_steps=sum(row.steps - row.step for row in pruned),
-        notes=_notes(name, output_dir=output_dir),
+        notes=_notes(study.name, output_dir=output_dir),
     )
 
 
@@ -300,8 +293,8 @@ def importances(study: optuna.Study, *, goals: Sequence[Objective]) -> dict[str,
 # files ------------------------------------------------------------------------------------------
 def write_results(folder: Path | str) -> list[Path]:
     """Write all files of the study in `folder`; those that were written."""
-    results, study = read(folder)
-    return write(results, study=study, folder=Path(folder))[0]
+    study = Study.open(folder)
+    return write(read(study), study=study.optuna, folder=Path(folder))[0]
 
 
 def write(results: Results, *, study: optuna.Study, folder: Path) -> tuple[list[Path], list[str]]:

@@ -5,16 +5,15 @@ Not for: what the sweep notes of that (`sweeps/planning/provenance.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.disk.output_dir import plan_folder, study_folder
 from relora_core.config import ConfigError, nearest
 from sweeps.planning.provenance import Tuned
 from sweeps.search import response
-from sweeps.search.arms import arm_folders, has_arms
+from sweeps.search.arms import has_arms
 from sweeps.search.response import Arm
-from sweeps.search.study import Study
 from sweeps.search.trial import config_at
 
 KEY = "sweep.from_search"
@@ -42,39 +41,31 @@ def read_tuned(output_dir: Path | str, search: str, arms: Mapping[str, str]) -> 
             f"{KEY} must be a search of all arms, but {search} has no {', '.join(missing)} (it has "
             f"{', '.join(begun)}); a line in its search.arms and its own command add one"
         )
-    studies = {str(arm): Study.open(place) for arm, place in arm_folders(folder).items()}
-    _check_finished(search, {arm: (begun[arm], studies[arm]) for arm in wanted})
-    return {
-        own: _tuned(search, begun[arm], studies[arm], borrowed=own != arm)
-        for own, arm in arms.items()
-    }
+    _check_finished(search, [begun[arm] for arm in wanted])
+    return {own: _tuned(search, begun[arm], borrowed=own != arm) for own, arm in arms.items()}
 
 
-def _check_finished(search: str, arms: Mapping[str, tuple[Arm, Study]]) -> None:
-    unfinished = [
-        f"{name} {arm.done} of {arm.n_trials}"
-        for name, (arm, study) in arms.items()
-        if not study.done()
-    ]
+def _check_finished(search: str, arms: Sequence[Arm]) -> None:
+    unfinished = [f"{arm.name} {arm.done} of {arm.n_trials}" for arm in arms if not arm.finished]
     if unfinished:
         raise ConfigError(
             f"{KEY} must be a finished search, but {search} has trials left "
             f"({', '.join(unfinished)}); its own command goes on with it"
         )
-    if len({arm.done for arm, _ in arms.values()}) > 1:
-        counts = ", ".join(f"{name} {arm.done}" for name, (arm, _) in arms.items())
+    if len({arm.done for arm in arms}) > 1:
+        counts = ", ".join(f"{arm.name} {arm.done}" for arm in arms)
         raise ConfigError(
             f"{KEY} must be a search that has tuned all arms alike, but trials of {search} are "
             f"{counts}; one search.n_trials for all arms goes on with those that have fewer"
         )
-    if failed := [name for name, (arm, _) in arms.items() if arm.best is None]:
+    if failed := [arm.name for arm in arms if arm.best is None]:
         raise ConfigError(
             f"{KEY} must be a search with a best for each arm, but {search} has none for "
             f"{', '.join(failed)}"
         )
 
 
-def _tuned(search: str, arm: Arm, study: Study, *, borrowed: bool) -> Tuned:
+def _tuned(search: str, arm: Arm, *, borrowed: bool) -> Tuned:
     best, metric = arm.best, arm.results.goals[0].metric
     assert best is not None  # _check_finished
     return Tuned(
@@ -85,9 +76,9 @@ def _tuned(search: str, arm: Arm, study: Study, *, borrowed: bool) -> Tuned:
         values=dict(best.params),
         metric=metric,
         value=best.values[metric],
-        seeds=arm.seeds,
+        seeds=arm.spec.config.seeds,
         edges=arm.edges,
         searched=list(best.params),
-        config=config_at(study.spec, best.params),
+        config=config_at(arm.spec, best.params),
         borrowed=borrowed,
     )

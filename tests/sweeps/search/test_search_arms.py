@@ -257,7 +257,7 @@ def finished(study, losses):
         trial.finish()
 
 
-def test_the_interval_of_a_perplexity_is_that_of_its_logarithm(tmp_path):
+def test_the_interval_of_a_perplexity_is_that_of_its_logarithm(tmp_path, grid):
     """Of two seeds far apart it would reach below 0 otherwise."""
     rows = [
         results.SeedRow(run_id="r", seed=i, state="finished", step=1, steps=1, values=[value])
@@ -287,7 +287,7 @@ def test_the_interval_of_a_perplexity_is_that_of_its_logarithm(tmp_path):
         notes=[],
         goals=[Objective(metric="eval/paloma/perplexity")],
     )
-    arm = response.Arm(name="a", results=found, space={"train.lr": LR}, seeds=[0, 1], n_trials=1)
+    arm = response.Arm(name="a", results=found, spec=grid(), finished=True)
     [row] = response.rows([arm])
     logs = [math.log(660.1), math.log(335.9)]
     mean, sem = sum(logs) / 2, scipy_stats.sem(logs)

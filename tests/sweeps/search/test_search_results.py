@@ -64,10 +64,15 @@ def config_of(*goals, seeds=(0,), n_trials=20):
     return SearchConfig(objectives=list(goals) or [LOSS], seeds=list(seeds), n_trials=n_trials)
 
 
-def collected(trials, *goals, output_dir="nowhere", **options):
+def collected(trials, *goals, **options):
+    return results.read(opened(trials, *goals, name="s", output_dir="nowhere", **options))
+
+
+def opened(trials, *goals, name, output_dir, **options):
+    """What Study.open would give."""
     config = config_of(*goals, **options)
     study = study_of(trials, directions=[goal.direction for goal in config.objectives])
-    return results.collect(study, config, name="s", output_dir=output_dir)
+    return types.SimpleNamespace(optuna=study, config=config, name=name, output_dir=output_dir)
 
 
 @pytest.fixture(autouse=True)
@@ -209,10 +214,8 @@ def place(tmp_path, monkeypatch):
     (folder / "study.json").write_text("{}")
 
     def put(trials, *goals, **options):
-        config = config_of(*goals, **options)
-        study = study_of(trials, directions=[goal.direction for goal in config.objectives])
-        opened = types.SimpleNamespace(optuna=study, config=config)
-        monkeypatch.setattr(Study, "open", classmethod(lambda cls, folder: opened))
+        study = opened(trials, *goals, name="lr", output_dir=tmp_path, **options)
+        monkeypatch.setattr(Study, "open", classmethod(lambda cls, folder: study))
         return folder
 
     return tmp_path, put
