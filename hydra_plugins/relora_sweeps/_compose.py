@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import schema, typos
 from relora_core.config import ConfigError, RunConfig
-from sweeps.planning.grid import compose_all
 
 
 class Composer:
@@ -57,7 +56,8 @@ class Composer:
     def all(self, cells: Sequence[Sequence[str]]) -> list[RunConfig]:
         """The config of each cell; ConfigError at the first that does not compose."""
         plans = [self._split(cell) for cell in cells]
-        return compose_all(plans, base=self._base, change=self._change)
+        base = cache(self._base)  # reads and merges files; _change does not change it
+        return [self._change(base(choices), values) for choices, values in plans]
 
     def _split(self, cell: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         """(overrides that Hydra composes, `key=value`s to set on a copy).

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 from relora_core.config import ConfigError
 
@@ -17,9 +16,6 @@ Point = dict[str, str]
 
 NAME_LIMIT = 60
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
-
-Base = TypeVar("Base")
-Made = TypeVar("Made")
 
 
 def points_from(cells: Iterable[Sequence[str]]) -> list[Point]:
@@ -60,22 +56,3 @@ def check_name(name: str) -> str:
         f"sweep.name must be 1 to {NAME_LIMIT} letters, digits or . _ = -, got {name!r}; "
         f"nearest valid: {safe_name(name)}"
     )
-
-
-def compose_all(
-    keyed: Iterable[tuple[Hashable, Sequence[str]]],
-    *,
-    base: Callable[[Hashable], Base],
-    change: Callable[[Base, Sequence[str]], Made],
-) -> list[Made]:
-    """`change(base(choices), values)` for each pair; `base` is called once per distinct choices.
-
-    `base` is the slow part (reads and merges files). `change` must not change its argument.
-    """
-    bases: dict[Hashable, Base] = {}
-    made = []
-    for choices, values in keyed:
-        if choices not in bases:
-            bases[choices] = base(choices)
-        made.append(change(bases[choices], values))
-    return made

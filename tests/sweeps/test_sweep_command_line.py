@@ -200,6 +200,18 @@ def test_a_scale_at_odds_with_another_knob_is_refused(loader, master, cell, expe
             validate(compose())
 
 
+def test_files_are_composed_once_per_choice(loader, master, monkeypatch):
+    composer = Composer(loader, master)
+    read, load = [], composer._load
+    monkeypatch.setattr(composer, "_load", lambda texts: read.append(texts) or load(texts))
+    cells = [[f"model={model}", f"seed={seed}"] for seed in (1, 2) for model in ("nano", "tiny")]
+    made = composer.all(cells)
+    assert [(config.model.name, config.seed) for config in made] == [
+        ("nano", 1), ("tiny", 1), ("nano", 2), ("tiny", 2)
+    ]  # fmt: skip
+    assert read == [["model=nano"], ["model=tiny"]]
+
+
 def test_configs_of_one_grid_share_no_part(loader, master):
     key = "relora.target_modules"
     cells = [["seed=1"], ["seed=2"], [f"{key}=[attention]"], [f"{key}=[attention]", "seed=2"]]

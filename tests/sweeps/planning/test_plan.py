@@ -16,7 +16,7 @@ from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import read_sweep
 from experiments.labels import spell
 from relora_core.config import ConfigError, ModelConfig, MuonConfig, ReLoRAConfig, SweepConfig
-from sweeps.planning.grid import axes, check_name, compose_all, points_from, safe_name, sweep_name
+from sweeps.planning.grid import axes, check_name, points_from, safe_name, sweep_name
 from sweeps.planning.plan import load, make_plan, store
 
 
@@ -218,19 +218,6 @@ def test_points_keep_the_keys_without_hydras_prefixes():
         {"model": "tiny", "a.b": "x=y"},
         {"c": ""},
     ]
-
-
-def test_files_are_composed_once_per_choice():
-    read: list[object] = []
-
-    def base(choice):
-        read.append(choice)
-        return str(choice)
-
-    made = compose_all(
-        [("a", ["1"]), ("b", ["1"]), ("a", ["2"])], base=base, change=lambda b, v: b + v[0]
-    )
-    assert (made, read) == (["a1", "b1", "a2"], ["a", "b"])
 
 
 def test_a_stored_plan_reads_back_as_it_was(make, tmp_path):
