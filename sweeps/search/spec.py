@@ -64,19 +64,8 @@ class Spec:
 
     # disk ---------------------------------------------------------------------------------------
     def write(self, path: Path) -> None:
-        raw = {
-            "id": self.id,
-            "command": self.command,
-            "config": dataclasses.asdict(self.config),
-            "groups": self.groups,
-            "space": {key: to_json(dimension) for key, dimension in self.space.items()},
-            "bases": {key: dataclasses.asdict(config) for key, config in self.bases.items()},
-            "follows": self.follows,
-            "notes": self.notes,
-            "added": self.added,
-            "learnt": self.learnt,
-        }
-        atomic.write_json(path, raw)
+        space = {key: to_json(dimension) for key, dimension in self.space.items()}
+        atomic.write_json(path, dataclasses.asdict(self) | {"space": space})
 
     @classmethod
     def read(cls, path: Path) -> Spec:
