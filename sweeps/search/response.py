@@ -5,8 +5,6 @@ Not for: one arm in full (`results.py`), nor files (`response_files.py`).
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,15 +144,6 @@ def best_row(arm: Arm) -> dict[str, Any]:
         "edges": "; ".join(arm.edges),
     }
     return row | (best.params if best else {})
-
-
-def to_csv(table: Sequence[dict[str, Any]]) -> str:
-    """A column for each key; empty in rows that lack it."""
-    text, heads = io.StringIO(), list(dict.fromkeys(key for row in table for key in row))
-    writer = csv.DictWriter(text, heads, restval="")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
 
 
 def rates(arm: Arm) -> list[float]:

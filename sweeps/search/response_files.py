@@ -29,7 +29,7 @@ from experiments.report.figures.response import Dot, draw_dots
 from relora_core import atomic
 from sweeps.search import results
 from sweeps.search.arms import arm_folders
-from sweeps.search.response import RATE, Arm, best_row, rates, rows, seed_values, to_csv
+from sweeps.search.response import RATE, Arm, best_row, rates, rows, seed_values
 from sweeps.search.results import TrialRow
 
 COLUMNS = 4
@@ -49,7 +49,7 @@ def write(arms: Sequence[Arm], folder: Path | str) -> tuple[list[Path], list[str
     tables = {"arms.csv": [best_row(arm) for arm in arms], "response.csv": rows(arms)}
     for name, table in tables.items():
         if table:
-            atomic.write_text(folder / name, to_csv(table))
+            atomic.write_text(folder / name, results.to_csv(table))
             written.append(folder / name)
     try:
         return written + draw(arms, folder=folder / "plots"), []

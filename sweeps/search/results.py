@@ -347,18 +347,26 @@ def stock_results(results: Results) -> dict[str, Any]:
 
 def trials_csv(results: Results) -> str:
     """A row for each trial; parameters that it does not have are empty."""
+    metrics = [goal.metric for goal in results.goals]
     params = list(dict.fromkeys(key for row in results.trials for key in row.params))
-    heads = ["number", "state", *(g.metric for g in results.goals), *params]
+    heads = ["number", "state", *metrics, *params]
     heads += ["counted", "feasible", "step", "steps", "seconds", "run_ids", "reason"]
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(heads)
-    for row in results.trials:
-        values = row.values or [""] * len(results.goals)
-        chosen = [row.params.get(key, "") for key in params]
-        ids = " ".join(run.run_id for run in row.runs)
-        ends = [row.counted, row.feasible, row.step, row.steps, row.seconds, ids, row.reason or ""]
-        table.writerow([row.number, row.state, *values, *chosen, *ends])
+    table = [
+        dataclasses.asdict(row)
+        | dict(zip(metrics, row.values or [], strict=False))
+        | row.params
+        | {"run_ids": " ".join(run.run_id for run in row.runs)}
+        for row in results.trials
+    ]
+    return to_csv(table, heads)
+
+
+def to_csv(table: Sequence[Mapping[str, Any]], heads: Sequence[str] = ()) -> str:
+    """A row for each mapping, with what it lacks empty; without `heads` a column for each key."""
+    text, heads = io.StringIO(), heads or list(dict.fromkeys(key for row in table for key in row))
+    writer = csv.DictWriter(text, heads, restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(table)
     return text.getvalue()
 
 
