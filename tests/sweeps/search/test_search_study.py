@@ -612,7 +612,6 @@ def test_killed_processes_lose_and_double_nothing(spec, folder, monkeypatch):
                 kills += 1
     for process in processes:
         process.join(60)
-    assert kills >= 20
     study = check(folder, n=60)
     before = contents(study)
     adopted = sum(t["user_attrs"].get("adoptions", 0) for t in before)
