@@ -328,10 +328,11 @@ def test_it_belongs_to_a_plan(tmp_path, more):
 
 NANO = ("model=nano", "train.steps=400000", "train.batch_size=2", "data.seq_len=8")
 NANO += ("tracking=none", "eval=none", "output_dir=out")
+SEARCH = ("hydra/sweeper=search", "search=lr_and_rank", "search.objectives=train/loss")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", [(), ("hydra/sweeper=search", "search=lr_and_rank")])
+@pytest.mark.parametrize("search", [(), SEARCH])
 def test_a_first_sweep_is_priced_by_real_steps(tmp_path, search):
     axes = ("relora.r=4",) if search else ("relora.r=2,4",)
     done = command("--plan", "--measure", *search, *NANO, *axes, cwd=tmp_path)
