@@ -24,7 +24,7 @@ from experiments.disk.state import state_of
 from experiments.environment import EXPERIMENTS, RUN, SWEEPS
 from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
-from experiments.labels import quoted
+from experiments.labels import key_of, quoted
 from experiments.model_card import model_card
 from experiments.run.complete import complete
 from experiments.run.foreign import Wanted, evaluate
@@ -347,11 +347,11 @@ def build_parser() -> argparse.ArgumentParser:
     help_revision = "the run's branch (default: named as REPO, or the only one with checkpoints)"
     command.add_argument("--revision", metavar="BRANCH", help=help_revision)
     where = "where everything is (default: outputs)"
-    folder: Any = {"type": os.path.expanduser}  # no shell does so in --output-dir=~/x
-    parser.add_argument("--output-dir", **folder, help=where)
+    home = os.path.expanduser  # no shell writes out the tilde of --output-dir=~/x
+    parser.add_argument("--output-dir", type=home, help=where)
     for command in commands.choices.values():  # before or after the command
         command.add_argument("--json", action="store_true", help="for scripts")
-        command.add_argument("--output-dir", **folder, default=argparse.SUPPRESS, help=where)
+        command.add_argument("--output-dir", type=home, default=argparse.SUPPRESS, help=where)
     return parser
 
 
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "describe":
             extra = [f"output_dir={quoted(arguments.output_dir)}"] if arguments.output_dir else []
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
-            given = [text.partition("=")[0].lstrip("+") for text in arguments.overrides]
+            given = set(map(key_of, arguments.overrides))
             result = describe(config, at_steps=arguments.at_steps, given=given)
             printer = _print_description
         elif arguments.command == "evaluate":

@@ -90,6 +90,14 @@ def overruled(metadata: Mapping[str, Any], config: RunConfig) -> str | None:
     return None if by is None else f"with {by}={text_of(get(config, by))}"
 
 
+def left_out(name: str, config: RunConfig) -> str | None:
+    """What leaves an eval out of the run, such as `eval.blimp.enabled=false`; None if it runs."""
+    if runs_eval(config, name):
+        return None
+    on = get(config, f"eval.{name}.enabled")
+    return f"eval.{name}.{'path=none' if on else 'enabled=false'}"
+
+
 def plain_keys(config: RunConfig) -> list[str]:
     """Keys of `essential` that equal configs of this method and kind of data have in common."""
     return [

@@ -1,4 +1,4 @@
-"""Config keys and values as names of arms and runs, and the command line, spell them."""
+"""How names of arms and runs, and the command line, spell config keys and values."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def text_of(value: Any) -> str:
 def spell(axes: Mapping[str, str]) -> str:
     """`model=tiny relora.r=8`."""
     return " ".join(f"{key}={value}" for key, value in axes.items())
+
+
+def key_of(override: str) -> str:
+    """The key of an override as it was typed: `+train.lr=1` -> `train.lr`."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def quoted(value: Any) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from experiments.identity import overruled
-from relora_core.config import ADAPTERS, EVALS, RunConfig, get, runs_eval, walk
+from experiments.identity import left_out, overruled
+from relora_core.config import ADAPTERS, EVALS, RunConfig, walk
 
 
 def across(configs: Iterable[RunConfig], *, seeds: int = 1) -> list[str]:
@@ -33,10 +33,10 @@ def without_effect(given: Collection[str], configs: Sequence[RunConfig]) -> Iter
 def _off(key: str, config: RunConfig) -> str | None:
     """What leaves a knob of an eval without effect: the eval does not run."""
     name = key.split(".")[1] if key.startswith("eval.") else ""
-    if name not in EVALS or runs_eval(config, name) or key == f"eval.{name}.enabled":
+    if name not in EVALS or key == f"eval.{name}.enabled":
         return None
-    on = get(config, f"eval.{name}.enabled")
-    return f"with eval.{name}.{'path=none' if on else 'enabled=false'}"
+    off = left_out(name, config)
+    return off and f"with {off}"
 
 
 def scales(configs: Iterable[RunConfig]) -> list[str]:

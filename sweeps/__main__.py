@@ -6,7 +6,6 @@ import argparse
 import importlib
 import os
 import sys
-from typing import Any
 
 from experiments.environment import RUN, SWEEPS
 from experiments.errors import RunLocked
@@ -43,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = "where everything is (default: outputs)"
-    folder: Any = {"type": os.path.expanduser}  # no shell does so in --output-dir=~/x
-    parser.add_argument("--output-dir", **folder, default="outputs", help=where)
+    home = os.path.expanduser  # no shell writes out the tilde of --output-dir=~/x
+    parser.add_argument("--output-dir", type=home, default="outputs", help=where)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"sweeps.commands.{name}")
@@ -55,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=getattr(module, "EXAMPLES", "").replace("python -m sweeps", SWEEPS),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--output-dir", **folder, default=argparse.SUPPRESS, help=where)
+        command.add_argument("--output-dir", type=home, default=argparse.SUPPRESS, help=where)
         module.configure(command)
         command.set_defaults(run_command=module.run)
     return parser

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from experiments.report.blimp_tests import BlimpTest, blimp_tests
-from experiments.report.comparisons import Pair, between, p_value, title_end, unlike
+from experiments.report.comparisons import Pair, between, names_of, p_value, title_end, unlike
 from experiments.report.data import Arm, Sweep, fixed_side
 from experiments.report.document import Block, Bullets, Table
 from experiments.report.tables import mean_cell, mean_row, value_text
@@ -60,16 +60,17 @@ def _phenomena(sweep: Sweep, variant: str) -> Table | None:
 
 def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Table | None:
     against_what, one = title_end(pairs)
+    heads = ["arm"] if one else ["arm", "reference"]
     rows, data = [], []
     for arm, reference in pairs:
         own, other = paradigms(arm, variant), paradigms(reference, variant)
         if not own or not other:
             continue
-        names = [arm.name] if one else [arm.name, reference.name]
-        known = {"arm": arm.name, "reference": reference.name}
+        names = names_of(arm, reference)
+        shown = [names[head] for head in heads]
         if reason := unlike(arm, reference, ACCURACY):
-            rows.append([*names, *("-" * 5), reason])
-            data.append(known | {"note": reason})
+            rows.append([*shown, *("-" * 5), reason])
+            data.append(names | {"note": reason})
             continue
         fixed = fixed_side(arm, reference)
         for test in blimp_tests(own, other, pairs=_pairs_scored(arm), fixed=fixed):
@@ -77,21 +78,20 @@ def _tests(pairs: Sequence[Pair], variant: str, assumed: dict[str, str]) -> Tabl
                 assumed.setdefault(f"{test.name}, unit {test.unit}", test.assumes)
             rows.append(
                 [
-                    *names,
+                    *shown,
                     *(_test_name(test), test.unit, f"{test.n:,}"),
                     between(ACCURACY, test.difference, test.low, test.high),
                     *(p_value(test.p), test.note),
                 ]
             )
-            data.append(known | asdict(test))
+            data.append(names | asdict(test))
     if not rows:
         return None
     return Table(
         name=f"blimp_{variant}_tests",
         title=f"Tests of {variant}, difference{against_what}",
         columns=[
-            *(["arm"] if one else ["arm", "reference"]),
-            *("test", "unit", "units", "difference [95 %], points"),
+            *(*heads, "test", "unit", "units", "difference [95 %], points"),
             *("p", "note"),
         ],
         rows=rows,

@@ -161,26 +161,31 @@ def title_end(pairs: Sequence[Pair]) -> tuple[str, bool]:
     return (f" to {names.pop()}", True) if len(names) == 1 else ("", False)
 
 
+def names_of(arm: Arm, reference: Arm) -> dict[str, str]:
+    """Column -> name, of a pair in a table and its CSV."""
+    return {"arm": arm.name, "reference": reference.name}
+
+
 def _difference_table(
     metric: Metric, pairs: Sequence[Pair], tests: Sequence[Comparison], *, to: str | None
 ) -> Table:
     """A row for each pair."""
     against_what, one = (f" to {to}", True) if to else title_end(pairs)
+    heads = ["arm"] if one else ["arm", "reference"]
     rows, data = [], []
     for (arm, reference), c in zip(pairs, tests, strict=True):
         *test, needed, note = comparison_cells(metric, c)
         bootstrap = "-" if c.bootstrap is None else ends(metric, *c.bootstrap)
         effect = "-" if c.effect is None else f"{c.effect:+.2f}"
-        names = [arm.name] if one else [arm.name, reference.name]
-        rows.append([*names, *test, bootstrap, effect, needed, note])
-        data.append({"arm": arm.name, "reference": reference.name, **comparison_row(metric, c)})
+        names = names_of(arm, reference)
+        rows.append([*(names[head] for head in heads), *test, bootstrap, effect, needed, note])
+        data.append(names | comparison_row(metric, c))
     what = "ratio" if metric.scale == "log" else "difference"
     return Table(
         name=f"compare_{slug(metric)}",
         title=f"{metric.title}: {what}{against_what}",
         columns=[
-            *(["arm"] if one else ["arm", "reference"]),
-            *("seeds", f"{what} [95 %]", "p", "p (Holm)", "bootstrap 95 %", "Hedges' g"),
+            *(*heads, "seeds", f"{what} [95 %]", "p", "p (Holm)", "bootstrap 95 %", "Hedges' g"),
             *("seeds needed", "note"),
         ],
         rows=rows,

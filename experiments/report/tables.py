@@ -33,7 +33,7 @@ def shown(sweep: Sweep) -> list[Metric]:
 
 
 def charts(sweep: Sweep) -> list[Metric]:
-    """Those of them that every figure draws."""
+    """The metrics of `shown` that figures draw."""
     return [metric for metric in shown(sweep) if metric.charted]
 
 

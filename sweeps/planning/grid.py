@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
+from experiments.labels import key_of
 from relora_core.config import ConfigError
 
 Point = dict[str, str]
@@ -20,12 +21,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
 def points_from(cells: Iterable[Sequence[str]]) -> list[Point]:
     """`["model=tiny", "+x=1"]` -> `{"model": "tiny", "x": "1"}`, for each cell."""
-    return [dict(_split(text) for text in cell) for cell in cells]
-
-
-def _split(text: str) -> tuple[str, str]:
-    key, _, value = text.partition("=")
-    return key.lstrip("+~"), value
+    return [{key_of(text): text.partition("=")[2] for text in cell} for cell in cells]
 
 
 def axes(points: Sequence[Point]) -> list[str]:

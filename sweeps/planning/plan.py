@@ -22,7 +22,14 @@ from experiments import json_files, notices
 from experiments.disk import frozen
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import overrides_of, read_plan
-from experiments.identity import config_from_json, essential, ids, overruled, scientific
+from experiments.identity import (
+    config_from_json,
+    essential,
+    ids,
+    left_out,
+    overruled,
+    scientific,
+)
 from experiments.labels import LABELS, spell, text_of
 from relora_core import atomic, shared
 from relora_core.config import (
@@ -306,8 +313,8 @@ def _why_equal(configs: list[RunConfig]) -> Iterator[tuple[str, str]]:
         elif reason := overruled(meta, first):
             yield key, reason
         elif key.startswith("eval.") and not runs_eval(first, key.split(".")[1]):
-            on = any(get(config, f"{section}.enabled") for config in configs)
-            yield key, f"with {section}.{'path=none' if on else 'enabled=false'}"
+            on = next((c for c in configs if get(c, f"{section}.enabled")), first)
+            yield key, f"with {left_out(key.split('.')[1], on)}"
         else:
             yield key, "same"
     if not differs:
@@ -381,7 +388,7 @@ def _labels(cells: Sequence[Cell]) -> list[tuple[str, str | None]]:
 
 
 def _lasting_notes(old: Plan, new: Plan) -> list[str]:
-    """Notes of both plans without those that compare runs, which are made anew of all together."""
+    """The notes of both plans that compare no runs; `store` makes the others anew, of all runs."""
     runs = [[cell.config for cell in plan.cells] for plan in (old, new)]
     outdated = {note for configs in runs for note in comparison_notes(configs)}
     return [note for note in old.notes + new.notes if note not in outdated]

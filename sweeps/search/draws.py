@@ -63,7 +63,7 @@ def _ask(study: Study) -> Trial:
     reader, spec = study.optuna, study.spec
     begun = [t for t in reader.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     half = [t for t in begun if t.state == TrialState.RUNNING and not is_begun(t)]
-    draw = len(begun) - len(half)  # of one half drawn the same as before
+    draw = len(begun) - len(half)  # a half-drawn point keeps its number, and so its seed
     reader.sampler = samplers.make_sampler(study.config, space=spec.space, draw=draw)
     try:
         asked = optuna.trial.Trial(reader, half[0]._trial_id) if half else reader.ask()

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.disk.output_dir import place_of_study, refuse_unwritable, study_folder
+from experiments.identity import left_out
 from experiments.notices import across
-from relora_core.config import EVALS, ConfigError, RunConfig, get, nearest, runs_eval, validate
+from relora_core.config import EVALS, ConfigError, RunConfig, nearest, validate
 from sweeps import display, tracking
 from sweeps import measure as measuring
 from sweeps.launchers import Launcher
@@ -219,10 +220,9 @@ def check_measured(spec: Spec) -> None:
                 f"search.{key} must be of one of the evals {', '.join(EVALS)}, got {metric!r}."
                 f"{nearest(name, EVALS)}"
             )
-        if not runs_eval(config, name):
-            off = "path=none" if get(config, f"eval.{name}.enabled") else "enabled=false"
+        if off := left_out(name, config):
             raise ConfigError(
-                f"search.{key} must be what all runs measure, got {metric!r} with eval.{name}.{off}"
+                f"search.{key} must be what all runs measure, got {metric!r} with {off}"
             )
 
 

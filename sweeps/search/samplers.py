@@ -151,7 +151,7 @@ def distribution(dimension: Dimension) -> BaseDistribution:
 def suggest(trial: optuna.trial.Trial, key: str, dimension: Dimension) -> Any:
     """The trial's value at `key`, drawn now if it has none yet."""
     drawn = distribution(dimension)
-    with warnings.catch_warnings():  # steps as above; GP clips infinite values
+    with warnings.catch_warnings():  # the last digit as in `distribution`; GP clips infinite values
         warnings.simplefilter("ignore", UserWarning)
         if key in trial.distributions:
             _skip(trial, key, drawn)
