@@ -46,8 +46,6 @@ class Estimate:
     high: float
     basis: str
     """What it is estimated from, as text for the user."""
-    bound: bool = False
-    """Nothing was measured: `hours` is the time limit of one attempt."""
     steps: int | None = None
     """Training steps of the run that it is for; None: of several runs."""
 
@@ -59,8 +57,6 @@ class Place:
     processes: int = 1
     gpus: float = 0
     """A fraction of one if runs are packed."""
-    time_limit_h: float | None = None
-    """Of one attempt."""
     kinds: tuple[str, ...] = ()
     """Names of the GPUs that it may get, or what a scheduler calls them; empty: not known."""
     partition: str | None = None
@@ -98,27 +94,21 @@ def estimate(
 ) -> Estimate | None:
     """Device-hours of a run from step `done` on: GPU-hours if it has GPUs, else process-hours.
 
-    Where it may get one of several kinds of GPU, the interval covers each. Without a measured run
-    on such a device it is what the time limit allows; None without a limit.
+    Where it may get one of several kinds of GPU, the interval covers each. None without a measured
+    run on such a device: a time limit bounds a job, and a run goes on in the next.
     """
-    devices, steps = place.gpus or place.processes, max(config.train.steps - done, 0)
     groups, note = _similar_rates(config, rates=rates, place=place)
     if not groups:
-        if place.time_limit_h is None:
-            return None
-        hours = place.time_limit_h * devices
-        return Estimate(
-            hours=hours, low=0.0, high=hours, basis="the time limit", bound=True, steps=steps
-        )
+        return None
     parts = [_interval(_predict_seconds(config, g, done=done), g.factor) for g in groups]
     lows, middles, highs = zip(*parts, strict=True)
-    hours = devices / place.processes / 3600
+    hours = (place.gpus or place.processes) / place.processes / 3600
     return Estimate(
         hours=statistics.median(middles) * hours,
         low=min(lows) * hours,
         high=max(highs) * hours,
         basis=" and ".join(dict.fromkeys(group.basis for group in groups)) + note,
-        steps=steps,
+        steps=max(config.train.steps - done, 0),
     )
 
 
@@ -252,7 +242,6 @@ def total(estimates: Iterable[Estimate | None]) -> Estimate | None:
         low=sum(part.low for part in parts),
         high=sum(part.high for part in parts),
         basis="; ".join(dict.fromkeys(part.basis for part in parts)),
-        bound=any(part.bound for part in parts),
     )
 
 
@@ -301,25 +290,17 @@ def check_budget(
     if unknown:
         raise ConfigError(
             f"{key} must be null while nothing is known of the cost of {unknown} of {runs} runs, "
-            f"got {max_gpu_hours:g}; {_how_to_measure(unit)}, or give the launcher a time limit"
+            f"got {max_gpu_hours:g}; finish one run on a {unit} first (fewer train.steps will do), "
+            "or time some steps with --plan --measure"
         )
     asked = total(estimates)
     # Rounding may take a sum that equals the budget above it.
     if asked is None or asked.hours <= max_gpu_hours * (1 + 1e-9):
         return
     fits = _count_fitting([one.hours for one in estimates if one], limit=max_gpu_hours)
-    help_ = f"; {_how_to_measure(unit)}" if asked.bound else ""
     raise ConfigError(
         f"{key} must be >= {_round_up(asked.hours)} for {runs} runs ({interval(asked)} {unit}-hours"
-        f" by {asked.basis}), got {max_gpu_hours:g}; {fits} of them fit{help_}"
-    )
-
-
-def _how_to_measure(unit: str) -> str:
-    """Advice: how to get an estimate."""
-    return (
-        f"finish one run on a {unit} first (fewer train.steps will do), or time some steps with "
-        "--plan --measure"
+        f" by {asked.basis}), got {max_gpu_hours:g}; {fits} of them fit"
     )
 
 
@@ -339,10 +320,8 @@ def _round_up(value: float) -> str:
 
 
 def interval(one: Estimate) -> str:
-    """`1.2 (0.9-1.6)`, or `<= 48` if it is a bound; the middle has two digits."""
+    """`1.2 (0.9-1.6)`; the middle has two digits."""
     if one.high < 0.001:
         return "< 0.001"
     places = min(max(1 - math.floor(math.log10(one.hours)), 0), 4)
-    if one.bound:
-        return f"<= {one.high:.{places}f}"
     return f"{one.hours:.{places}f} ({one.low:.{places}f}-{one.high:.{places}f})"

@@ -69,7 +69,6 @@ class SlurmLauncher:
         return Place(
             processes=shape.processes,
             gpus=shape.nodes * shape.gpus_per_node / self.options.runs_per_job,
-            time_limit_h=shape.minutes / 60,
             kinds=gpu_kinds(options),
             partition=partition_of(options),
         )
@@ -98,7 +97,7 @@ class SlurmLauncher:
 
     def _check_pace(self, config: RunConfig, cost: Estimate | None) -> None:
         """ConfigError if a job is too short for a checkpoint: every kill would lose all of it."""
-        if cost is None or cost.bound or cost.steps is None:
+        if cost is None or cost.steps is None:
             return
         if config.checkpoint.every_minutes is not None:
             return
