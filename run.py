@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import schema, typos
 from experiments.errors import reporting
-from experiments.labels import key_of
+from experiments.labels import typed
 from experiments.run.single import run_here
 from hydra_plugins.relora_sweeps._habits import translate
 from relora_core.config import ConfigError
@@ -37,8 +37,8 @@ def main(cfg: DictConfig) -> None:
         overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         schema.refuse_search(cfg, overrides)
         schema.refuse_sweep(HydraConfig.get(), cfg)
-        given = set(map(key_of, overrides))
-        sys.exit(run_here(schema.to_run_config(cfg, overrides=overrides), given=given))
+        config = schema.to_run_config(cfg, overrides=overrides)
+        sys.exit(run_here(config, given=typed(overrides)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from experiments.disk.state import state_of
 from experiments.environment import EXPERIMENTS, RUN, SWEEPS
 from experiments.errors import reporting
 from experiments.identity import arm_id, run_id
-from experiments.labels import key_of, quoted
+from experiments.labels import quoted, typed
 from experiments.model_card import model_card
 from experiments.run.complete import complete
 from experiments.run.foreign import Wanted, evaluate
@@ -53,11 +53,11 @@ status` and MLflow (tracking.experiment=NAME puts it beside a sweep's), and in a
 
 
 def describe(
-    config: RunConfig, *, at_steps: list[int], given: Collection[str] = ()
+    config: RunConfig, *, at_steps: list[int], given: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """All facts about a run that need no training; `given`: the keys that the user set."""
+    """All facts about a run that need no training; `given`: key -> value of what the user set."""
     validate(config)
-    notes = list(notices.without_effect(given, [config]))
+    notes = notices.of_one(given or {}, config)
     identity: dict[str, str | None] = {"run_id": None, "arm_id": None}
     try:
         config = complete(config, notes=notes)
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "describe":
             extra = [f"output_dir={quoted(arguments.output_dir)}"] if arguments.output_dir else []
             config = schema.compose(arguments.overrides + extra, config_dir=arguments.config_dir)
-            given = set(map(key_of, arguments.overrides))
+            given = typed(arguments.overrides)
             result = describe(config, at_steps=arguments.at_steps, given=given)
             printer = _print_description
         elif arguments.command == "evaluate":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 OPTIONS = {
@@ -43,6 +43,11 @@ def spell(axes: Mapping[str, str]) -> str:
 def key_of(override: str) -> str:
     """The key of an override as it was typed: `+train.lr=1` -> `train.lr`."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def typed(overrides: Iterable[str]) -> dict[str, str]:
+    """Key -> value of overrides, both as they were typed."""
+    return {key_of(text): text.partition("=")[2] for text in overrides}
 
 
 def quoted(value: Any) -> str:

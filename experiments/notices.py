@@ -5,16 +5,23 @@ Not for: notices on a single config (`relora_core/redraws.py`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from experiments.identity import left_out, overruled
-from relora_core.config import ADAPTERS, EVALS, RunConfig, walk
+from experiments.identity import essential, left_out, overruled
+from experiments.labels import text_of
+from experiments.options import is_common, values_of
+from relora_core.config import ADAPTERS, EVALS, RunConfig, get, walk
 
 
 def across(configs: Iterable[RunConfig], *, seeds: int = 1) -> list[str]:
     """All notices, one line each; `seeds`: the number of seeds that each config is run with."""
     configs = list(configs)
     return [*scales(configs), *fixed_order(configs, seeds=seeds)]
+
+
+def of_one(given: Mapping[str, str], config: RunConfig) -> list[str]:
+    """Notices on what the user set of a single run: key -> value."""
+    return [*without_effect(given, [config]), *replaced(given, config)]
 
 
 def without_effect(given: Collection[str], configs: Sequence[RunConfig]) -> Iterator[str]:
@@ -28,6 +35,28 @@ def without_effect(given: Collection[str], configs: Sequence[RunConfig]) -> Iter
             keys.setdefault(" and ".join(dict.fromkeys(map(str, reasons))), []).append(key)
     for reason, names in keys.items():
         yield f"{', '.join(names)} {'do' if len(names) > 1 else 'does'} not apply {reason}"
+
+
+def replaced(given: Mapping[str, str], config: RunConfig) -> Iterator[str]:
+    """A notice for each option that the user gave of which an experiment replaces a value by which
+    it differs from other options, since a table shows the numbers under the option's name.
+
+    `given`: key -> value of what the user set. Experiments are composed last.
+    """
+    counts = essential(config).keys() - given.keys()
+    if "relora.scale" in given:
+        counts -= {"relora.alpha"}  # it follows
+    for group in [group for group in ("model", "method", "relora") if group in given]:
+        values = values_of(group, given[group])
+        keys = [key for key in values if key in counts and get(config, key) != values[key]]
+        keys = [key for key in keys if not is_common(group, key)]
+        if keys:
+            now = ", ".join(f"{key}={text_of(get(config, key))}" for key in keys)
+            own = " ".join(f"{key}={text_of(values[key])}" for key in keys)
+            yield (
+                f"{group}={given[group]} has {now} by experiment={config.experiment}: "
+                f"{own} is its own"
+            )
 
 
 def _off(key: str, config: RunConfig) -> str | None:

@@ -68,6 +68,7 @@ def run_sweep(
     plan.notes = [*notes, *comparison_notes([cell.config for cell in plan.cells])]
     fixed = {key for point, _ in points for key in point} - {*axes([point for point, _ in points])}
     plan.notes += notices.without_effect(fixed, configs)
+    plan.notes += dict.fromkeys(note for one in points for note in notices.replaced(*one))
     if any(c.runtime.device == "cpu" and launcher.place(c).gpus for c in configs):
         plan.notes.append(
             "jobs hold GPUs that runtime.device=cpu leaves idle: hydra.launcher.gpus_per_node=0"

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from experiments import environment, scheduler
+from experiments import environment, scheduler, schema
 from experiments.__main__ import describe, show
 from experiments.disk.output_dir import plan_folder, runs_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
-from experiments.notices import fixed_order, scales, without_effect
+from experiments.labels import typed
+from experiments.notices import fixed_order, replaced, scales, without_effect
 from experiments.report import data, document, gather, tables
 from experiments.report import page as report
 from experiments.report.page import _notes
@@ -78,9 +79,9 @@ def test_what_the_user_set_in_vain_is_said_of_one_run_and_of_a_plan(
     """Whoever types relora.r=8 for GaLore means galore.r, and gets the default of that."""
     vain = "relora.r does not apply to method=galore"
     galore = with_values(cut, {"method": "galore", "relora.r": 2, "galore.r": 2})
-    assert run_here(galore, given=["relora.r", "galore.r", "method"]) == 0
+    assert run_here(galore, given={"relora.r": "2", "galore.r": "2", "method": "galore"}) == 0
     assert f"note: {vain}\n" in capsys.readouterr().err
-    assert vain in describe(galore, at_steps=[], given=["relora.r"])["notes"]
+    assert vain in describe(galore, at_steps=[], given={"relora.r": "2"})["notes"]
     fixed = {"method": "galore", "relora.r": 2, "galore.r": 2}
     assert planned(cut, fixed | {"seed": 1}, fixed | {"seed": 2})[-1] == vain
     assert vain not in planned(cut, fixed, fixed | {"method": "lora"})
@@ -100,6 +101,35 @@ def test_a_setting_is_in_vain_beside_another_one_or_where_its_eval_is_off() -> N
     other = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule))
     other.schedule.name = "cosine"
     assert list(without_effect(["schedule.min_ratio"], [config, other])) == []
+
+
+def test_an_option_of_which_an_experiment_replaces_a_value_is_named() -> None:
+    """APOLLO-Mini's scale of 128 is for one vector; galore_60m has 128 of them, for APOLLO."""
+    words = ["experiment=galore_60m", "method=apollo_mini"]
+    said = "method=apollo_mini has apollo.r=128 by experiment=galore_60m: apollo.r=1 is its own"
+    assert list(replaced(typed(words), schema.compose(words))) == [said]
+    words.append("apollo.r=128")
+    assert list(replaced(typed(words), schema.compose(words))) == []
+    words = ["experiment=lialin_60m", "relora=as_executed", "relora.scale=2"]
+    assert list(replaced(typed(words), schema.compose(words))) == [
+        "relora=as_executed has relora.prune_ratio=0.9 by experiment=lialin_60m: "
+        "relora.prune_ratio=0.999 is its own"
+    ]
+    words = ["experiment=demo", "relora=as_executed"]  # whose dropout is that of all four
+    assert list(replaced(typed(words), schema.compose(words))) == []
+
+
+def test_a_plan_says_what_an_experiment_replaces(cut: RunConfig) -> None:
+    cut.experiment, cut.method = "galore_60m", "apollo"
+    cut.apollo.r, cut.apollo.scaling, cut.apollo.scale = 2, "tensor", 128.0
+    points = [
+        ({"method": "apollo_mini", "seed": str(k)}, dataclasses.replace(cut, seed=k))
+        for k in (1, 2)
+    ]
+    out = io.StringIO()
+    run_sweep(points, launcher=Idle(), console=Console(file=out, width=200))
+    said = "method=apollo_mini has apollo.r=2 by experiment=galore_60m: apollo.r=1 is its own"
+    assert out.getvalue().count(said) == 1
 
 
 def test_data_that_no_run_would_read_are_refused(cut: RunConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from experiments import addresses, environment, notices
 from experiments.disk import frozen, inputs
@@ -24,10 +24,13 @@ from relora_core.config import ConfigError, RunConfig
 from relora_core.data.base import DataError
 
 
-def run_here(config: RunConfig, *, given: Collection[str] = ()) -> int:
-    """Run, or resume, the run of this config; the exit code. `given`: keys that the user set."""
+def run_here(config: RunConfig, *, given: Mapping[str, str] | None = None) -> int:
+    """Run, or resume, the run of this config; the exit code.
+
+    `given`: key -> value of what the user set.
+    """
     place = shell.take_group()
-    notes = list(notices.without_effect(given, [config]))
+    notes = notices.of_one(given or {}, config)
     config = complete(config, notes=notes)
     store.check(config)
     run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import references, schema
-from experiments.labels import quoted
+from experiments.labels import quoted, typed
 from hydra_plugins.relora_sweeps._axes import arms_taken, as_list, dimension, lines_of, parse
 from hydra_plugins.relora_sweeps._compose import Composer
 from relora_core.config import ConfigError, RunConfig
@@ -136,7 +136,8 @@ class _Drafts:
         seeds = {config.seed for _, config in bases}
         seed = seeds.pop() if len(seeds) == 1 else self.first.seed
         search = self._search(space, fixed, seed=seed)
-        return Draft(search=search, space=space, bases=bases, follows=follows)
+        set_by_user = dict.fromkeys(space, "") | typed(fixed.values())
+        return Draft(search=search, space=space, bases=bases, follows=follows, given=set_by_user)
 
     def _search(
         self, space: dict[str, Dimension], fixed: dict[str, str], *, seed: int

@@ -7,16 +7,13 @@ conf/, such as a model's width, is not mentioned.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any
 
-import yaml
-
-from experiments.environment import CONF
 from experiments.identity import essential
 from experiments.labels import OPTIONS
+from experiments.options import values_of
 from relora_core.config import RunConfig, get, walk
 
 GROUPS = {group: key for group, key in OPTIONS.items() if group != "experiment"}
@@ -73,7 +70,7 @@ def _follows(key: str, configs: Sequence[RunConfig], settings: Sequence[Mapping[
 def _value_of_options(config: RunConfig, key: str) -> Any:
     """The key's value by the config's options, or else the schema."""
     for group, label in GROUPS.items():
-        option = _option(group, str(get(config, label)))
+        option = values_of(group, str(get(config, label)))
         if key in option:
             return option[key]
     return _default(key, config=config)
@@ -84,25 +81,6 @@ def _default(key: str, *, config: RunConfig) -> Any:
         for name, f, _ in walk(config):
             DEFAULTS[name] = f.default if f.default_factory is MISSING else f.default_factory()
     return DEFAULTS[key]
-
-
-@functools.cache
-def _option(group: str, name: str) -> dict[str, Any]:
-    """Dotted key -> value in an option of conf/; empty for a user's own option, not in conf/."""
-    path = CONF / group / f"{name}.yaml"
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    prefix = "" if "@package _global_" in text else f"{group}."
-    return {f"{prefix}{key}": value for key, value in _flat(yaml.safe_load(text) or {})}
-
-
-def _flat(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{rest}", deep) for rest, deep in _flat(value))
-        else:
-            yield key, value
 
 
 def _decides(

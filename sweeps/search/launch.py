@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from experiments.disk.output_dir import place_of_study, refuse_unwritable, study_folder
 from experiments.identity import left_out
-from experiments.notices import across
+from experiments.notices import across, replaced
 from relora_core.config import EVALS, ConfigError, RunConfig, nearest, validate
 from sweeps import display, tracking
 from sweeps import measure as measuring
@@ -62,6 +62,8 @@ class Draft:
     """For each of them what refers to a key that is searched: dotted key -> what stands there."""
     arm: str | None = None
     """Its name in a search with arms."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Key -> value of what was set, as it was given; a key that is searched has no value."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,6 +129,9 @@ def run_search(
         for cell in part.cells
     }
     more = [note for part in parts for note in part.notes]
+    for draft in drafts:
+        for choices, config in draft.bases:
+            more += replaced({**draft.given, **choices}, config)
     plan.notes = list(dict.fromkeys([*notes, *more, *uneven(parts)]))
     outlook = SearchOutlook(
         plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, parts=parts
