@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from experiments.environment import ROOT, python_path
+from experiments.environment import ROOT, cores, python_path
 from experiments.scheduler import JOB
 from relora_core import shell
 
@@ -44,9 +44,9 @@ class Slots:
         """As many as there are GPUs, if any of the runs' `runtime.device` may be one, else cores;
         never more than there are runs."""
         gpus = visible_gpus() if {*devices} - {"cpu"} else []
-        cores = len(os.sched_getaffinity(0))
-        parallel = min(max_parallel or len(gpus) or cores, runs)
-        threads = max(1, cores // parallel)
+        there = cores()
+        parallel = min(max_parallel or len(gpus) or there, runs)
+        threads = max(1, there // parallel)
         return cls(parallel=parallel, threads=threads, gpus=gpus, code=code)
 
     def environment(self, slot: int) -> dict[str, str]:

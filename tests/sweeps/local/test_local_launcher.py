@@ -167,6 +167,15 @@ def test_each_worker_has_its_share_of_threads_and_its_gpu(make, launch, tmp_path
     assert log.read_text() == "threads 8 3\n"
 
 
+def test_a_system_without_affinity_shares_all_its_cores(monkeypatch):
+    """As macOS, where Python has no os.sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    slots = Slots.of(None, runs=9, devices=["cpu"])
+    assert (slots.parallel, slots.threads) == (8, 1)
+    assert Slots.of(2, runs=9, devices=["cpu"]).threads == 4
+
+
 def test_one_run_on_the_cpu_takes_no_other_its_gpu(make, launch, tmp_path, monkeypatch):
     monkeypatch.setattr(slots_module, "_installed_gpus", lambda: ["3", "4", "5"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
