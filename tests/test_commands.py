@@ -200,3 +200,16 @@ def test_a_command_works_as_it_stands(home, page, command, tmp_path, monkeypatch
         words = ["another" if word == "bpe4k" else word for word in words]
         shutil.rmtree(home / "another", ignore_errors=True)
     assert carry_out(home, words) or "logs" in words  # these runs print nothing
+
+
+@pytest.mark.slow
+def test_the_arms_that_the_page_on_searches_shows_can_be_searched(tmp_path):
+    page = (ROOT / "docs" / "searching.md").read_text().partition("## Arms")[2]
+    lines = re.findall(r"^    ((?:common|arms): .*|arms:|  \w+: \[.*\])$", page, flags=re.M)
+    assert len(lines) > 3
+    head = ["objectives: [eval/paloma/perplexity min last]", "n_trials: 1"]
+    head += ["space: {train.lr: 'tag(log, interval(1e-3, 1e-2))'}"]
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "page.yaml").write_text("\n".join([*head, *lines]) + "\n")
+    words = ["--plan", "--config-dir", str(tmp_path), "hydra/sweeper=search", "search=page"]
+    carry_out(tmp_path, ["python", "run.py", *words, "tracking=none", "output_dir=planned"])
