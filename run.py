@@ -1,6 +1,6 @@
 """Run one experiment in this process, or with -m launch a sweep of them.
 
-python run.py                                        the demo: minutes on a laptop
+python run.py                                        the demo: about a minute on a laptop
 python run.py model=small relora.r=32 seed=1         one run
 python run.py -m model=tiny,small relora.r=8,16,32   a sweep
 python run.py --plan model=tiny,small relora.r=8,16  what that sweep would do and cost; nothing else

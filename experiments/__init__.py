@@ -5,7 +5,7 @@ run/            Doing one run: complete its config, train, stop, evaluate
 tracking/       MLflow as a view of the records: nothing here is the only copy of anything
 published/      What published checkpoints say of a restart
 report/         A sweep's report: data, statistics, tables, page
-__main__.py     `describe`, `show`, `export`, `import-pico`, `tokenizer`, `published`
+__main__.py     `describe`, `show`, `export`, `evaluate`, `import-pico`, `tokenizer`, `published`
 schema.py       where Hydra meets the dataclasses
 typos.py        what a mistyped key, option or value should have been
 references.py   values of a config that refer to others, followed after composing

@@ -181,7 +181,7 @@ def import_pico(source: Path, *, folder: Path, tokenizer: str | None) -> dict[st
 def make_tokenizer(
     source: str, *, folder: Path, vocab_size: int, text_field: str
 ) -> dict[str, Any]:
-    """Train a byte-level BPE on txt or jsonl files and write it as `data.tokenizer` takes it."""
+    """Train a byte-level BPE on what data=text reads and write it as `data.tokenizer` takes it."""
     if (folder / "tokenizer.json").exists() or folder.is_file():
         raise ConfigError(f"DIR must hold no tokenizer yet, got {str(folder)!r}")
     try:
@@ -283,13 +283,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     help_describe = (
-        "the resolved config, run_id, parameters, FLOPs, memory and schedule; no training"
+        "run_id, parameters, FLOPs, memory, restarts; with --json the resolved config; no training"
     )
     command = commands.add_parser("describe", help=help_describe, description=help_describe)
     command.add_argument(
         "overrides", nargs="*", help=f"as for `{RUN}`, for example model=small relora.r=32"
     )
-    help_at_steps = "0-based updates, comma-separated"
+    help_at_steps = "0-based updates, comma-separated, whose learning-rate factor is shown"
     command.add_argument("--at-steps", type=_steps, default=[], help=help_at_steps)
     command.add_argument(
         "--config-dir", "-cd", metavar="DIR", help=f"options of your own, as for `{RUN}`"
@@ -317,7 +317,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", metavar="MODEL", help="a folder, or a name on the hub")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of eval and tracking")
+    help_settings = "of eval, tracking, runtime and dynamics.kinds"
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help_settings)
     command.add_argument("--as", dest="name", help="its name (default: the last part of MODEL)")
     command.add_argument("--revision", help="branch, tag or commit of the hub")
     help_length = "tokens of Paloma's windows (default: the model's longest input, at most 2048)"
@@ -332,7 +333,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SOURCE", type=Path, help="config.json, *.safetensors")
     command.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
     command.add_argument("--tokenizer", help="as data.tokenizer (default: SOURCE's own, if any)")
-    help_tokenizer = "train a byte-level BPE on txt or jsonl files, for data.tokenizer=DIR"
+    help_tokenizer = "train a byte-level BPE on what data=text reads, for data.tokenizer=DIR"
     command = commands.add_parser("tokenizer", help=help_tokenizer, description=help_tokenizer)
     command.add_argument("source", metavar="DATA", help="as data.path of data=text")
     command.add_argument("folder", metavar="DIR", type=Path, help="gets tokenizer.json")

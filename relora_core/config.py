@@ -901,7 +901,7 @@ class DataConfig:
     tokenizer: str | None = knob(None, scientific=False, kinds=("pretokenized", "text"))
     """tokenizer.json, a folder that holds one, or a hub name. Evals on text need it."""
     text_field: str = knob("text", kinds=("text",))
-    """Key of the text in a jsonl record."""
+    """Key of the text in a jsonl record, or its column in parquet."""
     shuffle_rows: bool = knob(False, kinds=("text",), as_before=False)
     """Rows in a seeded order of their own; false: as they lie, so that a step's rows are often of
     one document, and a short run sees what few documents it happens to begin with."""
@@ -960,7 +960,8 @@ class BlimpConfig:
     enabled: bool = knob(False)
     """Whether it runs."""
     path: str | None = knob(None, scientific=False)
-    """Folder or .tar.xz of <UID>.jsonl; None: the grammar's own pairs (off for other data)."""
+    """Folder, tar or zip of <UID>.jsonl, or a folder of the hub's parquet files; None: the
+    grammar's own pairs (off for other data)."""
     every_steps: int | None = knob(
         None, ge=1, same_as=lambda c: _within(c.eval.blimp.every_steps, c.train.steps)
     )
@@ -1052,9 +1053,11 @@ class TrackingConfig:
     enabled: bool = knob(False, scientific=False)
     """Whether runs are shown in MLflow; events.jsonl is written in any case."""
     uri: str | None = knob(None, scientific=False)
-    """sqlite:///, http(s)://, postgresql://, mysql:// ...; None: sqlite in output_dir/mlflow.db."""
+    """sqlite:///, http(s)://, postgresql://, mysql:// ...; None: the variable MLFLOW_TRACKING_URI,
+    else sqlite in output_dir/mlflow.db."""
     experiment: str | None = knob(None, scientific=False)
-    """Name of the MLflow experiment; None: the sweep's name, else the experiment's."""
+    """Name of the MLflow experiment; None: the variable MLFLOW_EXPERIMENT_NAME, else the sweep's
+    name, else the experiment's."""
     system_metrics: bool = knob(False, scientific=False)
     """Record the load of CPU and GPUs every 10 s as metrics system/..."""
 

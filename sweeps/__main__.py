@@ -23,7 +23,7 @@ EPILOG = f"""examples:
   {RUN + " -m model=tiny,small relora.r=8,16,32":<51}  plan and run; again: only what is missing
   {SWEEPS + " status":<51}  every run, on one screen
   {SWEEPS + " watch":<51}  the same, live, until all have ended
-  {SWEEPS + " logs r16-t60-grammar-s0 -f":<51}  what a run prints (any part of its run_id)
+  {SWEEPS + " logs tiny-relora-r16 -f":<51}  what a run prints (any part of its run_id)
   {SWEEPS + " cancel model-relora.r":<51}  end what is queued or running; asks first
   {SWEEPS + " search lr_and_rank":<51}  results of a search
   {SWEEPS + " retry":<51}  launch again what failed or was lost

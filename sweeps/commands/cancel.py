@@ -31,7 +31,7 @@ from sweeps.slurm.submission import adopt, alive, recover, submitted_jobs, unans
 HELP = "end runs that are queued or running; they keep their checkpoints"
 EXAMPLES = """examples:
   python -m sweeps cancel model-relora.r          a whole sweep; says what and asks first
-  python -m sweeps cancel r16-t60-grammar-s0 --yes
+  python -m sweeps cancel tiny-relora-r16 --yes
 The command that started a run, or `retry --cancelled`, goes on from its newest checkpoint.
 """
 GRACE_S = 10.0

@@ -51,7 +51,7 @@ class Section:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs=2, metavar="RUN", help="run_id, or any part that only it has")
+    parser.add_argument("run", nargs=2, metavar="RUN", help="name, arm or job, or part of a run_id")
     parser.add_argument("--json", action="store_true", help="every difference, for scripts")
 
 

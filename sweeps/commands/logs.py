@@ -16,15 +16,15 @@ from sweeps.slurm.submission import read_submissions
 
 HELP = "what a run prints"
 EXAMPLES = """examples:
-  python -m sweeps logs r16-t60-grammar-s0 -f     follow it to its end (any part of its run_id)
-  python -m sweeps logs r16-t60-grammar-s0 --attempt 1
-  python -m sweeps logs r16-t60-grammar-s0 --slurm    what its SLURM job printed, set-up lines too
+  python -m sweeps logs tiny-relora-r16 -f        follow it to its end (any part of its run_id)
+  python -m sweeps logs tiny-relora-r16 --attempt 1
+  python -m sweeps logs tiny-relora-r16 --slurm   what its SLURM job printed, set-up lines too
 """
 POLL_S = 0.5
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run_id, or any part of it that one run has")
+    parser.add_argument("run", metavar="RUN", help="name, arm or job, or part of a run_id")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
     parser.add_argument("--attempt", type=int, metavar="N", help="number of the attempt (newest)")
     parser.add_argument("--slurm", action="store_true", help="the output of its SLURM job")
