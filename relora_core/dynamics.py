@@ -228,8 +228,10 @@ class Recorder:
         return self._restarted
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
-        self._restarted |= {n: t.to(self._restarted[n].device) for n, t in state.items()}
+        """Inverse of `state_dict`. Copies: on a CPU the given tensors are the checkpoint's file,
+        and NFS removes no folder of which a file is in use."""
+        for name, weight in state.items():
+            self._restarted[name].copy_(weight)
 
     def average_gradients_(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Mean over ranks of each rank's gradients; every rank calls it."""

@@ -298,3 +298,18 @@ def test_a_checkpoint_with_a_generator_of_every_gpu_resumes_on_fewer_or_more(
     after = _see_gpus(monkeypatch, count, current=current)
     checkpoint.set_rng_state(state)
     assert after[current].item() == expected
+
+
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(config, tmp_path):
+    """On NFS the folder could not be removed later, and the run would fail."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists the files that a process has mapped")
+    measured = {"every_steps": 100, "what": ["update_restart"], "kinds": ["w_2"]}
+    setting = config(method="lora", dynamics=measured)
+    run(setting, tmp_path, die_at=("train", 7))
+    held = []
+    again = run(setting, tmp_path, seen=lambda _: held.append(str(tmp_path) in maps.read_text()))
+    assert again.events[0].data["resumed"]
+    assert held
+    assert not any(held)
