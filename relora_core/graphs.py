@@ -24,6 +24,9 @@ from relora_core.config import ConfigError
 
 MOST_GRAPHS = 256
 """Of blocks whose adapters have ranks of their own; torch refuses more than 8."""
+SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""Variables by which torch compiles nothing: in silence by the first, with an error by the
+second."""
 
 
 def choose(asked: str, *, device: torch.device, resumed: bool = False) -> str:
@@ -44,6 +47,8 @@ def choose(asked: str, *, device: torch.device, resumed: bool = False) -> str:
 
 def _problem(device: torch.device, *, cuda_graphs: bool) -> str | None:
     """Why nothing can be compiled for this device; None: it can."""
+    if switch := next((name for name in SWITCHES if os.environ.get(name) == "1"), None):
+        return f"{switch}=1"
     compilers = [os.environ.get("CC"), "gcc", "cc", "clang"]
     if not any(shutil.which(name) for name in compilers if name):
         return "no C compiler"

@@ -346,3 +346,20 @@ def test_where_graphs_cannot_be_had(
     with pytest.raises(ConfigError, match=r"runtime\.compile must be auto or off here \(no triton"):
         graphs.choose("blocks", device=GPU)
     assert graphs.choose("blocks", device=GPU, resumed=True) == "off"
+
+
+@pytest.mark.parametrize("switch", graphs.SWITCHES)
+def test_a_shell_that_switches_compiling_off_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], switch: str
+) -> None:
+    able(monkeypatch)
+    monkeypatch.setattr(graphs, "_has_header", lambda: True)
+    for name in graphs.SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    assert graphs.choose("auto", device=GPU) == "blocks"
+    monkeypatch.setenv(switch, "1")
+    assert graphs.choose("auto", device=GPU) == "off"
+    assert f"training is slower: {switch}=1" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=rf"auto or off here \({switch}=1\), got 'blocks'"):
+        graphs.choose("blocks", device=GPU)
+    assert graphs.choose("blocks", device=GPU, resumed=True) == "off"
