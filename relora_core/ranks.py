@@ -77,7 +77,7 @@ def form_group(
         _store = _open_store(place, wait)
         if _store is None:
             return False
-    store = distributed.PrefixStore(f"relora/{next(_meetings)}", _store)
+    store = distributed.PrefixStore(f"relora/{place.start}/{next(_meetings)}", _store)
     _turns = distributed.PrefixStore("turns", store)
     try:
         if not _compare(store, place, own, wait, gpu=gpu):

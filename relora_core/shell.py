@@ -61,6 +61,8 @@ class Group:
     """host:port of rank 0."""
     served: bool = False
     """By torchrun itself, not by rank 0."""
+    start: str = "0"
+    """How often torchrun has started these processes before; what it serves outlives them."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world} processes at {self.address}"
@@ -132,6 +134,7 @@ def group(environment: Mapping[str, str]) -> Group:
         local_world=place["LOCAL_WORLD_SIZE"],
         address=f"{texts['MASTER_ADDR']}:{port}",
         served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        start=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 

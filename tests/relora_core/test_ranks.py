@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -244,3 +246,13 @@ def _await(file: Path) -> None:
     while not file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_processes_that_torchrun_starts_again_meet_anew(monkeypatch):
+    """Its store still has the keys of those before."""
+    monkeypatch.setattr(ranks, "_store", ranks.distributed.HashStore())
+    monkeypatch.setattr(ranks, "_turns", None)
+    for start in ("0", "1"):
+        monkeypatch.setattr(ranks, "_meetings", itertools.count())  # as in a new process
+        place = dataclasses.replace(ALONE, served=True, start=start)
+        assert not ranks.form_group(place, {}, backend="gloo", stop=lambda: True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from relora_core import shell
@@ -49,6 +51,7 @@ BOTH = Group(rank=1, world=2, local_rank=1, local_world=2, address="127.0.0.1:29
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ALONE),  # the batch script, no task of srun
         (SIX, BOTH),
         (TORCHRUN, BOTH),
+        (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"}, dataclasses.replace(BOTH, start="2")),
         (SIX | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, BOTH),  # our own job
         (TORCHRUN | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, BOTH),
     ],
