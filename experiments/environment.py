@@ -210,8 +210,7 @@ def check_gpu(config: RunConfig) -> None:
         return
     import torch  # a second, which a run on a CPU need not wait for here
 
-    mps = config.runtime.device != "cuda" and torch.backends.mps.is_available()
-    if not (torch.cuda.is_available() or mps):
+    if not torch.cuda.is_available():
         raise no_gpu(config, asked)
 
 

@@ -279,10 +279,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 def backend(config: RunConfig) -> str:
     """Backend of torch.distributed. By default accelerate starts no group without a GPU: every rank
-    would train alone, on the full batch."""
-    device = config.runtime.device
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return "gloo" if device == "cpu" or (device == "auto" and not has_gpu) else "nccl"
+    would train alone, on the full batch. Apple's GPU counts as none: it has no float64."""
+    return "nccl" if gpu.wanted(config) else "gloo"
 
 
 def split_batch(config: RunConfig, *, world: int) -> int:

@@ -72,8 +72,7 @@ class LocalLauncher:
         check_parallel(self.max_parallel)
         for cell in plan.cells:
             asked = environment.gpu_asked(cell.config)
-            apple = sys.platform == "darwin" and cell.config.runtime.device != "cuda"
-            if asked is None or apple or visible_gpus():
+            if asked is None or visible_gpus():
                 continue
             if not run_at(Path(cell.config.output_dir), cell.run_id).ended():
                 raise environment.no_gpu(cell.config, asked)

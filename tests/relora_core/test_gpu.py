@@ -181,6 +181,21 @@ def test_an_apple_gpu_is_none_of_cuda(nano: Nano, monkeypatch: pytest.MonkeyPatc
         environment.check_gpu(on_gpu(nano))
 
 
+def test_an_apple_gpu_is_left_alone(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no float64, in which losses and scores are added up."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    asked = []
+
+    def accelerator(**options: Any) -> Any:
+        asked.append(options["cpu"])
+        return SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1)
+
+    monkeypatch.setattr(train_module, "Accelerator", accelerator)
+    train_module.make_accelerator(nano(runtime={"device": "auto"}))
+    assert asked == [True]
+
+
 # what it cannot do -------------------------------------------------------------------------------
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("major", [7, 8])
