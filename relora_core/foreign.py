@@ -39,6 +39,9 @@ LONGEST = 2048
 """Input of a model that names no longest one."""
 LOGITS = 64 << 20
 """Bytes of float32 logits that are normalised at a time."""
+PASS_LOGITS = 4 << 30
+"""Bytes of them that a pass over several sequences makes at most: one of 65,536 tokens, as on a
+GPU, would make 67 GB with a vocabulary of 256,000."""
 
 
 # the model ----------------------------------------------------------------------------------------
@@ -89,6 +92,14 @@ class ForeignModel(nn.Module):
         """As `evals.base.LanguageModel`; bf16 is for a head that can be used apart."""
         if self.split:
             return target_log_probs(self.hidden_states(ids)[at], self.head(precision), targets)
+        size = max(1, PASS_LOGITS // (4 * (self.config.vocab_size or 1) * ids.shape[1]))
+        places = at.split(size)
+        own = targets.split([int(place.sum()) for place in places])
+        passes = zip(ids.split(size), places, own, strict=True)
+        return torch.cat([self._pass_log_probs(*one) for one in passes])
+
+    def _pass_log_probs(self, ids: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+        """As `log_probs`, in one pass, from all logits."""
         rows = self.logits(ids)[at]  # (N, V)
         size = max(1, LOGITS // (4 * rows.shape[1]))
         parts = zip(rows.split(size), targets.split(size), strict=True)

@@ -156,6 +156,13 @@ def describe(
     )
     validate(replace(composed, eval=config.eval))  # bounds of what was typed
     digests = evals.inspect(config, tokenizer=tokenizer)
+    for name in () if model.split else digests:
+        precision = getattr(getattr(config.eval, name), "precision", "fp32")
+        if precision != "fp32":
+            raise ConfigError(
+                f"eval.{name}.precision must be fp32 for {loaded.architecture} (its logits are not "
+                f"its last states times a head, which could be rounded), got {precision!r}"
+            )
     evals.prepare(config, tokenizer)
     sections = {name: replace(sections[name], fingerprint=digests.get(name)) for name in EVALS}
     off = [name for name in EVALS if name not in digests]

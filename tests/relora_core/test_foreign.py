@@ -262,3 +262,20 @@ def test_without_transformers_the_line_says_how_to_get_it(monkeypatch, tmp_path)
     monkeypatch.setattr(foreign, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[transformers\]'"):
         foreign.load(str(tmp_path), name="x")
+
+
+def test_a_pass_makes_no_more_logits_than_it_may(loaded, monkeypatch):
+    """Where the head cannot be used apart; a GPU's batches are of 65,536 tokens."""
+    model, seen = loaded("gptj").model, []
+    logits = model.logits
+    monkeypatch.setattr(foreign, "PASS_LOGITS", 4 * VOCAB * 64)
+    monkeypatch.setattr(model, "logits", lambda ids: (seen.append(ids.numel()), logits(ids))[1])
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(0, VOCAB, size=n).astype(np.int32) for n in range(2, 30)]
+    windows = [Window(ids, max(1, len(ids) // 2)) for ids in drawn]
+    alone = score(model, windows, batch_tokens=1)
+    seen.clear()
+    together = score(model, windows, batch_tokens=65536)
+    assert 1 < len(seen) < len(windows)
+    assert max(seen) <= 64
+    np.testing.assert_allclose(together, alone, atol=5e-4, rtol=1e-5)

@@ -144,3 +144,14 @@ def test_a_wrong_word_is_one_line(place, tmp_path, capsys, words, expected) -> N
     assert len(error) == 1
     assert expected in error[0]
     assert not (tmp_path / "none").exists()
+
+
+def test_a_precision_that_a_model_cannot_have_is_one_line(tmp_path, capsys) -> None:
+    source = save(tmp_path / "gptj", "gptj")  # its head has a bias
+    texts = [f"{key}={path}" for key, path in save_texts(tmp_path / "texts").items()]
+    words = ["evaluate", str(source), "--output-dir", str(tmp_path / "out"), *texts]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "eval.blimp.precision=bf16", "runtime.device=cpu"])
+    assert ended.value.code == 2
+    assert "eval.blimp.precision must be fp32 for GPTJForCausalLM" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
