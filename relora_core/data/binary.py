@@ -74,11 +74,6 @@ class BinaryStream(RowStream):
         if not self._rows:
             raise DataError(f"{file} holds {len(self._ids)} ids, expected more than {seq_len}")
 
-    @property
-    def epoch(self) -> int:
-        """Passes over the data that are complete."""
-        return self._row // self._rows
-
     def next_rows(self, n: int) -> np.ndarray:
         first = self._row + self._rank
         starts = (first + np.arange(n) * self._world) % self._rows * self._seq_len

@@ -293,11 +293,6 @@ class PretokenizedStream:
         self._stored = 0  # ids per stored row, set by the first one
         self.load_state_dict({"row": 0, "epoch": 0, "chunk_row": 0, "reader": self._first})
 
-    @property
-    def epoch(self) -> int:
-        """Passes over the data that are complete."""
-        return self._epoch
-
     def next_rows(self, n: int) -> np.ndarray:
         out = np.empty((n, self._data.seq_len + 1), dtype=np.int64)
         end = self._row + n * self._world

@@ -394,11 +394,6 @@ class TextStream(RowStream):
         self._rows = tokens.rows(seq_len)
         self._order_of = -1  # the epoch that order and ends are of
 
-    @property
-    def epoch(self) -> int:
-        """Passes over the data that are complete."""
-        return self._row // self._rows
-
     def next_rows(self, n: int) -> np.ndarray:
         first = self._row + self._rank
         rows = [self._read(first + i * self._world) for i in range(n)]
