@@ -49,6 +49,7 @@ from experiments.report.document import (
 from experiments.report.latex import to_latex
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
+from relora_core.evals.paloma import longest_window
 from relora_core.sources import comparable
 
 PREVIOUS = "previous"
@@ -227,6 +228,13 @@ def _cautions(sweep: Sweep) -> list[str]:
             f"Not trained here, and with tokenizers of their own: {joined(foreign)}. Perplexities "
             "are per token and must not be compared across tokenizers; bits per byte may be. Each "
             "is one value without seeds, with which all seeds of an arm are compared."
+        )
+    windows = sorted({longest_window(run.config) for run in runs})
+    if len(windows) > 1 and any(key.startswith("eval/paloma/") for r in runs for key in r.metrics):
+        lines.append(
+            f"Paloma's windows have {' and '.join(map(str, windows))} tokens. A longer one sees "
+            "more context, which lowers bits per byte, too: for a model from elsewhere "
+            "--max-length of `python -m experiments evaluate` sets it."
         )
     if len({run.config.train.steps for run in runs if run.trained}) > 1:
         lines.append(

@@ -234,6 +234,14 @@ def _lines(file: Path, *, where: str) -> Iterator[bytes]:
         raise ConfigError(f"{where} line {number + 1}: {what} ({error})") from None
 
 
+def longest_window(config: RunConfig) -> int:
+    """Tokens of a window, and of the paper's rows.
+
+    Positions that training never reached would measure how RoPE extrapolates, not the language.
+    """
+    return min(config.model.max_seq_len, config.data.seq_len, MAX_LEN)
+
+
 def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
     """`evaluate` with the run's documents and their ids, a function of (model, **Work)."""
     section = config.eval.paloma
@@ -242,15 +250,13 @@ def build(config: RunConfig, tokenizer: Tokenizer) -> Callable[..., EvalResult]:
         documents = grammar_documents(count)
     else:
         documents = load(section)
-    # Positions that training never reached would measure how RoPE extrapolates, not the language.
-    max_len = min(config.model.max_seq_len, config.data.seq_len, MAX_LEN)
     return functools.partial(
         evaluate,
         documents=documents,
         ids=encode([d.text for d in documents], tokenizer),
         eos_id=tokenizer.eos_id,
         prefix=start_id(tokenizer),
-        max_len=max_len,
+        max_len=longest_window(config),
         precision=section.precision,
     )
 

@@ -128,3 +128,11 @@ def test_blimps_tests_use_all_seeds(tmp_path: Path, seeds) -> None:
     assert rows["seed one-sample t"]["n"] == 3
     assert "averaged over 3 seeds first" in rows["paradigm paired t"]["note"]
     assert not any("left out" in row["note"] for row in rows.values())
+
+
+def test_windows_of_other_lengths_are_said(tmp_path: Path) -> None:
+    sweep, said = beside(tmp_path, (0, 1, 2)), "Paloma's windows have 16 and 64 tokens"
+    assert said not in str(page._cautions(sweep))
+    model = sweep.arms[-1].runs[0]
+    model.config = replace(model.config, data=replace(model.config.data, seq_len=64))
+    assert said in str(page._cautions(sweep))
