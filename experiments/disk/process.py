@@ -24,6 +24,13 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def is_of_this_boot(birth: str | None) -> bool:
+    """Whether a process that began at `birth` is of this machine, or of a container on it, since
+    the machine was started."""
+    own = process_start(os.getpid())
+    return bool(birth and own) and str(birth).partition("/")[0] == str(own).partition("/")[0]
+
+
 def is_alive(pid: int, *, birth: str | None, started: float) -> bool:
     """Whether the process with this pid began at `birth`, or if that is None at `started`."""
     try:

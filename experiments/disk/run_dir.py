@@ -32,9 +32,9 @@ from typing import Any
 import psutil
 
 from experiments import json_files
-from experiments.disk import frozen
+from experiments.disk import flock, frozen
 from experiments.disk.event_log import parse_event
-from experiments.disk.process import is_alive, process_start
+from experiments.disk.process import is_alive, is_of_this_boot, process_start
 from experiments.disk.states import State
 from experiments.errors import RunLocked
 from experiments.identity import config_from_json, config_to_json
@@ -43,6 +43,7 @@ from relora_core import atomic, shared
 from relora_core.config import EVALS, RunConfig
 
 LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
+LOCK |= {"flock": bool | None}
 ATTEMPT = {"host": str, "pid": int, "python": str, "commit": str, "tree_hash": str}
 ATTEMPT |= {"code_hash": str, "cpu": str, "packages": dict[str, str], "gpus": list[Any]}
 RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
@@ -88,6 +89,8 @@ class RunDir:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lock: dict[str, Any] | None = None
+        """The lock as this object has written it."""
 
     @property
     def run_id(self) -> str:
@@ -216,25 +219,27 @@ class RunDir:
         this very job always has.
         """
         path = self.path / "lock"
-        me = {
+        me: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
             "birth": process_start(os.getpid()),
             "job_id": current_job(),
+            "flock": True,
         }
-        taken = False
+        taken, held = False, None
         while not taken:
             with self._alone():  # two processes may see a stale lock: one would remove the new one
                 holder = self.lock_holder()
                 if holder is not None and not _same_job(holder, me) and not is_dead(holder):
-                    raise RunLocked(
-                        f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
-                    )
+                    raise RunLocked(self._who_has_it(holder))
                 path.unlink(missing_ok=True)
                 with contextlib.suppress(FileExistsError):
                     atomic.create_text(path, json.dumps(me))
-                    taken = True
+                    if (held := flock.hold(path)) is None:  # the lock must not claim it
+                        me["flock"] = False
+                        atomic.write_text(path, json.dumps(me))
+                    self._lock, taken = me, True
         try:
             yield
         finally:
@@ -242,6 +247,14 @@ class RunDir:
             with contextlib.suppress(OSError):
                 if self.is_mine():
                     path.unlink()
+            if held is not None:
+                flock.release(held)
+
+    def _who_has_it(self, holder: dict[str, Any]) -> str:
+        line = f"{self.run_id} is being run by process {holder['pid']} on {holder['host']}"
+        if holder["host"] in ("?", socket.gethostname()):
+            return line
+        return f"{line}; if that has ended for certain, remove {self.path / 'lock'}"
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -256,11 +269,16 @@ class RunDir:
 
     def is_mine(self) -> bool:
         """Whether this process still has the lock: the scheduler may have started the run anew."""
-        holder = _read_json(self.path / "lock") or {}
-        return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
+        if self._lock is None or self._lock["pid"] != os.getpid():  # a fork's copy is not its own
+            return False
+        return _read_json(self.path / "lock") == self._lock
 
     def lock_holder(self) -> dict[str, Any] | None:
-        """The process that works on the run, or None. Dead processes of this host do not count."""
+        """The process that works on the run, or None. Dead processes of this host do not count.
+
+        Neither do those of containers on it, or of this machine under an earlier name: they held
+        the lock's file open, of which the kernel knows.
+        """
         path = self.path / "lock"
         holder = _read_json(path)
         if not holder or not json_files.has_types(holder, LOCK) or not 0 < holder["pid"] < 2**31:
@@ -270,9 +288,11 @@ class RunDir:
             except FileNotFoundError:
                 return None
             return {"host": "?", "pid": 0} if young else None
-        if holder["host"] != socket.gethostname():
+        birth = holder.get("birth")
+        held = flock.is_held(path) if holder.get("flock") and is_of_this_boot(birth) else None
+        if held is None and holder["host"] != socket.gethostname():
             return holder
-        at_work = is_alive(holder["pid"], birth=holder.get("birth"), started=holder["started"])
+        at_work = held or is_alive(holder["pid"], birth=birth, started=holder["started"])
         return holder if at_work else None
 
     def torn(self) -> list[Path]:

@@ -49,6 +49,8 @@ class Seen:
     """Its status is done, but its result.json cannot be read."""
     cancelled: bool = False
     """The user has asked it to end."""
+    left: bool = False
+    """A process that has ended for certain has left its lock."""
     orphaned: bool = False
     """A process of this host queued it and has ended, so that nothing will start it."""
     changed: str | None = None
@@ -95,6 +97,7 @@ def _read(run_dir: RunDir) -> Seen:
         ended=ended,
         damaged=status.state.done and ended is None and run_dir.result_path.exists(),
         cancelled=run_dir.cancel_path.exists(),
+        left=holder is None and (run_dir.path / "lock").exists(),
         orphaned=_is_orphan(status, host=host),
         changed=changed,
         host=host,
@@ -120,7 +123,7 @@ def judge(seen: Seen, *, now: float) -> RunState:
         what = "its result.json is damaged" if seen.damaged else "left no result"
         reason = f"says {state} but {what}; the same command goes on with it"
         state = State.FAILED
-    elif state is State.RUNNING and seen.here:
+    elif state is State.RUNNING and (seen.here or seen.left):
         state, reason = State.FAILED, f"killed (no process; last heartbeat {_ago(status, now=now)})"
     elif state is State.RUNNING:
         reason = _silence(status, now=now)

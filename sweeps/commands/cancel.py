@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 
 from experiments.disk.output_dir import run_at
+from experiments.disk.process import is_alive
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
 from experiments.disk.states import State
@@ -199,6 +200,8 @@ def terminate(run_dir: RunDir) -> bool:
     holder = run_dir.lock_holder()
     if holder is None or holder["host"] != socket.gethostname():
         return False
+    if not is_alive(holder["pid"], birth=holder.get("birth"), started=holder.get("started", 0.0)):
+        return False  # of a container with this host's name, where pids mean other processes
     try:
         psutil.Process(holder["pid"]).terminate()
     except psutil.Error:  # it has ended meanwhile, or is another user's

@@ -9,8 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,10 +25,12 @@ import pytest
 from experiments.disk import process
 from experiments.disk import run_dir as run_dir_module
 from experiments.disk.run_dir import RunDir
+from experiments.disk.state import state_of
 from experiments.errors import RunLocked
 from experiments.run.complete import complete
 from experiments.run.runner import run_experiment
 from relora_core import checkpoint
+from sweeps.commands import cancel
 from sweeps.retention import Policy, judge, remove
 from tests.faults.conftest import KILLED, assert_sound, numbers, only_run
 from tests.faults.inject import small_run
@@ -95,6 +103,137 @@ def test_a_process_that_the_system_hides_from_others_still_holds_its_run(run, mo
         (run.path / "lock").write_text(json.dumps(left_lock))
         monkeypatch.setattr(os, "kill", kill)
         assert (run.lock_holder() is not None) == held
+
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDER = """
+import os, socket, subprocess, sys, time
+name, path = sys.argv[1:]
+socket.gethostname = lambda: name
+from experiments.disk.run_dir import RunDir
+run = RunDir(path)
+with run.lock():
+    run.update_status(state="running", host=name, pid=os.getpid())
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(600)
+        os._exit(0)
+    started = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
+    print(forked, started.pid, flush=True)
+    time.sleep(600)
+"""
+"""Locks a run on a host of this name, and has two children."""
+births = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux tells births")
+
+
+@contextmanager
+def held(run: RunDir, *, host: str) -> Iterator[Callable[[], None]]:
+    """A process of this machine that has the run; gives what kills it and leaves its children."""
+    command = [sys.executable, "-c", HOLDER, host, str(run.path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None
+        children = [int(pid) for pid in other.stdout.readline().split()]
+
+        def kill() -> None:
+            other.kill()
+            other.wait()
+
+        try:
+            yield kill
+        finally:
+            kill()
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+
+
+@births
+@pytest.mark.parametrize("host", ["3f2a17c0de", os.uname().nodename])
+def test_a_lock_of_this_machine_counts_as_long_as_its_process_lives(run, host):
+    """Of a container, or from before the machine was renamed; children that outlive the process,
+    such as a loader's workers, do not keep it."""
+    with held(run, host=host) as kill:
+        assert state_of(run).state == "running"
+        with pytest.raises(RunLocked, match=f"is being run by process .* on {host}"), run.lock():
+            pass
+        kill()
+        assert (state_of(run).state, run.lock_holder()) == ("failed", None)
+        with run.lock():
+            pass
+
+
+@births
+def test_containers_of_one_name_do_not_take_each_others_runs(run):
+    """In each of them pids begin at 1."""
+    host = os.uname().nodename
+    with held(run, host=host) as kill:
+        holder = json.loads((run.path / "lock").read_text())
+        boot = holder["birth"].partition("/")[0]
+        in_place = holder | {"pid": os.getpid(), "birth": f"{boot}/1"}
+        (run.path / "lock").write_text(json.dumps(in_place))
+        with pytest.raises(RunLocked), run.lock():
+            pass
+        assert not cancel.terminate(run), "the pid is ours, and no container's"
+        kill()
+        with run.lock():
+            pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"birth": "00000000-0000-0000-0000-000000000000/17"},  # a node that shares the disk
+        {"birth": None},
+        {"flock": False},  # its disk has no locks
+        {"flock": None},  # an earlier version
+    ],
+)
+def test_a_lock_of_which_this_machine_cannot_know_counts(run, changes):
+    holder = left(run, host="elsewhere", **changes)
+    assert run.lock_holder() == holder
+    removal = f"on elsewhere; if that has ended for certain, remove {run.path}/lock"
+    with pytest.raises(RunLocked, match=removal), run.lock():
+        pass
+
+
+def test_a_machine_that_is_renamed_takes_no_run_from_its_process(run, monkeypatch):
+    with run.lock():
+        monkeypatch.setattr("socket.gethostname", lambda: "dhcp-17")
+        assert run.is_mine()
+        with pytest.raises(RunLocked), RunDir(run.path).lock():
+            pass
+    assert not (run.path / "lock").exists()
+
+
+def test_a_lock_of_the_same_name_and_pid_is_another_if_its_birth_is(run):
+    with run.lock():
+        lock = json.loads((run.path / "lock").read_text())
+        (run.path / "lock").write_text(json.dumps(lock | {"birth": "this boot/2"}))
+        assert not run.is_mine()
+
+
+def test_a_fork_is_not_its_parent(run):
+    with run.lock():
+        child = os.fork()
+        if child == 0:
+            os._exit(run.is_mine())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert run.is_mine()
+
+
+def test_a_disk_without_locks(run, monkeypatch):
+    def none(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with run.lock():
+        assert run.is_mine()
+        assert json.loads((run.path / "lock").read_text())["flock"] is False
+        with pytest.raises(RunLocked), run.lock():
+            pass
+    assert not (run.path / "lock").exists()
+    left(run, pid=2**22 + 1)
+    assert run.lock_holder() is None
 
 
 def test_of_many_that_find_a_stale_lock_one_takes_the_run(run, monkeypatch):
