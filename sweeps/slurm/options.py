@@ -39,6 +39,7 @@ RESERVED = {
     "no_requeue": "a killed run goes on only if its job is requeued",
     "output": "`python -m sweeps logs` and each run's folder have the logs",
     "error": "`python -m sweeps logs` and each run's folder have the logs",
+    "clusters": "squeue and scancel would ask another cluster; SLURM_CLUSTERS tells all of them",
     "array": "each task has its runs; hydra.launcher.max_parallel says how many may run at a time",
 }
 """sbatch's options that saving and recovering rest on -> why they stay as they are."""

@@ -235,6 +235,7 @@ def test_an_option_of_sbatch_with_a_name_here_is_ours_however_it_is_spelt(submit
         ({"extra": {"output": "x"}}, "have the logs"),
         ({"extra": {"error": "x"}}, "have the logs"),
         ({"extra": {"array": "0-3"}}, "hydra.launcher.max_parallel says how many"),
+        ({"extra": {"clusters": "serial"}}, "SLURM_CLUSTERS tells all of them"),
         ({"extra": {"gres": ["a", "b"]}}, "hydra.launcher.extra.gres must be one value, got"),
         ({"extra": {"cpus-per-gpu": "x"}}, "cpus_per_gpu must be an integer, got 'x'"),
     ],
