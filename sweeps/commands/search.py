@@ -20,6 +20,7 @@ from experiments.run.sinks import clock
 from relora_core import atomic, shared
 from relora_core.config import ConfigError, nearest
 from sweeps import display
+from sweeps.planning.provenance import different_code
 
 if TYPE_CHECKING:
     from sweeps.search.response import Arm
@@ -186,6 +187,8 @@ def show_arms(args: argparse.Namespace, folder: Path) -> int:
     display.make_console().print(arm_table(arms))
     _print(edge_lines(arms))
     notes = dict.fromkeys(note for arm in arms for note in arm.results.notes)
+    codes = [code for arm in arms for code in arm.results.codes]
+    notes |= dict.fromkeys(different_code(codes, what="trials"))
     _print([f"note: {note}" for note in notes])
     if line := shared.find_obstacle(folder):
         print(f"bests, tables and the figure were not written: {line}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.identity import essential
 from relora_core.config import RunConfig, get
+from relora_core.sources import code_hash, comparable
 
 MOST = 3
 """Settings that a note lists."""
@@ -44,6 +45,8 @@ class Tuned:
     """What the best trial ran."""
     borrowed: bool = False
     """Whether the sweep's arm has another name, and so other settings."""
+    codes: list[str] = field(default_factory=list)
+    """code_hash of what the search ran, each once."""
 
     def record(self) -> dict[str, Any]:
         """What plan.json keeps."""
@@ -80,7 +83,18 @@ def notes(tuned: Mapping[str, Tuned], configs: Sequence[RunConfig]) -> list[str]
         )
     if edges := [arm for arm, one in tuned.items() if one.edges]:
         made.append(f"the best lies at an edge of what {names} tried for {', '.join(edges)}")
+    ran = [code for one in tuned.values() for code in one.codes]
+    codes = [*ran, code_hash()] if ran else []
+    made += different_code(codes, what=f"trials of {names} and this sweep")
     return [*made, *_differences(tuned, configs)]
+
+
+def different_code(codes: Sequence[str], *, what: str) -> list[str]:
+    """A note if these hashes of relora_core are not one; `what` ran the code."""
+    if len({*codes}) < 2:
+        return []
+    ran = "ran" if all(comparable(one, codes[0]) for one in codes) else "may have run"
+    return [f"{what} {ran} different code of relora_core: which is best may be the code's doing"]
 
 
 def _differences(tuned: Mapping[str, Tuned], configs: Sequence[RunConfig]) -> Iterator[str]:

@@ -34,6 +34,7 @@ from experiments.metrics import scale_of
 from experiments.stats import interval
 from relora_core import atomic
 from relora_core.config import RunConfig
+from sweeps.planning.provenance import different_code
 from sweeps.search import plots, recipe
 from sweeps.search.config import Objective, SearchConfig
 from sweeps.search.study import Study
@@ -128,7 +129,9 @@ class Results:
     saved_steps: int
     """... and those that they were spared."""
     notes: list[str]
-    """Of its plan, one line each."""
+    """Of its plan, one line each, and on trials of different code."""
+    codes: list[str] = field(default_factory=list)
+    """code_hash of the runs of all trials that have a value, each once."""
 
     @property
     def all_failed(self) -> bool:
@@ -156,6 +159,7 @@ def read(study: Study) -> Results:
     rows = [_row(trial, config, output_dir=output_dir) for trial in drawn]
     chosen = best_rows(rows, directions=[goal.direction for goal in goals])
     pruned = [row for row in rows if row.state == "pruned"]
+    codes = _codes(rows, output_dir=output_dir)
     return Results(
         name=study.name,
         goals=goals,
@@ -166,8 +170,15 @@ def read(study: Study) -> Results:
         importances=importances(study.optuna, goals=goals),
         pruned_steps=sum(row.step for row in pruned),
         saved_steps=sum(row.steps - row.step for row in pruned),
-        notes=_notes(study.name, output_dir=output_dir),
+        notes=[*_notes(study.name, output_dir=output_dir), *different_code(codes, what="trials")],
+        codes=codes,
     )
+
+
+def _codes(rows: Sequence[TrialRow], *, output_dir: Path | str) -> list[str]:
+    runs = [run_at(output_dir, run.run_id) for row in rows if row.values for run in row.runs]
+    codes = [record.get("code_hash") for run in runs for record in run.attempt_records()]
+    return list(dict.fromkeys(code for code in codes if code))
 
 
 def _notes(name: str, *, output_dir: Path | str) -> list[str]:

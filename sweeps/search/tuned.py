@@ -81,4 +81,5 @@ def _tuned(search: str, arm: Arm, *, borrowed: bool) -> Tuned:
         searched=list(best.params),
         config=config_at(arm.spec, best.params),
         borrowed=borrowed,
+        codes=arm.results.codes,
     )

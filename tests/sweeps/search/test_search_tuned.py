@@ -14,10 +14,11 @@ from experiments.disk.output_dir import all_runs, study_folder
 from experiments.identity import run_id
 from hydra_plugins.relora_sweeps.plugins import LocalLauncher
 from relora_core.config import ConfigError
+from relora_core.sources import code_hash
 from sweeps.local.slots import ROOT
 from sweeps.planning import provenance
 from sweeps.planning.plan import load, make_plan, store
-from sweeps.search import arms
+from sweeps.search import arms, results
 from sweeps.search.space import Choice
 from sweeps.search.study import Study
 from sweeps.search.tuned import read_tuned
@@ -104,6 +105,28 @@ def test_an_arm_without_a_best_is_refused(search, out):
         trial.fail("boom")
     with pytest.raises(ConfigError, match=r"but s has none for b"):
         read_tuned(out, "s", {"a": "a", "b": "b"})
+
+
+@pytest.mark.parametrize(("codes", "said"), [("a", False), ("ab", True)])
+def test_trials_of_different_code_are_noted(finished, out, codes, said):
+    folder = finished(a={}, b={})
+    for number, run in enumerate(all_runs(out)):
+        run.write_attempt(1, {"code_hash": f"d1:{codes[number % len(codes)]}"})
+    for study in arms.open_studies(folder):
+        noted = any(
+            "ran different code of relora_core" in note for note in results.read(study).notes
+        )
+        assert noted == said
+
+
+@pytest.mark.parametrize(("code", "said"), [(code_hash(), []), ("d1:0", ["ran"]), ("0", ["may"])])
+def test_settings_that_other_code_has_found_are_noted(finished, out, code, said):
+    finished(a={}, b={})
+    for run in all_runs(out):
+        run.write_attempt(1, {"code_hash": code})
+    tuned = read_tuned(out, "s", {"a": "a", "b": "b"})
+    notes = [note for note in provenance.notes(tuned, []) if "different code" in note]
+    assert [note.removeprefix("trials of s and this sweep ").split()[0] for note in notes] == said
 
 
 # the points of the sweep ------------------------------------------------------------------------
