@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,10 @@ SECRETS = (
     *("id_ed25519", "credentials", "credentials.json", "secrets.json", "secrets.y*ml"),
 )
 """Never copied and never in a patch, tracked or not: others may read the results."""
+OTHER_RUN = re.compile(r"(.+)/runs/[^/]+/config\.json")
+"""A name by which a folder among the code is an output folder, perhaps of another command."""
+LIMIT_MB = 50.0
+"""Of a copy, where no option says otherwise."""
 MB = 1e6
 
 
@@ -132,25 +137,36 @@ def is_secret(name: str) -> bool:
 
 
 def _outside(names: list[str], *, root: Path, output_dir: Path | str | None) -> list[str]:
-    """The names that are not below `output_dir`, directly or through links."""
+    """The names that are not below `output_dir`, directly or through links, nor below another
+    folder that has runs."""
     if output_dir is None:
         return names
     bases = {os.path.abspath(root), os.path.realpath(root)}
     targets = {os.path.abspath(output_dir), os.path.realpath(output_dir)}
     out = {os.path.relpath(target, base) for target in targets for base in bases}
+    others = (match[1] for name in names if (match := OTHER_RUN.fullmatch(name)))
+    out |= {other for other in others if not _is_among_parts(other)}
     return [n for n in names if not any(n == o or n.startswith(f"{o}/") for o in out)]
 
 
 # the copy ---------------------------------------------------------------------------------------
+def check(*, output_dir: Path | str, root: Path = ROOT, limit_mb: float | None = None) -> None:
+    """ConfigError if `freeze` would refuse the code at `root`; writes nothing."""
+    _check_apart(root, output_dir=output_dir)
+    names = _outside(_names(root), root=root, output_dir=output_dir)
+    _check_size(root, names, limit_mb=limit_mb)
+
+
 def freeze(
-    folder: Path, *, output_dir: Path | str, root: Path = ROOT, limit_mb: float = 50
+    folder: Path, *, output_dir: Path | str, root: Path = ROOT, limit_mb: float | None = None
 ) -> Path:
     """Copy the code at `root` to folder/<tree_hash>, unless it is there already; the copy's path.
 
     Copies tracked files and new files that git does not ignore, as they are now; without git the
     project's own (PARTS). A link to a file or folder of the copy stays a link; one to another file
     becomes that file; one to another folder becomes absolute. Submodules and other checkouts are
-    left out. ConfigError if the files exceed `limit_mb`.
+    left out. ConfigError if the files exceed `limit_mb`, an option of SLURM's launcher; None:
+    LIMIT_MB.
     """
     _check_apart(root, output_dir=output_dir)
     names = _outside(_names(root), root=root, output_dir=output_dir)
@@ -270,25 +286,32 @@ def _put(path: Path, entry: Entry) -> None:
 def _check_apart(root: Path, *, output_dir: Path | str) -> None:
     """ConfigError if results would lie among the code that is copied."""
     within = os.path.relpath(os.path.realpath(output_dir), os.path.realpath(root))
-    if within.split(os.sep)[0] in (".", *(part.split("/")[0] for part in PARTS)):
+    if _is_among_parts(within):
         raise ConfigError(
             f"output_dir must be apart from the code that is to be frozen, got "
             f"{str(output_dir)!r}; nearest valid: 'outputs'"
         )
 
 
-def _check_size(root: Path, names: list[str], *, limit_mb: float) -> None:
+def _is_among_parts(name: str) -> bool:
+    return name.split(os.sep)[0] in (".", *(part.split("/")[0] for part in PARTS))
+
+
+def _check_size(root: Path, names: list[str], *, limit_mb: float | None) -> None:
     sizes = {
         name: (root / name).stat().st_size
         for name in names
         if (root / name).is_file() and _link(root, name, names=names) is None
     }
     total = sum(sizes.values()) / MB
-    if total > limit_mb:
+    most = LIMIT_MB if limit_mb is None else limit_mb
+    if total > most:
         largest = sorted(sizes, key=lambda n: -sizes[n])[:3]
         listed = ", ".join(f"{_readable(n)} ({sizes[n] / MB:.1f} MB)" for n in largest)
-        raise ConfigError(
-            f"hydra.launcher.snapshot_limit_mb must be at least {math.ceil(total)}, the code to "
-            f"freeze is {total:.1f} MB, got {limit_mb:g}; largest files: {listed} (.gitignore "
-            "leaves files out)"
+        wanted = (
+            f"the code to freeze must be at most {most:g} MB, got {total:.1f} MB"
+            if limit_mb is None
+            else f"hydra.launcher.snapshot_limit_mb must be at least {math.ceil(total)}, the code "
+            f"to freeze is {total:.1f} MB, got {limit_mb:g}"
         )
+        raise ConfigError(f"{wanted}; largest files: {listed} (.gitignore leaves files out)")

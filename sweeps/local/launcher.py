@@ -70,6 +70,8 @@ class LocalLauncher:
 
     def check(self, plan: Plan, *, estimates: Mapping[str, Estimate | None]) -> None:
         check_parallel(self.max_parallel)
+        for cell in plan.cells[:1]:
+            snapshot.check(output_dir=cell.config.output_dir)
         for cell in plan.cells:
             asked = environment.gpu_asked(cell.config)
             if asked is None or visible_gpus():

@@ -26,6 +26,7 @@ from experiments.disk.states import State
 from experiments.environment import python_path
 from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
+from sweeps import snapshot
 from sweeps.planning.budget import Estimate, Place, to_run
 from sweeps.planning.plan import Cell, Plan, command
 from sweeps.slurm import cluster, refusal
@@ -77,6 +78,9 @@ class SlurmLauncher:
         """ConfigError if SLURM would refuse a job, or a job could not do what it is for."""
         check_options(self.options)
         print_environment(self.options)
+        for cell in plan.cells[:1]:
+            limit_mb = self.options.snapshot_limit_mb
+            snapshot.check(output_dir=cell.config.output_dir, limit_mb=limit_mb)
         for cell in plan.cells:
             check_cell(cell.config, self.options)
             self._check_pace(cell.config, estimates.get(cell.run_id))

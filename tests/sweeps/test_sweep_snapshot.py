@@ -290,6 +290,34 @@ def test_too_much_is_refused_by_name_before_anything_is_copied(checkout, copy, t
     assert copy(limit_mb=16)  # what the line advises is enough
 
 
+def test_results_of_other_commands_are_no_code(checkout, copy, tmp_path):
+    """Several output folders may lie in one checkout, none of them ignored."""
+    before = copy()
+    run = checkout / "out1" / "runs" / "a"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "checkpoints" / "model.safetensors").write_bytes(b"0" * 3_000_000)
+    (checkout / "out1" / "sweeps").mkdir()
+    (checkout / "out1" / "sweeps" / "plan.json").write_text("{}")
+    assert copy(limit_mb=1) == before
+    code = record(tmp_path, root=checkout, output_dir=tmp_path / "out")
+    assert (code.dirty, code.untracked) == (False, [])
+    assert (tmp_path / "code.diff").read_text() == ""
+
+
+def test_a_package_is_code_whatever_its_files_are_called(checkout, copy):
+    (checkout / "relora_core" / "runs" / "a").mkdir(parents=True)
+    (checkout / "relora_core" / "runs" / "a" / "config.json").write_text("{}")
+    assert {"relora_core/model.py", "relora_core/runs/a/config.json"} <= set(files(copy()))
+
+
+def test_what_is_too_much_for_a_local_sweep_names_no_option_of_slurm(checkout, tmp_path):
+    with open(checkout / "large.bin", "wb") as file:
+        file.truncate(51_000_000)
+    with pytest.raises(ConfigError, match=r"^the code to freeze must be at most 50 MB, got 51\.0"):
+        snapshot.check(root=checkout, output_dir=tmp_path / "out")
+
+
 @pytest.mark.parametrize("where", [".", "sweeps", "conf/../relora_core/out"])
 def test_results_that_cannot_be_told_from_the_code_are_refused(checkout, where, tmp_path):
     (checkout / "conf").mkdir()

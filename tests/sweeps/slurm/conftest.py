@@ -26,7 +26,7 @@ def code(tmp_path, monkeypatch):
     root = tmp_path / "project"
     root.mkdir()
     (root / "run.py").write_text("print('code')\n")
-    for name in ("freeze", "record"):
+    for name in ("check", "freeze", "record"):
         monkeypatch.setattr(snapshot, name, functools.partial(getattr(snapshot, name), root=root))
     return root
 

@@ -183,12 +183,13 @@ def test_arms_of_a_search_that_differ_in_resources_alone_are_refused(make, slurm
     run_search(drafts[:1], name="s", launcher=launcher, plan_only=True, console=console)
 
 
-def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code):
+def test_a_snapshot_beyond_its_limit_is_refused(submit, slurm, code, out):
     (code / "conf").mkdir()
     (code / "conf" / "large.bin").write_bytes(b"0" * 1_200_000)
     with pytest.raises(ConfigError, match=r"snapshot_limit_mb must be at least 2.*large\.bin"):
         submit([0], snapshot_limit_mb=1.0)
     assert slurm.jobs() == {}
+    assert not out.exists()
     assert submit([0], snapshot_limit_mb=2.0)[0] == 0
 
 
