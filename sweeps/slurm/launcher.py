@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from experiments.disk.output_dir import run_at
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
 from experiments.environment import python_path
+from experiments.errors import RunLocked
 from relora_core import shared, shell
 from relora_core.config import ConfigError, RunConfig
 from sweeps import snapshot
@@ -45,7 +47,7 @@ from sweeps.slurm.options import (
 from sweeps.slurm.queue import Queue
 from sweeps.slurm.sbatch import Sbatch, Unsure, options_of_environment, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
-from sweeps.slurm.survey import survey
+from sweeps.slurm.survey import is_dead, survey
 from sweeps.slurm.timings import time_on_slurm
 from sweeps.timing import Timings
 
@@ -259,9 +261,14 @@ def _for_each(do: Callable[[T], object], things: Iterable[T]) -> None:
 
 
 def _reset(run: RunDir) -> None:
-    """Reset the run to planned, without a request to cancel it."""
+    """Reset the run to planned, without a request to cancel it and without a dead job's lock, of
+    which a job in a container cannot ask SLURM."""
     run.cancel_path.unlink(missing_ok=True)
     now = run.status()
+    if run.lock_holder() is not None:
+        dead = partial(is_dead, heartbeat=now.heartbeat)
+        with contextlib.suppress(RunLocked), run.lock(is_dead=dead):
+            pass  # its end removes the lock
     if (now.state, now.phase, now.job_id, now.error) != (State.PLANNED, "", None, None):
         run.update_status(state=State.PLANNED, phase="", job_id=None, error=None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import json
 import os
 import shlex
 import threading
@@ -43,6 +44,19 @@ def test_submitting_twice_submits_nothing(submit, slurm, out):
     assert "2 runs are done or in flight: nothing to submit" in text
     real = [c for c in slurm.calls("sbatch")[calls:] if "--test-only" not in c]
     assert real == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_dead_jobs_lock_is_gone_before_the_next_job(submit, slurm, out, known):
+    """A job in a container could not ask SLURM whether the holder lives."""
+    submit([0])
+    (job,), (run,) = slurm.jobs(), all_runs(out)
+    run.update_status(state="running", host="n1", job_id=job)
+    lock = {"host": "n1", "pid": 7, "started": 0.0, "job_id": job if known else None}
+    (run.path / "lock").write_text(json.dumps(lock))
+    slurm.set_state(job, "FAILED")
+    assert submit([0])[0] == 0
+    assert (run.path / "lock").exists() != known, "of nobody knows whom, it stays"
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
