@@ -18,6 +18,7 @@ from rich.console import Console
 from experiments import environment
 from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at
 from experiments.disk.state import RunState, state_of
+from experiments.disk.states import State
 from experiments.run.stopping import stop_requested
 from relora_core.config import ConfigError, RunConfig
 from sweeps import display, snapshot
@@ -28,7 +29,9 @@ from sweeps.local.progress import Progress
 from sweeps.local.slots import Slots, gpu_names, visible_gpus
 from sweeps.planning import budget
 from sweeps.planning.budget import Estimate, Place
-from sweeps.planning.plan import Plan
+from sweeps.planning.plan import Plan, command
+from sweeps.slurm import cluster
+from sweeps.slurm.survey import survey
 from sweeps.timing import Timings, time_each
 from sweeps.tracking import follow
 
@@ -136,10 +139,17 @@ def launch_local(
     with refuse_unwritable(output_dir):
         for cell in plan.cells:
             run_at(output_dir, cell.run_id).create(cell.config)
-    states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
+    states = survey([run_at(output_dir, cell.run_id) for cell in plan.cells])
     todo = [cell for cell in plan.cells if not states[cell.run_id].state.done]
+    done = len(plan.cells) - len(todo)
+    if queued := sum(_is_queued_job(states[cell.run_id]) for cell in todo):
+        cancel = command("cancel", plan.name, output_dir=output_dir)
+        line = f"{queued} runs wait for SLURM: left alone; to end them: {cancel}"
+        display.say(console, line)
+        todo = [cell for cell in todo if not _is_queued_job(states[cell.run_id])]
     if not todo:
-        console.print(f"nothing to run: all {len(plan.cells)} runs are done", highlight=False)
+        if not queued:
+            display.say(console, f"nothing to run: all {len(plan.cells)} runs are done")
         return Summary(states=states)
     # The longest first, so that no long run is alone at the end.
     todo.sort(key=lambda cell: budget.training_flops(cell.config), reverse=True)
@@ -155,6 +165,11 @@ def launch_local(
         stop_requested() as stop,
     ):
         pool = Pool(output_dir=output_dir, processes=processes, progress=progress)
-        pool.run(todo, done=len(plan.cells) - len(todo), stop=stop)
+        pool.run(todo, done=done, stop=stop)
     states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
     return Summary(states=states, interrupted=stop.is_set())
+
+
+def _is_queued_job(state: RunState) -> bool:
+    """Whether a job of SLURM, as far as this machine can ask, will run it."""
+    return state.state is State.QUEUED and state.job_id is not None and cluster.available()

@@ -90,6 +90,20 @@ def test_the_same_plan_again_runs_nothing_and_says_so(make, launch, tmp_path):
     assert summary.exit_code == 0
 
 
+def test_runs_that_wait_for_slurm_are_left_alone(make, launch, slurm, tmp_path):
+    plan = planned(make, [0, 1])
+    run = RunDir(tmp_path / "out" / "runs" / plan.cells[0].run_id)
+    run.create(plan.cells[0].config)
+    run.update_status(state="queued", job_id="12_0", host="login")
+    slurm.add("12_0", name="s.aa")
+    summary, text = launch(plan)
+    assert states(summary) == {"0": "queued", "1": "finished"}
+    assert (run.status().job_id, summary.exit_code) == ("12_0", 0)
+    assert "1 runs wait for SLURM: left alone" in text
+    slurm.set_state("12_0", "CANCELLED")
+    assert states(launch(plan)[0]) == {"0": "finished", "1": "finished"}
+
+
 def test_a_widened_grid_runs_only_what_is_new(make, launch, tmp_path):
     launch(planned(make, [0]))
     launch(planned(make, [0, 1, 2]))
