@@ -166,7 +166,8 @@ def _run_trials(work: Work, study: Path, stop: StopFlag) -> int:
     """Run trials; if one is interrupted, its runs become those of the work. The exit code."""
     from sweeps.search import process  # Optuna, which no other job needs
 
-    code = process.work(study, stop=stop, most=process.trials_per_job(study))
+    most = process.trials_per_job(study)
+    code = process.work(study, stop=stop, most=most, max_stalled=work.max_stalled)
     if code == INTERRUPTED:
         work.runs = process.runs_of_job(study) or []
     return code

@@ -54,11 +54,18 @@ from sweeps.worker import FAILED, FINISHED, INTERRUPTED
 PRELOAD = worker.PRELOAD
 """What any trial imports: a warm parent has it already (`sweeps/local/warm.py`)."""
 MAX_STALLED = 5
-"""Attempts at a run without a new checkpoint, after which its trial has failed."""
+"""Attempts at a run without a new checkpoint, after which its trial has failed; of a job it is
+hydra.launcher.max_stalled."""
 LOOK_EVERY_S = 2.0
 
 
-def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
+def work(
+    folder: Path | str,
+    *,
+    stop: StopFlag,
+    most: int | None = None,
+    max_stalled: int = MAX_STALLED,
+) -> int:
     """Run trials until none is left; the exit code.
 
     `most` is for a job of the scheduler: it takes so many at most, and the next one only if all
@@ -81,7 +88,7 @@ def work(folder: Path | str, *, stop: StopFlag, most: int | None = None) -> int:
             return FAILED if gave_up else FINISHED
         print(f"{trial.name}: {spell(trial.params)}", flush=True)
         taken += 1
-        early = run_trial(trial, stop=stop)
+        early = run_trial(trial, stop=stop, max_stalled=max_stalled)
         if early is None:
             return INTERRUPTED
         if most is not None and (taken >= most or not early):
@@ -183,7 +190,7 @@ class HasEnded:
 
 
 # one trial --------------------------------------------------------------------------------------
-def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
+def run_trial(trial: Trial, *, stop: StopFlag, max_stalled: int = MAX_STALLED) -> bool | None:
     """Run the trial at each seed and end it in the study; whether it ended before its last step.
 
     None if this process is to end: the trial goes on later, in this job or another.
@@ -192,7 +199,7 @@ def run_trial(trial: Trial, *, stop: StopFlag) -> bool | None:
         runs = prepare(trial)
         for index, run_dir in enumerate(runs):
             stop.next_run()
-            outcome = _run_seed(trial, run_dir, index=index, stop=stop)
+            outcome = _run_seed(trial, run_dir, index=index, stop=stop, max_stalled=max_stalled)
             if outcome is None:
                 return True
             if outcome is Outcome.INTERRUPTED:
@@ -238,15 +245,17 @@ def prepare(trial: Trial) -> list[RunDir]:
     return runs
 
 
-def _run_seed(trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag) -> Outcome | None:
+def _run_seed(
+    trial: Trial, run_dir: RunDir, *, index: int, stop: StopFlag, max_stalled: int
+) -> Outcome | None:
     """How the run ended; None if another process has the trial by now."""
     config = run_dir.config()
     listener = SearchSink(trial, stop=stop, index=index)
     while True:
         listener.replay(run_dir)  # again after a wait: another process was at work on the run
-        if not run_dir.ended() and is_stalled(run_dir, limit=MAX_STALLED):
+        if not run_dir.ended() and is_stalled(run_dir, limit=max_stalled):
             raise DataError(
-                f"{MAX_STALLED} attempts at {run_dir.run_id} ended at step "
+                f"{max_stalled} attempts at {run_dir.run_id} ended at step "
                 f"{run_dir.newest_step()} without a new checkpoint"
             )
         heartbeat = run_dir.status().heartbeat

@@ -126,7 +126,7 @@ def test_an_arm_that_gives_up_leaves_the_others_to_go_on(begun, grid, monkeypatc
     trial = broken.take(taker())
     trial.fail("boom")
 
-    def run_trial(trial, *, stop):
+    def run_trial(trial, **_):
         finish(trial)
         return False
 

@@ -209,6 +209,17 @@ def test_a_crash_fails_its_trial_only_and_too_many_end_the_search(study, monkeyp
     assert "search.max_failures=3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("limit", "end"), [(2, "FAIL"), (3, "COMPLETE")])
+def test_attempts_without_a_checkpoint_count_as_the_launcher_says(study, limit, end):
+    made = study(n_trials=1)
+    [run] = process.prepare(made.take(process.this_process()))
+    for attempt in (1, 2):
+        run.write_attempt(attempt, {"job_id": None, "start_step": 0})
+    work = job.Work(study=made.folder, max_stalled=limit, signal_delay_s=0.0)
+    assert job.run(work) == FINISHED
+    assert states(made) == {end: 1}
+
+
 def test_a_cancelled_run_fails_its_trial_and_the_search_goes_on(study, monkeypatch):
     made = study(n_trials=2)
     before = process.prepare
