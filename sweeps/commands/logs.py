@@ -113,10 +113,12 @@ def _read_from(path: Path, offset: int) -> tuple[str, int]:
 
 def slurm_log(run: Run, *, output_dir: Path) -> Path | None:
     """What the run's newest job printed (named by submitit); None before it begins."""
-    logs = []
+    own, logs = run.dir.status().job_id, []
     for sweep in run.sweeps:
         folder = jobs_folder(output_dir, name=sweep)
         for one in read_submissions(folder):
-            if (job_id := one.job_ids().get(run.run_id)) and one.kind == "train":
+            jobs = {"train": one.job_ids().get(run.run_id)}
+            jobs["search"] = own if own in one.task_ids() else None  # it names no runs
+            if job_id := jobs.get(one.kind):
                 logs.append((one.created, folder / one.submission / f"{job_id}_0_log.out"))
     return max(((at, path) for at, path in logs if path.exists()), default=(0, None))[1]

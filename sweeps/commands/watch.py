@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("the watch has ended; the runs go on", file=sys.stderr)
         return 130
-    return int(any(state.state is not State.FINISHED for state in view.states.values()))
+    well = (State.FINISHED, State.PRUNED)
+    return int(any(state.state not in well for state in view.states.values()))
 
 
 @dataclass(slots=True)

@@ -367,6 +367,18 @@ def test_logs_of_slurm_are_those_of_the_runs_newest_job(
     assert capsys.readouterr().out == "from SLURM\n"
 
 
+def test_what_the_job_of_a_searchs_run_printed_is_found(out, make, capsys):
+    [run] = store_runs([({}, make())], name="s", output_dir=out)
+    run.update_status(state="running", host="n1", job_id="77_1")
+    one = Submission(submission="bb", name="s.bb", tasks=[["sweeps/s/study"]] * 2, kind="search")
+    one.job_id, one.state = "77", "submitted"
+    one.write(jobs_folder(out, name="s") / "bb")
+    for task, text in enumerate(("trial 2\n", "trial 3\n")):
+        (jobs_folder(out, name="s") / "bb" / f"77_{task}_0_log.out").write_text(text)
+    assert main(["logs", run.run_id, "--slurm", "--output-dir", str(out)]) == 0
+    assert capsys.readouterr().out == "trial 3\n"
+
+
 @pytest.mark.parametrize("command", ["status", "watch", "logs", "cancel", "retry", "plan", "sync"])
 def test_help_of_each_command_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as ended:

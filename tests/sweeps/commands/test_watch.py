@@ -54,6 +54,7 @@ def finish(run: RunDir, state: str = "finished") -> None:
     ("ends", "code"),
     [
         (["finished"] * 3, 0),
+        (["finished", "pruned", "finished"], 0),
         (["finished", "failed", "finished"], 1),
         (["finished", "diverged", "cancelled"], 1),
     ],
