@@ -9,9 +9,21 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _held: set[IO[bytes]] = set()
+
+
+def lock(file: IO[Any], *, wait: bool = True) -> None:
+    """Lock an open file until it is closed; BlockingIOError if another process has it locked and
+    `wait` is False."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        why = f"this disk has no file locks, which keep two commands apart ({error.strerror})"
+        raise OSError(error.errno, why, file.name) from None
 
 
 def hold(path: Path) -> IO[bytes] | None:

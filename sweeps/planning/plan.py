@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shlex
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import json_files, notices
-from experiments.disk import frozen
+from experiments.disk import flock, frozen
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import overrides_of, read_plan
 from experiments.identity import (
@@ -451,7 +450,7 @@ def _follows(key: str, varied: Sequence[str], *, named: Collection[str]) -> bool
 def _only_writer(folder: Path) -> Iterator[None]:
     """Wait for other commands that extend the plan in this folder."""
     with shared.open_file(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock.lock(file)
         yield
 
 

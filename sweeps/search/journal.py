@@ -7,7 +7,6 @@ killed process, has had no effect: the next writer cuts it off.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # exported under no other name
 
+from experiments.disk import flock
 from relora_core import shared
 
 
@@ -29,7 +29,7 @@ class _Flock(BaseJournalFileLock):
 
     def acquire(self) -> bool:
         self._file = shared.open_file(Path(f"{self.journal}.lock"), "wb")  # until release
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        flock.lock(self._file)
         _cut_torn_line(self.journal)
         return True
 
@@ -100,5 +100,5 @@ def only_one(path: Path) -> Iterator[None]:
         yield
         return
     with shared.open_file(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock.lock(file)
         yield

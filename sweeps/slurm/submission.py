@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import json_files
+from experiments.disk import flock
 from experiments.disk.output_dir import jobs_folder, run_at
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import SILENT_AFTER_S
@@ -204,8 +204,8 @@ def only_submitter(output_dir: Path, console: Console) -> Iterator[None]:
     shared.make_folder(folder)
     with shared.open_file(folder / ".submit.lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock.lock(file, wait=False)
         except BlockingIOError:
             console.print("another command submits below this output_dir: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            flock.lock(file)
         yield

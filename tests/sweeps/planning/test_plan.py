@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.disk.output_dir import plan_folder
+from experiments.disk.output_dir import plan_folder, refuse_unwritable
 from experiments.disk.plans import read_sweep
 from experiments.labels import spell
 from relora_core.config import ConfigError, ModelConfig, MuonConfig, ReLoRAConfig, SweepConfig
@@ -290,3 +290,15 @@ def test_a_damaged_plan_is_the_users_to_mend_in_one_line(make, tmp_path):
     with pytest.raises(ConfigError, match="must be a plan") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_disk_without_file_locks_is_named(make, tmp_path, monkeypatch):
+    def none(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    line = (
+        r"this disk has no file locks, which keep two commands apart \(Function not implemented\)"
+    )
+    with pytest.raises(ConfigError, match=line), refuse_unwritable(tmp_path):
+        store(make_plan([({}, make())], name="s"), output_dir=tmp_path)
