@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,8 @@ from sweeps.slurm.timings import time_on_slurm
 from sweeps.timing import Timings
 
 T = TypeVar("T")
+TOO_MANY = re.compile(r"SubmitJobs?\w*Limit|job submit limit", re.IGNORECASE)
+"""What sbatch prints of an array with more tasks than the site lets a user have in the queue."""
 WRITERS = 16
 """Threads that write runs' files."""
 
@@ -204,11 +207,20 @@ class SlurmLauncher:
     def _submit_all(self, plan: Plan, todo: list[Cell], queue: Queue, *, console: Console) -> int:
         options = dataclasses.replace(self.options, max_parallel=queue.cap)
         made = batches(todo, options=options, max_array_size=cluster.max_array_size())
-        for number, batch in enumerate(made):
-            left = sum(len(b.cells) for b in made[number:])
+        number = 0
+        while number < len(made):
+            batch, left = made[number], sum(len(b.cells) for b in made[number:])
             try:
                 submission = _submit(queue, batch)
             except SlurmError as error:
+                refused = not isinstance(error, Unsure)
+                if (
+                    refused and TOO_MANY.search(str(error)) and len(batch.tasks) > 1
+                ):  # as many as may
+                    half = len(batch.tasks) // 2
+                    parts = batch.tasks[:half], batch.tasks[half:]
+                    made[number : number + 1] = [dataclasses.replace(batch, tasks=p) for p in parts]
+                    continue
                 console.print(
                     f"error: sbatch {'may have taken' if isinstance(error, Unsure) else 'refused'} "
                     f"job array {number + 1} of {len(made)}: {error}; "
@@ -237,6 +249,7 @@ class SlurmLauncher:
                 highlight=False,
                 soft_wrap=True,
             )
+            number += 1
         return 0
 
 

@@ -60,6 +60,7 @@ SITE = {
     "accounting": True,
     "partitions": ["main", "gpu"],
     "max_array_size": 1001,
+    "max_submit": 10**6,
     "nodes": 2,
     "gpus": 4,
     "unexpanded": False,
@@ -277,6 +278,13 @@ def sbatch(state: dict, argv: list[str], *, cwd: str, folder: Path, environ: byt
         return Aside(f"sbatch: Job {base} to start at 2030-01-01T00:00:00")
     (folder / f"environ-{base}").write_bytes(environ)
     tasks = tasks_of(options["array"]) if "array" in options else [None]
+    alive = sum(job["state"] not in OVER for job in state["jobs"].values())
+    if alive + len(tasks) > state["site"]["max_submit"]:
+        raise Refused(
+            "sbatch: error: QOSMaxSubmitJobPerUserLimit\n"
+            "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy "
+            "(job submit limit, user's size and/or time limits)"
+        )
     state["next"] += len(tasks) - 1
     for task in tasks:
         job_id = base if task is None else f"{base}_{task}"

@@ -46,6 +46,21 @@ def test_submitting_twice_submits_nothing(submit, slurm, out):
     assert real == []
 
 
+def test_of_more_than_the_site_queues_as_many_as_may_be_are_submitted(submit, slurm, out):
+    slurm.config(max_submit=3)
+    done, text = submit(range(8))
+    assert (done, len(slurm.jobs())) == (1, 3)
+    assert "3 runs are submitted and stay so, 5 are not: the same command submits them" in text
+    for job in slurm.jobs():
+        slurm.set_state(job, "COMPLETED")
+    for run in all_runs(out):
+        if run.status().job_id is not None:
+            run.write_result({"state": "finished", "step": 4, "metrics": {}})
+            run.update_status(state="finished")
+    assert submit(range(8))[0] == 1
+    assert len(slurm.jobs()) == 6
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_dead_jobs_lock_is_gone_before_the_next_job(submit, slurm, out, known):
     """A job in a container could not ask SLURM whether the holder lives."""
