@@ -5,39 +5,20 @@ For what a command answers. Not for what it loads, nor for Ctrl-C or a kill, whi
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from experiments.report import page
+from tests import forks
+from tests.forks import Started
 
-PRELOAD = ["tests.warm", "torch._dynamo", "relora_core.train", "experiments.run.runner"]
+PRELOAD = ["tests.forks", "torch._dynamo", "relora_core.train", "experiments.run.runner"]
 PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
-
-
-@dataclass(kw_only=True, slots=True)
-class Started:
-    words: Sequence[str]
-    process: ForkServerProcess
-    output: Path
-
-    def wait(self, *, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-        self.process.join(timeout_s)
-        code = self.process.exitcode
-        if code is None:
-            self.process.kill()
-            raise subprocess.TimeoutExpired(list(self.words), timeout_s)
-        said = [(self.output / name).read_text() for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(self.words, code, *said)
+PRELOAD += ["sweeps.search.process"]
 
 
 def start(
@@ -56,7 +37,7 @@ def start(
     texts, output = [str(word) for word in words], Path(tempfile.mkdtemp())
     variables = dict(os.environ if env is None else env)
     todo = (texts, str(cwd), variables, output, figures)
-    process = context.Process(target=_become, args=todo)
+    process = context.Process(target=forks.become, args=todo)
     process.start()
     return Started(words=texts, process=process, output=output)
 
@@ -94,25 +75,3 @@ def ranks(
     finally:
         for rank in started:
             rank.process.kill()
-
-
-def _become(
-    words: list[str], cwd: str, variables: dict[str, str], output: Path, figures: bool
-) -> None:
-    os.chdir(cwd)
-    if not figures:
-        page.draw = lambda *_: []
-    os.environ.clear()
-    os.environ.update(variables)
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        os.dup2(os.open(output / name, os.O_RDWR | os.O_CREAT), number)
-    kind, *sys.argv = words if words[0] in ("-c", "-m") else ["", *words]
-    try:
-        if kind == "-c":
-            exec(compile(sys.argv[0], "-c", "exec"), {"__name__": "__main__"})
-        elif kind == "-m":
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing ends its processes without

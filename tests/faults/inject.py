@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import io
 import os
 import re
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from relora_core.config import DynamicsConfig, EvalConfig, RunConfig
-from tests import warm
+from tests import forks, warm
 from tests.conftest import nano_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,7 +227,7 @@ def runner() -> Iterator[Runner]:
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
         with Listener(address) as listener:
-            started = warm.start(["-c", SERVER, address], cwd=ROOT)
+            started = warm.start(["-c", SERVER, address], cwd=ROOT, figures=False)
             with listener.accept() as connection:
                 yield Runner(connection)
         started.wait()
@@ -240,14 +240,16 @@ def serve(address: str) -> None:
     # What is imported and set up at the first step would cost each fork half a second.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run_here(small_run(folder))
-    nurse(f"{address}.nurse")
+    gc.collect()
+    gc.freeze()  # else a fork's garbage collection would copy the shared pages
+    forks.nurse(f"{address}.nurse")
     with Client(address) as connection, contextlib.suppress(EOFError):
         while True:
             what, rest = connection.recv()
             if isinstance(what, RunConfig):
                 body = partial(run_here, what)
             else:
-                body = partial(_command, what, relay=(*RELAY, f"{address}.nurse"))
+                body = partial(_command, what, nurse=f"{address}.nurse")
             connection.send(_forked(body, **rest))
 
 
@@ -310,62 +312,10 @@ def _child(body: Callable[[], int], faults: Faults, *, output: int) -> None:
 
 
 # launchers ----------------------------------------------------------------------------------------
-RELAY_CODE = """
-import socket, sys
-peer = socket.socket(socket.AF_UNIX)
-peer.connect(sys.argv[1])
-socket.send_fds(peer, [b"-"], [0, 1])
-peer.recv(1)
-"""
-RELAY = (sys.executable, "-I", "-S", "-c", RELAY_CODE)
-
-
-def _command(words: Sequence[str], *, relay: Sequence[str]) -> int:
-    """`run.py` with these words; its warm parent is a fork of ours: imports take seconds."""
-    from sweeps.local import warm as parents
-
-    parents.COMMAND = tuple(relay)  # type: ignore[misc]
+def _command(words: Sequence[str], *, nurse: str) -> int:
+    """`run.py` with these words; its workers' parent is a fork of ours: imports take seconds."""
+    forks.use_nurse(nurse)
     os.chdir(ROOT)
     sys.argv = ["run.py", *words]
     runpy.run_path("run.py", run_name="__main__")
     return 0
-
-
-def nurse(address: str) -> None:
-    """A process that forks a warm parent for each relay, and ends with this one."""
-    owner = os.getpid()
-    if os.fork():
-        return
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(address)
-    server.listen()
-    server.settimeout(1.0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while os.getppid() == owner:
-        with contextlib.suppress(TimeoutError):
-            peer, _ = server.accept()
-            _, fds, _, _ = socket.recv_fds(peer, 1, 2)
-            if os.fork() == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                server.close()
-                _be_parent(peer, requests=fds[0], answers=fds[1])
-            for file in (peer.detach(), *fds):
-                os.close(file)
-    os._exit(0)
-
-
-def _be_parent(peer: socket.socket, *, requests: int, answers: int) -> None:
-    """What `python -m sweeps.local.warm sweeps.worker` does once it has imported everything."""
-    from sweeps import worker
-    from sweeps.local import warm as parents
-
-    code = 1
-    try:
-        request = parents.serve(requests, answers)
-        if request is None:
-            os._exit(0)
-        peer.close()
-        parents._become(request)
-        code = worker.main([request["run_dir"]])
-    finally:
-        os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from sweeps.local import processes
+from sweeps.local.launcher import WORKERS
 from sweeps.local.processes import Workers, open_processes
 from sweeps.local.slots import Slots
 
@@ -64,3 +66,17 @@ def test_who_does_not_end_when_asked_is_killed(two, monkeypatch, name, grace_s, 
     monkeypatch.setattr(processes, "GRACE_S", grace_s)
     start(name)
     assert (ours.stop(), ours.work) == ([(name, code)], [])
+
+
+def test_tests_can_replace_how_a_warm_parent_is_opened(monkeypatch):
+    """tests/forks.py has forks in place of parents: where that fails unseen, each takes seconds."""
+    opened = []
+
+    def open_parent(command, *, environment):
+        opened.append(command)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(processes.warm, "open_parent", open_parent)
+    slots = Slots(parallel=2, threads=1, gpus=[])
+    with open_processes(WORKERS, slots=slots, runs=2, say=print):
+        assert opened == [WORKERS.parent]
