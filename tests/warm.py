@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sweeps import worker
 from tests import forks
 from tests.forks import Started
 
-PRELOAD = ["tests.forks", "torch._dynamo", "relora_core.train", "experiments.run.runner"]
+PRELOAD = ["tests.forks", *worker.PRELOAD, "experiments.run.runner"]
 PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
 PRELOAD += ["sweeps.search.process"]
 
