@@ -19,7 +19,7 @@ from tests.forks import Started
 
 PRELOAD = ["tests.forks", *worker.PRELOAD, "experiments.run.runner"]
 PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
-PRELOAD += ["sweeps.search.process"]
+PRELOAD += ["sweeps.search.process", "tests.warmed"]
 
 
 def start(

@@ -6,6 +6,8 @@ Shell lines for SLURM jobs (`hydra.launcher.setup`, `teardown`, `python`) are me
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,8 @@ def test_configs_in_the_current_folder_are_not_read(tmp_path: Path) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
     words = [str(ROOT / "run.py"), "--plan", "seed=1", f"output_dir={tmp_path}/out"]
-    done = warm.run(words, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "canary").exists()
