@@ -75,10 +75,12 @@ def become(
 
 
 def _draw_nothing() -> None:
-    """Reports have no pictures: a sweep's take seconds."""
+    """Reports and searches have no pictures: a sweep's take seconds."""
     from experiments.report import page
+    from sweeps.search import plots
 
     page.draw = lambda *_: []
+    plots.draw = lambda *_, **__: ([], [])
 
 
 # parents of workers -------------------------------------------------------------------------------

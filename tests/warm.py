@@ -19,7 +19,7 @@ from tests.forks import Started
 
 PRELOAD = ["tests.forks", *worker.PRELOAD, "experiments.run.runner"]
 PRELOAD += ["hydra_plugins.relora_sweeps.plugins", "sweeps.launch", "sweeps.search.launch"]
-PRELOAD += ["sweeps.search.process", "tests.warmed"]
+PRELOAD += ["sweeps.search.process", "sweeps.search.plots", "tests.warmed"]
 
 
 def start(
@@ -31,7 +31,7 @@ def start(
 ) -> Started:
     """`python WORDS`: a file, `-m MODULE` or `-c CODE`, and arguments.
 
-    Without `figures` a report has none: a sweep's take seconds.
+    Without `figures` a report or a search has none: a sweep's take seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

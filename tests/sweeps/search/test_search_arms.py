@@ -409,6 +409,6 @@ def test_a_search_that_begins_counts_the_points_of_its_grid(tmp_path):
     words = ["run.py", "-m", "hydra/sweeper=search", "train.lr=choice(1e-3,1e-2)", *NANO]
     grid = ["search.sampler.name=grid", "search.n_trials=12", "search.objectives=[train/loss]"]
     more = ["tracking=none", "eval=none", f"output_dir={tmp_path}"]
-    done = warm.run([*words, *grid, *more], cwd=ROOT)
+    done = warm.run([*words, *grid, *more], cwd=ROOT, figures=False)
     assert done.returncode == 0, done.stderr
     assert "0 of 2 trials have ended, 2 left" in " ".join(done.stdout.split())

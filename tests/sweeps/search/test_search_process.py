@@ -372,7 +372,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
     """kill -9 of a process (its trial goes on elsewhere), then of all of them, then once more."""
     out = tmp_path / "out"
     words = command("search.n_trials=6", "hydra.launcher.max_parallel=2", out=out)
-    launcher = commands.start(words, cwd=ROOT)
+    launcher = commands.start(words, cwd=ROOT, figures=False)
 
     def two_at_work():
         holders = [holder for run in all_runs(out) if (holder := run.lock_holder())]
@@ -386,7 +386,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
         with suppress(psutil.NoSuchProcess):
             child.kill()
     assert launcher.wait().returncode == -signal.SIGKILL
-    done = commands.run(words, cwd=ROOT)
+    done = commands.run(words, cwd=ROOT, figures=False)
     assert done.returncode == 0, done.stdout + done.stderr
     study = Study.open(study_folder(out, name="lr_and_rank"))
     assert states(study) == {"COMPLETE": 6}
@@ -394,7 +394,7 @@ def test_killed_processes_lose_and_double_no_trial(tmp_path):
     assert runs == {run.run_id for run in all_runs(out)}
     for run in all_runs(out):
         assert result(run)["step"] == 60
-    again = commands.run(words, cwd=ROOT)
+    again = commands.run(words, cwd=ROOT, figures=False)
     assert "has its 6 trials" in again.stdout
     assert len(all_runs(out)) == len(runs)
 
