@@ -228,7 +228,7 @@ def test_stock_plugins_installed_beside_ours_do_not_clash(tmp_path):
             check=False,
         )
 
-    for words in ([LOCAL], [LOCAL, *OPTUNA, "hydra/sweeper/sampler=tpe"], []):
+    for words in ([LOCAL, *OPTUNA, "hydra/sweeper/sampler=tpe"], []):
         done = plan(*words)
         assert done.returncode == 0, done.stderr
         assert "relora.r" in done.stdout
