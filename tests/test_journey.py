@@ -51,13 +51,7 @@ def test_a_run_that_was_killed_twice_ends_as_an_undisturbed_one(tmp_path):
         wait_for(lambda step=step: has_done(killed, step))
         started.process.kill()
         assert started.wait().returncode == -signal.SIGKILL
-    done = subprocess.run(
-        [sys.executable, *command(killed, *NANO, "tracking=none")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(killed, *NANO, "tracking=none")
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stderr
     assert numbers(killed) == numbers(whole)
