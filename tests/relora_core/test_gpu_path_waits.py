@@ -64,7 +64,7 @@ LOGS = {"3": 2, "6": 2, "8": 2}
 def test_a_step_waits_for_the_gpu_where_it_logs_and_nowhere_else(
     fake_run: Fake, changes: dict[str, Any]
 ) -> None:
-    assert counts(fake_run(short(**changes))) == LOGS
+    assert counts(fake_run(short(model={"n_layers": 1}, **changes))) == LOGS
 
 
 @pytest.mark.parametrize(
