@@ -100,12 +100,23 @@ the most slow tests, so that those of the end take seconds. Each file is one wor
 files are all one worker's."""
 
 
+FAKES = ("test_gpu.py", "test_gpu_path.py", "test_gpu_path_benchmark.py", "test_gpu_path_head.py")
+FAKES += ("test_gpu_path_waits.py",)
+TOGETHER = {
+    "slurm": ("slurm/",),
+    "fake GPUs": tuple(f"relora_core/{name}" for name in FAKES),
+}
+"""Scope -> its files: one worker's, as they share what takes seconds to make."""
+
+
 class OneWaits(LoadScopeScheduling):
     """Tests of SLURM mostly wait: they share one worker, while the others keep the cores at work,
-    and its clusters, which would cost a second worker seconds."""
+    and its clusters. Others share what they use, too (`TOGETHER`)."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+        path = nodeid.removeprefix("tests/")
+        matches = (scope for scope, parts in TOGETHER.items() if path.startswith(parts))
+        return next(matches, super()._split_scope(nodeid))
 
 
 @pytest.hookimpl(optionalhook=True)
