@@ -50,18 +50,18 @@ def mlflow_runs(out: Path) -> dict[str, tuple[str, float | None]]:
 
 
 def test_a_grid_becomes_finished_runs_in_mlflow(bare: Cluster, tmp_path: Path) -> None:
-    words = ["relora.r=2,4", "seed=0,1", "train.steps=30", "tracking=mlflow"]
+    words = ["relora.r=2,4,8", "seed=0", "train.steps=30", "tracking=mlflow"]
     cap = "hydra.launcher.max_parallel=2"
     sweep = Sweep(cluster=bare, out=tmp_path / "out", words=[*words, cap])
     printed = sweep.launch()
     (submission,) = sweep.submissions()
-    assert f"submitted job {submission['job_id']} (array of 4)" in printed
+    assert f"submitted job {submission['job_id']} (array of 3)" in printed
     log = sweep.out / "logs" / "mlflow-sync.log"  # of the process that shows it
     bare.wait_until(lambda: "points sent" in log.read_text(), sweep.told)
     before = mlflow_runs(sweep.out)
     states = Counter(status for status, _ in before.values())
-    assert (states.total(), states.keys() <= {"SCHEDULED", "RUNNING"}) == (4, True)
-    assert states["SCHEDULED"] >= 2  # two may have begun before MLflow was told
+    assert (states.total(), states.keys() <= {"SCHEDULED", "RUNNING"}) == (3, True)
+    assert states["SCHEDULED"] >= 1  # two may have begun before MLflow was told
     sweep.open()
     runs = [sweep.out / "runs" / run_id for (run_id,) in submission["tasks"]]
     bare.wait_until(lambda: all((run / "result.json").exists() for run in runs), sweep.told)
