@@ -16,6 +16,11 @@ LOSS, PERPLEXITY, BLIMP = "train/loss", "eval/paloma/perplexity", "eval/blimp/no
 FULL, R2, R4 = "method=full_rank", "relora.r=2", "relora.r=4"
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "draw", lambda *arguments: [])
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     for run in a_sweep(tmp_path, arms(2, 4)):
