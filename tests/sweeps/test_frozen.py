@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from sweeps.planning.plan import load, make_plan, store
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import SlurmOptions
 from sweeps.tracking import bring_up_to_date
+from tests import warm
 from tests.sweeps.records import end_run
 
 ROOT = Path(__file__).parents[2]
@@ -288,9 +287,9 @@ def test_a_moved_folder_takes_its_database_along(nano, home, migrated):
     assert len(before) == 3
     moved = home.parent / "moved"
     shutil.move(home / "out", moved)
-    command = [sys.executable, "-m", "sweeps", "sync", "--output-dir", str(moved)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
-    assert "0 created, 0 points" in done.stdout, done.stderr  # MLflow remembers within a process
+    # In another process: MLflow remembers within one.
+    done = warm.run(["-m", "sweeps", "sync", "--output-dir", str(moved)], cwd=ROOT)
+    assert "0 created, 0 points" in done.stdout, done.stderr
     assert runs_in(f"sqlite:///{moved}/mlflow.db") == before
     assert [p.parent for p in home.parent.rglob("*.db")] == [moved]
     assert not (home / "out").exists()
