@@ -88,7 +88,10 @@ def commands(page: str) -> list[str]:
 
 
 ALL = [(page, command) for page in PAGES for command in commands(page)]
-HERE = [(page, c) for page, c in ALL if not any(part in c for part in OTHERS)]
+FIRST = {c: page for page, c in reversed(ALL)}
+"""Command -> the first page that shows it."""
+HERE = [(page, c) for page, c in ALL if FIRST[c] == page and not any(part in c for part in OTHERS)]
+HERE = list(dict.fromkeys(HERE))  # a page may show one twice
 
 
 def test_commands_are_found_on_the_pages():
