@@ -18,7 +18,7 @@ from synthetic import a_config, a_sweep, record
 
 from experiments.report import gather, notebook, page, redraw, responses
 from experiments.report.data import Sweep
-from experiments.report.figures import response
+from experiments.report.figures import canvas, response
 from experiments.report.responses import log_spaced
 from experiments.stats import interval
 from relora_core.config import RunConfig
@@ -210,10 +210,16 @@ def test_the_answer_says_where_an_axis_is_best(swept: Callable[..., Sweep]) -> N
     assert line.endswith(f"and highest at 8 with {worst:.1f}")
 
 
-@pytest.mark.slow
 def test_figures_of_an_axis_that_is_shown_no_more_are_removed(
-    swept: Callable[..., Sweep], tmp_path: Path
+    swept: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def blank(name: str, *, title: str, folder: Path, **_: object) -> canvas.Figure:
+        files = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
+        for file in files:
+            file.touch()
+        return canvas.Figure(name=name, title=title, svg=files[0], png=files[1])
+
+    monkeypatch.setattr(canvas, "produce", blank)
     swept(grid(r=[2, 4], lr=[1e-3, 1e-2]))
     figures = page.write(tmp_path, "mine").parent / "figures"
     assert (figures / "response_map.png").exists()
