@@ -105,6 +105,7 @@ FAKES += ("test_gpu_path_waits.py",)
 TOGETHER = {
     "slurm": ("slurm/",),
     "fake GPUs": tuple(f"relora_core/{name}" for name in FAKES),
+    "recipes": ("test_toy_method.py", "test_toy_eval.py", "test_renamed_metric.py"),
 }
 """Scope -> its files: one worker's, as they share what takes seconds to make."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.tracking.store import connect
 from relora_core.data.grammar import REGISTERS, documents
-from tests.recipes import NANO, call, carry_out, killed_at, lint, numbers
+from tests.recipes import NANO, call, carry_out, killed_at, lint, numbers, passes
 
 pytestmark = pytest.mark.slow
 METRIC = "eval/lines/nats_per_token"
@@ -37,7 +37,8 @@ def out(root, migrated):
     shutil.copy(migrated, root / "out" / "mlflow.db")
     axis = f"eval.lines.path={root / 'a.txt'},{root / 'b.txt'}"
     words = ["run.py", "-m", *NANO, "eval=lines", axis, "sweep.name=toy"]
-    (root / "shown.txt").write_text(call(root, *words, f"output_dir={root / 'out'}"))
+    shown = call(root, *words, f"output_dir={root / 'out'}", figures=False)
+    (root / "shown.txt").write_text(shown)
     return root / "out"
 
 
@@ -52,7 +53,7 @@ def test_the_recipe_touches_four_files(touched, root):
 
 
 def test_no_run_without_it_is_renamed(root):
-    call(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/experiments/test_identity.py")
+    passes(root, "tests/experiments/test_identity.py")
 
 
 def test_a_plan_tells_its_data_apart_by_their_digest(root, tmp_path):
@@ -93,7 +94,7 @@ def test_status_report_and_mlflow_have_two_runs_with_its_metric(root, out):
     assert status.count("finished") >= 2
     closing = (root / "shown.txt").read_text()
     assert all(f"{value:.4g}" in closing for value in values)
-    call(root, "-m", "sweeps", "--output-dir", out, "report", "toy")
+    call(root, "-m", "sweeps", "--output-dir", out, "report", "toy", figures=False)
     report = (out / "sweeps" / "toy" / "report" / "report.md").read_text()
     assert "nats per token of lines" in report
     client = connect(f"sqlite:///{out / 'mlflow.db'}")

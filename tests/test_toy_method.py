@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from experiments.tracking.store import connect
-from tests.recipes import NANO, call, carry_out, killed_at, lint, numbers
+from tests.recipes import NANO, call, carry_out, killed_at, lint, numbers, passes
 
 pytestmark = pytest.mark.slow
 ARMS = ["method=momentum,full_rank", "momentum.decay=0.5,0.75", "eval=none"]
@@ -29,7 +29,8 @@ def out(root, migrated):
     """Of a sweep of the method beside full rank, where its knob says nothing."""
     (root / "out").mkdir()
     shutil.copy(migrated, root / "out" / "mlflow.db")
-    call(root, "run.py", "-m", *NANO, *ARMS, "sweep.name=toy", f"output_dir={root / 'out'}")
+    words = ["run.py", "-m", *NANO, *ARMS, "sweep.name=toy", f"output_dir={root / 'out'}"]
+    call(root, *words, figures=False)
     return root / "out"
 
 
@@ -44,7 +45,7 @@ def test_the_recipe_touches_four_files(touched, root):
 
 
 def test_no_run_of_another_method_is_renamed(root):
-    call(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/experiments/test_identity.py")
+    passes(root, "tests/experiments/test_identity.py")
 
 
 def test_a_plan_names_and_prices_its_runs(root, tmp_path):
@@ -78,7 +79,7 @@ def test_names_status_and_report_have_its_knob(root, out):
     status = call(root, "-m", "sweeps", "--output-dir", out, "status", "toy")
     assert status.count("finished") >= 3
     assert "momentum.decay=0.5" in status
-    call(root, "-m", "sweeps", "--output-dir", out, "report", "toy")
+    call(root, "-m", "sweeps", "--output-dir", out, "report", "toy", figures=False)
     assert "momentum.decay=0.75" in (out / "sweeps" / "toy" / "report" / "report.md").read_text()
 
 
