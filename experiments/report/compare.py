@@ -43,6 +43,8 @@ class Matched:
     """Names of arms that only the first has, and of those that only the second has."""
     same_runs: list[str] = field(default_factory=list)
     """Names of arms whose runs are in both sweeps."""
+    notes: list[str] = field(default_factory=list)
+    """On separate evaluations, as that those with other settings are left out."""
 
 
 def write(first: tuple[Path, str], second: tuple[Path, str], *, output: Path | None = None) -> Path:
@@ -56,6 +58,7 @@ def write(first: tuple[Path, str], second: tuple[Path, str], *, output: Path | N
     if one.name == two.name:
         one.name, two.name = f"{one.name} ({first[0]})", f"{two.name} ({second[0]})"
     matched = match(one, two)
+    matched.notes = gather.drop_unlike_evaluations([*one.runs, *two.runs])
     if first[0].resolve() == second[0].resolve():
         matched.same_runs = [arm.name for arm, other in matched.pairs if arm.arm_id == other.arm_id]
     folder = output or (first[0] / "sweeps" / first[1] / "report" / f"compare-{second[1]}")
@@ -146,6 +149,7 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
                 "settings differ must not be compared."
             )
         )
+    blocks += [Notice(f"{note[:1].upper()}{note[1:]}.") for note in matched.notes]
     blocks += tables.other_losses([*one.runs, *two.runs])
     for sweep, names in zip((one, two), matched.alone, strict=True):
         if names:

@@ -67,7 +67,7 @@ def gather(
         _run(planned, config, states=states or {})
         for planned, config in zip(record.runs, configs, strict=True)
     ]
-    notes = [*record.notes, *_drop_unlike_evaluations(runs)]
+    notes = [*record.notes, *drop_unlike_evaluations(runs)]
     return Sweep(
         name=sweep,
         question=question(sweep, record.overrides, [config.experiment for config in configs]),
@@ -84,7 +84,7 @@ def gather(
     )
 
 
-def _drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
+def drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
     """Drop the numbers of separate evaluations whose settings, as a limit, differ between runs; a
     note of each such evaluation.
 

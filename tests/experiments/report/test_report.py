@@ -467,6 +467,24 @@ def test_what_each_sweep_has_for_all_its_runs_may_differ_between_the_two(tmp_pat
     assert "The sweeps differ in eval.blimp.max_pairs: scores of an eval whose" in page
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_separate_evaluations_of_two_sweeps_are_compared_if_alike(
+    tmp_path: Path, alike: bool
+) -> None:
+    places = two(tmp_path)
+    for (folder, _), digest in zip(places, ("d", "d" if alike else "e"), strict=True):
+        for run in map(RunDir, (folder / "runs").iterdir()):
+            content = {"name": "eval", "section": "blimp", "step": STEPS, "digest": digest}
+            content |= {"metrics": {"eval/blimp/no_bos/accuracy": 0.5}, "tables": {}}
+            path = run.evals / "eval" / f"step-{STEPS:08d}-blimp.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content | {"finished": 1.0}))
+    page = compare.write(*places)
+    compared = (page.parent / "tables" / "compare_blimp_no_bos_accuracy.csv").exists()
+    assert compared == alike
+    assert ("under the name eval had other settings" in text(page)) != alike
+
+
 def test_sweeps_without_common_arms_have_nothing_to_compare(tmp_path: Path) -> None:
     for name, r in (("one", 2), ("two", 3)):
         finished(tmp_path, [a_config(r=r)], name=name)
