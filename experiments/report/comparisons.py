@@ -28,16 +28,20 @@ SAME_TASK = ("model.", "data.", "train.", "eval.")
 
 
 # pairs ------------------------------------------------------------------------------------------
-def find_arm(sweep: Sweep, word: str | None, *, option: str = "--reference") -> Arm | None:
-    """The arm with `word` as name or id, or as part of them; ConfigError if there are several.
+def find_arm(
+    sweep: Sweep, word: str | None, *, option: str = "--reference", whole: bool = False
+) -> Arm | None:
+    """The arm with `word` as name or id, or else, if not `whole`, as part of them; ConfigError if
+    it is not one.
 
     For an arm that has no runs of its own, the one that computes the same.
     """
     if word is None:
         return None
     word = sweep.same_arms.get(word, word)
-    exact = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
-    hits = exact or [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
+    hits = [arm for arm in sweep.arms if word in (arm.name, arm.arm_id)]
+    if not hits and not whole:
+        hits = [arm for arm in sweep.arms if word in arm.name or word in arm.arm_id]
     if len(hits) == 1:
         return hits[0]
     names = [arm.name for arm in hits or sweep.arms]

@@ -63,7 +63,7 @@ class Registered:
 def read(path: Path) -> list[Registered]:
     """The comparisons of a file, in its order; ConfigError that names line and key."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"{OPTION} must be a YAML file, got {path}: {line}") from error
@@ -136,7 +136,8 @@ def arms_of(sweep: Sweep, comparisons: Sequence[Registered]) -> list[Pair]:
 
 
 def _arm(sweep: Sweep, name: str, *, key: str) -> Arm:
-    arm = find_arm(sweep, name, option=f"{key} in {OPTION}")
+    # The table shows the file's name: `lora` must not stand for `relora`.
+    arm = find_arm(sweep, name, option=f"{key} in {OPTION}", whole=True)
     assert arm is not None  # it has a name
     return arm
 

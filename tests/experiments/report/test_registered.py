@@ -13,7 +13,7 @@ from experiments.stats import compare, holm
 from relora_core.config import ConfigError
 
 LOSS, PERPLEXITY, BLIMP = "train/loss", "eval/paloma/perplexity", "eval/blimp/no_bos/accuracy"
-FULL, R2, R4 = "method=full_rank", "relora.r=2", "relora.r=4"
+FULL, R2, R4 = "method=full_rank", "method=relora relora.r=2", "method=relora relora.r=4"
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +171,8 @@ REFUSED = {
     f"arm: {R2}, reference: {FULL}, metric: {LOSS}, paradigms: some": "need a metric of BLiMP",
     f"arm: {R2}, reference: {FULL}, metric: {BLIMP}, paradigms: sme": "got 'sme'.*some",
     f"arm: relora.r=3, reference: {FULL}, metric: {LOSS}": "arm in --comparisons must name one arm",
-    f"arm: {R2}, reference: relora, metric: {LOSS}": "reference in --comparisons .*2 match",
+    f"arm: relora.r=2, reference: {FULL}, metric: {LOSS}": "arm in --comparisons must name one arm",
+    f"arm: {R2}, reference: relora, metric: {LOSS}": "reference in --comparisons must name one arm",
 }
 
 
@@ -180,6 +181,15 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(finished, wr
     with pytest.raises(ConfigError, match=REFUSED[line]):
         page.write(finished, "mine", comparisons=write(line))
     assert not (finished / "sweeps" / "mine" / "report").exists()
+
+
+def test_a_name_stands_for_no_longer_one(tmp_path, write):
+    """The table would say lora, of ReLoRA's numbers."""
+    for run in a_sweep(tmp_path, arms(2)):
+        record(run)
+    path = write(f"arm: lora, reference: {FULL}, metric: {LOSS}")
+    with pytest.raises(ConfigError, match=r"arm in --comparisons must name one arm.*'lora'"):
+        page.write(tmp_path, "mine", comparisons=path)
 
 
 @pytest.mark.parametrize("text", ["", "comparisons: 3", "- a", "comparisons: [1]", "a: [", "\x00"])
