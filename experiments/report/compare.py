@@ -42,7 +42,7 @@ class Matched:
     alone: list[list[str]]
     """Names of arms that only the first has, and of those that only the second has."""
     same_runs: list[str] = field(default_factory=list)
-    """Names of arms whose runs are in both sweeps."""
+    """Names of arms of which both sweeps have a run."""
     notes: list[str] = field(default_factory=list)
     """On separate evaluations, as that those with other settings are left out."""
 
@@ -60,7 +60,7 @@ def write(first: tuple[Path, str], second: tuple[Path, str], *, output: Path | N
     matched = match(one, two)
     matched.notes = gather.drop_unlike_evaluations([*one.runs, *two.runs])
     if first[0].resolve() == second[0].resolve():
-        matched.same_runs = [arm.name for arm, other in matched.pairs if arm.arm_id == other.arm_id]
+        matched.same_runs = [pair[0].name for pair in matched.pairs if _same_runs(pair)]
     folder = output or (first[0] / "sweeps" / first[1] / "report" / f"compare-{second[1]}")
     pictures = page.draw(
         folder, lambda figures: _figures(figures, matched, one.name, folder / "figures")
@@ -125,12 +125,14 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
     if not matched.pairs:
         blocks.append(Notice("The sweeps have no arm in common: there is nothing to compare."))
     elif not common:
-        blocks.append(Notice("No seed of a common arm has finished in both: no differences."))
+        blocks.append(
+            Notice("No seed of a common arm has finished in both: no difference is of pairs.")
+        )
     if matched.same_runs:
         blocks.append(
             Notice(
-                f"The runs of {joined(matched.same_runs)} belong to both sweeps: these differences "
-                "are 0 because a run is compared with itself."
+                f"Both sweeps have runs of {joined(matched.same_runs)} in common: there a run is "
+                "compared with itself."
             )
         )
     differing = [arm.name for arm, other in matched.pairs if data.reads_other(arm, other)]
@@ -155,6 +157,10 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
         if names:
             blocks.append(f"Only in {sweep.name}: {joined(names)}.")
     return blocks
+
+
+def _same_runs(pair: Pair) -> set[str]:
+    return {r.run_id for r in pair[0].runs} & {r.run_id for r in pair[1].runs}
 
 
 def _common(pair: Pair) -> set[int]:

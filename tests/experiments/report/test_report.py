@@ -455,6 +455,15 @@ def test_runs_that_both_sweeps_have_are_said_to_be_the_same(tmp_path: Path) -> N
     assert "compared with itself" in text(compare.write((tmp_path, "one"), (tmp_path, "two")))
 
 
+def test_runs_of_an_arm_at_other_seeds_are_others(tmp_path: Path) -> None:
+    for name, seeds in (("one", (0, 1)), ("two", (2, 3))):
+        finished(tmp_path, arms(2, seeds=seeds), name=name)
+    page = compare.write((tmp_path, "one"), (tmp_path, "two"))
+    assert "compared with itself" not in text(page)
+    assert "no difference is of pairs" in text(page)
+    assert {row["kind"] for row in table(page, "compare_train_loss")} == {"welch"}
+
+
 def test_what_each_sweep_has_for_all_its_runs_may_differ_between_the_two(tmp_path: Path) -> None:
     model = replace(a_config().model, vocab_size=72)
     blimp = BlimpConfig(enabled=True, path="p", max_pairs=7, fingerprint="f")
