@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from experiments import json_files
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import State
-from relora_core.config import EvalConfig
+from relora_core.config import EVALS, EvalConfig, RunConfig, runs_eval
 
 PLAIN = "eval"
 """The name under which metrics have the keys that they have in training: eval/paloma/perplexity."""
@@ -50,6 +50,31 @@ def all_metrics(run_dir: RunDir) -> dict[str, float]:
     if result.get("state") == State.FINISHED:
         newest = result["step"]
     return by_step.get(newest, {}) | result.get("metrics", {})
+
+
+def unlike(
+    runs: Sequence[tuple[RunConfig | None, Mapping[tuple[str, str], str]]],
+) -> dict[tuple[str, str], list[int]]:
+    """(name, section) of each separate evaluation whose settings, as a limit, differ between `runs`
+    -> places of the runs whose numbers of it are not to be compared.
+
+    A run is its config, None without numbers of training, and the digest of each evaluation. Under
+    the plain name these stand beside numbers of training, which stay.
+    """
+    found = {}
+    for key in dict.fromkeys(key for _, evaluated in runs for key in evaluated):
+        name, section = key
+        apart, digests = [], set[str]()
+        for place, (config, evaluated) in enumerate(runs):
+            plain = name == PLAIN and section in EVALS
+            if config is not None and plain and runs_eval(config, section):
+                digests.add(settings_digest(config.eval, section))
+            elif key in evaluated:
+                apart.append(place)
+                digests.add(evaluated[key])
+        if apart and len(digests) > 1:
+            found[key] = apart
+    return found
 
 
 def settings_digest(eval: EvalConfig, section: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from experiments import colours
 from experiments.colours import Look
 from experiments.disk import frozen, inputs
-from experiments.disk.evaluations import PLAIN, results, settings_digest
+from experiments.disk.evaluations import PLAIN, results, unlike
 from experiments.disk.named import find_run
 from experiments.disk.output_dir import plan_folder
 from experiments.disk.plans import (
@@ -37,7 +37,7 @@ from experiments.identity import config_from_json
 from experiments.json_files import READ_ERRORS
 from experiments.metrics import LOSS
 from experiments.report.data import Arm, Attempt, Evaluated, Point, RunData, Sweep, settings
-from relora_core.config import EVALS, ConfigError, RunConfig, nearest, runs_eval
+from relora_core.config import EVALS, ConfigError, RunConfig, nearest
 
 KINDS = ("method", "data.kind", *(f"eval.{name}.enabled" for name in EVALS))
 """Settings that decide which others apply."""
@@ -85,28 +85,20 @@ def gather(
 
 
 def drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
-    """Drop the numbers of separate evaluations whose settings, as a limit, differ between runs; a
-    note of each such evaluation.
-
-    Those under the plain name stand beside numbers of training, which stay.
-    """
+    """Drop the numbers of separate evaluations that are `unlike`; a note of each of these."""
     notes = []
-    for key in dict.fromkeys(key for run in runs for key in run.evaluated):
-        name, section = key
-        plain = name == PLAIN and section in EVALS
-        own = [run for run in runs if plain and run.metrics and runs_eval(run.config, section)]
-        ids = {run.run_id for run in own}
-        apart = [run for run in runs if key in run.evaluated and run.run_id not in ids]
-        digests = {run.evaluated[key].digest for run in apart}
-        digests |= {settings_digest(run.config.eval, section) for run in own}
-        if not apart or len(digests) == 1:
-            continue
-        for run in apart:
+    known = [
+        (run.config if run.metrics else None, {k: one.digest for k, one in run.evaluated.items()})
+        for run in runs
+    ]
+    for key, places in unlike(known).items():
+        for run in (runs[place] for place in places):
             for metric in run.evaluated[key].metrics:
                 run.metrics.pop(metric, None)
                 run.curves.pop(metric, None)
             for table in run.evaluated[key].tables:
                 run.tables.pop(table, None)
+        name, section = key
         notes.append(
             f"evaluations of {section} under the name {name} had other settings in some runs and "
             "are left out: python -m sweeps eval --as NEW_NAME evaluates all runs alike"

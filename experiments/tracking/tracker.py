@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments import colours
 from experiments.addresses import default_uri, redacted
-from experiments.disk.evaluations import all_metrics
+from experiments.disk.evaluations import all_metrics, results, unlike
 from experiments.disk.output_dir import all_runs, plan_folder
 from experiments.disk.plans import PlannedRun, SweepRecord, question, read_sweeps, single_run
 from experiments.disk.run_dir import RunDir
@@ -276,6 +276,7 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
     looks = colours.looks(sweep.runs)
     arms: dict[str, ArmView] = {}
     shown = display_axes([run.axes for run in group.members])
+    metrics = _metrics([run for run in group.members if states[run.run_id].state.done])
     for planned, axes in zip(group.members, shown, strict=True):
         state = states[planned.run_id]
         run = RunView(
@@ -283,7 +284,7 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
             name=spell(axes) or planned.name,
             seed=planned.seed,
             state=state,
-            metrics=_metrics(planned.dir) if state.state.done else {},
+            metrics=metrics.get(planned.run_id, {}),
         )
         arm = _arm(planned, axes, colour=looks[planned.arm_id].colour)
         arms.setdefault(planned.arm_id, arm).runs.append(run)
@@ -297,12 +298,26 @@ def sweep_view(group: Group, states: Mapping[str, RunState]) -> SweepView:
     )
 
 
-def _metrics(run: RunDir) -> dict[str, float]:
-    """The run's final numbers; none if its files are damaged, so that its arm shows no mean."""
-    try:
-        return all_metrics(run)
-    except (OSError, ValueError, KeyError):
-        return {}
+def _metrics(runs: Sequence[PlannedRun]) -> dict[str, dict[str, float]]:
+    """run_id -> final numbers of runs that have ended, without evaluations that are `unlike`, as in
+    reports; none of a run whose files are damaged, so that its arm shows no mean.
+    """
+    metrics: dict[str, dict[str, float]] = {}
+    known, evaluated = [], []
+    some = any(run.dir.evals.is_dir() for run in runs)  # configs of a thousand runs take seconds
+    for run in runs:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            metrics[run.run_id] = numbers = all_metrics(run.dir)
+            if some:
+                stored = {(one["name"], one["section"]): one for one in results(run.dir)}
+                digests = {key: one["digest"] for key, one in stored.items()}
+                known.append((run.dir.config() if numbers else None, digests))
+                evaluated.append((numbers, stored))
+    for key, places in unlike(known).items():
+        for numbers, stored in (evaluated[place] for place in places):
+            for name in stored[key]["metrics"]:
+                numbers.pop(name, None)
+    return metrics
 
 
 def _arm(run: PlannedRun, axes: Mapping[str, str], *, colour: str) -> ArmView:

@@ -8,18 +8,22 @@ import json
 import zlib
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import synthetic
 from mlflow_runs import Store
 from scipy import stats as scipy_stats
 
-from experiments.disk.state import RunState
+from experiments.disk.plans import read_sweep
+from experiments.disk.state import RunState, state_of
 from experiments.tracking import links, saved_views, sweeps
 from experiments.tracking.note import MAX_NOTE, note
 from experiments.tracking.sweep_view import ArmView, RunView, SweepView, summary
 from experiments.tracking.sweeps import mlflow_status
+from experiments.tracking.tracker import Group, sweep_view
 
 T0 = 1_700_000_000.0
 LOSS = "train/loss"
@@ -158,6 +162,26 @@ def test_only_finished_runs_with_finite_numbers_count() -> None:
     means = summary(an_arm(8, *runs))
     assert means[LOSS].mean == 2.0
     assert "eval/x" not in means  # a mean of some of the finished seeds would look like all
+
+
+def test_evaluations_with_other_settings_have_no_mean(tmp_path: Path) -> None:
+    """As in reports."""
+    configs = [synthetic.a_config(seed=seed) for seed in (0, 1)]
+    runs = synthetic.a_sweep(tmp_path, configs)
+    for run, digest, value in zip(runs, "de", (0.25, 0.75), strict=True):
+        synthetic.record(run)
+        for name, own in (("later", digest), ("alike", "d")):
+            content = {"name": name, "section": "blimp", "step": synthetic.STEPS, "digest": own}
+            content |= {"metrics": {f"{name}/blimp/no_bos/accuracy": value}, "tables": {}}
+            path = run.evals / name / f"step-{synthetic.STEPS:08d}-blimp.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content | {"finished": 1.0}))
+    sweep = read_sweep(tmp_path, "mine")
+    group = Group(uri="", experiment="", sweep=sweep, members=sweep.runs)
+    (arm,) = sweep_view(group, {run.run_id: state_of(run) for run in runs}).arms
+    means = summary(arm)
+    assert means["alike/blimp/no_bos/accuracy"].mean == 0.5
+    assert "later/blimp/no_bos/accuracy" not in means
 
 
 def test_repeating_it_changes_nothing(store: Store, show: Any) -> None:
