@@ -33,6 +33,7 @@ from experiments.disk.plans import (
 )
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import RunState, state_of
+from experiments.disk.states import State
 from experiments.identity import config_from_json
 from experiments.json_files import READ_ERRORS
 from experiments.metrics import LOSS
@@ -214,13 +215,16 @@ def _run(planned: PlannedRun, config: RunConfig, *, states: Mapping[str, RunStat
 
 
 def _final(run: RunData, result: Mapping[str, Any]) -> dict[str, float]:
-    """The result's metrics, and those of separate evaluations at its last step."""
-    apart = {
-        name: points[-1].value
-        for name, points in run.curves.items()
-        if points[-1].step == result["step"] and name not in result["metrics"]
-    }
-    return apart | {name: float(value) for name, value in result["metrics"].items()}
+    """The result's metrics, and those of separate evaluations at its last step.
+
+    A diverged run ends between two evals: what it measured before is no number of its end.
+    """
+    curves = run.curves.items()
+    ends = {name: points[-1].value for name, points in curves if points[-1].step == result["step"]}
+    if result.get("state") == State.DIVERGED:
+        return ends
+    own = {name: float(value) for name, value in result["metrics"].items()}
+    return {name: value for name, value in ends.items() if name not in own} | own
 
 
 def _since_log(run: RunData) -> int:

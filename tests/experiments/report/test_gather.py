@@ -18,6 +18,7 @@ from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.report import blimp, data
 from experiments.report.gather import gather
+from experiments.run.runner import make_result
 from relora_core.config import (
     GRAMMAR_DOCUMENTS,
     GRAMMAR_PAIRS,
@@ -169,6 +170,18 @@ def test_only_finished_runs_have_values_and_diverged_ones_are_seen_to_be_lost(
     assert math.isnan(values[1])
     assert set(values) == {0, 1}
     assert arm.values("nobody/measured") == {}
+
+
+def test_what_a_run_measured_before_it_diverged_is_no_final_number(tmp_path: Path) -> None:
+    run = one_run(tmp_path)
+    record(run, state="diverged")
+    kept = [e for e in run.raw_events() if e["kind"] not in ("eval", "table") or e["step"] < STEPS]
+    run.events_path.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    run.write_result(make_result(run, state="diverged", attempt=1, seconds=1.0))
+    (gathered,) = gather(tmp_path, "mine").runs
+    assert math.isnan(gathered.metrics["train/loss"])
+    assert gathered.curves["eval/paloma/perplexity"][-1].step < STEPS
+    assert "eval/paloma/perplexity" not in gathered.metrics
 
 
 def test_an_evaluation_apart_from_training_is_part_of_the_run(tmp_path: Path) -> None:
