@@ -72,7 +72,8 @@ def carry_out(config: RunConfig, run_dir: RunDir, *, typed: str, work: Work | No
             follower.wait_ready(60)
         stop = StopFlag()
         stack.enter_context(stop.installed(signal.SIGINT, *SIGNALS))
-        run_dir.cancel_path.unlink(missing_ok=True)
+        if run_dir.lock_holder() is None:  # else the request is for the process at work
+            run_dir.cancel_path.unlink(missing_ok=True)
         try:
             outcome = run_experiment(config, run_dir, console=True, stop=stop, work=work)
         except (ConfigError, DataError, RunLocked, OSError):

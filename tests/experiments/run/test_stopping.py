@@ -18,6 +18,7 @@ from experiments import scheduler
 from experiments.disk.run_dir import RunDir
 from experiments.errors import RunLocked
 from experiments.run import stopping
+from experiments.run.single import carry_out
 from experiments.run.stopping import SIGNALS, StopFlag, shielded
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,6 +91,14 @@ def test_the_users_cancel(run):
     with run.lock():
         assert flag()
     assert flag.reason == "cancelled"
+
+
+def test_the_same_command_typed_again_leaves_the_users_cancel_to_the_process_at_work(run):
+    with run.lock():
+        run.cancel_path.touch()
+        with pytest.raises(RunLocked):
+            carry_out(run.config(), run, typed="out")
+    assert run.cancel_path.exists()
 
 
 def test_the_disk_is_asked_now_and_then(run, monkeypatch):
