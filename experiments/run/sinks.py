@@ -106,11 +106,12 @@ class SystemSink:
 
 def gpu_load() -> dict[str, float]:
     """Use, memory and power of the visible GPUs, from nvidia-smi; empty if there is none."""
-    if shutil.which("nvidia-smi") is None:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen == "" or shutil.which("nvidia-smi") is None:
         return {}
     names = {"utilization.gpu": "percent", "memory.used": "memory_gb", "power.draw": "power_w"}
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if chosen:
         command.append(f"--id={chosen}")
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

@@ -81,6 +81,13 @@ def test_the_load_of_each_visible_gpu_is_read(tmp_path: Path, monkeypatch) -> No
     }
 
 
+def test_gpus_that_a_run_cannot_see_have_no_load(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sinks.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sinks.subprocess, "run", None)  # asking would be an error
+    assert gpu_load() == {}
+
+
 def test_without_gpus_nothing_is_said_of_them(monkeypatch) -> None:
     monkeypatch.setattr(sinks.shutil, "which", lambda name: None)
     assert gpu_load() == {}
