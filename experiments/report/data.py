@@ -66,6 +66,8 @@ class Evaluated(NamedTuple):
 
     digest: str
     """Of its settings."""
+    code: str
+    """code_hash; empty if it was not recorded."""
     metrics: list[str]
     tables: list[str]
 

@@ -38,7 +38,7 @@ from experiments.identity import config_from_json
 from experiments.json_files import READ_ERRORS
 from experiments.metrics import LOSS
 from experiments.report.data import Arm, Attempt, Evaluated, Point, RunData, Sweep, settings
-from relora_core.config import EVALS, ConfigError, RunConfig, nearest
+from relora_core.config import EVALS, ConfigError, RunConfig, nearest, runs_eval
 
 KINDS = ("method", "data.kind", *(f"eval.{name}.enabled" for name in EVALS))
 """Settings that decide which others apply."""
@@ -86,13 +86,16 @@ def gather(
 
 
 def drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
-    """Drop the numbers of separate evaluations that are `unlike`; a note of each of these."""
+    """Drop the numbers of separate evaluations that are `unlike`; a note of each of these, and of
+    each other one that different code has made.
+    """
     notes = []
     known = [
         (run.config if run.metrics else None, {k: one.digest for k, one in run.evaluated.items()})
         for run in runs
     ]
-    for key, places in unlike(known).items():
+    left_out = unlike(known)
+    for key, places in left_out.items():
         for run in (runs[place] for place in places):
             for metric in run.evaluated[key].metrics:
                 run.metrics.pop(metric, None)
@@ -104,7 +107,23 @@ def drop_unlike_evaluations(runs: Sequence[RunData]) -> list[str]:
             f"evaluations of {section} under the name {name} had other settings in some runs and "
             "are left out: python -m sweeps eval --as NEW_NAME evaluates all runs alike"
         )
+    for name, section in dict.fromkeys(key for run in runs for key in run.evaluated):
+        if (name, section) not in left_out and len(_codes(runs, name, section)) > 1:
+            notes.append(
+                f"evaluations of {section} under the name {name} were made by code of relora_core "
+                "with different hashes, so that a difference between runs may be the code's: "
+                "python -m sweeps eval --as NEW_NAME evaluates all runs alike"
+            )
     return notes
+
+
+def _codes(runs: Sequence[RunData], name: str, section: str) -> set[str]:
+    """code_hash of all that scored the runs: under the plain name training, too."""
+    codes = {run.evaluated[name, section].code for run in runs if (name, section) in run.evaluated}
+    if name == PLAIN and section in EVALS:
+        own = [run for run in runs if run.metrics and runs_eval(run.config, section)]
+        codes |= {run.code[-1] for run in own if run.code}
+    return codes - {""}
 
 
 def _evaluated(output_dir: Path | str, word: str) -> PlannedRun:
@@ -362,7 +381,10 @@ def _read_evaluations(run: RunData, run_dir: RunDir) -> None:
             tables |= {n: rows for n, rows in evaluation["tables"].items() if n not in run.tables}
         run.tables |= tables
         run.evaluated[key] = Evaluated(
-            digest=evaluation["digest"], metrics=list(evaluation["metrics"]), tables=list(tables)
+            digest=evaluation["digest"],
+            code=str(evaluation.get("code_hash") or ""),
+            metrics=list(evaluation["metrics"]),
+            tables=list(tables),
         )
     for name, points in added.items():
         by_step = {point.step: point for point in [*points, *run.curves.get(name, [])]}

@@ -258,6 +258,23 @@ def test_evaluations_with_other_settings_make_no_mean(tmp_path: Path) -> None:
     assert "evaluations of blimp under the name later had other settings in some runs" in note
 
 
+def test_evaluations_by_different_code_are_noted(tmp_path: Path) -> None:
+    """As where the evals were changed between two seeds."""
+    runs = a_sweep(tmp_path, [a_config(seed=seed) for seed in (0, 1)])
+    for run, code in zip(runs, ("d1:a", "d1:b"), strict=True):
+        record(run)
+        for name, own in (("later", code), ("alike", "d1:a")):
+            metrics = {f"{name}/blimp/no_bos/accuracy": 0.5}
+            content = {"name": name, "section": "blimp", "step": STEPS, "digest": "d"}
+            content |= {"metrics": metrics, "tables": {}, "finished": 1.0, "code_hash": own}
+            (run.evals / name).mkdir(parents=True)
+            (run.evals / name / f"step-{STEPS:08d}-blimp.json").write_text(json.dumps(content))
+    sweep = gather(tmp_path, "mine")
+    assert all("later/blimp/no_bos/accuracy" in run.metrics for run in sweep.runs)
+    [note] = sweep.notes
+    assert "evaluations of blimp under the name later were made by code of relora_core" in note
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_later_evaluation_stands_beside_those_of_training_if_alike(
     tmp_path: Path, alike: bool
