@@ -86,7 +86,8 @@ def find_tracked(run_dir: RunDir) -> Tracked:
     if not runs:
         raise missing
     _check_place(experiment, uri=uri)
-    return Tracked(store=store, run=runs[0])
+    here = [run for run in runs if run.data.tags.get("record") == str(run_dir.path.absolute())]
+    return Tracked(store=store, run=(here or runs)[0])
 
 
 def _remedy(run_dir: RunDir) -> str:

@@ -165,6 +165,12 @@ def _start(event: Mapping[str, Any], new: Unsent) -> None:
     after.time, after.seconds, after.others, after.last, after.apart = 0.0, 0.0, 0.0, {}, {}
 
 
+def beginnings(run: RunDir) -> set[float]:
+    """When its attempts that resumed nothing began: copies of a record have these in common."""
+    starts = (event for event in run.raw_events() if event["kind"] == "start")
+    return {event["time"] for event in starts if not event["data"].get("resumed")}
+
+
 def _metrics(event: Mapping[str, Any], after: Position) -> dict[str, float]:
     """The event's metrics, and the device-hours of training so far, an axis of MLflow's charts."""
     metrics = event["metrics"]

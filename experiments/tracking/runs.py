@@ -211,8 +211,7 @@ class Syncer:
             position = Position(run=shown.run)
             this.report.created += 1
         elif position is None or position.run != shown.run:
-            attempt = int(shown.tags.get("first_attempt", 0))
-            position = Position(run=shown.run, attempt=attempt, last=dict(shown.last))
+            position = _position_of(shown)
         elif position.sending:
             now = Shown.of(self._client.get_run(shown.run))
             position.last = {**position.last, **now.last}
@@ -233,6 +232,9 @@ class Syncer:
         name = given or shown.name or run_view.default_name(config)
         tags = run_view.tags(run, config, status, name=name)
         tags["first_attempt"] = str(new.position.attempt)
+        tags["record"] = str(run.path.absolute())
+        if new.position.began:
+            tags["began"] = repr(new.position.began)
         arm = tags["arm"]
         tags["mlflow.runColor"] = this.sweep.colours.get(arm) or self._index.colour(arm)
         if this.sweep.parent:
@@ -315,6 +317,23 @@ def _listed(shown: Shown, tables: Iterable[str]) -> dict[str, str]:
     return {LISTED: json.dumps(list({entry["path"]: entry for entry in listed}.values()))}
 
 
+def _position_of(shown: Shown) -> Position:
+    """How much an MLflow run has of a record whose own Position is lost."""
+    tags = shown.tags
+    attempt, began = int(tags.get("first_attempt", 0)), float(tags.get("began", 0))
+    return Position(run=shown.run, attempt=attempt, began=began, last=dict(shown.last))
+
+
+def _shows(shown: Shown, run: RunDir) -> bool:
+    """Whether it shows this record, rather than another of the same run_id.
+
+    That is one of a folder that was moved aside, or of another output folder. MLflow runs of
+    earlier versions do not tell.
+    """
+    began = shown.tags.get("began")
+    return began is None or float(began) in run_view.beginnings(run)
+
+
 def _path(table: str) -> str:
     """Path of a table among the run's files."""
     return f"tables/{run_view.metric_key(table)}.json"
@@ -325,9 +344,9 @@ class _Index:
 
     def __init__(self, store: Store) -> None:
         self._store, self._client = store, store.client
-        self._shown: dict[str, Shown] | None = None
-        self._ids: dict[str, list[str]] = {}
-        """run_id -> ids of all MLflow runs of it: restoring an experiment restores deleted ones."""
+        self._shown: dict[str, list[Shown]] | None = None
+        """run_id -> all MLflow runs of it, oldest first: restoring an experiment restores deleted
+        ones, and other output folders may have the same run."""
         self._colours: dict[str, str] = {}
 
     def forget(self) -> None:
@@ -336,8 +355,13 @@ class _Index:
     def find(self, run: RunDir, position: Position | None) -> Shown | None:
         from mlflow.exceptions import MlflowException
 
-        listed = self._all().get(run.run_id)
-        if position is None or (listed and listed.run == position.run):
+        current = [
+            one for one in self._all().get(run.run_id, []) if one.tags.get("state") != SUPERSEDED
+        ]
+        if position and (own := [one for one in current if one.run == position.run]):
+            return own[0]
+        listed = next((one for one in current if _shows(one, run)), None)
+        if position is None:
             return listed
         try:  # another process may have made it since we read, or the store was deleted
             named = self._client.get_run(position.run)
@@ -345,18 +369,16 @@ class _Index:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return listed
-        current = named.data.tags.get("state") != SUPERSEDED
-        return Shown.of(named) if named.info.lifecycle_stage == "active" and current else listed
+        superseded = named.data.tags.get("state") == SUPERSEDED
+        active = named.info.lifecycle_stage == "active" and not superseded
+        return Shown.of(named) if active else listed
 
-    def _all(self) -> dict[str, Shown]:
-        """run_id -> the oldest MLflow run of it."""
+    def _all(self) -> dict[str, list[Shown]]:
         if self._shown is None:
-            self._shown, self._ids = {}, {}
+            self._shown = {}
             for run in self._store.search("tags.kind = 'run'"):
                 tags = run.data.tags
-                self._ids.setdefault(tags.get("run_id", ""), []).append(run.info.run_id)
-                if tags.get("state") != SUPERSEDED:
-                    self._shown.setdefault(tags.get("run_id", ""), Shown.of(run))
+                self._shown.setdefault(tags.get("run_id", ""), []).append(Shown.of(run))
                 if "arm" in tags and "mlflow.runColor" in tags:
                     self._colours.setdefault(tags["arm"], tags["mlflow.runColor"])
         return self._shown
@@ -369,11 +391,12 @@ class _Index:
         return Shown.of(self._client.create_run(id_, start_time=started, tags=tags, run_name=name))
 
     def keep(self, run: RunDir, shown: Shown) -> None:
-        """Remove all MLflow runs of the run but this one."""
-        self._all()[run.run_id] = shown
-        for other in self._ids.pop(run.run_id, []):
-            if other != shown.run:
-                self._client.delete_run(other)
+        """Remove all MLflow runs of the run but this one, and those of other output folders."""
+        for other in self._all().get(run.run_id, []):
+            here = other.tags.get("record") == str(run.path.absolute())
+            if other.run != shown.run and (here or _shows(other, run)):
+                self._client.delete_run(other.run)
+        self._all()[run.run_id] = [shown]
 
     def remove(self, run: RunDir, shown: Shown) -> None:
         """Delete the MLflow run of a run that began anew at step 0: MLflow cannot remove points.

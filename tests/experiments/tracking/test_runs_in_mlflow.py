@@ -18,6 +18,7 @@ from experiments.disk.event_log import EventLog
 from experiments.disk.run_dir import RunDir
 from experiments.identity import arm_id, config_to_json
 from experiments.tracking import content as mlflow_content
+from experiments.tracking import model as mlflow_model
 from experiments.tracking import run_view
 from experiments.tracking import store as mlflow_store
 from relora_core import atomic
@@ -428,6 +429,62 @@ def test_a_kill_while_a_run_is_begun_anew_leaves_one_right_view(
             store.sync(run)
     store.sync(run)
     assert store.points(run) == expected(run)
+
+
+# other records of the same settings -------------------------------------------------------------
+
+
+def another_life(run: RunDir, *, began: float) -> None:
+    """A first attempt as the trainer writes it; its losses say when it began."""
+    log = EventLog(run, 1)
+    log.emit(Event(kind="start", step=0, data={"resumed": False}, time=began))
+    for step in (10, 20):
+        log.emit(Event(kind="train", step=step, metrics={"train/loss": began + step}, time=began))
+    log.close()
+    run.update_status(state="finished", attempts=1, step=20)
+
+
+def test_a_record_in_the_place_of_another_is_shown_with_its_own_points(
+    store: Store, tmp_path: Path
+) -> None:
+    """As where a run's folder was moved away to begin anew with other code."""
+    run = a_run(tmp_path)
+    train(run, attempt=1, start=0, stop=40)
+    store.sync(run)
+    old = store.run(run).info.run_id
+    run.path.rename(tmp_path / "aside")
+    run = a_run(tmp_path)
+    another_life(run, began=T0 + 9000)
+    store.sync(run)
+    assert store.points(run) == expected(run)
+    assert store.client.get_run(old).info.lifecycle_stage == "deleted"
+    run.mlflow_path.unlink()
+    assert store.sync(run).created == 0
+    assert store.points(run) == expected(run)
+
+
+def test_equal_runs_of_two_output_folders_are_two(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [a_run(tmp_path / name) for name in ("one", "two")]
+    for number, run in enumerate(runs):
+        another_life(run, began=T0 + number)
+    for _ in range(2):
+        for run in runs:
+            assert not store.sync(run, output_dir=run.output_dir).errors
+    first = {
+        one.data.tags["record"]: store.client.get_metric_history(one.info.run_id, "train/loss")[0]
+        for one in store.client.search_runs([store.experiment_id])
+    }
+    assert {place: point.value for place, point in first.items()} == {
+        str(run.path): T0 + number + 10 for number, run in enumerate(runs)
+    }
+    monkeypatch.setattr(mlflow_model, "default_uri", lambda output_dir: store.uri)
+    name = store.client.get_experiment(store.experiment_id).name
+    monkeypatch.setattr(mlflow_model, "experiment_name", lambda config: name)
+    for run in runs:  # to which an exported model belongs
+        tracked = mlflow_model.find_tracked(run)
+        assert tracked.run.data.tags["record"] == str(run.path)
 
 
 # evaluations apart from training ----------------------------------------------------------------
