@@ -94,7 +94,7 @@ def _of_experiment(client: MlflowClient, experiment: Experiment, *, base: str) -
     arms = _summaries(client, id_, kind="arm") if parents else []
     for parent in reversed(parents):
         sweep = parent.data.tags.get("sweep", experiment.name)
-        own = [arm for arm in arms if arm.data.tags.get("sweep", sweep) == sweep]
+        own = [a for a in arms if a.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
         pages = _sweep_pages(experiment, base=base, sweep=sweep, parent=parent, arms=own)
         yield Section(name=sweep, sweep=True, pages=pages)
     if not parents and client.search_runs([id_], max_results=1):

@@ -105,12 +105,19 @@ def _parent(store: Store, view: SweepView) -> Shown:
     for run in runs[1:]:
         store.client.delete_run(run.run)
     start = int(view.created * 1000)
-    return runs[0] if runs else _create(store, view.name, _tags(view, "sweep"), start=start)
+    return runs[0] if runs else _create(store, view.name, _tags(store, view, "sweep"), start=start)
 
 
 def _search(store: Store, view: SweepView, kind: str) -> list[Shown]:
+    """The sweep's, without those of a sweep of this name in another output folder."""
+    own = _tags(store, view, kind)
     runs = store.search(f"tags.kind = '{kind}' and tags.sweep = '{view.name}'")
-    return [Shown.of(run) for run in runs]
+    return [
+        Shown.of(run)
+        for run in runs
+        if run.data.tags.get("created") in (None, own["created"])  # None: of an earlier version
+        or run.data.tags.get("plan") == own["plan"]
+    ]
 
 
 def _create(store: Store, name: str, tags: dict[str, str], *, start: int | None) -> Shown:
@@ -132,7 +139,7 @@ def _show_arms(store: Store, view: SweepView, parent: Shown, summaries: Summarie
     for arm in view.arms:
         means = summaries[arm.arm_id]
         tags = {
-            **_tags(view, "arm"),
+            **_tags(store, view, "arm"),
             **_arm_tags(arm, means),
             "mlflow.runColor": arm.colour,
             "mlflow.parentRunId": parent.run,
@@ -144,9 +151,12 @@ def _show_arms(store: Store, view: SweepView, parent: Shown, summaries: Summarie
 
 
 # what they are to show ----------------------------------------------------------------------------
-def _tags(view: SweepView, kind: str) -> dict[str, str]:
+def _tags(store: Store, view: SweepView, kind: str) -> dict[str, str]:
+    """`created` tells sweeps of one name apart, also once their folder was moved."""
+    plan = store.output_dir.absolute() / "sweeps" / view.name / "plan.json"
     source = {"mlflow.source.name": "run.py", "mlflow.source.type": "LOCAL"}
-    return {"kind": kind, "sweep": view.name, **source}
+    own = {"plan": str(plan), "created": repr(view.created)}
+    return {"kind": kind, "sweep": view.name, **own, **source}
 
 
 def _arm_name(arm: ArmView) -> str:
@@ -202,11 +212,9 @@ def _arm_metrics(arm: ArmView, means: Mapping[str, Interval]) -> dict[str, float
 
 def _parent_content(store: Store, view: SweepView, run: Shown, text: str) -> Content:
     finished, planned = sum(s.state is State.FINISHED for s in view.states), len(view.states)
-    plan = store.output_dir.absolute() / "sweeps" / view.name / "plan.json"
     tags = {
-        **_tags(view, "sweep"),
+        **_tags(store, view, "sweep"),
         "finished": f"{finished} of {planned}",
-        "plan": str(plan),
         NOTE: text,
     }
     metrics = {"n_finished": float(finished), "n_planned": float(planned)}

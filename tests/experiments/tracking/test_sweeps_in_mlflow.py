@@ -240,6 +240,21 @@ def test_an_arm_that_left_the_plan_is_removed(store: Store, show: Any) -> None:
     assert [run.data.tags["arm"] for run in shown(store, "arm")] == ["tiny-r8"]
 
 
+def test_a_sweep_of_its_name_in_another_folder_keeps_its_arms(store: Store, tmp_path: Path) -> None:
+    def show(view: SweepView, folder: str) -> None:
+        sweeps.update(store.opened(output_dir=tmp_path / folder), view, wait_s=600)
+
+    theirs = a_sweep(an_arm(32, a_run("r32", 0, train__loss=9.0)))
+    theirs.created += 500
+    for _ in range(2):
+        show(two_arms(), "ours")
+        show(theirs, "theirs")
+    show(two_arms(), "moved")
+    assert len(shown(store, "sweep")) == 2
+    arms = sorted(run.data.tags["arm"] for run in shown(store, "arm"))
+    assert arms == ["tiny-r16", "tiny-r32", "tiny-r8"]
+
+
 @pytest.mark.parametrize(
     ("states", "word"),
     [
