@@ -54,6 +54,8 @@ PACKAGES = (
     "datasets",
     "tokenizers",
     "safetensors",
+    "transformers",
+    "cut-cross-entropy",
 )
 _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a git hook sets them for its own tree
 

@@ -42,6 +42,7 @@ def test_the_record_can_be_written_and_takes_more():
     assert (record["start_step"], record["world"]) == (7, 2)
     assert record["pid"] == os.getpid()
     assert record["packages"]["torch"] == importlib.metadata.version("torch")
+    assert {"transformers", "cut-cross-entropy"} <= set(environment.PACKAGES)  # if installed
     assert 1 <= record["cores"] <= (os.cpu_count() or 1)
     assert record["cpu"]
     assert (record["job_id"], record["slurm"]) == (None, {})
