@@ -295,7 +295,8 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
     """Open a store; database and MLflow experiment are made if they are missing.
 
     Under a file lock: MLflow crashes if two processes migrate one SQLite file. Raises
-    TrackingUnreachable, and ConfigError for a database of another MLflow version.
+    TrackingUnreachable, filelock's Timeout if another process holds the lock for long, and
+    ConfigError for a database of another MLflow version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -310,7 +311,7 @@ def open_store(uri: str, *, experiment: str, output_dir: Path | str) -> Store:
     shared.make_folder(output_dir)
     if line := misplaced_note(uri):
         print(f"note: {line}", file=sys.stderr)
-    with reachable(uri), lock(uri, output_dir).acquire(timeout=300):
+    with lock(uri, output_dir).acquire(timeout=300), reachable(uri):
         if uri == default_uri(output_dir):
             move_artifacts(output_dir)
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow_runs import Store, a_config, a_run, expected, train
 
@@ -32,6 +33,15 @@ def test_the_experiment_is_found_again_also_after_it_was_deleted(store: Store) -
     store.client.delete_experiment(store.experiment("twice"))
     again = store.client.get_experiment(store.experiment("twice"))
     assert again.lifecycle_stage == "active"
+
+
+def test_a_store_that_another_sync_holds_is_not_called_unreachable(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", lambda lock, timeout=0: acquire(lock, timeout=0))
+    with mlflow_store.lock(store.uri, store.folder), pytest.raises(Timeout):
+        store.experiment("x")
 
 
 def test_a_store_that_does_not_answer_is_said_in_one_line(
