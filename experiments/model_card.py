@@ -95,7 +95,8 @@ def model_card(run_dir: RunDir, config: RunConfig, *, step: int) -> str:
         "tags": ["relora-sweeps", config.method],
     }
     merged = dataclasses.replace(config, method="full_rank")
-    attempts = run_dir.attempt_records()
+    attempts = [a for a in run_dir.attempt_records() if a.get("start_step", 0) < step]
+    codes = dict.fromkeys(a["code_hash"] for a in attempts if "code_hash" in a)
     settings = essential(config)
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
@@ -108,7 +109,7 @@ def model_card(run_dir: RunDir, config: RunConfig, *, step: int) -> str:
         seed=config.seed,
         data=DATA[config.data.kind],
         fingerprint=config.data.fingerprint,
-        code=attempts[-1]["code_hash"] if attempts else "unknown",
+        code=", ".join(codes) or "unknown",
         metrics=_table(metrics_at(run_dir, step=step, last=config.train.steps)),
         licence=GENERATED if config.data.kind == "grammar" else UNKNOWN,
         settings="\n".join(f"{key}={json.dumps(value)}" for key, value in settings.items()),

@@ -66,6 +66,15 @@ def test_an_earlier_step_has_the_metrics_of_its_time(run_dir, tmp_path):
     assert then != all_metrics(run_dir)[key]
 
 
+def test_a_card_names_every_code_that_trained_to_its_step(run_dir):
+    [first] = [record["code_hash"] for record in run_dir.attempt_records()]
+    run_dir.write_attempt(2, {"host": "x", "start_step": 4, "code_hash": "later"})
+    run_dir.write_attempt(3, {"host": "x", "start_step": 4})  # damaged: it has none
+    codes = [model_card(run_dir, run_dir.config(), step=step) for step in (4, 8)]
+    assert f"| code of training | {first} |" in codes[0]
+    assert f"| code of training | {first}, later |" in codes[1]
+
+
 def test_a_card_names_no_place_of_the_machine_and_no_address(run_dir):
     config = run_dir.config()
     config.data.kind, config.data.path = "text", "/secret/texts"
