@@ -181,7 +181,7 @@ def load(path: Path | str, *, models: Iterable[str]) -> Published:
         raise ConfigError(f"published must be a JSON file, got {path}") from None
     parts = ("models", "gpu_hours", "learning_dynamics_digitised")
     wanted = [f"{a}-{b}" for a in SIZES.values() for b in METHODS.values()]
-    if not isinstance(data, dict) or not all(isinstance(data.get(p), dict) for p in parts):
+    if not all(isinstance(data.get(p), dict) for p in parts):
         raise ConfigError(f"published must hold {', '.join(parts)}, got {path}")
     if not all(isinstance(data["gpu_hours"].get(m), dict) for m in wanted):
         raise ConfigError(f"published must hold gpu_hours of {', '.join(wanted)}, got {path}")
