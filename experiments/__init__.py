@@ -16,6 +16,7 @@ scheduler.py    which SLURM job of ours a process is in, if any
 errors.py       an error as one line and an exit code
 addresses.py    addresses of tracking stores: checked, absolute, without passwords
 json_files.py   JSON of runs and sweeps, checked while it is read
+options.py      what the files of conf/ set
 labels.py       how keys and values are spelt in names of runs and on the command line
 model_card.py   the README.md of an exported model
 metrics.py      the metrics that tables, figures and MLflow's pages show
