@@ -30,8 +30,9 @@ def run_here(config: RunConfig, *, given: Mapping[str, str] | None = None) -> in
     `given`: key -> value of what the user set.
     """
     place = shell.take_group()
-    notes = notices.of_one(given or {}, config)
+    asked, notes = config, list[str]()
     config = complete(config, notes=notes)
+    notes += notices.of_one(given or {}, asked)  # which is valid
     store.check(config)
     run_dir, typed = RunDir(runs_folder(config.output_dir) / run_id(config)), config.output_dir
     if not run_dir.ended():

@@ -196,7 +196,8 @@ ELSEWHERE = {
     "relora_core/checkpoint.py": "a new folder, which share() opens",
     "relora_core/export.py": "likewise, and share_all() what is in it",
     "relora_core/data/text.py": "in a temporary folder that open_up() opens",
-    "sweeps/search/journal.py": "it is there already",
+    "experiments/disk/flock.py": "it is there already",
+    "sweeps/search/journal.py": "likewise",
     "sweeps/local/warm.py": "likewise",
     "sweeps/slurm/launcher.py": "in a temporary folder that goes",
 }
