@@ -22,7 +22,7 @@ HELP = "launch failed and lost runs again; they resume from their newest checkpo
 EXAMPLES = """examples:
   python -m sweeps retry                          every failed or lost run
   python -m sweeps retry model-relora.r --cancelled
-  python -m sweeps retry tiny-relora-r16 --diverged    anew from step 0, after a change of code
+  python -m sweeps retry tiny-relora-r16 --diverged    begin it anew, from step 0
 """
 NOT_RETRIED = {
     State.FINISHED: "they have their results",

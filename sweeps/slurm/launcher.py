@@ -213,10 +213,8 @@ class SlurmLauncher:
             try:
                 submission = _submit(queue, batch)
             except SlurmError as error:
-                refused = not isinstance(error, Unsure)
-                if (
-                    refused and TOO_MANY.search(str(error)) and len(batch.tasks) > 1
-                ):  # as many as may
+                too_many = not isinstance(error, Unsure) and TOO_MANY.search(str(error))
+                if too_many and len(batch.tasks) > 1:  # the site may take half of them
                     half = len(batch.tasks) // 2
                     parts = batch.tasks[:half], batch.tasks[half:]
                     made[number : number + 1] = [dataclasses.replace(batch, tasks=p) for p in parts]
