@@ -250,9 +250,8 @@ def test_the_papers_audit_has_ten_cycles(arms):
     found = arms("audit_paper", "model=tiny", "data.seq_len=2048")
     for name, config in found.items():
         assert config.train.steps * config.train.batch_size * 2048 == pytest.approx(10e9, rel=1e-3)
-        assert len(schedule.restart_steps(config)) == (
-            0 if config.method != "relora" else 2 if name.endswith("2000") else 9
-        )
+        restarts = {"corrected_cycle_2000": 2, "corrected_warm_start": 8}.get(name, 9)
+        assert len(schedule.restart_steps(config)) == (restarts if config.method == "relora" else 0)
 
 
 # beyond -----------------------------------------------------------------------------------------
