@@ -272,11 +272,11 @@ def _for_each(do: Callable[[T], object], things: Iterable[T]) -> None:
 
 
 def _reset(run: RunDir) -> None:
-    """Reset the run to planned, without a request to cancel it and without a dead job's lock, of
-    which a job in a container cannot ask SLURM."""
+    """Reset the run to planned, without a request to cancel it and without a dead holder's lock: a
+    node cannot look at this host's processes, and a job in a container cannot ask SLURM."""
     run.cancel_path.unlink(missing_ok=True)
     now = run.status()
-    if run.lock_holder() is not None:
+    if (run.path / "lock").exists():
         dead = partial(is_dead, heartbeat=now.heartbeat)
         with contextlib.suppress(RunLocked), run.lock(is_dead=dead):
             pass  # its end removes the lock

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shlex
+import socket
 import threading
 import time
 from collections import Counter
@@ -72,6 +73,19 @@ def test_a_dead_jobs_lock_is_gone_before_the_next_job(submit, slurm, out, known)
     slurm.set_state(job, "FAILED")
     assert submit([0])[0] == 0
     assert (run.path / "lock").exists() != known, "of nobody knows whom, it stays"
+
+
+def test_a_dead_lock_of_this_host_is_gone_before_the_job(submit, slurm, out):
+    """A node could not tell that the process on the login node is dead."""
+    submit([0])
+    (run,) = all_runs(out)
+    slurm.set_state(str(run.status().job_id), "FAILED")
+    run.update_status(state="running", host=socket.gethostname(), job_id=None)
+    lock = {"host": socket.gethostname(), "pid": os.getpid(), "started": 0.0, "job_id": None}
+    (run.path / "lock").write_text(json.dumps(lock))
+    assert submit([0])[0] == 0
+    assert run.status().state == "queued"
+    assert not (run.path / "lock").exists()
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
