@@ -13,12 +13,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -48,7 +48,7 @@ from sweeps.slurm.options import (
 from sweeps.slurm.queue import Queue
 from sweeps.slurm.sbatch import Sbatch, Unsure, options_of_environment, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
-from sweeps.slurm.survey import is_dead, survey
+from sweeps.slurm.survey import dead_holders, survey
 from sweeps.slurm.timings import time_on_slurm
 from sweeps.timing import Timings
 
@@ -254,7 +254,7 @@ class SlurmLauncher:
 def _submit(queue: Queue, batch: Batch[Cell]) -> Submission:
     """Submit one array, and record the jobs in its runs."""
     runs = {cell.run_id: run_at(queue.output_dir, cell.run_id) for cell in batch.cells}
-    _for_each(_reset, runs.values())
+    _for_each(partial(_reset, dead=dead_holders(runs.values())), runs.values())
     try:
         one = queue.submit(batch, [[cell.run_id for cell in task] for task in batch.tasks])
         _for_each(lambda of: _record_job(runs[of[0]], of[1]), one.job_ids().items())
@@ -271,14 +271,13 @@ def _for_each(do: Callable[[T], object], things: Iterable[T]) -> None:
         list(pool.map(do, things))
 
 
-def _reset(run: RunDir) -> None:
+def _reset(run: RunDir, *, dead: Collection[dict[str, Any]]) -> None:
     """Reset the run to planned, without a request to cancel it and without a dead holder's lock: a
     node cannot look at this host's processes, and a job in a container cannot ask SLURM."""
     run.cancel_path.unlink(missing_ok=True)
     now = run.status()
     if (run.path / "lock").exists():
-        dead = partial(is_dead, heartbeat=now.heartbeat)
-        with contextlib.suppress(RunLocked), run.lock(is_dead=dead):
+        with contextlib.suppress(RunLocked), run.lock(is_dead=lambda holder: holder in dead):
             pass  # its end removes the lock
     if (now.state, now.phase, now.job_id, now.error) != (State.PLANNED, "", None, None):
         run.update_status(state=State.PLANNED, phase="", job_id=None, error=None)

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,29 @@ def is_dead(holder: dict[str, Any], *, heartbeat: float) -> bool:
 
     `heartbeat` is when the run last wrote its status, seconds since the epoch.
     """
-    job_id = holder.get("job_id")
-    if job_id is None or holder["host"] in ("?", socket.gethostname()):
-        return False  # processes of this host are RunDir.lock_holder()'s to judge
+    return bool(_dead([(holder, heartbeat)]))
+
+
+def dead_holders(runs: Iterable[RunDir]) -> list[dict[str, Any]]:
+    """The holders of these runs' locks that `is_dead` calls dead; SLURM is asked once."""
+    held = [(holder, run.status().heartbeat) for run in runs if (holder := run.lock_holder())]
+    return _dead(held)
+
+
+def _dead(held: list[tuple[dict[str, Any], float]]) -> list[dict[str, Any]]:
+    """Those of (holder, heartbeat) that are certainly dead."""
+    own = ("?", socket.gethostname())  # whose processes are RunDir.lock_holder()'s to judge
+    held = [one for one in held if one[0].get("job_id") is not None and one[0]["host"] not in own]
+    if not held:
+        return []
     try:
-        job = _ask({job_id}).get(job_id)
+        jobs = _ask({holder["job_id"] for holder, _ in held})
     except SlurmError:
-        return False
+        return []
+    return [holder for holder, beat in held if _is_over(jobs.get(holder["job_id"]), heartbeat=beat)]
+
+
+def _is_over(job: Job | None, *, heartbeat: float) -> bool:
     if job is None:
         return time.time() - heartbeat > SILENT_AFTER_S
     return job.over or job.waiting

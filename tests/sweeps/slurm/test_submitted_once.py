@@ -75,6 +75,24 @@ def test_a_dead_jobs_lock_is_gone_before_the_next_job(submit, slurm, out, known)
     assert (run.path / "lock").exists() != known, "of nobody knows whom, it stays"
 
 
+def test_slurm_is_asked_once_of_all_dead_jobs_locks(submit, slurm, out):
+    asked = []
+    for seeds in ([0], [1, 2, 3]):
+        submit(seeds)
+        for run in all_runs(out):
+            if run.config().seed in seeds:
+                job = run.status().job_id
+                run.update_status(state="running", host="n1", job_id=job)
+                lock = {"host": "n1", "pid": 7, "started": 0.0, "job_id": job}
+                (run.path / "lock").write_text(json.dumps(lock))
+                slurm.set_state(str(job), "NODE_FAIL")
+        before = len(slurm.calls("squeue"))
+        assert submit(seeds)[0] == 0
+        asked.append(len(slurm.calls("squeue")) - before)
+        assert not [run for run in all_runs(out) if (run.path / "lock").exists()]
+    assert asked[1] == asked[0]
+
+
 def test_a_dead_lock_of_this_host_is_gone_before_the_job(submit, slurm, out):
     """A node could not tell that the process on the login node is dead."""
     submit([0])
