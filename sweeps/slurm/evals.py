@@ -13,7 +13,7 @@ from sweeps.slurm import cluster
 from sweeps.slurm.batches import arrays
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import Shape, shape_of
-from sweeps.slurm.queue import Queue
+from sweeps.slurm.queue import Queue, in_parts
 from sweeps.slurm.sbatch import print_environment
 from sweeps.slurm.submission import only_submitter, recover
 
@@ -52,8 +52,8 @@ def submit_evals(
         waits = sorted({jobs_of[name] for name in todo if name in jobs_of})
         queue = Queue.open(output_dir, sweep, kind="eval", options=options)
         for batch in arrays([[name] for name in todo], shape=shape, cap=queue.cap):
-            one = queue.submit(batch, batch.tasks, after=waits)
-            print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
+            for _, one in in_parts(batch, lambda part: queue.submit(part, part.tasks, after=waits)):
+                print(f"submitted job {one.job_id}: {len(one.tasks)} evaluations")
 
 
 def _shape_for_all(shapes: Sequence[Shape]) -> Shape:

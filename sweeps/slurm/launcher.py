@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from sweeps.slurm.options import (
     settled,
     shape_of,
 )
-from sweeps.slurm.queue import Queue
+from sweeps.slurm.queue import Queue, in_parts
 from sweeps.slurm.sbatch import Sbatch, Unsure, options_of_environment, print_environment
 from sweeps.slurm.submission import Submission, adopt, only_submitter
 from sweeps.slurm.survey import dead_holders, survey
@@ -53,8 +52,6 @@ from sweeps.slurm.timings import time_on_slurm
 from sweeps.timing import Timings
 
 T = TypeVar("T")
-TOO_MANY = re.compile(r"SubmitJobs?\w*Limit|job submit limit", re.IGNORECASE)
-"""What sbatch prints of an array with more tasks than the site lets a user have in the queue."""
 WRITERS = 16
 """Threads that write runs' files."""
 
@@ -207,22 +204,21 @@ class SlurmLauncher:
     def _submit_all(self, plan: Plan, todo: list[Cell], queue: Queue, *, console: Console) -> int:
         options = dataclasses.replace(self.options, max_parallel=queue.cap)
         made = batches(todo, options=options, max_array_size=cluster.max_array_size())
-        number = 0
-        while number < len(made):
-            batch, left = made[number], sum(len(b.cells) for b in made[number:])
+        sent = 0
+        for number, batch in enumerate(made, 1):
             try:
-                submission = _submit(queue, batch)
+                for part, submission in in_parts(batch, partial(_submit, queue)):
+                    sent += len(part.cells)
+                    console.print(
+                        _describe(submission, part, options=self.options),
+                        highlight=False,
+                        soft_wrap=True,
+                    )
             except SlurmError as error:
-                too_many = not isinstance(error, Unsure) and TOO_MANY.search(str(error))
-                if too_many and len(batch.tasks) > 1:  # the site may take half of them
-                    half = len(batch.tasks) // 2
-                    parts = batch.tasks[:half], batch.tasks[half:]
-                    made[number : number + 1] = [dataclasses.replace(batch, tasks=p) for p in parts]
-                    continue
                 console.print(
                     f"error: sbatch {'may have taken' if isinstance(error, Unsure) else 'refused'} "
-                    f"job array {number + 1} of {len(made)}: {error}; "
-                    f"{len(todo) - left} runs are submitted and stay so, {left} are not: the same "
+                    f"job array {number} of {len(made)}: {error}; "
+                    f"{sent} runs are submitted and stay so, {len(todo) - sent} are not: the same "
                     "command submits them",
                     style="red",
                     highlight=False,
@@ -242,12 +238,6 @@ class SlurmLauncher:
                     soft_wrap=True,
                 )
                 raise
-            console.print(
-                _describe(submission, batch, options=self.options),
-                highlight=False,
-                soft_wrap=True,
-            )
-            number += 1
         return 0
 
 

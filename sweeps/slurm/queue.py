@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -15,10 +17,14 @@ from sweeps import snapshot
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster
 from sweeps.slurm.batches import Batch
+from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.options import SlurmOptions
-from sweeps.slurm.sbatch import submit
+from sweeps.slurm.sbatch import Unsure, submit
 from sweeps.slurm.submission import Submission, recover
 
+T = TypeVar("T")
+TOO_MANY = re.compile(r"SubmitJobs?\w*Limit|job submit limit", re.IGNORECASE)
+"""What sbatch prints of an array with more tasks than the site lets a user have in the queue."""
 SHARING = {"train": ("train", "search"), "search": ("train", "search"), "eval": ("eval",)}
 """Kind of a submission -> the kinds with which it shares `max_parallel`."""
 
@@ -133,3 +139,20 @@ class Queue:
         if self.cap is None:
             return []
         return [self.lanes[batch.lane]] if batch.lane in self.lanes else self.behind
+
+
+def in_parts(
+    batch: Batch[T], submit: Callable[[Batch[T]], Submission]
+) -> Iterator[tuple[Batch[T], Submission]]:
+    """Submit an array, or halves of it where the site lets a user queue no more: each part that
+    SLURM took. SlurmError at the first that it does not take."""
+    try:
+        yield batch, submit(batch)
+        return
+    except SlurmError as error:
+        too_many = not isinstance(error, Unsure) and TOO_MANY.search(str(error))
+        if not too_many or len(batch.tasks) == 1:
+            raise
+    half = len(batch.tasks) // 2
+    for tasks in (batch.tasks[:half], batch.tasks[half:]):
+        yield from in_parts(dataclasses.replace(batch, tasks=tasks), submit)

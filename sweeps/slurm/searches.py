@@ -12,7 +12,7 @@ from sweeps.slurm.batches import arrays
 from sweeps.slurm.cluster import SlurmError
 from sweeps.slurm.launcher import SlurmLauncher
 from sweeps.slurm.options import shape_of
-from sweeps.slurm.queue import Queue
+from sweeps.slurm.queue import Queue, in_parts
 from sweeps.slurm.submission import alive, only_submitter, recover
 
 
@@ -22,6 +22,7 @@ def submit_search(
     """Submit a task for each trial that no queued or running job is for; the exit code."""
     output_dir, name = study.absolute().parents[2], study.parent.name
     options = launcher.options
+    sent, count = 0, left
     with only_submitter(output_dir, console):
         try:
             # Each of these jobs has a trial, or will take one.
@@ -34,11 +35,15 @@ def submit_search(
             queue = Queue.open(output_dir, name, kind="search", options=options, console=console)
             tasks = [[str(study.absolute().relative_to(output_dir))]] * count
             for batch in arrays(tasks, shape=shape_of(config, options), cap=queue.cap):
-                one = queue.submit(batch, batch.tasks)
-                array = f" (array of {len(one.tasks)})" if len(one.tasks) > 1 else ""
-                console.print(f"submitted job {one.job_id}{array}, a trial each", highlight=False)
+                for _, one in in_parts(batch, lambda part: queue.submit(part, part.tasks)):
+                    sent += len(one.tasks)
+                    array = f" (array of {len(one.tasks)})" if len(one.tasks) > 1 else ""
+                    line = f"submitted job {one.job_id}{array}, a trial each"
+                    console.print(line, highlight=False)
         except SlurmError as error:
-            raise ConfigError(f"SLURM did not take the search: {error}") from None
+            raise ConfigError(
+                f"SLURM took {sent} of {count} jobs of this search: {error}"
+            ) from None
     watch = command("search", name, output_dir=output_dir)
     console.print(f"watch: {watch}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -130,6 +130,17 @@ def test_a_refused_evaluation_is_written_down_as_refused(requests, slurm, out):
     assert "Invalid qos" in (one.error or "")
 
 
+def test_of_more_than_the_site_queues_as_many_as_may_be_are_submitted(requests, slurm, out, capsys):
+    slurm.config(max_submit=len(slurm.jobs()) + 2)
+    with pytest.raises(cluster.SlurmError, match="QOSMaxSubmitJobPerUserLimit"):
+        submit_evals(requests, sweep="s", output_dir=out, after=False)
+    taken = [one for one in evaluations(out) if one.state == "submitted"]
+    assert sum(len(one.tasks) for one in taken) == 2
+    slurm.config(max_submit=len(slurm.jobs()) + 1)
+    submit_evals(requests, sweep="s", output_dir=out, after=False)
+    assert "2 of 3 evaluations are queued already" in capsys.readouterr().out
+
+
 def test_evaluations_of_a_local_sweep_are_refused(requests, out):
     Path(plan_folder(out, name="s") / "launcher.json").unlink()
     with pytest.raises(ConfigError, match=r"--slurm must be left out for s"):

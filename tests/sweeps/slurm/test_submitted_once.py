@@ -51,6 +51,7 @@ def test_of_more_than_the_site_queues_as_many_as_may_be_are_submitted(submit, sl
     slurm.config(max_submit=3)
     done, text = submit(range(8))
     assert (done, len(slurm.jobs())) == (1, 3)
+    assert "refused job array 1 of 1" in text, "its parts are one array of the plan"
     assert "3 runs are submitted and stay so, 5 are not: the same command submits them" in text
     for job in slurm.jobs():
         slurm.set_state(job, "COMPLETED")
@@ -60,6 +61,20 @@ def test_of_more_than_the_site_queues_as_many_as_may_be_are_submitted(submit, sl
             run.update_status(state="finished")
     assert submit(range(8))[0] == 1
     assert len(slurm.jobs()) == 6
+
+
+def test_of_a_searchs_jobs_as_many_as_may_be_are_submitted(slurm, code, out, make):
+    slurm.config(max_submit=3)
+    launcher, console = SlurmLauncher(options=SlurmOptions(**CPU)), Console(file=io.StringIO())
+    study = plan_folder(out, name="s") / "study"
+    for left, jobs in ((8, 3), (5, 6)):
+        with pytest.raises(ConfigError, match=rf"SLURM took 3 of {left} jobs .*SubmitJobPerUser"):
+            submit_search(launcher, study, left=left, config=make(), console=console)
+        assert len(slurm.jobs()) == jobs
+        for job in slurm.jobs():
+            slurm.set_state(job, "COMPLETED")
+    submit_search(launcher, study, left=2, config=make(), console=console)
+    assert len(slurm.jobs()) == 8
 
 
 @pytest.mark.parametrize("known", [True, False])
