@@ -23,8 +23,8 @@ from sweeps.slurm.sbatch import Unsure, submit
 from sweeps.slurm.submission import Submission, recover
 
 T = TypeVar("T")
-TOO_MANY = re.compile(r"SubmitJobs?\w*Limit|job submit limit", re.IGNORECASE)
-"""What sbatch prints of an array with more tasks than the site lets a user have in the queue."""
+LIMIT = re.compile(r"\b(?:Assoc|QOS|Max)[A-Z]\w+")
+"""SLURM's name of a limit, as sbatch prints it: `QOSMaxSubmitJobPerUserLimit`."""
 SHARING = {"train": ("train", "search"), "search": ("train", "search"), "eval": ("eval",)}
 """Kind of a submission -> the kinds with which it shares `max_parallel`."""
 
@@ -150,9 +150,15 @@ def in_parts(
         yield batch, submit(batch)
         return
     except SlurmError as error:
-        too_many = not isinstance(error, Unsure) and TOO_MANY.search(str(error))
-        if not too_many or len(batch.tasks) == 1:
+        if isinstance(error, Unsure) or not _too_many(str(error)) or len(batch.tasks) == 1:
             raise
     half = len(batch.tasks) // 2
     for tasks in (batch.tasks[:half], batch.tasks[half:]):
         yield from in_parts(dataclasses.replace(batch, tasks=tasks), submit)
+
+
+def _too_many(message: str) -> bool:
+    """Whether sbatch refused an array for the number of jobs that a user may have in the queue."""
+    if names := LIMIT.findall(message):
+        return any("SubmitJob" in name for name in names)
+    return "job submit limit" in message  # which SLURM says of every limit

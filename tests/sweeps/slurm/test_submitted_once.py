@@ -63,6 +63,31 @@ def test_of_more_than_the_site_queues_as_many_as_may_be_are_submitted(submit, sl
     assert len(slurm.jobs()) == 6
 
 
+POLICY = (
+    "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's "
+    "size and/or time limits)"
+)
+"""SLURM's text for every limit of an account or a QOS."""
+
+
+@pytest.mark.parametrize(
+    ("limit", "halved"),
+    [
+        ("", True),
+        ("AssocGrpSubmitJobsLimit", True),
+        ("MaxSubmitJobsPerAccount", True),
+        ("QOSMaxCpuPerUserLimit", False),
+        ("AssocMaxWallDurationPerJobLimit", False),
+        ("QOSMinGRES", False),
+    ],
+)
+def test_an_array_is_halved_at_a_limit_of_jobs_alone(submit, slurm, limit, halved):
+    slurm.fail("sbatch", f"{limit}\nsbatch: error: {POLICY}", at=2)
+    done, text = submit(range(4))
+    assert (done, sorted(arrays(slurm).values())) == ((0, [2, 2]) if halved else (1, []))
+    assert halved or f"refused job array 1 of 1: {limit}" in text
+
+
 def test_of_a_searchs_jobs_as_many_as_may_be_are_submitted(slurm, code, out, make):
     slurm.config(max_submit=3)
     launcher, console = SlurmLauncher(options=SlurmOptions(**CPU)), Console(file=io.StringIO())
