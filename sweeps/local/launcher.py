@@ -144,7 +144,8 @@ def launch_local(
     done = len(plan.cells) - len(todo)
     if queued := sum(_is_queued_job(states[cell.run_id]) for cell in todo):
         cancel = command("cancel", plan.name, output_dir=output_dir)
-        line = f"{queued} runs wait for SLURM: left alone; to end them: {cancel}"
+        wait = "run waits" if queued == 1 else "runs wait"
+        line = f"{queued} {wait} for SLURM: left alone; to cancel: {cancel}"
         display.say(console, line)
         todo = [cell for cell in todo if not _is_queued_job(states[cell.run_id])]
     if not todo:

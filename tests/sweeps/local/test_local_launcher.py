@@ -99,7 +99,7 @@ def test_runs_that_wait_for_slurm_are_left_alone(make, launch, slurm, tmp_path):
     summary, text = launch(plan)
     assert states(summary) == {"0": "queued", "1": "finished"}
     assert (run.status().job_id, summary.exit_code) == ("12_0", 0)
-    assert "1 runs wait for SLURM: left alone" in text
+    assert "1 run waits for SLURM: left alone" in text
     slurm.set_state("12_0", "CANCELLED")
     assert states(launch(plan)[0]) == {"0": "finished", "1": "finished"}
 
