@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments import environment, scheduler, schema
 from experiments.__main__ import describe, show
-from experiments.disk.output_dir import plan_folder, runs_folder
+from experiments.disk.output_dir import plan_folder, runs_folder, study_folder
 from experiments.disk.run_dir import RunDir
 from experiments.identity import run_id
 from experiments.labels import typed
@@ -34,7 +34,11 @@ from sweeps.launch import run_sweep
 from sweeps.local.launcher import LocalLauncher
 from sweeps.planning.budget import Place
 from sweeps.planning.plan import Plan, load, make_plan
-from sweeps.search.space import with_values
+from sweeps.search import process
+from sweeps.search.config import normalise
+from sweeps.search.launch import Draft, run_search
+from sweeps.search.space import Float, with_values
+from sweeps.search.study import Study
 from sweeps.slurm.options import SlurmOptions, check_cell
 from tests.conftest import nano_config
 
@@ -130,6 +134,30 @@ def test_a_plan_says_what_an_experiment_replaces(cut: RunConfig) -> None:
     run_sweep(points, launcher=Idle(), console=Console(file=out, width=200))
     said = "method=apollo_mini has apollo.r=2 by experiment=galore_60m: apollo.r=1 is its own"
     assert out.getvalue().count(said) == 1
+
+
+def test_a_search_says_so_too_and_the_plan_of_its_trials_keeps_it(
+    cut: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeps.search.launch.start_processes", lambda *_, **__: 130)
+    monkeypatch.setattr("sweeps.search.launch.close", lambda *_: 0)
+    cut.experiment, cut.method = "galore_60m", "apollo"
+    cut.apollo.r, cut.apollo.scaling, cut.apollo.scale = 2, "tensor", 128.0
+    draft = Draft(
+        search=normalise({"objectives": "train/loss", "sampler": "random"}),
+        space={"train.lr": Float(low=1e-4, high=1e-1, log=True)},
+        bases=[({}, cut)],
+        follows=[{}],
+        given={"method": "apollo_mini"},
+    )
+    out = io.StringIO()
+    run_search([draft], name="s", launcher=Idle(), console=Console(file=out, width=200))
+    said = "method=apollo_mini has apollo.r=2 by experiment=galore_60m: apollo.r=1 is its own"
+    assert out.getvalue().count(said) == 1
+    trial = Study.open(study_folder(cut.output_dir, name="s")).take(process.this_process())
+    assert trial is not None
+    process.prepare(trial)
+    assert load(plan_folder(cut.output_dir, name="s") / "plan.json").notes.count(said) == 1
 
 
 def test_data_that_no_run_would_read_are_refused(cut: RunConfig) -> None:

@@ -129,9 +129,6 @@ def run_search(
         for cell in part.cells
     }
     more = [note for part in parts for note in part.notes]
-    for draft in drafts:
-        for choices, config in draft.bases:
-            more += replaced({**draft.given, **choices}, config)
     plan.notes = list(dict.fromkeys([*notes, *more, *uneven(parts)]))
     outlook = SearchOutlook(
         plan=plan, output_dir=output_dir, launcher=launcher, costs=costs, parts=parts
@@ -148,8 +145,11 @@ def _plan_part(
     notes: Sequence[str],
 ) -> Part:
     """ConfigError if the draft cannot be searched, or not in the study that is in `folder`."""
-    spec = _spec(draft, points, command=command, notes=notes)
     more: list[str] = []
+    for choices, config in points:
+        more += replaced({**draft.given, **choices}, config)
+    known = list(dict.fromkeys([*notes, *more]))  # the first trial writes them into plan.json
+    spec = _spec(draft, points, command=command, notes=known)
     begun = Study.open(folder) if (folder / "study.json").exists() else None
     if begun:
         reads.check(begun.spec, folder)
