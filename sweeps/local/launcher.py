@@ -155,7 +155,9 @@ def launch_local(
     # The longest first, so that no long run is alone at the end.
     todo.sort(key=lambda cell: budget.training_flops(cell.config), reverse=True)
     for cell in todo:
-        run_at(output_dir, cell.run_id).cancel_path.unlink(missing_ok=True)
+        run = run_at(output_dir, cell.run_id)
+        if run.lock_holder() is None:  # else the request is for the process at work
+            run.cancel_path.unlink(missing_ok=True)
     devices = [cell.config.runtime.device for cell in todo]
     slots = Slots.of(max_parallel, runs=len(todo), devices=devices, code=workers.code)
     say = partial(display.say, console)

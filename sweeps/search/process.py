@@ -233,7 +233,7 @@ def prepare(trial: Trial) -> list[RunDir]:
     runs = trial.runs
     for run_dir, config in zip(runs, configs, strict=True):
         run_dir.create(config)
-        if not trial.is_newest_of(run_dir):
+        if not trial.is_newest_of(run_dir) and not _is_at_work(run_dir):
             run_dir.cancel_path.unlink(missing_ok=True)  # the request was not for this trial
     trial.write_records()
     reads.record_accepted(trial.study.folder, runs)
@@ -243,6 +243,12 @@ def prepare(trial: Trial) -> list[RunDir]:
     opened = inputs.open_for_training(runs[0], configs[0])
     data.prepare(opened.data, cache_dir=cache_dir(output_dir), progress=print)
     return runs
+
+
+def _is_at_work(run_dir: RunDir) -> bool:
+    """Whether a process, of another trial or a grid, may be at work on the run."""
+    holder = run_dir.lock_holder()
+    return holder is not None and not is_dead(holder, heartbeat=run_dir.status().heartbeat)
 
 
 def _run_seed(

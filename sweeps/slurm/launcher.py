@@ -262,13 +262,15 @@ def _for_each(do: Callable[[T], object], things: Iterable[T]) -> None:
 
 
 def _reset(run: RunDir, *, dead: Collection[dict[str, Any]]) -> None:
-    """Reset the run to planned, without a request to cancel it and without a dead holder's lock: a
-    node cannot look at this host's processes, and a job in a container cannot ask SLURM."""
-    run.cancel_path.unlink(missing_ok=True)
-    now = run.status()
-    if (run.path / "lock").exists():
+    """Reset the run to planned, without a request to cancel it, unless that is for a process which
+    may be at work, and without a dead holder's lock: a node cannot look at this host's processes,
+    and a job in a container cannot ask SLURM."""
+    now, held = run.status(), (run.path / "lock").exists()
+    if held:
         with contextlib.suppress(RunLocked), run.lock(is_dead=lambda holder: holder in dead):
-            pass  # its end removes the lock
+            held = False  # the context's end removes the lock
+    if not held:
+        run.cancel_path.unlink(missing_ok=True)
     if (now.state, now.phase, now.job_id, now.error) != (State.PLANNED, "", None, None):
         run.update_status(state=State.PLANNED, phase="", job_id=None, error=None)
 

@@ -391,6 +391,20 @@ def test_a_lock_of_another_host_is_left_alone(make, launch, tmp_path):
     assert summary.exit_code == 0
 
 
+def test_a_cancel_is_left_to_the_process_at_work_and_else_ends_with_the_command(
+    make, launch, tmp_path
+):
+    plan = planned(make, [0, 1])
+    runs = [RunDir(tmp_path / "out" / "runs" / cell.run_id) for cell in plan.cells]
+    for run, cell in zip(runs, plan.cells, strict=True):
+        run.create(cell.config)
+        run.cancel_path.touch()
+    lock = {"host": "elsewhere", "pid": 1, "started": 0.0}
+    (runs[0].path / "lock").write_text(json.dumps(lock))
+    assert states(launch(plan)[0]) == {"0": "running", "1": "finished"}
+    assert [run.cancel_path.exists() for run in runs] == [True, False]
+
+
 def test_tracking_stands_before_any_worker_starts(make, launch, tmp_path, monkeypatch):
     order: list[str] = []
 

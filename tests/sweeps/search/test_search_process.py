@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import signal
@@ -235,7 +236,13 @@ def test_a_cancelled_run_fails_its_trial_and_the_search_goes_on(study, monkeypat
     assert states(made) == {"FAIL": 1, "COMPLETE": 1}
 
 
-def test_a_run_that_was_cancelled_for_another_search_is_trained(study, tmp_path):
+@pytest.mark.parametrize(
+    ("state", "kept"), [(None, False), ("FAILED", False), ("RUNNING", True)], ids=str
+)
+def test_a_run_that_was_cancelled_for_another_search_is_trained_unless_that_is_at_work(
+    study, tmp_path, slurm, state, kept
+):
+    """In a job of this state, if any, on another node."""
     rate = [{"train.lr": 1e-3}]
     made = study(n_trials=1, enqueue=rate)
     trial = made.take(process.this_process())
@@ -250,8 +257,12 @@ def test_a_run_that_was_cancelled_for_another_search_is_trained(study, tmp_path)
     )
     again = other.take(process.this_process())
     assert (again.number, again.run_ids) == (trial.number, trial.run_ids)
+    if state:
+        slurm.add("12", state=state)
+        lock = {"host": "n1", "pid": 1, "started": 0.0, "job_id": "12"}
+        (run.path / "lock").write_text(json.dumps(lock))
     process.prepare(again)
-    assert not run.cancel_path.exists()
+    assert run.cancel_path.exists() == kept
 
 
 @pytest.mark.parametrize(("most", "left"), [(None, 0), (1, 2), (2, 2)])

@@ -146,6 +146,20 @@ def test_a_dead_lock_of_this_host_is_gone_before_the_job(submit, slurm, out):
     assert not (run.path / "lock").exists()
 
 
+def test_a_cancel_is_left_to_a_process_whose_job_slurm_has_lost(submit, slurm, out):
+    """It writes on, so that it may see the request, though its run is submitted again."""
+    submit([0])
+    (job,), (run,) = slurm.jobs(), all_runs(out)
+    run.update_status(state="running", host="n1", job_id=job)
+    lock = {"host": "n1", "pid": 7, "started": 0.0, "job_id": job}
+    (run.path / "lock").write_text(json.dumps(lock))
+    run.cancel_path.touch()
+    slurm.forget(job, by=["squeue", "sacct", "scontrol"])
+    assert submit([0])[0] == 0
+    assert len(slurm.jobs()) == 2
+    assert run.cancel_path.exists()
+
+
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
 def test_failed_and_cancelled_runs_are_submitted_again(submit, slurm, out, end):
     submit([0, 1, 2])
