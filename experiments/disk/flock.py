@@ -27,7 +27,11 @@ def lock(file: IO[Any], *, wait: bool = True) -> None:
 
 
 def hold(path: Path) -> IO[bytes] | None:
-    """The file, held until it is closed or this process ends; None if the disk has no locks."""
+    """The file, held until it is closed or this process ends.
+
+    None if the disk has no locks, or if nobody could read the file meanwhile: they are mandatory on
+    CIFS since Linux 5.5 (flock(2)).
+    """
     try:
         file = open(path, "rb+", buffering=0)  # noqa: SIM115 (the caller's to close)
     except OSError:
@@ -35,6 +39,7 @@ def hold(path: Path) -> IO[bytes] | None:
     _held.add(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.read_bytes()  # as others do: `file` itself may always be read
     except OSError:
         release(file)
         return None

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from experiments.disk import process
+from experiments.disk import flock, process
 from experiments.disk import run_dir as run_dir_module
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
@@ -234,6 +234,26 @@ def test_a_disk_without_locks(run, monkeypatch):
     assert not (run.path / "lock").exists()
     left(run, pid=2**22 + 1)
     assert run.lock_holder() is None
+
+
+def test_a_disk_on_which_a_locked_file_cannot_be_read(run, monkeypatch):
+    """As CIFS, where the kernel's locks are mandatory."""
+    read = Path.read_bytes
+
+    def mandatory(path: Path) -> bytes:
+        if path.name == "lock" and flock.is_held(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", mandatory)
+    with run.lock():
+        assert run.torn() == []
+        assert state_of(run).state == "running"
+        assert json.loads((run.path / "lock").read_text())["flock"] is False
+        with pytest.raises(RunLocked), run.lock():
+            pass
+        assert run.is_mine()
+    assert not (run.path / "lock").exists()
 
 
 def test_of_many_that_find_a_stale_lock_one_takes_the_run(run, monkeypatch):
