@@ -43,11 +43,13 @@ from relora_core import atomic, shared
 from relora_core.config import EVALS, RunConfig
 
 LOCK = {"host": str, "pid": int, "started": float, "birth": str | None, "job_id": str | None}
-LOCK |= {"flock": bool | None}
+LOCK |= {"flock": bool | None, "device": int | None}
 ATTEMPT = {"host": str, "pid": int, "python": str, "commit": str, "tree_hash": str}
 ATTEMPT |= {"code_hash": str, "cpu": str, "packages": dict[str, str], "gpus": list[Any]}
 RESULT = {"state": str, "step": int, "metrics": dict[str, float]}
 """Types of the fields that are read from these files."""
+SILENT_AFTER_S = 300.0
+"""A running run that has written nothing for this long gets a note; its process may be dead."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,6 +228,7 @@ class RunDir:
             "birth": process_start(os.getpid()),
             "job_id": current_job(),
             "flock": True,
+            "device": self.path.stat().st_dev,
         }
         taken, held = False, None
         while not taken:
@@ -277,7 +280,7 @@ class RunDir:
         """The process that works on the run, or None. Dead processes of this host do not count.
 
         Neither do those of containers on it, or of this machine under an earlier name: they held
-        the lock's file open, of which the kernel knows.
+        the lock's file open, of which the kernel knows if the disk is mounted once for all of them.
         """
         path = self.path / "lock"
         holder = _read_json(path)
@@ -290,10 +293,25 @@ class RunDir:
             return {"host": "?", "pid": 0} if young else None
         birth = holder.get("birth")
         held = flock.is_held(path) if holder.get("flock") and is_of_this_boot(birth) else None
-        if held is None and holder["host"] != socket.gethostname():
+        other = holder["host"] != socket.gethostname()
+        if other and (held is None or (not held and self._may_be_held_elsewhere(holder))):
             return holder
         at_work = held or is_alive(holder["pid"], birth=birth, started=holder["started"])
         return holder if at_work else None
+
+    def _may_be_held_elsewhere(self, holder: dict[str, Any]) -> bool:
+        """Whether a container with a mount of its own, as of FUSE, may hold the lock: this one does
+        not show its flock, so that only silence tells of its death."""
+        try:
+            device, taken = self.path.stat().st_dev, (self.path / "lock").stat().st_mtime
+        except FileNotFoundError:
+            return False
+        if device == holder.get("device"):  # to one kernel: the very mount
+            return False
+        # One that has just begun has not written yet. If the clock was set back, times seem to come
+        # from the future.
+        now, times = time.time(), (taken, self.status().heartbeat)
+        return any(abs(now - written) < SILENT_AFTER_S for written in times)
 
     def torn(self) -> list[Path]:
         """Files that killed processes have left: half-written ones, and a dead process's lock."""

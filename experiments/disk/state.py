@@ -18,12 +18,9 @@ from typing import Any
 import psutil
 
 from experiments.disk import inputs
-from experiments.disk.run_dir import RunDir, Status
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir, Status
 from experiments.disk.states import State
 from relora_core.config import ConfigError
-
-SILENT_AFTER_S = 300.0
-"""A running run that has written nothing for this long gets a note."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -26,8 +26,7 @@ from experiments import notices
 from experiments.disk import inputs
 from experiments.disk.output_dir import cache_dir
 from experiments.disk.process import is_alive, process_start
-from experiments.disk.run_dir import RunDir
-from experiments.disk.state import SILENT_AFTER_S
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir
 from experiments.disk.states import Outcome
 from experiments.errors import RunLocked, one_line
 from experiments.run.runner import run_experiment

@@ -15,8 +15,7 @@ from rich.console import Console
 from experiments import json_files
 from experiments.disk import flock
 from experiments.disk.output_dir import jobs_folder, run_at
-from experiments.disk.run_dir import RunDir
-from experiments.disk.state import SILENT_AFTER_S
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir
 from experiments.disk.states import State
 from relora_core import atomic, shared
 from relora_core.config import ConfigError

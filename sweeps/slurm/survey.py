@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.disk.run_dir import RunDir
-from experiments.disk.state import SILENT_AFTER_S, RunState, Seen, judge, look
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir
+from experiments.disk.state import RunState, Seen, judge, look
 from experiments.disk.states import State
 from sweeps.planning.plan import command
 from sweeps.slurm import cluster

@@ -24,8 +24,9 @@ import pytest
 
 from experiments.disk import flock, process
 from experiments.disk import run_dir as run_dir_module
-from experiments.disk.run_dir import RunDir
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir, Status
 from experiments.disk.state import state_of
+from experiments.disk.states import State
 from experiments.errors import RunLocked
 from experiments.run.complete import complete
 from experiments.run.runner import run_experiment
@@ -193,6 +194,26 @@ def test_a_lock_of_which_this_machine_cannot_know_counts(run, changes):
     assert run.lock_holder() == holder
     removal = f"on elsewhere; if that has ended for certain, remove {run.path}/lock"
     with pytest.raises(RunLocked, match=removal), run.lock():
+        pass
+
+
+@births
+@pytest.mark.parametrize("device", [-1, None])
+def test_a_lock_that_this_mount_may_not_show_counts_until_its_run_is_silent(run, device):
+    """Of a container that mounts the disk for itself, where flock is the mount's own; or of an
+    earlier version, which did not say which mount it had."""
+    holder = left(run, host="3f2a17c0de", pid=2**22 + 1, device=device)
+    long_ago = time.time() - 2 * SILENT_AFTER_S
+    for heartbeat, taken in ((time.time(), long_ago), (long_ago, time.time())):
+        run.write_status(Status(state=State.RUNNING, host="3f2a17c0de", heartbeat=heartbeat))
+        os.utime(run.path / "lock", (taken, taken))
+        assert (state_of(run).state, run.torn()) == ("running", [])
+        with pytest.raises(RunLocked, match="on 3f2a17c0de"), run.lock():
+            pass
+        assert run.lock_holder() == holder
+    os.utime(run.path / "lock", (long_ago, long_ago))
+    assert (state_of(run).state, run.lock_holder()) == ("failed", None)
+    with run.lock():
         pass
 
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from experiments.disk.named import find_run
-from experiments.disk.run_dir import RunDir
-from experiments.disk.state import SILENT_AFTER_S, state_of
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir
+from experiments.disk.state import state_of
 from relora_core.config import ConfigError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments import json_files
-from experiments.disk.run_dir import RunDir, Status
-from experiments.disk.state import SILENT_AFTER_S, Seen, judge, look, state_of
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir, Status
+from experiments.disk.state import Seen, judge, look, state_of
 from experiments.disk.states import Outcome, State
 
 HERE, ELSEWHERE, NOW = "here", "elsewhere", 1e6

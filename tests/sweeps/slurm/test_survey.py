@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.disk.output_dir import jobs_folder
-from experiments.disk.run_dir import RunDir, Status
-from experiments.disk.state import SILENT_AFTER_S, Seen, look
+from experiments.disk.run_dir import SILENT_AFTER_S, RunDir, Status
+from experiments.disk.state import Seen, look
 from experiments.disk.states import State
 from sweeps.slurm import cluster
 from sweeps.slurm import survey as module
