@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 
 from experiments import notices
-from experiments.disk import inputs
-from experiments.disk.output_dir import cache_dir
+from experiments.disk import inputs, presence
+from experiments.disk.output_dir import cache_dir, place_of_study
 from experiments.disk.process import is_alive, process_start
 from experiments.disk.run_dir import SILENT_AFTER_S, RunDir
 from experiments.disk.states import Outcome
@@ -71,6 +71,16 @@ def work(
     before have ended early.
     """
     studies, me = open_studies(folder), this_process()
+    with presence.shown(place_of_study(folder).output_dir) as file:
+        code = _take_turns(studies, me, stop=stop, most=most, max_stalled=max_stalled)
+        if code != INTERRUPTED or me.job_id is not None:  # whether a job goes on, SLURM says
+            file.unlink(missing_ok=True)
+    return code
+
+
+def _take_turns(
+    studies: list[Study], me: Worker, *, stop: StopFlag, most: int | None, max_stalled: int
+) -> int:
     taken, gave_up = 0, False
     while True:
         stop.next_run()
@@ -154,7 +164,11 @@ class HasEnded:
         here = worker.host == socket.gethostname()
         if worker.job_id is not None and (not here or worker.job_id in self._submitted):
             return self._is_over(worker.job_id)
-        return here and not is_alive(worker.pid, birth=worker.birth, started=worker.started)
+        place, pid, birth = self.study.output_dir, worker.pid, worker.birth
+        shown = presence.is_shown(place, host=worker.host, pid=pid, birth=birth)
+        if shown is None and not here:
+            return False
+        return not (shown or is_alive(pid, birth=birth, started=worker.started))
 
     @cached_property
     def _submitted(self) -> set[str]:

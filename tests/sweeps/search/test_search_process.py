@@ -12,7 +12,8 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,7 +310,73 @@ def test_a_process_of_this_host_has_ended_when_it_is_dead_or_another(study):
     assert not process.HasEnded(made)(me)
     assert process.HasEnded(made)(Worker(host=host, pid=dead.pid, started=1.0))
     assert process.HasEnded(made)(Worker(host=host, pid=os.getpid(), started=me.started - 100))
-    assert not process.HasEnded(made)(Worker(host="elsewhere", pid=1))
+    for birth in (None, me.birth, "00000000-0000-0000-0000-000000000000/17"):  # no file says so
+        assert not process.HasEnded(made)(Worker(host="elsewhere", pid=1, birth=birth))
+
+
+@contextmanager
+def in_container(folder: Path, *, host: str) -> Iterator[Callable[[bool], None]]:
+    """A process of the search on this machine that is at a trial; gives what stops or kills it."""
+    (taken, at_trial), (told, tell) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(tell)
+            socket.gethostname = lambda: host
+
+            def run_trial(*arguments: object, **options: object) -> None:
+                os.write(at_trial, b"1")
+                os.read(told, 1)
+
+            process.run_trial = run_trial
+            os._exit(process.work(folder, stop=StopFlag()))
+        finally:
+            os._exit(99)
+    os.close(at_trial)
+    os.close(told)
+    ended: list[int] = []
+
+    def end(killed: bool) -> None:
+        if killed:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            os.write(tell, b"1")
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        assert ended == [-signal.SIGKILL if killed else INTERRUPTED]
+
+    try:
+        assert os.read(taken, 1), "it has no trial"
+        yield end
+    finally:
+        os.close(taken)
+        if not ended:
+            end(killed=True)
+        os.close(tell)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux tells births")
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("host", ["3f2a17c0de", socket.gethostname()])
+def test_a_trial_of_a_container_goes_on_in_the_next_one(study, monkeypatch, host, killed):
+    """And not while it lives, in one of the same name neither."""
+    monkeypatch.setattr(process, "is_alive", lambda *_, **__: False)  # here pids mean others
+    made = study(n_trials=1)
+    with in_container(made.folder, host=host) as end:
+        [trial] = made.running()
+        assert trial.worker.host == host
+        assert not process.HasEnded(made)(trial.worker)
+        end(killed)
+    assert process.HasEnded(made)(trial.worker)
+    assert process.work(made.folder, stop=StopFlag()) == FINISHED
+    assert states(made) == {"COMPLETE": 1}
+
+
+def test_a_process_leaves_its_file_only_with_a_trial_that_is_to_go_on(study, tmp_path, monkeypatch):
+    made = study(n_trials=1)
+    for ends, code in ((None, INTERRUPTED), (False, FINISHED)):
+        monkeypatch.setattr(process, "run_trial", lambda *_, ends=ends, **__: ends)
+        assert process.work(made.folder, stop=StopFlag(), most=1) == code
+        assert len(list((tmp_path / "out" / ".processes").iterdir())) == (code == INTERRUPTED)
 
 
 # as a job ---------------------------------------------------------------------------------------
