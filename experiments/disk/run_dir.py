@@ -77,6 +77,8 @@ class Status:
     """When the run last wrote its status, in seconds since the epoch."""
     host: str = ""
     pid: int = 0
+    birth: str | None = None
+    """Of the local launcher that queued it (`process.process_start`)."""
     job_id: str | None = None
     """Of the SLURM job that we submitted; None for any other process."""
     error: str | None = None

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from experiments.disk import inputs
+from experiments.disk import inputs, presence
 from experiments.disk.run_dir import SILENT_AFTER_S, RunDir, Status
 from experiments.disk.states import State
 from relora_core.config import ConfigError
@@ -49,7 +49,7 @@ class Seen:
     left: bool = False
     """A process that has ended for certain has left its lock."""
     orphaned: bool = False
-    """A process of this host queued it and has ended, so that nothing will start it."""
+    """A process of this machine queued it and has ended, so that nothing will start it."""
     changed: str | None = None
     """One line on changed inputs that the user accepted."""
     host: str = ""
@@ -95,15 +95,19 @@ def _read(run_dir: RunDir) -> Seen:
         damaged=status.state.done and ended is None and run_dir.result_path.exists(),
         cancelled=run_dir.cancel_path.exists(),
         left=holder is None and (run_dir.path / "lock").exists(),
-        orphaned=_is_orphan(status, host=host),
+        orphaned=_is_orphan(run_dir, status, host=host),
         changed=changed,
         host=host,
     )
 
 
-def _is_orphan(status: Status, *, host: str) -> bool:
+def _is_orphan(run_dir: RunDir, status: Status, *, host: str) -> bool:
     if status.state is not State.QUEUED or status.job_id is not None:
         return False
+    place, birth = run_dir.output_dir, status.birth
+    shown = presence.is_shown(place, host=status.host, pid=status.pid, birth=birth)
+    if shown is not None:
+        return not shown
     return status.host in ("", host) and not psutil.pid_exists(status.pid or os.getpid())
 
 

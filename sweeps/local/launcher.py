@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import environment
+from experiments.disk import presence
 from experiments.disk.output_dir import plan_folder, refuse_unwritable, run_at
 from experiments.disk.state import RunState, state_of
 from experiments.disk.states import State
@@ -162,6 +163,7 @@ def launch_local(
     slots = Slots.of(max_parallel, runs=len(todo), devices=devices, code=workers.code)
     say = partial(display.say, console)
     with (
+        presence.shown(output_dir) as file,
         open_processes(workers, slots=slots, runs=len(todo), say=say) as processes,
         follow(plan, output_dir),
         Progress(plan.cells, output_dir=output_dir, console=console) as progress,
@@ -169,6 +171,7 @@ def launch_local(
     ):
         pool = Pool(output_dir=output_dir, processes=processes, progress=progress)
         pool.run(todo, done=done, stop=stop)
+        file.unlink(missing_ok=True)  # none of its runs is queued any more
     states = {cell.run_id: state_of(run_at(output_dir, cell.run_id)) for cell in plan.cells}
     return Summary(states=states, interrupted=stop.is_set())
 

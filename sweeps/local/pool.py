@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.disk.output_dir import run_at
+from experiments.disk.process import process_start
 from experiments.disk.run_dir import RunDir, Status
 from experiments.disk.state import RunState, state_of
 from experiments.disk.states import State
@@ -67,7 +68,8 @@ class Pool:
         run_dir = self._dir(cell)
         self.before[cell.run_id] = run_dir.status()
         if run_dir.lock_holder() is None:
-            here = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": None}
+            pid, host = os.getpid(), socket.gethostname()
+            here = {"host": host, "pid": pid, "birth": process_start(pid), "job_id": None}
             run_dir.update_status(state=State.QUEUED, error=None, **here)
 
     def _start_next(self) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from experiments.disk.named import find_run
+from experiments.disk.process import process_start
 from experiments.disk.run_dir import SILENT_AFTER_S, RunDir
 from experiments.disk.state import state_of
 from relora_core.config import ConfigError
@@ -96,6 +97,13 @@ def test_what_a_dead_launcher_queued_is_planned_again_but_a_schedulers_job_is_qu
     run.update_status(pid=dead_pid())
     assert state_of(run).state == "planned"
     run.update_status(job_id="17_3")
+    assert state_of(run).state == "queued"
+
+
+@pytest.mark.parametrize("birth", [None, process_start(os.getpid()), "another boot/17"])
+def test_what_another_host_queued_is_queued_where_no_file_says_more(run, birth):
+    """By an earlier version, on a disk without locks, or on a machine that shares the disk."""
+    run.update_status(state="queued", host="elsewhere", pid=dead_pid(), birth=birth)
     assert state_of(run).state == "queued"
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -347,6 +348,7 @@ def test_a_stopped_sweep_takes_its_workers_along_and_can_be_resumed(background, 
     assert [run.lock_holder() for run in runs] == [None, None]
     found = sorted((s.state, s.reason) for s in map(state_of, runs))
     assert found == [("failed", "stopped; the same command resumes it"), ("planned", None)]
+    assert list((runs[0].output_dir / ".processes").iterdir()) == []
 
 
 def test_workers_outlive_a_launcher_that_is_killed_and_are_not_doubled(background):
@@ -355,6 +357,19 @@ def test_workers_outlive_a_launcher_that_is_killed_and_are_not_doubled(backgroun
     process.wait()
     found = Counter(state_of(run).state for run in runs)
     assert found == {"running": 1, "planned": 1}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux tells births")
+@pytest.mark.parametrize("host", ["3f2a17c0de", socket.gethostname()])
+def test_a_container_knows_whether_the_launcher_in_another_lives(background, monkeypatch, host):
+    """Whatever that one's name: pids of another container mean other processes here, or none."""
+    process, runs = background
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
+    assert Counter(state_of(run).state for run in runs) == {"running": 1, "queued": 1}
+    process.kill()
+    process.wait()
+    assert Counter(state_of(run).state for run in runs) == {"running": 1, "planned": 1}
 
 
 def test_a_run_elsewhere_is_awaited_and_not_started_again(make, launch, tmp_path, monkeypatch):
