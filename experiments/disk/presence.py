@@ -1,7 +1,9 @@
 """Files that are held as long as their process lives, for containers of its machine: in each of
 them pids mean other processes, and most have a name of their own.
 
-    output_dir/.processes/<host>-<pid>-<birth>     empty
+    output_dir/.processes/<host>-<pid>-<birth>-<device>     empty
+
+`device` is the mount, of which containers may have one each (FUSE) that shows no flock of others.
 
 Not for: processes of other machines, of which nobody here can know.
 """
@@ -27,8 +29,8 @@ def shown(output_dir: Path | str) -> Iterator[Path]:
     stays: one that is not held says for certain that the process has ended, none says nothing.
     """
     birth = process_start(os.getpid())
+    shared.make_folder(Path(output_dir) / ".processes")
     path = _path(output_dir, host=socket.gethostname(), pid=os.getpid(), birth=birth)
-    shared.make_folder(path.parent)
     shared.touch(path)
     held = flock.hold(path)
     if held is None:  # the file must not say that this process has ended
@@ -42,11 +44,13 @@ def shown(output_dir: Path | str) -> Iterator[Path]:
 
 def is_shown(output_dir: Path | str, *, host: str, pid: int, birth: str | None) -> bool | None:
     """Whether the process lives; None in doubt: it is of another machine or an earlier boot, or
-    it has no file."""
+    it has no file on this mount."""
     if not is_of_this_boot(birth):
         return None
     return flock.is_held(_path(output_dir, host=host, pid=pid, birth=birth))
 
 
 def _path(output_dir: Path | str, *, host: str, pid: int, birth: str | None) -> Path:
-    return Path(output_dir) / ".processes" / f"{host}-{pid}-{birth}".replace("/", "_")
+    folder = Path(output_dir) / ".processes"
+    device = folder.stat().st_dev if folder.exists() else 0
+    return folder / f"{host}-{pid}-{birth}-{device}".replace("/", "_")
