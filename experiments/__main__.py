@@ -17,7 +17,7 @@ from typing import Any
 from experiments import notices, schema
 from experiments.addresses import redacted
 from experiments.disk import inputs
-from experiments.disk.evaluations import all_metrics
+from experiments.disk.evaluations import final_metrics
 from experiments.disk.named import find_run
 from experiments.disk.run_dir import RunDir
 from experiments.disk.state import state_of
@@ -91,7 +91,7 @@ def show(run_dir: RunDir) -> dict[str, Any]:
     state = state_of(run_dir)
     return {
         **dataclasses.asdict(state),
-        "metrics": all_metrics(run_dir),
+        "metrics": final_metrics(run_dir),
         "notes": run_dir.notes(),
         "attempt_records": run_dir.attempt_records(),
         "changes": inputs.accepted(run_dir),

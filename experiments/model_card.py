@@ -11,7 +11,7 @@ import json
 
 import yaml
 
-from experiments.disk.evaluations import all_metrics, evaluations
+from experiments.disk.evaluations import all_metrics, metrics_at
 from experiments.disk.run_dir import RunDir
 from experiments.identity import essential
 from experiments.metrics import headline
@@ -98,6 +98,7 @@ def model_card(run_dir: RunDir, config: RunConfig, *, step: int) -> str:
     attempts = [a for a in run_dir.attempt_records() if a.get("start_step", 0) < step]
     codes = dict.fromkeys(a["code_hash"] for a in attempts if "code_hash" in a)
     settings = essential(config)
+    last = step == config.train.steps
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         run_id=run_dir.run_id,
@@ -110,22 +111,11 @@ def model_card(run_dir: RunDir, config: RunConfig, *, step: int) -> str:
         data=DATA[config.data.kind],
         fingerprint=config.data.fingerprint,
         code=", ".join(codes) or "unknown",
-        metrics=_table(metrics_at(run_dir, step=step, last=config.train.steps)),
+        metrics=_table(all_metrics(run_dir) if last else metrics_at(run_dir, step=step)),
         licence=GENERATED if config.data.kind == "grammar" else UNKNOWN,
         settings="\n".join(f"{key}={json.dumps(value)}" for key, value in settings.items()),
         citation=CITATION,
     )
-
-
-def metrics_at(run_dir: RunDir, *, step: int, last: int) -> dict[str, float]:
-    """Metric -> value at this step: what the run measured, and evaluations of its checkpoint."""
-    if step == last:
-        return all_metrics(run_dir)
-    measured: dict[str, float] = {}
-    for event in run_dir.events():
-        if event["step"] == step:
-            measured |= event["metrics"]
-    return evaluations(run_dir).get(step, {}) | measured
 
 
 def _table(metrics: dict[str, float]) -> str:

@@ -52,6 +52,25 @@ def all_metrics(run_dir: RunDir) -> dict[str, float]:
     return by_step.get(newest, {}) | result.get("metrics", {})
 
 
+def final_metrics(run_dir: RunDir) -> dict[str, float]:
+    """`all_metrics`; of a diverged run only those that were measured at its last step, as in
+    reports: it ends between two evals, and what it measured before is no number of its end.
+    """
+    result = run_dir.result() or {}
+    if result.get("state") == State.DIVERGED:
+        return metrics_at(run_dir, step=result["step"])
+    return all_metrics(run_dir)
+
+
+def metrics_at(run_dir: RunDir, *, step: int) -> dict[str, float]:
+    """What the run measured at this step, and evaluations of its checkpoint."""
+    measured: dict[str, float] = {}
+    for event in run_dir.events():
+        if event["step"] == step and event["kind"] != "system":
+            measured |= event["metrics"]
+    return evaluations(run_dir).get(step, {}) | measured
+
+
 def unlike(
     runs: Sequence[tuple[RunConfig | None, Mapping[tuple[str, str], str]]],
 ) -> dict[tuple[str, str], list[int]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from experiments import addresses, environment, notices
 from experiments.disk import frozen, inputs
+from experiments.disk.evaluations import final_metrics
 from experiments.disk.output_dir import cache_dir, check_output_dir, runs_folder, same_runs
 from experiments.disk.run_dir import RunDir
 from experiments.disk.states import Outcome, State
@@ -112,7 +113,7 @@ def print_result(run_dir: RunDir) -> None:
     if result is None:
         return
     print(f"\n{run_dir.run_id}: {result['state']} at step {result['step']}")
-    for name in sorted(result["metrics"]):
+    for name, value in sorted(final_metrics(run_dir).items()):
         if not name.startswith("perf/"):
-            print(f"  {name:<58} {result['metrics'][name]:>12.5g}")
+            print(f"  {name:<58} {value:>12.5g}")
     print(f"record: {run_dir.path}")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from synthetic import SECONDS, STEPS, TOKENS, a_config, a_sweep, arms, attempt, loss_of, record
 
+from experiments.__main__ import show
 from experiments.disk import plans
 from experiments.disk.evaluations import settings_digest
 from experiments.disk.event_log import EventLog
@@ -19,6 +20,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.report import blimp, data
 from experiments.report.gather import gather
 from experiments.run.runner import make_result
+from experiments.run.single import print_result
 from relora_core.config import (
     GRAMMAR_DOCUMENTS,
     GRAMMAR_PAIRS,
@@ -172,16 +174,34 @@ def test_only_finished_runs_have_values_and_diverged_ones_are_seen_to_be_lost(
     assert arm.values("nobody/measured") == {}
 
 
-def test_what_a_run_measured_before_it_diverged_is_no_final_number(tmp_path: Path) -> None:
+def diverged_between_evals(tmp_path: Path) -> RunDir:
     run = one_run(tmp_path)
     record(run, state="diverged")
     kept = [e for e in run.raw_events() if e["kind"] not in ("eval", "table") or e["step"] < STEPS]
     run.events_path.write_text("".join(json.dumps(event) + "\n" for event in kept))
     run.write_result(make_result(run, state="diverged", attempt=1, seconds=1.0))
+    return run
+
+
+def test_what_a_run_measured_before_it_diverged_is_no_final_number(tmp_path: Path) -> None:
+    diverged_between_evals(tmp_path)
     (gathered,) = gather(tmp_path, "mine").runs
     assert math.isnan(gathered.metrics["train/loss"])
     assert gathered.curves["eval/paloma/perplexity"][-1].step < STEPS
     assert "eval/paloma/perplexity" not in gathered.metrics
+
+
+def test_a_diverged_runs_numbers_are_the_reports_wherever_they_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = diverged_between_evals(tmp_path)
+    (gathered,) = gather(tmp_path, "mine").runs
+    assert show(run)["metrics"] == pytest.approx(gathered.metrics, nan_ok=True)
+    print_result(run)
+    printed = capsys.readouterr().out
+    assert f"diverged at step {STEPS}\n" in printed
+    assert "train/loss" in printed
+    assert "perplexity" not in printed
 
 
 def test_an_evaluation_apart_from_training_is_part_of_the_run(tmp_path: Path) -> None:
