@@ -23,7 +23,7 @@ from experiments.disk.run_dir import RunDir
 from experiments.environment import python_path
 from experiments.tracking import store
 from experiments.tracking.runs import Syncer, SyncReport
-from experiments.tracking.store import TrackingUnreachable, open_store
+from experiments.tracking.store import open_store
 from relora_core import shared, shell
 from relora_core.config import RunConfig
 
@@ -125,7 +125,11 @@ class Follower:
                     "run `python -m sweeps sync` later"
                 )
         except subprocess.TimeoutExpired:
-            self._problem = str(TrackingUnreachable.silent(self._uri))
+            self._problem = (  # a long sync of others may hold the store, which is well
+                f"tracking: the last sync to {redacted(self._uri)} took longer than "
+                f"{self._final_timeout_s:g} s and was left; nothing is lost, "
+                "run `python -m sweeps sync` later"
+            )
         finally:
             if child.poll() is None:
                 child.kill()

@@ -22,6 +22,7 @@ from mlflow_runs import Store, a_run, expected, train
 from experiments.disk.run_dir import RunDir
 from experiments.identity import config_to_json
 from experiments.tracking import content, run_view
+from experiments.tracking import store as mlflow_store
 from experiments.tracking.follower import Follower
 from experiments.tracking.runs import Syncer
 from experiments.tracking.store import TrackingUnreachable, open_store
@@ -63,6 +64,23 @@ def test_a_dead_server_costs_one_line_and_no_time_at_the_start(tmp_path: Path) -
     assert line.startswith(f"tracking: {uri.replace('secret', '***')} unreachable")
     assert "python -m sweeps sync" in line
     assert "secret" not in line + (tmp_path / "logs" / "mlflow-sync.log").read_text()
+
+
+def test_a_last_sync_that_is_not_waited_for_is_not_blamed_on_the_store(
+    store: Store, tmp_path: Path
+) -> None:
+    """Its process is given up while another sync holds the store."""
+    run, warnings = a_run(tmp_path), []
+    options = {"output_dir": tmp_path, "final_timeout_s": 0.5, "warn": warnings.append}
+    with (
+        mlflow_store.lock(store.uri, store.folder),
+        Follower([run], uri=store.uri, experiment="x", **options),
+    ):
+        train(run, attempt=1, start=0, stop=20, state="finished")
+    (line,) = warnings
+    assert "unreachable" not in line
+    assert "took longer than 0.5 s and was left; nothing is lost" in line
+    assert "python -m sweeps sync" in line
 
 
 @pytest.mark.slow
