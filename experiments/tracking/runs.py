@@ -391,9 +391,12 @@ class _Index:
         return Shown.of(self._client.create_run(id_, start_time=started, tags=tags, run_name=name))
 
     def keep(self, run: RunDir, shown: Shown) -> None:
-        """Remove all MLflow runs of the run but this one, and those of other output folders."""
+        """Remove all MLflow runs of the run but this one, and those of other output folders.
+
+        In the folder's own database also that of a record that was moved aside.
+        """
         for other in self._all().get(run.run_id, []):
-            here = other.tags.get("record") == str(run.path.absolute())
+            here = self._store.own and other.tags.get("record") == str(run.path.absolute())
             if other.run != shown.run and (here or _shows(other, run)):
                 self._client.delete_run(other.run)
         self._all()[run.run_id] = [shown]

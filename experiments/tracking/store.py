@@ -264,6 +264,14 @@ class Store:
         address = sqlite_uri(database) if database else redacted(self.uri)
         return f"{address}#{self.experiment_id}"
 
+    @property
+    def own(self) -> bool:
+        """Whether it is the output folder's own database: only there a path tells whose a run is.
+
+        Into another store several machines may write from folders at one path.
+        """
+        return self.uri == default_uri(self.output_dir)
+
     @contextlib.contextmanager
     def writing(self, *, wait_s: float) -> Iterator[None]:
         """Keep other writers of this host out, see `lock`.

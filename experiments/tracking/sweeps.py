@@ -116,7 +116,7 @@ def _search(store: Store, view: SweepView, kind: str) -> list[Shown]:
         Shown.of(run)
         for run in runs
         if run.data.tags.get("created") in (None, own["created"])  # None: of an earlier version
-        or run.data.tags.get("plan") == own["plan"]
+        or (store.own and run.data.tags.get("plan") == own["plan"])
     ]
 
 

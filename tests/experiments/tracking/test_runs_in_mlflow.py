@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow.entities import ViewType
 from mlflow_runs import T0, Store, a_config, a_run, expected, loss, train
 
 from experiments.disk.event_log import EventLog
@@ -485,6 +488,31 @@ def test_equal_runs_of_two_output_folders_are_two(
     for run in runs:  # to which an exported model belongs
         tracked = mlflow_model.find_tracked(run)
         assert tracked.run.data.tags["record"] == str(run.path)
+
+
+@contextlib.contextmanager
+def at(machine: Path, folder: Path) -> Iterator[Path]:
+    """The machine's output folder, at the path that another machine's has, too."""
+    machine.rename(folder)
+    yield folder
+    folder.rename(machine)
+
+
+def test_equal_runs_at_one_path_of_two_machines_are_two(store: Store, tmp_path: Path) -> None:
+    """As in containers, where all have /workspace/outputs."""
+    machines = [tmp_path / "one", tmp_path / "two"]
+    for number, machine in enumerate(machines):
+        machine.mkdir()
+        with at(machine, tmp_path / "outputs") as folder:
+            another_life(a_run(folder), began=T0 + number)
+    for _ in range(2):
+        for machine in machines:
+            with at(machine, tmp_path / "outputs") as folder:
+                assert not store.sync(a_run(folder), output_dir=folder).errors
+    made = store.client.search_runs([store.experiment_id], run_view_type=ViewType.ALL)
+    assert {one.info.lifecycle_stage for one in made} == {"active"}
+    first = [store.client.get_metric_history(one.info.run_id, "train/loss")[0] for one in made]
+    assert sorted(point.value for point in first) == [T0 + 10, T0 + 11]
 
 
 # evaluations apart from training ----------------------------------------------------------------

@@ -240,7 +240,12 @@ def test_an_arm_that_left_the_plan_is_removed(store: Store, show: Any) -> None:
     assert [run.data.tags["arm"] for run in shown(store, "arm")] == ["tiny-r8"]
 
 
-def test_a_sweep_of_its_name_in_another_folder_keeps_its_arms(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["theirs", "ours"], ids=["folder", "machine"])
+def test_a_sweep_of_its_name_in_another_folder_keeps_its_arms(
+    store: Store, tmp_path: Path, place: str
+) -> None:
+    """Folders of two machines may have one path."""
+
     def show(view: SweepView, folder: str) -> None:
         sweeps.update(store.opened(output_dir=tmp_path / folder), view, wait_s=600)
 
@@ -248,11 +253,21 @@ def test_a_sweep_of_its_name_in_another_folder_keeps_its_arms(store: Store, tmp_
     theirs.created += 500
     for _ in range(2):
         show(two_arms(), "ours")
-        show(theirs, "theirs")
+        show(theirs, place)
     show(two_arms(), "moved")
     assert len(shown(store, "sweep")) == 2
     arms = sorted(run.data.tags["arm"] for run in shown(store, "arm"))
     assert arms == ["tiny-r16", "tiny-r32", "tiny-r8"]
+
+
+def test_a_plan_made_anew_keeps_its_parent_in_its_folders_own_store(
+    store: Store, show: Any
+) -> None:
+    view = two_arms()
+    first = show(view)
+    view.created += 500
+    assert show(view) == first
+    assert len(shown(store, "arm")) == 2
 
 
 @pytest.mark.parametrize(
