@@ -52,7 +52,7 @@ class Position:
     """How much of a run an MLflow run has; stored in RUN_DIR/mlflow.json."""
 
     run: str
-    """MLflow's id of the run."""
+    """MLflow's id of the run; before it is known, the run's tag `claim`."""
     attempt: int = 0
     """The first attempt that it shows: the newest that began at step 0."""
     began: float = 0.0
@@ -106,6 +106,12 @@ def read_position(run: RunDir, key: str) -> Position | None:
         return Position(**json_files.read_fields(Position, raw)) if raw else None
     except (ValueError, TypeError, AttributeError):
         return None
+
+
+def named(run: RunDir) -> set[str]:
+    """MLflow's ids in its Positions, also of stores whose address has changed since."""
+    positions = [one for one in read_positions(run).values() if isinstance(one, dict)]
+    return {one["run"] for one in positions if isinstance(one.get("run"), str)}
 
 
 def save_position(run: RunDir, key: str, position: Position) -> None:

@@ -7,7 +7,9 @@ the record MLflow has. Not for: deciding a run's state, or what is shown of a sw
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,8 +185,6 @@ class Syncer:
         if new.points:
             attempt = {"attempt": new.position.attempt, "began": new.position.began}
             run_view.save_position(run, key, dataclasses.replace(position, sending=True, **attempt))
-        elif run_view.read_position(run, key) is None:
-            run_view.save_position(run, key, position)
         wanted = self._wanted(run, config, status, shown, new, this)
         if not files.problem:
             wanted.tags |= _listed(shown, tables)
@@ -207,7 +207,10 @@ class Syncer:
         shown = self._index.find(run, position)
         if shown is None:
             name = this.sweep.names.get(run.run_id) or run_view.default_name(config)
-            shown = self._index.create(run, name=name)
+            claim = uuid.uuid4().hex
+            # Before the request, whose answer a kill or a server may keep from us.
+            run_view.save_position(run, self._store.key, Position(run=claim))
+            shown = self._index.create(run, name=name, claim=claim)
             position = Position(run=shown.run)
             this.report.created += 1
         elif position is None or position.run != shown.run:
@@ -324,14 +327,36 @@ def _position_of(shown: Shown) -> Position:
     return Position(run=shown.run, attempt=attempt, began=began, last=dict(shown.last))
 
 
-def _shows(shown: Shown, run: RunDir) -> bool:
+def _shows(shown: Shown, run: RunDir, store: Store) -> bool:
     """Whether it shows this record, rather than another of the same run_id.
 
-    That is one of a folder that was moved aside, or of another output folder. MLflow runs of
-    earlier versions do not tell.
+    That is one of a folder that was moved aside, or of another output folder. A record that has not
+    begun is told by the ids in its own `mlflow.json`, which moves with it.
     """
-    began = shown.tags.get("began")
-    return began is None or float(began) in run_view.beginnings(run)
+    if "began" in shown.tags:
+        return float(shown.tags["began"]) in run_view.beginnings(run)
+    named = run_view.named(run)
+    return shown.run in named or shown.tags.get("claim") in named or _replaced(shown, run, store)
+
+
+def _replaced(shown: Shown, run: RunDir, store: Store) -> bool:
+    """Whether it shows a record that was in the place where this one is now."""
+    return store.own and shown.tags.get("record") == str(run.path.absolute())
+
+
+def find_own(
+    shown: Iterable[Shown], run: RunDir, *, store: Store, position: Position | None
+) -> Shown | None:
+    """Of MLflow runs of its run_id, oldest first, the one that shows this record.
+
+    Those of earlier versions do not tell what they show; one is taken if no other shows it.
+    """
+    current = [one for one in shown if one.tags.get("state") != SUPERSEDED]
+    if position and (known := [one for one in current if one.run == position.run]):
+        return known[0]
+    own = (one for one in current if _shows(one, run, store))
+    older = (one for one in current if not {"claim", "record", "began"} & one.tags.keys())
+    return next(itertools.chain(own, older), None)
 
 
 def _path(table: str) -> str:
@@ -355,13 +380,9 @@ class _Index:
     def find(self, run: RunDir, position: Position | None) -> Shown | None:
         from mlflow.exceptions import MlflowException
 
-        current = [
-            one for one in self._all().get(run.run_id, []) if one.tags.get("state") != SUPERSEDED
-        ]
-        if position and (own := [one for one in current if one.run == position.run]):
-            return own[0]
-        listed = next((one for one in current if _shows(one, run)), None)
-        if position is None:
+        shown = self._all().get(run.run_id, [])
+        listed = find_own(shown, run, store=self._store, position=position)
+        if position is None or (listed and listed.run == position.run):
             return listed
         try:  # another process may have made it since we read, or the store was deleted
             named = self._client.get_run(position.run)
@@ -383,10 +404,11 @@ class _Index:
                     self._colours.setdefault(tags["arm"], tags["mlflow.runColor"])
         return self._shown
 
-    def create(self, run: RunDir, *, name: str) -> Shown:
+    def create(self, run: RunDir, *, name: str, claim: str) -> Shown:
         # Of a run that has not begun it is now, for good: its duration will include its wait.
         started = next((int(event["time"] * 1000) for event in run.events()), None)
-        tags = {"kind": "run", "run_id": run.run_id}
+        tags = {"kind": "run", "run_id": run.run_id, "claim": claim}
+        tags["record"] = str(run.path.absolute())
         id_ = self._store.experiment_id
         return Shown.of(self._client.create_run(id_, start_time=started, tags=tags, run_name=name))
 
@@ -395,9 +417,9 @@ class _Index:
 
         In the folder's own database also that of a record that was moved aside.
         """
-        for other in self._all().get(run.run_id, []):
-            here = self._store.own and other.tags.get("record") == str(run.path.absolute())
-            if other.run != shown.run and (here or _shows(other, run)):
+        others = [one for one in self._all().get(run.run_id, []) if one.run != shown.run]
+        for other in others:
+            if _replaced(other, run, self._store) or _shows(other, run, self._store):
                 self._client.delete_run(other.run)
         self._all()[run.run_id] = [shown]
 

@@ -24,6 +24,7 @@ from experiments.tracking import content as mlflow_content
 from experiments.tracking import model as mlflow_model
 from experiments.tracking import run_view
 from experiments.tracking import store as mlflow_store
+from experiments.tracking.store import TrackingUnreachable
 from relora_core import atomic
 from relora_core.config import BlimpConfig, PalomaConfig, RunConfig
 from relora_core.events import Event
@@ -143,7 +144,8 @@ def test_a_lost_position_finds_the_run_and_its_points_again(
 def content(where: Store, run: RunDir) -> dict[str, Any]:
     """Everything that MLflow shows of the run."""
     there = where.run(run)
-    tags = {k: v for k, v in there.data.tags.items() if k != "mlflow.runColor"}
+    own = ("mlflow.runColor", "claim")
+    tags = {k: v for k, v in there.data.tags.items() if k not in own}
     info, inputs = there.info, there.inputs.dataset_inputs
     return {
         "tags": tags,
@@ -495,7 +497,7 @@ def at(machine: Path, folder: Path) -> Iterator[Path]:
     """The machine's output folder, at the path that another machine's has, too."""
     machine.rename(folder)
     yield folder
-    folder.rename(machine)
+    folder.rename(machine)  # to itself, if that is its path
 
 
 def test_equal_runs_at_one_path_of_two_machines_are_two(store: Store, tmp_path: Path) -> None:
@@ -513,6 +515,72 @@ def test_equal_runs_at_one_path_of_two_machines_are_two(store: Store, tmp_path: 
     assert {one.info.lifecycle_stage for one in made} == {"active"}
     first = [store.client.get_metric_history(one.info.run_id, "train/loss")[0] for one in made]
     assert sorted(point.value for point in first) == [T0 + 10, T0 + 11]
+
+
+@pytest.mark.parametrize("place", ["folders", "machines"])
+def test_equal_runs_that_wait_in_two_folders_are_two(
+    store: Store, tmp_path: Path, place: str
+) -> None:
+    """One begins while the other still waits. Folders of two machines have one path."""
+    machines = [tmp_path / "one", tmp_path / "two"]
+
+    def sync(number: int, *, began: float | None = None) -> str:
+        """MLflow's id of the run."""
+        machine = machines[number]
+        with at(machine, machine if place == "folders" else tmp_path / "outputs") as folder:
+            run = a_run(folder)
+            if began is not None:
+                another_life(run, began=began)
+            assert not store.sync(run, output_dir=folder).errors
+            return next(iter(run_view.named(run)))
+
+    for machine in machines:
+        machine.mkdir()
+    waiting = [sync(0), sync(1)]
+    assert waiting[0] != waiting[1]
+    begun = [sync(0, began=T0), sync(1), sync(1, began=T0 + 1)]
+    assert begun == [waiting[0], waiting[1], waiting[1]]
+    made = store.client.search_runs([store.experiment_id], run_view_type=ViewType.ALL)
+    assert {one.info.lifecycle_stage for one in made} == {"active"}
+    firsts = {
+        one.info.run_id: store.client.get_metric_history(one.info.run_id, "train/loss")[0].value
+        for one in made
+    }
+    assert firsts == {waiting[0]: T0 + 10, waiting[1]: T0 + 11}
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["answer lost", "killed"])
+def test_a_run_that_waits_is_found_again_where_others_write_too(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    from mlflow import MlflowClient
+
+    run = a_run(tmp_path)
+    create_run = MlflowClient.create_run
+
+    def fails(self: MlflowClient, *arguments: Any, **named: Any) -> None:
+        create_run(self, *arguments, **named)
+        raise Killed if dies else ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_run", fails)
+        with pytest.raises(Killed if dies else TrackingUnreachable):
+            store.sync(run, output_dir=tmp_path)
+    assert store.sync(run, output_dir=tmp_path).created == 0
+    assert store.status(run) == "SCHEDULED"
+
+
+def test_a_run_that_waits_is_found_again_after_its_folder_was_moved(
+    migrated: Path, tmp_path: Path
+) -> None:
+    """The address of its database has changed with it."""
+    (tmp_path / "before").mkdir()
+    shutil.copy(migrated, tmp_path / "before" / "mlflow.db")
+    Store(tmp_path / "before").sync(a_run(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    store, run = Store(tmp_path / "after"), a_run(tmp_path / "after")
+    assert store.sync(run).created == 0
+    assert store.run(run).data.tags["record"] == str(run.path)
 
 
 # evaluations apart from training ----------------------------------------------------------------
