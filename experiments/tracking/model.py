@@ -31,7 +31,9 @@ from experiments.addresses import (
 )
 from experiments.disk.run_dir import RunDir
 from experiments.environment import ROOT
-from experiments.tracking import mlflow_scorer
+from experiments.tracking import mlflow_scorer, run_view
+from experiments.tracking.content import Shown
+from experiments.tracking.runs import find_own
 from experiments.tracking.store import (
     Store,
     TrackingUnreachable,
@@ -83,11 +85,12 @@ def find_tracked(run_dir: RunDir) -> Tracked:
         place = {"experiment_id": experiment.experiment_id, "output_dir": output_dir}
         store = Store(uri=uri, client=client, **place)
         runs = store.search(f"tags.kind = 'run' and tags.run_id = '{run_dir.run_id}'")
-    if not runs:
+    position = run_view.read_position(run_dir, store.key)
+    own = find_own(map(Shown.of, runs), run_dir, store=store, position=position)
+    if own is None:
         raise missing
     _check_place(experiment, uri=uri)
-    here = [run for run in runs if run.data.tags.get("record") == str(run_dir.path.absolute())]
-    return Tracked(store=store, run=(here or runs)[0])
+    return Tracked(store=store, run=next(run for run in runs if run.info.run_id == own.run))
 
 
 def _remedy(run_dir: RunDir) -> str:

@@ -26,7 +26,7 @@ from experiments.tracking import run_view
 from experiments.tracking import store as mlflow_store
 from experiments.tracking.store import TrackingUnreachable
 from relora_core import atomic
-from relora_core.config import BlimpConfig, PalomaConfig, RunConfig
+from relora_core.config import BlimpConfig, ConfigError, PalomaConfig, RunConfig
 from relora_core.events import Event
 
 
@@ -490,6 +490,24 @@ def test_equal_runs_of_two_output_folders_are_two(
     for run in runs:  # to which an exported model belongs
         tracked = mlflow_model.find_tracked(run)
         assert tracked.run.data.tags["record"] == str(run.path)
+
+
+def test_a_model_goes_to_no_equal_run_of_another_folder(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_model, "default_uri", lambda output_dir: store.uri)
+    name = store.client.get_experiment(store.experiment_id).name
+    monkeypatch.setattr(mlflow_model, "experiment_name", lambda config: name)
+    theirs, mine = (a_run(tmp_path / name) for name in ("theirs", "mine"))
+    for number, run in enumerate((theirs, mine)):
+        another_life(run, began=T0 + number)
+    store.sync(theirs, output_dir=theirs.output_dir)
+    with pytest.raises(ConfigError, match="does not hold"):
+        mlflow_model.find_tracked(mine)
+    store.sync(mine, output_dir=mine.output_dir)
+    for _ in range(2):
+        assert mlflow_model.find_tracked(mine).run.data.tags["record"] == str(mine.path)
+        mine.mlflow_path.unlink(missing_ok=True)  # when it began tells as much
 
 
 @contextlib.contextmanager
