@@ -341,13 +341,18 @@ def evaluate(
     `eval/blimp/<variant>/accuracy` is the unweighted mean over paradigms, and
     `eval/blimp/<variant>/<phenomenon>` that over the phenomenon's paradigms. Table
     `blimp_paradigms`: the accuracies of each paradigm; `ties` counts equal scores in eos_prefix,
-    or in the only variant.
+    or in the only variant. One score that is NaN makes every mean over it NaN.
     """
     _check_lengths(windows, max_seq_len=model.max_seq_len)
     sequences = [window for own in windows.values() for window in own]
     scores = score(model, sequences, share_prefixes=True, precision=precision, **work)
     good, bad = scores.reshape(len(windows), len(pairs), 2).transpose(2, 0, 1)
-    right = {name: RULES[name](good[i], bad[i]) for i, name in enumerate(windows)}
+    # Both rules give False of NaN: a model that diverged would be one that has all pairs wrong.
+    unknown = np.isnan(good) | np.isnan(bad)
+    right = {
+        name: np.where(unknown[i], np.nan, RULES[name](good[i], bad[i]))
+        for i, name in enumerate(windows)
+    }
     ties = (good == bad)[-1]
     places: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):

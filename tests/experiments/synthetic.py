@@ -134,7 +134,7 @@ def emit(
 
 
 def evals(log: EventLog, *, step: int, loss: float, time: float) -> None:
-    share = 0.5 if math.isnan(loss) else 1 - loss / 10
+    share = 1 - loss / 10
     rows = [
         {"uid": f"{p}_{i}", "phenomenon": p, "pairs": 100, "no_bos": share + 0.01 * i}
         | {"eos_prefix": share, "ties": 0, "field": "syntax"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tarfile
 import zipfile
@@ -134,12 +135,36 @@ def test_identical_sentences_tie_wrong_without_and_right_with_a_prefix():
     assert (row["no_bos"], row["eos_prefix"], row["ties"]) == (0.0, 1.0, 2)
 
 
-def test_a_diverged_model_gets_nothing_right():
+def test_a_diverged_model_has_no_accuracy():
     model = make_model()
     with torch.no_grad():
         model.output_norm.weight.fill_(float("nan"))
-    metrics = run(model, make_pairs(10)).metrics
-    assert metrics["eval/blimp/no_bos/accuracy"] == metrics["eval/blimp/eos_prefix/accuracy"] == 0
+    result = run(model, make_pairs(10))
+    assert len(result.metrics) == 6  # of both variants: all, p1, p2
+    assert all(math.isnan(value) for value in result.metrics.values())
+    for row in result.tables["blimp_paradigms"]:
+        assert math.isnan(row["no_bos"])
+        assert math.isnan(row["eos_prefix"])
+
+
+def test_a_score_that_is_not_a_number_spoils_the_means_over_it_and_no_other(monkeypatch):
+    pairs = [
+        Pair(uid, phenomenon, "syntax", "the cat sees", "the cat see", str(i))
+        for i, (uid, phenomenon) in enumerate(
+            [("u1", "p1"), ("u1", "p1"), ("u2", "p1"), ("u3", "p2")]
+        )
+    ]
+    bare = [[-1, -2], [-2, -1], [-1, math.nan], [-math.inf, -math.inf]]
+    spaced = [[-1, -2], [-2, -1], [math.nan, -1], [-math.inf, -math.inf]]
+    monkeypatch.setattr(blimp, "score", lambda *_, **__: np.ravel([bare, spaced]).astype(float))
+    result = run(make_model(), pairs)
+    rows = {row["uid"]: row for row in result.tables["blimp_paradigms"]}
+    for variant, tie in (("no_bos", 0.0), ("eos_prefix", 1.0)):
+        assert (rows["u1"][variant], rows["u3"][variant]) == (0.5, tie)
+        assert math.isnan(rows["u2"][variant])
+        metrics = {m: result.metrics[f"eval/blimp/{variant}/{m}"] for m in ("accuracy", "p1", "p2")}
+        assert metrics.pop("p2") == tie
+        assert all(map(math.isnan, metrics.values()))
 
 
 @pytest.mark.parametrize("tokens", [8, 100])
