@@ -231,17 +231,22 @@ def _join(config: RunConfig, run_dir: RunDir, stop: StopFlag) -> Outcome:
 
 
 def make_result(run_dir: RunDir, *, state: str, attempt: int, seconds: float) -> dict[str, Any]:
-    """The result of a run: the newest value of every metric in its record."""
+    """The result of a run: the newest value of every metric in its record.
+
+    A diverged run ends between two evals: what it measured before is no number of its end.
+    """
     metrics: dict[str, float] = {}
-    step, loss_steps = 0, None
-    for event in run_dir.events():
+    events, loss_steps = run_dir.events(), None
+    step = max((event["step"] for event in events), default=0)
+    if state == State.DIVERGED:
+        events = [event for event in events if event["step"] == step]
+    for event in events:
         if event["kind"] == "train":
             loss_steps = event["data"].get("loss_steps")
             for share in (MFU, MFU_6N):  # of another GPU, if this one's peak is not known
                 metrics.pop(share, None)
         if event["kind"] != "system":
             metrics.update(event["metrics"])
-        step = max(step, event["step"])
     return {
         "run_id": run_dir.run_id,
         "state": state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_a_result_has_the_mfu_of_its_last_speed_or_none(tmp_path: Path) -> None:
         log.close()
         result = make_result(run, state="finished", attempt=number, seconds=1.0)
         assert result["metrics"] == PACE | more | {"eval/x": 1.0}
+
+
+def test_a_diverged_run_ends_with_what_its_last_step_measured(tmp_path: Path) -> None:
+    run, bad = RunDir(tmp_path), {"train/loss": math.inf, "train/tokens": 128.0}
+    log = EventLog(run, 1)
+    for event in (
+        Event(kind="start", step=0),
+        Event(kind="train", step=1, metrics=PACE | MFUS, data={"loss_steps": 10}),
+        Event(kind="eval", step=1, metrics={"eval/x": 1.0}),
+        Event(kind="restart", step=2, metrics={"restart/x": 2.0}),
+        Event(kind="train", step=2, metrics=bad, data={"loss_steps": 5}),
+        Event(kind="checkpoint", step=1),
+        Event(kind="diverged", step=2, data={"loss": "inf"}),
+    ):
+        log.emit(event)
+    log.close()
+    result = make_result(run, state="diverged", attempt=1, seconds=1.0)
+    assert result["metrics"] == {"restart/x": 2.0} | bad
+    assert (result["step"], result["loss_steps"]) == (2, 5)
+    finished = make_result(run, state="finished", attempt=1, seconds=1.0)
+    assert finished["metrics"] == PACE | {"eval/x": 1.0} | result["metrics"]
+    assert finished | {"state": "diverged", "metrics": result["metrics"]} == result
 
 
 def test_the_load_of_each_visible_gpu_is_read(tmp_path: Path, monkeypatch) -> None:
