@@ -24,9 +24,9 @@ predictions: ["*"] for all of BLiMP, or names of paradigms (UIDs). The library w
 model_id: folder or hub name of a causal language model of transformers.
 samples_per_set: pairs of each paradigm, the first ones; None: all. They have 1000 each.
 data: folder or archive of BLiMP's <UID>.jsonl, or of the hub's parquet files.
-scoring: no_bos, as published: the bare sentence, its first token is context only, and the good
-    sentence must be more probable; or eos_prefix, as lm-eval: every token, after the BOS or EOS and
-    a space, and a tie counts as right.
+scoring: no_bos, as published, except that their rule for ties is not known: the bare sentence, its
+    first token is context only, and the good sentence must be more probable; or eos_prefix, as
+    lm-eval: every token, after the BOS or EOS and a space, and a tie counts as right.
 trust_remote_code: run code that the model brings along.
 batch_size: taken for the sake of the interface; batches are made by tokens, and no number depends
     on them.

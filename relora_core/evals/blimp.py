@@ -2,8 +2,10 @@
 
 Two ways of scoring a sentence are in use, and both are given by name:
 
-- `no_bos`, as Weiss et al. (2025): the bare sentence, so its first token is context only; a pair
-  is right where log p(good) > log p(bad).
+- `no_bos`, after Weiss et al. (2025): the bare sentence, so its first token is context only; a pair
+  is right where log p(good) > log p(bad). Their repository does not hold the code of their metric
+  (`pico-lm/blimp`); a notebook in it sums so, but has ties right (`compare_blimp`: `first >=
+  second`).
 - `eos_prefix`, as lm-eval 0.4.13: the end-of-document id is the context of a space and the
   sentence, so every token is scored; a tie counts as right.
 
@@ -340,8 +342,9 @@ def evaluate(
 
     `eval/blimp/<variant>/accuracy` is the unweighted mean over paradigms, and
     `eval/blimp/<variant>/<phenomenon>` that over the phenomenon's paradigms. Table
-    `blimp_paradigms`: the accuracies of each paradigm; `ties` counts equal scores in eos_prefix,
-    or in the only variant. One score that is NaN makes every mean over it NaN.
+    `blimp_paradigms`: the accuracies of each paradigm; `<variant>_ties` counts its pairs of
+    equal scores, and `ties`, which earlier versions had alone, those of the last variant. One score
+    that is NaN makes every mean over it NaN.
     """
     _check_lengths(windows, max_seq_len=model.max_seq_len)
     sequences = [window for own in windows.values() for window in own]
@@ -353,7 +356,8 @@ def evaluate(
         name: np.where(unknown[i], np.nan, RULES[name](good[i], bad[i]))
         for i, name in enumerate(windows)
     }
-    ties = (good == bad)[-1]
+    ties = {f"{name}_ties": good[i] == bad[i] for i, name in enumerate(windows)}
+    ties["ties"] = (good == bad)[-1]
     places: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
         places[pair.uid].append(i)
@@ -364,7 +368,7 @@ def evaluate(
             "field": pairs[indices[0]].field,
             "pairs": len(indices),
             **{variant: float(r[indices].mean()) for variant, r in right.items()},
-            "ties": int(ties[indices].sum()),
+            **{name: int(tied[indices].sum()) for name, tied in ties.items()},
         }
         for uid, indices in places.items()
     ]

@@ -133,6 +133,31 @@ def test_identical_sentences_tie_wrong_without_and_right_with_a_prefix():
     result = run(make_model(), pairs)
     (row,) = result.tables["blimp_paradigms"]
     assert (row["no_bos"], row["eos_prefix"], row["ties"]) == (0.0, 1.0, 2)
+    assert (row["no_bos_ties"], row["eos_prefix_ties"]) == (2, 2)
+
+
+def test_ties_are_counted_of_each_variant():
+    """A single token is context only without a prefix, so that both sentences have nothing."""
+    pairs = [Pair("u", "p", "f", *t, "0") for t in (("cat", "dogs"), ("the cat", "the dogs"))]
+    (row,) = run(make_model(), pairs).tables["blimp_paradigms"]
+    assert (row["no_bos_ties"], row["eos_prefix_ties"], row["ties"]) == (1, 0, 0)
+    windows = blimp.windows(pairs, tokenizer=SpaceTokenizer())
+    one = blimp.evaluate(make_model(), pairs=pairs, windows={"no_bos": windows["no_bos"]})
+    (row,) = one.tables["blimp_paradigms"]
+    assert (row["no_bos_ties"], row["ties"], "eos_prefix_ties" in row) == (1, 1, False)
+
+
+def test_pairs_that_differ_in_unknown_words_alone_tie():
+    class Forgetful(SpaceTokenizer):
+        def encode(self, text: str) -> list[int]:
+            known = [word if word in WORDS else "who" for word in text.split()]  # who: its unk
+            return super().encode(" " * text.startswith(" ") + " ".join(known))
+
+    pairs = [Pair("u", "p", "f", "the wug sleeps", "the wugs sleeps", "0")]
+    windows = blimp.windows(pairs, tokenizer=Forgetful())
+    (row,) = blimp.evaluate(make_model(), pairs=pairs, windows=windows).tables["blimp_paradigms"]
+    assert (row["no_bos"], row["eos_prefix"]) == (0.0, 1.0)
+    assert (row["no_bos_ties"], row["eos_prefix_ties"]) == (1, 1)
 
 
 def test_a_diverged_model_has_no_accuracy():
