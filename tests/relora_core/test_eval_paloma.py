@@ -129,6 +129,21 @@ def test_paper_rows_take_every_document_once_in_a_fixed_order():
     assert runs != sorted(runs)
 
 
+@pytest.mark.parametrize(
+    ("documents", "first"),
+    [
+        (12, [0, 7, 6, 9, 11, 3, 5, 2, 4, 10, 1, 8]),
+        (5000, [1535, 1183, 3378, 3825, 643, 90, 2835, 3865, 2220, 2177, 3753, 3552]),
+    ],
+)
+def test_the_order_of_documents_is_that_of_every_earlier_number(documents, first):
+    """The digest of texts and settings does not tell another order. If a new numpy draws one, copy
+    its old permutation here rather than change these numbers."""
+    ids = [np.array([1 + n], dtype=np.int32) for n in range(documents)]
+    rows = [row.ids.tolist() for row in paloma.paper_rows(ids, eos_id=EOS, length=2)]
+    assert rows[: len(first)] == [[1 + n, EOS] for n in first]
+
+
 def test_paper_rows_stop_at_a_hundred_per_source():
     ids = [np.ones(50, dtype=np.int32)] * 40
     assert len(list(paloma.paper_rows(ids, eos_id=EOS, length=10))) == 100
