@@ -41,7 +41,7 @@ class Interval:
     mean: float
     """nan where no value is finite."""
     low: float | None
-    """None, as `high` and `sd`, for a single value, which has no spread."""
+    """None, as `high` and `sd`, for a single value, which has no spread; or not asked for."""
     high: float | None
     n: int
     """Values averaged."""
@@ -53,10 +53,10 @@ class Interval:
     assumes: str = FEW_SEEDS
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float], *, ends: bool = True) -> Interval:
     """Mean with its two-sided 95 % Student t interval: mean +- t(0.975, n - 1) * sd / sqrt(n).
 
-    Raises ValueError without values.
+    Without `ends` low and high are None, and scipy is not loaded. Raises ValueError without values.
     """
     if not len(values):
         raise ValueError("the mean of no values")
@@ -66,25 +66,28 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if n < 2:
         return Interval(mean=mean, low=None, high=None, n=n, sd=None, left_out=left_out)
     sd = statistics.stdev(usable, mean)
+    if not ends:
+        return Interval(mean=mean, low=None, high=None, n=n, sd=sd, left_out=left_out)
     half = _t_quantile(n - 1) * sd / math.sqrt(n)
     low, high = mean - half, mean + half
     return Interval(mean=mean, low=low, high=high, n=n, sd=sd, left_out=left_out)
 
 
-def geometric_interval(values: Sequence[float]) -> Interval:
+def geometric_interval(values: Sequence[float], *, ends: bool = True) -> Interval:
     """Geometric mean with the interval of the logarithms, exponentiated: for perplexities.
 
-    Raises ValueError without values.
+    As `mean_interval` else.
     """
-    logs = mean_interval([_log(value) for value in values])
+    logs = mean_interval([_log(value) for value in values], ends=ends)
     low, high = _back(logs.low, scale="log"), _back(logs.high, scale="log")
     mean = math.nan if not logs.n else _exp(logs.mean)
     return replace(logs, mean=mean, low=low, high=high, scale="log", assumes=GEOMETRIC)
 
 
-def interval(values: Sequence[float], *, scale: Scale) -> Interval:
+def interval(values: Sequence[float], *, scale: Scale, ends: bool = True) -> Interval:
     """`mean_interval` or `geometric_interval`."""
-    return geometric_interval(values) if scale == "log" else mean_interval(values)
+    of_scale = geometric_interval if scale == "log" else mean_interval
+    return of_scale(values, ends=ends)
 
 
 # two arms ---------------------------------------------------------------------------------------

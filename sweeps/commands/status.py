@@ -18,8 +18,9 @@ from rich.text import Text
 from experiments.disk.plans import read_sweep
 from experiments.disk.state import RunState
 from experiments.disk.states import State
-from experiments.metrics import LOSS, columns, percent
+from experiments.metrics import LOSS, columns, percent, scale_of
 from experiments.run.sinks import clock
+from experiments.stats import interval
 from sweeps import display
 from sweeps.commands import selection
 from sweeps.commands.selection import Run
@@ -232,7 +233,8 @@ def _arm_table(runs: Sequence[Run], states: States, *, lines: int | None) -> Ren
 
 
 def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
-    """Of the seeds that are done: loss as mean +- sd, the other metrics as means."""
+    """Of the seeds that are done: loss as mean +- sd, the other metrics as means, as reports have
+    them; n where values that are not finite are left out."""
     results = [
         ({} if state.loss is None else {LOSS.key: state.loss})
         | (run.dir.result() or {}).get("metrics", {})
@@ -242,9 +244,12 @@ def _figures(runs: Sequence[Run], states: Sequence[RunState]) -> list[str]:
     figures = []
     for name, key in columns().items():
         values = [metrics[key] for metrics in results if key in metrics]
-        text = f"{statistics.mean(values):.4g}" if values else ""
-        if name == "loss" and len(values) > 1:
-            text += f" ± {statistics.stdev(values):.2g}"
+        mean = interval(values, scale=scale_of(key), ends=False) if values else None
+        text = f"{mean.mean:.4g}" if mean and mean.n else ""
+        if mean and name == "loss" and mean.sd is not None:
+            text += f" ± {mean.sd:.2g}"
+        if mean and mean.n and mean.left_out:
+            text += f" (n = {mean.n})"
         figures.append(text)
     return figures
 

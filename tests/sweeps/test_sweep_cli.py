@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,12 +105,28 @@ def test_few_runs_have_a_line_each_and_many_are_told_by_arm(many, make, capsys):
     assert first.split()[:2] == ["relora.r=1", "12"]  # seeds
     assert "2 finished, 10 planned" in first
     assert "1.5 ± 0.71" in first  # of 1 and 2: the result's losses, not the last ones logged
-    assert " 15 " in first  # mean perplexity
+    assert " 14.14 " in first  # of 10 and 20 the geometric mean, as in reports and MLflow
     assert "0/4" in second
     assert "1 failed, 1 planned" in second
     assert "[boom]" in second
     main(["status", "--runs", "--output-dir", str(many)])
     assert len(lines(capsys.readouterr().out, "relora.r=")) == 26
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_seed_without_a_finite_value_leaves_an_arm_its_mean(make, tmp_path, capsys, lost):
+    """Which says of how many seeds it is."""
+    grid = [({"seed": str(seed)}, make(seed=seed)) for seed in range(21)]
+    runs = store_runs(grid, name="s", output_dir=tmp_path / "out")
+    for run, loss, perplexity in zip(runs, (1.0, 2.0, 3.0), (10.0, 20.0, lost), strict=False):
+        metrics = {"train/loss": loss, "eval/paloma/perplexity": perplexity}
+        run.write_result({"state": "finished", "metrics": metrics})
+        run.update_status(state="finished", step=4, loss=loss)
+    main(["status", "--output-dir", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "3 finished" in text
+    assert " 2 ± 1 " in text  # losses of all three
+    assert " 14.14 (n = 2)" in text
 
 
 def test_failures_are_told_with_the_file_that_says_more(many, capsys):
