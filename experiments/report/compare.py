@@ -143,6 +143,16 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
                 "losses and perplexities must not be compared."
             )
         )
+    longer = [
+        arm.name for arm, other in matched.pairs if data.other_context(arm, other, training=True)
+    ]
+    if longer:
+        blocks.append(
+            Notice(
+                f"Runs of {joined(longer)} differ in data.seq_len in each sweep: their losses, and "
+                "perplexities in windows of other lengths, must not be compared."
+            )
+        )
     evals = [key for arm, other in matched.pairs for key in data.scored_otherwise(arm, other)]
     if evals:
         blocks.append(

@@ -12,7 +12,14 @@ from functools import partial
 from typing import Any
 
 from experiments.metrics import LOSS
-from experiments.report.data import Arm, Sweep, fixed_side, reads_other, scored_otherwise
+from experiments.report.data import (
+    Arm,
+    Sweep,
+    fixed_side,
+    other_context,
+    reads_other,
+    scored_otherwise,
+)
 from experiments.report.document import Block, Bullets, Table, joined
 from experiments.report.tables import name, shown
 from experiments.stats import BOOTSTRAP, Comparison, compare, finite, holm
@@ -78,9 +85,13 @@ def unlike(arm: Arm, reference: Arm, metric: Metric) -> str:
 
     Empty if it may be. The answer, tables and figures have it from here.
     """
-    if (metric.scale == "log" or metric.key == LOSS.key) and reads_other(arm, reference):
-        what = "losses" if metric.key == LOSS.key else "perplexities"
-        return f"read other texts or tokens: their {what} must not be compared"
+    loss = metric.key == LOSS.key
+    if loss or metric.scale == "log":
+        what = "losses" if loss else "perplexities"
+        if reads_other(arm, reference):
+            return f"read other texts or tokens: their {what} must not be compared"
+        if other_context(arm, reference, training=loss):
+            return f"differ in data.seq_len: their {what} must not be compared"
     section = ".".join(metric.key.split("/")[:2])
     keys = [key for key in scored_otherwise(arm, reference) if key.startswith(f"{section}.")]
     return f"differ in {joined(keys)}: their {name(metric)} must not be compared" if keys else ""

@@ -16,6 +16,7 @@ from experiments.identity import scientific
 from experiments.stats import Interval, Side, interval
 from relora_core.config import EVALS, EvaluatedConfig, RunConfig, get, runs_eval
 from relora_core.data import grammar
+from relora_core.evals.paloma import longest_window
 from relora_core.events import Metric
 
 FIRST = ("experiment", "method", "model.name", "relora.name", "data.path")
@@ -239,6 +240,16 @@ def reads_other(arm: Arm, reference: Arm) -> bool:
         return True
     one, other = (side.runs[0].config for side in (arm, reference))
     return any(get(one, key) != get(other, key) for key in ("model.vocab_size", "data.fingerprint"))
+
+
+def other_context(arm: Arm, reference: Arm, *, training: bool) -> bool:
+    """Whether a token has more before it in one of the two, since `data.seq_len` differs: in rows
+    of training, or else in Paloma's windows and the paper's rows, which no longer rows lengthen.
+    """
+    one, other = (side.runs[0].config for side in (arm, reference))
+    if training:
+        return one.data.seq_len != other.data.seq_len
+    return longest_window(one) != longest_window(other)
 
 
 def scored_otherwise(arm: Arm, reference: Arm) -> list[str]:

@@ -235,3 +235,30 @@ def test_tables_and_figure_refuse_the_pairs_that_the_answer_refuses(tmp_path: Pa
     assert reason in drawing.caption
     labels = [text.get_text() for ax in drawing.canvas.axes for text in ax.texts]
     assert labels == ["not compared"] * 2  # losses and perplexities; accuracies are of sentences
+
+
+@pytest.mark.parametrize(
+    ("lengths", "refused"), [((16, 32), {"losses", "perplexities"}), ((2048, 4096), {"losses"})]
+)
+def test_numbers_of_other_lengths_of_context_are_not_compared(
+    tmp_path: Path, lengths: tuple[int, int], refused: set[str]
+) -> None:
+    """Windows have at most 2,048 tokens; BLiMP's sentences have no window."""
+    configs = arms(2)
+    for config in configs:
+        config.model.max_seq_len = 4096
+        config.data.seq_len = lengths[config.method == "relora"]
+    for run in a_sweep(tmp_path, configs):
+        record(run, loss=near(0.01, gap=0.3))
+    folder = report.write(tmp_path, "mine").parent / "tables"
+    said = {
+        "compare_train_loss": "losses",
+        "compare_paloma_perplexity": "perplexities",
+        "compare_blimp_no_bos_accuracy": "accuracies",
+    }
+    for name, what in said.items():
+        with open(folder / f"{name}.csv") as file:
+            (row,) = csv.DictReader(file)
+        reason = f"differ in data.seq_len: their {what} must not be compared"
+        assert row["note"] == (reason if what in refused else "")
+        assert (row["p"] == "") == (what in refused)

@@ -476,6 +476,20 @@ def test_what_each_sweep_has_for_all_its_runs_may_differ_between_the_two(tmp_pat
     assert "The sweeps differ in eval.blimp.max_pairs: scores of an eval whose" in page
 
 
+def test_sweeps_with_rows_of_other_lengths_are_said_to_differ(tmp_path: Path) -> None:
+    data = replace(a_config().data, seq_len=32)
+    changed: dict[str, Any] = {"data": data}
+    for name, changes in (("one", {}), ("two", changed)):
+        configs = [a_config(seed=seed, **changes) for seed in (0, 1)]
+        finished(tmp_path, configs, name=name)
+    page = compare.write((tmp_path, "one"), (tmp_path, "two"))
+    assert "relora.r=4 differ in data.seq_len in each sweep: their losses, and perpl" in text(page)
+    for name, what in (("train_loss", "losses"), ("paloma_perplexity", "perplexities")):
+        (row,) = table(page, f"compare_{name}")
+        assert (row["difference"], row["p"]) == ("", "")
+        assert row["note"] == f"differ in data.seq_len: their {what} must not be compared"
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_separate_evaluations_of_two_sweeps_are_compared_if_alike(
     tmp_path: Path, alike: bool
