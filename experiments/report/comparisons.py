@@ -97,6 +97,28 @@ def unlike(arm: Arm, reference: Arm, metric: Metric) -> str:
     return f"differ in {joined(keys)}: their {name(metric)} must not be compared" if keys else ""
 
 
+def alike(arms: Iterable[Arm], metric: Metric) -> list[list[Arm]]:
+    """The arms that have the metric, in groups within each of which it may be compared."""
+    groups: list[list[Arm]] = []
+    for arm in (arm for arm in arms if arm.values(metric.key)):
+        own = next((group for group in groups if not unlike(arm, group[0], metric)), None)
+        if own is None:
+            groups.append([arm])
+        else:
+            own.append(arm)
+    return groups
+
+
+def unlike_text(arms: Sequence[Arm], metrics: Iterable[Metric], *, so: str) -> str:
+    """What a caption says of arms that are not all `alike`, and what is done about it (`so`);
+    empty if they are."""
+    reasons: dict[str, None] = {}
+    for metric in metrics:
+        first, *others = alike(arms, metric) or [[]]
+        reasons |= {unlike(group[0], first[0], metric): None for group in others}
+    return f" Some arms {'; some '.join(reasons)}. {so}" if reasons else ""
+
+
 # comparisons ------------------------------------------------------------------------------------
 def comparisons(sweep: Sweep, pairs: Sequence[Pair]) -> list[Block]:
     """For each metric a table of arms against their references on common seeds."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from experiments.report.comparisons import alike, unlike, unlike_text
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, joined
 from experiments.report.tables import certainty, mean_cell, name, shown, value_text
@@ -194,11 +195,13 @@ def _words(arm: Arm, names: Sequence[str]) -> str:
 
 # estimates --------------------------------------------------------------------------------------
 def estimates(cells: Mapping[Cell, Sequence[Arm]], *, metric: Metric) -> dict[Cell, Interval]:
-    """The interval over seeds of each cell that has values.
+    """The interval over seeds of each cell that has values, if these may be compared with the
+    first's.
 
     Where cells have several arms it is of the mean over arms, for those combinations of the other
     axes, and seeds, that every cell has a finite value of: else unlike would be compared.
     """
+    cells = _like_first(cells, metric)
     if all(len(arms) == 1 for arms in cells.values()):
         made = {cell: arms[0].estimate(metric) for cell, arms in cells.items()}
         return {cell: one for cell, one in made.items() if one and one.n}
@@ -224,6 +227,24 @@ def estimates(cells: Mapping[Cell, Sequence[Arm]], *, metric: Metric) -> dict[Ce
     }
 
 
+def _like_first(cells: Mapping[Cell, Sequence[Arm]], metric: Metric) -> dict[Cell, Sequence[Arm]]:
+    """The cells none of whose arms is `unlike` that of the first with values at the same other
+    axes."""
+    names = _shared_axes(cells)
+    with_values = (a for a in cells.values() if any(arm.values(metric.key) for arm in a))
+    first = {_combination(arm, names): arm for arm in next(with_values, ())}
+    kept: dict[Cell, Sequence[Arm]] = {}
+    for cell, arms in cells.items():
+        pairs = [(arm, first.get(_combination(arm, names), arm)) for arm in arms]
+        if not any(arm is not other and unlike(arm, other, metric) for arm, other in pairs):
+            kept[cell] = arms
+    return kept
+
+
+def _combination(arm: Arm, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(arm.axes.get(key, "") for key in names)
+
+
 def _shared_axes(cells: Mapping[Any, Sequence[Arm]]) -> list[str]:
     """The axes that tell the arms of one cell apart."""
     names = dict.fromkeys(key for arms in cells.values() for arm in arms for key in arm.axes)
@@ -242,7 +263,7 @@ def _by_combination(
     for arm in arms:
         values = {s: v for s, v in arm.values(metric.key).items() if _usable(v, metric)}
         if values:
-            table[tuple(arm.axes.get(key, "") for key in names)] = values
+            table[_combination(arm, names)] = values
     return table
 
 
@@ -307,7 +328,8 @@ def marginals(sweep: Sweep) -> list[Block]:
             data=data,
             note="Mean over the combinations of the other axes that have finished at every value "
             "of this one [95 % interval over seeds]. It hides that one axis may change what "
-            "another does: see the figures.",
+            "another does: see the figures."
+            + unlike_text(sweep.arms, metrics, so="Shown are those like the first value's."),
         )
     ]
 
@@ -315,8 +337,17 @@ def marginals(sweep: Sweep) -> list[Block]:
 # sentences --------------------------------------------------------------------------------------
 def effects(sweep: Sweep, metric: Metric) -> list[str]:
     """For each numeric axis where the metric is best and worst: a sentence for each combination of
-    the axes of text, as a mean over other numbers."""
-    lines, numeric = [], [axis.key for axis in numeric_axes(sweep)]
+    the axes of text, as a mean over other numbers. Of arms that are not `alike` sentences apart."""
+    groups = alike(sweep.arms, metric)
+    parts = [replace(sweep, arms=arms) for arms in groups] if len(groups) > 1 else [sweep]
+    lines = [line for part in parts for line in _effects(part, metric)]
+    left = len(lines) - MOST_SENTENCES
+    more = [f"{left} further lines: see the figures"] if left > 0 else []
+    return lines[:MOST_SENTENCES] + more
+
+
+def _effects(sweep: Sweep, metric: Metric) -> Iterator[str]:
+    numeric = [axis.key for axis in numeric_axes(sweep)]
     text = [key for key in keys(sweep) if key not in numeric]
     for axis in numeric_axes(sweep):
         groups = _along(sweep, axis, text)
@@ -325,10 +356,7 @@ def effects(sweep: Sweep, metric: Metric) -> list[str]:
         for where, cells in groups.items():
             made = estimates(cells, metric=metric)
             if len(made) > 1:
-                lines.append(_effect(axis, made, metric, over=_shared_axes(cells), where=where))
-    left = len(lines) - MOST_SENTENCES
-    more = [f"{left} further lines: see the figures"] if left > 0 else []
-    return lines[:MOST_SENTENCES] + more
+                yield _effect(axis, made, metric, over=_shared_axes(cells), where=where)
 
 
 def _along(sweep: Sweep, axis: Axis, names: Sequence[str]) -> dict[str, dict[float, list[Arm]]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from experiments.report.comparisons import alike, unlike_text
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import Block, Table, number
 from experiments.report.tables import charts, hours_per_run, mean_cell, value_text
@@ -112,6 +113,20 @@ def front(made: Sequence[Point], *, metric: Metric) -> list[Point]:
     return sorted(best, key=lambda one: (one.cost.mean, sign * one.value.mean))
 
 
+def fronts(made: Sequence[Point], *, metric: Metric) -> list[list[Point]]:
+    """The front of each group of points whose metric may be compared, but not of one that could be
+    compared with none."""
+    groups = alike([one.arm for one in made], metric)
+    if len(groups) < 2:
+        return [front(made, metric=metric)]
+    by_id = {one.arm.arm_id: one for one in made}
+    return [
+        front([by_id[arm.arm_id] for arm in group], metric=metric)
+        for group in groups
+        if len(group) > 1
+    ]
+
+
 def differ(sweep: Sweep, cost: Cost) -> bool:
     """Whether arms take different amounts of it."""
     taken = [cost.of(arm) for arm in sweep.arms if arm.finished]
@@ -125,9 +140,11 @@ def tradeoffs(sweep: Sweep) -> list[Block]:
     if not has_tradeoffs(sweep) or not metrics:
         return []
     costs_shown = [cost for cost in COSTS if differ(sweep, cost)]
-    fronts = {
+    on_fronts = {
         (metric.key, cost.key): {
-            one.arm.arm_id for one in front(points(sweep, cost=cost, metric=metric), metric=metric)
+            one.arm.arm_id
+            for best in fronts(points(sweep, cost=cost, metric=metric), metric=metric)
+            for one in best
         }
         for metric in metrics
         for cost in costs_shown
@@ -138,7 +155,7 @@ def tradeoffs(sweep: Sweep) -> list[Block]:
         cells = [_cost_text(taken[cost.key], len(arm.finished)) for cost in COSTS]
         for metric in metrics:
             value = arm.estimate(metric)
-            on = [c for c in costs_shown if arm.arm_id in fronts[metric.key, c.key]]
+            on = [c for c in costs_shown if arm.arm_id in on_fronts[metric.key, c.key]]
             cell = mean_cell(value, partial(value_text, metric), expected=len(arm.finished))
             cells.append(cell + (f" *{''.join(cost.letter for cost in on)}" if on else ""))
             data.append(_row(arm, metric, value, taken, on=[cost.key for cost in on]))
@@ -156,7 +173,8 @@ def tradeoffs(sweep: Sweep) -> list[Block]:
             f"({letters or 'none'}): the Pareto front, by means, whatever their intervals. Trained "
             "parameters and optimizer state follow from the config; of arms with full-rank phases "
             "they are those of the phases."
-            + (f" All arms take the same: {', '.join(same)}." if same else ""),
+            + (f" All arms take the same: {', '.join(same)}." if same else "")
+            + unlike_text(sweep.arms, metrics, so="Fronts are of arms that may be compared."),
         )
     ]
 

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.report import tradeoffs
+from experiments.report.comparisons import unlike_text
 from experiments.report.data import Sweep
 from experiments.report.figures import canvas
 from experiments.report.figures.canvas import Drawing, NoData
@@ -60,6 +61,7 @@ def fronts(sweep: Sweep) -> Drawing:
         "Ringed arms are on the front: no other is as cheap and as good, and better in either. "
         "Fronts are of means: where intervals overlap, another seed may give another front."
         + (f" All arms take the same: {', '.join(same)}." if same else "")
+        + unlike_text(sweep.arms, metrics, so="Fronts are of arms that may be compared.")
     )
     return Drawing(canvas=figure, caption=caption + others)
 
@@ -68,10 +70,10 @@ def _panel(ax: Axes, made: Sequence[Point], *, metric: Metric) -> None:
     ax.set_xscale("log")
     if metric.scale == "log":
         ax.set_yscale("log")
-    best = tradeoffs.front(made, metric=metric)
-    if best:
-        _front_line(ax, best)
-    on = {one.arm.arm_id for one in best}
+    best = [front for front in tradeoffs.fronts(made, metric=metric) if front]
+    for front in best:
+        _front_line(ax, front)
+    on = {one.arm.arm_id for front in best for one in front}
     for one in made:
         colour, shape = one.arm.colour, canvas.MARKERS[one.arm.style]
         x, y = one.cost.mean, one.value.mean

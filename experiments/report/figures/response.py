@@ -30,6 +30,7 @@ from matplotlib.ticker import (
 from experiments.colours import OKABE_ITO, STYLES
 from experiments.disk.states import State
 from experiments.report import responses
+from experiments.report.comparisons import unlike, unlike_text
 from experiments.report.data import Arm, Sweep
 from experiments.report.document import joined
 from experiments.report.figures import canvas
@@ -160,6 +161,7 @@ def over(sweep: Sweep, axis: Axis) -> Drawing:
         text += f" The first {canvas.MOST_CURVES} lines are drawn, {left} others are in the tables."
     if any(facet.levels for facet in made.facets):
         text += f" Level lines, with bands: arms to which {axis.key} does not apply."
+    text += unlike_text(sweep.arms, metrics, so="No line joins them.")
     return Drawing(canvas=figure, caption=text)
 
 
@@ -182,7 +184,12 @@ def _panel(
     inches: float,
 ) -> None:
     dots = {line.label: _dots(line, metric, facet) for line in facet.lines}
-    levels = [(arm, responses.estimates({0: [arm]}, metric=metric).get(0)) for arm in facet.levels]
+    firsts = [next(iter(line.cells.values()))[0] for line in facet.lines]
+    levels = [
+        (arm, responses.estimates({0: [arm]}, metric=metric).get(0))
+        for arm in facet.levels
+        if not all(unlike(arm, first, metric) for first in firsts)
+    ]
     means = [dot.y for own in dots.values() for dot in own]
     means += [one.mean for _, one in levels if one]
     if metric.scale == "log":
@@ -389,6 +396,7 @@ def heat_map(sweep: Sweep) -> Drawing:
         "Means over finished seeds (perplexity: geometric), below them the standard deviation over "
         "seeds; the best cell is framed, a cell without a finished run is empty. Light is better."
         + (f" {left} more maps are not drawn." if left else "")
+        + unlike_text(sweep.arms, metrics, so="A map has those like its first cell's.")
     )
     return Drawing(canvas=figure, caption=caption)
 
@@ -418,7 +426,8 @@ def _cells(
         at = across.values.index(column), down.values.index(row)
         one = estimates.get((row, column))
         if one is None:
-            words = "diverged" if _diverged([arm]) else ""
+            refused = (own := arm.estimate(metric)) is not None and own.n > 0
+            words = "not\ncompared" if refused else "diverged" if _diverged([arm]) else ""
             ax.text(*at, words, ha="center", va="center", fontsize=small, color=canvas.DARK)
             continue
         red, green, blue, _ = (float(part) for part in colours(float(norm(one.mean))))
@@ -469,7 +478,7 @@ def marginal(sweep: Sweep) -> Drawing:
     caption = (
         "Mean over the combinations of the other axes that have finished at every value of this "
         "one, with 95 % t intervals over seeds. It hides that one axis may change what another "
-        "does."
+        "does." + unlike_text(sweep.arms, metrics, so="Shown are those like the first value's.")
     )
     return Drawing(canvas=figure, caption=caption)
 

@@ -33,11 +33,13 @@ def at(seed: int, **axes: Any) -> RunConfig:
     config = a_config(r=axes.get("r", 4), seed=seed, method=axes.get("method", "relora"))
     train = dataclasses.replace(config.train, lr=axes.get("lr", 1e-3))
     relora = dataclasses.replace(config.relora, prune_ratio=axes.get("prune", 0.9))
-    return dataclasses.replace(config, train=train, relora=relora)
+    model = dataclasses.replace(config.model, vocab_size=axes.get("vocab", 64))
+    return dataclasses.replace(config, train=train, relora=relora, model=model)
 
 
 def words(axes: Mapping[str, Any]) -> str:
     keys = {"r": "relora.r", "lr": "train.lr", "prune": "relora.prune_ratio", "arm": "arm"}
+    keys["vocab"] = "model.vocab_size"
     return " ".join(f"{keys.get(key, key)}={value}" for key, value in axes.items())
 
 
@@ -208,6 +210,51 @@ def test_the_answer_says_where_an_axis_is_best(swept: Callable[..., Sweep]) -> N
     assert line.startswith("over relora.r=2, 4, 8, Paloma perplexity is lowest at 2, the smallest ")
     assert f"with {best:.1f} (95 % interval " in line
     assert line.endswith(f"and highest at 8 with {worst:.1f}")
+
+
+# what must not be compared ----------------------------------------------------------------------
+def test_an_axis_of_vocabularies_has_no_best_perplexity(swept: Callable[..., Sweep]) -> None:
+    """But each of them has a best rank, and both have a best accuracy, which is of sentences."""
+    sweep = swept(grid(r=[2, 4], vocab=[64, 128]))
+    starts = [line.partition(" is ")[0] for line in responses.effects(sweep, PERPLEXITY)]
+    over = "over relora.r=2, 4 at model.vocab_size"
+    assert starts == [f"{over}={size}, Paloma perplexity" for size in (64, 128)]
+    starts = [line.partition(",")[0] for line in responses.effects(sweep, ACCURACY)]
+    assert starts == ["over relora.r=2", "over model.vocab_size=64"]
+
+
+def test_figures_join_no_perplexities_of_different_vocabularies(
+    swept: Callable[..., Sweep],
+) -> None:
+    sweep = swept(grid(r=[2, 4], vocab=[64, 128]))
+    axis = responses.numeric_axes(sweep)[1]
+    for line in responses.response(sweep, axis).facets[0].lines:
+        assert list(responses.estimates(line.cells, metric=PERPLEXITY)) == [64]
+        assert list(responses.estimates(line.cells, metric=ACCURACY)) == [64, 128]
+    lines, cells = response.over(sweep, axis), response.heat_map(sweep)
+    for drawing in (lines, cells):
+        assert "their perplexities must not be compared" in drawing.caption
+    words = [[text.get_text() for text in ax.texts] for ax in cells.canvas.axes]
+    refused = [texts.count("not\ncompared") for texts in words]
+    assert refused == [2, 2, 0, 0]  # loss and perplexity, not the accuracies
+
+
+def test_a_first_value_without_a_number_leaves_the_others(swept: Callable[..., Sweep]) -> None:
+    sweep = swept(grid(vocab=[64, 128]), without=(0, 1, 2))
+    (axis,) = responses.numeric_axes(sweep)
+    line = responses.response(sweep, axis).facets[0].lines[0]
+    assert list(responses.estimates(line.cells, metric=PERPLEXITY)) == [128]
+
+
+def test_means_over_other_axes_compare_no_vocabularies(swept: Callable[..., Sweep]) -> None:
+    """Ranks they compare, since each has the same vocabularies."""
+    sweep = swept(grid(r=[2, 4], lr=[1e-3, 1e-2], vocab=[64, 128]))
+    axes = responses.marginal_axes(sweep)
+    made = {key: responses.estimates(axes[key], metric=PERPLEXITY) for key in axes}
+    assert [len(made[key]) for key in ("relora.r", "train.lr", "model.vocab_size")] == [2, 2, 1]
+    assert len(responses.estimates(axes["model.vocab_size"], metric=ACCURACY)) == 2
+    (table,) = responses.marginals(sweep)
+    assert "Some arms read other texts" in table.note  # type: ignore[union-attr]
 
 
 def test_figures_of_an_axis_that_is_shown_no_more_are_removed(

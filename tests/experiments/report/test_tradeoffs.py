@@ -143,6 +143,30 @@ def test_the_table_has_each_arm_with_its_interval_and_its_fronts():
     assert "All arms take the same: training tokens." in table.note  # type: ignore[union-attr]
 
 
+def test_an_arm_whose_losses_must_not_be_compared_beats_none():
+    """It is of another vocabulary, cheaper and lower in loss."""
+    other = a_config()
+    other.model.vocab_size = 32
+    sweep = Sweep(
+        name="s",
+        arms=[
+            arm("full", a_config(method="full_rank"), {0: 3.0}, hours=2),
+            arm("low", a_config(), {0: 3.1}, hours=2),
+            arm("other", other, {0: 1.0}, hours=1),
+        ],
+    )
+    [table] = tradeoffs.tradeoffs(sweep)
+    rows = {row["arm"]: row["fronts"] for row in table.data}  # type: ignore[union-attr]
+    assert rows["full"] == "trainable moment_bytes gpu_hours"
+    assert rows["low"] == "trainable moment_bytes"
+    assert rows["other"] == ""
+    assert "their losses must not be compared" in table.note  # type: ignore[union-attr]
+    drawing = fronts(sweep)
+    named = {text.get_text() for ax in drawing.canvas.axes for text in ax.texts}
+    assert named == {"full", "low"}
+    assert "their losses must not be compared" in drawing.caption
+
+
 def test_the_figure_names_the_arms_on_each_front():
     sweep = Sweep(
         name="s",
