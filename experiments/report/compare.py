@@ -163,6 +163,7 @@ def _lead(one: Sweep, two: Sweep, matched: Matched) -> list[Block]:
         )
     blocks += [Notice(f"{note[:1].upper()}{note[1:]}.") for note in matched.notes]
     blocks += tables.other_losses([*one.runs, *two.runs])
+    blocks += tables.noisy_losses(matched.pairs)
     for sweep, names in zip((one, two), matched.alone, strict=True):
         if names:
             blocks.append(f"Only in {sweep.name}: {joined(names)}.")

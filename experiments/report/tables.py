@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.metrics import MFU, MFU_6N, headline, percent
+from experiments.identity import essential
+from experiments.metrics import LOSS, MFU, MFU_6N, headline, percent
 from experiments.notices import fixed_order
 from experiments.report.data import Arm, RunData, Sweep, floor
 from experiments.report.document import Block, Notice, Table, joined, number, plural
@@ -81,6 +82,7 @@ def results(sweep: Sweep) -> list[Block]:
             note=note,
         ),
         *other_losses(sweep.runs),
+        *noisy_losses([sweep.arms]),
     ]
     if bound := floor(sweep):
         blocks.append(
@@ -106,6 +108,44 @@ def other_losses(runs: Iterable[RunData]) -> list[Block]:
         )
         for steps, ids in sorted(odd.items())
     ]
+
+
+def noisy_losses(groups: Iterable[Sequence[Arm]]) -> list[Block]:
+    """A notice if arms of a group differ in what training draws: their losses are then of other
+    models than those that evals see."""
+    drawn: list[tuple[str, Drawn]] = []
+    for group in groups:
+        own = [(arm.name, _drawn(arm)) for arm in group if arm.trained and arm.values(LOSS.key)]
+        drawn += own if len({one for _, one in own}) > 1 else []
+    dropout = dict.fromkeys(name for name, one in drawn if one.dropout)
+    nested = dict.fromkeys(name for name, one in drawn if one.nested)
+    ways = [f"with dropout (relora.dropout) in {joined(dropout)}"] if dropout else []
+    if nested:
+        ways.append(f"with adapters cut to a random rank (relora.nested_rank) in {joined(nested)}")
+    if not ways:
+        return []
+    return [
+        Notice(
+            f"Training loss is measured as arms train, {' and '.join(ways)}: a difference to other "
+            "arms may come from that alone. Compare evaluations."
+        )
+    ]
+
+
+class Drawn(NamedTuple):
+    """What training draws anew at each step, and evals do without."""
+
+    dropout: float
+    nested: bool
+    method: str
+    """Empty without either. With restarts they fall on what was learnt since the last one alone."""
+
+
+def _drawn(arm: Arm) -> Drawn:
+    config = arm.runs[0].config
+    chosen = essential(config)  # what has an effect
+    dropout, nested = (chosen.get(f"relora.{key}") for key in ("dropout", "nested_rank"))
+    return Drawn(dropout or 0.0, bool(nested), config.method if dropout or nested else "")
 
 
 def mean_cell(

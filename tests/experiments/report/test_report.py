@@ -476,6 +476,42 @@ def test_what_each_sweep_has_for_all_its_runs_may_differ_between_the_two(tmp_pat
     assert "The sweeps differ in eval.blimp.max_pairs: scores of an eval whose" in page
 
 
+NOISY: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "dropout": ({"dropout": 0.1}, {}, "with dropout (relora.dropout) in method=relora relora.r=2:"),
+    "nested": ({"nested_rank": True}, {}, "random rank (relora.nested_rank) in method=relora rel"),
+    "restarts": ({"dropout": 0.1}, {"method": "lora", "dropout": 0.1}, "in method=relora rel"),
+    "the same": ({"dropout": 0.1}, {"dropout": 0.1}, ""),
+    "no effect": ({}, {"method": "full_rank", "dropout": 0.1, "nested_rank": True}, ""),
+}
+
+
+@pytest.mark.parametrize("case", NOISY)
+def test_losses_that_training_draws_something_for_are_said_to_be(tmp_path: Path, case: str) -> None:
+    """In a report, and where two sweeps differ in it."""
+    one, two, said = NOISY[case]
+    configs = []
+    for r, knobs in enumerate((one, two), start=2):
+        changes: dict[str, Any] = dict(knobs)
+        config = a_config(r=r, method=changes.pop("method", "relora"))
+        config.relora = replace(config.relora, **changes)
+        configs.append(config)
+    finished(tmp_path, configs)
+    page = text(report.write(tmp_path, "mine"))
+    assert ("Training loss is measured as arms train" in page) == bool(said)
+    assert said in page
+
+
+def test_a_change_of_dropout_between_two_sweeps_is_said(tmp_path: Path) -> None:
+    for name, dropout in (("one", 0.0), ("two", 0.1), ("three", 0.1)):
+        config = a_config()
+        config.relora = replace(config.relora, dropout=dropout, alpha=8 * len(name))
+        finished(tmp_path, [config], name=name)
+    page = text(compare.write((tmp_path, "one"), (tmp_path, "two")))
+    assert "with dropout (relora.dropout) in method=relora relora.r=4: a difference" in page
+    page = text(compare.write((tmp_path, "two"), (tmp_path, "three")))
+    assert "Training loss is measured" not in page
+
+
 def test_sweeps_with_rows_of_other_lengths_are_said_to_differ(tmp_path: Path) -> None:
     data = replace(a_config().data, seq_len=32)
     changed: dict[str, Any] = {"data": data}
