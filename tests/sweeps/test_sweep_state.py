@@ -100,7 +100,9 @@ def test_what_a_dead_launcher_queued_is_planned_again_but_a_schedulers_job_is_qu
     assert state_of(run).state == "queued"
 
 
-@pytest.mark.parametrize("birth", [None, process_start(os.getpid()), "another boot/17"])
+@pytest.mark.parametrize(
+    "birth", [None, process_start(os.getpid()), "another boot/17"], ids=["none", "ours", "another"]
+)
 def test_what_another_host_queued_is_queued_where_no_file_says_more(run, birth):
     """By an earlier version, on a disk without locks, or on a machine that shares the disk."""
     run.update_status(state="queued", host="elsewhere", pid=dead_pid(), birth=birth)
