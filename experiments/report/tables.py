@@ -133,12 +133,12 @@ def noisy_losses(groups: Iterable[Sequence[Arm]]) -> list[Block]:
 
 
 class Drawn(NamedTuple):
-    """What training draws anew at each step, and evals do without."""
+    """Randomness of training steps that evaluations do not have."""
 
     dropout: float
     nested: bool
     method: str
-    """Empty without either. With restarts they fall on what was learnt since the last one alone."""
+    """Empty without either. It counts since restarts merge adapters, which dropout then spares."""
 
 
 def _drawn(arm: Arm) -> Drawn:

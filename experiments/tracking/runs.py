@@ -331,7 +331,7 @@ def _shows(shown: Shown, run: RunDir, store: Store) -> bool:
     """Whether it shows this record, rather than another of the same run_id.
 
     That is one of a folder that was moved aside, or of another output folder. A record that has not
-    begun is told by the ids in its own `mlflow.json`, which moves with it.
+    begun is recognised by the ids in its `mlflow.json`, a file that is moved with the folder.
     """
     if "began" in shown.tags:
         return float(shown.tags["began"]) in run_view.beginnings(run)
